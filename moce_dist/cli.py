@@ -1,0 +1,103 @@
+"""What all jobs share: common flags, one-line errors, exit status, quiet libraries.
+
+Exit status: 0 done; 2 the request is wrong (`ConfigError`, raised before anything heavy is imported);
+1 it failed while running; 130 interrupted. An error is one line on stderr that names the field or
+file and the rule; set MOCE_DEBUG=1 for the traceback.
+"""
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from moce_dist.config import ConfigError
+
+_QUIET = (
+    "ray",
+    "DeepSpeed",
+    "deepspeed",
+    "timm",
+    "matplotlib",
+    "PIL",
+    "fsspec",
+    "torch.distributed",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def job_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """Parser with the flags that every job takes: --config, --set, --run, --fresh, --dry-run."""
+    parser = _Parser(
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file with what differs from the defaults"
+    )
+    parser.add_argument(
+        "--set",
+        metavar="A.B=VALUE",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override a field",
+    )
+    parser.add_argument(
+        "--run", metavar="DIR", help="run directory; a relative one lies in run.root"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="set an existing run aside and start anew"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    return parser
+
+
+def quiet_libraries() -> None:
+    """Set up logging for people: our lines at INFO, of the libraries only errors."""
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ConfigError) and text else f"{type(error).__name__}: {text}"
+
+
+def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Run a job's `main(argv)` and leave the process with the promised exit status."""
+    try:
+        main(sys.argv[1:])
+        status = 0
+    except ConfigError as error:
+        status = _fail(error, 2)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues from what was finished", file=sys.stderr)
+        status = 130
+    except Exception as error:  # the one place where a failure becomes an exit status
+        status = _fail(error, 1)
+    sys.stdout.flush()
+    sys.exit(status)
+
+
+def _fail(error: BaseException, status: int) -> int:
+    if os.environ.get("MOCE_DEBUG"):
+        traceback.print_exc()
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    return status

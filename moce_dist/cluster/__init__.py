@@ -1,0 +1,1 @@
+"""Images to cluster ids: features, balanced k-means, assignment."""

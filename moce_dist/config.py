@@ -1,0 +1,515 @@
+"""Typed configuration: one frozen tree, YAML files that hold only differences, `--set` overrides.
+
+Every default lives here and nowhere else. A YAML file names what differs; `load_config` merges file
+and overrides, refuses what it does not know, and reports every mistake of a request at once, each
+with its dotted path, the value and the rule. Derived values are properties, never written back.
+
+Fields are of two kinds. Identity fields decide what a run learns (data, model, clusters, seed, batch,
+groups); a run directory belongs to one identity. Runtime fields (`RUNTIME_FIELDS`) may change between
+two starts of a run.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RUNTIME_FIELDS = (
+    "run",
+    "data.loader_processes",
+    "data.prefetch_batches",
+    "data.stall_timeout_s",
+    "data.max_fault_fraction",
+    "data.shard_bytes",
+    "parallel.num_workers",
+    "parallel.micro_batches",
+    "parallel.zero_stage",
+    "parallel.threads_per_worker",
+    "parallel.compile",
+    "parallel.max_failures",
+    "parallel.start_timeout_s",
+    "checkpoint",
+    "logging",
+    "transfer",
+)
+
+
+class ConfigError(ValueError):
+    """A request that is wrong; the message lists every mistake as `path = value: rule`."""
+
+
+class Section(BaseModel):
+    """A part of the configuration: immutable, no unknown keys, no silent conversions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class RunConfig(Section):
+    """Where run directories live."""
+
+    root: str = "runs"
+    """Folder in which a relative `--run` is resolved."""
+
+
+class DataConfig(Section):
+    """What is read, and how one image becomes a training sample."""
+
+    source: str = ""
+    """`folder:PATH`, `shards:PATTERN`, `sample:NAME` or `index:DIR` (an ingested folder with index.json)."""
+    image_size: int = Field(224, ge=8, le=2048)
+    """Side of the square crop, pixels."""
+    crop_scale_min: float = Field(0.2, gt=0, le=1)
+    """Smallest share of the picture's area that RandomResizedCrop takes."""
+    hflip: bool = True
+    """Mirror half of the images."""
+    holdout_fraction: float = Field(0.01, ge=0, lt=0.5)
+    """Share of the images kept out of training, for the held-out loss."""
+    shard_bytes: int = Field(256 * 2**20, ge=2**16)
+    """Size at which a tar is closed, bytes."""
+    loader_processes: int = Field(4, ge=0)
+    """Decoding processes per worker; 0 decodes in the training process."""
+    prefetch_batches: int = Field(2, ge=1)
+    """Batches that every loader process keeps ready."""
+    stall_timeout_s: float = Field(300, gt=0)
+    """A loader that delivers nothing for so long ends the run, seconds."""
+    max_fault_fraction: float = Field(0.01, ge=0, le=1)
+    """Share of unreadable images of a data set over which a job stops."""
+
+
+class ViTShape(NamedTuple):
+    """Width D, depth and heads of an encoder."""
+
+    width: int
+    depth: int
+    num_heads: int
+
+
+VIT_SIZES = {
+    "tiny": ViTShape(192, 12, 3),
+    "small": ViTShape(384, 12, 6),
+    "base": ViTShape(768, 12, 12),
+    "large": ViTShape(1024, 24, 16),
+    "huge": ViTShape(1280, 32, 16),
+}
+
+
+class ModelConfig(Section):
+    """The masked autoencoder. Source: He et al. 2022, arXiv 2111.06377, table 8 and section 3."""
+
+    size: Literal["tiny", "small", "base", "large", "huge"] = "base"
+    """Named encoder shape; `width`, `depth` and `num_heads` override single numbers of it."""
+    width: int | None = Field(None, ge=8)
+    """Encoder width D."""
+    depth: int | None = Field(None, ge=1)
+    """Encoder blocks."""
+    num_heads: int | None = Field(None, ge=1)
+    """Attention heads of the encoder."""
+    patch_size: int = Field(16, ge=1)
+    """Side of a patch, pixels."""
+    decoder_width: int = Field(512, ge=8)
+    """Decoder width."""
+    decoder_depth: int = Field(8, ge=1)
+    """Decoder blocks."""
+    decoder_num_heads: int = Field(16, ge=1)
+    """Attention heads of the decoder."""
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of patches hidden from the encoder."""
+    norm_pix_loss: bool = True
+    """Predict patches normalised by their own mean and variance."""
+    init: str | None = None
+    """Start from these weights: a published MAE `.pth`, a timm `.safetensors`, or a timm hub name."""
+
+    @property
+    def shape(self) -> ViTShape:
+        """Encoder shape after overrides."""
+        named = VIT_SIZES[self.size]
+        return ViTShape(
+            self.width or named.width, self.depth or named.depth, self.num_heads or named.num_heads
+        )
+
+
+class MoeConfig(Section):
+    """Which encoder blocks carry experts."""
+
+    num_experts: int = Field(8, ge=1)
+    """Experts per MoE layer, E."""
+    layers: tuple[int, ...] | None = None
+    """Indices of blocks whose MLP becomes experts; default every second block, the last included."""
+
+    def layer_indices(self, depth: int) -> tuple[int, ...]:
+        """Return the indices of the MoE blocks of an encoder of `depth` blocks."""
+        if self.layers is not None:
+            return self.layers
+        return tuple(range((depth + 1) % 2, depth, 2))
+
+
+class GateConfig(Section):
+    """Cluster-conditional gate. Source: Liu et al. 2023, arXiv 2402.05382, section 3."""
+
+    combine: Literal["prob", "straight_through"] = "straight_through"
+    """Weight of an expert's output: its probability p, or p / stop_gradient(p)."""
+    assign: Literal["argmax", "balanced"] = "argmax"
+    """Each cluster takes its best expert, or the assignment of greatest logits under equal loads."""
+    groups: Literal["free", "shared"] = "free"
+    """Choose among all experts, or keep a cluster in one expert group in all layers."""
+    noise: float = Field(1.0, ge=0)
+    """Standard deviation of the training noise, relative to the spread of the logits, at the start."""
+    noise_fraction: float = Field(0.5, ge=0, le=1)
+    """Share of the training over which the noise falls linearly to 0."""
+    balance_weight: float = Field(0.01, ge=0)
+    """Coefficient alpha of the balance loss."""
+    confidence_weight: float = Field(0.01, ge=0)
+    """Coefficient beta of the confidence loss."""
+    lr_scale: float = Field(1.0, gt=0)
+    """The gate's learning rate over the model's."""
+    refresh_steps: int = Field(1, ge=1)
+    """Steps between two routing tables."""
+
+
+class ClusterConfig(Section):
+    """Balanced clustering of the features."""
+
+    num_clusters: int = Field(256, ge=1)
+    """Number of clusters, K."""
+    balance: Literal["exact", "soft", "off"] = "exact"
+    """Sizes differ by at most one; sizes within `soft_bound` of the mean; plain k-means."""
+    soft_bound: float = Field(1.1, gt=1)
+    """Largest cluster over the mean size under `soft`."""
+    iterations: int = Field(25, ge=1)
+    """Upper bound on the iterations of k-means."""
+    tolerance: float = Field(1e-4, ge=0)
+    """Relative change of the objective below which k-means stops."""
+    block_rows: int = Field(8192, ge=1)
+    """Rows in the unit of work; results do not depend on who computes a block."""
+    num_candidates: int = Field(16, ge=2)
+    """Nearest clusters per image that the exact finish may move it to."""
+    batch_size: int = Field(256, ge=1)
+    """Images per forward pass when features are computed."""
+
+
+class StageConfig(Section):
+    """Optimisation of one training stage."""
+
+    epochs: float = Field(800, gt=0)
+    """Passes over the data."""
+    warmup_epochs: float = Field(40, ge=0)
+    """Linear warm-up of the learning rate."""
+    batch_size: int = Field(4096, ge=1)
+    """Images per optimiser step over all workers, B."""
+    base_lr: float = Field(1.5e-4, gt=0)
+    """Learning rate per 256 images: lr = base_lr * batch_size / 256."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's decay of matrices; biases, norms and tokens have none."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment coefficients."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Global gradient norm to clip to; 0 does not clip."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """SGD is there for equality checks: its steps are linear in the gradient."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate. Source: Goyal et al. 2017, linear scaling."""
+        return self.base_lr * self.batch_size / 256
+
+
+class ParallelConfig(Section):
+    """Ranks, expert groups and numerics."""
+
+    num_workers: int = Field(1, ge=1)
+    """Training processes R, one per GPU; R is a multiple or a divisor of `num_groups`."""
+    num_groups: int = Field(1, ge=1)
+    """Logical expert groups G, fixed for a run."""
+    micro_batches: int = Field(1, ge=1)
+    """Forward and backward passes per optimiser step."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed's partitioning of optimiser state (1) and gradients (2)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Matrix products of the model; weights, gradients and moments are float32."""
+    threads_per_worker: int = Field(1, ge=1)
+    """CPU threads of a worker's tensor operations; 1 gives repeatable sums."""
+    compile: bool = False
+    """torch.compile of the dense blocks."""
+    use_gpu: bool | Literal["auto"] = "auto"
+    """Give every worker a GPU; auto: when there is one."""
+    replan_steps: int = Field(100, ge=1)
+    """Steps between two placements."""
+    max_failures: int = Field(3, ge=0)
+    """Restarts of the worker group after the loss of a worker."""
+    start_timeout_s: float = Field(600, gt=0)
+    """Time in which all workers must have been placed, seconds."""
+
+
+class CheckpointConfig(Section):
+    """When training state is saved."""
+
+    every_steps: int = Field(500, ge=1)
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Complete checkpoints kept."""
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    every_steps: int = Field(20, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+
+
+class FinetuneConfig(Section):
+    """Fine-tuning of a whole backbone. Source: arXiv 2111.06377, table 9."""
+
+    epochs: int = Field(100, ge=1)
+    """Passes over the training images."""
+    batch_size: int = Field(1024, ge=1)
+    """Images per step."""
+    base_lr: float = Field(5e-4, gt=0)
+    """Learning rate per 256 images."""
+    layer_decay: float = Field(0.65, gt=0, le=1)
+    """Factor of the learning rate from one block to the one below."""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's weight decay."""
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the last block."""
+    mixup: float = Field(0.8, ge=0)
+    """Mixup's alpha; 0 turns it off."""
+    cutmix: float = Field(1.0, ge=0)
+    """CutMix's alpha; 0 turns it off."""
+    warmup_epochs: float = Field(5, ge=0)
+    """Linear warm-up."""
+
+
+class TransferConfig(Section):
+    """Downstream tasks: selection of experts, protocols, budgets."""
+
+    select: Literal["vote", "largest_cluster"] = "vote"
+    """A layer's expert: the one of greatest probability mass, or that of the largest cluster."""
+    max_train: int | None = Field(None, ge=1)
+    """Cap on a task's training images, drawn with the seed; None takes all."""
+    knn_k: int = Field(10, ge=1)
+    """Neighbours of the k-NN protocol."""
+    linear_epochs: int = Field(90, ge=1)
+    """Passes of the linear protocol over the stored features."""
+    finetune: FinetuneConfig = FinetuneConfig()
+    """Fine-tuning protocol."""
+    segment_crop: int = Field(512, ge=16)
+    """Crop of segmentation, pixels; a multiple of the patch."""
+    segment_steps: int = Field(160_000, ge=1)
+    """Steps of segmentation training."""
+    segment_batch_size: int = Field(16, ge=1)
+    """Pictures per step of segmentation training."""
+    segment_lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of segmentation training."""
+    segment_channels: int = Field(512, ge=8)
+    """Channels of the segmentation decoder."""
+
+
+class Config(Section):
+    """The whole of a request."""
+
+    seed: int = Field(0, ge=0)
+    """Every random draw of a run is keyed by it."""
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    moe: MoeConfig = MoeConfig()
+    gate: GateConfig = GateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    mae: StageConfig = StageConfig()
+    moce: StageConfig = StageConfig(epochs=200)
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    transfer: TransferConfig = TransferConfig()
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the encoder blocks that carry experts."""
+        return self.moe.layer_indices(self.model.shape.depth)
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, N."""
+        return (self.data.image_size // self.model.patch_size) ** 2
+
+
+def legal_worker_counts(num_groups: int, batch_size: int, micro_batches: int) -> list[int]:
+    """Numbers of workers R <= 4 G that host G groups evenly and divide the batch."""
+    counts = range(1, 4 * num_groups + 1)
+    return [
+        r
+        for r in counts
+        if (r % num_groups == 0 or num_groups % r == 0)
+        and batch_size % (max(r, num_groups) * micro_batches) == 0
+    ]
+
+
+def _model_rules(config: Config) -> Iterable[str]:
+    data, model, shape = config.data, config.model, config.model.shape
+    if data.image_size % model.patch_size:
+        yield (
+            f"data.image_size ({data.image_size}) must be a multiple of "
+            f"model.patch_size ({model.patch_size})"
+        )
+    if shape.width % shape.num_heads:
+        yield f"model.width ({shape.width}) must be a multiple of model.num_heads ({shape.num_heads})"
+    if shape.width % 4:
+        yield f"model.width ({shape.width}) must be a multiple of 4 (2-d sine position embedding)"
+    if model.decoder_width % model.decoder_num_heads or model.decoder_width % 4:
+        yield (
+            f"model.decoder_width ({model.decoder_width}) must be a multiple of 4 and of "
+            f"model.decoder_num_heads ({model.decoder_num_heads})"
+        )
+    if len(set(config.moe_layers)) != len(config.moe_layers) or not all(
+        0 <= layer < shape.depth for layer in config.moe_layers
+    ):
+        yield f"moe.layers ({list(config.moe_layers)}) must be distinct blocks below {shape.depth}"
+
+
+def _parallel_rules(config: Config) -> Iterable[str]:
+    parallel, groups = config.parallel, config.parallel.num_groups
+    workers = parallel.num_workers
+    if config.moe.num_experts % groups:
+        yield (
+            f"moe.num_experts ({config.moe.num_experts}) must be a multiple of "
+            f"parallel.num_groups ({groups})"
+        )
+    if config.gate.assign == "balanced" and config.cluster.num_clusters % config.moe.num_experts:
+        yield (
+            f"cluster.num_clusters ({config.cluster.num_clusters}) must be a multiple of "
+            f"moe.num_experts ({config.moe.num_experts}) when gate.assign is balanced"
+        )
+    for name, stage in (("mae", config.mae), ("moce", config.moce)):
+        legal = legal_worker_counts(groups, stage.batch_size, parallel.micro_batches)
+        if workers % groups and groups % workers:
+            yield (
+                f"parallel.num_workers ({workers}) must be a multiple or a divisor of "
+                f"parallel.num_groups ({groups}); legal here: {legal}"
+            )
+            break
+        unit = max(workers, groups) * parallel.micro_batches
+        if stage.batch_size % unit:
+            yield (
+                f"{name}.batch_size ({stage.batch_size}) must be a multiple of max(parallel.num_workers, "
+                f"parallel.num_groups) * parallel.micro_batches ({unit}); legal workers here: {legal}"
+            )
+
+
+def cross_field_errors(config: Config) -> list[str]:
+    """Every rule that ties two fields together and that `config` breaks."""
+    return [*_model_rules(config), *_parallel_rules(config)]
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2 floats: `1e-4` is a number, not a string."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse YAML text; `name` is what an error calls it.
+
+    Raises:
+        ConfigError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, sign, text = override.partition("=")
+    if not sign or not path:
+        raise ConfigError(f"--set {override}: must read a.b=value")
+    node = tree
+    for parent in path.split(".")[:-1]:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"--set {override}: {parent} is not a section")
+    node[path.split(".")[-1]] = parse_yaml(text, f"--set {path}")
+
+
+def _describe(error: Any) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{path} = {error['input']!r}: unknown key"
+    return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def make_config(tree: dict[str, Any]) -> Config:
+    """Build a checked `Config` from nested dicts.
+
+    Raises:
+        ConfigError: naming every unknown key, wrong type and broken rule.
+    """
+    try:
+        config = Config.model_validate_json(json.dumps(tree), strict=True)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(e) for e in error.errors())) from None
+    except TypeError as error:
+        raise ConfigError(f"configuration holds a value that is no plain YAML: {error}") from None
+    if broken := cross_field_errors(config):
+        raise ConfigError("; ".join(broken))
+    return config
+
+
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file of differences, apply `a.b=value` overrides, check everything.
+
+    Raises:
+        ConfigError: the file is missing, is not a mapping, or holds a mistake.
+    """
+    tree: Any = {}
+    if path is not None:
+        try:
+            tree = parse_yaml(Path(path).read_text(), str(path)) or {}
+        except OSError as error:
+            raise ConfigError(f"--config {path}: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, is a {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return make_config(tree)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {dotted path: leaf}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
+    return flat
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Select the fields that decide what a run learns, as {dotted path: value}."""
+    flat = flatten(config.model_dump(mode="json"))
+    runtime = tuple(f"{field}." for field in RUNTIME_FIELDS)
+    return {k: v for k, v in flat.items() if not f"{k}.".startswith(runtime)}
+
+
+def to_yaml(config: Config) -> str:
+    """Write the resolved configuration as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the configuration, for completion in editors."""
+    return Config.model_json_schema()

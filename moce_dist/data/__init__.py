@@ -1,0 +1,1 @@
+"""Tars in, batches of (image, cluster_id, key, weight) out."""

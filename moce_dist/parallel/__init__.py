@@ -1,0 +1,1 @@
+"""The same mathematics on many ranks: groups, placement, exchange, engine."""

@@ -1,0 +1,232 @@
+"""Run directories: identity, provenance, completion markers, the ledger of faults.
+
+A run is one directory that belongs to one identity (`config.identity`). Every stage writes one
+artefact folder inside it and marks it with `COMPLETE` last: the inputs that it was made from and the
+sha256 of its files. A stage whose marker is there and whose inputs are the same is skipped; anything
+else is made again or resumed.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from moce_dist.config import Config, ConfigError, identity, parse_yaml, to_yaml
+
+COMPLETE = "COMPLETE"
+_PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "moce-dist")
+
+
+def fingerprint(value: Any) -> str:
+    """Sha256 of a JSON-able value; dictionaries compare by content, not by order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that a result depends on, with their installed versions."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def mark_complete(folder: Path, inputs: Mapping[str, Any], files: Iterable[Path]) -> None:
+    """Write `folder/COMPLETE`: what the artefact was made from and the sha256 of its files."""
+    marker = {
+        "inputs": dict(inputs),
+        "versions": versions(),
+        "files": {str(f.relative_to(folder)): file_sha256(f) for f in sorted(files)},
+    }
+    write_atomic(folder / COMPLETE, json.dumps(marker, indent=1, sort_keys=True))
+
+
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """Read the completion marker of an artefact folder; None when it is not complete."""
+    try:
+        marker: dict[str, Any] = json.loads((folder / COMPLETE).read_text())
+    except (OSError, json.JSONDecodeError):
+        return None
+    return marker
+
+
+def is_complete(folder: Path, inputs: Mapping[str, Any]) -> bool:
+    """Tell whether an artefact was finished from the same inputs and still has all its files."""
+    marker = read_marker(folder)
+    if marker is None or fingerprint(marker["inputs"]) != fingerprint(dict(inputs)):
+        return False
+    return all((folder / name).is_file() for name in marker["files"])
+
+
+def artefact_id(folder: Path) -> str:
+    """Fingerprint of a complete artefact, used as an input of the next stage.
+
+    Raises:
+        ConfigError: the folder is not a complete artefact.
+    """
+    marker = read_marker(folder)
+    if marker is None:
+        raise ConfigError(f"{folder}: is not complete; run the stage that makes it first")
+    return fingerprint([marker["inputs"], marker["files"]])
+
+
+def record_fault(ledger: Path, **fault: Any) -> None:
+    """Append one line to a `faults.jsonl`; whole lines from several processes do not mix."""
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": round(time.time(), 3), **fault}) + "\n"
+    descriptor = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_faults(ledger: Path) -> list[dict[str, Any]]:
+    """All lines of a `faults.jsonl`, oldest first; a missing ledger is an empty one."""
+    return read_jsonl(ledger)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory and the paths inside it."""
+
+    root: Path
+
+    @property
+    def faults(self) -> Path:
+        """Ledger of unreadable shards and samples."""
+        return self.root / "faults.jsonl"
+
+    @property
+    def ingested(self) -> Path:
+        """Shards that the run ingested itself."""
+        return self.root / "ingested"
+
+    @property
+    def features(self) -> Path:
+        """One feature file per shard."""
+        return self.root / "features"
+
+    @property
+    def clusters(self) -> Path:
+        """Centroids, mean, assignments."""
+        return self.root / "clusters"
+
+    @property
+    def shards(self) -> Path:
+        """Cluster-sharded tars."""
+        return self.root / "shards"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a training stage, `mae` or `moce`."""
+        return self.root / name
+
+    def transfer(self, task: str) -> Path:
+        """Folder of a downstream task."""
+        return self.root / "transfer" / task
+
+
+def resolve_run(path: str, config: Config) -> Path:
+    """Absolute path of a run directory; a relative one lies in `run.root`.
+
+    Raises:
+        ConfigError: inside a submitted job both are relative, so the run would end up in a temporary copy.
+    """
+    run = Path(path)
+    if not run.is_absolute() and run.parts[:1] != Path(config.run.root).parts[:1]:
+        run = Path(config.run.root) / run
+    if not run.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        raise ConfigError(
+            f"--run {path}: a submitted job needs an absolute --run or run.root; relative paths end up in "
+            "the job's temporary copy on one node"
+        )
+    return run.resolve()
+
+
+def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
+    """Create a run directory, or take up an existing one of the same identity.
+
+    Raises:
+        ConfigError: the directory belongs to another identity, or is no run directory but holds files.
+    """
+    resolved = root / "config.yaml"
+    if fresh and resolved.exists():
+        _set_aside(root)
+    if resolved.exists():
+        tree = parse_yaml(resolved.read_text(), str(resolved))
+        differing = differing_fields(config, Config.model_validate(tree))
+        if differing:
+            raise ConfigError(
+                f"{root}: belongs to another run: {'; '.join(differing)}; choose another --run, or --fresh"
+            )
+    elif root.exists() and any(root.iterdir()):
+        raise ConfigError(f"{root}: is not a run directory (no config.yaml) and not empty")
+    write_atomic(resolved, to_yaml(config))
+    provenance = {
+        "versions": versions(),
+        "command": sys.argv,
+        "time": time.strftime("%FT%TZ", time.gmtime()),
+    }
+    write_atomic(root / "provenance.json", json.dumps(provenance, indent=1))
+    return Run(root)
+
+
+def differing_fields(config: Config, other: Config) -> list[str]:
+    """Identity fields in which two configurations differ, as `path: other -> config`."""
+    mine, theirs = identity(config), identity(other)
+    return [f"{k}: {theirs.get(k)!r} -> {mine[k]!r}" for k in mine if mine[k] != theirs.get(k)]
+
+
+def load_run(root: Path) -> tuple[Run, Config]:
+    """Read an existing run directory and the configuration that it was made with.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    resolved = root / "config.yaml"
+    if not resolved.is_file():
+        raise ConfigError(f"--run {root}: is not a run directory (no config.yaml)")
+    return Run(root), Config.model_validate(parse_yaml(resolved.read_text(), str(resolved)))
+
+
+def _set_aside(root: Path) -> None:
+    # a fresh start must not destroy days of training on a typing error
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    root.rename(root.with_name(f"{root.name}.before-{stamp}"))

@@ -1,0 +1,1 @@
+"""One dense ViT per downstream task: select, customise, export, measure."""
