@@ -1,1 +1,1 @@
-"""MoCE pre-training as a system: cluster-conditional experts, placed where their images are read."""
+"""MoCE pre-training as a system: cluster-conditional experts, placed where images are read."""

@@ -1,8 +1,8 @@
 """What all jobs share: common flags, one-line errors, exit status, quiet libraries.
 
-Exit status: 0 done; 2 the request is wrong (`ConfigError`, raised before anything heavy is imported);
-1 it failed while running; 130 interrupted. An error is one line on stderr that names the field or
-file and the rule; set MOCE_DEBUG=1 for the traceback.
+Exit status: 0 done; 2 the request is wrong (`ConfigError`, raised before anything heavy is
+imported); 1 it failed while running; 130 interrupted. An error is one line on stderr that names the
+field or file and the rule; set MOCE_DEBUG=1 for the traceback.
 """
 
 import argparse

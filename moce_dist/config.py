@@ -4,9 +4,9 @@ Every default lives here and nowhere else. A YAML file names what differs; `load
 and overrides, refuses what it does not know, and reports every mistake of a request at once, each
 with its dotted path, the value and the rule. Derived values are properties, never written back.
 
-Fields are of two kinds. Identity fields decide what a run learns (data, model, clusters, seed, batch,
-groups); a run directory belongs to one identity. Runtime fields (`RUNTIME_FIELDS`) may change between
-two starts of a run.
+Fields are of two kinds. Identity fields decide what a run learns (data, model, clusters, seed,
+batch, groups); a run directory belongs to one identity. Runtime fields (`RUNTIME_FIELDS`) may change
+between two starts of a run.
 """
 
 import json
@@ -59,7 +59,7 @@ class DataConfig(Section):
     """What is read, and how one image becomes a training sample."""
 
     source: str = ""
-    """`folder:PATH`, `shards:PATTERN`, `sample:NAME` or `index:DIR` (an ingested folder with index.json)."""
+    """`folder:PATH`, `shards:PATTERN`, `sample:NAME`, or `index:DIR` (ingested, with index.json)."""
     image_size: int = Field(224, ge=8, le=2048)
     """Side of the square crop, pixels."""
     crop_scale_min: float = Field(0.2, gt=0, le=1)
@@ -121,7 +121,7 @@ class ModelConfig(Section):
     norm_pix_loss: bool = True
     """Predict patches normalised by their own mean and variance."""
     init: str | None = None
-    """Start from these weights: a published MAE `.pth`, a timm `.safetensors`, or a timm hub name."""
+    """Weights to start from: a published MAE `.pth`, a timm `.safetensors`, or a timm hub name."""
 
     @property
     def shape(self) -> ViTShape:
@@ -138,7 +138,7 @@ class MoeConfig(Section):
     num_experts: int = Field(8, ge=1)
     """Experts per MoE layer, E."""
     layers: tuple[int, ...] | None = None
-    """Indices of blocks whose MLP becomes experts; default every second block, the last included."""
+    """Blocks whose MLP becomes experts, by index; default every second one, the last included."""
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """Return the indices of the MoE blocks of an encoder of `depth` blocks."""
@@ -153,11 +153,11 @@ class GateConfig(Section):
     combine: Literal["prob", "straight_through"] = "straight_through"
     """Weight of an expert's output: its probability p, or p / stop_gradient(p)."""
     assign: Literal["argmax", "balanced"] = "argmax"
-    """Each cluster takes its best expert, or the assignment of greatest logits under equal loads."""
+    """Each cluster takes its best expert, or all take those of greatest logits under equal loads."""
     groups: Literal["free", "shared"] = "free"
     """Choose among all experts, or keep a cluster in one expert group in all layers."""
     noise: float = Field(1.0, ge=0)
-    """Standard deviation of the training noise, relative to the spread of the logits, at the start."""
+    """Training noise at the start: standard deviation over the spread of the logits."""
     noise_fraction: float = Field(0.5, ge=0, le=1)
     """Share of the training over which the noise falls linearly to 0."""
     balance_weight: float = Field(0.01, ge=0)
@@ -360,7 +360,9 @@ def _model_rules(config: Config) -> Iterable[str]:
             f"model.patch_size ({model.patch_size})"
         )
     if shape.width % shape.num_heads:
-        yield f"model.width ({shape.width}) must be a multiple of model.num_heads ({shape.num_heads})"
+        yield (
+            f"model.width ({shape.width}) must be a multiple of model.num_heads ({shape.num_heads})"
+        )
     if shape.width % 4:
         yield f"model.width ({shape.width}) must be a multiple of 4 (2-d sine position embedding)"
     if model.decoder_width % model.decoder_num_heads or model.decoder_width % 4:
@@ -398,8 +400,9 @@ def _parallel_rules(config: Config) -> Iterable[str]:
         unit = max(workers, groups) * parallel.micro_batches
         if stage.batch_size % unit:
             yield (
-                f"{name}.batch_size ({stage.batch_size}) must be a multiple of max(parallel.num_workers, "
-                f"parallel.num_groups) * parallel.micro_batches ({unit}); legal workers here: {legal}"
+                f"{name}.batch_size ({stage.batch_size}) must be a multiple of "
+                f"max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches ({unit}); "
+                f"legal workers here: {legal}"
             )
 
 

@@ -1,9 +1,9 @@
 """Run directories: identity, provenance, completion markers, the ledger of faults.
 
 A run is one directory that belongs to one identity (`config.identity`). Every stage writes one
-artefact folder inside it and marks it with `COMPLETE` last: the inputs that it was made from and the
-sha256 of its files. A stage whose marker is there and whose inputs are the same is skipped; anything
-else is made again or resumed.
+artefact folder inside it and marks it with `COMPLETE` last: the inputs that it was made from and
+the sha256 of its files. A stage whose marker is there and whose inputs are the same is skipped;
+anything else is made again or resumed.
 """
 
 import hashlib
@@ -167,15 +167,15 @@ def resolve_run(path: str, config: Config) -> Path:
     """Absolute path of a run directory; a relative one lies in `run.root`.
 
     Raises:
-        ConfigError: inside a submitted job both are relative, so the run would end up in a temporary copy.
+        ConfigError: inside a submitted job both are relative: the run would lie in a temporary copy.
     """
     run = Path(path)
     if not run.is_absolute() and run.parts[:1] != Path(config.run.root).parts[:1]:
         run = Path(config.run.root) / run
     if not run.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise ConfigError(
-            f"--run {path}: a submitted job needs an absolute --run or run.root; relative paths end up in "
-            "the job's temporary copy on one node"
+            f"--run {path}: a submitted job needs an absolute --run or run.root; relative paths end up "
+            "in the job's temporary copy on one node"
         )
     return run.resolve()
 
@@ -184,7 +184,7 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
     """Create a run directory, or take up an existing one of the same identity.
 
     Raises:
-        ConfigError: the directory belongs to another identity, or is no run directory but holds files.
+        ConfigError: the directory belongs to another identity, or holds files but no run.
     """
     resolved = root / "config.yaml"
     if fresh and resolved.exists():
@@ -194,7 +194,8 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
         differing = differing_fields(config, Config.model_validate(tree))
         if differing:
             raise ConfigError(
-                f"{root}: belongs to another run: {'; '.join(differing)}; choose another --run, or --fresh"
+                f"{root}: belongs to another run: {'; '.join(differing)}; "
+                "choose another --run, or --fresh"
             )
     elif root.exists() and any(root.iterdir()):
         raise ConfigError(f"{root}: is not a run directory (no config.yaml) and not empty")

@@ -1,1 +1,1 @@
-"""The mathematics: masked autoencoder, gate, experts, customisation. No process groups, no files."""
+"""The mathematics: masked autoencoder, gate, experts, customisation. No process group, no file."""
