@@ -5,8 +5,8 @@ and overrides, refuses what it does not know, and reports every mistake of a req
 with its dotted path, the value and the rule. Derived values are properties, never written back.
 
 Fields are of two kinds. Identity fields decide what a run learns (data, model, clusters, seed,
-batch, groups); a run directory belongs to one identity. Runtime fields (`RUNTIME_FIELDS`) may change
-between two starts of a run.
+batch, groups); a run directory belongs to one identity. Runtime fields (`RUNTIME_FIELDS`) may
+change between two starts of a run.
 """
 
 import json
@@ -59,7 +59,7 @@ class DataConfig(Section):
     """What is read, and how one image becomes a training sample."""
 
     source: str = ""
-    """`folder:PATH`, `shards:PATTERN`, `sample:NAME`, or `index:DIR` (ingested, with index.json)."""
+    """`folder:PATH`, `shards:PATTERN`, `sample:NAME`, `index:DIR` (ingested, with index.json)."""
     image_size: int = Field(224, ge=8, le=2048)
     """Side of the square crop, pixels."""
     crop_scale_min: float = Field(0.2, gt=0, le=1)
@@ -153,7 +153,7 @@ class GateConfig(Section):
     combine: Literal["prob", "straight_through"] = "straight_through"
     """Weight of an expert's output: its probability p, or p / stop_gradient(p)."""
     assign: Literal["argmax", "balanced"] = "argmax"
-    """Each cluster takes its best expert, or all take those of greatest logits under equal loads."""
+    """Each cluster takes its best expert, or all get those of greatest logits at equal loads."""
     groups: Literal["free", "shared"] = "free"
     """Choose among all experts, or keep a cluster in one expert group in all layers."""
     noise: float = Field(1.0, ge=0)
@@ -401,8 +401,8 @@ def _parallel_rules(config: Config) -> Iterable[str]:
         if stage.batch_size % unit:
             yield (
                 f"{name}.batch_size ({stage.batch_size}) must be a multiple of "
-                f"max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches ({unit}); "
-                f"legal workers here: {legal}"
+                f"max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches "
+                f"({unit}); legal workers here: {legal}"
             )
 
 

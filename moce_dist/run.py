@@ -167,15 +167,15 @@ def resolve_run(path: str, config: Config) -> Path:
     """Absolute path of a run directory; a relative one lies in `run.root`.
 
     Raises:
-        ConfigError: inside a submitted job both are relative: the run would lie in a temporary copy.
+        ConfigError: inside a submitted job both are relative: the run would be in a temporary copy.
     """
     run = Path(path)
     if not run.is_absolute() and run.parts[:1] != Path(config.run.root).parts[:1]:
         run = Path(config.run.root) / run
     if not run.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise ConfigError(
-            f"--run {path}: a submitted job needs an absolute --run or run.root; relative paths end up "
-            "in the job's temporary copy on one node"
+            f"--run {path}: a submitted job needs an absolute --run or run.root; "
+            "relative paths end up in the job's temporary copy on one node"
         )
     return run.resolve()
 
