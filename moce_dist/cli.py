@@ -88,9 +88,9 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except ConfigError as error:
         status = _fail(error, 2)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues from what was finished", file=sys.stderr)
+        sys.stderr.write("interrupted; the same command continues from what was finished\n")
         status = 130
-    except Exception as error:  # the one place where a failure becomes an exit status
+    except Exception as error:  # noqa: BLE001 - the one place where a failure becomes an exit status
         status = _fail(error, 1)
     sys.stdout.flush()
     sys.exit(status)
@@ -99,5 +99,5 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def _fail(error: BaseException, status: int) -> int:
     if os.environ.get("MOCE_DEBUG"):
         traceback.print_exc()
-    print(f"error: {_one_line(error)}", file=sys.stderr)
+    sys.stderr.write(f"error: {_one_line(error)}\n")
     return status
