@@ -1,0 +1,156 @@
+"""The cluster-conditional gate: which expert an image goes to, decided from its cluster alone.
+
+The gate of a layer sees the centroid of the image's cluster, never the tokens. So all decisions of a
+step are one table of L x K experts, made before the forward pass, and both auxiliary losses follow from
+the K x E probabilities and the step's number of images per cluster.
+
+Letters: L MoE layers, K clusters, E experts per layer, G expert groups, D width, B images.
+
+Source: Liu et al. 2023, arXiv 2402.05382 (cluster-conditional routing); Riquelme et al. 2021,
+arXiv 2106.05974, appendix A.1 (importance loss); Lewis et al. 2021, arXiv 2103.16716 (balanced
+assignment).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+
+from moce_dist.config import GateConfig
+
+_FORBIDDEN = -1e9
+
+
+def standardise(centroids: Tensor) -> Tensor:
+    """Centre and scale centroids (K, D) to unit variance over the clusters.
+
+    Centroids of one data set share most of their direction; without this most clusters would start
+    at one expert.
+    """
+    if centroids.shape[0] == 1:
+        return centroids - centroids.mean(dim=0)
+    deviation = centroids.std(dim=0, correction=0).clamp_min(1e-6)
+    return (centroids - centroids.mean(dim=0)) / deviation
+
+
+class Gate(nn.Module):
+    """Logits of the experts per cluster: one linear map a layer on the cluster embedding."""
+
+    cluster_embedding: Tensor
+
+    def __init__(self, num_layers: int, num_experts: int, centroids: Tensor) -> None:
+        super().__init__()
+        width = centroids.shape[1]
+        self.weight = nn.Parameter(torch.randn(num_layers, num_experts, width) * width**-0.5)
+        self.register_buffer("cluster_embedding", standardise(centroids.float()))
+
+    def logits(self) -> Tensor:
+        """Return the logits of every expert for every cluster, (L, K, E), float32."""
+        return logits(self.weight, self.cluster_embedding)
+
+
+def logits(weight: Tensor, cluster_embedding: Tensor) -> Tensor:
+    """Map gate weights (L, E, D) and cluster embeddings (K, D) to logits (L, K, E), float32."""
+    # autocast would round what decides the routing
+    with torch.autocast(weight.device.type, enabled=False):
+        return torch.einsum("led,kd->lke", weight.float(), cluster_embedding.float())
+
+
+def probabilities(weight: Tensor, cluster_embedding: Tensor) -> Tensor:
+    """Map gate weights (L, E, D) and cluster embeddings (K, D) to probabilities p, (L, K, E)."""
+    return logits(weight, cluster_embedding).softmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """Noise of the routing while training, relative to the spread of the logits, falling to 0."""
+
+    seed: int
+    relative_std: float
+    steps: int
+
+    def sample(self, step: int, shape: tuple[int, int, int]) -> Tensor:
+        """Draw the noise of a step, (L, K, E), keyed by (seed, layer, step, cluster)."""
+        level = self.relative_std * max(0.0, 1 - step / self.steps) if self.steps else 0.0
+        if level == 0:
+            return torch.zeros(shape)
+        num_layers, num_clusters, num_experts = shape
+        noise = np.empty(shape, np.float32)
+        for layer in range(num_layers):
+            draws = np.random.Generator(
+                np.random.Philox(key=self.seed, counter=[layer, step, 0, 0])
+            )
+            noise[layer] = draws.standard_normal((num_clusters, num_experts), np.float32)
+        return torch.from_numpy(noise * level)
+
+
+def routing_table(
+    gate_logits: Tensor, gate: GateConfig, *, noise: Tensor | None = None, num_groups: int = 1
+) -> NDArray[np.int64]:
+    """Decide the expert of every cluster in every layer, (L, K), from logits (L, K, E).
+
+    `noise` (L, K, E) is in units of the spread (standard deviation) of a layer's logits.
+    """
+    scores = gate_logits.detach().float().cpu()
+    if noise is not None:
+        scores = scores + noise * scores.std(dim=(1, 2), correction=0, keepdim=True)
+    table = scores.double().numpy()
+    if gate.groups == "shared":
+        table = _mask_other_groups(table, num_groups)
+    if gate.assign == "balanced":
+        return np.stack([_balanced(layer) for layer in table])
+    return table.argmax(axis=2)
+
+
+def _balanced(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+    # scores (K, E): every column takes K / E rows, the sum of the chosen scores is greatest
+    num_rows, num_columns = scores.shape
+    share = -(-num_rows // num_columns)
+    _, slots = linear_sum_assignment(np.repeat(scores, share, axis=1), maximize=True)
+    return slots // share
+
+
+def shared_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.int64]:
+    """Give every cluster one expert group for all layers, (K,), from scores (L, K, E).
+
+    A group's score is the sum over the layers of its best expert's; groups take equally many clusters.
+    """
+    num_layers, num_clusters, num_experts = scores.shape
+    by_group = scores.reshape(num_layers, num_clusters, num_groups, num_experts // num_groups)
+    return _balanced(by_group.max(axis=3).sum(axis=0))
+
+
+def _mask_other_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.float64]:
+    num_experts = scores.shape[2]
+    group_of_expert = np.arange(num_experts) // (num_experts // num_groups)
+    foreign = shared_groups(scores, num_groups)[:, None] != group_of_expert[None, :]
+    return np.where(foreign[None], _FORBIDDEN, scores)
+
+
+def output_scales(p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: str) -> Tensor:
+    """Weight of every image's expert output, (L, B): p, or p / stop_gradient(p).
+
+    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64.
+    """
+    chosen = p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids]
+    return chosen if combine == "prob" else chosen / chosen.detach()
+
+
+def balance_loss(p: Tensor, cluster_counts: Tensor) -> Tensor:
+    """Mean over the layers of (std / mean)^2 of the experts' importance in the global batch.
+
+    `p` (L, K, E), `cluster_counts` (K,) images of the step per cluster.
+    Source: arXiv 2106.05974, appendix A.1, eq. (2).
+    """
+    importance = torch.einsum("lke,k->le", p, cluster_counts.to(p.dtype))
+    return (importance.var(dim=1, correction=0) / importance.mean(dim=1) ** 2).mean()
+
+
+def confidence_loss(p: Tensor, cluster_counts: Tensor) -> Tensor:
+    """Mean entropy of p over the layers and the images of the global batch, nats."""
+    entropy = -(p * p.clamp_min(1e-12).log()).sum(dim=2)
+    share = cluster_counts.to(p.dtype) / cluster_counts.sum()
+    return (entropy * share).sum(dim=1).mean()

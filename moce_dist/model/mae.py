@@ -1,0 +1,134 @@
+"""Masked autoencoder, dense or with experts: ViT encoder on visible patches, light decoder, pixel loss.
+
+    image --patchify--> N patches --mask--> V visible --encoder--> tokens --decoder--> N predictions
+    loss = mean squared error on the N - V masked patches, each normalised by its own mean and variance
+
+Which patches are masked follows from per-image noise that the caller draws, so the model holds no
+random state. Encoder weights carry timm's VisionTransformer names, decoder weights those of the
+published checkpoints.
+
+Letters: B images, N patches, V visible patches, D encoder width, P patch side, S image side (pixels).
+
+Source: He et al. 2022, arXiv 2111.06377, sections 3 and A.1.
+"""
+
+import torch
+from timm.layers import PatchEmbed
+from torch import Tensor, nn
+
+from moce_dist.config import Config
+from moce_dist.model.gate import Gate
+from moce_dist.model.moce import Dispatcher, MoceBlock
+from moce_dist.model.vit import initialise, layer_norm, make_block, patchify, position_embedding
+
+
+class MaskedAutoencoder(nn.Module):
+    """MAE; with `centroids` its MoE layers hold experts and it carries a gate."""
+
+    pos_embed: Tensor
+    decoder_pos_embed: Tensor
+
+    def __init__(
+        self, config: Config, *, centroids: Tensor | None = None, num_local_experts: int = 0
+    ) -> None:
+        """Build from the configuration; `centroids` (K, D) makes the MoE form."""
+        super().__init__()
+        self.config = config
+        self._build_encoder()
+        self._build_decoder()
+        self.apply(initialise)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))
+        for token in (self.cls_token, self.mask_token):
+            nn.init.normal_(token, std=0.02)
+        self.gate: Gate | None = None
+        if centroids is not None:
+            self._insert_experts(num_local_experts)
+            self.gate = Gate(len(config.moe_layers), config.moe.num_experts, centroids)
+
+    def _build_encoder(self) -> None:
+        model, size = self.config.model, self.config.data.image_size
+        width, depth, heads = model.shape
+        self.patch_embed = PatchEmbed(size, model.patch_size, 3, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("pos_embed", position_embedding(size // model.patch_size, width))
+        self.blocks = nn.ModuleList([make_block(width, heads) for _ in range(depth)])
+        self.norm = layer_norm(width)
+
+    def _build_decoder(self) -> None:
+        model, side = self.config.model, self.config.data.image_size // self.config.model.patch_size
+        width = model.decoder_width
+        self.decoder_embed = nn.Linear(model.shape.width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("decoder_pos_embed", position_embedding(side, width))
+        self.decoder_blocks = nn.ModuleList(
+            [make_block(width, model.decoder_num_heads) for _ in range(model.decoder_depth)]
+        )
+        self.decoder_norm = layer_norm(width)
+        self.decoder_pred = nn.Linear(width, model.patch_size**2 * 3)
+
+    def _insert_experts(self, num_local_experts: int) -> None:
+        for layer, index in enumerate(self.config.moe_layers):
+            self.blocks[index] = MoceBlock(self.blocks[index], num_local_experts, layer)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images) + self.pos_embed[:, 1:]
+
+    def _encode(self, x: Tensor, dispatcher: Dispatcher | None, scales: Tensor | None) -> Tensor:
+        # x (B, V, D) embedded patches; returns (B, 1 + V, D) with the class token first
+        token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
+        x = torch.cat([token, x], dim=1)
+        for block in self.blocks:
+            x = block(x, dispatcher, scales) if isinstance(block, MoceBlock) else block(x)
+        return self.norm(x)
+
+    def random_masking(self, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Order patches by noise (B, N): ids of the V kept (B, V), and `ids_restore` (B, N)."""
+        num_keep = int(noise.shape[1] * (1 - self.config.model.mask_ratio))
+        ids_shuffle = noise.argsort(dim=1, stable=True)
+        return ids_shuffle[:, :num_keep], ids_shuffle.argsort(dim=1)
+
+    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict all patches (B, N, P * P * 3) from the encoder's output (B, 1 + V, D)."""
+        x = self.decoder_embed(latent)
+        batch, num_patches = ids_restore.shape
+        hidden = self.mask_token.to(x.dtype).expand(batch, num_patches + 1 - x.shape[1], -1)
+        patches = torch.cat([x[:, 1:], hidden], dim=1)
+        patches = patches.gather(1, ids_restore[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
+        for block in self.decoder_blocks:
+            x = block(x)
+        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+
+    def target(self, images: Tensor) -> Tensor:
+        """Return what is to be predicted, (B, N, P * P * 3), float32."""
+        patches = patchify(images, self.config.model.patch_size).float()
+        if not self.config.model.norm_pix_loss:
+            return patches
+        mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)
+        return (patches - mean) / (variance + 1e-6) ** 0.5
+
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        dispatcher: Dispatcher | None = None,
+        scales: Tensor | None = None,
+    ) -> Tensor:
+        """Return the reconstruction loss of every image, (B,), float32.
+
+        `images` (B, 3, S, S) normalised by ImageNet's statistics, `noise` (B, N); with experts also a
+        `dispatcher` and `scales` (L, B).
+        """
+        ids_keep, ids_restore = self.random_masking(noise)
+        x = self._embed(images)
+        visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
+        prediction = self.decode(self._encode(visible, dispatcher, scales), ids_restore).float()
+        error = ((prediction - self.target(images)) ** 2).mean(dim=2)
+        masked = (ids_restore >= ids_keep.shape[1]).float()
+        return (error * masked).sum(dim=1) / masked.sum(dim=1)
+
+    def features(
+        self, images: Tensor, dispatcher: Dispatcher | None = None, scales: Tensor | None = None
+    ) -> Tensor:
+        """Encode whole images (B, 3, S, S): mean of the patch tokens after the norm, (B, D)."""
+        return self._encode(self._embed(images), dispatcher, scales)[:, 1:].mean(dim=1)

@@ -1,0 +1,152 @@
+"""Experts in a transformer block, and the one-process dispatcher that is their readable reference.
+
+Three roles, three places: the gate decides (gate.py), a dispatcher moves images to experts and back,
+experts compute. Whole images move: all tokens of an image go to one expert.
+
+    images at home (B, N, D)  --dispatch-->  rows sorted by local expert (M, N, D), counts per expert
+    expert outputs (M, N, D)  --combine-->   outputs in the order of the images (B, N, D)
+
+`LocalDispatcher` sorts within one process (M = B); the distributed one is parallel/exchange.py.
+
+Letters: B images, N tokens, D width, H hidden width, L MoE layers, E experts held here.
+
+Source: Liu et al. 2023, arXiv 2402.05382; expert initialisation as copies of the dense MLP:
+Komatsuzaki et al. 2023, arXiv 2212.05055.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+_PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+_STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
+
+
+class Dispatcher(Protocol):
+    """Moves the images of a micro-batch to their experts and back; knows all routes beforehand."""
+
+    def dispatch(self, x: Tensor, layer: int) -> tuple[Tensor, list[int]]:
+        """Send images (B, N, D) to layer's experts: rows (M, N, D) by local expert, and counts."""
+        ...
+
+    def combine(self, y: Tensor, layer: int) -> Tensor:
+        """Bring expert outputs (M, N, D) home: (B, N, D) in the order of the images."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts in this process: dispatch sorts the images by expert, combine undoes it."""
+
+    def __init__(self, experts: Tensor, num_experts: int) -> None:
+        """Prepare from `experts` (L, B) int64, the expert of every image in every MoE layer."""
+        self._order = experts.argsort(dim=1, stable=True)
+        self._counts = [row.bincount(minlength=num_experts).tolist() for row in experts]
+
+    def dispatch(self, x: Tensor, layer: int) -> tuple[Tensor, list[int]]:
+        """Sort images (B, N, D) by their expert; see `Dispatcher`."""
+        return x[self._order[layer]], self._counts[layer]
+
+    def combine(self, y: Tensor, layer: int) -> Tensor:
+        """Undo the sorting of `dispatch`; see `Dispatcher`."""
+        return y[self._order[layer].argsort()]
+
+
+class _StackedLinear(nn.Module):
+    """Weights of one linear layer of all local experts: weight (E, out, in), bias (E, out)."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(num_experts, out_features))
+        for weight in self.weight.data:
+            nn.init.xavier_uniform_(weight)
+
+
+class Experts(nn.Module):
+    """The local experts of one layer: timm's MLP each, parameters stacked over the experts.
+
+    Every expert is called, on zero rows too: its parameters then always have a gradient, and all
+    ranks run the same backward pass in the same order.
+    """
+
+    def __init__(self, num_experts: int, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = _StackedLinear(num_experts, width, hidden)
+        self.fc2 = _StackedLinear(num_experts, hidden, width)
+
+    def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert."""
+        stacks = zip(
+            rows.split(list(counts)),
+            self.fc1.weight.unbind(),
+            self.fc1.bias.unbind(),
+            self.fc2.weight.unbind(),
+            self.fc2.bias.unbind(),
+            strict=True,
+        )
+        return torch.cat(
+            [F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in stacks]
+        )
+
+
+class MoceMlp(nn.Module):
+    """What stands where the dense block has its MLP: the experts of one layer."""
+
+    def __init__(self, num_experts: int, width: int) -> None:
+        super().__init__()
+        self.experts = Experts(num_experts, width, 4 * width)
+
+
+class MoceBlock(Block):
+    """A transformer block whose MLP is chosen per image."""
+
+    def __init__(self, block: Block, num_local_experts: int, layer: int) -> None:
+        """Take over attention and norms of a dense `block`; `layer` counts MoE layers from 0."""
+        nn.Module.__init__(self)
+        self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
+        self.layer = layer
+        width = block.norm1.weight.shape[0]
+        self.mlp = MoceMlp(num_local_experts, width)
+
+    def forward(self, x: Tensor, dispatcher: Dispatcher, scales: Tensor) -> Tensor:
+        """Transform tokens (B, N, D); `scales` (L, B) weights the experts' outputs."""
+        x = x + self.attn(self.norm1(x))
+        rows, counts = dispatcher.dispatch(self.norm2(x), self.layer)
+        y = dispatcher.combine(self.mlp.experts(rows, counts), self.layer)
+        return x + y * scales[self.layer, :, None, None].to(y.dtype)
+
+
+def experts_from_dense(
+    weights: Mapping[str, Tensor], layers: Sequence[int], num_experts: int
+) -> dict[str, Tensor]:
+    """Replace the MLPs of `layers` by `num_experts` equal copies, under global expert names."""
+    result = {}
+    for name, tensor in weights.items():
+        found = re.fullmatch(r"blocks\.(\d+)\.mlp\.(fc[12]\.(?:weight|bias))", name)
+        if found and int(found[1]) in layers:
+            for expert in range(num_experts):
+                result[f"blocks.{found[1]}.mlp.experts.{expert}.{found[2]}"] = tensor.clone()
+        else:
+            result[name] = tensor
+    return result
+
+
+def is_stacked(name: str) -> bool:
+    """Tell whether a parameter of the model holds local experts, stacked."""
+    return _STACKED.fullmatch(name) is not None
+
+
+def global_names(name: str, layers: Sequence[int], residents: Sequence[Sequence[int]]) -> list[str]:
+    """Names, one per local expert, that the slices of a stacked parameter have everywhere.
+
+    `residents[i]` are the ids of the experts held here in MoE layer i, in order of their slots.
+    """
+    found = _STACKED.fullmatch(name)
+    assert found is not None, name
+    experts = residents[layers.index(int(found[2]))]
+    return [f"{found[1]}.{expert}.{found[3]}" for expert in experts]
