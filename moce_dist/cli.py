@@ -39,6 +39,7 @@ def job_parser(description: str, example: str) -> argparse.ArgumentParser:
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with what differs from the defaults"

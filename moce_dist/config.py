@@ -283,6 +283,10 @@ class FinetuneConfig(Section):
     """Mixup's alpha; 0 turns it off."""
     cutmix: float = Field(1.0, ge=0)
     """CutMix's alpha; 0 turns it off."""
+    crop_scale_min: float = Field(0.08, gt=0, le=1)
+    """Smallest share of the picture's area that a training crop takes."""
+    hflip: bool = True
+    """Mirror half of the training images."""
     warmup_epochs: float = Field(5, ge=0)
     """Linear warm-up."""
 
@@ -290,6 +294,8 @@ class FinetuneConfig(Section):
 class TransferConfig(Section):
     """Downstream tasks: selection of experts, protocols, budgets."""
 
+    task: str = ""
+    """Task of a recipe; `--task` goes before it."""
     select: Literal["vote", "largest_cluster"] = "vote"
     """A layer's expert: the one of greatest probability mass, or that of the largest cluster."""
     max_train: int | None = Field(None, ge=1)
@@ -485,6 +491,8 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
             tree = parse_yaml(Path(path).read_text(), str(path)) or {}
         except OSError as error:
             raise ConfigError(f"--config {path}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"--config {path}: is not a text file") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, is a {type(tree).__name__}")
     for override in overrides:

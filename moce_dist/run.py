@@ -229,5 +229,5 @@ def load_run(root: Path) -> tuple[Run, Config]:
 
 def _set_aside(root: Path) -> None:
     # a fresh start must not destroy days of training on a typing error
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{time.time_ns() % 10**9:09d}"
     root.rename(root.with_name(f"{root.name}.before-{stamp}"))
