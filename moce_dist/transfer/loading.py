@@ -1,0 +1,164 @@
+"""Items of a task to batches of pixels, and the machine that works on them.
+
+A training draw depends on (seed, epoch, key of the item) alone, so a fit gives the same result with
+any number of loader processes.
+
+Letters: B images, S side in pixels.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moce_dist.config import Config, FinetuneConfig
+from moce_dist.data.images import MEAN, STD, eval_image, sample_generator, train_image
+from moce_dist.transfer.backbone import Backbone
+from moce_dist.transfer.tasks import Item
+
+logger = logging.getLogger(__name__)
+_REPORT_S = 5.0
+
+Batches = Iterator[tuple[Tensor, Tensor]]
+Draw = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a fit runs: device, whether matrix products are bfloat16, decoding processes."""
+
+    device: torch.device
+    bf16: bool
+    loader_processes: int
+    eval_batch_size: int
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which forward passes of a fit run."""
+        if not self.bf16:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+def machine_of(config: Config) -> Machine:
+    """Choose the device that the configuration allows; bfloat16 only on a GPU."""
+    has_gpu = config.parallel.use_gpu is not False and torch.cuda.is_available()
+    device = torch.device("cuda" if has_gpu else "cpu")
+    bf16 = has_gpu and config.parallel.precision == "bf16"
+    return Machine(device, bf16, config.data.loader_processes, config.cluster.batch_size)
+
+
+class Progress:
+    """Log how far a loop is, how fast, and how long it still takes, every few seconds."""
+
+    def __init__(self, name: str, total: int, unit: str) -> None:
+        self._name, self._total, self._unit = name, total, unit
+        self._done, self._start = 0, time.monotonic()
+        self._reported = self._start
+
+    def advance(self, count: int = 1) -> None:
+        """Count `count` more units as done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._reported < _REPORT_S:
+            return
+        self._reported = now
+        rate = self._done / (now - self._start)
+        left = (self._total - self._done) / rate
+        logger.info(
+            "%s: %d/%d %s, %.1f %s/s, %d:%02d left",
+            *(self._name, self._done, self._total, self._unit, rate, self._unit),
+            *divmod(round(left), 60),
+        )
+
+
+class TaskImages(Dataset[tuple[np.ndarray, int]]):
+    """Items as (3, S, S) float32 normalised for a backbone; with `augment` cropped and mirrored."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        backbone: Backbone,
+        *,
+        augment: FinetuneConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        self._items, self._size = items, backbone.image_size
+        self._augment, self._seed = augment, seed
+        mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (MEAN, STD))
+        other_mean, other_std = (
+            np.array(v, np.float32).reshape(3, 1, 1) for v in (backbone.mean, backbone.std)
+        )
+        # our images carry ImageNet's statistics; some of timm's models were trained with others
+        self._factor, self._shift = std / other_std, (mean - other_mean) / other_std
+
+    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int]:
+        """Return item `index` as it looks in `epoch`, for a draw (epoch, index).
+
+        Raises:
+            ValueError: the image cannot be read.
+        """
+        epoch, index = draw
+        item = self._items[index]
+        try:
+            pixels = self._pixels(item, epoch)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{item.key}: unreadable image: {error}") from None
+        return pixels * self._factor + self._shift, item.label
+
+    def _pixels(self, item: Item, epoch: int) -> np.ndarray:
+        if self._augment is None:
+            return eval_image(item.read(), self._size)
+        return train_image(
+            item.read(),
+            size=self._size,
+            scale_min=self._augment.crop_scale_min,
+            hflip=self._augment.hflip,
+            draws=sample_generator(self._seed, epoch, item.key),
+        )
+
+
+def eval_batches(items: Sequence[Item], backbone: Backbone, machine: Machine) -> Batches:
+    """Yield (images (B, 3, S, S), labels (B,)) of all items in order, on the CPU."""
+    size = machine.eval_batch_size
+    order = [
+        [(0, i) for i in range(a, min(a + size, len(items)))] for a in range(0, len(items), size)
+    ]
+    dataset = TaskImages(items, backbone)
+    yield from DataLoader(dataset, batch_sampler=order, num_workers=machine.loader_processes)
+
+
+class TrainingOrder:
+    """The draws of every step: each epoch is one permutation, whose remainder is left out."""
+
+    def __init__(self, num_items: int, batch_size: int, epochs: int, seed: int) -> None:
+        self._num_items, self._batch_size = num_items, batch_size
+        self._epochs, self._seed = epochs, seed
+
+    def __len__(self) -> int:
+        return self._epochs * (self._num_items // self._batch_size)
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        for epoch in range(self._epochs):
+            permuted = np.random.default_rng([self._seed, epoch]).permutation(self._num_items)
+            for start in range(0, self._num_items - self._batch_size + 1, self._batch_size):
+                yield [(epoch, int(i)) for i in permuted[start : start + self._batch_size]]
+
+
+def training_batches(
+    items: Sequence[Item],
+    backbone: Backbone,
+    machine: Machine,
+    *,
+    order: TrainingOrder,
+    augment: FinetuneConfig,
+    seed: int,
+) -> Batches:
+    """Yield augmented (images (B, 3, S, S), labels (B,)) in the given order, on the CPU."""
+    dataset = TaskImages(items, backbone, augment=augment, seed=seed)
+    yield from DataLoader(dataset, batch_sampler=order, num_workers=machine.loader_processes)

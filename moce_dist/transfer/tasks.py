@@ -1,0 +1,184 @@
+"""The downstream tasks: labelled images under one name, checked before anything is trained.
+
+A task is two lists of items (an image's bytes or file, and its label). Three small tasks are cut
+from images that installed packages carry; `imagefolder` reads any data set laid out as
+
+    DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)
+
+and `ade20k` (pictures with masks) is read by `scenes.py`.
+
+Source: torchvision.datasets.ImageFolder for the layout.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from moce_dist.config import ConfigError
+from moce_dist.data import samples
+from moce_dist.data.images import ImageError, open_image
+from moce_dist.data.shards import IMAGE_EXTENSIONS
+
+SCAN_LIMIT_BYTES = 10 * 10**9
+_TEST_NAMES = ("test", "val")
+
+
+class Item(NamedTuple):
+    """A labelled image: its bytes, or the file that holds them."""
+
+    key: str
+    content: bytes | Path
+    label: int
+
+    def read(self) -> bytes:
+        """Return the compressed image."""
+        return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
+
+    def size(self) -> int:
+        """Return the size of the compressed image, bytes."""
+        return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task: class names and the items of its two splits."""
+
+    name: str
+    classes: Sequence[str]
+    train: Sequence[Item]
+    test: Sequence[Item]
+
+    def fingerprint(self) -> str:
+        """Sha256 over keys, sizes and labels of all items, and the bytes of those in memory."""
+        digest = hashlib.sha256(repr(list(self.classes)).encode())
+        for item in [*self.train, *self.test]:
+            digest.update(f"{item.key}/{item.size()}/{item.label}\n".encode())
+            if isinstance(item.content, bytes):
+                digest.update(item.content)
+        return digest.hexdigest()
+
+    def subset(self, max_train: int | None, seed: int) -> "Task":
+        """Keep at most `max_train` training items, drawn with `seed`, in their order."""
+        if max_train is None or max_train >= len(self.train):
+            return self
+        kept = np.random.default_rng(seed).permutation(len(self.train))[:max_train]
+        return replace(self, train=[self.train[i] for i in sorted(kept)])
+
+
+def _image_files(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return [p for p in found if p.suffix[1:].lower() in IMAGE_EXTENSIONS]
+
+
+def _class_folders(split: Path) -> list[str]:
+    return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _split_items(split: Path, classes: Sequence[str]) -> list[Item]:
+    items = []
+    for label, name in enumerate(classes):
+        files = _image_files(split / name)
+        if not files:
+            raise ConfigError(
+                f"{split / name}: holds no images; a class folder holds files ending in "
+                f"{', '.join(IMAGE_EXTENSIONS)}"
+            )
+        items += [Item(f"{split.name}/{p.relative_to(split)}", p, label) for p in files]
+    return items
+
+
+def image_folder(name: str, data: Path | None) -> Task:
+    """Read a folder of class folders per split.
+
+    Raises:
+        ConfigError: a folder is missing or empty, or the splits differ in their classes.
+    """
+    layout = "expected DATA/train/CLASS/IMAGE and DATA/test/CLASS/IMAGE (or DATA/val)"
+    if data is None:
+        raise ConfigError(f"--task {name}: needs --data; {layout}")
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is not a folder; {layout}")
+    test_name = next((t for t in _TEST_NAMES if (data / t).is_dir()), None)
+    for split, found in (("train", (data / "train").is_dir()), ("test or val", test_name)):
+        if not found:
+            raise ConfigError(f"--data {data}: has no folder {split}; {layout}")
+    assert test_name is not None
+    classes, others = _class_folders(data / "train"), _class_folders(data / test_name)
+    if len(classes) < 2:
+        raise ConfigError(f"{data / 'train'}: has {len(classes)} class folders, needs two or more")
+    if classes != others:
+        odd = sorted(set(classes) ^ set(others))
+        raise ConfigError(f"--data {data}: train and {test_name} differ in the classes {odd[:5]}")
+    train, test = (_split_items(data / split, classes) for split in ("train", test_name))
+    return Task(name, classes, train, test)
+
+
+def sample_task(name: str, data: Path | None) -> Task:
+    """Cut a small task from images that installed packages carry.
+
+    Raises:
+        ConfigError: `--data` was given, which this task does not read, or the package is missing.
+    """
+    if data is not None:
+        raise ConfigError(f"--data {data}: task {name} has its own images; leave --data out")
+    made = samples.task(name)
+    splits = (
+        [Item(f"{split}/{i}", content, label) for i, (content, label) in enumerate(pairs)]
+        for split, pairs in (("train", made.train), ("test", made.test))
+    )
+    return Task(name, list(made.classes), *splits)
+
+
+TASKS: dict[str, Callable[[str, Path | None], Task]] = {
+    "digits": sample_task,
+    "silhouettes": sample_task,
+    "climate": sample_task,
+    "imagefolder": image_folder,
+}
+SEGMENTATION_TASKS = ("ade20k",)
+
+
+def load_task(name: str, data: Path | None) -> Task:
+    """Return a classification task, its folders and labels checked.
+
+    Raises:
+        ConfigError: see the task's reader.
+    """
+    return TASKS[name](name, data)
+
+
+def unreadable(items: Sequence[Item], *, threads: int) -> Iterator[tuple[Item, str]]:
+    """Decode every image once and yield those that cannot be read, each with the reason."""
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        for item, reason in zip(items, pool.map(_why_unreadable, items), strict=True):
+            if reason:
+                yield item, reason
+
+
+def _why_unreadable(item: Item) -> str:
+    try:
+        open_image(item.read())
+    except (ImageError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def check_images(task: Task, *, threads: int) -> None:
+    """Scan a task of files below `SCAN_LIMIT_BYTES`; larger ones are checked as they are read.
+
+    Raises:
+        ConfigError: naming the first unreadable image and how many there are.
+    """
+    items = [i for i in [*task.train, *task.test] if isinstance(i.content, Path)]
+    if sum(item.size() for item in items) > SCAN_LIMIT_BYTES:
+        return
+    bad = list(unreadable(items, threads=threads))
+    if bad:
+        item, reason = bad[0]
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise ConfigError(f"{item.content!s}: unreadable image: {reason}{more}")
