@@ -41,10 +41,17 @@ class Gate(nn.Module):
 
     cluster_embedding: Tensor
 
-    def __init__(self, num_layers: int, num_experts: int, centroids: Tensor) -> None:
+    def __init__(
+        self, num_layers: int, num_experts: int, centroids: Tensor, *, seed: int = 0
+    ) -> None:
+        """Start with logits of about unit variance; `centroids` (K, D)."""
         super().__init__()
         width = centroids.shape[1]
-        self.weight = nn.Parameter(torch.randn(num_layers, num_experts, width) * width**-0.5)
+        # own generator: the start must not depend on how many experts this rank built before
+        draws = torch.randn(
+            num_layers, num_experts, width, generator=torch.Generator().manual_seed(seed)
+        )
+        self.weight = nn.Parameter(draws * width**-0.5)
         self.register_buffer("cluster_embedding", standardise(centroids.float()))
 
     def logits(self) -> Tensor:

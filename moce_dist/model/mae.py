@@ -43,7 +43,9 @@ class MaskedAutoencoder(nn.Module):
         self.gate: Gate | None = None
         if centroids is not None:
             self._insert_experts(num_local_experts)
-            self.gate = Gate(len(config.moe_layers), config.moe.num_experts, centroids)
+            self.gate = Gate(
+                len(config.moe_layers), config.moe.num_experts, centroids, seed=config.seed
+            )
 
     def _build_encoder(self) -> None:
         model, size = self.config.model, self.config.data.image_size
@@ -69,6 +71,10 @@ class MaskedAutoencoder(nn.Module):
     def _insert_experts(self, num_local_experts: int) -> None:
         for layer, index in enumerate(self.config.moe_layers):
             self.blocks[index] = MoceBlock(self.blocks[index], num_local_experts, layer)
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        enabled = self.config.parallel.precision == "bf16"
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
 
     def _embed(self, images: Tensor) -> Tensor:
         return self.patch_embed(images) + self.pos_embed[:, 1:]
@@ -120,9 +126,11 @@ class MaskedAutoencoder(nn.Module):
         `dispatcher` and `scales` (L, B).
         """
         ids_keep, ids_restore = self.random_masking(noise)
-        x = self._embed(images)
-        visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
-        prediction = self.decode(self._encode(visible, dispatcher, scales), ids_restore).float()
+        with self._autocast(images):
+            x = self._embed(images)
+            visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
+            prediction = self.decode(self._encode(visible, dispatcher, scales), ids_restore)
+        prediction = prediction.float()
         error = ((prediction - self.target(images)) ** 2).mean(dim=2)
         masked = (ids_restore >= ids_keep.shape[1]).float()
         return (error * masked).sum(dim=1) / masked.sum(dim=1)
@@ -131,4 +139,6 @@ class MaskedAutoencoder(nn.Module):
         self, images: Tensor, dispatcher: Dispatcher | None = None, scales: Tensor | None = None
     ) -> Tensor:
         """Encode whole images (B, 3, S, S): mean of the patch tokens after the norm, (B, D)."""
-        return self._encode(self._embed(images), dispatcher, scales)[:, 1:].mean(dim=1)
+        with self._autocast(images):
+            tokens = self._encode(self._embed(images), dispatcher, scales)
+        return tokens[:, 1:].float().mean(dim=1)

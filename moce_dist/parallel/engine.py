@@ -1,0 +1,278 @@
+"""DeepSpeed's engine around our model: expert-parallel groups, ZeRO, clipping, state by name.
+
+The only door to deepspeed. What its engine must see, and where it is wrong (version 0.19.8):
+
+- Expert parameters carry `allreduce = False` and the name of their group; the engine counts a model as
+  MoE when a module is an instance of its MoE class, so a bare marker of that class is attached.
+- Replicas of an expert are neighbouring ranks: `use_data_before_expert_parallelism`.
+- With loss = R / B * (sum over own images), expert and shared gradients are those of the global mean.
+- Clipping at ZeRO-0 mixes up the ranks' norms, so there the norm is computed and applied here.
+- At ZeRO-1 and 2 only the first parameter group's optimiser state is linked to parameters; it is
+  linked anew before state is read or written.
+
+Letters: R ranks, B images of a step, G expert groups.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
+
+import deepspeed
+import deepspeed.comm.torch as deepspeed_torch
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups as deepspeed_groups
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from moce_dist.config import ParallelConfig
+from moce_dist.model.moce import is_stacked
+from moce_dist.parallel.groups import Topology
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+
+
+class _MoeMarker(MoE):  # type: ignore[misc]
+    """Tells DeepSpeed that the model has experts; holds no parameters and is never called."""
+
+    def __init__(self, num_experts: int) -> None:
+        nn.Module.__init__(self)
+        self.num_experts = num_experts
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """Do nothing: the groups exist before the engine is built."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """How the engine is to run."""
+
+    parallel: ParallelConfig
+    topology: Topology
+    num_experts: int
+    batch_size: int
+    clip_norm: float
+
+
+def init_distributed(device: torch.device) -> None:
+    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, or one of a single process.
+
+    Does nothing when a launcher has made the process group already. Collective over all ranks.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")
+    # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler needed
+    deepspeed_torch.build_shm_op = lambda: None
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def create_groups(topology: Topology) -> dist.ProcessGroup:
+    """Create expert-parallel and replica groups; return this rank's expert-parallel group.
+
+    Collective over all ranks, which must call it equally often.
+    """
+    name = f"ep_size_{topology.ep_size}"
+    known = deepspeed_groups._get_expert_parallel_group_dict()
+    if name not in known:
+        deepspeed_groups._create_expert_and_data_parallel(
+            topology.ep_size, use_data_before_expert_parallel_=True
+        )
+    # torch sorts the ranks of a group; places ascend with ranks, so place and group rank agree
+    group: dist.ProcessGroup = deepspeed_groups._get_expert_parallel_group(name)
+    return group
+
+
+def _mark_experts(module: nn.Module, spec: EngineSpec) -> None:
+    for name, parameter in module.named_parameters():
+        if is_stacked(name):
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = f"ep_size_{spec.topology.ep_size}"  # type: ignore[attr-defined]
+    module.add_module("moe_marker", _MoeMarker(spec.num_experts))
+
+
+def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
+    zero = spec.parallel.zero_stage
+    return {
+        "train_batch_size": spec.batch_size,
+        "gradient_accumulation_steps": spec.parallel.micro_batches,
+        "steps_per_print": None,
+        "gradient_clipping": spec.clip_norm if zero else 0.0,
+        "zero_optimization": {"stage": zero, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "use_data_before_expert_parallelism": True,
+    }
+
+
+class Engine:
+    """One rank's training engine; every method is collective over all ranks unless it says so."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        parameter_groups: list[dict[str, Any]],
+        make_optimizer: OptimizerFactory,
+        spec: EngineSpec,
+    ) -> None:
+        """Wrap `module`; experts are recognised by their names."""
+        self.module, self.spec = module, spec
+        self.expert_group = create_groups(spec.topology)
+        if any(is_stacked(name) for name, _ in module.named_parameters()):
+            _mark_experts(module, spec)
+            parameter_groups = split_params_into_different_moe_groups_for_optimizer(
+                parameter_groups
+            )
+        parameter_groups = [group for group in parameter_groups if group["params"]]
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=make_optimizer(parameter_groups),
+            config=_deepspeed_config(spec),
+            dist_init_required=False,
+        )
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimiser as DeepSpeed wraps it; its `param_groups` take the learning rate."""
+        return self._engine.optimizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return torch.device(self._engine.device)
+
+    def forward(self, *inputs: Any) -> Any:
+        """Run the module on one micro-batch."""
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one micro-batch; the last one of a step reduces them."""
+        self._engine.backward(loss)
+
+    def step(self) -> float:
+        """Clip, update, and return the global gradient norm before clipping.
+
+        Call after every micro-batch; only the last one of a step updates (others return nan).
+        """
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+            return float("nan")
+        norm = self._clip_unpartitioned() if self.spec.parallel.zero_stage == 0 else None
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+
+    def _clip_unpartitioned(self) -> float:
+        shared, local = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
+        for name, parameter in self.module.named_parameters():
+            if parameter.grad is not None:
+                total = local if is_stacked(name) else shared
+                total += parameter.grad.float().pow(2).sum()
+        dist.all_reduce(local, group=self.expert_group)
+        norm = float((shared + local).sqrt())
+        limit = self.spec.clip_norm
+        if limit and norm > limit:
+            for parameter in self.module.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(limit / norm)
+        return norm
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, averaged gradient) of every parameter, between `backward` and `step`."""
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                partitioned = self.spec.parallel.zero_stage > 0
+                yield name, safe_get_full_grad(parameter) if partitioned else parameter.grad
+
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+        """Yield (name, kind, tensor) of float32 weights and moments, local names, own experts only.
+
+        Kinds are `weight` and MOMENTS; moments are absent before the first step. Collective over
+        the replicas at ZeRO-1 and 2.
+        """
+        self._link_optimizer_state()
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if self.spec.parallel.zero_stage == 0:
+                yield name, "weight", parameter.data
+                moments = self.optimizer.state.get(parameter, {})
+                yield from ((name, kind, moments[kind]) for kind in MOMENTS if kind in moments)
+            else:
+                yield name, "weight", safe_get_full_fp32_param(parameter)
+                for kind in MOMENTS if self._has_moments() else ():
+                    yield name, kind, safe_get_full_optimizer_state(parameter, kind)
+
+    def load_state(self, lookup: Callable[[str, str], Tensor | None], *, step: int) -> None:
+        """Set weights, and moments where `lookup(name, kind)` has them; `step` optimiser steps done."""
+        with_moments = step > 0 and isinstance(self._inner_optimizer(), torch.optim.AdamW)
+        if with_moments and self.spec.parallel.zero_stage:
+            self._create_partitioned_moments(step)
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                self._load_parameter(parameter, lambda kind, name=name: lookup(name, kind))
+        if self.spec.parallel.zero_stage:
+            self.optimizer.update_lp_params()
+        elif with_moments:
+            for state in self.optimizer.state.values():
+                state["step"] = torch.tensor(float(step))
+
+    def _load_parameter(
+        self, parameter: nn.Parameter, lookup: Callable[[str], Tensor | None]
+    ) -> None:
+        partitioned = self.spec.parallel.zero_stage > 0
+        weight = lookup("weight")
+        if weight is not None:
+            parameter.data.copy_(weight)
+            if partitioned:
+                safe_set_full_fp32_param(parameter, weight.to(parameter.device))
+        for kind in MOMENTS:
+            moment = lookup(kind)
+            if moment is None:
+                continue
+            moment = moment.to(parameter.device)
+            if partitioned:
+                safe_set_full_optimizer_state(parameter, moment, kind)
+            else:
+                self.optimizer.state[parameter][kind] = moment.clone()
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        wrapped = self.spec.parallel.zero_stage > 0
+        inner: torch.optim.Optimizer = self.optimizer.optimizer if wrapped else self.optimizer
+        return inner
+
+    def _has_moments(self) -> bool:
+        return any(MOMENTS[0] in state for state in self._inner_optimizer().state.values())
+
+    def _create_partitioned_moments(self, step: int) -> None:
+        optimizer = self._inner_optimizer()
+        for group in optimizer.param_groups:
+            for flat in group["params"]:
+                zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
+                optimizer.state[flat] = {"step": torch.tensor(float(step)), **zeros}
+        self._link_optimizer_state()
+
+    def _link_optimizer_state(self) -> None:
+        if self.spec.parallel.zero_stage and self._has_moments():
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def destroy(self) -> None:
+        """Release DeepSpeed's hooks and buffers; the process group stays."""
+        with contextlib.suppress(AttributeError):
+            self._engine.destroy()

@@ -1,0 +1,87 @@
+"""Ranks, expert groups and the process groups that follow from them.
+
+G logical expert groups are fixed for a run; R ranks host them, R a multiple or a divisor of G. Ranks of
+one group are neighbours and hold the same experts (replicas); one expert-parallel group is one rank of
+every place.
+
+    8 ranks, G = 4:   rank    0 1   2 3   4 5   6 7
+                      place    0     1     2     3      replicas of an expert: the ranks of one place
+    expert-parallel groups: {0, 2, 4, 6} and {1, 3, 5, 7}
+    2 ranks, G = 4:   rank 0 hosts groups 0 and 1, rank 1 hosts 2 and 3; each rank is a place
+
+Letters: R ranks, G expert groups, E experts per layer, L MoE layers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where R ranks stand among G groups."""
+
+    num_ranks: int
+    num_groups: int
+
+    @property
+    def ep_size(self) -> int:
+        """Places, the ranks of one expert-parallel group."""
+        return min(self.num_ranks, self.num_groups)
+
+    @property
+    def num_replicas(self) -> int:
+        """Ranks of one place."""
+        return self.num_ranks // self.ep_size
+
+    def place(self, rank: int) -> int:
+        """Return the place of a rank."""
+        return rank // self.num_replicas
+
+    def expert_parallel_ranks(self, rank: int) -> list[int]:
+        """Ranks that `rank` exchanges images with, in order of their places; `rank` is one of them."""
+        replica = rank % self.num_replicas
+        return [place * self.num_replicas + replica for place in range(self.ep_size)]
+
+    def replica_ranks(self, rank: int) -> list[int]:
+        """Ranks that hold the same experts as `rank`, itself included."""
+        first = self.place(rank) * self.num_replicas
+        return list(range(first, first + self.num_replicas))
+
+    def hosted_groups(self, place: int) -> range:
+        """Return the expert groups that a place hosts."""
+        count = self.num_groups // self.ep_size
+        return range(place * count, (place + 1) * count)
+
+    def place_of_group(self, group: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Map expert groups to the places that host them."""
+        return group // (self.num_groups // self.ep_size)
+
+
+@dataclass(frozen=True)
+class ExpertMap:
+    """Where every expert of every layer lives: place (L, E) and slot within the place (L, E)."""
+
+    place: NDArray[np.int64]
+    slot: NDArray[np.int64]
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts of a layer in one place."""
+        return int(self.slot.max()) + 1
+
+    def residents(self, place: int) -> list[list[int]]:
+        """Ids of the experts of a place, per MoE layer in order of their slots."""
+        return [
+            sorted(np.flatnonzero(places == place).tolist(), key=lambda e: int(slots[e]))
+            for places, slots in zip(self.place, self.slot, strict=True)
+        ]
+
+
+def expert_map(expert_group: NDArray[np.int64], topology: Topology) -> ExpertMap:
+    """Locate the experts from the group of every expert, (L, E): slots go by (group, expert id)."""
+    order = np.argsort(expert_group, axis=1, kind="stable")
+    rank_in_order = np.argsort(order, axis=1, kind="stable")
+    num_local = expert_group.shape[1] // topology.ep_size
+    return ExpertMap(place=topology.place_of_group(expert_group), slot=rank_in_order % num_local)

@@ -1,0 +1,276 @@
+"""The training loop of both stages; it knows nothing of Ray.
+
+    build, resume; for each step: next batch, routing table, train_step, log, save; held-out loss
+
+The order of the lines is the order of time. A loss that is not finite stops all ranks together, before
+the optimiser has seen it.
+
+Letters: R ranks, b images of a rank, B images of a step, M micro-batches, L MoE layers, E experts.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moce_dist.data.plan import Plan
+from moce_dist.data.stream import Batch, stream
+from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
+from moce_dist.parallel.exchange import TRANSFERS, ExpertExchange, images_exchanged
+from moce_dist.run import write_atomic
+from moce_dist.train.checkpoint import save_checkpoint
+from moce_dist.train.metrics import Clock, MetricsLog
+from moce_dist.train.optim import learning_rate, set_learning_rate
+from moce_dist.train.setup import StageJob, TrainState, build_state, holdout_table
+
+log = logging.getLogger(__name__)
+_FAULTS_BEFORE_STOP = 8
+
+
+def pretrain(job: StageJob) -> dict[str, Any]:
+    """Train one stage to its end and return its summary; collective over all ranks.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        RuntimeError: too many images were unreadable.
+    """
+    state = build_state(job)
+    start = state.step
+    metrics_log = open_log(state)
+    clock = Clock()
+    for batch in batches(state, clock):
+        metrics = train_step(state, batch)
+        clock.count(state.plan.batch_size)
+        state.step += 1
+        if is_due(state, job.config.logging.every_steps) or state.step == start + 1:
+            stop_if_too_many_faults(state)
+            if metrics_log is not None:
+                metrics_log.write(metrics | clock.lap())
+        if is_due(state, job.config.checkpoint.every_steps):
+            save(state)
+    loss = evaluate(state)
+    if metrics_log is not None:
+        metrics_log.close()
+        if loss is not None:
+            write_atomic(job.folder / "holdout.json", json.dumps(loss))
+    return {"stage": job.stage, "steps": state.step, "holdout": loss}
+
+
+def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
+    """Take one optimiser step on this rank's part of a batch; metrics are the same on all ranks.
+
+    Raises:
+        FloatingPointError: on all ranks, before the optimiser step.
+    """
+    engine, count = state.engine, max(1, int(batch.cluster_counts.sum()))
+    micro_batches = state.job.config.parallel.micro_batches
+    lr = current_learning_rate(state)
+    set_learning_rate(engine.optimizer, lr)
+    sums = torch.zeros(2, dtype=torch.float64)
+    auxiliary = torch.zeros(2)
+    norm = math.nan
+    for micro in range(micro_batches):
+        losses, weights, auxiliary_loss, auxiliary = forward(state, batch, micro)
+        loss = (losses * weights).sum()
+        # the engine averages over ranks and micro-batches; the loss is a mean over the step's images
+        engine.backward(loss * state.topology.num_ranks * micro_batches / count + auxiliary_loss)
+        sums += torch.stack([loss.detach(), (weights > 0).sum()]).double().cpu()
+        if micro == micro_batches - 1:
+            check_finite(state, sums)
+        norm = engine.step()
+    metrics = {
+        "step": batch.step,
+        "epoch": state.plan.epoch_of(batch.step),
+        "images_seen": images_seen(state.plan, batch.step + 1),
+        "loss": float(sums[0]) / count,
+        "lr": lr,
+        "grad_norm": norm,
+    }
+    state.faults += count - int(sums[1])
+    return metrics | moe_metrics(state, batch, metrics["loss"], auxiliary)
+
+
+def forward(
+    state: TrainState, batch: Batch, micro: int
+) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
+    """Run one micro-batch: losses (b / M,), weights (b / M,), weighted auxiliary loss, its parts (2,)."""
+    config, device, gate = state.job.config, state.engine.device, state.model.gate
+    size = len(batch.weights) // config.parallel.micro_batches
+    part = slice(micro * size, (micro + 1) * size)
+    images, noise, weights = (
+        x[part].to(device, non_blocking=True) for x in (batch.images, batch.noise, batch.weights)
+    )
+    if gate is None:
+        return state.engine.forward(images, noise), weights, 0.0, torch.zeros(2)
+    router = state.router
+    exchange = ExpertExchange(
+        batch.clusters[state.topology.expert_parallel_ranks(state.rank), part],
+        router.table,
+        router.experts,
+        own_place=state.topology.place(state.rank),
+        group=state.engine.expert_group,
+    )
+    p = gate.logits().softmax(dim=-1)
+    table = torch.from_numpy(router.table).to(device)
+    clusters = batch.clusters[state.rank, part].to(device)
+    scales = output_scales(p, table, clusters, config.gate.combine)
+    losses = state.engine.forward(images, noise, exchange, scales)
+    counts = batch.cluster_counts.to(device)
+    balance, confidence = balance_loss(p, counts), confidence_loss(p, counts)
+    total = config.gate.balance_weight * balance + config.gate.confidence_weight * confidence
+    return losses, weights, total, torch.stack([balance, confidence]).detach().cpu()
+
+
+def check_finite(state: TrainState, sums: Tensor) -> None:
+    """Add up the ranks' sums in place and stop all ranks when the loss is not finite."""
+    shared = sums.to(state.engine.device)
+    dist.all_reduce(shared)
+    sums.copy_(shared)
+    if not math.isfinite(float(sums[0])):
+        raise FloatingPointError(
+            f"{state.job.stage}: loss is {float(sums[0])} at step {state.step}"
+        )
+
+
+def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor) -> dict[str, Any]:
+    """Metrics of the experts, from the plan and the routing table alone."""
+    config, router = state.job.config, state.router
+    if state.model.gate is None:
+        return {"loss_total": loss}
+    experts = config.moe.num_experts
+    counts = batch.cluster_counts.numpy()
+    exchanged = images_exchanged(
+        batch.clusters, router.table, router.experts, state.topology.num_replicas
+    )
+    width = 2 if config.parallel.precision == "bf16" else 4
+    visible = int(config.num_patches * (1 - config.model.mask_ratio)) + 1
+    image_bytes = visible * config.model.shape.width * width
+    balance, confidence = auxiliary.tolist()
+    gate = config.gate
+    return {
+        "loss_total": loss + gate.balance_weight * balance + gate.confidence_weight * confidence,
+        "loss_balance": balance,
+        "loss_confidence": confidence,
+        "images_per_expert": [
+            np.bincount(row, counts, experts).astype(int).tolist() for row in router.table
+        ],
+        "images_exchanged": exchanged,
+        "bytes_exchanged": exchanged * image_bytes * TRANSFERS,
+    }
+
+
+def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
+    """Yield the batches that are left, with routing and placement up to date for each.
+
+    The placement changes between intervals; the loader of an interval reads by it.
+    """
+    gate, interval = state.model.gate, state.job.config.parallel.replan_steps
+    while state.step < state.total_steps:
+        if gate is not None:
+            state.router.refresh(gate, state.step)
+            if state.step % interval == 0:
+                state.router.replan()
+            if state.rank == 0:
+                state.router.write(state.job.folder, state.step)
+        end = state.total_steps if gate is None else (state.step // interval + 1) * interval
+        spec = state.stream_spec(state.plan)
+        group_of = state.router.placement.readers
+        segment = stream(spec, group_of, start=state.step, stop=min(end, state.total_steps))
+        begin = state.step
+        while (batch := timed_next(segment, clock)) is not None:
+            if gate is not None and state.step > begin:
+                state.router.refresh(gate, state.step)
+            yield batch
+
+
+def timed_next(segment: Iterator[Batch], clock: Clock) -> Batch | None:
+    """Take the next batch and count the wait; None at the end."""
+    before = time.perf_counter()
+    batch = next(segment, None)
+    clock.wait(time.perf_counter() - before)
+    return batch
+
+
+def is_due(state: TrainState, every: int) -> bool:
+    """Tell whether something done every so many steps, and after the last, is due."""
+    return state.step % every == 0 or state.step == state.total_steps
+
+
+def images_seen(plan: Plan, steps: int) -> int:
+    """Images that the first `steps` steps use, padding left out."""
+    epochs, rest = divmod(steps, plan.steps_per_epoch)
+    return epochs * plan.table.num_samples + rest * plan.batch_size
+
+
+def current_learning_rate(state: TrainState) -> float:
+    """Learning rate of the step to come."""
+    return learning_rate(
+        state.job.stage_config,
+        state.step,
+        steps_per_epoch=state.plan.steps_per_epoch,
+        total_steps=state.total_steps,
+    )
+
+
+def stop_if_too_many_faults(state: TrainState) -> None:
+    """Stop all ranks when more images were unreadable than the configuration allows.
+
+    Raises:
+        RuntimeError: naming the count, the limit and the ledger.
+    """
+    seen = images_seen(state.plan, state.step)
+    limit = state.job.config.data.max_fault_fraction
+    if state.faults > max(_FAULTS_BEFORE_STOP, limit * seen):
+        raise RuntimeError(
+            f"{state.faults} of the {seen} images read were unusable, more than "
+            f"data.max_fault_fraction ({limit}) allows; see {state.job.run_root / 'faults.jsonl'}"
+        )
+
+
+def save(state: TrainState) -> None:
+    """Write a checkpoint of the step to come; collective over all ranks."""
+    position = {
+        "step": state.step,
+        "stage": state.job.stage,
+        "epoch": state.plan.epoch_of(state.step),
+        "cursors": state.plan.cursors(state.step),
+        "faults": state.faults,
+        **state.router.save(),
+    }
+    folder, keep = state.job.folder / "checkpoints", state.job.config.checkpoint.keep
+    save_checkpoint(folder, state.engine, state.naming, position, keep=keep)
+
+
+def open_log(state: TrainState) -> MetricsLog | None:
+    """Open the metrics of this stage on rank 0."""
+    if state.rank != 0:
+        return None
+    tensorboard = state.job.config.logging.tensorboard
+    return MetricsLog(state.job.folder, start_step=state.step, tensorboard=tensorboard)
+
+
+@torch.no_grad()
+def evaluate(state: TrainState) -> dict[str, Any] | None:
+    """Mean loss over the held-out images, without gate noise; collective over all ranks."""
+    table = holdout_table(state.job)
+    if table is None:
+        return None
+    plan = Plan(table, state.plan.batch_size, state.job.config.seed)
+    if state.model.gate is not None:
+        state.router.refresh(state.model.gate, state.total_steps, force=True)
+    sums = torch.zeros(2, dtype=torch.float64)
+    spec = state.stream_spec(plan)
+    readers = state.router.placement.readers
+    for batch in stream(spec, readers, start=0, stop=plan.steps_per_epoch):
+        for micro in range(state.job.config.parallel.micro_batches):
+            losses, weights, *_ = forward(state, batch, micro)
+            sums += torch.stack([(losses * weights).sum(), weights.sum()]).double().cpu()
+    check_finite(state, sums)
+    return {"loss": float(sums[0] / sums[1]), "images": int(sums[1])}

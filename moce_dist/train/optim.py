@@ -1,0 +1,72 @@
+"""Optimiser and learning rate.
+
+AdamW with decay on matrices only; linear warm-up, then half a cosine; the peak grows linearly with the
+batch. Source: He et al. 2022, arXiv 2111.06377, table 8; Goyal et al. 2017, arXiv 1706.02677.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from moce_dist.config import StageConfig
+from moce_dist.model.moce import is_stacked
+
+_TOKENS = ("cls_token", "mask_token")
+
+
+def has_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether weight decay applies: to matrices, not to biases, norms, tokens and the gate."""
+    # stacked experts have one dimension more than the dense layers that they copy
+    dims = parameter.ndim - is_stacked(name)
+    return dims >= 2 and name not in _TOKENS and not name.startswith("gate.")
+
+
+def parameter_groups(
+    model: nn.Module, stage: StageConfig, gate_lr_scale: float
+) -> list[dict[str, Any]]:
+    """Split trainable parameters into groups with and without decay, and the gate."""
+    groups: dict[str, dict[str, Any]] = {
+        "decay": {"weight_decay": stage.weight_decay, "lr_scale": 1.0},
+        "no_decay": {"weight_decay": 0.0, "lr_scale": 1.0},
+        "gate": {"weight_decay": 0.0, "lr_scale": gate_lr_scale},
+    }
+    for name, group in groups.items():
+        group.update(name=name, params=[])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "decay" if has_decay(name, parameter) else "no_decay"
+            groups["gate" if name.startswith("gate.") else kind]["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
+
+
+def optimizer_factory(
+    stage: StageConfig,
+) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """Return the function that makes the stage's optimiser from parameter groups."""
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if stage.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=stage.lr)
+        return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
+
+    return make
+
+
+def learning_rate(
+    stage: StageConfig, step: int, *, steps_per_epoch: int, total_steps: int
+) -> float:
+    """Learning rate of a step, from 0."""
+    warmup = stage.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return stage.lr * (step + 1) / math.ceil(warmup)
+    progress = (step - warmup) / max(1.0, total_steps - warmup)
+    return stage.min_lr + (stage.lr - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    """Set the rate of every parameter group, scaled by the group's `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,0 +1,78 @@
+"""Start from weights that users already have: published MAE files, timm's MAE backbones.
+
+Encoder names are the same everywhere (timm's); a published `.pth` keeps its tensors under `model`. Most
+files carry no decoder: then the decoder starts new, and the log says so.
+
+Source: the layout of mae_pretrain_vit_*.pth, arXiv 2111.06377; timm's `vit_*_patch16_224.mae`.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor
+
+from moce_dist.config import Config, ConfigError
+from moce_dist.model.mae import MaskedAutoencoder
+
+log = logging.getLogger(__name__)
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """Read a state dict from a local `.pth`, `.pt` or `.safetensors`, or by a timm name from the hub.
+
+    Raises:
+        ConfigError: the file is missing or is no state dict; nothing in it is unpickled but tensors.
+    """
+    path = Path(source)
+    if path.suffix not in (".pth", ".pt", ".safetensors"):
+        return dict(timm.create_model(source, pretrained=True, num_classes=0).state_dict())
+    if not path.is_file():
+        raise ConfigError(f"model.init ({source}): no such file")
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    weights = content.get("model", content) if isinstance(content, dict) else None
+    if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
+        raise ConfigError(f"model.init ({source}): holds no state dict")
+    return dict(weights)
+
+
+def initial_weights(config: Config) -> dict[str, Tensor]:
+    """Return the dense weights that training starts from: new ones, or `model.init`'s over them.
+
+    Raises:
+        ConfigError: a tensor of `model.init` has another shape than the configured model's.
+    """
+    torch.manual_seed(config.seed)
+    weights = dict(MaskedAutoencoder(config).state_dict())
+    if config.model.init is None:
+        return weights
+    found = read_weights(config.model.init)
+    _resample_positions(found, config)
+    taken = {name: tensor.float() for name, tensor in found.items() if name in weights}
+    for name, tensor in taken.items():
+        if tensor.shape != weights[name].shape:
+            raise ConfigError(
+                f"model.init ({config.model.init}): {name} is {tuple(tensor.shape)}, "
+                f"the configured model needs {tuple(weights[name].shape)}"
+            )
+    missing = weights.keys() - taken.keys()
+    encoder = [name for name in missing if not name.startswith(("decoder", "mask_token"))]
+    if encoder:
+        raise ConfigError(f"model.init ({config.model.init}): lacks {sorted(encoder)[0]}")
+    if missing:
+        log.info("model.init: %d tensors; no decoder in it, the decoder starts new", len(taken))
+    return weights | taken
+
+
+def _resample_positions(weights: dict[str, Tensor], config: Config) -> None:
+    side = config.data.image_size // config.model.patch_size
+    positions = weights.get("pos_embed")
+    if positions is not None and positions.shape[1] != side**2 + 1:
+        weights["pos_embed"] = resample_abs_pos_embed(positions, [side, side])

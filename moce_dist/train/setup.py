@@ -1,0 +1,215 @@
+"""Build the training state of one rank: data plan, model, groups, engine, and where to resume."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moce_dist.cluster.assign import read_assignments
+from moce_dist.config import Config, ConfigError, StageConfig
+from moce_dist.data.plan import Plan, SampleTable, sample_table
+from moce_dist.data.shards import read_index
+from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.model.moce import experts_from_dense
+from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
+from moce_dist.parallel.groups import Topology
+from moce_dist.run import Run
+from moce_dist.train.checkpoint import (
+    Naming,
+    latest_checkpoint,
+    load_checkpoint,
+    load_weights,
+    read_manifest,
+)
+from moce_dist.train.optim import optimizer_factory, parameter_groups
+from moce_dist.train.pretrained import initial_weights
+from moce_dist.train.routing import Router
+
+log = logging.getLogger(__name__)
+_HOLDOUT_EPOCH_SEED = 1
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """A training stage as it is sent to the workers: small, and everything else is read from disk."""
+
+    config: Config
+    run_root: Path
+    stage: Literal["mae", "moce"]
+    index: str
+    holdout: str | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage writes."""
+        return self.run_root / self.stage
+
+    @property
+    def stage_config(self) -> StageConfig:
+        """Optimisation of this stage."""
+        return self.config.mae if self.stage == "mae" else self.config.moce
+
+
+@dataclass
+class TrainState:
+    """Everything one rank trains with."""
+
+    job: StageJob
+    rank: int
+    topology: Topology
+    plan: Plan
+    router: Router
+    engine: Engine
+    naming: Naming
+    step: int = 0
+    faults: int = 0
+
+    @property
+    def model(self) -> MaskedAutoencoder:
+        """The model inside the engine."""
+        model = self.engine.module
+        assert isinstance(model, MaskedAutoencoder)
+        return model
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the stage."""
+        return total_steps(self.job.stage_config, self.plan)
+
+    def stream_spec(self, plan: Plan) -> StreamSpec:
+        """Describe this rank's part of a plan."""
+        config = self.job.config
+        return StreamSpec(
+            plan=plan,
+            data=config.data,
+            num_patches=config.num_patches,
+            layout=Layout(self.topology.num_ranks, self.topology.num_groups),
+            rank=self.rank,
+            ledger=Run(self.job.run_root).faults,
+            stage=self.job.stage,
+        )
+
+
+def total_steps(stage: StageConfig, plan: Plan) -> int:
+    """Optimiser steps of a stage over a plan."""
+    return max(1, round(stage.epochs * plan.steps_per_epoch))
+
+
+def worker_device(config: Config) -> torch.device:
+    """Choose this process's device.
+
+    Raises:
+        ConfigError: `parallel.use_gpu` is true and there is none.
+    """
+    wanted = config.parallel.use_gpu
+    if wanted is True and not torch.cuda.is_available():
+        raise ConfigError("parallel.use_gpu (True): no GPU is visible")
+    if not wanted or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def holdout_table(job: StageJob) -> SampleTable | None:
+    """Read the held-out images; in stage moce with the clusters that they were assigned to."""
+    if job.holdout is None:
+        return None
+    table = sample_table(read_index(job.holdout))
+    if job.stage == "mae":
+        return table
+    clusters = read_assignments(Run(job.run_root).clusters / "holdout.parquet")
+    ids = np.array([clusters[key] for key in table.keys], np.int64)
+    return SampleTable(table.urls, table.keys, table.shard, table.offset, table.size, ids)
+
+
+def build_state(job: StageJob) -> TrainState:
+    """Build model, groups and engine, load the newest checkpoint; collective over all ranks."""
+    config, stage = job.config, job.stage_config
+    torch.set_num_threads(config.parallel.threads_per_worker)
+    device = worker_device(config)
+    init_distributed(device)
+    rank = dist.get_rank()
+    topology = Topology(dist.get_world_size(), config.parallel.num_groups)
+    plan = Plan(sample_table(read_index(job.index)), stage.batch_size, config.seed)
+    centroids = _centroids(job)
+    clusters = 1 if centroids is None else len(centroids)
+    sizes = np.bincount(plan.table.cluster, minlength=clusters)
+    router = Router(config, topology, sizes, total_steps=total_steps(stage, plan))
+    checkpoint = _agree_on_checkpoint(job.folder / "checkpoints")
+    model = MaskedAutoencoder(
+        config,
+        centroids=centroids,
+        num_local_experts=config.moe.num_experts // topology.ep_size,
+    ).to(device)
+    engine = Engine(
+        model,
+        parameter_groups(model, stage, config.gate.lr_scale),
+        optimizer_factory(stage),
+        EngineSpec(
+            config.parallel, topology, config.moe.num_experts, stage.batch_size, stage.clip_norm
+        ),
+    )
+    naming = Naming(config.moe_layers, None, topology.place(rank))
+    state = TrainState(job, rank, topology, plan, router, engine, naming)
+    _start_or_resume(state, checkpoint)
+    return state
+
+
+def _start_or_resume(state: TrainState, checkpoint: Path | None) -> None:
+    job, router, gate = state.job, state.router, state.model.gate
+    manifest: dict[str, Any] | None = None
+    if checkpoint is not None:
+        manifest = read_manifest(checkpoint)
+        router.restore(manifest)
+    elif gate is not None:
+        router.refresh(gate, 0)
+        router.replan()
+    state.naming = Naming(job.config.moe_layers, router.experts, state.topology.place(state.rank))
+    if checkpoint is not None and manifest is not None:
+        load_checkpoint(checkpoint, state.engine, state.naming)
+        state.step = manifest["step"]
+        expected = state.plan.cursors(state.step)
+        assert manifest["cursors"] == expected, "the plan of the stream changed under a checkpoint"
+        log.info("%s: resuming at step %d of %d", job.stage, state.step, state.total_steps)
+        return
+    weights = _first_weights(job)
+    state.engine.load_state(lambda name, kind: _lookup(weights, state.naming, name, kind), step=0)
+
+
+def _lookup(weights: dict[str, Tensor], naming: Naming, name: str, kind: str) -> Tensor | None:
+    names = naming.global_names(name)
+    if kind != "weight" or names[0] not in weights:
+        return None
+    parts = [weights[n] for n in names]
+    return parts[0] if names == [name] else torch.stack(parts)
+
+
+def _first_weights(job: StageJob) -> dict[str, Tensor]:
+    config = job.config
+    if job.stage == "mae":
+        return initial_weights(config)
+    mae = latest_checkpoint(job.run_root / "mae" / "checkpoints")
+    dense = initial_weights(config) if mae is None else load_weights(mae)
+    return experts_from_dense(dense, config.moe_layers, config.moe.num_experts)
+
+
+def _centroids(job: StageJob) -> Tensor | None:
+    if job.stage == "mae":
+        return None
+    path = Run(job.run_root).clusters / "centroids.npy"
+    return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+
+
+def _agree_on_checkpoint(folder: Path) -> Path | None:
+    # one rank reads and verifies; the others must not choose differently
+    chosen: list[Path | None] = [latest_checkpoint(folder) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen, 0)
+    return chosen[0]
