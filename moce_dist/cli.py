@@ -25,6 +25,7 @@ _QUIET = (
     "PIL",
     "fsspec",
     "torch.distributed",
+    "faiss",
 )
 
 

@@ -1,0 +1,106 @@
+"""The doctor on this machine, and on ones that lack something."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moce_dist import __main__ as doctor
+from moce_dist.config import json_schema, make_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*flags, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "moce_dist", *flags],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | environment,
+        check=False,
+    )
+
+
+def levels(check, config=None):
+    return [(finding.level, finding.name) for finding in doctor.examine(check, config)]
+
+
+def test_healthy_machine_passes_every_check():
+    done = run()
+    assert done.returncode == 0, done.stdout
+    assert "fail" not in done.stdout.split()
+    for name in ("packages", "torch", "faiss", "GPUs", "memory", "disk", "network", "compilers"):
+        assert f" {name} " in done.stdout
+
+
+def test_gpu_that_is_asked_for_and_missing_fails_with_advice(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("parallel: {use_gpu: true, num_workers: 2, num_groups: 4}")
+    done = run("--config", str(config), CUDA_VISIBLE_DEVICES="", PATH="/nowhere")
+    assert done.returncode == 1
+    assert "fail  GPUs" in done.stdout and "set auto or false" in done.stdout
+    assert "warn  compilers" in done.stdout
+
+
+def test_wrong_config_is_2_with_one_line(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text("parallel: {workers: 2}")
+    done = run("--config", str(config))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: parallel.workers = 2: unknown key\n"
+
+
+def test_package_that_cannot_be_imported_is_a_finding(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert ("fail", "faiss") in levels(doctor.frameworks)
+    assert levels(doctor.memory) == [("fail", "memory")]
+
+
+def test_package_of_a_wrong_version_is_named(monkeypatch):
+    wanted = [
+        "deepspeed==0.0.1",
+        "numpy>=2",
+        "no-such-package>=1",
+        "x; python_version<'3'",
+    ]
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: wanted)
+    (finding,) = doctor.packages(make_config({}))
+    assert finding.level == "fail" and "1 of 3 fit" in finding.seen
+    assert "deepspeed==0.0.1 (0." in finding.advice and "no-such-package" in finding.advice
+
+
+def test_host_name_that_does_not_resolve_is_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor.socket, "gethostname", lambda: "no-such-host.invalid")
+    assert levels(doctor.network) == [("ok", "network"), ("warn", "network")]
+
+
+def test_folder_without_room_or_rights_fails(monkeypatch, tmp_path):
+    config = make_config({"run": {"root": str(tmp_path / "a" / "b")}})
+    assert levels(doctor.disk, config)[0][1] == "disk"
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    assert levels(doctor.disk, config)[-1] == ("fail", "disk")
+
+
+@pytest.mark.parametrize(
+    ("workers", "rows"),
+    [
+        (8, ("  rank   0 1   2 3   4 5   6 7", "  group  g0    g1    g2    g3")),
+        (2, ("  rank   0       1", "  group  g0 g1   g2 g3")),
+        (1, ("  rank   0", "  group  g0 g1 g2 g3")),
+    ],
+)
+def test_picture_shows_ranks_over_their_groups(workers, rows):
+    config = make_config({"parallel": {"num_workers": workers, "num_groups": 4}})
+    assert tuple(doctor.picture(config)[1:3]) == rows
+
+
+def test_schema_for_editors_is_the_one_of_the_code():
+    printed = run("schema")
+    assert printed.returncode == 0 and json.loads(printed.stdout) == json_schema()
+    committed = (ROOT / "configs" / "schema.json").read_text()
+    assert committed == printed.stdout, "renew it with: make schema"
