@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,6 +28,7 @@ _REPORT_S = 5.0
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Draw = tuple[int, int]
+Statistics = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,15 @@ class Progress:
         )
 
 
+def renormalisation(backbone: Backbone) -> tuple[Statistics, Statistics]:
+    """Return factor and shift, (3, 1, 1) each, from ImageNet's statistics to a backbone's own."""
+    mean, std, own_mean, own_std = (
+        np.array(values, np.float32).reshape(3, 1, 1)
+        for values in (MEAN, STD, backbone.mean, backbone.std)
+    )
+    return std / own_std, (mean - own_mean) / own_std
+
+
 class TaskImages(Dataset[tuple[np.ndarray, int]]):
     """Items as (3, S, S) float32 normalised for a backbone; with `augment` cropped and mirrored."""
 
@@ -90,12 +101,7 @@ class TaskImages(Dataset[tuple[np.ndarray, int]]):
     ) -> None:
         self._items, self._size = items, backbone.image_size
         self._augment, self._seed = augment, seed
-        mean, std = (np.array(v, np.float32).reshape(3, 1, 1) for v in (MEAN, STD))
-        other_mean, other_std = (
-            np.array(v, np.float32).reshape(3, 1, 1) for v in (backbone.mean, backbone.std)
-        )
-        # our images carry ImageNet's statistics; some of timm's models were trained with others
-        self._factor, self._shift = std / other_std, (mean - other_mean) / other_std
+        self._factor, self._shift = renormalisation(backbone)
 
     def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int]:
         """Return item `index` as it looks in `epoch`, for a draw (epoch, index).

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.cluster.assign import assign_features
-from moce_dist.config import Config, ConfigError
+from moce_dist.config import Config
 from moce_dist.model.customize import cluster_probabilities, moe_shape, routes
+from moce_dist.transfer.request import check_experts
 
 _MAJORITY = 0.5
 
@@ -92,19 +93,6 @@ def choose_experts(
         "clusters": {str(ids[i]): int(counts[i]) for i in (-counts).argsort(kind="stable")},
         "warning": _warning(layers, len(ids)),
     }
-
-
-def check_experts(given: Sequence[int], num_layers: int, num_experts: int) -> None:
-    """Check `--experts` against a model's layers.
-
-    Raises:
-        ConfigError: it does not name one existing expert per MoE layer.
-    """
-    if len(given) != num_layers or any(not 0 <= e < num_experts for e in given):
-        raise ConfigError(
-            f"--experts {','.join(map(str, given))}: must name {num_layers} experts, one per MoE "
-            f"layer, from 0 to {num_experts - 1}"
-        )
 
 
 def _selected(

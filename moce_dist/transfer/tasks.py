@@ -62,6 +62,10 @@ class Task:
                 digest.update(item.content)
         return digest.hexdigest()
 
+    def images(self) -> list[Item]:
+        """Return the training images."""
+        return list(self.train)
+
     def subset(self, max_train: int | None, seed: int) -> "Task":
         """Keep at most `max_train` training items, drawn with `seed`, in their order."""
         if max_train is None or max_train >= len(self.train):

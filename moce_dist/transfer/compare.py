@@ -1,0 +1,246 @@
+"""The comparison of backbones on one task: choose, customise, export, fit, write down.
+
+    checkpoints --choose--> choice.json --customise--> backbone/ --fits--> results.jsonl -->
+    metrics.json
+
+Every backbone meets the same images, budgets and seeds. A fit that was finished under the same
+conditions is not repeated.
+"""
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moce_dist.config import Config, ConfigError
+from moce_dist.model.customize import customize
+from moce_dist.run import Run, artefact_id, fingerprint, is_complete, mark_complete, write_atomic
+from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
+from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
+from moce_dist.transfer.classify import Features, extract, knn, linear, task_features
+from moce_dist.transfer.export import export_backbone, model_card
+from moce_dist.transfer.finetune import finetune
+from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.request import Request
+from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
+from moce_dist.transfer.scenes import Scenes
+from moce_dist.transfer.segment import segment
+from moce_dist.transfer.select import choose_experts, task_clusters
+from moce_dist.transfer.tasks import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The newest undamaged checkpoint of a stage: its folder and a fingerprint of its content."""
+
+    checkpoint: Path
+    identity: str
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by global name, read when first needed."""
+        return load_weights(self.checkpoint)
+
+
+def open_stage(run: Run, name: str) -> Stage | None:
+    """Find a stage's newest undamaged checkpoint; None when there is none."""
+    checkpoint = latest_checkpoint(run.stage(name) / "checkpoints")
+    if checkpoint is None:
+        return None
+    return Stage(checkpoint, fingerprint(read_manifest(checkpoint)["files"]))
+
+
+class Comparison:
+    """One request on one run: what it needs is loaded once, what is finished is kept."""
+
+    def __init__(self, request: Request, run: Run, config: Config, task: Task | Scenes) -> None:
+        self.request, self.run, self.config, self.task = request, run, config, task
+        self.folder = run.transfer(request.task)
+        self.machine = machine_of(config)
+        self._stages = {name: open_stage(run, name) for name in ("mae", "moce")}
+        self._features: tuple[tuple[str, int], Features] | None = None
+
+    def stage(self, name: str) -> Stage:
+        """Return a stage that the request needs.
+
+        Raises:
+            ConfigError: it has no undamaged checkpoint.
+        """
+        found = self._stages[name]
+        if found is None:
+            folder = self.run.stage(name) / "checkpoints"
+            raise ConfigError(f"{folder}: holds no whole checkpoint; run jobs/pretrain.py first")
+        return found
+
+    @cached_property
+    def task_fingerprint(self) -> str:
+        """Fingerprint of the task's images and labels."""
+        return self.task.fingerprint()
+
+    @cached_property
+    def choice(self) -> dict[str, Any]:
+        """Return the content of choice.json, chosen now unless that was done before."""
+        moce, mae, path = self.stage("moce"), self.stage("mae"), self.folder / "choice.json"
+        inputs = {
+            "task": self.task_fingerprint,
+            "moce": moce.identity,
+            "mae": mae.identity,
+            "clusters": artefact_id(self.run.clusters),
+            "select": self.config.transfer.select,
+            "max_train": self.config.transfer.max_train,
+            "experts": self.request.experts,
+        }
+        # through JSON, so that tuples compare as the lists they become
+        of = fingerprint(inputs)
+        if path.exists() and (known := json.loads(path.read_text())).get("of") == of:
+            return dict(known)
+        encoder = run_backbone("mae", self.config, customize(mae.weights, ()))
+        images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
+        features, _ = extract(encoder, images, self.machine)
+        ids = task_clusters(features, self.run.clusters)
+        choice = choose_experts(
+            ids, moce.weights, self.config, task=self.request.task, given=self.request.experts
+        )
+        write_atomic(path, json.dumps({**choice, "of": of}, indent=1))
+        return {**choice, "of": of}
+
+    def backbone(self, name: str) -> Backbone:
+        """Make one of the requested backbones.
+
+        Raises:
+            ConfigError: its checkpoint is missing, or timm does not know it.
+        """
+        if name.startswith("timm:"):
+            return timm_backbone(name)
+        if name == "random":
+            return run_backbone(name, self.config, None, identity={"random": True})
+        stage = self.stage(name)
+        if name == "mae":
+            return run_backbone(
+                name, self.config, customize(stage.weights, ()), identity={"mae": stage.identity}
+            )
+        experts = [layer["expert"] for layer in self.choice["layers"]]
+        return run_backbone(
+            name,
+            self.config,
+            customize(stage.weights, experts, scale=self.choice["scale"]),
+            choice=experts,
+            identity={"moce": stage.identity, "experts": experts, "scale": self.choice["scale"]},
+        )
+
+    def seeds(self) -> range:
+        """Return the seeds of the fits."""
+        return range(self.config.seed, self.config.seed + self.request.num_seeds)
+
+    def ledger(self, backbones: dict[str, Backbone]) -> Ledger:
+        """Open the results that were made under the present conditions."""
+        stages = {name: stage and stage.identity for name, stage in self._stages.items()}
+        common = {
+            protocol: [
+                self.task_fingerprint,
+                stages,
+                budget(
+                    self.config.transfer, protocol, is_segmentation=self.request.is_segmentation
+                ),
+            ]
+            for protocol in ("finetune", "linear", "knn")
+        }
+        own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
+        return Ledger(self.folder / "results.jsonl", fingerprints(common), fingerprints(own))
+
+    def fits(self) -> Iterator[Fit]:
+        """List what was requested, ordered so that features are computed once."""
+        for name in self.request.backbones:
+            for seed in self.seeds():
+                for protocol in self.request.protocols:
+                    yield Fit(name, protocol, seed)
+
+    def run_fit(self, fit: Fit, backbone: Backbone) -> Row:
+        """Carry out one fit and describe it as a row of metrics.json."""
+        task = self.task.subset(self.config.transfer.max_train, fit.seed)
+        if isinstance(task, Scenes):
+            previews = self.folder / "predictions" / backbone.name.replace("/", "_")
+            value = segment(
+                backbone, task, self.config.transfer, self.machine, seed=fit.seed, out=previews
+            )
+        else:
+            value = self._classify(fit, backbone, task)
+        return {
+            "backbone": fit.backbone,
+            "protocol": fit.protocol,
+            "seed": fit.seed,
+            "value": value,
+            "num_train": len(task.train),
+            "num_test": len(task.test),
+            "choice": backbone.choice,
+        }
+
+    def _classify(self, fit: Fit, backbone: Backbone, task: Task) -> float:
+        transfer, num_classes = self.config.transfer, len(task.classes)
+        if fit.protocol == "finetune":
+            return finetune(backbone, task, transfer.finetune, self.machine, seed=fit.seed)
+        features = self._frozen_features(fit, backbone, task)
+        if fit.protocol == "knn":
+            return knn(features, num_classes, transfer)
+        return linear(features, num_classes, transfer, device=self.machine.device, seed=fit.seed)
+
+    def _frozen_features(self, fit: Fit, backbone: Backbone, task: Task) -> Features:
+        is_drawn = fit.backbone == "random" or len(task.train) < len(self.task.train)
+        key = (fit.backbone, fit.seed if is_drawn else 0)
+        if self._features is None or self._features[0] != key:
+            self._features = (key, task_features(backbone, task, self.machine, seed=fit.seed))
+        return self._features[1]
+
+
+def compare(comparison: Comparison) -> dict[str, Any]:
+    """Carry out a comparison, or take it up where it was left; return the content of metrics.json.
+
+    Raises:
+        ConfigError: a backbone cannot be made.
+        ValueError: an image cannot be read.
+    """
+    request, folder = comparison.request, comparison.folder
+    backbones = {name: comparison.backbone(name) for name in request.backbones}
+    ledger = comparison.ledger(backbones)
+    inputs = {
+        "fits": [list(fit) for fit in comparison.fits()],
+        "common": dict(ledger.common),
+        "own": dict(ledger.own),
+    }
+    if is_complete(folder, inputs):
+        logger.info("%s: complete, nothing to do", folder)
+        return dict(json.loads((folder / "metrics.json").read_text()))
+    for fit in comparison.fits():
+        known = ledger.rows()
+        if fit in known:
+            continue
+        row = comparison.run_fit(fit, backbones[fit.backbone])
+        ledger.add(row)
+        logger.info("%s %s seed %d: %.4f", *fit, row["value"])
+    metric = "mIoU" if request.is_segmentation else "accuracy"
+    metrics = make_metrics(request.task, metric, ledger.rows().values())
+    write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
+    files = [folder / "metrics.json"]
+    if "moce" in backbones:
+        files += _export(comparison, backbones["moce"], metrics)
+    mark_complete(folder, inputs, files)
+    return metrics
+
+
+def _export(comparison: Comparison, moce: Backbone, metrics: dict[str, Any]) -> list[Path]:
+    about = {
+        "run": comparison.run.root.name,
+        "data": comparison.config.data.source,
+        "checkpoint": f"moce/{comparison.stage('moce').checkpoint.name}",
+        "selection": comparison.choice["select"],
+    }
+    card = model_card(comparison.choice, metrics, about)
+    written = export_backbone(moce, comparison.folder / "backbone", card)
+    return [*written, comparison.folder / "choice.json"]

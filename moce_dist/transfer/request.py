@@ -1,0 +1,153 @@
+"""One comparison on one task, checked before torch is imported.
+
+A request names the task, the backbones, the protocols and the seeds. Whatever can be wrong about it
+or about the run directory that it refers to is found here, from names, folders and headers.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce_dist.config import Config, ConfigError, flatten, load_config, parse_yaml
+from moce_dist.run import Run, differing_fields, load_run
+from moce_dist.transfer.tasks import SEGMENTATION_TASKS, TASKS
+
+BACKBONES = ("moce", "mae", "random")
+CLASSIFICATION = ("finetune", "linear", "knn")
+SEGMENTATION = ("finetune",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `jobs/transfer.py` was asked for."""
+
+    task: str
+    data: Path | None
+    backbones: tuple[str, ...]
+    protocols: tuple[str, ...]
+    num_seeds: int
+    experts: tuple[int, ...] | None
+
+    @property
+    def is_segmentation(self) -> bool:
+        """Tell whether the task has masks instead of labels."""
+        return self.task in SEGMENTATION_TASKS
+
+
+def parse_names(text: str, flag: str) -> tuple[str, ...]:
+    """Split a comma list of distinct names.
+
+    Raises:
+        ConfigError: a name is empty or repeated.
+    """
+    names = tuple(part.strip() for part in text.split(","))
+    if not all(names) or len(set(names)) != len(names):
+        raise ConfigError(f"{flag} {text}: must be a comma list of distinct names")
+    return names
+
+
+def parse_experts(text: str | None) -> tuple[int, ...] | None:
+    """Read `--experts 3,1`.
+
+    Raises:
+        ConfigError: it is no comma list of whole numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--experts {text}: must be whole numbers, one per MoE layer") from None
+
+
+def check_request(request: Request, config: Config) -> None:
+    """Check names and numbers of a request against what exists.
+
+    Raises:
+        ConfigError: naming the flag, the value and the rule.
+    """
+    tasks = (*TASKS, *SEGMENTATION_TASKS)
+    if request.task not in tasks:
+        raise ConfigError(f"--task {request.task}: must be one of {', '.join(tasks)}")
+    for name in request.backbones:
+        if name not in BACKBONES and not name.startswith("timm:"):
+            raise ConfigError(
+                f"--backbone {name}: must be one of {', '.join(BACKBONES)} or timm:NAME"
+            )
+    protocols = SEGMENTATION if request.is_segmentation else CLASSIFICATION
+    for name in request.protocols:
+        if name not in protocols:
+            raise ConfigError(
+                f"--protocol {name}: must be one of {', '.join(protocols)} for {request.task}"
+            )
+    if request.num_seeds < 1:
+        raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")
+    if request.experts is not None:
+        check_experts(request.experts, len(config.moe_layers), config.moe.num_experts)
+    if request.is_segmentation:
+        _check_segmentation(config)
+
+
+def _check_segmentation(config: Config) -> None:
+    transfer, patch_size = config.transfer, config.model.patch_size
+    if transfer.segment_crop % (2 * patch_size):
+        raise ConfigError(
+            f"transfer.segment_crop ({transfer.segment_crop}) must be a multiple of twice "
+            f"model.patch_size ({patch_size})"
+        )
+    if transfer.segment_batch_size < 2:
+        raise ConfigError(
+            f"transfer.segment_batch_size ({transfer.segment_batch_size}) must be 2 or more "
+            "(batch normalisation)"
+        )
+
+
+def check_experts(given: Sequence[int], num_layers: int, num_experts: int) -> None:
+    """Check `--experts` against a model's layers.
+
+    Raises:
+        ConfigError: it does not name one existing expert per MoE layer.
+    """
+    if len(given) != num_layers or any(not 0 <= e < num_experts for e in given):
+        raise ConfigError(
+            f"--experts {','.join(map(str, given))}: must name {num_layers} experts, one per MoE "
+            f"layer, from 0 to {num_experts - 1}"
+        )
+
+
+def check_stages(request: Request, run: Run) -> None:
+    """Check that a run has finished the stages that the backbones come from.
+
+    Raises:
+        ConfigError: naming the missing folder and the command that makes it.
+    """
+    needed = []
+    if "moce" in request.backbones:
+        needed += [run.stage("moce") / "checkpoints", run.clusters]
+    if "moce" in request.backbones or "mae" in request.backbones:
+        needed.append(run.stage("mae") / "checkpoints")
+    for folder in needed:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: is missing; jobs/pretrain.py --run {run.root} makes it")
+
+
+def open_request_run(root: Path, recipe: str | None, overrides: list[str]) -> tuple[Run, Config]:
+    """Open a run with a recipe and `--set` overrides laid over the configuration it was made with.
+
+    Raises:
+        ConfigError: there is no such run, the recipe is wrong or changes what the run has learnt.
+    """
+    run, made_with = load_run(root)
+    changes = []
+    if recipe is not None:
+        load_config(recipe)
+        tree = parse_yaml(Path(recipe).read_text(), recipe) or {}
+        changes = [f"{path}={json.dumps(value)}" for path, value in flatten(tree).items()]
+    config = load_config(root / "config.yaml", [*changes, *overrides])
+    if differing := differing_fields(config, made_with):
+        raise ConfigError(
+            f"{root}: was made with another configuration: {'; '.join(differing)}; here only "
+            "transfer and runtime fields may change"
+        )
+    return run, config

@@ -1,0 +1,102 @@
+"""Results of a comparison: one line per fit, kept as soon as it is there, and their summary.
+
+`results.jsonl` is the ledger: every fit appends its line with the fingerprint of what it depended
+on, so that an interrupted or extended comparison repeats nothing. `metrics.json` is made from the
+lines that still hold:
+
+    {"task": "digits", "metric": "accuracy",
+     "results": [{"backbone": "moce", "protocol": "knn", "seed": 0, "value": 0.93, ...}, ...],
+     "summary": [{"backbone": "moce", "protocol": "knn", "mean": 0.93, "std": 0.0}, ...]}
+"""
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moce_dist.config import TransferConfig
+from moce_dist.run import fingerprint, read_jsonl
+
+Row = dict[str, Any]
+
+
+class Fit(NamedTuple):
+    """One training or fitting: which backbone, by which protocol, with which seed."""
+
+    backbone: str
+    protocol: str
+    seed: int
+
+
+def budget(transfer: TransferConfig, protocol: str, *, is_segmentation: bool) -> dict[str, Any]:
+    """Select the fields of the configuration that a protocol's result depends on."""
+    fields: dict[str, Any] = transfer.model_dump(mode="json")
+    if is_segmentation:
+        kept = [name for name in fields if name.startswith("segment_")]
+    else:
+        kept = {"knn": ["knn_k"], "linear": ["linear_epochs"], "finetune": ["finetune"]}[protocol]
+    return {name: fields[name] for name in ["max_train", *kept]}
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The lines of `results.jsonl` that were made under the present conditions.
+
+    `common` has, per protocol, the fingerprint of task, run and budget; `own` has, per requested
+    backbone, the fingerprint of its weights and choice.
+    """
+
+    path: Path
+    common: Mapping[str, str]
+    own: Mapping[str, str]
+
+    def rows(self) -> dict[Fit, Row]:
+        """Return the newest valid row of every fit, requested now or before."""
+        found: dict[Fit, Row] = {}
+        for line in read_jsonl(self.path):
+            row = line["row"]
+            fit = Fit(row["backbone"], row["protocol"], row["seed"])
+            is_same = line["common"] == self.common.get(fit.protocol)
+            if is_same and line["own"] == self.own.get(fit.backbone, line["own"]):
+                found[fit] = row
+        return found
+
+    def add(self, row: Row) -> None:
+        """Append the row of a finished fit."""
+        line = {
+            "common": self.common[row["protocol"]],
+            "own": self.own[row["backbone"]],
+            "row": row,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def fingerprints(values: Mapping[str, Any]) -> dict[str, str]:
+    """Fingerprint every value of a mapping."""
+    return {name: fingerprint(value) for name, value in values.items()}
+
+
+def summarise(rows: Iterable[Row]) -> list[Row]:
+    """Mean and standard deviation (of the sample; 0 for one seed) per backbone and protocol."""
+    values: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        values.setdefault((row["backbone"], row["protocol"]), []).append(row["value"])
+    return [
+        {
+            "backbone": backbone,
+            "protocol": protocol,
+            "mean": statistics.fmean(found),
+            "std": statistics.stdev(found) if len(found) > 1 else 0.0,
+        }
+        for (backbone, protocol), found in values.items()
+    ]
+
+
+def make_metrics(task: str, metric: str, rows: Iterable[Row]) -> dict[str, Any]:
+    """Make the content of metrics.json."""
+    ordered = list(rows)
+    return {"task": task, "metric": metric, "results": ordered, "summary": summarise(ordered)}

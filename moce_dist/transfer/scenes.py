@@ -1,0 +1,197 @@
+"""Pictures with masks in ADE20K's folder layout, checked before anything is trained.
+
+    DATA/images/training/NAME.jpg      DATA/annotations/training/NAME.png      0 = ignore, else
+    class + 1 DATA/images/validation/NAME.jpg    DATA/annotations/validation/NAME.png
+    DATA/classes.txt                   one name a line; or ADE20K's objectInfo150.txt; else 150
+    numbers
+
+Letters: H, W height and width of a picture, S side of a crop, pixels; C classes.
+
+Source: the SceneParsing release of ADE20K (Zhou et al. 2017); random scale, crop and mirror as in
+mmsegmentation's configs for ADE20K.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moce_dist.config import ConfigError
+from moce_dist.data.images import MEAN, STD, ImageError, open_image
+from moce_dist.data.shards import IMAGE_EXTENSIONS
+from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item
+
+IGNORE = -1
+_NUM_CLASSES = 150
+_SCALES = (0.5, 2.0)
+_MEAN = np.array(MEAN, np.float32) * 255
+_STD = np.array(STD, np.float32) * 255
+
+Labels = NDArray[np.int64]
+
+
+class Scene(NamedTuple):
+    """A picture and its mask."""
+
+    key: str
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """A segmentation task: class names and the scenes of its two splits."""
+
+    name: str
+    classes: Sequence[str]
+    train: Sequence[Scene]
+    test: Sequence[Scene]
+
+    def fingerprint(self) -> str:
+        """Sha256 over classes, keys and file sizes."""
+        digest = hashlib.sha256(repr(list(self.classes)).encode())
+        for scene in [*self.train, *self.test]:
+            sizes = scene.image.stat().st_size, scene.mask.stat().st_size
+            digest.update(f"{scene.key}/{sizes}\n".encode())
+        return digest.hexdigest()
+
+    def subset(self, max_train: int | None, seed: int) -> "Scenes":
+        """Keep at most `max_train` training scenes, drawn with `seed`, in their order."""
+        if max_train is None or max_train >= len(self.train):
+            return self
+        kept = np.random.default_rng(seed).permutation(len(self.train))[:max_train]
+        return replace(self, train=[self.train[i] for i in sorted(kept)])
+
+    def images(self) -> list[Item]:
+        """Return the training pictures without their masks."""
+        return [Item(scene.key, scene.image, 0) for scene in self.train]
+
+
+def _classes(data: Path) -> list[str]:
+    plain, official = data / "classes.txt", data / "objectInfo150.txt"
+    if plain.is_file():
+        names = [line.strip() for line in plain.read_text().splitlines() if line.strip()]
+    elif official.is_file():
+        rows = official.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
+    else:
+        return [str(i + 1) for i in range(_NUM_CLASSES)]
+    if len(names) < 2:
+        raise ConfigError(f"--data {data}: lists {len(names)} classes, needs two or more")
+    return names
+
+
+def _split(data: Path, split: str) -> list[Scene]:
+    pictures, masks = data / "images" / split, data / "annotations" / split
+    layout = "expected DATA/{images,annotations}/{training,validation}"
+    for folder in (pictures, masks):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: is no folder; {layout}")
+    by_stem = {p.stem: p for p in sorted(masks.glob("*.png"))}
+    found = [p for p in sorted(pictures.iterdir()) if p.suffix[1:].lower() in IMAGE_EXTENSIONS]
+    if not found:
+        raise ConfigError(f"{pictures}: holds no pictures; {layout}")
+    if lacking := [p.name for p in found if p.stem not in by_stem]:
+        raise ConfigError(f"{pictures / lacking[0]}: has no mask in {masks} ({len(lacking)} such)")
+    if stray := sorted(set(by_stem) - {p.stem for p in found}):
+        raise ConfigError(f"{by_stem[stray[0]]}: mask without a picture ({len(stray)} such)")
+    return [Scene(f"{split}/{p.stem}", p, by_stem[p.stem]) for p in found]
+
+
+def read_scenes(name: str, data: Path | None) -> Scenes:
+    """List the scenes of a folder in ADE20K's layout.
+
+    Raises:
+        ConfigError: a folder, a mask or a picture is missing.
+    """
+    if data is None:
+        raise ConfigError(f"--task {name}: needs --data, a folder in ADE20K's layout")
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is not a folder")
+    return Scenes(name, _classes(data), _split(data, "training"), _split(data, "validation"))
+
+
+def read_mask(path: Path) -> Labels:
+    """Read a mask as class indices (H, W) int64; ignored pixels are `IGNORE`.
+
+    Raises:
+        ValueError: the file is no image of one channel.
+    """
+    with Image.open(path) as image:
+        if image.mode not in ("L", "P", "I", "I;16"):
+            raise ValueError(f"mask has mode {image.mode}, must have one channel of class numbers")
+        return np.asarray(image).astype(np.int64) - 1
+
+
+def check_scenes(scenes: Scenes, *, threads: int) -> None:
+    """Decode all pictures and masks of a task below `SCAN_LIMIT_BYTES` and compare them.
+
+    Raises:
+        ConfigError: naming the first scene that is unreadable, whose mask has another size or holds
+        a class
+            that the task does not have, and how many there are.
+    """
+    every = [*scenes.train, *scenes.test]
+    if sum(scene.image.stat().st_size for scene in every) > SCAN_LIMIT_BYTES:
+        return
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        found = list(pool.map(lambda scene: _fault(scene, len(scenes.classes)), every))
+    if bad := [fault for fault in found if fault]:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        raise ConfigError(bad[0] + more)
+
+
+def _fault(scene: Scene, num_classes: int) -> str:
+    try:
+        picture = open_image(scene.image.read_bytes())
+    except (ImageError, OSError) as error:
+        return f"{scene.image}: unreadable image: {error}"
+    try:
+        mask = read_mask(scene.mask)
+    except (ValueError, OSError) as error:
+        return f"{scene.mask}: unreadable mask: {error}"
+    if mask.shape != (picture.height, picture.width):
+        return f"{scene.mask}: has shape {mask.shape}, its picture {picture.size[::-1]}"
+    if mask.max() >= num_classes:
+        return f"{scene.mask}: holds {mask.max() + 1}, must be at most {num_classes} (classes)"
+    return ""
+
+
+def scaled(picture: Image.Image, short_side: int) -> Image.Image:
+    """Resize a picture bilinearly so that its shorter side has `short_side` pixels."""
+    factor = short_side / min(picture.size)
+    size = [max(short_side, round(side * factor)) for side in picture.size]
+    return picture.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+
+
+def to_pixels(picture: Image.Image) -> NDArray[np.float32]:
+    """Normalise a picture by ImageNet's statistics, (3, H, W)."""
+    return ((np.asarray(picture, np.float32) - _MEAN) / _STD).transpose(2, 0, 1)
+
+
+def training_crop(
+    scene: Scene, size: int, draws: np.random.Generator
+) -> tuple[NDArray[np.float32], Labels]:
+    """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
+
+    Returns pixels (3, S, S) and class indices (S, S); what lies outside the picture is ignored.
+    """
+    factor = draws.uniform(*_SCALES)
+    picture = scaled(open_image(scene.image.read_bytes()), max(1, round(size * factor)))
+    labels = Image.fromarray(read_mask(scene.mask).astype(np.int32))
+    mask = np.asarray(labels.resize(picture.size, Image.Resampling.NEAREST), np.int64)
+    pixels = to_pixels(picture)
+    top, left = (int(draws.integers(max(1, side - size + 1))) for side in mask.shape)
+    window: tuple[Any, ...] = (slice(top, top + size), slice(left, left + size))
+    pixels, mask = pixels[:, *window], mask[window]
+    if draws.random() < 0.5:
+        pixels, mask = pixels[:, :, ::-1], mask[:, ::-1]
+    below, beside = size - mask.shape[0], size - mask.shape[1]
+    padding = ((0, below), (0, beside))
+    return np.pad(pixels, ((0, 0), *padding)), np.pad(mask, padding, constant_values=IGNORE)
