@@ -188,7 +188,7 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
     """
     resolved = root / "config.yaml"
     if fresh and resolved.exists():
-        _set_aside(root)
+        set_aside(root)
     if resolved.exists():
         tree = parse_yaml(resolved.read_text(), str(resolved))
         differing = differing_fields(config, Config.model_validate(tree))
@@ -227,7 +227,7 @@ def load_run(root: Path) -> tuple[Run, Config]:
     return Run(root), Config.model_validate(parse_yaml(resolved.read_text(), str(resolved)))
 
 
-def _set_aside(root: Path) -> None:
-    # a fresh start must not destroy days of training on a typing error
+def set_aside(root: Path) -> None:
+    """Rename a folder: a fresh start must not destroy days of training on a typing error."""
     stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{time.time_ns() % 10**9:09d}"
     root.rename(root.with_name(f"{root.name}.before-{stamp}"))

@@ -7,16 +7,14 @@ that any sample can be read by one range request and copied without unpacking it
     tar    | header img | image bytes | header cls | label | header img | ...
            ^ start      ^ offset      ^ offset + size      ^ end = start of the next sample
 
-`index.json` lies beside the tars; paths in it are relative to its folder, or absolute paths or URLs.
-
-Source: WebDataset's naming rule, webdataset/webdataset tariterators.py (base_plus_ext).
+`index.json` lies beside the tars; paths in it are relative to its folder, absolute, or URLs.
 """
 
 import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +22,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from moce_dist.config import ConfigError
+from moce_dist.data.tarscan import TarSample, scan_tar
 from moce_dist.run import write_atomic
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
@@ -55,6 +54,22 @@ class Shard:
     offsets: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
 
+    def take(self, rows: list[int]) -> "Shard":
+        """Return the entry with some of its samples only; the tar stays as it is."""
+
+        def pick(column: list[Any]) -> list[Any]:
+            return [column[row] for row in rows]
+
+        return replace(
+            self,
+            num_samples=len(rows),
+            keys=pick(self.keys),
+            starts=pick(self.starts),
+            ends=pick(self.ends),
+            offsets=pick(self.offsets),
+            sizes=pick(self.sizes),
+        )
+
 
 @dataclass(frozen=True)
 class ShardIndex:
@@ -80,124 +95,68 @@ class ShardIndex:
         return f"{self.root.rstrip('/')}/{shard.path}"
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Split a member's path into (key, extension), e.g. `a.b/c.seg.png` -> (`a.b/c`, `seg.png`)."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return folder + slash + stem, extension.lower()
-
-
 def is_image_name(extension: str) -> bool:
     """Tell whether a member with this extension is the sample's picture."""
     return extension in IMAGE_EXTENSIONS
 
 
-class _Group(NamedTuple):
-    """The members of one sample while a tar is being scanned."""
-
-    key: str
-    members: list[tarfile.TarInfo]
-
-    def image(self) -> tarfile.TarInfo | None:
-        return next((m for m in self.members if is_image_name(split_name(m.name)[1])), None)
-
-
-def _members(tar: tarfile.TarFile, url: str, faults: list[Fault]) -> Iterator[tarfile.TarInfo]:
-    # a tar cut off in its middle yields what is whole, then one fault for the rest
-    try:
-        for member in tar:
-            if member.isfile():
-                yield member
-    except (tarfile.TarError, OSError, EOFError) as error:
-        faults.append(Fault(url, None, f"truncated or damaged tar: {error}"))
-
-
-def _groups(members: Iterable[tarfile.TarInfo]) -> Iterator[_Group]:
-    group: _Group | None = None
-    for member in members:
-        key = split_name(member.name)[0]
-        if group is None or key != group.key:
-            if group is not None:
-                yield group
-            group = _Group(key, [])
-        group.members.append(member)
-    if group is not None:
-        yield group
-
-
-def _group_end(group: _Group) -> int:
-    last = group.members[-1]
-    return last.offset_data + (last.size + 511) // 512 * 512
-
-
 def scan_shard(
     url: str, *, path: str | None = None, cluster: int | None = None
 ) -> tuple[Shard, list[Fault]]:
-    """Index one tar by reading its headers, and its bytes once for the sha256.
+    """Index one tar in one pass over its bytes.
 
-    Returns the shard (`path` as it shall stand in the index, default `url`) and what in it cannot be used: a
-    truncated tail, samples without an image, empty images.
+    Returns the shard (`path` as it shall stand in the index, default `url`) and what in it cannot
+    be used: a truncated or damaged tail, samples without an image, empty images.
 
     Raises:
         ConfigError: the file is missing or is no tar at all.
     """
-    faults: list[Fault] = []
-    shard = Shard(path=path or url, cluster=cluster)
     try:
         with fsspec.open(url, "rb") as file:
-            size = _scan_samples(file, url, shard, faults)
-            file.seek(0)
-            digest = hashlib.sha256()
-            while block := file.read(2**22):
-                digest.update(block)
-    except FileNotFoundError:
+            scan = scan_tar(file)
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{url}: no such shard") from None
     except tarfile.ReadError as error:
-        raise ConfigError(f"{url}: is not a tar file ({error})") from None
-    return replace(
-        shard, num_samples=len(shard.keys), bytes=size, sha256=digest.hexdigest()
-    ), faults
+        raise ConfigError(f"{url}: is not an uncompressed tar file ({error})") from None
+    shard = Shard(path or url, bytes=scan.bytes, sha256=scan.sha256, cluster=cluster)
+    faults = [fault for sample in scan.samples if (fault := _add_sample(shard, url, sample))]
+    if scan.problem:
+        faults.append(Fault(url, None, scan.problem))
+    return replace(shard, num_samples=len(shard.keys)), faults
 
 
-def _scan_samples(file: Any, url: str, shard: Shard, faults: list[Fault]) -> int:
-    size = int(file.seek(0, io.SEEK_END))
-    file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:") as tar:
-        for group in _groups(_members(tar, url, faults)):
-            image = group.image()
-            if image is None:
-                faults.append(Fault(url, group.key, "sample has no image member"))
-            elif image.size == 0:
-                faults.append(Fault(url, group.key, "image is empty"))
-            elif _group_end(group) > size:
-                faults.append(Fault(url, group.key, "sample is cut off by the end of the tar"))
-            else:
-                _add_sample(shard, group, image)
-    return size
-
-
-def _add_sample(shard: Shard, group: _Group, image: tarfile.TarInfo) -> None:
-    shard.keys.append(group.key)
-    shard.starts.append(group.members[0].offset)
-    shard.ends.append(_group_end(group))
+def _add_sample(shard: Shard, url: str, sample: TarSample) -> Fault | None:
+    image = next((m for e, m in sample.members.items() if is_image_name(e)), None)
+    if image is None:
+        return Fault(url, sample.key, "sample has no image member")
+    if image.size == 0:
+        return Fault(url, sample.key, "image is empty")
+    shard.keys.append(sample.key)
+    shard.starts.append(sample.start)
+    shard.ends.append(sample.end)
     shard.offsets.append(image.offset_data)
     shard.sizes.append(image.size)
+    return None
 
 
 class ShardWriter:
     """Write one tar from raw members or raw ranges of other tars, indexing while writing.
 
-    The file is written beside its final name and renamed by `close`, so a tar under its name is whole.
+    The file is written beside its final name and renamed by `close`, so a tar under its name is
+    whole. Between two writes no file is open: thousands of shards can be written at once.
     """
 
-    def __init__(self, folder: Path, name: str, *, cluster: int | None = None) -> None:
-        self._path, self._cluster = folder / name, cluster
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(
+        self, folder: Path, name: str, *, cluster: int | None = None, buffer_bytes: int = 2**20
+    ) -> None:
+        self._path, self._buffer_bytes = folder / name, buffer_bytes
         self._temporary = folder / f".{name}.tmp"
-        self._file = self._temporary.open("wb")
+        self._buffer = bytearray()
         self._digest = hashlib.sha256()
         self._position = 0
         self._shard = Shard(path=name, cluster=cluster)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._temporary.write_bytes(b"")
 
     @property
     def num_bytes(self) -> int:
@@ -205,9 +164,16 @@ class ShardWriter:
         return self._position
 
     def _append(self, block: bytes) -> None:
-        self._file.write(block)
+        self._buffer += block
         self._digest.update(block)
         self._position += len(block)
+        if len(self._buffer) >= self._buffer_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._temporary.open("ab") as file:
+            file.write(self._buffer)
+        self._buffer.clear()
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         """Append a sample: {extension: bytes}, exactly one of them an image."""
@@ -222,7 +188,7 @@ class ShardWriter:
         self._record(key, start, *position)
 
     def add_raw(self, key: str, content: bytes, image_offset: int, image_size: int) -> None:
-        """Append a sample as its byte range in another tar, the image `image_offset` bytes into it."""
+        """Append a sample's byte range of another tar; the image lies `image_offset` bytes in."""
         start = self._position
         self._append(content)
         self._record(key, start, start + image_offset, image_size)
@@ -238,7 +204,7 @@ class ShardWriter:
     def close(self) -> Shard:
         """Finish the tar and return its index entry."""
         self._append(_TAR_END)
-        self._file.close()
+        self._flush()
         self._temporary.replace(self._path)
         return replace(
             self._shard,
@@ -246,6 +212,44 @@ class ShardWriter:
             bytes=self._position,
             sha256=self._digest.hexdigest(),
         )
+
+
+class ShardSeries:
+    """Write `PREFIX-000000.tar`, `PREFIX-000001.tar`, ..., each of at most about `shard_bytes`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        shard_bytes: int,
+        *,
+        cluster: int | None = None,
+        buffer_bytes: int = 2**20,
+    ) -> None:
+        self._folder, self._prefix, self._shard_bytes = folder, prefix, shard_bytes
+        self._cluster, self._buffer_bytes = cluster, buffer_bytes
+        self._writers: list[ShardWriter] = []
+        self._shards: list[Shard] = []
+
+    def writer(self, num_bytes: int) -> ShardWriter:
+        """Return the tar that the next sample of about `num_bytes` belongs in."""
+        is_open = len(self._writers) > len(self._shards)
+        if is_open and self._writers[-1].num_bytes + num_bytes <= self._shard_bytes:
+            return self._writers[-1]
+        if is_open:
+            self._shards.append(self._writers[-1].close())
+        name = f"{self._prefix}-{len(self._writers):06d}.tar"
+        writer = ShardWriter(
+            self._folder, name, cluster=self._cluster, buffer_bytes=self._buffer_bytes
+        )
+        self._writers.append(writer)
+        return writer
+
+    def close(self) -> list[Shard]:
+        """Finish the last tar and return the index entries of all."""
+        if len(self._writers) > len(self._shards):
+            self._shards.append(self._writers[-1].close())
+        return self._shards
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:
@@ -288,9 +292,10 @@ def read_range(url: str, start: int, size: int) -> bytes:
 
 def read_members(url: str, start: int, end: int) -> dict[str, bytes]:
     """All members of one sample as {extension: bytes}, from its byte range."""
-    with tarfile.open(fileobj=io.BytesIO(read_range(url, start, end - start) + _TAR_END)) as tar:
-        return {
-            split_name(member.name)[1]: file.read()
-            for member in tar
-            if (file := tar.extractfile(member))
-        }
+    content = io.BytesIO(read_range(url, start, end - start) + _TAR_END)
+    (sample,) = scan_tar(content).samples
+    members = {}
+    for extension, member in sample.members.items():
+        content.seek(member.offset_data)
+        members[extension] = content.read(member.size)
+    return members

@@ -1,0 +1,136 @@
+"""Turn images into shards and an index: a folder, tars, or a set from installed packages."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moce_dist.cli import job_parser, quiet_libraries, run_job
+from moce_dist.config import Config, ConfigError, load_config
+from moce_dist.data import samples
+from moce_dist.data.ingest import HOLDOUT, ingest
+from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
+from moce_dist.data.sources import expand_shards, list_folder, parse_source
+from moce_dist.run import COMPLETE, open_run, read_faults, resolve_run, set_aside
+
+_MAX_DOMAINS_SHOWN = 12
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """Parse the command line."""
+    parser = job_parser(
+        "Make the shards that training reads; sample:TASK writes a downstream task as folders.",
+        "python jobs/ingest.py --source folder:/data/imagenet/train --out /data/shards",
+    )
+    parser.add_argument(
+        "--source",
+        metavar="KIND:REST",
+        help=f"folder:PATH, shards:PATTERN, or sample:NAME ({', '.join(samples.NAMES)}); "
+        "default data.source",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder to write; default RUN/ingested")
+    return parser.parse_args(argv)
+
+
+def plan(source: str) -> str:
+    """Say what would be read.
+
+    Raises:
+        ConfigError: the source is wrong.
+    """
+    kind, rest = parse_source(source)
+    if kind == "folder":
+        folder = list_folder(Path(rest).expanduser().resolve())
+        return (
+            f"{len(folder.files)} pictures, {folder.num_bytes} bytes, "
+            f"{len(folder.faults)} unusable files"
+        )
+    if kind == "shards":
+        urls = expand_shards(rest)
+        local = sum(os.path.getsize(url) for url in urls if "://" not in url)
+        return f"{len(urls)} shards, {local} bytes on local disks, indexed where they lie"
+    samples.check_name(rest)
+    return f"images of installed packages: {', '.join(samples.DOMAINS)}"
+
+
+def place(args: Any, config: Config) -> tuple[Path, Path]:
+    """Decide the output folder and the ledger of faults.
+
+    Raises:
+        ConfigError: neither --out nor --run says where.
+    """
+    if args.out and "://" in args.out:
+        raise ConfigError(f"--out {args.out}: must be a local folder; copy it afterwards")
+    if args.run:
+        root = resolve_run(args.run, config)
+        run = None if args.dry_run else open_run(root, config, fresh=args.fresh)
+        out = Path(args.out) if args.out else root / "ingested"
+        return out, run.faults if run else root / "faults.jsonl"
+    if not args.out:
+        raise ConfigError("--out: is missing; name a folder, or a run with --run")
+    out = Path(args.out)
+    if args.fresh and not args.dry_run and (out / COMPLETE).exists():
+        set_aside(out)
+    return out, out / "faults.jsonl"
+
+
+def write_task(name: str, out: Path) -> None:
+    """Write a downstream task of a sample set as folders and say what there is."""
+    if name == samples.SEGMENTATION:
+        samples.write_climate_segmentation(out)
+    else:
+        samples.write_task(name, out)
+    images = Counter(path.relative_to(out).parts[-2] for path in out.glob("images/*/*")) or Counter(
+        path.relative_to(out).parts[0] for path in out.glob("*/*/*.png")
+    )
+    print(f"images   {', '.join(f'{part} {number}' for part, number in sorted(images.items()))}")
+    print(f"path     {out}")
+
+
+def summarise(index: ShardIndex, out: Path, num_faults: int) -> None:
+    """Print what the data set consists of."""
+    holdout = [read_index(out / HOLDOUT)] if (out / HOLDOUT / INDEX_NAME).is_file() else []
+    indices = [index, *holdout]
+    num_shards = sum(len(part.shards) for part in indices)
+    num_bytes = sum(shard.bytes for part in indices for shard in part.shards)
+    held = sum(part.num_samples for part in holdout)
+    domains = Counter(
+        key.split("/")[0] if "/" in key else "(no folder)"
+        for part in indices
+        for shard in part.shards
+        for key in shard.keys
+    )
+    shown = ", ".join(f"{name} {n}" for name, n in domains.most_common(_MAX_DOMAINS_SHOWN))
+    more = ", ..." if len(domains) > _MAX_DOMAINS_SHOWN else ""
+    print(f"images   {index.num_samples} for training, {held} held out")
+    print(f"shards   {num_shards}, {num_bytes} bytes")
+    print(f"domains  {len(domains)}: {shown}{more}")
+    print(f"faults   {num_faults}")
+    print(f"path     {out / INDEX_NAME}")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run the job."""
+    args = parse(argv)
+    quiet_libraries()
+    config = load_config(args.config, args.overrides)
+    source = args.source or config.data.source
+    kind, name = parse_source(source)
+    reads = plan(source)
+    out, ledger = place(args, config)
+    if args.dry_run:
+        print(f"reads    {source}: {reads}")
+        print(f"writes   {out}, tars of {config.data.shard_bytes} bytes")
+        print(f"holdout  {config.data.holdout_fraction}")
+        print(f"faults   {ledger}")
+    elif kind == "sample" and name != "pretrain":
+        write_task(name, out)
+    else:
+        index = ingest(source, out, config.data, ledger)
+        faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
+        summarise(index, out, len(faults))
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,255 @@
+"""From a source to shards and their index: what every later stage reads.
+
+Folders and sample sets are packed into tars with the original bytes; existing tars are indexed
+where they lie. Part of the images is held out by the hash of the key (of tars, by the hash of the
+file name), so that the choice depends on nothing else:
+
+    OUT/index.json    OUT/train-000000.tar ...
+    OUT/holdout/index.json    OUT/holdout/holdout-000000.tar ...
+    OUT/COMPLETE      written last
+
+What cannot be read becomes one line each in the ledger; over `data.max_fault_fraction` of the data,
+and at least two, it is an error. After an error nothing of the attempt is left but the ledger.
+"""
+
+import errno
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moce_dist.config import ConfigError, DataConfig
+from moce_dist.data import samples
+from moce_dist.data.progress import track
+from moce_dist.data.shards import (
+    INDEX_NAME,
+    Fault,
+    Shard,
+    ShardIndex,
+    ShardSeries,
+    read_index,
+    scan_shard,
+    write_index,
+)
+from moce_dist.data.sources import (
+    Folder,
+    Kind,
+    expand_shards,
+    header_problem,
+    list_folder,
+    parse_source,
+    read_picture,
+)
+from moce_dist.run import (
+    COMPLETE,
+    is_complete,
+    mark_complete,
+    read_faults,
+    read_marker,
+    record_fault,
+)
+
+logger = logging.getLogger(__name__)
+
+HOLDOUT = "holdout"
+_SCAN_FIRST_BYTES = 10 * 10**9
+_Sample = tuple[str, dict[str, bytes]]
+
+
+@dataclass
+class _Gate:
+    """Write faults to the ledger; stop when they are too large a part of the data."""
+
+    ledger: Path
+    max_fraction: float
+    total: int
+    num_faults: int = 0
+    known: set[Fault] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        # an attempt that failed before has left its lines
+        lines = (line for line in read_faults(self.ledger) if line["stage"] == "ingest")
+        self.known.update(Fault(f["shard"], f["key"], f["reason"]) for f in lines)
+
+    def record(self, faults: Iterable[Fault]) -> None:
+        for fault in faults:
+            self.num_faults += 1
+            if fault not in self.known:
+                record_fault(self.ledger, stage="ingest", **fault._asdict())
+
+    def check(self, error: type[Exception]) -> None:
+        if self.num_faults >= 2 and self.num_faults > self.max_fraction * self.total:
+            raise error(
+                f"{self.num_faults} of {self.total} samples are unreadable, over "
+                f"data.max_fault_fraction = {self.max_fraction}; each is named in {self.ledger}"
+            )
+
+
+def ingest(source: str, out: Path, config: DataConfig, ledger: Path) -> ShardIndex:
+    """Make shards and index of a source in `out`; at once when that was done before.
+
+    Raises:
+        ConfigError: the source is wrong or too damaged, or `out` holds another data set.
+        RuntimeError: too many faults were met while packing, or the disk is full.
+    """
+    out = out.resolve()
+    kind, rest = parse_source(source)
+    if kind == "folder":
+        rest = str(Path(rest).expanduser().resolve())
+    inputs = {"source": f"{kind}:{rest}", "holdout_fraction": config.holdout_fraction}
+    if is_complete(out, inputs):
+        logger.info("%s: complete already", out)
+        return read_index(out)
+    _refuse_other(out, inputs)
+    _clear(out)
+    try:
+        index = _make(kind, rest, _Request(out, config, ledger))
+        mark_complete(out, inputs, _files(out))
+    except BaseException as error:
+        _clear(out)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise RuntimeError(
+                f"{out}: no space left on the device; what was written is removed again"
+            ) from error
+        raise
+    return index
+
+
+class _Request(NamedTuple):
+    out: Path
+    config: DataConfig
+    ledger: Path
+
+    def gate(self, total: int) -> _Gate:
+        return _Gate(self.ledger, self.config.max_fault_fraction, total)
+
+
+def _make(kind: Kind, rest: str, request: _Request) -> ShardIndex:
+    if kind == "folder":
+        return _pack(_folder_samples(list_folder(Path(rest)), request), request)
+    if kind == "shards":
+        return _index_in_place(expand_shards(rest), request)
+    samples.check_name(rest)
+    if rest != "pretrain":
+        raise ConfigError(f"sample:{rest}: is a downstream task; train on sample:pretrain")
+    return _pack(track(samples.pretrain(), "images"), request)
+
+
+def _files(out: Path) -> list[Path]:
+    patterns = (INDEX_NAME, "train-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar")
+    return [path for pattern in patterns for path in out.glob(pattern)]
+
+
+def _refuse_other(out: Path, inputs: dict[str, Any]) -> None:
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is not a folder")
+    marker = read_marker(out)
+    if marker is not None and marker["inputs"] != inputs:
+        raise ConfigError(
+            f"{out}: holds other data ({marker['inputs']}, asked for {inputs}); "
+            "choose another folder, or --fresh"
+        )
+
+
+def _clear(out: Path) -> None:
+    # what a failed or killed attempt left; files that are not ours are left alone
+    unfinished = [*out.glob(".*.tar.tmp"), *out.glob(f"{HOLDOUT}/.*.tar.tmp")]
+    for path in (out / COMPLETE, *_files(out), *unfinished):
+        path.unlink(missing_ok=True)
+    if (out / HOLDOUT).is_dir() and not any((out / HOLDOUT).iterdir()):
+        (out / HOLDOUT).rmdir()
+
+
+def _share(name: str) -> float:
+    # a name's place in [0, 1), the same for good
+    return (
+        int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8]) / 2**64
+    )
+
+
+def _folder_samples(folder: Folder, request: _Request) -> Iterator[_Sample]:
+    gate = request.gate(len(folder.files) + len(folder.faults))
+    gate.record(folder.faults)
+    files = folder.files
+    if folder.num_bytes < _SCAN_FIRST_BYTES:
+        problems = [header_problem(file.path) for file in files]
+        found = zip(files, problems, strict=True)
+        gate.record(Fault(str(f.path), f.key, problem) for f, problem in found if problem)
+        files = [file for file, problem in zip(files, problems, strict=True) if not problem]
+    gate.check(ConfigError)
+    if not files:
+        raise ConfigError(f"no picture can be read; each is named in {request.ledger}")
+    for file in track(files, "images", total=len(files)):
+        content = read_picture(file)
+        if isinstance(content, Fault):
+            gate.record([content])
+            gate.check(RuntimeError)
+            continue
+        label = {} if file.label is None else {"cls": str(file.label).encode()}
+        yield file.key, {file.path.suffix[1:].lower(): content, **label}
+
+
+def _pack(stream: Iterable[_Sample], request: _Request) -> ShardIndex:
+    out, config = request.out, request.config
+    train = ShardSeries(out, "train", config.shard_bytes)
+    holdout = ShardSeries(out / HOLDOUT, HOLDOUT, config.shard_bytes)
+    for key, members in stream:
+        series = holdout if _share(key) < config.holdout_fraction else train
+        # a member costs its header and, at most, a block of padding
+        num_bytes = sum(len(content) + 1024 for content in members.values())
+        series.writer(num_bytes).add(key, members)
+    return _write_indices(out, train.close(), holdout.close())
+
+
+def _write_indices(out: Path, train: list[Shard], holdout: list[Shard]) -> ShardIndex:
+    if not train:
+        raise ConfigError(f"{out}: no image is left for training; lower data.holdout_fraction")
+    if holdout:
+        write_index(out / HOLDOUT, holdout)
+    return write_index(out, train)
+
+
+def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
+    shards, faults = _scan(urls)
+    keys: set[str] = set()
+    unique = [_without_repeats(shard, keys, faults) for shard in shards]
+    gate = request.gate(len(keys) + len(faults))
+    gate.record(faults)
+    gate.check(ConfigError)
+    if not keys:
+        raise ConfigError(f"no sample can be read; each is named in {request.ledger}")
+    unique = [shard for shard in unique if shard.num_samples]
+    held = _held_out(unique, request.config.holdout_fraction)
+    train = [shard for shard in unique if shard.path not in held]
+    return _write_indices(request.out, train, [s for s in unique if s.path in held])
+
+
+def _scan(urls: list[str]) -> tuple[list[Shard], list[Fault]]:
+    # threads: hashing and reading release the interpreter, remote shards wait for the network
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(track(pool.map(scan_shard, urls), "shards", total=len(urls)))
+    return [shard for shard, _ in results], [fault for _, found in results for fault in found]
+
+
+def _without_repeats(shard: Shard, keys: set[str], faults: list[Fault]) -> Shard:
+    # over the whole data set the first sample of a key stays
+    rows = []
+    for row, key in enumerate(shard.keys):
+        if key in keys:
+            faults.append(Fault(shard.path, key, "key was used before"))
+        else:
+            keys.add(key)
+            rows.append(row)
+    return shard if len(rows) == shard.num_samples else shard.take(rows)
+
+
+def _held_out(shards: list[Shard], fraction: float) -> set[str]:
+    # whole shards, and never the last one
+    number = min(math.ceil(fraction * len(shards)), len(shards) - 1)
+    paths = [shard.path for shard in shards]
+    return set(sorted(paths, key=lambda path: (_share(path.rsplit("/")[-1]), path))[:number])

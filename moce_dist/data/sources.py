@@ -1,0 +1,205 @@
+"""What a data set is made of: picture files of a folder, or tars that a pattern names.
+
+A source reads `KIND:REST`. Everything here looks, nothing is written: files are listed, patterns
+are expanded, headers are checked, so that a wrong request is refused before any work.
+
+Source: class folders as torchvision.datasets.ImageFolder; brace patterns as webdataset has them.
+"""
+
+import io
+import logging
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Literal, NamedTuple, get_args
+
+import fsspec
+from braceexpand import braceexpand
+from PIL import Image, UnidentifiedImageError
+
+from moce_dist.config import ConfigError
+from moce_dist.data.shards import IMAGE_EXTENSIONS, Fault
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["folder", "shards", "sample"]
+
+
+class ImageFile(NamedTuple):
+    """A picture file of a folder."""
+
+    path: Path
+    key: str
+    """Relative path without its extension, dots as underscores: a key ends at its first dot."""
+    label: int | None
+    """Index of the class folder; None for a file directly in the root."""
+    size: int
+
+
+class Folder(NamedTuple):
+    """The picture files of a folder tree, sorted by path, and what cannot be used."""
+
+    files: list[ImageFile]
+    faults: list[Fault]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def parse_source(source: str) -> tuple[Kind, str]:
+    """Split `folder:PATH`, `shards:PATTERN` or `sample:NAME`.
+
+    Raises:
+        ConfigError: it is none of them.
+    """
+    kind, colon, rest = source.partition(":")
+    for known in get_args(Kind):
+        if kind == known and colon and rest:
+            return known, rest
+    raise ConfigError(
+        f"data.source = {source!r}: must be folder:PATH, shards:PATTERN or sample:NAME"
+    )
+
+
+def list_folder(root: Path) -> Folder:
+    """List the pictures of a folder tree, class folders in sorted order, each folder once.
+
+    Faults are empty files, what is no regular file, folders that cannot be listed, and pictures
+    whose key another one has already.
+
+    Raises:
+        ConfigError: the folder is missing, empty, or holds no pictures.
+    """
+    if not root.is_dir():
+        raise ConfigError(
+            f"folder:{root}: {'is not a folder' if root.exists() else 'no such folder'}"
+        )
+    faults: list[Fault] = []
+    paths = sorted(path for path in _walk(root, faults) if _is_picture(path))
+    if not paths and not any(root.iterdir()):
+        raise ConfigError(f"folder:{root}: is empty")
+    if not paths:
+        kinds = ", ".join(IMAGE_EXTENSIONS)
+        raise ConfigError(f"folder:{root}: holds no pictures (files ending in {kinds})")
+    return Folder(list(_usable(root, paths, faults)), faults)
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix[1:].lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+
+
+def _walk(root: Path, faults: list[Fault]) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()
+
+    def unlisted(error: OSError) -> None:
+        faults.append(Fault(str(error.filename), None, f"cannot be listed: {error.strerror}"))
+
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unlisted):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            logger.warning("%s: leads to a folder that was listed already; left out", folder)
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (Path(folder, name) for name in names)
+
+
+def _usable(root: Path, paths: list[Path], faults: list[Fault]) -> Iterator[ImageFile]:
+    relative = [path.relative_to(root) for path in paths]
+    classes = sorted({path.parts[0] for path in relative if len(path.parts) > 1})
+    label_of = {name: label for label, name in enumerate(classes)}
+    owner: dict[str, Path] = {}
+    for path, inner in zip(paths, relative, strict=True):
+        key = inner.with_suffix("").as_posix().replace(".", "_")
+        size, reason = _check_file(path)
+        if reason is None and key in owner:
+            reason = f"key is taken by {owner[key].name}"
+        if reason is not None:
+            faults.append(Fault(str(path), key, reason))
+            continue
+        owner[key] = path
+        yield ImageFile(path, key, label_of[inner.parts[0]] if len(inner.parts) > 1 else None, size)
+
+
+def _check_file(path: Path) -> tuple[int, str | None]:
+    try:
+        status = path.stat()
+    except OSError as error:
+        return 0, f"cannot be read: {error.strerror}"
+    if not stat.S_ISREG(status.st_mode):
+        return 0, "is not a regular file"
+    return status.st_size, None if status.st_size else "file is empty"
+
+
+def header_problem(picture: IO[bytes] | Path) -> str | None:
+    """Tell why a picture's header cannot be read, None when it can; pixels are not decoded."""
+    try:
+        with Image.open(picture):
+            return None
+    except UnidentifiedImageError:
+        return "header of the picture cannot be read"
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"header of the picture cannot be read: {error}"
+
+
+def read_picture(file: ImageFile) -> bytes | Fault:
+    """Read a picture file; a fault when that fails or its header is damaged."""
+    try:
+        content = file.path.read_bytes()
+    except OSError as error:
+        return Fault(str(file.path), file.key, f"cannot be read: {error.strerror}")
+    problem = header_problem(io.BytesIO(content))
+    return Fault(str(file.path), file.key, problem) if problem else content
+
+
+def expand_shards(pattern: str) -> list[str]:
+    """Expand a comma list of brace patterns, globs, paths and URLs into absolute paths and URLs.
+
+    Raises:
+        ConfigError: unbalanced braces, a pipe, a pattern without a match, or a shard named twice.
+    """
+    urls = [url for part in _split_commas(pattern) for url in _expand(part)]
+    for url, count in Counter(urls).items():
+        if count > 1:
+            raise ConfigError(f"shards:{pattern}: names {url} {count} times")
+    return urls
+
+
+def _split_commas(pattern: str) -> Iterator[str]:
+    depth, start = 0, 0
+    for position, letter in enumerate(pattern):
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and depth <= 0:
+            yield pattern[start:position]
+            start = position + 1
+    yield pattern[start:]
+
+
+def _expand(part: str) -> Iterator[str]:
+    if part.startswith("pipe:"):
+        raise ConfigError(
+            f"shards:{part}: pipes are not read; name files or URLs, samples are read by range"
+        )
+    try:
+        names = list(braceexpand(part))
+    except ValueError:
+        raise ConfigError(f"shards:{part}: braces are not balanced") from None
+    for name in names:
+        is_remote = "://" in name
+        found = _glob(name) if any(letter in name for letter in "*?[") else [name]
+        if not found or (not is_remote and not all(os.path.isfile(path) for path in found)):
+            raise ConfigError(f"shards:{name}: no such file")
+        yield from found if is_remote else map(os.path.abspath, found)
+
+
+def _glob(pattern: str) -> list[str]:
+    filesystem, path = fsspec.core.url_to_fs(pattern)
+    return [
+        filesystem.unstrip_protocol(name) if "://" in pattern else name
+        for name in sorted(filesystem.glob(path))
+    ]
