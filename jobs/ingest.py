@@ -8,10 +8,16 @@ from typing import Any
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, ConfigError, load_config
-from moce_dist.data import samples
 from moce_dist.data.ingest import HOLDOUT, ingest
 from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
-from moce_dist.data.sources import expand_shards, list_folder, parse_source
+from moce_dist.data.sources import (
+    PRETRAIN,
+    SAMPLE_SETS,
+    SEGMENTATION,
+    expand_shards,
+    list_folder,
+    parse_source,
+)
 from moce_dist.run import COMPLETE, open_run, read_faults, resolve_run, set_aside
 
 _MAX_DOMAINS_SHOWN = 12
@@ -26,7 +32,7 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--source",
         metavar="KIND:REST",
-        help=f"folder:PATH, shards:PATTERN, or sample:NAME ({', '.join(samples.NAMES)}); "
+        help=f"folder:PATH, shards:PATTERN, or sample:NAME ({', '.join(SAMPLE_SETS)}); "
         "default data.source",
     )
     parser.add_argument("--out", metavar="DIR", help="folder to write; default RUN/ingested")
@@ -50,8 +56,10 @@ def plan(source: str) -> str:
         urls = expand_shards(rest)
         local = sum(os.path.getsize(url) for url in urls if "://" not in url)
         return f"{len(urls)} shards, {local} bytes on local disks, indexed where they lie"
-    samples.check_name(rest)
-    return f"images of installed packages: {', '.join(samples.DOMAINS)}"
+    from moce_dist.data import carriers
+
+    carriers.check_installed()
+    return "images of installed packages"
 
 
 def place(args: Any, config: Config) -> tuple[Path, Path]:
@@ -77,7 +85,9 @@ def place(args: Any, config: Config) -> tuple[Path, Path]:
 
 def write_task(name: str, out: Path) -> None:
     """Write a downstream task of a sample set as folders and say what there is."""
-    if name == samples.SEGMENTATION:
+    from moce_dist.data import samples
+
+    if name == SEGMENTATION:
         samples.write_climate_segmentation(out)
     else:
         samples.write_task(name, out)
@@ -124,7 +134,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"writes   {out}, tars of {config.data.shard_bytes} bytes")
         print(f"holdout  {config.data.holdout_fraction}")
         print(f"faults   {ledger}")
-    elif kind == "sample" and name != "pretrain":
+    elif kind == "sample" and name != PRETRAIN:
         write_task(name, out)
     else:
         index = ingest(source, out, config.data, ledger)

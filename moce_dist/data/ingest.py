@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moce_dist.config import ConfigError, DataConfig
-from moce_dist.data import samples
 from moce_dist.data.progress import track
 from moce_dist.data.shards import (
     INDEX_NAME,
@@ -37,6 +36,7 @@ from moce_dist.data.shards import (
     write_index,
 )
 from moce_dist.data.sources import (
+    PRETRAIN,
     Folder,
     Kind,
     expand_shards,
@@ -134,9 +134,10 @@ def _make(kind: Kind, rest: str, request: _Request) -> ShardIndex:
         return _pack(_folder_samples(list_folder(Path(rest)), request), request)
     if kind == "shards":
         return _index_in_place(expand_shards(rest), request)
-    samples.check_name(rest)
-    if rest != "pretrain":
-        raise ConfigError(f"sample:{rest}: is a downstream task; train on sample:pretrain")
+    if rest != PRETRAIN:
+        raise ConfigError(f"sample:{rest}: is a downstream task; train on sample:{PRETRAIN}")
+    from moce_dist.data import samples
+
     return _pack(track(samples.pretrain(), "images"), request)
 
 

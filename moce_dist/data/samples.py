@@ -28,13 +28,10 @@ from PIL import Image
 from moce_dist.config import ConfigError
 from moce_dist.data import carriers
 from moce_dist.data.carriers import Pixels
+from moce_dist.data.sources import SEGMENTATION, TASKS
 from moce_dist.run import is_complete, mark_complete
 
 Part = Literal["train", "test", "pretrain"]
-TASKS = ("digits", "silhouettes", "climate")
-SEGMENTATION = "climate-ade20k"
-NAMES = ("pretrain", *TASKS, SEGMENTATION)
-
 _TILE = 64
 # standard deviations of the gray values, over a picture and within cells of 4 x 4 pixels
 _MIN_DEVIATION = 4.0
@@ -89,17 +86,6 @@ def _is_informative(pixels: Pixels) -> bool:
     cells = gray.reshape(gray.shape[0] // 4, 4, gray.shape[1] // 4, 4)
     texture = cells.std(axis=(1, 3)).mean()
     return bool(gray.std() >= _MIN_DEVIATION and texture >= _MIN_TEXTURE)
-
-
-def check_name(name: str) -> None:
-    """Refuse a set that does not exist or whose packages are missing.
-
-    Raises:
-        ConfigError: naming the sets, or the package and how to install it.
-    """
-    if name not in NAMES:
-        raise ConfigError(f"sample:{name}: no such set, must be one of {', '.join(NAMES)}")
-    carriers.check_installed()
 
 
 def _labelled(name: str) -> carriers.Labelled:

@@ -25,6 +25,11 @@ from moce_dist.data.shards import IMAGE_EXTENSIONS, Fault
 logger = logging.getLogger(__name__)
 
 Kind = Literal["folder", "shards", "sample"]
+PRETRAIN = "pretrain"
+TASKS = ("digits", "silhouettes", "climate")
+SEGMENTATION = "climate-ade20k"
+SAMPLE_SETS = (PRETRAIN, *TASKS, SEGMENTATION)
+"""What `sample:NAME` may name; `data.samples` builds them."""
 
 
 class ImageFile(NamedTuple):
@@ -54,9 +59,11 @@ def parse_source(source: str) -> tuple[Kind, str]:
     """Split `folder:PATH`, `shards:PATTERN` or `sample:NAME`.
 
     Raises:
-        ConfigError: it is none of them.
+        ConfigError: it is none of them, or there is no such sample set.
     """
     kind, colon, rest = source.partition(":")
+    if kind == "sample" and rest not in SAMPLE_SETS:
+        raise ConfigError(f"{source}: no such set, must be one of {', '.join(SAMPLE_SETS)}")
     for known in get_args(Kind):
         if kind == known and colon and rest:
             return known, rest
