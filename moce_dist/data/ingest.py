@@ -12,7 +12,6 @@ What cannot be read becomes one line each in the ledger; over `data.max_fault_fr
 and at least two, it is an error. After an error nothing of the attempt is left but the ledger.
 """
 
-import errno
 import hashlib
 import logging
 import math
@@ -30,7 +29,6 @@ from moce_dist.data.shards import (
     Fault,
     Shard,
     ShardIndex,
-    ShardSeries,
     read_index,
     scan_shard,
     write_index,
@@ -45,8 +43,8 @@ from moce_dist.data.sources import (
     parse_source,
     read_picture,
 )
+from moce_dist.data.writer import ShardSeries, all_or_nothing
 from moce_dist.run import (
-    COMPLETE,
     is_complete,
     mark_complete,
     read_faults,
@@ -57,6 +55,8 @@ from moce_dist.run import (
 logger = logging.getLogger(__name__)
 
 HOLDOUT = "holdout"
+_FILES = (INDEX_NAME, "train-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar")
+_UNFINISHED = (".*.tmp", f"{HOLDOUT}/.*.tmp")
 _SCAN_FIRST_BYTES = 10 * 10**9
 _Sample = tuple[str, dict[str, bytes]]
 
@@ -106,17 +106,9 @@ def ingest(source: str, out: Path, config: DataConfig, ledger: Path) -> ShardInd
         logger.info("%s: complete already", out)
         return read_index(out)
     _refuse_other(out, inputs)
-    _clear(out)
-    try:
+    with all_or_nothing(out, (*_FILES, *_UNFINISHED)):
         index = _make(kind, rest, _Request(out, config, ledger))
-        mark_complete(out, inputs, _files(out))
-    except BaseException as error:
-        _clear(out)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise RuntimeError(
-                f"{out}: no space left on the device; what was written is removed again"
-            ) from error
-        raise
+        mark_complete(out, inputs, [path for pattern in _FILES for path in out.glob(pattern)])
     return index
 
 
@@ -141,11 +133,6 @@ def _make(kind: Kind, rest: str, request: _Request) -> ShardIndex:
     return _pack(track(samples.pretrain(), "images"), request)
 
 
-def _files(out: Path) -> list[Path]:
-    patterns = (INDEX_NAME, "train-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar")
-    return [path for pattern in patterns for path in out.glob(pattern)]
-
-
 def _refuse_other(out: Path, inputs: dict[str, Any]) -> None:
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is not a folder")
@@ -155,15 +142,6 @@ def _refuse_other(out: Path, inputs: dict[str, Any]) -> None:
             f"{out}: holds other data ({marker['inputs']}, asked for {inputs}); "
             "choose another folder, or --fresh"
         )
-
-
-def _clear(out: Path) -> None:
-    # what a failed or killed attempt left; files that are not ours are left alone
-    unfinished = [*out.glob(".*.tar.tmp"), *out.glob(f"{HOLDOUT}/.*.tar.tmp")]
-    for path in (out / COMPLETE, *_files(out), *unfinished):
-        path.unlink(missing_ok=True)
-    if (out / HOLDOUT).is_dir() and not any((out / HOLDOUT).iterdir()):
-        (out / HOLDOUT).rmdir()
 
 
 def _share(name: str) -> float:

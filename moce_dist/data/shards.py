@@ -10,7 +10,6 @@ that any sample can be read by one range request and copied without unpacking it
 `index.json` lies beside the tars; paths in it are relative to its folder, absolute, or URLs.
 """
 
-import hashlib
 import io
 import json
 import tarfile
@@ -28,7 +27,8 @@ from moce_dist.run import write_atomic
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 INDEX_NAME = "index.json"
 _FORMAT = "moce_dist.index.v1"
-_TAR_END = bytes(1024)
+TAR_END = bytes(1024)
+"""The end mark of a tar."""
 
 
 class Fault(NamedTuple):
@@ -139,119 +139,6 @@ def _add_sample(shard: Shard, url: str, sample: TarSample) -> Fault | None:
     return None
 
 
-class ShardWriter:
-    """Write one tar from raw members or raw ranges of other tars, indexing while writing.
-
-    The file is written beside its final name and renamed by `close`, so a tar under its name is
-    whole. Between two writes no file is open: thousands of shards can be written at once.
-    """
-
-    def __init__(
-        self, folder: Path, name: str, *, cluster: int | None = None, buffer_bytes: int = 2**20
-    ) -> None:
-        self._path, self._buffer_bytes = folder / name, buffer_bytes
-        self._temporary = folder / f".{name}.tmp"
-        self._buffer = bytearray()
-        self._digest = hashlib.sha256()
-        self._position = 0
-        self._shard = Shard(path=name, cluster=cluster)
-        folder.mkdir(parents=True, exist_ok=True)
-        self._temporary.write_bytes(b"")
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes written so far."""
-        return self._position
-
-    def _append(self, block: bytes) -> None:
-        self._buffer += block
-        self._digest.update(block)
-        self._position += len(block)
-        if len(self._buffer) >= self._buffer_bytes:
-            self._flush()
-
-    def _flush(self) -> None:
-        with self._temporary.open("ab") as file:
-            file.write(self._buffer)
-        self._buffer.clear()
-
-    def add(self, key: str, members: dict[str, bytes]) -> None:
-        """Append a sample: {extension: bytes}, exactly one of them an image."""
-        start, position = self._position, (0, 0)
-        for extension, content in members.items():
-            header = tarfile.TarInfo(f"{key}.{extension}")
-            header.size = len(content)
-            self._append(header.tobuf(tarfile.GNU_FORMAT))
-            if is_image_name(extension):
-                position = (self._position, len(content))
-            self._append(content + bytes(-len(content) % 512))
-        self._record(key, start, *position)
-
-    def add_raw(self, key: str, content: bytes, image_offset: int, image_size: int) -> None:
-        """Append a sample's byte range of another tar; the image lies `image_offset` bytes in."""
-        start = self._position
-        self._append(content)
-        self._record(key, start, start + image_offset, image_size)
-
-    def _record(self, key: str, start: int, offset: int, size: int) -> None:
-        shard = self._shard
-        shard.keys.append(key)
-        shard.starts.append(start)
-        shard.ends.append(self._position)
-        shard.offsets.append(offset)
-        shard.sizes.append(size)
-
-    def close(self) -> Shard:
-        """Finish the tar and return its index entry."""
-        self._append(_TAR_END)
-        self._flush()
-        self._temporary.replace(self._path)
-        return replace(
-            self._shard,
-            num_samples=len(self._shard.keys),
-            bytes=self._position,
-            sha256=self._digest.hexdigest(),
-        )
-
-
-class ShardSeries:
-    """Write `PREFIX-000000.tar`, `PREFIX-000001.tar`, ..., each of at most about `shard_bytes`."""
-
-    def __init__(
-        self,
-        folder: Path,
-        prefix: str,
-        shard_bytes: int,
-        *,
-        cluster: int | None = None,
-        buffer_bytes: int = 2**20,
-    ) -> None:
-        self._folder, self._prefix, self._shard_bytes = folder, prefix, shard_bytes
-        self._cluster, self._buffer_bytes = cluster, buffer_bytes
-        self._writers: list[ShardWriter] = []
-        self._shards: list[Shard] = []
-
-    def writer(self, num_bytes: int) -> ShardWriter:
-        """Return the tar that the next sample of about `num_bytes` belongs in."""
-        is_open = len(self._writers) > len(self._shards)
-        if is_open and self._writers[-1].num_bytes + num_bytes <= self._shard_bytes:
-            return self._writers[-1]
-        if is_open:
-            self._shards.append(self._writers[-1].close())
-        name = f"{self._prefix}-{len(self._writers):06d}.tar"
-        writer = ShardWriter(
-            self._folder, name, cluster=self._cluster, buffer_bytes=self._buffer_bytes
-        )
-        self._writers.append(writer)
-        return writer
-
-    def close(self) -> list[Shard]:
-        """Finish the last tar and return the index entries of all."""
-        if len(self._writers) > len(self._shards):
-            self._shards.append(self._writers[-1].close())
-        return self._shards
-
-
 def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:
     """Write `folder/index.json`."""
     index = ShardIndex(str(folder), list(shards))
@@ -292,7 +179,7 @@ def read_range(url: str, start: int, size: int) -> bytes:
 
 def read_members(url: str, start: int, end: int) -> dict[str, bytes]:
     """All members of one sample as {extension: bytes}, from its byte range."""
-    content = io.BytesIO(read_range(url, start, end - start) + _TAR_END)
+    content = io.BytesIO(read_range(url, start, end - start) + TAR_END)
     (sample,) = scan_tar(content).samples
     members = {}
     for extension, member in sample.members.items():

@@ -1,0 +1,156 @@
+"""Writing tars: one at a time, as a series of bounded size, and all of them or none.
+
+Bytes depend on the samples alone: no times, no owners. A sample is given as members, or as the raw
+byte range that it has in another tar.
+"""
+
+import errno
+import hashlib
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from moce_dist.data.shards import TAR_END, Shard, is_image_name
+from moce_dist.run import COMPLETE
+
+
+@contextmanager
+def all_or_nothing(folder: Path, patterns: tuple[str, ...]) -> Iterator[None]:
+    """Clear what matches `patterns` in `folder` now, and again when the block fails.
+
+    Raises:
+        RuntimeError: the disk is full.
+    """
+    _clear(folder, patterns)
+    try:
+        yield
+    except BaseException as error:
+        _clear(folder, patterns)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise RuntimeError(
+                f"{folder}: no space left on the device; what was written is removed again"
+            ) from error
+        raise
+
+
+def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
+    for pattern in (COMPLETE, *patterns):
+        for path in folder.glob(pattern):
+            path.unlink()
+            if path.parent != folder and not any(path.parent.iterdir()):
+                path.parent.rmdir()
+
+
+class ShardWriter:
+    """Write one tar from raw members or raw ranges of other tars, indexing while writing.
+
+    The file is written beside its final name and renamed by `close`, so a tar under its name is
+    whole. Between two writes no file is open: thousands of shards can be written at once.
+    """
+
+    def __init__(
+        self, folder: Path, name: str, *, cluster: int | None = None, buffer_bytes: int = 2**20
+    ) -> None:
+        self._path, self._buffer_bytes = folder / name, buffer_bytes
+        self._temporary = folder / f".{name}.tmp"
+        self._buffer = bytearray()
+        self._digest = hashlib.sha256()
+        self._position = 0
+        self._shard = Shard(path=name, cluster=cluster)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._temporary.write_bytes(b"")
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes written so far."""
+        return self._position
+
+    def _append(self, block: bytes) -> None:
+        self._buffer += block
+        self._digest.update(block)
+        self._position += len(block)
+        if len(self._buffer) >= self._buffer_bytes:
+            self._flush()
+
+    def _flush(self) -> None:
+        with self._temporary.open("ab") as file:
+            file.write(self._buffer)
+        self._buffer.clear()
+
+    def add(self, key: str, members: dict[str, bytes]) -> None:
+        """Append a sample: {extension: bytes}, exactly one of them an image."""
+        start, position = self._position, (0, 0)
+        for extension, content in members.items():
+            header = tarfile.TarInfo(f"{key}.{extension}")
+            header.size = len(content)
+            self._append(header.tobuf(tarfile.GNU_FORMAT))
+            if is_image_name(extension):
+                position = (self._position, len(content))
+            self._append(content + bytes(-len(content) % 512))
+        self._record(key, start, *position)
+
+    def add_raw(self, key: str, content: bytes, image_offset: int, image_size: int) -> None:
+        """Append a sample's byte range of another tar; the image lies `image_offset` bytes in."""
+        start = self._position
+        self._append(content)
+        self._record(key, start, start + image_offset, image_size)
+
+    def _record(self, key: str, start: int, offset: int, size: int) -> None:
+        shard = self._shard
+        shard.keys.append(key)
+        shard.starts.append(start)
+        shard.ends.append(self._position)
+        shard.offsets.append(offset)
+        shard.sizes.append(size)
+
+    def close(self) -> Shard:
+        """Finish the tar and return its index entry."""
+        self._append(TAR_END)
+        self._flush()
+        self._temporary.replace(self._path)
+        return replace(
+            self._shard,
+            num_samples=len(self._shard.keys),
+            bytes=self._position,
+            sha256=self._digest.hexdigest(),
+        )
+
+
+class ShardSeries:
+    """Write `PREFIX-000000.tar`, `PREFIX-000001.tar`, ..., each of at most about `shard_bytes`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        prefix: str,
+        shard_bytes: int,
+        *,
+        cluster: int | None = None,
+        buffer_bytes: int = 2**20,
+    ) -> None:
+        self._folder, self._prefix, self._shard_bytes = folder, prefix, shard_bytes
+        self._cluster, self._buffer_bytes = cluster, buffer_bytes
+        self._writers: list[ShardWriter] = []
+        self._shards: list[Shard] = []
+
+    def writer(self, num_bytes: int) -> ShardWriter:
+        """Return the tar that the next sample of about `num_bytes` belongs in."""
+        is_open = len(self._writers) > len(self._shards)
+        if is_open and self._writers[-1].num_bytes + num_bytes <= self._shard_bytes:
+            return self._writers[-1]
+        if is_open:
+            self._shards.append(self._writers[-1].close())
+        name = f"{self._prefix}-{len(self._writers):06d}.tar"
+        writer = ShardWriter(
+            self._folder, name, cluster=self._cluster, buffer_bytes=self._buffer_bytes
+        )
+        self._writers.append(writer)
+        return writer
+
+    def close(self) -> list[Shard]:
+        """Finish the last tar and return the index entries of all."""
+        if len(self._writers) > len(self._shards):
+            self._shards.append(self._writers[-1].close())
+        return self._shards
