@@ -1,0 +1,153 @@
+"""A small finished run on disk, made without training: real files in the formats that jobs read."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from moce_dist.config import Config, make_config
+from moce_dist.data.images import eval_image
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.model.moce import global_names, is_stacked
+from moce_dist.run import Run, file_sha256, mark_complete, open_run
+
+NUM_EXPERTS, NUM_CLUSTERS, SIZE = 3, 6, 16
+
+
+@pytest.fixture(scope="session")
+def config() -> Config:
+    return make_config(
+        {
+            "data": {"image_size": SIZE, "loader_processes": 0},
+            "model": {
+                **{"width": 24, "depth": 4, "num_heads": 2, "patch_size": 4},
+                **{"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+            },
+            "moe": {"num_experts": NUM_EXPERTS, "layers": [1, 3]},
+            "parallel": {"precision": "fp32"},
+            "cluster": {"num_clusters": NUM_CLUSTERS, "batch_size": 32},
+            "transfer": {
+                "linear_epochs": 20,
+                "knn_k": 3,
+                "finetune": {"epochs": 2, "warmup_epochs": 1, "batch_size": 16},
+                **{"segment_crop": 32, "segment_steps": 4, "segment_batch_size": 2},
+                "segment_channels": 8,
+            },
+        }
+    )
+
+
+def shifted(model: MaskedAutoencoder) -> MaskedAutoencoder:
+    """Biases and norms start at 0 and 1; a mistake there would not show."""
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def by_global_name(model: MaskedAutoencoder, config: Config) -> dict[str, torch.Tensor]:
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if is_stacked(name):
+            residents = [range(config.moe.num_experts)] * len(config.moe_layers)
+            names = global_names(name, config.moe_layers, residents)
+            weights |= {g: t.clone() for g, t in zip(names, tensor, strict=True)}
+        else:
+            weights[name] = tensor
+    return weights
+
+
+def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    folder.mkdir(parents=True)
+    shared = {f"weight/{n}": t for n, t in weights.items() if ".experts." not in n}
+    experts = {f"weight/{n}": t for n, t in weights.items() if ".experts." in n}
+    files = {}
+    for name, tensors in (("shared", shared), ("experts-00000", experts)):
+        if tensors:
+            path = folder / f"{name}.safetensors"
+            save_file({n: t.contiguous() for n, t in tensors.items()}, path)
+            files[path.name] = file_sha256(path)
+    manifest = {"format": "moce_dist.checkpoint.v1", "step": 5, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def texture(label: int, draws: np.random.Generator, size: int = 20) -> np.ndarray:
+    """Stripes whose direction is the class, with noise."""
+    axis = np.arange(size)[:, None] if label == 0 else np.arange(size)[None, :]
+    waves = 127 + 100 * np.sin(axis * 1.3 + draws.uniform(0, 6))
+    pixels = np.broadcast_to(waves, (size, size))[:, :, None] + draws.normal(0, 25, (size, size, 3))
+    return pixels.clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, draws = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 12)):
+        for label, name in enumerate(("rows", "columns")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                (folder / f"{i:03d}.png").write_bytes(png(texture(label, draws)))
+    return root
+
+
+@pytest.fixture(scope="session")
+def models(config: Config) -> dict[str, MaskedAutoencoder]:
+    torch.manual_seed(0)
+    mae = shifted(MaskedAutoencoder(config))
+    centroids = torch.randn(NUM_CLUSTERS, 24)
+    moce = MaskedAutoencoder(config, centroids=centroids, num_local_experts=NUM_EXPERTS)
+    return {"mae": mae, "moce": shifted(moce)}
+
+
+@pytest.fixture
+def run(
+    tmp_path: Path, config: Config, models: dict[str, MaskedAutoencoder], image_folder: Path
+) -> Run:
+    made = open_run(tmp_path / "run", config)
+    for name, model in models.items():
+        weights = by_global_name(model, config)
+        write_checkpoint(made.stage(name) / "checkpoints" / "step_00000005", weights)
+    files = sorted((image_folder / "train").rglob("*.png"))
+    images = np.stack([eval_image(p.read_bytes(), SIZE) for p in files])
+    with torch.no_grad():
+        features = models["mae"].features(torch.from_numpy(images)).numpy()
+    mean = features.mean(axis=0)
+    unit = features - mean
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    made.clusters.mkdir()
+    chosen = [0, 1, 2, -1, -2, -3]
+    np.save(made.clusters / "centroids.npy", unit[chosen].astype(np.float32))
+    np.save(made.clusters / "mean.npy", mean.astype(np.float32))
+    mark_complete(made.clusters, {}, sorted(made.clusters.glob("*.npy")))
+    return made
+
+
+@pytest.fixture(scope="session")
+def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, draws = tmp_path_factory.mktemp("scenes"), np.random.default_rng(1)
+    for split, count in (("training", 6), ("validation", 3)):
+        pictures, masks = root / "images" / split, root / "annotations" / split
+        pictures.mkdir(parents=True)
+        masks.mkdir(parents=True)
+        for i in range(count):
+            height, width = 40 + 3 * i, 48
+            pixels = draws.integers(0, 80, (height, width, 3), np.uint8)
+            mask = np.ones((height, width), np.uint8)
+            pixels[:, 20:] += 150
+            mask[:, 20:] = 2
+            mask[:4] = 0
+            Image.fromarray(pixels).save(pictures / f"{i}.jpg")
+            Image.fromarray(mask).save(masks / f"{i}.png")
+    (root / "classes.txt").write_text("dark\nbright\nabsent\n")
+    return root

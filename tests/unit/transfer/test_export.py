@@ -1,0 +1,118 @@
+"""The exported folder: timm alone loads it and computes our encoder's features."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from moce_dist.model.customize import customize
+from moce_dist.model.moce import LocalDispatcher
+from moce_dist.transfer.backbone import Backbone, run_backbone
+from moce_dist.transfer.export import export_backbone, model_card
+
+from .conftest import by_global_name
+
+TIMM_ALONE = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "moce_dist":
+            raise ImportError(name)
+sys.meta_path.insert(0, Blocked())
+import numpy as np, timm, torch
+images = torch.from_numpy(np.load("images.npy"))
+model = timm.create_model("local-dir:backbone", pretrained=True).eval()
+with torch.no_grad():
+    np.save("features.npy", model(images).numpy())
+headed = timm.create_model("local-dir:backbone", pretrained=True, num_classes=7)
+assert headed(images).shape == (2, 7)
+larger = timm.create_model("local-dir:backbone", pretrained=True, img_size=24)
+assert larger(torch.zeros(1, 3, 24, 24)).shape == (1, 24)
+data = timm.data.resolve_model_data_config(model)
+assert data["input_size"] == (3, 16, 16) and data["interpolation"] == "bicubic", data
+assert tuple(data["mean"]) == (0.485, 0.456, 0.406) and data["crop_pct"] == 1.0, data
+try:
+    import moce_dist
+except ImportError:
+    print("alone")
+"""
+
+
+def test_timm_alone_computes_the_features_of_the_moce_encoder(tmp_path, config, models):
+    moce, route = models["moce"], [2, 1]
+    weights = customize(by_global_name(moce, config), route)
+    export_backbone(run_backbone("moce", config, weights), tmp_path / "backbone", "card\n")
+    images = torch.randn(2, 3, 16, 16)
+    np.save(tmp_path / "images.npy", images.numpy())
+
+    command = [sys.executable, "-I", "-c", TIMM_ALONE]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.strip() == "alone", done.stderr
+
+    dispatcher = LocalDispatcher(torch.tensor(route)[:, None].expand(2, 2), 3)
+    with torch.no_grad():
+        expected = moce.features(images, dispatcher, torch.ones(2, 2))
+    found = torch.from_numpy(np.load(tmp_path / "features.npy"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_backbone_of_mae_computes_the_features_of_mae(config, models):
+    images = torch.randn(2, 3, 16, 16)
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    found = backbone.features_model(seed=0)(images)
+    torch.testing.assert_close(found, models["mae"].features(images), rtol=1e-4, atol=1e-5)
+
+
+def test_random_backbone_is_drawn_by_its_seed(config):
+    def weights(seed: int) -> torch.Tensor:
+        return run_backbone("random", config, None).features_model(seed).blocks[0].mlp.fc1.weight
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_classifier_starts_from_the_weights_with_a_new_norm_behind_the_mean(config, models):
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    model = backbone.classifier(5, seed=0, drop_path=0.1)
+    assert torch.equal(model.blocks[2].attn.qkv.weight, models["mae"].blocks[2].attn.qkv.weight)
+    assert isinstance(model.norm, torch.nn.Identity)
+    assert isinstance(model.fc_norm, torch.nn.LayerNorm)
+    assert model(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+
+
+def test_dense_model_of_another_side_keeps_the_weights(config, models):
+    backbone: Backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    model = backbone.dense_model(32, seed=0, drop_path=0.0).eval()
+    assert model.pos_embed.shape == (1, 1 + 64, 24)
+    same = backbone.dense_model(16, seed=0, drop_path=0.0).eval()
+    assert torch.equal(same.pos_embed, models["mae"].pos_embed)
+
+
+def test_card_tells_experts_and_results():
+    layer = {"layer": 0, "block": 1, "expert": 2, "mass": 0.75, "runner_up": 0}
+    choice = {
+        **{"task": "digits", "num_images": 10, "clusters": {"4": 10}, "warning": "spread"},
+        "layers": [{**layer, "runner_up_mass": 0.25, "entropy": 0.56}],
+    }
+    row = {"backbone": "moce", "protocol": "knn", "mean": 0.9375, "std": 0.0}
+    card = model_card(choice, {"metric": "accuracy", "summary": [row]}, {"run": "demo"})
+    assert "| 0 | 1 | 2 | 0.750 | 0 | 0.250 | 0.560 |" in card
+    assert "| moce | knn | 0.9375 | 0.0000 |" in card
+    assert "- warning: spread" in card and "- run: demo" in card
+    assert "Nothing yet." in model_card(choice, None, {})
+
+
+def test_config_json_names_the_architecture(tmp_path, config, models):
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    export_backbone(backbone, tmp_path, "")
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["architecture"] == "vit_base_patch16_224"
+    assert written["model_args"]["embed_dim"] == 24
+    assert written["pretrained_cfg"]["num_classes"] == 0
