@@ -1,0 +1,48 @@
+"""Write one HTML page, and a summary on stdout, from a run directory.
+
+Reads what is there of RUN and says what is missing; needs no network, neither does the page.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moce_dist.cli import job_parser, run_job
+from moce_dist.config import ConfigError, load_config
+from moce_dist.run import resolve_run
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check the request, then write RUN/report.html and print the summary."""
+    parser = job_parser(
+        "Write RUN/report.html and print a summary.", "python jobs/report.py runs/quickstart"
+    )
+    parser.add_argument("where", nargs="?", metavar="RUN", help="run directory, as --run")
+    args = parser.parse_args(argv)
+    named = args.where or args.run
+    if named is None:
+        raise ConfigError("RUN: name a run directory")
+    if args.fresh:
+        raise ConfigError("--fresh: a report is always made anew")
+    config = load_config(args.config, args.overrides)
+    # a path that the shell completed is meant as it stands
+    is_here = (Path(named) / "config.yaml").is_file()
+    root = Path(named).resolve() if is_here else resolve_run(named, config)
+    if not (root / "config.yaml").is_file():
+        raise ConfigError(f"{root}: is not a run directory (no config.yaml)")
+    if args.dry_run:
+        print(f"would write {root / 'report.html'}")
+        return
+    _report(root)
+
+
+def _report(root: Path) -> None:
+    from moce_dist.report.page import write_report
+    from moce_dist.report.summary import summary_lines
+
+    path = write_report(root)
+    print("\n".join(summary_lines(root)))
+    print(f"open {path} in a browser")
+
+
+if __name__ == "__main__":
+    run_job(main)

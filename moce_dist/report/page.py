@@ -1,0 +1,159 @@
+"""One self-contained HTML page from a run directory: no script, no network, figures inlined."""
+
+import shlex
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moce_dist.config import Config, flatten, to_yaml
+from moce_dist.report import figures
+from moce_dist.report.record import Line, Record, read_record
+from moce_dist.report.summary import domain_mix
+from moce_dist.run import write_atomic
+
+PAGE_NAME = "report.html"
+_MAX_CLUSTERS = 512
+_MAX_REASONS = 20
+
+
+def write_report(run_root: Path) -> Path:
+    """Write `RUN/report.html` and return its path.
+
+    Raises:
+        ConfigError: `run_root` is no run directory.
+    """
+    path = run_root / PAGE_NAME
+    write_atomic(path, render(read_record(run_root)))
+    return path
+
+
+def render(record: Record) -> str:
+    """Render a record as HTML text; every value from the run is escaped."""
+    environment = Environment(
+        loader=PackageLoader("moce_dist.report", "."), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("page.html.jinja").render(
+        name=record.root.name,
+        started=record.provenance.get("time", ""),
+        command=shlex.join(map(str, record.provenance.get("command", []))),
+        versions=record.provenance.get("versions", {}),
+        problems=record.problems,
+        tiles=_tiles(record),
+        figures=_figures(record),
+        tasks=[_task(metrics) for metrics in record.transfers],
+        mix=_mix(record),
+        faults=_fault_rows(record.faults),
+        fault_count=len(record.faults),
+        artefacts=[
+            {"name": a.name, "path": a.path, "size": _human(a.bytes)}
+            for a in record.artefacts
+            if a.path.name != PAGE_NAME
+        ],
+        config=to_yaml(record.config) if record.config else "",
+        differences=_differences(record.config) if record.config else "",
+    )
+
+
+def _figures(record: Record) -> dict[str, str | None]:
+    return {
+        "losses": figures.losses(record),
+        "gate_losses": figures.gate_losses(record),
+        "speed": figures.speed(record),
+        "experts": figures.experts(record),
+        "traffic": figures.traffic(record),
+        "clusters": figures.cluster_sizes(record.clusters),
+    }
+
+
+def _tile(label: str, value: str | None) -> dict[str, str]:
+    return {"label": label, "value": "missing" if value is None else value}
+
+
+def _tiles(record: Record) -> list[dict[str, str]]:
+    tiles = []
+    for name, title in (("mae", "MAE"), ("moce", "MoCE")):
+        holdout = record.stages[name].holdout
+        tiles.append(_tile(f"{title} held-out loss", f"{holdout['loss']:.4f}" if holdout else None))
+    clusters = record.clusters
+    images = f"{clusters.sizes.sum():,}" if clusters else None
+    tiles += [
+        _tile("images", images),
+        _tile("clusters", str(len(clusters.sizes)) if clusters else None),
+        _tile("images exchanged, of images times layers", _exchanged(record)),
+        _tile("faults", str(len(record.faults))),
+    ]
+    return tiles
+
+
+def _exchanged(record: Record) -> str | None:
+    stage = record.stages["moce"]
+    if stage.experts is None:
+        return None
+    total = max(1, int(stage.experts.sum()))
+    return f"{100 * sum(stage.column('images_exchanged')[1]) / total:.1f} %"
+
+
+def _task(metrics: Line) -> dict[str, Any]:
+    cells = {(row["backbone"], row["protocol"]): row for row in metrics["summary"]}
+    protocols = sorted({protocol for _, protocol in cells})
+    best = {p: max(row["mean"] for (_, q), row in cells.items() if q == p) for p in protocols}
+    seeds = Counter((row["backbone"], row["protocol"]) for row in metrics["results"])
+
+    def cell(backbone: str, protocol: str) -> dict[str, Any]:
+        row = cells.get((backbone, protocol))
+        if row is None:
+            return {"text": "-", "best": False}
+        deviation = f" ± {row['std']:.4f}" if seeds[backbone, protocol] > 1 else ""
+        return {"text": f"{row['mean']:.4f}{deviation}", "best": row["mean"] == best[protocol]}
+
+    backbones = dict.fromkeys(backbone for backbone, _ in cells)
+    return {
+        "name": metrics["task"],
+        "metric": metrics["metric"],
+        "protocols": protocols,
+        "rows": [{"backbone": b, "cells": [cell(b, p) for p in protocols]} for b in backbones],
+    }
+
+
+def _mix(record: Record) -> list[dict[str, Any]]:
+    if record.clusters is None:
+        return []
+    return [
+        {
+            "cluster": cluster,
+            "size": int(counts.sum()),
+            "domains": domain_mix(counts, record.clusters.domains),
+        }
+        for cluster, counts in enumerate(record.clusters.counts[:_MAX_CLUSTERS])
+    ]
+
+
+def _fault_rows(faults: list[Line]) -> list[dict[str, Any]]:
+    reasons = Counter(str(fault.get("reason", "no reason given")) for fault in faults)
+    examples = {str(fault.get("reason", "no reason given")): fault for fault in reversed(faults)}
+    return [
+        {
+            "reason": reason,
+            "count": count,
+            "example": " ".join(str(examples[reason].get(k) or "") for k in ("shard", "key")),
+        }
+        for reason, count in reasons.most_common(_MAX_REASONS)
+    ]
+
+
+def _differences(config: Config) -> str:
+    mine, defaults = (flatten(c.model_dump(mode="json")) for c in (config, Config()))
+    return "\n".join(f"{path}: {mine[path]}" for path in mine if mine[path] != defaults[path])
+
+
+def _human(size: int | None) -> str:
+    if size is None:
+        return "missing"
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

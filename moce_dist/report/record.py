@@ -1,0 +1,210 @@
+"""What a run directory holds, read once for the page and the summary.
+
+Reading never fails on a run that is unfinished, interrupted or damaged: a part that is not there is
+None or empty, and a file that cannot be read is named in `problems`.
+
+Letters: K clusters, L MoE layers, E experts per layer.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_dist.config import Config, ConfigError
+from moce_dist.run import Run, load_run, read_faults, read_jsonl
+
+Line = dict[str, Any]
+T = TypeVar("T")
+STAGES = ("mae", "moce")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training stage: its metrics, oldest first, and its held-out loss when it was measured.
+
+    `experts` are the images per expert of the logged steps, (T, L, E); None before stage moce.
+    """
+
+    metrics: list[Line]
+    holdout: Line | None
+    experts: NDArray[np.int64] | None
+
+    def column(self, name: str) -> tuple[list[float], list[float]]:
+        """Return images seen and the values of one metric, on the lines that have both."""
+        lines = [line for line in self.metrics if line.get(name) is not None]
+        images = [float(line["images_seen"]) for line in lines]
+        return images, [float(line[name]) for line in lines]
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Sizes (K,) and domain mix (K, domains) of the clusters; a domain is a key's first folder."""
+
+    domains: list[str]
+    counts: NDArray[np.int64]
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Images per cluster, (K,)."""
+        sizes: NDArray[np.int64] = self.counts.sum(axis=1)
+        return sizes
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A named file or folder of the run; `bytes` is None when it is not there."""
+
+    name: str
+    path: Path
+    bytes: int | None
+
+
+@dataclass
+class Record:
+    """Everything that a page or a summary says about a run."""
+
+    root: Path
+    config: Config | None = None
+    provenance: Line = field(default_factory=dict)
+    stages: dict[str, Stage] = field(default_factory=dict)
+    clusters: Clusters | None = None
+    routing: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)
+    transfers: list[Line] = field(default_factory=list)
+    faults: list[Line] = field(default_factory=list)
+    artefacts: list[Artefact] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, read: Callable[[Path], T], path: Path) -> T | None:
+        """Read a file that may be missing (None) or damaged (None, and a problem)."""
+        if not path.exists():
+            return None
+        try:
+            return read(path)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self.problems.append(f"{path.relative_to(self.root)}: {' '.join(str(error).split())}")
+            return None
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def _read_object(path: Path, *required: str) -> Line:
+    value = _read_json(path)
+    if not isinstance(value, dict):
+        raise TypeError(f"must be a JSON object, is a {type(value).__name__}")
+    if missing := [name for name in required if name not in value]:
+        raise KeyError(f"lacks {', '.join(missing)}")
+    return value
+
+
+def _read_metrics(path: Path) -> list[Line]:
+    lines = read_jsonl(path)
+    for line in lines:
+        if not isinstance(line, dict) or "step" not in line or "images_seen" not in line:
+            raise KeyError("a line lacks step or images_seen")
+    return lines
+
+
+def _read_experts(path: Path) -> NDArray[np.int64] | None:
+    lines = [line["images_per_expert"] for line in read_jsonl(path) if "images_per_expert" in line]
+    return np.array(lines, np.int64) if lines else None
+
+
+def _read_holdout(path: Path) -> Line:
+    return _read_object(path, "loss", "images")
+
+
+def _read_transfer(path: Path) -> Line:
+    metrics = _read_object(path, "task", "metric", "results", "summary")
+    for row in metrics["summary"]:
+        row["protocol"], row["backbone"], float(row["mean"]), float(row["std"])
+    return metrics
+
+
+def _read_table(path: Path) -> tuple[int, NDArray[np.int64]]:
+    return int(path.stem.removeprefix("step_")), np.array(_read_json(path), np.int64)
+
+
+def _read_clusters(path: Path) -> Clusters:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path, columns=["key", "cluster"])
+    clusters = table.column("cluster").to_numpy()
+    keys = table.column("key").to_pylist()
+    parts = [key.split("/", 1)[0] if "/" in key else "(no folder)" for key in keys]
+    domains = [name for name, _ in Counter(parts).most_common()]
+    number = {name: i for i, name in enumerate(domains)}
+    num_clusters = int(clusters.max(initial=-1)) + 1
+    counts = np.zeros((num_clusters, len(domains)), np.int64)
+    np.add.at(counts, (clusters, [number[part] for part in parts]), 1)
+    return Clusters(domains, counts)
+
+
+def _size(path: Path) -> int | None:
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size if path.exists() else None
+
+
+def _newest(folder: Path) -> Path:
+    return max(folder.glob("step_*[0-9]"), default=folder / "step_XXXXXXXX")
+
+
+def _list_artefacts(run: Run) -> list[Artefact]:
+    paths = {
+        "configuration": run.root / "config.yaml",
+        "ingested shards": run.ingested,
+        "MAE checkpoint": _newest(run.stage("mae") / "checkpoints"),
+        "features": run.features,
+        "centroids": run.clusters / "centroids.npy",
+        "assignments": run.clusters / "assignments.parquet",
+        "cluster shards": run.shards,
+        "MoCE checkpoint": _newest(run.stage("moce") / "checkpoints"),
+        "routing tables": run.stage("moce") / "routing",
+        "placements": run.stage("moce") / "placement",
+    }
+    for folder in sorted((run.root / "transfer").glob("*/")):
+        paths[f"{folder.name}: dense ViT"] = folder / "backbone"
+        paths[f"{folder.name}: results"] = folder / "metrics.json"
+    paths |= {"faults": run.faults, "report": run.root / "report.html"}
+    return [Artefact(name, path, _size(path)) for name, path in paths.items()]
+
+
+def _read_stage(record: Record, folder: Path) -> Stage:
+    metrics = record.attempt(_read_metrics, folder / "metrics.jsonl") or []
+    holdout = record.attempt(_read_holdout, folder / "holdout.json")
+    experts = record.attempt(_read_experts, folder / "metrics.jsonl") if metrics else None
+    return Stage(metrics, holdout, experts)
+
+
+def read_record(root: Path) -> Record:
+    """Read what is there of a run.
+
+    Raises:
+        ConfigError: `root` is no run directory.
+    """
+    if not (root / "config.yaml").is_file():
+        raise ConfigError(f"{root}: is not a run directory (no config.yaml)")
+    run, record = Run(root), Record(root)
+    loaded = record.attempt(lambda path: load_run(path.parent), root / "config.yaml")
+    record.config = loaded[1] if loaded else None
+    record.provenance = record.attempt(_read_object, root / "provenance.json") or {}
+    record.stages = {name: _read_stage(record, run.stage(name)) for name in STAGES}
+    record.clusters = record.attempt(_read_clusters, run.clusters / "assignments.parquet")
+    tables = [
+        record.attempt(_read_table, path)
+        for path in (run.stage("moce") / "routing").glob("step_*.json")
+    ]
+    record.routing = sorted((table for table in tables if table), key=lambda pair: pair[0])
+    for path in sorted((root / "transfer").glob("*/metrics.json")):
+        record.transfers += filter(None, [record.attempt(_read_transfer, path)])
+    record.faults = record.attempt(read_faults, run.faults) or []
+    record.artefacts = _list_artefacts(run)
+    return record

@@ -1,0 +1,93 @@
+"""A run in a screen of text: what it learnt, what its clusters hold, where everything lies."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from moce_dist.report.record import Clusters, Record, Stage, read_record
+
+_MAX_CLUSTERS = 16
+_TITLES = {"mae": "MAE", "moce": "MoCE"}
+
+
+def summary_lines(run_root: Path) -> list[str]:
+    """Summarise a run directory; parts that are missing are said to be missing.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    record = read_record(run_root)
+    return [
+        f"run {record.root}",
+        *_losses(record.stages),
+        *_clusters(record.clusters),
+        *_experts(record.stages["moce"]),
+        *_transfers(record),
+        f"faults: {len(record.faults)}",
+        "artefacts:",
+        *(f"  {a.name:24} {a.path}" for a in record.artefacts if a.bytes is not None),
+        *(f"could not read {problem}" for problem in record.problems),
+    ]
+
+
+def _losses(stages: Mapping[str, Stage]) -> Iterator[str]:
+    for name, stage in stages.items():
+        _, losses = stage.column("loss")
+        if not losses:
+            yield f"{_TITLES[name]} loss: not trained yet"
+            continue
+        holdout = stage.holdout
+        held_out = f"{holdout['loss']:.4f} on {holdout['images']} images" if holdout else "missing"
+        yield f"{_TITLES[name]} loss: {losses[0]:.4f} -> {losses[-1]:.4f}, held-out: {held_out}"
+
+
+def domain_mix(counts: np.ndarray, domains: list[str]) -> str:
+    """Write one cluster's domains, largest first, e.g. `digits 97 %, relief 3 %`."""
+    total = max(1, int(counts.sum()))
+    order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    return ", ".join(f"{domains[i]} {100 * counts[i] / total:.0f} %" for i in order)
+
+
+def purity(clusters: Clusters) -> float:
+    """Share of images whose domain is the most frequent one of their cluster."""
+    return float(clusters.counts.max(axis=1).sum() / max(1, clusters.counts.sum()))
+
+
+def _clusters(clusters: Clusters | None) -> Iterator[str]:
+    if clusters is None:
+        yield "clusters: missing"
+        return
+    sizes = clusters.sizes
+    yield (
+        f"clusters: {len(sizes)} of {sizes.min()} to {sizes.max()} images; "
+        f"{100 * purity(clusters):.0f} % of the images lie with their cluster's main domain"
+    )
+    for cluster, counts in enumerate(clusters.counts[:_MAX_CLUSTERS]):
+        yield f"  cluster {cluster:4}: {domain_mix(counts, clusters.domains)}"
+    if len(sizes) > _MAX_CLUSTERS:
+        yield f"  and {len(sizes) - _MAX_CLUSTERS} more, see the report"
+
+
+def _experts(stage: Stage) -> Iterator[str]:
+    experts = stage.experts
+    if experts is None:
+        yield "images per expert: missing"
+        return
+    yield f"images per expert, sum of {len(experts)} logged steps:"
+    for layer, counts in enumerate(experts.sum(axis=0)):
+        yield f"  MoE layer {layer}: {' '.join(map(str, counts))}"
+    exchanged = sum(stage.column("images_exchanged")[1])
+    share = 100 * exchanged / max(1, int(experts.sum()))
+    yield f"images exchanged: {exchanged:.0f} in these steps, {share:.1f} % of images times layers"
+
+
+def _transfers(record: Record) -> Iterator[str]:
+    if not record.transfers:
+        yield "downstream tasks: none yet"
+    for metrics in record.transfers:
+        yield f"task {metrics['task']}, {metrics['metric']}:"
+        for row in sorted(metrics["summary"], key=lambda row: (row["protocol"], -row["mean"])):
+            yield (
+                f"  {row['protocol']:10} {row['backbone']:10} {row['mean']:.4f} +- {row['std']:.4f}"
+            )

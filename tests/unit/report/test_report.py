@@ -1,0 +1,177 @@
+"""The page and the summary: whole runs, unfinished runs, damaged runs."""
+
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from moce_dist.config import ConfigError, make_config
+from moce_dist.report.figures import routing_changes
+from moce_dist.report.page import write_report
+from moce_dist.report.record import read_record
+from moce_dist.report.summary import summary_lines
+from moce_dist.run import open_run
+
+ROOT = Path(__file__).parents[3]
+
+
+class Page(HTMLParser):
+    """Text, ids and everything that a browser would fetch."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.text, self.ids, self.fetched, self.tags = "", [], [], []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            is_link = name in ("src", "href", "xlink:href", "action", "srcset")
+            if is_link and not value.startswith(("#", "data:")):
+                self.fetched.append(value)
+
+    def handle_data(self, data):
+        if self.tags[-1:] != ["style"]:
+            self.text += data
+
+
+def test_page_of_a_finished_run_has_every_part(rendered):
+    page = Page(rendered)
+    for part in ("quickstart", "0.4211", "0.3987", "600", "MoE layer 1", "images per second"):
+        assert part in page.text, part
+    for part in ("digits", "climate", "0.9300 ± 0.0040", "seed: 3", "moe.num_experts: 4"):
+        assert part in page.text, part
+    assert page.tags.count("svg") == 6
+    assert "missing" not in page.text.split("Artefacts")[0]
+
+
+def test_page_fetches_nothing_and_runs_nothing(rendered):
+    path = rendered
+    page = Page(path)
+    assert page.fetched == [] and "script" not in page.tags
+    assert not re.search(r"@import|url\(['\"]?http", path.read_text())
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_references_inside_the_figures_lead_somewhere(rendered):
+    text = rendered.read_text()
+    ids = set(re.findall(r'\bid="([^"]+)"', text))
+    assert {*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)} <= ids
+    for svg in re.findall(r"<svg.*?</svg>", text, re.S):
+        ET.fromstring(svg)
+
+
+def test_names_from_the_data_are_escaped(rendered):
+    text = rendered.read_text()
+    assert "<script" not in text and "&lt;script&gt;" in text and "&lt;b&gt;.tar" in text
+
+
+def test_same_run_gives_the_same_page(rendered):
+    first = rendered.read_text()
+    assert write_report(rendered.parent).read_text() == first
+
+
+def test_best_value_of_a_column_is_marked(rendered):
+    text = rendered.read_text()
+    assert re.findall(r'class="number best">(\S+)', text) == ["0.7300"] * 2 + ["0.9300"] * 2
+
+
+def test_routing_changes_count_entries_that_differ(finished):
+    assert routing_changes(read_record(finished)) == ([100, 200], [3, 2])
+
+
+def test_summary_of_a_finished_run(finished):
+    text = "\n".join(summary_lines(finished))
+    assert "MAE loss: 1.0000 -> 0.3599, held-out: 0.4211 on 60 images" in text
+    assert "MoCE loss: 0.7000 -> 0.3342, held-out: 0.3987 on 60 images" in text
+    assert "clusters: 12 of 50 to 50 images" in text
+    assert re.search(r"cluster +0: digits \d+ %, ", text)
+    assert re.search(r"MoE layer 0: (\d+ ){3}\d+\n", text)
+    assert "task digits, accuracy:" in text and "moce       0.9300 +- 0.0040" in text
+    assert str(finished / "clusters" / "assignments.parquet") in text
+    assert "faults: 2" in text
+
+
+def test_images_per_expert_add_up_to_the_logged_batches(finished):
+    experts = read_record(finished).stages["moce"].experts
+    assert experts.shape == (60, 2, 4) and (experts.sum(axis=2) == 64).all()
+
+
+def test_run_that_has_only_begun_says_what_is_missing(tmp_path):
+    root = open_run(tmp_path / "new", make_config({})).root
+    page = Page(write_report(root))
+    for part in ("Nothing was trained yet.", "were not clustered yet", "No task was transferred"):
+        assert part in page.text
+    text = "\n".join(summary_lines(root))
+    for part in ("MAE loss: not trained yet", "clusters: missing", "downstream tasks: none yet"):
+        assert part in text
+
+
+DAMAGES = {
+    "mae/metrics.jsonl": '{"step": 1}\nnot json\n',
+    "moce/metrics.jsonl": '{"loss": 1}\n',
+    "mae/holdout.json": "[]",
+    "moce/holdout.json": "{}",
+    "moce/routing/step_100.json": "[[1, 2], [3]]",
+    "clusters/assignments.parquet": "PAR1",
+    "transfer/digits/metrics.json": '{"task": "digits"}',
+    "config.yaml": "seed: many",
+    "provenance.json": "",
+}
+
+
+def test_damaged_files_are_named_and_the_rest_is_shown(finished):
+    for name, content in DAMAGES.items():
+        (finished / name).write_text(content)
+    page, summary = Page(write_report(finished)), "\n".join(summary_lines(finished))
+    for name in DAMAGES:
+        assert f"could not read {name}: " in page.text and f"could not read {name}: " in summary
+    assert "climate" in page.text and "task climate, accuracy:" in summary
+
+
+def test_experts_of_changing_number_are_a_damage(finished):
+    line = '{"step": %d, "images_seen": 9, "loss": 1, "images_per_expert": %s}\n'
+    (finished / "moce" / "metrics.jsonl").write_text(line % (1, "[[1]]") + line % (2, "[[1, 2]]"))
+    assert [p.split(":")[0] for p in read_record(finished).problems] == ["moce/metrics.jsonl"]
+
+
+def test_line_cut_off_by_a_kill_does_not_matter(finished):
+    with (finished / "moce" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 300, "lo')
+    assert read_record(finished).problems == []
+
+
+def test_values_that_are_not_finite_are_drawn_as_gaps(finished):
+    with (finished / "mae" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 300, "images_seen": 19264, "loss": NaN, "lr": 0.001}\n')
+    assert Page(write_report(finished)).tags.count("svg") == 6
+
+
+def run_job(*flags):
+    return subprocess.run(
+        [sys.executable, ROOT / "jobs" / "report.py", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_job_writes_the_page_and_prints_the_summary(finished):
+    done = run_job(finished)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (finished / "report.html").exists()
+    assert done.stdout.splitlines()[:-1] == summary_lines(finished)
+
+
+def test_job_refuses_what_is_no_run(tmp_path):
+    done = run_job(tmp_path / "none")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        summary_lines(tmp_path)
+    assert run_job().returncode == 2
