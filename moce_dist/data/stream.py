@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     weights: Tensor
     """(b,) float32: 1, or 0 for padding and unreadable images."""
     clusters: Tensor
-    """(R, b) int64: the cluster of every slot of every rank."""
+    """(R, b) int64: the cluster of every slot of every rank, PADDING for padding."""
     cluster_counts: Tensor
     """(K,) int64: planned images per cluster, padding left out."""
     keys: list[str]
@@ -112,7 +112,7 @@ class StepDataset(Dataset[Batch]):
         spec, table = self._spec, self._spec.plan.table
         ids = spec.plan.step_ids(self._order(spec.plan.epoch_of(step)), step)
         planned = ids != PADDING
-        clusters = np.where(planned, table.cluster[ids], 0)
+        clusters = np.where(planned, table.cluster[ids], PADDING)
         slots = spec.layout.rank_slots(self._group_of(clusters))
         mine = ids[slots[spec.rank]]
         samples = [self._sample(step, sample_id) for sample_id in mine]

@@ -140,9 +140,10 @@ def _mask_other_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[
 def output_scales(p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: str) -> Tensor:
     """Weight of every image's expert output, (L, B): p, or p / stop_gradient(p).
 
-    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64.
+    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64; those of padding are negative and
+    get some cluster's weight.
     """
-    chosen = p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids]
+    chosen = p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids.clamp_min(0)]
     return chosen if combine == "prob" else chosen / chosen.detach()
 
 

@@ -22,7 +22,6 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
 
 import deepspeed
-import deepspeed.comm.torch as deepspeed_torch
 import torch
 import torch.distributed as dist
 from deepspeed.moe.layer import MoE
@@ -74,13 +73,15 @@ def init_distributed(device: torch.device) -> None:
     """
     os.environ.setdefault("LOCAL_RANK", "0")
     # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler needed
-    deepspeed_torch.build_shm_op = lambda: None
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+            )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 

@@ -12,6 +12,7 @@ expert-parallel group has to travel. Images that stay are not part of the collec
 Letters: b images of a rank, N tokens, D width, L MoE layers, K clusters.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,16 +110,9 @@ class ExpertExchange:
         by place. `routing` (L, K): the step's routing table.
         """
         self._group = group
-        ids = clusters.numpy()
-        layers = range(len(routing))
         self.layers = [
-            layer_routes(
-                experts.place[i][routing[i][ids]],
-                experts.slot[i][routing[i][ids]],
-                own_place,
-                experts.num_local_experts,
-            )
-            for i in layers
+            layer_routes(*destinations, own_place, experts.num_local_experts)
+            for destinations in _destinations(clusters.numpy(), routing, experts)
         ]
 
     def dispatch(self, x: Tensor, layer: int) -> tuple[Tensor, list[int]]:
@@ -146,6 +140,15 @@ class ExpertExchange:
         return _take(torch.cat([stayed, returned]), home)
 
 
+def _destinations(clusters: Ints, routing: Ints, experts: ExpertMap) -> Iterator[tuple[Ints, Ints]]:
+    # per layer place and slot of every image (P, b); padding goes to the first expert at home
+    home = np.arange(len(clusters))[:, None]
+    for layer, table in enumerate(routing):
+        expert = table[clusters]
+        place = np.where(clusters < 0, home, experts.place[layer][expert])
+        yield place, np.where(clusters < 0, 0, experts.slot[layer][expert])
+
+
 def _take(x: Tensor, rows: Ints) -> Tensor:
     return x.index_select(0, torch.from_numpy(rows).to(x.device, non_blocking=True))
 
@@ -155,6 +158,9 @@ def images_exchanged(clusters: Tensor, routing: Ints, experts: ExpertMap, replic
 
     `clusters` (R, b) of all ranks, `replicas` ranks per place.
     """
-    ids = clusters.numpy()
-    home = np.arange(len(ids))[:, None] // replicas
-    return sum(int((experts.place[i][routing[i][ids]] != home).sum()) for i in range(len(routing)))
+    by_replica = [clusters.numpy()[first::replicas] for first in range(replicas)]
+    return sum(
+        int((place != np.arange(len(place))[:, None]).sum())
+        for ids in by_replica
+        for place, _ in _destinations(ids, routing, experts)
+    )

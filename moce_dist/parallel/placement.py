@@ -38,10 +38,13 @@ class Placement:
         return self.shares.shape[1]
 
     def readers(self, clusters: Ints) -> Ints:
-        """Give every slot of a step, (B,) cluster ids, the group that reads it; groups get B / G each."""
-        groups = np.empty(len(clusters), np.int64)
+        """Give every slot of a step, (B,) cluster ids, the group that reads it; groups get B / G each.
+
+        Padding (cluster -1) fills up what is left.
+        """
+        groups = np.full(len(clusters), -1)
         bounds = self.shares.cumsum(axis=1)
-        for cluster in np.unique(clusters):
+        for cluster in np.unique(clusters[clusters >= 0]):
             slots = np.flatnonzero(clusters == cluster)
             at = (np.arange(len(slots)) + 0.5) / len(slots) * bounds[cluster, -1]
             groups[slots] = np.searchsorted(bounds[cluster], at, side="right")
@@ -67,11 +70,10 @@ class Placement:
 
 def _level(groups: Ints, num_groups: int) -> Ints:
     # equal sizes: the last slots of groups that have too many go to groups that have too few
-    room = len(groups) // num_groups - np.bincount(groups, minlength=num_groups)
-    surplus = [np.flatnonzero(groups == g)[room[g] :] for g in range(num_groups) if room[g] < 0]
-    if surplus:
-        moving = np.sort(np.concatenate(surplus))
-        groups[moving] = np.repeat(np.arange(num_groups), room.clip(min=0))
+    room = len(groups) // num_groups - np.bincount(groups[groups >= 0], minlength=num_groups)
+    for group in np.flatnonzero(room < 0):
+        groups[np.flatnonzero(groups == group)[room[group] :]] = -1
+    groups[groups < 0] = np.repeat(np.arange(num_groups), room.clip(min=0))
     return groups
 
 

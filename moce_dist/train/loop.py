@@ -28,7 +28,8 @@ from moce_dist.run import write_atomic
 from moce_dist.train.checkpoint import save_checkpoint
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.optim import learning_rate, set_learning_rate
-from moce_dist.train.setup import StageJob, TrainState, build_state, holdout_table
+from moce_dist.train.job import StageJob
+from moce_dist.train.setup import TrainState, build_state, holdout_table
 
 log = logging.getLogger(__name__)
 _FAULTS_BEFORE_STOP = 8

@@ -8,6 +8,7 @@ Source: the layout of mae_pretrain_vit_*.pth, arXiv 2111.06377; timm's `vit_*_pa
 
 import argparse
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from moce_dist.config import Config, ConfigError
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.train.checkpoint import load_weights
 
 log = logging.getLogger(__name__)
 
@@ -76,3 +78,17 @@ def _resample_positions(weights: dict[str, Tensor], config: Config) -> None:
     positions = weights.get("pos_embed")
     if positions is not None and positions.shape[1] != side**2 + 1:
         weights["pos_embed"] = resample_abs_pos_embed(positions, [side, side])
+
+
+def load_encoder(checkpoint: str, config_json: str) -> Callable[[Tensor], Tensor]:
+    """Build a frozen encoder in this process: images (B, 3, S, S) to features (B, D).
+
+    Arguments are strings, so that a job for a worker can name its encoder.
+    """
+    config = Config.model_validate_json(config_json)
+    torch.set_num_threads(config.parallel.threads_per_worker)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = MaskedAutoencoder(config)
+    model.load_state_dict(load_weights(Path(checkpoint)))
+    model.to(device).eval().requires_grad_(requires_grad=False)
+    return lambda images: model.features(images.to(device))

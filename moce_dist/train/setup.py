@@ -4,7 +4,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moce_dist.cluster.assign import read_assignments
-from moce_dist.config import Config, ConfigError, StageConfig
+from moce_dist.config import Config, ConfigError
 from moce_dist.data.plan import Plan, SampleTable, sample_table
 from moce_dist.data.shards import read_index
 from moce_dist.data.stream import Layout, StreamSpec
@@ -28,33 +28,12 @@ from moce_dist.train.checkpoint import (
     load_weights,
     read_manifest,
 )
+from moce_dist.train.job import HOLDOUT_TABLE, StageJob, plan_of, total_steps
 from moce_dist.train.optim import optimizer_factory, parameter_groups
 from moce_dist.train.pretrained import initial_weights
 from moce_dist.train.routing import Router
 
 log = logging.getLogger(__name__)
-_HOLDOUT_EPOCH_SEED = 1
-
-
-@dataclass(frozen=True)
-class StageJob:
-    """A training stage as it is sent to the workers: small, and everything else is read from disk."""
-
-    config: Config
-    run_root: Path
-    stage: Literal["mae", "moce"]
-    index: str
-    holdout: str | None = None
-
-    @property
-    def folder(self) -> Path:
-        """Where the stage writes."""
-        return self.run_root / self.stage
-
-    @property
-    def stage_config(self) -> StageConfig:
-        """Optimisation of this stage."""
-        return self.config.mae if self.stage == "mae" else self.config.moce
 
 
 @dataclass
@@ -97,11 +76,6 @@ class TrainState:
         )
 
 
-def total_steps(stage: StageConfig, plan: Plan) -> int:
-    """Optimiser steps of a stage over a plan."""
-    return max(1, round(stage.epochs * plan.steps_per_epoch))
-
-
 def worker_device(config: Config) -> torch.device:
     """Choose this process's device.
 
@@ -125,7 +99,7 @@ def holdout_table(job: StageJob) -> SampleTable | None:
     table = sample_table(read_index(job.holdout))
     if job.stage == "mae":
         return table
-    clusters = read_assignments(Run(job.run_root).clusters / "holdout.parquet")
+    clusters = read_assignments(Run(job.run_root).shards / HOLDOUT_TABLE)
     ids = np.array([clusters[key] for key in table.keys], np.int64)
     return SampleTable(table.urls, table.keys, table.shard, table.offset, table.size, ids)
 
@@ -138,7 +112,7 @@ def build_state(job: StageJob) -> TrainState:
     init_distributed(device)
     rank = dist.get_rank()
     topology = Topology(dist.get_world_size(), config.parallel.num_groups)
-    plan = Plan(sample_table(read_index(job.index)), stage.batch_size, config.seed)
+    plan = plan_of(job)
     centroids = _centroids(job)
     clusters = 1 if centroids is None else len(centroids)
     sizes = np.bincount(plan.table.cluster, minlength=clusters)

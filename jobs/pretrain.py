@@ -1,0 +1,98 @@
+"""Pre-train: masked autoencoder, features, clusters, cluster-sharded tars, experts.
+
+python jobs/pretrain.py                                  the quickstart, on real images, no GPU
+python jobs/pretrain.py --config configs/pretrain/vit_base.yaml --run base
+torchrun --nproc-per-node 8 jobs/pretrain.py --stage moce --config ... --run ...
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from moce_dist.cli import job_parser, quiet_libraries, run_job
+from moce_dist.config import Config, ConfigError, load_config
+from moce_dist.run import Run, open_run, resolve_run
+
+STAGES = ("all", "mae", "cluster", "moce")
+QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the request, check it, run the stages."""
+    parser = job_parser(
+        "Pre-train MoCE: mae -> features -> cluster -> reshard -> moce.",
+        "python jobs/pretrain.py --config configs/quickstart.yaml --run quickstart",
+    )
+    parser.add_argument("--stage", choices=STAGES, default="all", help="run one stage only")
+    arguments = parser.parse_args(argv)
+    path = Path(arguments.config or QUICKSTART)
+    config = load_config(path, arguments.overrides)
+    root = resolve_run(arguments.run or path.stem, config)
+    check_request(config, arguments.stage)
+    if arguments.dry_run:
+        print("\n".join(plan_lines(config, root, arguments.stage)))
+        return
+    quiet_libraries()
+    run = open_run(root, config, fresh=arguments.fresh)
+    run_stage(run, config, arguments.stage)
+    print(f"done: {root}")
+
+
+def check_request(config: Config, stage: str) -> None:
+    """Refuse what is wrong before anything heavy is imported or written."""
+    if not config.data.source:
+        raise ConfigError("data.source = '': must name images, e.g. --set data.source=folder:PATH")
+    world_size = os.environ.get("WORLD_SIZE")
+    if "RANK" in os.environ and world_size is not None:
+        if stage not in ("mae", "moce"):
+            raise ConfigError(f"--stage {stage}: under torchrun only mae or moce")
+        if int(world_size) != config.parallel.num_workers:
+            raise ConfigError(
+                f"parallel.num_workers ({config.parallel.num_workers}) must be the number of "
+                f"processes that torchrun started ({world_size})"
+            )
+
+
+def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
+    """Describe what would run: stages, shapes, ranks, groups, bytes."""
+    shape, parallel = config.model.shape, config.parallel
+    dense_mlp = 8 * shape.width**2 + 5 * shape.width
+    experts = len(config.moe_layers) * config.moe.num_experts * dense_mlp
+    shared = 12 * shape.width**2 * shape.depth
+    ep_size = min(parallel.num_workers, parallel.num_groups)
+    visible = int(config.num_patches * (1 - config.model.mask_ratio)) + 1
+    width = 2 if parallel.precision == "bf16" else 4
+    return [
+        f"run        {root}",
+        f"stages     {'mae, cluster, moce' if stage == 'all' else stage}",
+        f"data       {config.data.source}, {config.data.image_size} px",
+        f"encoder    width {shape.width}, depth {shape.depth}, heads {shape.num_heads}, "
+        f"{visible} of {config.num_patches + 1} tokens visible",
+        f"experts    {config.moe.num_experts} in each of blocks {list(config.moe_layers)}",
+        f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}",
+        f"ranks      {parallel.num_workers} in {ep_size} places, {parallel.num_groups} expert groups, "
+        f"{config.moe.num_experts // ep_size} experts of a layer on each rank",
+        f"batch      mae {config.mae.batch_size}, moce {config.moce.batch_size}; "
+        f"{config.moce.batch_size // parallel.num_workers} images a rank",
+        f"state      about {16 * (shared + experts / ep_size) / 2**30:.2f} GiB a rank "
+        "(weights, gradients, moments; encoder)",
+        f"exchange   {visible * shape.width * width} bytes an image and transfer",
+    ]
+
+
+def run_stage(run: Run, config: Config, stage: str) -> None:
+    """Run the requested stages."""
+    from moce_dist.pipeline import Pipeline
+
+    pipeline = Pipeline(run, config)
+    steps = {
+        "all": pipeline.pretrain,
+        "mae": pipeline.mae,
+        "cluster": pipeline.cluster,
+        "moce": pipeline.moce,
+    }
+    steps[stage]()
+
+
+if __name__ == "__main__":
+    run_job(main)

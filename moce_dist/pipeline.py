@@ -1,0 +1,199 @@
+"""The stages of a run in order, each a named artefact that is made once.
+
+    images -> ingested/ -> mae/ -> features/ -> clusters/ -> shards/ -> moce/
+
+A stage is skipped when its artefact is complete and was made from the same inputs; otherwise it is
+made, or taken up where it stopped. This module only wires chapters to `launch`.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from moce_dist.cluster.assign import (
+    assign_features,
+    read_assignments,
+    read_centroids,
+    run_clustering,
+    write_assignments,
+)
+from moce_dist.cluster.blocks import open_features
+from moce_dist.cluster.features import (
+    EncoderSpec,
+    FeatureJob,
+    begin_features,
+    extract_shard,
+    feature_names,
+)
+from moce_dist.config import Config, ConfigError
+from moce_dist.data.ingest import ingest
+from moce_dist.data.progress import track
+from moce_dist.data.reshard import reshard
+from moce_dist.data.shards import INDEX_NAME, read_index
+from moce_dist.launch import map_tasks, train
+from moce_dist.run import Run, artefact_id, fingerprint, is_complete, mark_complete
+from moce_dist.train.checkpoint import latest_checkpoint
+from moce_dist.train.job import HOLDOUT_TABLE, StageJob
+from moce_dist.train.pretrained import load_encoder
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+HOLDOUT = "holdout"
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The stages of one run."""
+
+    run: Run
+    config: Config
+
+    def pretrain(self) -> None:
+        """Run every stage that is not finished."""
+        self.mae()
+        self.cluster()
+        self.moce()
+
+    def ingest(self) -> Path:
+        """Return the folder of the data's index; a source that is no index is ingested first."""
+        source = self.config.data.source
+        if source.startswith("index:"):
+            return Path(source.removeprefix("index:")).resolve()
+        if not source:
+            raise ConfigError("data.source = '': must name images, e.g. folder:PATH")
+        ingest(source, self.run.ingested, self.config.data, self.run.faults)
+        return self.run.ingested
+
+    def mae(self) -> None:
+        """Train the dense masked autoencoder."""
+        data = self.ingest()
+        self._train("mae", data, {"data": data_id(data)})
+
+    def cluster(self) -> dict[str, Any]:
+        """Features, balanced clusters, cluster-sharded tars; return the clusters' summary."""
+        self.features()
+        summary = self.clusters()
+        self.reshard()
+        return summary
+
+    def features(self) -> None:
+        """Encode all images, held-out ones too, with the trained encoder."""
+        data = self.ingest()
+        inputs = {"mae": artefact_id(self.run.stage("mae")), "data": data_id(data)}
+        if is_complete(self.run.features, inputs):
+            log.info("features: complete")
+            return
+        for source, out in self._feature_folders(data):
+            begin_features(out, inputs)
+            jobs = self._feature_jobs(source, out)
+            log.info("features: encoding %d shards of %s", len(jobs), source)
+            done = map_tasks(extract_shard, jobs, parallel=self.config.parallel, gpu=True)
+            for _ in track(done, "shards encoded", total=len(jobs)):
+                pass
+        files = [
+            f for pattern in ("*.npy", "*.keys.json") for f in self.run.features.rglob(pattern)
+        ]
+        mark_complete(self.run.features, inputs, files)
+
+    def _feature_folders(self, data: Path) -> Iterator[tuple[Path, Path]]:
+        yield data, self.run.features
+        if (data / HOLDOUT / INDEX_NAME).is_file():
+            yield data / HOLDOUT, self.run.features / HOLDOUT
+
+    def _feature_jobs(self, source: Path, out: Path) -> list[FeatureJob]:
+        checkpoint = latest_checkpoint(self.run.stage("mae") / "checkpoints")
+        index = read_index(source)
+        encoder = EncoderSpec(load_encoder, (str(checkpoint), self.config.model_dump_json()))
+        return [
+            FeatureJob(
+                shard=shard,
+                url=index.url(shard),
+                name=name,
+                out=out,
+                ledger=self.run.faults,
+                encoder=encoder,
+                image_size=self.config.data.image_size,
+                batch_size=self.config.cluster.batch_size,
+            )
+            for shard, name in zip(index.shards, feature_names(index), strict=True)
+        ]
+
+    def clusters(self) -> dict[str, Any]:
+        """Cluster the features of the training images."""
+        return run_clustering(
+            self.run.features,
+            self.run.clusters,
+            self.config.cluster,
+            seed=self.config.seed,
+            subtract_mean=True,
+            map_blocks=self._map_blocks,
+            inputs={"features": artefact_id(self.run.features)},
+        )
+
+    def _map_blocks(
+        self, function: Callable[[Item], Result], items: Sequence[Item], /
+    ) -> Iterable[Result]:
+        return map_tasks(function, items, parallel=self.config.parallel)
+
+    def reshard(self) -> None:
+        """Rewrite the training tars so that each holds one cluster; assign the held-out images."""
+        out, data = self.run.shards, self.ingest()
+        inputs = {"clusters": artefact_id(self.run.clusters), "data": data_id(data)}
+        if is_complete(out, inputs):
+            log.info("shards: complete")
+            return
+        self._assign_holdout()
+        assignments = read_assignments(self.run.clusters / "assignments.parquet")
+        reshard(
+            read_index(data),
+            assignments,
+            out,
+            shard_bytes=self.config.data.shard_bytes,
+            inputs=inputs,
+        )
+
+    def _assign_holdout(self) -> None:
+        folder = self.run.features / HOLDOUT
+        if not folder.is_dir():
+            return
+        files = open_features(folder)
+        centroids, mean = read_centroids(self.run.clusters)
+        rows = np.concatenate([np.load(path, allow_pickle=False) for path in files.paths])
+        labels, distances = assign_features(rows, centroids, mean=mean)
+        self.run.shards.mkdir(parents=True, exist_ok=True)
+        write_assignments(self.run.shards / HOLDOUT_TABLE, files, labels, distances)
+
+    def moce(self) -> None:
+        """Train the experts on the cluster-sharded tars."""
+        inputs = {
+            "shards": artefact_id(self.run.shards),
+            "clusters": artefact_id(self.run.clusters),
+            "mae": artefact_id(self.run.stage("mae")),
+        }
+        self._train("moce", self.run.shards, inputs)
+
+    def _train(self, stage: Literal["mae", "moce"], data: Path, inputs: dict[str, Any]) -> None:
+        folder, holdout = self.run.stage(stage), self.ingest() / HOLDOUT
+        if is_complete(folder, inputs):
+            log.info("%s: complete", stage)
+            return
+        has_holdout = (holdout / INDEX_NAME).is_file()
+        job = StageJob(
+            self.config, self.run.root, stage, str(data), str(holdout) if has_holdout else None
+        )
+        log.info("%s: training on %d workers", stage, self.config.parallel.num_workers)
+        train(job)
+        checkpoint = latest_checkpoint(folder / "checkpoints")
+        assert checkpoint is not None
+        files = [*checkpoint.iterdir(), folder / "metrics.jsonl", *folder.glob("holdout.json")]
+        mark_complete(folder, inputs, files)
+
+
+def data_id(folder: Path) -> str:
+    """Fingerprint of a data set: the sha256 of its shards, in order."""
+    return fingerprint([shard.sha256 for shard in read_index(folder).shards])
