@@ -127,7 +127,7 @@ def experts(record: Record) -> str | None:
     with rc_context(_STYLE | {"axes.grid": False}):
         columns = min(3, layers)
         rows = -(-layers // columns)
-        figure, panels = _canvas(rows, columns, 0.5 + rows * (0.7 + 0.11 * num_experts))
+        figure, panels = _canvas(rows, columns, 0.4 + rows * max(1.5, 0.7 + 0.11 * num_experts))
         top = max(2 / num_experts, float(shares.max()))
         for axes in panels[layers:]:
             axes.remove()
@@ -139,7 +139,7 @@ def experts(record: Record) -> str | None:
             axes.set(title=f"MoE layer {layer}", yticks=ticks, xlabel="logged step")
             axes.set_ylabel("expert" if layer % columns == 0 else "")
         bar = figure.colorbar(image, ax=list(panels[:layers]), shrink=0.8, pad=0.01)
-        bar.set_label(f"share of the images (equal: {1 / num_experts:.3f})")
+        bar.set_label(f"share (equal: {1 / num_experts:.3f})")
         return _svg(figure, "experts")
 
 
@@ -153,11 +153,15 @@ def traffic(record: Record) -> str | None:
         panels[0].plot(*_thin(x, exchanged), color=COLOURS["moce"], linewidth=1.4)
         panels[0].set(title="images exchanged in a step, summed over layers", xlabel="images seen")
         steps, changes = routing_changes(record)
-        panels[1].step(*_thin(steps, changes), color=COLOURS["moce"], where="post", linewidth=1.4)
+        panels[1].bar(*_thin(steps, changes), width=_bar_width(steps), color=COLOURS["moce"])
         panels[1].set(title="clusters that changed expert, summed over layers", xlabel="step")
         for axes in panels:
             axes.set_ylim(0, None)
         return _svg(figure, "traffic")
+
+
+def _bar_width(steps: Sequence[int]) -> float:
+    return 0.8 * float(np.diff(steps).min()) if len(steps) > 1 else 1.0
 
 
 def routing_changes(record: Record) -> tuple[list[int], list[int]]:

@@ -81,7 +81,7 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     tiles += [
         _tile("images", images),
         _tile("clusters", str(len(clusters.sizes)) if clusters else None),
-        _tile("images exchanged, of images times layers", _exchanged(record)),
+        _tile("images exchanged", _exchanged(record)),
         _tile("faults", str(len(record.faults))),
     ]
     return tiles
