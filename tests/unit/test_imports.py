@@ -13,7 +13,7 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 ROOT = Path(__file__).parents[2]
 PACKAGE = sorted((ROOT / "moce_dist").rglob("*.py"))
 JOBS = sorted((ROOT / "jobs").glob("*.py"))
-HEAVY = ("torch", "numpy", "ray", "deepspeed", "faiss", "timm", "scipy", "pyarrow", "matplotlib")
+HEAVY = ("torch", "ray", "deepspeed", "faiss", "timm", "scipy", "pyarrow", "matplotlib")
 CONTRACTS = [
     options["id"]
     for options in read_configuration(str(ROOT / "pyproject.toml"))["contracts_options"]
