@@ -11,7 +11,8 @@ from moce_dist.config import load_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-PRETRAIN = [path for path in CONFIGS if path.parent == ROOT / "configs"]
+OTHERS = {"transfer", "bench"}
+PRETRAIN = [p for p in CONFIGS if not OTHERS & set(p.relative_to(ROOT / "configs").parts)]
 
 
 def name(path):
