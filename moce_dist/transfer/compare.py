@@ -189,7 +189,7 @@ class Comparison:
         features = self._frozen_features(fit, backbone, task)
         if fit.protocol == "knn":
             return knn(features, num_classes, transfer)
-        return linear(features, num_classes, transfer, device=self.machine.device, seed=fit.seed)
+        return linear(features, num_classes, transfer, device=self.machine.device)
 
     def _frozen_features(self, fit: Fit, backbone: Backbone, task: Task) -> Features:
         is_drawn = fit.backbone == "random" or len(task.train) < len(self.task.train)

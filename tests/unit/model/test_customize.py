@@ -33,9 +33,7 @@ def config() -> Config:
 @pytest.fixture(scope="module")
 def moce(config: Config) -> MaskedAutoencoder:
     torch.manual_seed(0)
-    model = MaskedAutoencoder(
-        config, centroids=torch.randn(5, 24), num_local_experts=NUM_EXPERTS
-    )
+    model = MaskedAutoencoder(config, centroids=torch.randn(5, 24), num_local_experts=NUM_EXPERTS)
     # biases and norms start at 0 and 1; a mistake there would not show
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -152,5 +150,5 @@ def test_scale_of_wrong_length_is_refused(weights):
 
 
 def test_unknown_tensor_is_not_dropped_silently(weights):
-    with pytest.raises(ValueError, match="head.weight"):
+    with pytest.raises(ValueError, match=r"head\.weight"):
         customize({**weights, "head.weight": torch.zeros(2, 2)}, (0, 1))
