@@ -1,0 +1,186 @@
+"""What the processes of a pool run: each function is called on every rank with equal arguments."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from moce_dist.config import load_config
+from moce_dist.data.stream import stream
+from moce_dist.parallel.engine import init_distributed
+from moce_dist.parallel.placement import Placement
+from moce_dist.train import loop, setup
+from moce_dist.train.checkpoint import Naming, save_checkpoint
+from moce_dist.train.job import StageJob
+
+TINY = (
+    "model.size=tiny", "model.width=32", "model.num_heads=2", "model.depth=4",
+    "data.image_size=32", "model.patch_size=8", "model.decoder_depth=1",
+    "model.decoder_width=16", "model.decoder_num_heads=2", "moe.num_experts=4",
+    "cluster.num_clusters=8", "parallel.num_groups=2", "moce.batch_size=16", "moce.epochs=2",
+    "moce.warmup_epochs=0", "mae.batch_size=16", "logging.every_steps=1", "logging.tensorboard=false",
+    "data.loader_processes=0", "parallel.precision=fp32", "parallel.replan_steps=5",
+    "checkpoint.every_steps=4", "checkpoint.keep=100", "data.max_fault_fraction=1",
+)  # fmt: skip
+
+
+def tiny_config(overrides=()):
+    return load_config(None, [*TINY, *overrides])
+
+
+def make_job(run, overrides, stage="moce"):
+    return StageJob(tiny_config(overrides), Path(run), stage, str(Path(run) / "shards"))
+
+
+def scrambled(num_layers, num_experts, num_clusters, num_groups, seed=5):
+    """A bad placement: experts anywhere, clusters read in random parts by every group."""
+    draws = np.random.default_rng(seed)
+    homes = np.repeat(np.arange(num_groups), num_experts // num_groups)
+    expert_group = np.stack([draws.permutation(homes) for _ in range(num_layers)])
+    return Placement(expert_group, draws.dirichlet(np.ones(num_groups), num_clusters))
+
+
+def build(run, overrides, placement="planned"):
+    """Build a fresh state; with `scrambled`, under the bad placement."""
+    job = make_job(run, overrides)
+    state = setup.build_state(job)
+    if placement == "scrambled":
+        shape = (len(job.config.moe_layers), job.config.moe.num_experts, 8)
+        state.router.placement = scrambled(*shape, state.topology.num_groups)
+        state.naming = Naming(
+            job.config.moe_layers, state.router.experts, state.topology.place(state.rank)
+        )
+        weights = setup._first_weights(job)
+        state.engine.load_state(
+            lambda name, kind: setup._lookup(weights, state.naming, name, kind), step=0
+        )
+    return state
+
+
+def by_global_name(state, pairs):
+    """{global name: numpy array} of this rank's tensors."""
+    result = {}
+    for name, tensor in pairs:
+        names = state.naming.global_names(name)
+        parts = [tensor] if names == [name] else tensor
+        result |= {n: p.detach().cpu().numpy().copy() for n, p in zip(names, parts, strict=True)}
+    return result
+
+
+def take_steps(run, overrides, placement="planned", steps=1):
+    """Run real training steps; gradients of the first, weights after the last, and the metrics."""
+    init_distributed(torch.device("cpu"))
+    state = build(run, overrides, placement)
+    captured = {}
+    original = state.engine.step
+
+    def step():
+        boundary = state.engine._engine.is_gradient_accumulation_boundary()
+        if boundary and not captured:
+            captured.update(by_global_name(state, state.engine.gradients()))
+        return original()
+
+    state.engine.step = step
+    readers = state.router.placement.readers
+    metrics = []
+    for batch in stream(state.stream_spec(state.plan), readers, start=0, stop=steps):
+        if state.step:
+            state.router.refresh(state.model.gate, state.step)
+        metrics.append(loop.train_step(state, batch))
+        state.step += 1
+    weights = by_global_name(state, ((n, t) for n, k, t in state.engine.state() if k == "weight"))
+    result = {
+        "gradients": captured,
+        "weights": weights,
+        "metrics": metrics,
+        "table": state.router.table,
+    }
+    state.engine.destroy()
+    return result
+
+
+def exchange_collectives(run, overrides, placement):
+    """Count all_to_all calls in one step, and what the step says was exchanged."""
+    init_distributed(torch.device("cpu"))
+    state = build(run, overrides, placement)
+    calls, original = [], dist.all_to_all_single
+
+    def counted(*arguments, **named):
+        calls.append(arguments[0].shape[0])
+        return original(*arguments, **named)
+
+    dist.all_to_all_single = counted
+    try:
+        readers = state.router.placement.readers
+        batch = next(stream(state.stream_spec(state.plan), readers, start=0, stop=1))
+        metrics = loop.train_step(state, batch)
+    finally:
+        dist.all_to_all_single = original
+    state.engine.destroy()
+    return {"calls": len(calls), "metrics": metrics, "keys": batch.keys}
+
+
+def train_to_end(run, overrides):
+    """Run the stage with the real loop."""
+    init_distributed(torch.device("cpu"))
+    return loop.pretrain(make_job(run, overrides))
+
+
+def train_part(run, overrides, stop):
+    """Run the stage and abandon it at step `stop`, as a kill would."""
+    init_distributed(torch.device("cpu"))
+    original = loop.train_step
+
+    def step(state, batch):
+        if batch.step == stop:
+            raise InterruptedError
+        return original(state, batch)
+
+    loop.train_step = step
+    try:
+        loop.pretrain(make_job(run, overrides))
+    except InterruptedError:
+        return stop
+    finally:
+        loop.train_step = original
+    raise AssertionError("the stage ended before it was stopped")
+
+
+def stream_keys(run, overrides, start, stop):
+    """Keys and noise of every step that this rank reads."""
+    init_distributed(torch.device("cpu"))
+    state = build(run, overrides)
+    readers = state.router.placement.readers
+    batches = stream(state.stream_spec(state.plan), readers, start=start, stop=stop)
+    result = [(b.step, [k for k in b.keys if k], b.noise.sum(dim=1).tolist()) for b in batches]
+    state.engine.destroy()
+    return result
+
+
+def saved_state(run, overrides):
+    """Load the newest checkpoint and return every tensor of this rank by (kind, global name)."""
+    init_distributed(torch.device("cpu"))
+    state = setup.build_state(make_job(run, overrides))
+    result = {}
+    for name, kind, tensor in state.engine.state():
+        named = by_global_name(state, [(name, tensor)])
+        result |= {(kind, n): value for n, value in named.items()}
+    step = state.step
+    state.engine.destroy()
+    return {"step": step, "tensors": result, "table": state.router.table}
+
+
+def save_again(run, overrides, out):
+    """Load the newest checkpoint and save it in another folder, from this number of ranks."""
+    init_distributed(torch.device("cpu"))
+    state = setup.build_state(make_job(run, overrides))
+    if dist.get_rank() == 0:
+        shutil.rmtree(out, ignore_errors=True)
+    position = {
+        "step": state.step, "stage": "moce", "epoch": 0, "faults": 0,
+        "cursors": state.plan.cursors(state.step), **state.router.save(),
+    }  # fmt: skip
+    save_checkpoint(Path(out), state.engine, state.naming, position, keep=1)
+    state.engine.destroy()

@@ -1,0 +1,150 @@
+"""Real processes for distributed tests: one warm pool per world size, gloo between them.
+
+DeepSpeed takes seconds to import, so the processes of a pool live for the whole session. A test names a
+function of cases.py; every process of the pool calls it with the same arguments and returns a result.
+"""
+
+import contextlib
+import importlib.util
+import io
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moce_dist.data.shards import write_index
+from moce_dist.data.writer import ShardWriter
+
+TIMEOUT_S = 240
+CASES = Path(__file__).parent / "cases.py"
+
+
+def load_cases():
+    spec = importlib.util.spec_from_file_location("moce_dist_cases", CASES)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["moce_dist_cases"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _serve(rank, world_size, port, pipe):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    log = Path(tempfile.gettempdir()) / f"moce-pool-{os.getppid()}-{world_size}-{rank}.log"
+    sys.stdout = sys.stderr = log.open("w")
+    cases = load_cases()
+    while (call := pipe.recv()) is not None:
+        name, arguments = call
+        try:
+            pipe.send((True, getattr(cases, name)(**arguments)))
+        except BaseException:
+            pipe.send((False, traceback.format_exc()))
+
+
+def _free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+class Pool:
+    """Processes that form one gloo group; a failed or hung call ends them."""
+
+    def __init__(self, world_size):
+        context = multiprocessing.get_context("spawn")
+        port = _free_port()
+        self._pipes, self._processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world_size, port, theirs), daemon=True
+            )
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, name, **arguments):
+        """Call cases.NAME(**arguments) on every rank; results in rank order."""
+        for pipe in self._pipes:
+            pipe.send((name, arguments))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(TIMEOUT_S):
+                self.close()
+                pytest.fail(f"{name}: rank {rank} did not answer within {TIMEOUT_S} s")
+            is_good, result = pipe.recv()
+            if not is_good:
+                self.close()
+                pytest.fail(f"{name}: rank {rank}:\n{result}")
+            results.append(result)
+        return results
+
+    @property
+    def is_alive(self):
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self):
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        for process in self._processes:
+            process.join(5)
+            process.kill()
+            process.join()
+
+
+@pytest.fixture(scope="session")
+def pools():
+    """Return a function: world size -> warm pool."""
+    alive = {}
+
+    def pool(world_size):
+        if world_size not in alive or not alive[world_size].is_alive:
+            alive[world_size] = Pool(world_size)
+        return alive[world_size]
+
+    yield pool
+    for each in alive.values():
+        each.close()
+
+
+def _picture(draws):
+    colours = draws.integers(0, 255, (8, 8, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(colours).resize((32, 32), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def clustered_run(tmp_path_factory):
+    """A run directory with 8 clusters of 20 or 21 pictures, ready for stage moce."""
+    root, draws = tmp_path_factory.mktemp("clustered"), np.random.default_rng(0)
+    shards = []
+    for cluster in range(8):
+        writer = ShardWriter(root / "shards", f"cluster-{cluster:05d}-000000.tar", cluster=cluster)
+        for number in range(20 + cluster % 2):
+            writer.add(f"c{cluster}/{number:04d}", {"png": _picture(draws)})
+        shards.append(writer.close())
+    write_index(root / "shards", shards)
+    (root / "clusters").mkdir()
+    np.save(root / "clusters" / "centroids.npy", draws.standard_normal((8, 32)).astype(np.float32))
+    return root
+
+
+@pytest.fixture(scope="session")
+def cases():
+    """The module that the pools run, loaded here."""
+    return load_cases()

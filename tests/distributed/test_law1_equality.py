@@ -1,0 +1,193 @@
+"""Law 1: a distributed MoCE step equals the one-process step on the concatenated batch."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from moce_dist.data.plan import PADDING
+from moce_dist.data.stream import Layout, StreamSpec, stream
+from moce_dist.model.gate import balance_loss, confidence_loss
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
+from moce_dist.train import setup
+from moce_dist.train.job import plan_of
+
+CONFIGURATIONS = [
+    # ranks, groups, ZeRO stage, micro-batches, placement
+    (1, 2, 0, 1, "planned"),
+    (2, 2, 0, 1, "planned"),
+    (2, 2, 0, 2, "scrambled"),
+    (2, 4, 0, 1, "scrambled"),
+    (4, 2, 0, 1, "scrambled"),
+    (4, 4, 0, 1, "scrambled"),
+    (2, 2, 1, 2, "scrambled"),
+    (4, 2, 1, 1, "scrambled"),
+    (2, 2, 2, 1, "scrambled"),
+    (4, 2, 2, 2, "scrambled"),
+]
+
+
+def global_batch(job):
+    """The step-0 batch as one process sees it."""
+    spec = StreamSpec(
+        plan_of(job), job.config.data, job.config.num_patches, Layout(1, 1), 0,
+        job.run_root / "faults.jsonl", "moce",
+    )  # fmt: skip
+    return next(stream(spec, lambda clusters: np.zeros(len(clusters), np.int64), start=0, stop=1))
+
+
+def reference(job, table, combine):
+    """One process, no engine, float64: loss, gradients by global name, total norm."""
+    config = copy.deepcopy(job.config)
+    experts = config.moe.num_experts
+    model = MaskedAutoencoder(config, centroids=setup._centroids(job), num_local_experts=experts)
+    residents = [list(range(experts))] * len(config.moe_layers)
+    weights = setup._first_weights(job)
+    state = model.state_dict()
+    for name in state:
+        if is_stacked(name):
+            names = global_names(name, config.moe_layers, residents)
+            state[name] = torch.stack([weights[n] for n in names])
+        elif name in weights:
+            state[name] = weights[name]
+    model.load_state_dict(state)
+    model.double()
+    batch = global_batch(job)
+    assert (batch.clusters[0] != PADDING).all()
+    ids = batch.clusters[0]
+    table = torch.from_numpy(table)
+    # float64 all the way: the gate's own function computes in float32
+    p = torch.einsum("led,kd->lke", model.gate.weight, model.gate.cluster_embedding).softmax(-1)
+    chosen = torch.stack([p[i][ids, table[i][ids]] for i in range(len(table))])
+    scales = chosen if combine == "prob" else chosen / chosen.detach()
+    losses = model(
+        batch.images.double(), batch.noise.double(), LocalDispatcher(table[:, ids], experts), scales
+    )
+    counts = batch.cluster_counts
+    loss = losses.mean()
+    total = loss + config.gate.balance_weight * balance_loss(p, counts)
+    total = total + config.gate.confidence_weight * confidence_loss(p, counts)
+    total.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if is_stacked(name):
+            names = global_names(name, config.moe_layers, residents)
+            gradients |= dict(zip(names, parameter.grad.numpy(), strict=True))
+        else:
+            gradients[name] = parameter.grad.numpy()
+    norm = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))
+    return {"loss": loss.item(), "loss_total": total.item(), "gradients": gradients, "norm": norm}
+
+
+def assert_close(name, value, expected, norm, tolerance):
+    limit = tolerance * max(np.linalg.norm(expected), 1e-3 * norm)
+    assert np.linalg.norm(value - expected) <= limit, name
+
+
+def merged(results, key):
+    """Union of the ranks' tensors; replicas must agree to the bit."""
+    union = {}
+    for result in results:
+        for name, value in result[key].items():
+            if name in union:
+                np.testing.assert_array_equal(union[name], value, err_msg=name)
+            union[name] = value
+    return union
+
+
+def run(pools, run_root, configuration, extra=(), steps=1):
+    ranks, groups, zero, micro, placement = configuration
+    overrides = [
+        f"parallel.num_workers={ranks}", f"parallel.num_groups={groups}",
+        f"parallel.zero_stage={zero}", f"parallel.micro_batches={micro}", *extra,
+    ]  # fmt: skip
+    results = pools(ranks).run(
+        "take_steps", run=str(run_root), overrides=overrides, placement=placement, steps=steps
+    )
+    return overrides, results
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=str)
+def test_step_equals_one_process(pools, cases, clustered_run, configuration):
+    extra = ["moce.optimizer=sgd", "moce.base_lr=0.1"]
+    overrides, results = run(pools, clustered_run, configuration, extra)
+    expected = reference(
+        cases.make_job(clustered_run, overrides), results[0]["table"], "straight_through"
+    )
+    for result in results:
+        metrics = result["metrics"][0]
+        assert metrics["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert metrics["loss_total"] == pytest.approx(expected["loss_total"], rel=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(expected["norm"], rel=1e-5)
+    gradients = merged(results, "gradients")
+    assert gradients.keys() == expected["gradients"].keys()
+    for name, gradient in gradients.items():
+        assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
+    if configuration[4] == "scrambled":
+        assert results[0]["metrics"][0]["images_exchanged"] > 0
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_clipped_step_moves_weights_as_the_clipped_gradient(
+    pools, cases, clustered_run, zero_stage
+):
+    clip, lr = 0.05, 100.0  # far enough for float32 weights to show the gradient
+    extra = [f"moce.clip_norm={clip}", "moce.optimizer=sgd", f"moce.base_lr={lr * 16}"]
+    extra.append("moce.weight_decay=0")
+    configuration = (2, 2, zero_stage, 1, "scrambled")
+    overrides, results = run(pools, clustered_run, configuration, extra)
+    job = cases.make_job(clustered_run, overrides)
+    expected = reference(job, results[0]["table"], "straight_through")
+    assert expected["norm"] > clip
+    start = setup._first_weights(job)
+    for name, weight in merged(results, "weights").items():
+        if name in start:
+            moved = (start[name].numpy() - weight) / lr
+            clipped = expected["gradients"][name] * clip / expected["norm"]
+            assert_close(name, moved, clipped, clip, 1e-3)
+
+
+def test_prob_combine_equals_one_process(pools, cases, clustered_run):
+    extra = ["gate.combine=prob"]
+    overrides, results = run(pools, clustered_run, (2, 2, 0, 1, "scrambled"), extra)
+    expected = reference(cases.make_job(clustered_run, overrides), results[0]["table"], "prob")
+    for name, gradient in merged(results, "gradients").items():
+        assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
+
+
+def test_bf16_step_is_near_one_process(pools, cases, clustered_run):
+    extra = ["parallel.precision=bf16"]
+    overrides, results = run(pools, clustered_run, (2, 2, 0, 1, "scrambled"), extra)
+    fp32 = [o for o in overrides if "precision" not in o]
+    expected = reference(
+        cases.make_job(clustered_run, fp32), results[0]["table"], "straight_through"
+    )
+    assert results[0]["metrics"][0]["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+    gradients = merged(results, "gradients")
+    total = np.sqrt(
+        sum(((g - expected["gradients"][n]) ** 2).sum() for n, g in gradients.items())
+    )
+    assert total <= 5e-2 * expected["norm"]
+
+
+def test_planted_wrong_scale_is_caught(pools, cases, clustered_run):
+    overrides, results = run(pools, clustered_run, (2, 2, 0, 1, "scrambled"))
+    expected = reference(
+        cases.make_job(clustered_run, overrides), results[0]["table"], "straight_through"
+    )
+    name, gradient = max(merged(results, "gradients").items(), key=lambda item: item[0])
+    with pytest.raises(AssertionError):
+        assert_close(name, gradient * 1.001, expected["gradients"][name], expected["norm"], 1e-5)
+
+
+def test_sgd_steps_agree_over_ranks(pools, clustered_run):
+    extra = ["moce.optimizer=sgd", "moce.base_lr=0.1", "gate.noise=0"]
+    runs = [
+        merged(run(pools, clustered_run, c, extra, steps=4)[1], "weights")
+        for c in [(1, 2, 0, 1, "planned"), (2, 2, 1, 1, "scrambled"), (4, 2, 2, 1, "scrambled")]
+    ]
+    for other in runs[1:]:
+        for name, weight in runs[0].items():
+            np.testing.assert_allclose(other[name], weight, rtol=2e-4, atol=2e-6, err_msg=name)
