@@ -1,0 +1,276 @@
+"""Clusters of a data set, of new features, and the files that say so.
+
+    OUT/centroids.npy        (K, D) float32, means of the final assignment
+    OUT/mean.npy             (D,) float32, subtracted before normalising (features of a run only)
+    OUT/prices.npy           (K,) float64, under which the balanced assignment is the nearest one
+    OUT/assignments.parquet  key, shard, cluster, distance (squared)
+    OUT/summary.json         figures
+    OUT/state.npz            iterations in progress; gone when COMPLETE is there
+
+Letters: n rows, D width, K clusters.
+"""
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from sklearn.metrics import normalized_mutual_info_score
+
+from moce_dist.cluster.balance import largest_size, tune_prices
+from moce_dist.cluster.blocks import (
+    FeatureFiles,
+    Float32,
+    Float64,
+    MapBlocks,
+    View,
+    column_mean,
+    map_here,
+    open_features,
+)
+from moce_dist.cluster.exact import UnreachableError, dual_bound, finish
+from moce_dist.cluster.kmeans import (
+    Int64,
+    Matrix,
+    State,
+    kmeans,
+    search,
+    squared_distances,
+    state_request,
+)
+from moce_dist.config import ClusterConfig, ConfigError
+from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
+
+_log = logging.getLogger(__name__)
+_PRICE_ROUNDS = 5
+
+
+def assign_features(
+    features: NDArray[Any],
+    centroids: NDArray[Any],
+    *,
+    mean: NDArray[Any] | None = None,
+    prices: NDArray[Any] | None = None,
+) -> tuple[Int64, Float64]:
+    """Return the cluster of each feature row (n, D) and its squared distance: (n,) and (n,).
+
+    With `mean` (D,) the features are raw: the mean is subtracted and rows are scaled to length 1. Without,
+    they are compared as they are.
+    """
+    centres = np.asarray(centroids, np.float64)
+    # distances do not depend on the origin, and near the centroids they lose no digits
+    origin = np.zeros(centres.shape[1]) if mean is not None else centres.mean(axis=0)
+    view = View(np.asarray(origin if mean is None else mean, np.float32), mean is not None)
+    centres = centres - (view.mean.astype(np.float64) if mean is None else 0)
+    augmented = np.ones((len(features), centres.shape[1] + 1), np.float32)
+    view.apply(np.asarray(features), augmented[:, :-1])
+    charged = np.zeros(len(centres)) if prices is None else np.asarray(prices, np.float64)
+    labels = search(augmented, centres, charged, num=1).ids[:, 0]
+    return labels, squared_distances(augmented[:, :-1], centres, labels)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Final labels (n,), prices (K,) where there are any, and figures on how they came about."""
+
+    labels: Int64
+    prices: Float64 | None
+    figures: dict[str, Any]
+
+
+def settle(matrix: Matrix, state: State, config: ClusterConfig) -> Settled:
+    """Turn the centroids of k-means into labels of the wanted sizes at the least cost."""
+    if config.balance == "off":
+        nearest = matrix.candidates(state.centroids, np.zeros(config.num_clusters), 1)
+        return Settled(nearest.ids[:, 0].astype(np.int64), None, {})
+    num, num_rows = min(config.num_candidates, config.num_clusters), matrix.files.num_rows
+    largest = largest_size(num_rows, config.num_clusters, config)
+    is_exact = config.balance == "exact"
+    while True:
+        ids, distances = matrix.candidates(state.centroids, state.prices, num)
+        prices = tune_prices(ids, distances, state.prices, config, rounds=_PRICE_ROUNDS)
+        try:
+            done = finish(ids, distances, prices, largest=largest, is_exact=is_exact)
+            break
+        except UnreachableError:
+            assert num < config.num_clusters
+            num = min(2 * num, config.num_clusters)
+            _log.info("candidates do not reach every cluster; trying %d", num)
+    cost = float(distances[ids == done.labels[:, None]].sum())
+    figures = {"num_moves": done.num_moves, "num_candidates": num, "cost": cost / num_rows}
+    if is_exact:
+        figures["cost_lower_bound"] = _lower_bound(matrix, state, done.prices) / num_rows
+    return Settled(done.labels, done.prices, figures)
+
+
+def _lower_bound(matrix: Matrix, state: State, prices: Float64) -> float:
+    best = matrix.sums(state.centroids, prices)
+    priced = best.objective(state.centroids) - float((best.counts * prices).sum())
+    return dual_bound(prices, priced, matrix.files.num_rows)
+
+
+def run_clustering(
+    features_dir: Path,
+    out_dir: Path,
+    config: ClusterConfig,
+    *,
+    seed: int,
+    subtract_mean: bool,
+    map_blocks: MapBlocks = map_here,
+    inputs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Cluster a folder of features and write the result; return its summary.
+
+    With `subtract_mean` rows are f -> normalise(f - mean), as for the features of a run; without, they
+    are taken as they are. `inputs` are recorded in COMPLETE, by default the fingerprint of the request; a
+    folder that is complete for them is left as it is.
+
+    Raises:
+        ConfigError: the features cannot be used (which file, which row), or K exceeds their number.
+    """
+    started = time.monotonic()
+    files = open_features(features_dir)
+    if config.num_clusters > files.num_rows:
+        raise ConfigError(
+            f"cluster.num_clusters ({config.num_clusters}) must be at most the number of features "
+            f"({files.num_rows}) in {features_dir}"
+        )
+    mean = column_mean(files, map_blocks).astype(np.float32)
+    matrix = Matrix(files, View(mean, subtract_mean), config.block_rows, map_blocks)
+    given = inputs or {"request": state_request(matrix, config, seed)}
+    if is_complete(out_dir, given):
+        return read_summary(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    (out_dir / COMPLETE).unlink(missing_ok=True)
+    state = kmeans(matrix, config, seed=seed, state_file=out_dir / "state.npz")
+    settled = settle(matrix, state, config)
+    figures = _write_result(out_dir, matrix, state, settled)
+    summary = {
+        **figures,
+        "iterations": state.iteration,
+        "seconds": round(time.monotonic() - started, 3),
+        "seed": seed,
+        "balance": config.balance,
+    }
+    write_atomic(out_dir / "summary.json", json.dumps(summary, indent=1))
+    mark_complete(out_dir, given, [p for p in _artefacts(out_dir) if p.is_file()])
+    (out_dir / "state.npz").unlink()
+    return summary
+
+
+def _artefacts(out_dir: Path) -> list[Path]:
+    names = ("centroids.npy", "mean.npy", "prices.npy", "assignments.parquet", "summary.json")
+    return [out_dir / name for name in names]
+
+
+def _write_result(out_dir: Path, matrix: Matrix, state: State, settled: Settled) -> dict[str, Any]:
+    """Write centroids, mean, prices and assignments; return the figures of the summary."""
+    for stale in _artefacts(out_dir):
+        stale.unlink(missing_ok=True)
+    zero = np.zeros(len(state.centroids))
+    sums = matrix.sums(state.centroids, zero, settled.labels)
+    # features taken as they are were only moved to their mean for the sake of digits: move back
+    origin = 0.0 if matrix.view.normalise else matrix.view.mean.astype(np.float64)
+    centroids = (sums.means(state.centroids) + origin).astype(np.float32)
+    distances = matrix.distances(centroids.astype(np.float64) - origin, settled.labels)
+    np.save(out_dir / "centroids.npy", centroids, allow_pickle=False)
+    if matrix.view.normalise:
+        np.save(out_dir / "mean.npy", matrix.view.mean, allow_pickle=False)
+    if settled.prices is not None:
+        np.save(out_dir / "prices.npy", settled.prices, allow_pickle=False)
+    keys = write_assignments(
+        out_dir / "assignments.parquet", matrix.files, settled.labels, distances
+    )
+    return {
+        "num_images": len(distances),
+        "num_clusters": len(centroids),
+        "dim": matrix.files.dim,
+        "mean_squared_distance": float(distances.mean()),
+        "size_min": int(sums.counts.min()),
+        "size_max": int(sums.counts.max()),
+        **settled.figures,
+        **domain_figures(keys, settled.labels),
+    }
+
+
+def write_assignments(
+    path: Path, files: FeatureFiles, labels: Int64, distances: Float64
+) -> list[str]:
+    """Write one line per row (key, shard, cluster, squared distance); return the keys."""
+    shards, keys = zip(*files.keys(), strict=True)
+    table = pa.table(
+        {
+            "key": pa.array(keys, pa.string()),
+            "shard": pa.array(shards, pa.string()).dictionary_encode(),
+            "cluster": pa.array(labels, pa.int32()),
+            "distance": pa.array(distances.astype(np.float32), pa.float32()),
+        }
+    )
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pq.write_table(table, temporary)
+    temporary.replace(path)
+    return list(keys)
+
+
+def read_assignments(path: Path) -> dict[str, int]:
+    """Cluster of every key.
+
+    Raises:
+        ConfigError: the file is missing or is no table of assignments.
+    """
+    try:
+        table = pq.read_table(path, columns=["key", "cluster"])
+    except (OSError, pa.ArrowException) as error:
+        raise ConfigError(f"{path}: is no readable table of assignments ({error})") from None
+    return dict(zip(table["key"].to_pylist(), table["cluster"].to_pylist(), strict=True))
+
+
+def read_summary(out_dir: Path) -> dict[str, Any]:
+    """Figures of a finished clustering.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    try:
+        summary: dict[str, Any] = json.loads((out_dir / "summary.json").read_text())
+    except OSError as error:
+        raise ConfigError(f"{out_dir}/summary.json: {error.strerror}") from None
+    return summary
+
+
+def read_centroids(out_dir: Path) -> tuple[Float32, Float32 | None]:
+    """Centroids (K, D) and the mean (D,) that comes off raw features, where there is one.
+
+    Raises:
+        ConfigError: there are no centroids.
+    """
+    try:
+        centroids: Float32 = np.load(out_dir / "centroids.npy", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{out_dir}/centroids.npy: is not readable ({error})") from None
+    mean = out_dir / "mean.npy"
+    return centroids, np.load(mean, allow_pickle=False) if mean.is_file() else None
+
+
+def domain_figures(keys: Sequence[str], labels: Int64) -> dict[str, Any]:
+    """How clusters and domains agree, a key's first folder being its domain; nothing without folders.
+
+    `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster.
+    """
+    domains = [key.partition("/")[0] if "/" in key else "" for key in keys]
+    if len(set(domains)) < 2:
+        return {}
+    mixes: list[Counter[str]] = [Counter() for _ in range(int(labels.max()) + 1)]
+    for domain, label in zip(domains, labels, strict=True):
+        mixes[label][domain] += 1
+    nmi = normalized_mutual_info_score(domains, labels)
+    return {"nmi": float(nmi), "domains": [dict(mix.most_common()) for mix in mixes]}

@@ -1,0 +1,229 @@
+"""A folder of `.npy` files as one matrix of features, read in fixed blocks of rows.
+
+Files stand in sorted order; their rows, one after the other, are the rows of the matrix. A block is a
+range of rows of one file and never crosses files, so what a block computes depends on the data alone.
+Reductions add blocks in order inside a group and groups in order, and the groups depend on the number of
+blocks only: sums are the same bits on any number of workers.
+
+    a.npy (20000 rows)              b.npy (5000 rows)        block_rows 8192
+    [0:8192) [8192:16384) [16384:20000)   [0:5000)           4 blocks, global rows 0, 8192, 16384, 20000
+
+Nothing is unpickled, and files are memory mapped: the matrix is never in one place.
+
+Letters: D feature width. A `View` says how a raw row becomes the vector that is clustered.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_dist.config import ConfigError
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+SCAN_FIRST_BYTES = 10 * 10**9
+_MAX_GROUPS = 64
+_SCAN_ROWS = 8192
+
+
+class MapBlocks(Protocol):
+    """Apply a module-level function to picklable items, anywhere, results in the order of the items."""
+
+    def __call__(
+        self, function: Callable[[Item], Result], items: Sequence[Item], /
+    ) -> Iterable[Result]:
+        """Return `[function(item) for item in items]`."""
+        ...
+
+
+def map_here(function: Callable[[Item], Result], items: Sequence[Item], /) -> Iterable[Result]:
+    """Map in this process, one item after the other."""
+    return map(function, items)
+
+
+class Block(NamedTuple):
+    """Rows `start` to `stop` of one file; `row` is the global number of the first."""
+
+    path: str
+    start: int
+    stop: int
+    row: int
+
+
+@dataclass(frozen=True)
+class View:
+    """How a raw feature becomes the vector that is clustered: x = f - mean, then x / |x| if `normalise`."""
+
+    mean: Float32
+    normalise: bool
+
+    def apply(self, features: NDArray[Any], out: Float32) -> None:
+        """Write the transformed `features` (n, D) into `out` (n, D)."""
+        np.subtract(features, self.mean, out=out, dtype=np.float32)
+        if self.normalise:
+            norms = np.sqrt(np.einsum("nd,nd->n", out, out))
+            out /= np.maximum(norms, np.float32(1e-12))[:, None]
+
+
+@dataclass(frozen=True)
+class FeatureFiles:
+    """The files of a folder, their numbers of rows, and the common width D."""
+
+    paths: tuple[Path, ...]
+    rows: tuple[int, ...]
+    dim: int
+    num_bytes: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all files."""
+        return sum(self.rows)
+
+    def blocks(self, block_rows: int) -> list[Block]:
+        """All rows in blocks of at most `block_rows`, in order."""
+        firsts = accumulate(self.rows, initial=0)
+        return [
+            Block(str(path), start, min(start + block_rows, rows), first + start)
+            for path, rows, first in zip(self.paths, self.rows, firsts, strict=False)
+            for start in range(0, rows, block_rows)
+        ]
+
+    def keys(self) -> Iterator[tuple[str, str]]:
+        """(shard, key) of every row, by the `.keys.json` beside a file; else (`FILE`, `FILE:ROW`).
+
+        Raises:
+            ConfigError: a list of keys does not fit its file.
+        """
+        for path, rows in zip(self.paths, self.rows, strict=True):
+            keys = _keys_of(path, rows)
+            shard = path.name if keys is None else path.stem
+            for row in range(rows):
+                yield shard, f"{path.name}:{row}" if keys is None else keys[row]
+
+    def take(self, rows: NDArray[np.int64], view: View) -> Float32:
+        """Return transformed rows by their sorted global numbers, with a column of ones: (n, D + 1)."""
+        taken = np.ones((len(rows), self.dim + 1), np.float32)
+        firsts = list(accumulate(self.rows, initial=0))
+        for path, (first, end) in zip(self.paths, pairwise(firsts), strict=True):
+            low, high = np.searchsorted(rows, (first, end))
+            if low < high:
+                view.apply(open_array(path)[rows[low:high] - first], taken[low:high, :-1])
+        return taken
+
+
+def _keys_of(path: Path, rows: int) -> list[str] | None:
+    names = path.with_suffix(".keys.json")
+    if not names.is_file():
+        return None
+    keys: list[str] = json.loads(names.read_text())
+    if len(keys) != rows:
+        raise ConfigError(f"{names}: holds {len(keys)} keys for {rows} rows of {path.name}")
+    return keys
+
+
+def open_array(path: Path) -> NDArray[Any]:
+    """Memory map one file of features, (n, D) float16 or float32.
+
+    Raises:
+        ConfigError: it is truncated, no `.npy`, holds objects, or is of another type or shape.
+    """
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise ConfigError(f"{path}: is not a readable .npy file of numbers ({error})") from None
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
+        raise ConfigError(f"{path}: holds {array.dtype}, must be float16 or float32")
+    if array.ndim != 2 or array.shape[1] == 0:
+        raise ConfigError(f"{path}: has shape {array.shape}, must be (rows, width)")
+    return array
+
+
+def open_features(folder: Path) -> FeatureFiles:
+    """Read the headers of all `*.npy` of a folder.
+
+    Raises:
+        ConfigError: no folder, no files, an unreadable file, or files of different width.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder of features")
+    paths = tuple(sorted(p for p in folder.glob("*.npy") if not p.name.startswith(".")))
+    if not paths:
+        raise ConfigError(f"{folder}: holds no .npy file")
+    arrays = [open_array(path) for path in paths]
+    dim = arrays[0].shape[1]
+    for path, array in zip(paths, arrays, strict=True):
+        if array.shape[1] != dim:
+            raise ConfigError(f"{path}: has width {array.shape[1]}, {paths[0].name} has {dim}")
+    rows = tuple(len(array) for array in arrays)
+    return FeatureFiles(paths, rows, dim, sum(array.nbytes for array in arrays))
+
+
+def read_block(block: Block, view: View) -> Float32:
+    """Transformed rows of a block with a last column of ones, (n, D + 1)."""
+    array = open_array(Path(block.path))[block.start : block.stop]
+    augmented = np.empty((len(array), array.shape[1] + 1), np.float32)
+    view.apply(array, augmented[:, :-1])
+    augmented[:, -1] = 1
+    return augmented
+
+
+def group_blocks(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
+    """Consecutive blocks in at most 64 groups, by their number alone."""
+    size = -(-len(blocks) // _MAX_GROUPS)
+    return [tuple(blocks[i : i + size]) for i in range(0, len(blocks), size)]
+
+
+class _Scanned(NamedTuple):
+    """Column sums of a group of blocks, and the first row that is not usable."""
+
+    sums: Float64
+    problem: str | None
+
+
+def _problem(block: Block, rows: NDArray[Any]) -> str | None:
+    # the sum is finite unless a value is not, or |f|^2 leaves the range of float32
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.einsum("nd,nd->n", rows, rows, dtype=np.float32)
+    bad = np.flatnonzero(~np.isfinite(squares))
+    if not len(bad):
+        return None
+    values = rows[bad[0]]
+    what = "squared norm beyond float32" if np.isfinite(values).all() else "NaN or infinity"
+    return f"{block.path}: row {block.start + bad[0]}: {what}"
+
+
+def scan_group(group: tuple[Block, ...]) -> _Scanned:
+    """Sum the columns of some blocks in order, (D,) float64; stops at the first row not usable."""
+    sums: Float64 | None = None
+    for block in group:
+        rows = np.asarray(open_array(Path(block.path))[block.start : block.stop], np.float32)
+        if problem := _problem(block, rows):
+            return _Scanned(np.zeros(0), problem)
+        part = rows.sum(axis=0, dtype=np.float64)
+        sums = part if sums is None else sums + part
+    assert sums is not None
+    return _Scanned(sums, None)
+
+
+def column_mean(files: FeatureFiles, map_blocks: MapBlocks = map_here) -> Float64:
+    """Mean of all rows, (D,) float64, after a look at every value.
+
+    Raises:
+        ConfigError: the first row with NaN, infinity or an overflowing norm (ValueError from 10 GB on).
+    """
+    total = np.zeros(files.dim)
+    for scanned in map_blocks(scan_group, group_blocks(files.blocks(_SCAN_ROWS))):
+        if scanned.problem:
+            refusal = ConfigError if files.num_bytes < SCAN_FIRST_BYTES else ValueError
+            raise refusal(scanned.problem)
+        total += scanned.sums
+    return total / max(files.num_rows, 1)

@@ -1,0 +1,165 @@
+"""Features of the images of a shard: decode, encode in fixed batches, one file per shard.
+
+    RUN/features/train-000003.npy        (n, D) float16, raw encoder output, one row per sample
+    RUN/features/train-000003.keys.json  the n keys, in the same order
+
+A file appears under its name when it is whole, so a restart skips what is there. Batches are cut from the
+shard alone and the last one is padded, so a file does not depend on who wrote it. An unreadable image
+keeps its slot: a row of zeros and a line in the ledger of faults.
+
+Clustering uses f -> normalise(f - mean): the features of a masked autoencoder share a large common
+direction that says nothing about the image.
+
+Letters: B images of a batch, S side in pixels, D width.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
+from moce_dist.data.images import ImageError, eval_image
+from moce_dist.data.shards import Shard, ShardIndex
+from moce_dist.run import record_fault, write_atomic
+
+Encode = Callable[[torch.Tensor], torch.Tensor]
+"""(B, 3, S, S) normalised images -> (B, D) features."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """How a process builds its encoder: `factory(*arguments)`; the factory is a module-level function."""
+
+    factory: Callable[..., Encode]
+    arguments: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FeatureJob:
+    """All that a worker needs to write the features of one shard."""
+
+    shard: Shard
+    url: str
+    name: str
+    out: Path
+    ledger: Path
+    encoder: EncoderSpec
+    image_size: int
+    batch_size: int
+
+
+@lru_cache(maxsize=1)
+def _build_encoder(encoder: EncoderSpec) -> Encode:
+    return encoder.factory(*encoder.arguments)
+
+
+def feature_names(index: ShardIndex) -> list[str]:
+    """File stems of the shards' features; equal tar names get the start of their path's sha256."""
+    stems = [Path(shard.path).name.removesuffix(".tar") for shard in index.shards]
+    counts = Counter(stems)
+    return [
+        stem
+        if counts[stem] == 1
+        else f"{stem}-{hashlib.sha256(shard.path.encode()).hexdigest()[:8]}"
+        for stem, shard in zip(stems, index.shards, strict=True)
+    ]
+
+
+def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Make a folder ready for features made from `inputs`; files made from others are removed."""
+    note, text = folder / "inputs.json", json.dumps(dict(inputs), sort_keys=True)
+    if note.is_file() and note.read_text() == text:
+        return
+    for stale in (*folder.glob("*.npy"), *folder.glob("*.keys.json"), folder / "COMPLETE"):
+        stale.unlink(missing_ok=True)
+    write_atomic(note, text)
+
+
+def extract_shard(job: FeatureJob) -> int:
+    """Write the features and keys of one shard unless they are there; return the unreadable images.
+
+    Raises:
+        FileNotFoundError: the shard is gone.
+    """
+    target = job.out / f"{job.name}.npy"
+    if target.is_file():
+        return 0
+    faults: dict[int, str] = {}
+    batches = [_encode(job, batch) for batch in _batches(job, faults)]
+    features = np.concatenate(batches)
+    features[list(faults)] = 0
+    write_atomic(job.out / f"{job.name}.keys.json", json.dumps(job.shard.keys))
+    for row, reason in faults.items():
+        key = job.shard.keys[row]
+        record_fault(job.ledger, stage="features", shard=job.url, key=key, reason=reason)
+    _write_array(target, features.astype(np.float16))
+    return len(faults)
+
+
+def _contents(job: FeatureJob) -> Iterator[bytes]:
+    with fsspec.open(job.url, "rb") as file:
+        for offset, size in zip(job.shard.offsets, job.shard.sizes, strict=True):
+            file.seek(offset)
+            yield file.read(size)
+
+
+def _batches(job: FeatureJob, faults: dict[int, str]) -> Iterator[Float32]:
+    side, first = job.image_size, 0
+    images = np.zeros((job.batch_size, 3, side, side), np.float32)
+    for row, content in enumerate(_contents(job)):
+        if row - first == job.batch_size:
+            yield images
+            images, first = np.zeros_like(images), row
+        try:
+            images[row - first] = eval_image(content, side)
+        except ImageError as error:
+            faults[row] = str(error)
+    # an empty shard still yields one (empty) batch, which tells the width
+    yield images[: len(job.shard.keys) - first]
+
+
+def _encode(job: FeatureJob, images: Float32) -> Float32:
+    padded = np.zeros((job.batch_size, *images.shape[1:]), np.float32)
+    padded[: len(images)] = images
+    with torch.inference_mode():
+        features = _build_encoder(job.encoder)(torch.from_numpy(padded))
+    return features[: len(images)].float().cpu().numpy()
+
+
+def _write_array(path: Path, array: NDArray[Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def features_mean(folder: Path) -> Float64:
+    """Mean of all feature rows of a folder, (D,) float64, added in the order of the files.
+
+    Raises:
+        ConfigError: the folder holds no usable features.
+    """
+    return column_mean(open_features(folder))
+
+
+def transform(features: NDArray[Any], mean: NDArray[Any]) -> Float32:
+    """Subtract the mean (D,) from `features` (n, D) and scale every row to length 1."""
+    transformed = np.empty(features.shape, np.float32)
+    View(np.asarray(mean, np.float32), normalise=True).apply(features, transformed)
+    return transformed
