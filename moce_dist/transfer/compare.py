@@ -166,9 +166,14 @@ class Comparison:
         """Carry out one fit and describe it as a row of metrics.json."""
         task = self.task.subset(self.config.transfer.max_train, fit.seed)
         if isinstance(task, Scenes):
-            previews = self.folder / "predictions" / backbone.name.replace("/", "_")
+            name = f"{fit.backbone.replace('/', '_')}-{fit.seed}"
             value = segment(
-                backbone, task, self.config.transfer, self.machine, seed=fit.seed, out=previews
+                backbone,
+                task,
+                self.config.transfer,
+                self.machine,
+                seed=fit.seed,
+                out=self.folder / "predictions" / name,
             )
         else:
             value = self._classify(fit, backbone, task)

@@ -134,6 +134,19 @@ def test_few_training_images_are_drawn_by_seed(run, image_folder, job):
     assert metrics["summary"][0]["std"] >= 0
 
 
+def test_segmentation_is_compared_by_the_same_job(run, scene_folder, job):
+    job.main(["--task", "ade20k", "--data", str(scene_folder), "--run", str(run.root)])
+    metrics = metrics_of(run, "ade20k")
+    assert metrics["metric"] == "mIoU"
+    assert [(r["backbone"], r["protocol"]) for r in metrics["results"]] == [
+        ("moce", "finetune"),
+        ("mae", "finetune"),
+    ]
+    assert all((r["num_train"], r["num_test"]) == (6, 3) for r in metrics["results"])
+    written = {p.name for p in (run.transfer("ade20k") / "predictions" / "moce-0").iterdir()}
+    assert written == {"scores.json", "0.png", "1.png", "2.png"}
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,0 +1,157 @@
+"""Frozen protocols and fine-tuning against independent computations."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from moce_dist.config import FinetuneConfig
+from moce_dist.model.customize import customize
+from moce_dist.transfer.backbone import run_backbone
+from moce_dist.transfer.classify import Features, accuracy, extract, knn_predict, linear_predict
+from moce_dist.transfer.finetune import (
+    finetune,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
+from moce_dist.transfer.loading import TaskImages, TrainingOrder, machine_of
+from moce_dist.transfer.tasks import load_task
+
+
+@pytest.fixture(scope="module")
+def features() -> Features:
+    draws = np.random.default_rng(0)
+    centres = draws.normal(0, 1.2, (4, 10))
+
+    def part(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = draws.integers(0, 4, n)
+        rows = centres[labels] + draws.normal(0, 1.5, (n, 10)) + 7
+        return torch.from_numpy(rows).float(), torch.from_numpy(labels)
+
+    return Features(*part(300), *part(200))
+
+
+def test_accuracy_is_the_share_of_right_predictions():
+    predicted, labels = torch.randint(5, (333,)), torch.randint(5, (333,))
+    direct = sum(p == q for p, q in zip(predicted.tolist(), labels.tolist(), strict=True)) / 333
+    assert accuracy(predicted, labels, 5) == pytest.approx(direct, abs=1e-6)
+
+
+def test_knn_equals_scikit_learn_with_the_same_weights(features):
+    mean = features.train.mean(dim=0)
+    train, test = ((f - mean).numpy() for f in (features.train, features.test))
+
+    def weights(distances: np.ndarray) -> np.ndarray:
+        return np.exp((1 - distances) / 0.07)
+
+    reference = KNeighborsClassifier(7, metric="cosine", weights=weights)
+    reference.fit(train, features.train_labels.numpy())
+    found = knn_predict(features, k=7, num_classes=4).numpy()
+    assert (found == reference.predict(test)).mean() > 0.99
+
+
+def test_more_neighbours_than_images_are_all_of_them(features):
+    few = Features(features.train[:3], features.train_labels[:3], *features[2:])
+    assert knn_predict(few, k=10, num_classes=4).shape == (200,)
+
+
+def test_linear_equals_scikit_learns_logistic_regression(features):
+    scaler = StandardScaler().fit(features.train)
+    reference = LogisticRegression(C=1.0, max_iter=1000)
+    reference.fit(scaler.transform(features.train), features.train_labels)
+    expected = reference.predict(scaler.transform(features.test))
+    found = linear_predict(features, passes=90, num_classes=4, device=torch.device("cpu"))
+    assert (found.numpy() == expected).mean() > 0.98
+
+
+def test_shuffled_labels_are_not_learnt(features):
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    shuffled = features._replace(train_labels=features.train_labels[order])
+    found = linear_predict(shuffled, passes=90, num_classes=4, device=torch.device("cpu"))
+    assert accuracy(found, features.test_labels, 4) < 0.45
+    honest = linear_predict(features, passes=90, num_classes=4, device=torch.device("cpu"))
+    assert accuracy(honest, features.test_labels, 4) > 0.6
+
+
+def test_features_come_in_the_order_of_the_items(config, models, image_folder):
+    task = load_task("imagefolder", image_folder)
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    found, labels = extract(backbone, list(task.train), machine_of(config))
+    assert labels.tolist() == [item.label for item in task.train]
+    pixels, _ = TaskImages(task.train, backbone)[(0, 17)]
+    with torch.no_grad():
+        expected = models["mae"].features(torch.from_numpy(pixels)[None])
+    torch.testing.assert_close(found[17:18], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_every_epoch_uses_every_item_once_in_another_order():
+    order = list(TrainingOrder(12, 4, 3, seed=1))
+    assert len(order) == len(TrainingOrder(12, 4, 3, seed=1)) == 9
+    epochs = [[i for batch in order[e * 3 : e * 3 + 3] for _, i in batch] for e in range(3)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    assert [e for batch in order for e, _ in batch] == [0] * 12 + [1] * 12 + [2] * 12
+    assert order != list(TrainingOrder(12, 4, 3, seed=2))
+
+
+def test_augmentation_is_drawn_by_seed_and_epoch(config, models, image_folder):
+    task = load_task("imagefolder", image_folder)
+    backbone = run_backbone("mae", config, None)
+    recipe = config.transfer.finetune
+
+    def look(seed: int, epoch: int) -> np.ndarray:
+        return TaskImages(task.train, backbone, augment=recipe, seed=seed)[(epoch, 3)][0]
+
+    assert np.array_equal(look(0, 0), look(0, 0))
+    assert not np.array_equal(look(0, 0), look(0, 1))
+    assert not np.array_equal(look(0, 0), look(1, 0))
+
+
+def test_learning_rate_warms_up_and_falls_to_its_least():
+    rates = [learning_rate(s, steps=100, warmup=10, peak=1.0) for s in range(100)]
+    assert rates[:3] == pytest.approx([0.1, 0.2, 0.3]) and rates[9] == 1.0
+    assert rates[55] == pytest.approx(0.5, abs=1e-5)
+    assert rates[99] < 0.001 and rates[9:] == sorted(rates[9:], reverse=True)
+
+
+def test_layers_below_learn_more_slowly(config):
+    model = run_backbone("random", config, None).classifier(2, seed=0, drop_path=0.0)
+    optimizer = make_optimizer(model, weight_decay=0.05, layer_decay=0.5)
+    set_learning_rate(optimizer, 8.0)
+    rates = {
+        name: group["lr"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        for name, p in model.named_parameters()
+        if p is parameter
+    }
+    assert rates["head.weight"] == 8.0
+    assert rates["blocks.3.mlp.fc1.weight"] / rates["blocks.2.mlp.fc1.weight"] == 2
+    assert rates["blocks.0.attn.qkv.weight"] > rates["patch_embed.proj.weight"]
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    named = dict(model.named_parameters())
+    assert decay[id(named["head.bias"])] == decay[id(named["cls_token"])] == 0
+    assert decay[id(named["blocks.0.mlp.fc1.weight"])] == 0.05
+
+
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.0, "cutmix": 0.0}])
+def test_finetuning_repeats_itself_for_a_seed(mixing, config, models, image_folder):
+    task = load_task("imagefolder", image_folder)
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    recipe = FinetuneConfig(epochs=1, batch_size=16, warmup_epochs=0, **mixing)
+    machine = machine_of(config)
+    values = [finetune(backbone, task, recipe, machine, seed=3) for _ in range(2)]
+    assert values[0] == values[1]
+
+
+def test_finetuning_learns(config, models, image_folder):
+    task = load_task("imagefolder", image_folder)
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    recipe = FinetuneConfig(
+        **{"epochs": 12, "batch_size": 16, "warmup_epochs": 2, "mixup": 0.0, "cutmix": 0.0},
+        **{"base_lr": 0.03, "crop_scale_min": 0.5, "drop_path": 0.0, "layer_decay": 0.9},
+    )
+    assert finetune(backbone, task, recipe, machine_of(config), seed=0) > 0.8

@@ -1,0 +1,178 @@
+"""Segmentation: reading, scores against their definition, sliding windows, one small training."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchmetrics.classification import MulticlassJaccardIndex
+
+from moce_dist.config import ConfigError
+from moce_dist.data.images import sample_generator
+from moce_dist.model.customize import customize
+from moce_dist.transfer.backbone import run_backbone
+from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.scenes import IGNORE, check_scenes, read_mask, read_scenes, training_crop
+from moce_dist.transfer.segment import (
+    Segmenter,
+    count_pixels,
+    palette,
+    scores,
+    segment,
+    slide,
+    windows,
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path, scene_folder: Path) -> Path:
+    return Path(shutil.copytree(scene_folder, tmp_path / "data"))
+
+
+def test_layout_is_read(scene_folder):
+    scenes = read_scenes("ade20k", scene_folder)
+    assert scenes.classes == ["dark", "bright", "absent"]
+    assert [s.key for s in scenes.test] == ["validation/0", "validation/1", "validation/2"]
+    assert len(scenes.train) == 6
+    mask = read_mask(scenes.train[0].mask)
+    assert mask[0, 0] == IGNORE and mask[10, 0] == 0 and mask[10, 30] == 1
+    check_scenes(scenes, threads=2)
+
+
+def test_official_class_list_and_its_absence(data):
+    (data / "classes.txt").unlink()
+    assert len(read_scenes("ade20k", data).classes) == 150
+    rows = [
+        "Idx\tRatio\tTrain\tVal\tStuff\tName",
+        "1\t0.1\t1\t1\t1\twall",
+        "2\t0.1\t1\t1\t0\tsky, x",
+    ]
+    (data / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
+    assert read_scenes("ade20k", data).classes == ["wall", "sky, x"]
+
+
+@pytest.mark.parametrize("folder", ["images/training", "annotations/validation"])
+def test_missing_folder_is_named(data, folder):
+    shutil.rmtree(data / folder)
+    with pytest.raises(ConfigError, match=f"{folder}: is no folder"):
+        read_scenes("ade20k", data)
+
+
+def test_picture_without_mask_and_mask_without_picture_are_named(data):
+    (data / "annotations" / "training" / "2.png").unlink()
+    with pytest.raises(ConfigError, match=r"images/training/2\.jpg: has no mask"):
+        read_scenes("ade20k", data)
+    (data / "images" / "training" / "2.jpg").unlink()
+    (data / "images" / "validation" / "1.jpg").unlink()
+    with pytest.raises(ConfigError, match=r"validation/1\.png: mask without a picture"):
+        read_scenes("ade20k", data)
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (np.full((40, 48), 4, np.uint8), "holds 4, must be at most 3"),
+        (np.ones((40, 47), np.uint8), "has shape"),
+        (np.ones((40, 48, 3), np.uint8), "mode RGB"),
+    ],
+)
+def test_wrong_masks_are_found_by_the_scan(data, mask, message):
+    Image.fromarray(mask).save(data / "annotations" / "training" / "0.png")
+    with pytest.raises(ConfigError, match=message):
+        check_scenes(read_scenes("ade20k", data), threads=2)
+
+
+def test_unreadable_picture_is_found_by_the_scan(data):
+    (data / "images" / "validation" / "0.jpg").write_bytes(b"\xff\xd8 nothing")
+    with pytest.raises(ConfigError, match=r"validation/0\.jpg: unreadable image"):
+        check_scenes(read_scenes("ade20k", data), threads=2)
+
+
+def test_crop_keeps_picture_and_mask_together(scene_folder):
+    scene = read_scenes("ade20k", scene_folder).train[0]
+    for epoch in range(20):
+        pixels, mask = training_crop(scene, 32, sample_generator(0, epoch, scene.key))
+        assert pixels.shape == (3, 32, 32) and mask.shape == (32, 32)
+        bright = pixels.mean(axis=0) > 0
+        kept = mask != IGNORE
+        # bilinear pixels at the border of the two areas may be of either side
+        assert ((mask == 1) == bright)[kept].mean() > 0.9
+
+
+def test_scores_follow_from_their_definition():
+    truth = torch.tensor([[0, 0, 1], [1, 2, IGNORE]])
+    predicted = torch.tensor([[0, 1, 1], [1, 0, 3]])
+    found = scores(count_pixels(truth, predicted, 5))
+    # class 0: 1 of {2 true, 2 predicted}; class 1: 2 of {2, 3}; class 2: 0; 3 and 4 are absent
+    assert found.iou[:3] == pytest.approx([1 / 3, 2 / 3, 0])
+    assert np.isnan(found.iou[3]) and np.isnan(found.iou[4])
+    assert found.miou == pytest.approx((1 / 3 + 2 / 3 + 0) / 3)
+    assert found.aacc == pytest.approx(3 / 5)
+    assert found.macc == pytest.approx((1 / 2 + 1 + 0) / 3)
+
+
+def test_scores_equal_torchmetrics_and_a_direct_count():
+    draws = torch.Generator().manual_seed(0)
+    truth = torch.randint(-1, 4, (3, 20, 30), generator=draws)
+    predicted = torch.randint(0, 4, (3, 20, 30), generator=draws)
+    found = scores(sum(count_pixels(t, p, 4) for t, p in zip(truth, predicted, strict=True)))
+    metric = MulticlassJaccardIndex(4, average=None, ignore_index=IGNORE)
+    assert found.iou == pytest.approx(metric(predicted, truth).tolist(), abs=1e-6)
+    kept = truth != IGNORE
+    direct = [
+        ((truth == c) & (predicted == c)).sum() / (((truth == c) | (predicted == c)) & kept).sum()
+        for c in range(4)
+    ]
+    assert found.iou == pytest.approx([float(x) for x in direct], abs=1e-6)
+
+
+@pytest.mark.parametrize(("length", "size"), [(32, 32), (33, 32), (47, 32), (100, 32), (7, 1)])
+def test_windows_cover_every_pixel_and_stay_inside(length, size):
+    starts = windows(length, size)
+    covered = {i for start in starts for i in range(start, start + size)}
+    assert covered == set(range(length)) and starts[0] == 0
+
+
+def test_sliding_a_model_of_single_pixels_changes_nothing(config):
+    model = torch.nn.Conv2d(3, 4, 1)
+    pixels = torch.randn(3, 40, 57)
+    with torch.no_grad():
+        found = slide(model, pixels, 32, machine_of(config))
+        torch.testing.assert_close(found, model(pixels[None])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_palette_has_distinct_colours_and_black_for_ignored():
+    colours = palette(150)
+    assert colours.shape == (151, 3) and colours[-1].tolist() == [0, 0, 0]
+    assert len({tuple(c) for c in colours.tolist()}) > 140
+
+
+def test_segmenter_starts_from_the_backbone_and_trains_all_of_it(config, models):
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    model = Segmenter(backbone.dense_model(32, seed=0, drop_path=0.0), 3, 8)
+    assert torch.equal(model.vit.blocks[1].mlp.fc1.weight, models["mae"].blocks[1].mlp.fc1.weight)
+    logits = model(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 3, 32, 32)
+    logits.square().mean().backward()
+    held = {id(p) for g in model.optimizer().param_groups for p in g["params"]}
+    # what lies behind the last tap does not take part
+    idle = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert idle <= {"vit.norm.weight", "vit.norm.bias"}
+    assert all(id(p) in held for p in model.parameters() if p.requires_grad)
+
+
+def test_training_separates_two_plain_areas(config, models, scene_folder, tmp_path):
+    scenes = read_scenes("ade20k", scene_folder)
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    transfer = config.transfer.model_copy(
+        update={"segment_steps": 40, "segment_lr": 3e-3, "segment_batch_size": 4}
+    )
+    value = segment(backbone, scenes, transfer, machine_of(config), seed=0, out=tmp_path)
+    assert value > 0.8
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert written["mIoU"] == value and written["IoU"].keys() == {"dark", "bright", "absent"}
+    preview = np.asarray(Image.open(tmp_path / "1.png"))
+    assert preview.shape == (43, 3 * 48, 3)

@@ -1,0 +1,96 @@
+"""Reading tasks: what is right is read whole, what is wrong is named."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moce_dist.config import ConfigError
+from moce_dist.transfer.tasks import TASKS, check_images, load_task
+
+from .conftest import png
+
+
+def test_folder_is_read_in_order_of_its_classes(image_folder):
+    task = load_task("imagefolder", image_folder)
+    assert task.classes == ["columns", "rows"]
+    assert (len(task.train), len(task.test)) == (48, 24)
+    assert [i.label for i in task.train] == [0] * 24 + [1] * 24
+    assert task.train[0].key == "train/columns/000.png"
+    check_images(task, threads=2)
+
+
+@pytest.fixture
+def data(tmp_path: Path, image_folder: Path) -> Path:
+    return Path(shutil.copytree(image_folder, tmp_path / "data"))
+
+
+def test_val_stands_in_for_test(data):
+    (data / "test").rename(data / "val")
+    assert load_task("imagefolder", data).test[0].key == "val/columns/000.png"
+
+
+@pytest.mark.parametrize("missing", ["train", "test"])
+def test_missing_split_is_named(data, missing):
+    shutil.rmtree(data / missing)
+    with pytest.raises(ConfigError, match=f"has no folder {missing}"):
+        load_task("imagefolder", data)
+
+
+def test_empty_class_is_named(data):
+    for file in (data / "test" / "rows").iterdir():
+        file.unlink()
+    with pytest.raises(ConfigError, match="test/rows: holds no images"):
+        load_task("imagefolder", data)
+
+
+def test_splits_with_other_classes_are_refused(data):
+    (data / "test" / "rows").rename(data / "test" / "diagonals")
+    with pytest.raises(ConfigError, match="differ in the classes"):
+        load_task("imagefolder", data)
+
+
+def test_single_class_is_no_task(data):
+    for split in ("train", "test"):
+        shutil.rmtree(data / split / "rows")
+    with pytest.raises(ConfigError, match="has 1 class folders"):
+        load_task("imagefolder", data)
+
+
+@pytest.mark.parametrize("content", [b"", b"no image at all", None])
+def test_scan_names_what_cannot_be_read(data, content):
+    bad = data / "train" / "rows" / "007.png"
+    cut = png(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8))[:-3000]
+    bad.write_bytes(cut if content is None else content)
+    with pytest.raises(ConfigError, match=r"rows/007\.png: unreadable image"):
+        check_images(load_task("imagefolder", data), threads=2)
+
+
+def test_fingerprint_sees_labels_and_sizes(data):
+    before = load_task("imagefolder", data).fingerprint()
+    assert load_task("imagefolder", data).fingerprint() == before
+    file = data / "train" / "rows" / "000.png"
+    file.rename(data / "train" / "columns" / "999.png")
+    assert load_task("imagefolder", data).fingerprint() != before
+
+
+def test_subset_is_drawn_by_its_seed(image_folder):
+    task = load_task("imagefolder", image_folder)
+    one, same, other = (task.subset(10, seed) for seed in (0, 0, 1))
+    assert one.train == same.train != other.train
+    assert len(one.train) == 10 and one.test == task.test
+    assert task.subset(None, 0) is task and task.subset(1000, 0) is task
+
+
+@pytest.mark.parametrize("name", ["digits", "silhouettes"])
+def test_sample_tasks_have_every_class_in_both_splits(name):
+    task = load_task(name, None)
+    for items in (task.train, task.test):
+        assert {item.label for item in items} == set(range(len(task.classes)))
+    train = {item.content for item in task.train}
+    assert not any(item.content in train for item in task.test)
+
+
+def test_table_names_the_tasks():
+    assert set(TASKS) == {"digits", "silhouettes", "climate", "imagefolder"}
