@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = {"README.md": README, "k8s/README.md": (ROOT / "k8s" / "README.md").read_text()}
-MADE = ("runs/", "REGISTRY/", "/")
+MADE = ("RUN/", "runs/", "REGISTRY/", "/")
 COMMANDS = sorted(
     {
         (page, command)
