@@ -99,7 +99,7 @@ def scan_tar(file: IO[bytes]) -> TarScan:
     problem = _read_headers(reader, members)
     size, sha256 = reader.drain()
     samples = list(_group(members))
-    if samples and samples[-1].end > size:
+    if samples and (samples[-1].end > size or (problem and _lacks_members(samples))):
         samples.pop()
     return TarScan(samples, problem, size, sha256)
 
@@ -115,6 +115,11 @@ def _read_headers(reader: _HashingReader, members: list[tarfile.TarInfo]) -> str
         if any(reader.last):
             return f"damaged header after {len(members)} members, at byte {tar.offset}"
     return None
+
+
+def _lacks_members(samples: list[TarSample]) -> bool:
+    # between two members a cut leaves no trace but what the other samples have
+    return samples[-1].members.keys() < samples[0].members.keys()
 
 
 def _group(members: Iterable[tarfile.TarInfo]) -> Iterator[TarSample]:

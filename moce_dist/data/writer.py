@@ -12,17 +12,27 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from moce_dist.config import ConfigError
 from moce_dist.data.shards import TAR_END, Shard, is_image_name
 from moce_dist.run import COMPLETE
+
+_BEGUN = ".begun"
 
 
 @contextmanager
 def all_or_nothing(folder: Path, patterns: tuple[str, ...]) -> Iterator[None]:
-    """Clear what matches `patterns` in `folder` now, and again when the block fails.
+    """Clear what an earlier attempt left under `patterns`, and again when the block fails.
 
     Raises:
+        ConfigError: files are there that no attempt of ours has written.
         RuntimeError: the disk is full.
     """
+    begun = folder / _BEGUN
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    if found and not begun.exists() and not (folder / COMPLETE).exists():
+        raise ConfigError(f"{folder}: holds {found[0].name} already; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.touch()
     _clear(folder, patterns)
     try:
         yield
@@ -33,6 +43,10 @@ def all_or_nothing(folder: Path, patterns: tuple[str, ...]) -> Iterator[None]:
                 f"{folder}: no space left on the device; what was written is removed again"
             ) from error
         raise
+    finally:
+        begun.unlink()
+        if not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def _clear(folder: Path, patterns: tuple[str, ...]) -> None:

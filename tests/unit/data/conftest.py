@@ -1,0 +1,69 @@
+"""Real pictures and real tars, made on the spot."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def _picture(seed: int, kind: str = "PNG", side: int = 16) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def _tar(path, members):
+    """Write members [(name, content)] with Python's own tarfile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def picture():
+    return _picture
+
+
+@pytest.fixture
+def tar_of():
+    return _tar
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Three classes with four pictures each, in two formats, one of them nested."""
+    root = tmp_path / "images"
+    for number in range(12):
+        name = ("cat", "dog", "owl")[number % 3]
+        kind = "JPEG" if number % 2 else "PNG"
+        inner = root / name / ("deep" if number == 5 else "")
+        inner.mkdir(parents=True, exist_ok=True)
+        suffix = {"JPEG": "JPG", "PNG": "png"}[kind]
+        (inner / f"{number:02d}.{suffix}").write_bytes(_picture(number, kind))
+    return root
+
+
+@pytest.fixture
+def three_tars(tmp_path):
+    """Three tars of five samples: `t0/0` ... `t2/4`, each with png and cls."""
+    return [
+        _tar(
+            tmp_path / "tars" / f"part-{shard}.tar",
+            [
+                member
+                for row in range(5)
+                for member in (
+                    (f"t{shard}/{row}.png", _picture(10 * shard + row)),
+                    (f"t{shard}/{row}.cls", str(row).encode()),
+                )
+            ],
+        )
+        for shard in range(3)
+    ]

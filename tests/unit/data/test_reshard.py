@@ -1,0 +1,173 @@
+"""Resharding by cluster keeps the multiset of (key, bytes): law 3, its first part."""
+
+import os
+import resource
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+
+import pytest
+import webdataset
+
+from moce_dist.config import ConfigError
+from moce_dist.data import reshard as module
+from moce_dist.data.reshard import reshard
+from moce_dist.data.shards import ShardIndex, read_index, scan_shard, write_index
+from moce_dist.run import is_complete
+
+INPUTS = {"clusters": "abc"}
+
+
+def members(paths):
+    """Multiset of (member name, bytes) of some tars, read by Python's own tarfile."""
+    found = Counter()
+    for path in paths:
+        with tarfile.open(path) as tar:
+            found.update((member.name, tar.extractfile(member).read()) for member in tar)
+    return found
+
+
+@pytest.fixture
+def index(tmp_path, three_tars):
+    shards = [scan_shard(str(path))[0] for path in three_tars]
+    return write_index(tmp_path / "ingested", shards)
+
+
+@pytest.fixture
+def clusters(index):
+    keys = [key for shard in index.shards for key in shard.keys]
+    return {key: number * 7 % 4 for number, key in enumerate(keys)}
+
+
+def test_resharding_keeps_the_multiset_of_keys_and_bytes(tmp_path, index, clusters, three_tars):
+    out = tmp_path / "shards"
+    resharded = reshard(index, clusters, out, shard_bytes=6000, inputs=INPUTS)
+    tars = sorted(out.glob("*.tar"))
+    assert members(tars) == members(three_tars)
+    assert [shard.path for shard in resharded.shards] == [path.name for path in tars]
+    assert len(tars) > 4
+    for shard in resharded.shards:
+        assert shard.path.startswith(f"cluster-{shard.cluster:05d}-")
+        assert {clusters[key] for key in shard.keys} == {shard.cluster}
+    for cluster in range(4):
+        kept = [key for s in resharded.shards if s.cluster == cluster for key in s.keys]
+        assert kept == [key for key in clusters if clusters[key] == cluster]
+    assert resharded == read_index(out)
+    assert resharded.num_clusters == 4
+    assert is_complete(out, INPUTS)
+
+
+def test_plain_webdataset_reads_resharded_tars(tmp_path, index, clusters):
+    out = tmp_path / "shards"
+    reshard(index, clusters, out, shard_bytes=10**6, inputs=INPUTS)
+    urls = [str(path) for path in sorted(out.glob("*.tar"))]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert Counter(sample["__key__"] for sample in found) == Counter(clusters.keys())
+
+
+def test_same_input_gives_the_same_bytes(tmp_path, index, clusters):
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for out in outs:
+        reshard(index, clusters, out, shard_bytes=6000, inputs=INPUTS)
+    files = [sorted(path.name for path in out.iterdir()) for out in outs]
+    assert files[0] == files[1]
+    assert all((outs[0] / f).read_bytes() == (outs[1] / f).read_bytes() for f in files[0])
+
+
+def test_complete_result_is_not_made_again(tmp_path, index, clusters):
+    out = tmp_path / "shards"
+    first = reshard(index, clusters, out, shard_bytes=6000, inputs=INPUTS)
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert reshard(index, clusters, out, shard_bytes=6000, inputs=INPUTS) == first
+    assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    # other clusters: made anew, nothing of the old one stays
+    one = reshard(index, dict.fromkeys(clusters, 0), out, shard_bytes=10**6, inputs={"clusters": 2})
+    assert [path.name for path in out.glob("*.tar")] == [one.shards[0].path]
+
+
+def test_sample_without_assignment_is_named(tmp_path, index, clusters):
+    del clusters["t1/3"]
+    with pytest.raises(ConfigError, match=r"part-1\.tar: sample 't1/3' has no assignment"):
+        reshard(index, clusters, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_held_out_assignments_are_passed_over(tmp_path, index, clusters):
+    resharded = reshard(
+        index, clusters | {"held": 1}, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS
+    )
+    assert resharded.num_samples == 15
+
+
+def test_source_cut_off_since_it_was_indexed_is_an_error(tmp_path, index, clusters, three_tars):
+    os.truncate(three_tars[1], index.shards[1].ends[2])
+    with pytest.raises(RuntimeError, match=r"part-1\.tar: ends before sample 't1/4'"):
+        reshard(index, clusters, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_source_replaced_since_it_was_indexed_is_an_error(tmp_path, index, clusters, three_tars):
+    three_tars[1].write_bytes(three_tars[2].read_bytes())
+    with pytest.raises(RuntimeError, match="a source has changed"):
+        reshard(index, clusters, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS)
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("mistake", ["lost", "doubled", "altered"])
+def test_wrong_copy_is_noticed(tmp_path, index, clusters, monkeypatch, mistake):
+    """Plant a mistake between reading and writing: the check afterwards has to find it."""
+    original = module.ShardSeries.writer
+
+    class Careless:
+        def __init__(self, writer):
+            self.writer = writer
+
+        def add_raw(self, key, content, offset, size):
+            if key == "t1/2" and mistake == "lost":
+                return
+            if key == "t1/2" and mistake == "altered":
+                content = content[:600] + bytes([content[600] ^ 1]) + content[601:]
+            self.writer.add_raw(key, content, offset, size)
+            if key == "t1/2" and mistake == "doubled":
+                self.writer.add_raw(key, content, offset, size)
+
+    monkeypatch.setattr(
+        module.ShardSeries, "writer", lambda self, size: Careless(original(self, size))
+    )
+    with pytest.raises(RuntimeError, match="samples of 15 were kept, or their bytes differ"):
+        reshard(index, clusters, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_more_clusters_than_file_descriptors(tmp_path, tar_of, picture):
+    path = tar_of(tmp_path / "many.tar", [(f"{n:04d}.png", picture(0)) for n in range(300)])
+    write_index(tmp_path, [scan_shard(str(path))[0]])
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from moce_dist.data.reshard import reshard\n"
+        "from moce_dist.data.shards import read_index\n"
+        "index = read_index(sys.argv[1]); keys = index.shards[0].keys\n"
+        "clusters = {key: row for row, key in enumerate(keys)}\n"
+        "out = Path(sys.argv[1]) / 'out'\n"
+        "print(len(reshard(index, clusters, out, shard_bytes=10**6, inputs={}).shards))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)),
+    )
+    assert (done.returncode, done.stdout) == (0, "300\n"), done.stderr
+
+
+def test_large_shards_are_read_in_runs(three_tars, monkeypatch):
+    shard, _ = scan_shard(str(three_tars[0]))
+    monkeypatch.setattr(module, "_READ_BYTES", shard.ends[1])
+    assert next(module._runs(shard)) == (0, 1)
+    assert [row for first, last in module._runs(shard) for row in range(first, last + 1)] == [
+        *range(5)
+    ]
+    keys = [sample.key for sample in module._samples(ShardIndex("", [shard]))]
+    assert keys == shard.keys
