@@ -166,15 +166,7 @@ class Comparison:
         """Carry out one fit and describe it as a row of metrics.json."""
         task = self.task.subset(self.config.transfer.max_train, fit.seed)
         if isinstance(task, Scenes):
-            name = f"{fit.backbone.replace('/', '_')}-{fit.seed}"
-            value = segment(
-                backbone,
-                task,
-                self.config.transfer,
-                self.machine,
-                seed=fit.seed,
-                out=self.folder / "predictions" / name,
-            )
+            value = self._segment(fit, backbone, task)
         else:
             value = self._classify(fit, backbone, task)
         return {
@@ -186,6 +178,11 @@ class Comparison:
             "num_test": len(task.test),
             "choice": backbone.choice,
         }
+
+    def _segment(self, fit: Fit, backbone: Backbone, scenes: Scenes) -> float:
+        transfer = self.config.transfer
+        out = self.folder / "predictions" / f"{fit.backbone.replace('/', '_')}-{fit.seed}"
+        return segment(backbone, scenes, transfer, self.machine, seed=fit.seed, out=out)
 
     def _classify(self, fit: Fit, backbone: Backbone, task: Task) -> float:
         transfer, num_classes = self.config.transfer, len(task.classes)

@@ -26,6 +26,7 @@ from moce_dist.transfer.loading import (
     Machine,
     Progress,
     TrainingOrder,
+    backward_in_parts,
     eval_batches,
     training_batches,
 )
@@ -119,7 +120,13 @@ def _train(
     mix = _mixer(recipe, len(task.classes))
     torch.manual_seed(seed)
     np.random.seed(seed)  # timm's Mixup draws from numpy's global generator
-    progress = Progress(f"{backbone.name} finetune seed {seed}", len(order), "steps")
+    name = f"{backbone.name} finetune seed {seed}"
+    progress = Progress(name, len(order), "steps")
+
+    def loss_of(images: Tensor, targets: Tensor) -> Tensor:
+        smoothing = 0.0 if mix else _LABEL_SMOOTHING
+        return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
+
     batches = training_batches(
         task.train, backbone, machine, order=order, augment=recipe, seed=seed
     )
@@ -129,13 +136,8 @@ def _train(
         inputs, targets = images.to(machine.device), labels.to(machine.device)
         if mix is not None:
             inputs, targets = mix(inputs, targets)
-        with machine.autocast():
-            logits = model(inputs)
-        smoothing = 0.0 if mix else _LABEL_SMOOTHING
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
-        check_loss(loss.detach(), f"{backbone.name} finetune seed {seed}", step)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        check_loss(backward_in_parts(inputs, targets, machine, loss_of), name, step)
         optimizer.step()
         progress.advance()
 

@@ -8,8 +8,9 @@ Letters: B images, S side in pixels.
 
 import contextlib
 import logging
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,12 +34,16 @@ Statistics = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where a fit runs: device, whether matrix products are bfloat16, decoding processes."""
+    """Where a fit runs: device, whether matrix products are bfloat16, decoding processes.
+
+    A step's batch is computed in `micro_batches` parts, whose gradients add up.
+    """
 
     device: torch.device
     bf16: bool
     loader_processes: int
     eval_batch_size: int
+    micro_batches: int
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which forward passes of a fit run."""
@@ -48,11 +53,38 @@ class Machine:
 
 
 def machine_of(config: Config) -> Machine:
-    """Choose the device that the configuration allows; bfloat16 only on a GPU."""
+    """Choose the device that the configuration allows; bfloat16 on a GPU, threads on a CPU."""
     has_gpu = config.parallel.use_gpu is not False and torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
     bf16 = has_gpu and config.parallel.precision == "bf16"
-    return Machine(device, bf16, config.data.loader_processes, config.cluster.batch_size)
+    if not has_gpu:
+        # one process does here what all workers do in training
+        threads = config.parallel.num_workers * config.parallel.threads_per_worker
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    return Machine(
+        device,
+        bf16,
+        config.data.loader_processes,
+        config.cluster.batch_size,
+        config.parallel.micro_batches,
+    )
+
+
+def backward_in_parts(
+    inputs: Tensor, targets: Tensor, machine: Machine, loss_of: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Add up the gradients of the mean of `loss_of(inputs, targets)` over the parts of a batch.
+
+    Returns the loss, detached. Parts weigh by their number of inputs (B, ...).
+    """
+    total = torch.zeros((), device=inputs.device)
+    parts = (torch.chunk(x, machine.micro_batches) for x in (inputs, targets))
+    for some, their_targets in zip(*parts, strict=True):
+        with machine.autocast():
+            loss = loss_of(some, their_targets) * (len(some) / len(inputs))
+        torch.autograd.backward(loss)
+        total += loss.detach()
+    return total
 
 
 class Progress:

@@ -1,18 +1,9 @@
-r"""Semantic segmentation: UPerNet on a plain ViT, sliding evaluation, intersection over union.
+"""Semantic segmentation: train on crops, slide over whole pictures, intersection over union.
 
-A plain ViT has one resolution; four of its blocks are brought to four, then a kept UPerNet decoder
-(segmentation-models-pytorch) joins them:
+Letters: B pictures, S side of a crop, H, W height and width, pixels; C classes.
 
-    block d/4    (B, D, S/P, S/P)  --x4-->  \
-    block d/2                      --x2-->   UPerNet --> classes (B, C, S, S)
-    block 3d/4                     --x1-->   /
-    block d                        --/2-->  /
-
-Letters: B pictures, D width, S side of a crop, P patch side, H, W height and width, pixels; C
-classes.
-
-Source: Xiao et al. 2018, arXiv 1807.10221 (UPerNet); feature pyramid and recipe as in
-mmsegmentation's configs/mae for ADE20K, without its auxiliary head and colour jitter.
+Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, crop and mirror, sliding
+evaluation), without its colour jitter; scores as in Long et al. 2015, arXiv 1411.4038, section 5.
 """
 
 import itertools
@@ -26,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -36,7 +25,13 @@ from moce_dist.data.images import open_image, sample_generator
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.finetune import check_loss, learning_rate, set_learning_rate
-from moce_dist.transfer.loading import Machine, Progress, TrainingOrder, renormalisation
+from moce_dist.transfer.loading import (
+    Machine,
+    Progress,
+    TrainingOrder,
+    backward_in_parts,
+    renormalisation,
+)
 from moce_dist.transfer.scenes import (
     IGNORE,
     Scene,
@@ -46,10 +41,10 @@ from moce_dist.transfer.scenes import (
     to_pixels,
     training_crop,
 )
+from moce_dist.transfer.upernet import Segmenter
 
-_LAYER_DECAY, _WEIGHT_DECAY, _DROP_PATH = 0.65, 0.05, 0.1
+_DROP_PATH = 0.1
 _WARMUP_SHARE = 0.01
-_DROPOUT = 0.1
 _NUM_PREVIEWS = 4
 
 
@@ -79,53 +74,6 @@ def count_pixels(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     kept = labels != IGNORE
     pairs = labels[kept] * num_classes + predicted[kept]
     return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-class Segmenter(nn.Module):
-    """A plain ViT, a feature pyramid and a UPerNet decoder: (B, 3, S, S) -> (B, C, S, S)."""
-
-    vit: Any
-
-    def __init__(self, vit: Any, num_classes: int, channels: int) -> None:
-        super().__init__()
-        self.vit = vit
-        depth, width = len(vit.blocks), vit.embed_dim
-        self._taps = [(i + 1) * depth // 4 - 1 for i in range(4)]
-        self.pyramid = nn.ModuleList(
-            [
-                nn.Sequential(
-                    nn.ConvTranspose2d(width, width, 2, stride=2),
-                    nn.BatchNorm2d(width),
-                    nn.GELU(),
-                    nn.ConvTranspose2d(width, width, 2, stride=2),
-                ),
-                nn.ConvTranspose2d(width, width, 2, stride=2),
-                nn.Identity(),
-                nn.MaxPool2d(2),
-            ]
-        )
-        self.decoder = UPerNetDecoder([0, 0] + 4 * [width], decoder_channels=channels)
-        self.head = nn.Sequential(nn.Dropout2d(_DROPOUT), nn.Conv2d(channels, num_classes, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return logits (B, C, S, S)."""
-        maps = self.vit.forward_intermediates(images, indices=self._taps, intermediates_only=True)
-        levels = [resize(x) for resize, x in zip(self.pyramid, maps, strict=True)]
-        # the decoder skips two levels finer than it needs
-        logits = self.head(self.decoder([images, images, *levels]))
-        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
-
-    def optimizer(self) -> torch.optim.AdamW:
-        """Make AdamW with layer-wise decay in the ViT; groups carry `lr_scale`."""
-        groups = param_groups_layer_decay(
-            self.vit,
-            weight_decay=_WEIGHT_DECAY,
-            no_weight_decay_list=("pos_embed", "cls_token"),
-            layer_decay=_LAYER_DECAY,
-        )
-        new = [p for name, p in self.named_parameters() if not name.startswith("vit.")]
-        groups.append({"params": new, "lr_scale": 1.0, "weight_decay": _WEIGHT_DECAY})
-        return torch.optim.AdamW(groups, lr=0.0)
 
 
 class _Crops(Dataset[tuple[NDArray[np.float32], NDArray[np.int64]]]):
@@ -195,16 +143,17 @@ def _train(
     optimizer = model.optimizer()
     torch.manual_seed(seed)
     progress = Progress(f"segmentation seed {seed}", steps, "steps")
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(model(images).float(), labels, ignore_index=IGNORE)
+
     for step, (images, labels) in enumerate(batches):
         warmup = round(_WARMUP_SHARE * steps)
         rate = learning_rate(step, steps=steps, warmup=warmup, peak=transfer.segment_lr)
         set_learning_rate(optimizer, rate)
-        with machine.autocast():
-            logits = model(images.to(machine.device))
-        loss = F.cross_entropy(logits.float(), labels.to(machine.device), ignore_index=IGNORE)
-        check_loss(loss.detach(), f"segmentation seed {seed}", step)
         optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        inputs, targets = images.to(machine.device), labels.to(machine.device)
+        check_loss(backward_in_parts(inputs, targets, machine, loss_of), "segmentation", step)
         optimizer.step()
         progress.advance()
 

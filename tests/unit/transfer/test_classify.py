@@ -1,5 +1,7 @@
 """Frozen protocols and fine-tuning against independent computations."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,12 @@ from moce_dist.transfer.finetune import (
     make_optimizer,
     set_learning_rate,
 )
-from moce_dist.transfer.loading import TaskImages, TrainingOrder, machine_of
+from moce_dist.transfer.loading import (
+    TaskImages,
+    TrainingOrder,
+    backward_in_parts,
+    machine_of,
+)
 from moce_dist.transfer.tasks import load_task
 
 
@@ -145,6 +152,21 @@ def test_finetuning_repeats_itself_for_a_seed(mixing, config, models, image_fold
     machine = machine_of(config)
     values = [finetune(backbone, task, recipe, machine, seed=3) for _ in range(2)]
     assert values[0] == values[1]
+
+
+def test_parts_of_a_batch_add_up_to_its_gradient(config):
+    model, machine = torch.nn.Linear(5, 3), machine_of(config)
+    inputs, targets = torch.randn(7, 5), torch.randint(3, (7,))
+
+    def loss_of(some: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(some), labels)
+
+    found = {}
+    for parts in (1, 3):
+        model.zero_grad()
+        loss = backward_in_parts(inputs, targets, replace(machine, micro_batches=parts), loss_of)
+        found[parts] = (loss, model.weight.grad.clone())
+    torch.testing.assert_close(found[1], found[3])
 
 
 def test_finetuning_learns(config, models, image_folder):

@@ -1,0 +1,73 @@
+r"""A plain ViT with a UPerNet decoder: pictures to one score per class and pixel.
+
+A plain ViT has one resolution; four of its blocks are brought to four, then a kept UPerNet decoder
+(segmentation-models-pytorch) joins them:
+
+    block d/4    (B, D, S/P, S/P)  --x4-->  \
+    block d/2                      --x2-->   UPerNet --> classes (B, C, S, S)
+    block 3d/4                     --x1-->   /
+    block d                        --/2-->  /
+
+Letters: B pictures, D width, S side of a crop, P patch side, pixels; C classes; d depth.
+
+Source: Xiao et al. 2018, arXiv 1807.10221 (UPerNet); feature pyramid as in mmsegmentation's
+configs/mae for ADE20K, without its auxiliary head.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+
+_LAYER_DECAY, _WEIGHT_DECAY = 0.65, 0.05
+_DROPOUT = 0.1
+
+
+class Segmenter(nn.Module):
+    """A plain ViT, a feature pyramid and a UPerNet decoder: (B, 3, S, S) -> (B, C, S, S)."""
+
+    vit: Any
+
+    def __init__(self, vit: Any, num_classes: int, channels: int) -> None:
+        super().__init__()
+        self.vit = vit
+        depth, width = len(vit.blocks), vit.embed_dim
+        self._taps = [(i + 1) * depth // 4 - 1 for i in range(4)]
+        self.pyramid = nn.ModuleList(
+            [
+                nn.Sequential(
+                    nn.ConvTranspose2d(width, width, 2, stride=2),
+                    nn.BatchNorm2d(width),
+                    nn.GELU(),
+                    nn.ConvTranspose2d(width, width, 2, stride=2),
+                ),
+                nn.ConvTranspose2d(width, width, 2, stride=2),
+                nn.Identity(),
+                nn.MaxPool2d(2),
+            ]
+        )
+        self.decoder = UPerNetDecoder([0, 0] + 4 * [width], decoder_channels=channels)
+        self.head = nn.Sequential(nn.Dropout2d(_DROPOUT), nn.Conv2d(channels, num_classes, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (B, C, S, S)."""
+        maps = self.vit.forward_intermediates(images, indices=self._taps, intermediates_only=True)
+        levels = [resize(x) for resize, x in zip(self.pyramid, maps, strict=True)]
+        # the decoder skips two levels finer than it needs
+        logits = self.head(self.decoder([images, images, *levels]))
+        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
+
+    def optimizer(self) -> torch.optim.AdamW:
+        """Make AdamW with layer-wise decay in the ViT; groups carry `lr_scale`."""
+        groups = param_groups_layer_decay(
+            self.vit,
+            weight_decay=_WEIGHT_DECAY,
+            no_weight_decay_list=("pos_embed", "cls_token"),
+            layer_decay=_LAYER_DECAY,
+        )
+        new = [p for name, p in self.named_parameters() if not name.startswith("vit.")]
+        groups.append({"params": new, "lr_scale": 1.0, "weight_decay": _WEIGHT_DECAY})
+        return torch.optim.AdamW(groups, lr=0.0)
