@@ -1,5 +1,6 @@
 """Turn images into shards and an index: a folder, tars, or a set from installed packages."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ def plan(source: str) -> str:
     """
     kind, rest = parse_source(source)
     if kind == "folder":
-        folder = list_folder(Path(rest).expanduser().resolve())
+        folder = list_folder(Path(rest))
         return (
             f"{len(folder.files)} pictures, {folder.num_bytes} bytes, "
             f"{len(folder.faults)} unusable files"
@@ -124,17 +125,20 @@ def main(argv: Sequence[str]) -> None:
     """Run the job."""
     args = parse(argv)
     quiet_libraries()
-    config = load_config(args.config, args.overrides)
-    source = args.source or config.data.source
+    named = [f"data.source={json.dumps(args.source)}"] if args.source is not None else []
+    config = load_config(args.config, [*args.overrides, *named])
+    source = config.data.source
     kind, name = parse_source(source)
+    is_task = kind == "sample" and name != PRETRAIN
     reads = plan(source)
     out, ledger = place(args, config)
     if args.dry_run:
+        form = "class folders" if is_task else f"tars of {config.data.shard_bytes} bytes"
         print(f"reads    {source}: {reads}")
-        print(f"writes   {out}, tars of {config.data.shard_bytes} bytes")
-        print(f"holdout  {config.data.holdout_fraction}")
+        print(f"writes   {out}, {form if kind != 'shards' else 'an index'}")
+        print(f"holdout  {0 if is_task else config.data.holdout_fraction}")
         print(f"faults   {ledger}")
-    elif kind == "sample" and name != PRETRAIN:
+    elif is_task:
         write_task(name, out)
     else:
         index = ingest(source, out, config.data, ledger)

@@ -8,8 +8,9 @@ file name), so that the choice depends on nothing else:
     OUT/holdout/index.json    OUT/holdout/holdout-000000.tar ...
     OUT/COMPLETE      written last
 
-What cannot be read becomes one line each in the ledger; over `data.max_fault_fraction` of the data,
-and at least two, it is an error. After an error nothing of the attempt is left but the ledger.
+What cannot be read becomes one line each in the ledger; over `data.max_fault_fraction` of the data
+it is an error, though a single fault never is unless the fraction is 0. After an error nothing of
+the attempt is left but the ledger.
 """
 
 import hashlib
@@ -83,7 +84,9 @@ class _Gate:
                 record_fault(self.ledger, stage="ingest", **fault._asdict())
 
     def check(self, error: type[Exception]) -> None:
-        if self.num_faults >= 2 and self.num_faults > self.max_fraction * self.total:
+        # one bad file among fifty is no reason to stop, unless none is wanted
+        is_single = self.num_faults == 1 and self.max_fraction > 0
+        if self.num_faults > self.max_fraction * self.total and not is_single:
             raise error(
                 f"{self.num_faults} of {self.total} samples are unreadable, over "
                 f"data.max_fault_fraction = {self.max_fraction}; each is named in {self.ledger}"
@@ -99,8 +102,6 @@ def ingest(source: str, out: Path, config: DataConfig, ledger: Path) -> ShardInd
     """
     out = out.resolve()
     kind, rest = parse_source(source)
-    if kind == "folder":
-        rest = str(Path(rest).expanduser().resolve())
     inputs = {"source": f"{kind}:{rest}", "holdout_fraction": config.holdout_fraction}
     if is_complete(out, inputs):
         logger.info("%s: complete already", out)
@@ -146,9 +147,8 @@ def _refuse_other(out: Path, inputs: dict[str, Any]) -> None:
 
 def _share(name: str) -> float:
     # a name's place in [0, 1), the same for good
-    return (
-        int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8]) / 2**64
-    )
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8]) / 2**64
 
 
 def _folder_samples(folder: Folder, request: _Request) -> Iterator[_Sample]:
@@ -156,10 +156,10 @@ def _folder_samples(folder: Folder, request: _Request) -> Iterator[_Sample]:
     gate.record(folder.faults)
     files = folder.files
     if folder.num_bytes < _SCAN_FIRST_BYTES:
-        problems = [header_problem(file.path) for file in files]
-        found = zip(files, problems, strict=True)
-        gate.record(Fault(str(f.path), f.key, problem) for f, problem in found if problem)
-        files = [file for file, problem in zip(files, problems, strict=True) if not problem]
+        headers = track(files, "headers", total=len(files))
+        checked = [(file, header_problem(file.path)) for file in headers]
+        gate.record(Fault(str(file.path), file.key, why) for file, why in checked if why)
+        files = [file for file, why in checked if not why]
     gate.check(ConfigError)
     if not files:
         raise ConfigError(f"no picture can be read; each is named in {request.ledger}")

@@ -120,8 +120,8 @@ def scan_shard(
         raise ConfigError(f"{url}: is not an uncompressed tar file ({error})") from None
     shard = Shard(path or url, bytes=scan.bytes, sha256=scan.sha256, cluster=cluster)
     faults = [fault for sample in scan.samples if (fault := _add_sample(shard, url, sample))]
-    if scan.problem:
-        faults.append(Fault(url, None, scan.problem))
+    if scan.problem or not scan.samples:
+        faults.append(Fault(url, None, scan.problem or "holds no samples"))
     return replace(shard, num_samples=len(shard.keys)), faults
 
 

@@ -56,7 +56,7 @@ class Folder(NamedTuple):
 
 
 def parse_source(source: str) -> tuple[Kind, str]:
-    """Split `folder:PATH`, `shards:PATTERN` or `sample:NAME`.
+    """Split `folder:PATH`, `shards:PATTERN` or `sample:NAME`; local paths become absolute.
 
     Raises:
         ConfigError: it is none of them, or there is no such sample set.
@@ -64,12 +64,27 @@ def parse_source(source: str) -> tuple[Kind, str]:
     kind, colon, rest = source.partition(":")
     if kind == "sample" and rest not in SAMPLE_SETS:
         raise ConfigError(f"{source}: no such set, must be one of {', '.join(SAMPLE_SETS)}")
+    if kind == "index":
+        raise ConfigError(f"data.source = {source!r}: is ingested already, train on it as it is")
     for known in get_args(Kind):
         if kind == known and colon and rest:
-            return known, rest
+            return known, _absolute(known, rest)
     raise ConfigError(
         f"data.source = {source!r}: must be folder:PATH, shards:PATTERN or sample:NAME"
     )
+
+
+def _absolute(kind: Kind, rest: str) -> str:
+    if kind == "folder":
+        return str(Path(rest).expanduser().resolve())
+    if kind == "shards":
+        parts = (os.path.expanduser(part) for part in _split_commas(rest))
+        return ",".join(part if _is_url(part) else os.path.abspath(part) for part in parts)
+    return rest
+
+
+def _is_url(name: str) -> bool:
+    return "://" in name or name.startswith("pipe:")
 
 
 def list_folder(root: Path) -> Folder:
@@ -197,11 +212,11 @@ def _expand(part: str) -> Iterator[str]:
     except ValueError:
         raise ConfigError(f"shards:{part}: braces are not balanced") from None
     for name in names:
-        is_remote = "://" in name
+        is_remote = _is_url(name)
         found = _glob(name) if any(letter in name for letter in "*?[") else [name]
         if not found or (not is_remote and not all(os.path.isfile(path) for path in found)):
             raise ConfigError(f"shards:{name}: no such file")
-        yield from found if is_remote else map(os.path.abspath, found)
+        yield from found
 
 
 def _glob(pattern: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Ingest: folders, existing tars, hold-out, faults, completion, and the job's exit statuses."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from moce_dist.data import ingest as module
 from moce_dist.data.ingest import ingest
 from moce_dist.data.shards import read_index, read_members
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
-from moce_dist.run import read_faults
+from moce_dist.run import load_run, read_faults
 
 ROOT = Path(__file__).parents[3]
 CONFIG = DataConfig(holdout_fraction=0.0)
@@ -181,6 +182,9 @@ def test_too_many_unusable_files_are_refused_before_anything_is_written(
 def test_a_single_fault_never_stops_a_small_data_set(tmp_path, image_folder):
     (image_folder / "cat" / "empty.png").touch()
     assert run(f"folder:{image_folder}", tmp_path / "out").num_samples == 12
+    strict = DataConfig(holdout_fraction=0.0, max_fault_fraction=0.0)
+    with pytest.raises(ConfigError, match="1 of 13 samples are unreadable"):
+        run(f"folder:{image_folder}", tmp_path / "strict", strict)
 
 
 def test_data_too_large_to_scan_first_fails_while_running(
@@ -224,7 +228,7 @@ def test_patterns(three_tars, monkeypatch):
         parts = parts.replace(",*", f",{folder}/*")
         assert expand_shards(f"{folder}/{parts}") == every, pattern
     monkeypatch.chdir(folder)
-    assert expand_shards("part-{0..2}.tar") == every
+    assert expand_shards(parse_source("shards:part-{0..1}.tar,./part-2.tar")[1]) == every
     urls = [f"memory://bucket/{n:02d}.tar" for n in range(3)]
     assert expand_shards("memory://bucket/{00..02}.tar") == urls
 
@@ -239,12 +243,15 @@ def test_patterns(three_tars, monkeypatch):
         ("pipe:cat {d}/part-0.tar", "pipes are not read"),
         ("{d}/*.tar,{d}/part-1.tar", r"part-1\.tar 2 times"),
         ("{d}/text.tar", r"text\.tar: is not an uncompressed tar file"),
+        ("{d}/part-0.tar.gz", r"part-0\.tar\.gz: is not an uncompressed tar file"),
     ],
 )
 def test_bad_pattern_is_refused_by_name(tmp_path, three_tars, pattern, message):
     folder = three_tars[0].parent
     if "text" in pattern:
         (folder / "text.tar").write_text("no tar" * 200)
+    if "gz" in pattern:
+        (folder / "part-0.tar.gz").write_bytes(gzip.compress(three_tars[0].read_bytes()))
     with pytest.raises(ConfigError, match=message):
         run(f"shards:{pattern.format(d=folder)}", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -293,6 +300,14 @@ def test_too_many_faults_in_tars_are_refused(tmp_path, tar_of, picture):
     with pytest.raises(ConfigError, match=r"3 of 4 samples.*max_fault_fraction = 0\.01"):
         run(f"shards:{path}", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["faults.jsonl"]
+
+
+def test_tar_without_samples_is_refused(tmp_path, tar_of):
+    path = tar_of(tmp_path / "0.tar", [])
+    with pytest.raises(ConfigError, match="no sample can be read"):
+        run(f"shards:{path}", tmp_path / "out")
+    (fault,) = read_faults(tmp_path / "out" / "faults.jsonl")
+    assert (fault["shard"], fault["reason"]) == (str(path), "holds no samples")
 
 
 # hold-out
@@ -460,8 +475,9 @@ def test_job_fresh_sets_the_old_data_aside(tmp_path, image_folder):
 def test_job_writes_into_a_run(tmp_path, image_folder):
     run_folder = tmp_path / "run"
     (image_folder / "cat" / "empty.png").touch()
-    done = job("--set", f"data.source=folder:{image_folder}", "--run", run_folder)
+    done = job("--source", f"folder:{image_folder}", "--run", run_folder)
     assert done.returncode == 0, done.stderr
+    assert load_run(run_folder)[1].data.source == f"folder:{image_folder}"
     assert (run_folder / "ingested" / "COMPLETE").exists()
     assert len(read_faults(run_folder / "faults.jsonl")) == 1
 
