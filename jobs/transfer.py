@@ -115,11 +115,9 @@ def set_aside(folder: Path) -> None:
 def main(argv: Sequence[str]) -> None:
     """Check the request, then carry it out."""
     args = parse(argv)
-    root = resolve_run(args.run or DEFAULT_RUN, load_config(args.config, args.overrides))
-    run: Run | None = None
-    if args.dry_run and not args.run and not root.exists():
-        config = load_config(args.config, args.overrides)
-    else:
+    config, run = load_config(args.config, args.overrides), None
+    if args.run or not args.dry_run:
+        root = resolve_run(args.run or DEFAULT_RUN, config)
         run, config = open_request_run(root, args.config, args.overrides)
     request = make_request(args, config)
     check_request(request, config)
