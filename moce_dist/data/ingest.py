@@ -182,14 +182,20 @@ def _pack(stream: Iterable[_Sample], request: _Request) -> ShardIndex:
         # a member costs its header and, at most, a block of padding
         num_bytes = sum(len(content) + 1024 for content in members.values())
         series.writer(num_bytes).add(key, members)
-    return _write_indices(out, train.close(), holdout.close())
+    return _write_indices(request, train.close(), holdout.close())
 
 
-def _write_indices(out: Path, train: list[Shard], holdout: list[Shard]) -> ShardIndex:
+def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) -> ShardIndex:
+    out, fraction = request.out, request.config.holdout_fraction
     if not train:
-        raise ConfigError(f"{out}: no image is left for training; lower data.holdout_fraction")
+        raise ConfigError(
+            f"data.holdout_fraction = {fraction}: holds out every image of so few; "
+            "lower it, or give more images"
+        )
     if holdout:
         write_index(out / HOLDOUT, holdout)
+    elif fraction:
+        logger.warning("data.holdout_fraction = %s: nothing is held out of so few", fraction)
     return write_index(out, train)
 
 
@@ -205,7 +211,7 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     unique = [shard for shard in unique if shard.num_samples]
     held = _held_out(unique, request.config.holdout_fraction)
     train = [shard for shard in unique if shard.path not in held]
-    return _write_indices(request.out, train, [s for s in unique if s.path in held])
+    return _write_indices(request, train, [shard for shard in unique if shard.path in held])
 
 
 def _scan(urls: list[str]) -> tuple[list[Shard], list[Fault]]:

@@ -1,6 +1,8 @@
 """Real pictures and real tars, made on the spot."""
 
 import io
+import os
+import subprocess
 import tarfile
 
 import numpy as np
@@ -67,3 +69,14 @@ def three_tars(tmp_path):
         )
         for shard in range(3)
     ]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
+        pytest.skip("NOT TESTED: a full disk needs root and a tmpfs mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)

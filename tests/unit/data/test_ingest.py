@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -351,10 +352,21 @@ def test_whole_shards_are_held_out(tmp_path, three_tars, fraction, expected):
     assert paths == {str(path) for path in three_tars}
 
 
-def test_only_shard_is_trained_on(tmp_path, three_tars):
+def test_only_shard_is_trained_on_and_that_is_said(tmp_path, three_tars, caplog):
     config = DataConfig(holdout_fraction=0.4)
     assert run(f"shards:{three_tars[0]}", tmp_path / "out", config).num_samples == 5
     assert not (tmp_path / "out" / "holdout").exists()
+    assert "nothing is held out" in caplog.text
+
+
+def test_training_needs_an_image(tmp_path, picture):
+    root = tmp_path / "images"
+    root.mkdir()
+    # the hash of this key lies below one half
+    (root / "b.png").write_bytes(picture(0))
+    with pytest.raises(ConfigError, match="holds out every image"):
+        run(f"folder:{root}", tmp_path / "out", DataConfig(holdout_fraction=0.49))
+    assert not (tmp_path / "out").exists()
 
 
 # completion
@@ -413,15 +425,30 @@ def test_interruption_leaves_nothing_and_the_next_attempt_succeeds(
     assert run(f"folder:{image_folder}", out).num_samples == 12
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(command, check=False, capture_output=True).returncode:
-        pytest.skip("NOT TESTED: a full disk needs root and a tmpfs mount")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+def test_killed_process_leaves_no_mark_and_the_next_attempt_succeeds(tmp_path, image_folder):
+    out = tmp_path / "out"
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from moce_dist.config import DataConfig\n"
+        "from moce_dist.data import ingest as module\n"
+        "original, calls = module.read_picture, []\n"
+        "def read(file):\n"
+        "    calls.append(file)\n"
+        "    if len(calls) == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return original(file)\n"
+        "module.read_picture = read\n"
+        "out = Path(sys.argv[2])\n"
+        "module.ingest(sys.argv[1], out, DataConfig(holdout_fraction=0.0), out / 'f.jsonl')\n"
+    )
+    command = [sys.executable, "-c", code, f"folder:{image_folder}", str(out)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert not (out / "COMPLETE").exists()
+    assert run(f"folder:{image_folder}", out).num_samples == 12
+    assert sorted(path.name for path in out.iterdir()) == [
+        "COMPLETE",
+        "index.json",
+        "train-000000.tar",
+    ]
 
 
 def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, picture):

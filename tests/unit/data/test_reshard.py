@@ -162,6 +162,15 @@ def test_more_clusters_than_file_descriptors(tmp_path, tar_of, picture):
     assert (done.returncode, done.stdout) == (0, "300\n"), done.stderr
 
 
+def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, tar_of, picture):
+    members = [(f"{n}.png", picture(n, side=64)) for n in range(40)]
+    index = write_index(tmp_path, [scan_shard(str(tar_of(tmp_path / "a.tar", members)))[0]])
+    clusters = {key: row % 3 for row, key in enumerate(index.shards[0].keys)}
+    with pytest.raises(RuntimeError, match="no space left on the device"):
+        reshard(index, clusters, small_disk / "out", shard_bytes=10**6, inputs=INPUTS)
+    assert list(small_disk.iterdir()) == []
+
+
 def test_large_shards_are_read_in_runs(three_tars, monkeypatch):
     shard, _ = scan_shard(str(three_tars[0]))
     monkeypatch.setattr(module, "_READ_BYTES", shard.ends[1])
