@@ -70,7 +70,7 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"{visible} of {config.num_patches + 1} tokens visible",
         f"experts    {config.moe.num_experts} in each of blocks {list(config.moe_layers)}",
         f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}",
-        f"ranks      {parallel.num_workers} in {ep_size} places, {parallel.num_groups} expert groups, "
+        f"ranks      {parallel.num_workers} in {ep_size} places, {parallel.num_groups} groups, "
         f"{config.moe.num_experts // ep_size} experts of a layer on each rank",
         f"batch      mae {config.mae.batch_size}, moce {config.moce.batch_size}; "
         f"{config.moce.batch_size // parallel.num_workers} images a rank",

@@ -1,12 +1,13 @@
 """The only door to Ray: map a function over items, run a training stage on Ray Train.
 
-A running cluster is used when there is one (RAY_ADDRESS, which `ray job submit` sets); else an embedded
-one is started in this process and ends with it. What runs on the workers knows nothing of Ray and
-reports through files of the run directory, so a stage looks the same under plain torchrun.
+A running cluster is used when there is one (RAY_ADDRESS, which `ray job submit` sets); else an
+embedded one is started in this process and ends with it. What runs on the workers knows nothing
+of Ray and reports through files of the run directory, so a stage looks the same under plain
+torchrun.
 
-A worker that dies is replaced, all workers start again, and training resumes from its newest checkpoint
-(`parallel.max_failures` times). An error of the training itself is not tried again: it is left in
-`failed.json`, which ends the restarts at once.
+A worker that dies is replaced, all workers start again, and training resumes from its newest
+checkpoint (`parallel.max_failures` times). An error of the training itself is not tried again: it
+is left in `failed.json`, which ends the restarts at once.
 """
 
 import json
@@ -126,7 +127,7 @@ def train(job: StageJob) -> None:
     with Follower(job):
         try:
             trainer.fit()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - Ray's own, over whatever the workers met
             raise RuntimeError(_reason(job, error)) from None
 
 
@@ -152,7 +153,7 @@ def _train_worker(config: dict[str, Any]) -> None:
 
 
 def _pretrain(job: StageJob) -> None:
-    from moce_dist.train.loop import pretrain  # noqa: PLC0415 - imports deepspeed, seconds
+    from moce_dist.train.loop import pretrain
 
     pretrain(job)
 
@@ -188,6 +189,7 @@ class Follower:
         left = (self._total - metrics["step"] - 1) * metrics["images_seen"] / (metrics["step"] + 1)
         seconds = int(left / max(metrics["images_per_s"], 1e-9))
         return (
-            f"{self._stage}: step {metrics['step'] + 1} of {self._total}, loss {metrics['loss']:.4f}, "
+            f"{self._stage}: step {metrics['step'] + 1} of {self._total}, "
+            f"loss {metrics['loss']:.4f}, "
             f"{metrics['images_per_s']:.0f} images/s, {seconds // 60}:{seconds % 60:02d} left"
         )

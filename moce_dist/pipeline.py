@@ -9,6 +9,7 @@ made, or taken up where it stopped. This module only wires chapters to `launch`.
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -59,8 +60,9 @@ class Pipeline:
         self.cluster()
         self.moce()
 
-    def ingest(self) -> Path:
-        """Return the folder of the data's index; a source that is no index is ingested first."""
+    @cached_property
+    def data(self) -> Path:
+        """Folder of the data's index; a source that is no index is ingested first."""
         source = self.config.data.source
         if source.startswith("index:"):
             return Path(source.removeprefix("index:")).resolve()
@@ -71,8 +73,7 @@ class Pipeline:
 
     def mae(self) -> None:
         """Train the dense masked autoencoder."""
-        data = self.ingest()
-        self._train("mae", data, {"data": data_id(data)})
+        self._train("mae", self.data, {"data": data_id(self.data)})
 
     def cluster(self) -> dict[str, Any]:
         """Features, balanced clusters, cluster-sharded tars; return the clusters' summary."""
@@ -83,12 +84,11 @@ class Pipeline:
 
     def features(self) -> None:
         """Encode all images, held-out ones too, with the trained encoder."""
-        data = self.ingest()
-        inputs = {"mae": artefact_id(self.run.stage("mae")), "data": data_id(data)}
+        inputs = {"mae": artefact_id(self.run.stage("mae")), "data": data_id(self.data)}
         if is_complete(self.run.features, inputs):
             log.info("features: complete")
             return
-        for source, out in self._feature_folders(data):
+        for source, out in self._feature_folders():
             begin_features(out, inputs)
             jobs = self._feature_jobs(source, out)
             log.info("features: encoding %d shards of %s", len(jobs), source)
@@ -100,10 +100,14 @@ class Pipeline:
         ]
         mark_complete(self.run.features, inputs, files)
 
-    def _feature_folders(self, data: Path) -> Iterator[tuple[Path, Path]]:
-        yield data, self.run.features
-        if (data / HOLDOUT / INDEX_NAME).is_file():
-            yield data / HOLDOUT, self.run.features / HOLDOUT
+    def _feature_folders(self) -> Iterator[tuple[Path, Path]]:
+        yield self.data, self.run.features
+        if self._has_holdout:
+            yield self.data / HOLDOUT, self.run.features / HOLDOUT
+
+    @property
+    def _has_holdout(self) -> bool:
+        return (self.data / HOLDOUT / INDEX_NAME).is_file()
 
     def _feature_jobs(self, source: Path, out: Path) -> list[FeatureJob]:
         checkpoint = latest_checkpoint(self.run.stage("mae") / "checkpoints")
@@ -142,15 +146,15 @@ class Pipeline:
 
     def reshard(self) -> None:
         """Rewrite the training tars so that each holds one cluster; assign the held-out images."""
-        out, data = self.run.shards, self.ingest()
-        inputs = {"clusters": artefact_id(self.run.clusters), "data": data_id(data)}
+        out = self.run.shards
+        inputs = {"clusters": artefact_id(self.run.clusters), "data": data_id(self.data)}
         if is_complete(out, inputs):
             log.info("shards: complete")
             return
         self._assign_holdout()
         assignments = read_assignments(self.run.clusters / "assignments.parquet")
         reshard(
-            read_index(data),
+            read_index(self.data),
             assignments,
             out,
             shard_bytes=self.config.data.shard_bytes,
@@ -178,14 +182,12 @@ class Pipeline:
         self._train("moce", self.run.shards, inputs)
 
     def _train(self, stage: Literal["mae", "moce"], data: Path, inputs: dict[str, Any]) -> None:
-        folder, holdout = self.run.stage(stage), self.ingest() / HOLDOUT
+        folder = self.run.stage(stage)
         if is_complete(folder, inputs):
             log.info("%s: complete", stage)
             return
-        has_holdout = (holdout / INDEX_NAME).is_file()
-        job = StageJob(
-            self.config, self.run.root, stage, str(data), str(holdout) if has_holdout else None
-        )
+        holdout = str(self.data / HOLDOUT) if self._has_holdout else None
+        job = StageJob(self.config, self.run.root, stage, str(data), holdout)
         log.info("%s: training on %d workers", stage, self.config.parallel.num_workers)
         train(job)
         checkpoint = latest_checkpoint(folder / "checkpoints")

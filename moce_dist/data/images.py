@@ -3,11 +3,11 @@
 Every random draw of an image comes from a generator keyed by (seed, epoch, sample key), so a sample
 does not depend on the rank, the process or the order in which it is read.
 
-Letters: S side of the square sample in pixels. Samples are (3, S, S) float32, normalised by ImageNet's
-mean and standard deviation.
+Letters: S side of the square sample in pixels. Samples are (3, S, S) float32, normalised by
+ImageNet's mean and standard deviation.
 
-Source: RandomResizedCrop as in torchvision.transforms.v2 (ten tries, then the centre); the MAE recipe
-(scale 0.2 to 1, bicubic, mirror) from He et al. 2022, appendix A.1.
+Source: RandomResizedCrop as in torchvision.transforms.v2 (ten tries, then the centre); the MAE
+recipe (scale 0.2 to 1, bicubic, mirror) from He et al. 2022, appendix A.1.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(content: bytes) -> Image.Image:
-    """Decode to an upright RGB picture; transparency lies on black, of an animation the first frame.
+    """Decode to an upright RGB picture: transparency on black, of an animation the first frame.
 
     Raises:
         ImageError: empty, of unknown format, truncated, damaged, or larger than `MAX_PIXELS`.

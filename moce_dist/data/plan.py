@@ -1,10 +1,10 @@
 """One order of images: which samples a step contains, decided before anything is read.
 
-Per epoch every cluster has a seeded order of its samples. Sample i of a cluster with n samples stands
-at time (i + 1/2) / n of the epoch; all samples sorted by time are the epoch, and step t takes positions
-[t B, (t + 1) B). So every cluster advances at its own even pace, each step holds each cluster within
-one image of its share, and the whole position of the stream is one cursor per cluster plus the step.
-Nothing here depends on ranks, loader processes or placement.
+Per epoch every cluster has a seeded order of its samples. Sample i of a cluster with n samples
+stands at time (i + 1/2) / n of the epoch; all samples sorted by time are the epoch, and step t
+takes positions [t B, (t + 1) B). So every cluster advances at its own even pace, each step holds
+each cluster within one image of its share, and the whole position of the stream is one cursor per
+cluster plus the step. Nothing here depends on ranks, loader processes or placement.
 
     two clusters, n = 4 and 2:   time   1/8  2/8  3/8  5/8  6/8  7/8
                                  from    a    b    a    a    b    a     B = 3: [a b a] [a b a]

@@ -1,13 +1,14 @@
 """The planned stream: a rank's batches, read by range from the tars of the plan.
 
-The plan says which samples a step contains, the placement says which expert group reads each of them
-(`GroupOf`, passed in), rank arithmetic says which slots of a group are whose. Loader processes only
-decode: a batch is a pure function of (plan, placement, step, rank).
+The plan says which samples a step contains, the placement says which expert group reads each of
+them (`GroupOf`, passed in), rank arithmetic says which slots of a group are whose. Loader
+processes only decode: a batch is a pure function of (plan, placement, step, rank).
 
 A sample that cannot be read or decoded keeps its slot: a zero image of weight 0 and one line in
 faults.jsonl. The divisor of the loss stays the planned number of images, so nobody has to be told.
 
-Letters: B images of a step over all ranks, b = B / R images of a rank, N patches, S image side (pixels).
+Letters: B images of a step over all ranks, b = B / R images of a rank, N patches, S image side
+(pixels).
 """
 
 import os
@@ -33,7 +34,7 @@ GroupOf = Callable[[Ids], Ids]
 
 
 class Batch(NamedTuple):
-    """What a rank trains on in one step; `clusters` and `cluster_counts` are the same on all ranks."""
+    """What a rank trains on in one step; clusters and their counts are the same on all ranks."""
 
     step: int
     images: Tensor
@@ -58,7 +59,7 @@ class Layout:
     num_groups: int
 
     def rank_slots(self, groups: Ids) -> Ids:
-        """Slots of every rank, (R, b), from the group of every slot, (B,); groups are equally large."""
+        """Return every rank's slots, (R, b), from the group of every slot, (B,), equally large."""
         return np.argsort(groups, kind="stable").reshape(self.num_ranks, -1)
 
 

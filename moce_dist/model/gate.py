@@ -1,8 +1,8 @@
 """The cluster-conditional gate: which expert an image goes to, decided from its cluster alone.
 
-The gate of a layer sees the centroid of the image's cluster, never the tokens. So all decisions of a
-step are one table of L x K experts, made before the forward pass, and both auxiliary losses follow from
-the K x E probabilities and the step's number of images per cluster.
+The gate of a layer sees the centroid of the image's cluster, never the tokens. So all decisions
+of a step are one table of L x K experts, made before the forward pass, and both auxiliary losses
+follow from the K x E probabilities and the step's number of images per cluster.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, D width, B images.
 
@@ -123,7 +123,8 @@ def _balanced(scores: NDArray[np.float64]) -> NDArray[np.int64]:
 def shared_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.int64]:
     """Give every cluster one expert group for all layers, (K,), from scores (L, K, E).
 
-    A group's score is the sum over the layers of its best expert's; groups take equally many clusters.
+    A group's score is the sum over the layers of its best expert's; groups take equally many
+    clusters.
     """
     num_layers, num_clusters, num_experts = scores.shape
     by_group = scores.reshape(num_layers, num_clusters, num_groups, num_experts // num_groups)
@@ -140,8 +141,8 @@ def _mask_other_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[
 def output_scales(p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: str) -> Tensor:
     """Weight of every image's expert output, (L, B): p, or p / stop_gradient(p).
 
-    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64; those of padding are negative and
-    get some cluster's weight.
+    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64; those of padding are negative
+    and get some cluster's weight.
     """
     chosen = p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids.clamp_min(0)]
     return chosen if combine == "prob" else chosen / chosen.detach()

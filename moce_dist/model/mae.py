@@ -1,13 +1,15 @@
 """Masked autoencoder, dense or with experts: ViT encoder on visible patches, light decoder, pixel loss.
 
-    image --patchify--> N patches --mask--> V visible --encoder--> tokens --decoder--> N predictions
-    loss = mean squared error on the N - V masked patches, each normalised by its own mean and variance
+    image --patchify--> N patches --mask--> V visible --encoder--> tokens --decoder--> N
+    predictions loss = mean squared error on the N - V masked patches, each normalised by its own
+    mean and variance
 
 Which patches are masked follows from per-image noise that the caller draws, so the model holds no
 random state. Encoder weights carry timm's VisionTransformer names, decoder weights those of the
 published checkpoints.
 
-Letters: B images, N patches, V visible patches, D encoder width, P patch side, S image side (pixels).
+Letters: B images, N patches, V visible patches, D encoder width, P patch side, S image side
+(pixels).
 
 Source: He et al. 2022, arXiv 2111.06377, sections 3 and A.1.
 """
@@ -107,7 +109,7 @@ class MaskedAutoencoder(nn.Module):
 
     def target(self, images: Tensor) -> Tensor:
         """Return what is to be predicted, (B, N, P * P * 3), float32."""
-        patches = patchify(images, self.config.model.patch_size).float()
+        patches = patchify(images, self.config.model.patch_size)
         if not self.config.model.norm_pix_loss:
             return patches
         mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)
@@ -122,17 +124,17 @@ class MaskedAutoencoder(nn.Module):
     ) -> Tensor:
         """Return the reconstruction loss of every image, (B,), float32.
 
-        `images` (B, 3, S, S) normalised by ImageNet's statistics, `noise` (B, N); with experts also a
-        `dispatcher` and `scales` (L, B).
+        `images` (B, 3, S, S) normalised by ImageNet's statistics, `noise` (B, N); with experts
+        also a `dispatcher` and `scales` (L, B).
         """
         ids_keep, ids_restore = self.random_masking(noise)
         with self._autocast(images):
             x = self._embed(images)
             visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
             prediction = self.decode(self._encode(visible, dispatcher, scales), ids_restore)
-        prediction = prediction.float()
+        prediction = prediction.to(images.dtype)
         error = ((prediction - self.target(images)) ** 2).mean(dim=2)
-        masked = (ids_restore >= ids_keep.shape[1]).float()
+        masked = (ids_restore >= ids_keep.shape[1]).to(error.dtype)
         return (error * masked).sum(dim=1) / masked.sum(dim=1)
 
     def features(
@@ -141,4 +143,4 @@ class MaskedAutoencoder(nn.Module):
         """Encode whole images (B, 3, S, S): mean of the patch tokens after the norm, (B, D)."""
         with self._autocast(images):
             tokens = self._encode(self._embed(images), dispatcher, scales)
-        return tokens[:, 1:].float().mean(dim=1)
+        return tokens[:, 1:].to(images.dtype).mean(dim=1)

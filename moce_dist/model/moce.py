@@ -1,9 +1,9 @@
 """Experts in a transformer block, and the one-process dispatcher that is their readable reference.
 
-Three roles, three places: the gate decides (gate.py), a dispatcher moves images to experts and back,
-experts compute. Whole images move: all tokens of an image go to one expert.
+Three roles, three places: the gate decides (gate.py), a dispatcher moves images to experts and
+back, experts compute. Whole images move: all tokens of an image go to one expert.
 
-    images at home (B, N, D)  --dispatch-->  rows sorted by local expert (M, N, D), counts per expert
+    images at home (B, N, D)  --dispatch-->  rows by local expert (M, N, D), counts per expert
     expert outputs (M, N, D)  --combine-->   outputs in the order of the images (B, N, D)
 
 `LocalDispatcher` sorts within one process (M = B); the distributed one is parallel/exchange.py.
@@ -82,7 +82,7 @@ class Experts(nn.Module):
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert."""
         stacks = zip(
-            rows.split(list(counts)),
+            torch.split(rows, list(counts)),
             self.fc1.weight.unbind(),
             self.fc1.bias.unbind(),
             self.fc2.weight.unbind(),
@@ -102,7 +102,7 @@ class MoceMlp(nn.Module):
         self.experts = Experts(num_experts, width, 4 * width)
 
 
-class MoceBlock(Block):
+class MoceBlock(Block):  # type: ignore[misc]
     """A transformer block whose MLP is chosen per image."""
 
     def __init__(self, block: Block, num_local_experts: int, layer: int) -> None:

@@ -3,7 +3,8 @@
 Blocks and patch embedding are timm's, under timm's names, so encoder weights load into a timm
 `VisionTransformer` as they are.
 
-Letters: B images, N patches, D width, P patch side in pixels, S image side in pixels (N = (S / P)^2).
+Letters: B images, N patches, D width, P patch side in pixels, S image side in pixels (N = (S /
+P)^2).
 
 Source: Dosovitskiy et al. 2021, arXiv 2010.11929; He et al. 2022, arXiv 2111.06377, appendix A.1
 (fixed sine-cosine positions, Xavier initialisation).

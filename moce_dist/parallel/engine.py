@@ -2,10 +2,10 @@
 
 The only door to deepspeed. What its engine must see, and where it is wrong (version 0.19.8):
 
-- Expert parameters carry `allreduce = False` and the name of their group; the engine counts a model as
-  MoE when a module is an instance of its MoE class, so a bare marker of that class is attached.
+- Expert parameters carry `allreduce = False` and the name of their group; the engine counts a model
+  as MoE when a module is of its MoE class, so a bare marker of that class is attached.
 - Replicas of an expert are neighbouring ranks: `use_data_before_expert_parallelism`.
-- With loss = R / B * (sum over own images), expert and shared gradients are those of the global mean.
+- With loss = R / B * (sum over own images), all gradients are those of the global mean.
 - Clipping at ZeRO-0 mixes up the ranks' norms, so there the norm is computed and applied here.
 - At ZeRO-1 and 2 only the first parameter group's optimiser state is linked to parameters; it is
   linked anew before state is read or written.
@@ -17,6 +17,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
@@ -35,6 +36,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from moce_dist.config import ParallelConfig
 from moce_dist.model.moce import is_stacked
@@ -72,16 +74,15 @@ def init_distributed(device: torch.device) -> None:
     Does nothing when a launcher has made the process group already. Collective over all ranks.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
-    # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler needed
+    # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler
+    # needed
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(
-                backend, store=torch.distributed.HashStore(), rank=0, world_size=1
-            )
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
@@ -198,7 +199,9 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 partitioned = self.spec.parallel.zero_stage > 0
-                yield name, safe_get_full_grad(parameter) if partitioned else parameter.grad
+                gradient = safe_get_full_grad(parameter) if partitioned else parameter.grad
+                assert gradient is not None, name
+                yield name, gradient
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (name, kind, tensor) of float32 weights and moments, local names, own experts only.
@@ -220,13 +223,13 @@ class Engine:
                     yield name, kind, safe_get_full_optimizer_state(parameter, kind)
 
     def load_state(self, lookup: Callable[[str, str], Tensor | None], *, step: int) -> None:
-        """Set weights, and moments where `lookup(name, kind)` has them; `step` optimiser steps done."""
+        """Set weights, and moments where `lookup(name, kind)` has them, after `step` steps."""
         with_moments = step > 0 and isinstance(self._inner_optimizer(), torch.optim.AdamW)
         if with_moments and self.spec.parallel.zero_stage:
             self._create_partitioned_moments(step)
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                self._load_parameter(parameter, lambda kind, name=name: lookup(name, kind))
+                self._load_parameter(parameter, partial(lookup, name))
         if self.spec.parallel.zero_stage:
             self.optimizer.update_lp_params()
         elif with_moments:

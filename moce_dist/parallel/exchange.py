@@ -1,7 +1,7 @@
 """The exchange: images whose expert lives elsewhere travel there and back.
 
-All split sizes are known on the host before the forward pass, because routes follow from cluster ids
-that every rank knows from the plan. So there is no padding, no capacity, no dropped image, no
+All split sizes are known on the host before the forward pass, because routes follow from cluster
+ids that every rank knows from the plan. So there is no padding, no capacity, no dropped image, no
 synchronisation inside a layer, and no collective at all in a layer in which no image of the
 expert-parallel group has to travel. Images that stay are not part of the collective.
 
@@ -134,7 +134,7 @@ class ExpertExchange:
         rows = _take(y, np.argsort(routes.order))
         if not routes.is_exchanging:
             return _take(rows, np.argsort(routes.stay))
-        stayed, visitors = rows.split([len(routes.stay), len(rows) - len(routes.stay)])
+        stayed, visitors = torch.split(rows, [len(routes.stay), len(rows) - len(routes.stay)])
         returned = _AllToAll.apply(visitors, routes.receive_counts, routes.send_counts, self._group)
         home = np.argsort(np.concatenate([routes.stay, routes.leave]))
         return _take(torch.cat([stayed, returned]), home)

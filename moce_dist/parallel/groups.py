@@ -1,11 +1,11 @@
 """Ranks, expert groups and the process groups that follow from them.
 
-G logical expert groups are fixed for a run; R ranks host them, R a multiple or a divisor of G. Ranks of
-one group are neighbours and hold the same experts (replicas); one expert-parallel group is one rank of
-every place.
+G logical expert groups are fixed for a run; R ranks host them, R a multiple or a divisor of G.
+Ranks of one group are neighbours and hold the same experts (replicas); one expert-parallel group
+is one rank of every place.
 
     8 ranks, G = 4:   rank    0 1   2 3   4 5   6 7
-                      place    0     1     2     3      replicas of an expert: the ranks of one place
+                      place    0     1     2     3      replicas of an expert: one place
     expert-parallel groups: {0, 2, 4, 6} and {1, 3, 5, 7}
     2 ranks, G = 4:   rank 0 hosts groups 0 and 1, rank 1 hosts 2 and 3; each rank is a place
 
@@ -40,12 +40,12 @@ class Topology:
         return rank // self.num_replicas
 
     def expert_parallel_ranks(self, rank: int) -> list[int]:
-        """Ranks that `rank` exchanges images with, in order of their places; `rank` is one of them."""
+        """Return the ranks that `rank` exchanges images with, itself included, by place."""
         replica = rank % self.num_replicas
         return [place * self.num_replicas + replica for place in range(self.ep_size)]
 
     def replica_ranks(self, rank: int) -> list[int]:
-        """Ranks that hold the same experts as `rank`, itself included."""
+        """Return the ranks that hold the same experts as `rank`, itself included."""
         first = self.place(rank) * self.num_replicas
         return list(range(first, first + self.num_replicas))
 

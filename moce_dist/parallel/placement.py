@@ -1,8 +1,9 @@
 """The gating scheduler: which experts live on which group, and which group reads which cluster.
 
-Input: a routing table, images per cluster, G. Output: a `Placement`. An image that is read by the group
-of its expert never leaves it, so the objective is the fewest images that must travel, summed over the
-layers, under equally many images per group. Two linear problems are solved in turn until neither helps:
+Input: a routing table, images per cluster, G. Output: a `Placement`. An image that is read by the
+group of its expert never leaves it, so the objective is the fewest images that must travel,
+summed over the layers, under equally many images per group. Two linear problems are solved in
+turn until neither helps:
 
     experts, given readers   per layer, assign experts to group slots (linear sum assignment)
     readers, given experts   clusters to groups by regret, splitting a cluster where a group is full
@@ -38,7 +39,7 @@ class Placement:
         return self.shares.shape[1]
 
     def readers(self, clusters: Ints) -> Ints:
-        """Give every slot of a step, (B,) cluster ids, the group that reads it; groups get B / G each.
+        """Give every slot of a step, (B,) cluster ids, the group that reads it: B / G each.
 
         Padding (cluster -1) fills up what is left.
         """

@@ -1,14 +1,14 @@
 """Checkpoints that do not know how many ranks wrote them.
 
-Tensors are keyed by kind and global name (`weight/blocks.3.mlp.experts.5.fc1.weight`), experts by their
-id, so any legal number of ranks can load what any other wrote:
+Tensors are keyed by kind and global name (`weight/blocks.3.mlp.experts.5.fc1.weight`), experts by
+their id, so any legal number of ranks can load what any other wrote:
 
     step_00000500/shared.safetensors           everything but experts, written by rank 0
                   experts-00000.safetensors    the experts of place 0, written by its first rank
                   manifest.json                position, routing, placement, sha256 of the files; last
 
-The folder is written under a temporary name and renamed when it is whole. Loading verifies the sha256
-of every file; a damaged checkpoint is reported and the newest undamaged one is used.
+The folder is written under a temporary name and renamed when it is whole. Loading verifies the
+sha256 of every file; a damaged checkpoint is reported and the newest undamaged one is used.
 """
 
 import json

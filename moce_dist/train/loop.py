@@ -2,8 +2,8 @@
 
     build, resume; for each step: next batch, routing table, train_step, log, save; held-out loss
 
-The order of the lines is the order of time. A loss that is not finite stops all ranks together, before
-the optimiser has seen it.
+The order of the lines is the order of time. A loss that is not finite stops all ranks together,
+before the optimiser has seen it.
 
 Letters: R ranks, b images of a rank, B images of a step, M micro-batches, L MoE layers, E experts.
 """
@@ -26,9 +26,9 @@ from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import TRANSFERS, ExpertExchange, images_exchanged
 from moce_dist.run import write_atomic
 from moce_dist.train.checkpoint import save_checkpoint
+from moce_dist.train.job import StageJob
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.optim import learning_rate, set_learning_rate
-from moce_dist.train.job import StageJob
 from moce_dist.train.setup import TrainState, build_state, holdout_table
 
 log = logging.getLogger(__name__)
@@ -80,7 +80,8 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
     for micro in range(micro_batches):
         losses, weights, auxiliary_loss, auxiliary = forward(state, batch, micro)
         loss = (losses * weights).sum()
-        # the engine averages over ranks and micro-batches; the loss is a mean over the step's images
+        # the engine averages over ranks and micro-batches; the loss is a mean over the step's
+        # images
         engine.backward(loss * state.topology.num_ranks * micro_batches / count + auxiliary_loss)
         sums += torch.stack([loss.detach(), (weights > 0).sum()]).double().cpu()
         if micro == micro_batches - 1:

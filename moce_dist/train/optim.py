@@ -1,7 +1,8 @@
 """Optimiser and learning rate.
 
-AdamW with decay on matrices only; linear warm-up, then half a cosine; the peak grows linearly with the
-batch. Source: He et al. 2022, arXiv 2111.06377, table 8; Goyal et al. 2017, arXiv 1706.02677.
+AdamW with decay on matrices only; linear warm-up, then half a cosine; the peak grows linearly
+with the batch. Source: He et al. 2022, arXiv 2111.06377, table 8; Goyal et al. 2017, arXiv
+1706.02677.
 """
 
 import math

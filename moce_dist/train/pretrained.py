@@ -1,7 +1,7 @@
 """Start from weights that users already have: published MAE files, timm's MAE backbones.
 
-Encoder names are the same everywhere (timm's); a published `.pth` keeps its tensors under `model`. Most
-files carry no decoder: then the decoder starts new, and the log says so.
+Encoder names are the same everywhere (timm's); a published `.pth` keeps its tensors under
+`model`. Most files carry no decoder: then the decoder starts new, and the log says so.
 
 Source: the layout of mae_pretrain_vit_*.pth, arXiv 2111.06377; timm's `vit_*_patch16_224.mae`.
 """
@@ -28,7 +28,8 @@ def read_weights(source: str) -> dict[str, Tensor]:
     """Read a state dict from a local `.pth`, `.pt` or `.safetensors`, or by a timm name from the hub.
 
     Raises:
-        ConfigError: the file is missing or is no state dict; nothing in it is unpickled but tensors.
+        ConfigError: the file is missing or is no state dict; nothing in it is unpickled but
+        tensors.
     """
     path = Path(source)
     if path.suffix not in (".pth", ".pt", ".safetensors"):

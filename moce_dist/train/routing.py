@@ -1,8 +1,8 @@
 """Routing and placement over a run: one table per step, one plan per interval.
 
-The table is made on rank 0's host from the float32 gate weights and broadcast; it is the step's only
-synchronisation besides the gradients. The placement follows the table at intervals by changing which
-group reads which cluster; experts stay where the first plan put them.
+The table is made on rank 0's host from the float32 gate weights and broadcast; it is the step's
+only synchronisation besides the gradients. The placement follows the table at intervals by
+changing which group reads which cluster; experts stay where the first plan put them.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups.
 """

@@ -1,7 +1,8 @@
 """Real processes for distributed tests: one warm pool per world size, gloo between them.
 
-DeepSpeed takes seconds to import, so the processes of a pool live for the whole session. A test names a
-function of cases.py; every process of the pool calls it with the same arguments and returns a result.
+DeepSpeed takes seconds to import, so the processes of a pool live for the whole session. A test
+names a function of cases.py; every process of the pool calls it with the same arguments and
+returns a result.
 """
 
 import contextlib

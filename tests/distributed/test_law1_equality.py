@@ -166,9 +166,7 @@ def test_bf16_step_is_near_one_process(pools, cases, clustered_run):
     )
     assert results[0]["metrics"][0]["loss"] == pytest.approx(expected["loss"], rel=1e-2)
     gradients = merged(results, "gradients")
-    total = np.sqrt(
-        sum(((g - expected["gradients"][n]) ** 2).sum() for n, g in gradients.items())
-    )
+    total = np.sqrt(sum(((g - expected["gradients"][n]) ** 2).sum() for n, g in gradients.items()))
     assert total <= 5e-2 * expected["norm"]
 
 

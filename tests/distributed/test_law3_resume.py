@@ -31,7 +31,11 @@ def test_every_sample_once_an_epoch_on_any_number_of_ranks(pools, cases, cluster
     by_ranks = {}
     for ranks in (1, 2, 4):
         results = pools(ranks).run(
-            "stream_keys", run=str(clustered_run), overrides=overrides(ranks), start=0, stop=2 * steps
+            "stream_keys",
+            run=str(clustered_run),
+            overrides=overrides(ranks),
+            start=0,
+            stop=2 * steps,
         )
         for first in (0, steps):
             used = Counter(

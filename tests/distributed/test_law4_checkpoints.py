@@ -51,7 +51,10 @@ def test_saved_on_4_loads_on_2_and_1_and_back(pools, own_run, tmp_path, zero_sta
             np.testing.assert_array_equal(loaded[name], value, err_msg=str(name))
     # and what 2 ranks write again, 4 read as what it was
     pools(2).run(
-        "save_again", run=str(own_run), overrides=overrides(2, zero_stage), out=str(tmp_path / "again")
+        "save_again",
+        run=str(own_run),
+        overrides=overrides(2, zero_stage),
+        out=str(tmp_path / "again"),
     )
     before, after = (load_weights(latest_checkpoint(f)) for f in (folder, tmp_path / "again"))
     assert before.keys() == after.keys()

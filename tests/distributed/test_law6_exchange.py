@@ -85,7 +85,5 @@ def test_dispatch_then_combine_is_the_identity_over_places(seed):
         arrived = [outgoing[p][own] for p in range(places)]
         assert [len(a) for a in arrived] == r.receive_counts
         rows = torch.cat([x[own][r.stay], *arrived])[r.order]
-        expected = [
-            sorted(x[place == own][slot[place == own] == s].tolist()) for s in range(slots)
-        ]
+        expected = [sorted(x[place == own][slot[place == own] == s].tolist()) for s in range(slots)]
         assert [sorted(part.tolist()) for part in rows.split(r.counts)] == expected
