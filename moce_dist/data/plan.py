@@ -96,7 +96,7 @@ class Plan:
         return np.pad(ids, (0, self.batch_size - len(ids)), constant_values=PADDING)
 
     def cursors(self, step: int) -> list[int]:
-        """Samples of every cluster that its epoch has used before `step`, (K,)."""
+        """Count the samples of every cluster that its epoch has used before `step`, (K,)."""
         used = step % self.steps_per_epoch * self.batch_size
         clusters = self.table.cluster[self.epoch_order(self.epoch_of(step))[:used]]
         return np.bincount(clusters, minlength=len(self.table.cluster_sizes)).tolist()

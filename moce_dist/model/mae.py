@@ -1,4 +1,4 @@
-"""Masked autoencoder, dense or with experts: ViT encoder on visible patches, light decoder, pixel loss.
+"""Masked autoencoder, dense or with experts: encoder of visible patches, light decoder, pixel loss.
 
     image --patchify--> N patches --mask--> V visible --encoder--> tokens --decoder--> N
     predictions loss = mean squared error on the N - V masked patches, each normalised by its own

@@ -5,7 +5,7 @@ their id, so any legal number of ranks can load what any other wrote:
 
     step_00000500/shared.safetensors           everything but experts, written by rank 0
                   experts-00000.safetensors    the experts of place 0, written by its first rank
-                  manifest.json                position, routing, placement, sha256 of the files; last
+                  manifest.json                position, routing, placement, files' sha256; last
 
 The folder is written under a temporary name and renamed when it is whole. Loading verifies the
 sha256 of every file; a damaged checkpoint is reported and the newest undamaged one is used.
@@ -113,9 +113,7 @@ def _write_files(
             # cloned: slices of one stacked parameter share its storage
             save_file({n: t.clone() for n, t in tensors.items()}, folder / name)
             digests[name] = file_sha256(folder / name)
-    except (
-        Exception
-    ) as error:  # safetensors raises its own type on a full disk; every rank must hear of it
+    except Exception as error:  # noqa: BLE001 - safetensors has its own for a full disk
         return {}, f"{error}"
     return digests, None
 

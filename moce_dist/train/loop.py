@@ -102,7 +102,7 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
 def forward(
     state: TrainState, batch: Batch, micro: int
 ) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
-    """Run one micro-batch: losses (b / M,), weights (b / M,), weighted auxiliary loss, its parts (2,)."""
+    """Run one micro-batch: losses and weights (b / M,), auxiliary loss, its parts (2,)."""
     config, device, gate = state.job.config, state.engine.device, state.model.gate
     size = len(batch.weights) // config.parallel.micro_batches
     part = slice(micro * size, (micro + 1) * size)

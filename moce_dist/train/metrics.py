@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: one line per logged step, strictly increasing, cut back on resume."""
+"""metrics.jsonl and TensorBoard: one line a logged step, steps increasing, cut on resume."""
 
 import json
 import time

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """Read a state dict from a local `.pth`, `.pt` or `.safetensors`, or by a timm name from the hub.
+    """Read a state dict: a local `.pth`, `.pt` or `.safetensors`, or a timm name of the hub.
 
     Raises:
         ConfigError: the file is missing or is no state dict; nothing in it is unpickled but
