@@ -58,22 +58,31 @@ def make_request(args: Any, config: Config) -> Request:
     )
 
 
-def read_task(request: Request, config: Config) -> Task | Scenes:
-    """List a task's files and scan them, without torch."""
-    threads = config.data.loader_processes
+def list_task(request: Request) -> Task | Scenes:
+    """List a task's files, checking their layout."""
     if request.is_segmentation:
-        scenes = read_scenes(request.task, request.data)
-        check_scenes(scenes, threads=threads)
-        return scenes
-    task = load_task(request.task, request.data)
-    check_images(task, threads=threads)
-    return task
+        return read_scenes(request.task, request.data)
+    return load_task(request.task, request.data)
+
+
+def scan(task: Task | Scenes, config: Config) -> None:
+    """Read all files of a task once, so that a damaged one is known before training."""
+    if isinstance(task, Scenes):
+        check_scenes(task, threads=config.data.loader_processes)
+    else:
+        check_images(task, threads=config.data.loader_processes)
 
 
 def print_plan(request: Request, config: Config, run: Run | None) -> None:
     """Print what would be done."""
     transfer = config.transfer
-    print(f"task       {request.task} ({request.data or 'own images'})")
+    print(f"task       {request.task}")
+    if request.needs_data and not request.data:
+        print("data       --data is not given")
+    else:
+        task = list_task(request)
+        sizes = f"{len(task.train)} training, {len(task.test)} test, {len(task.classes)} classes"
+        print(f"data       {request.data or 'own images'}: {sizes}")
     print(f"run        {run.root if run else 'none given: the plan is that of the configuration'}")
     print(f"backbones  {', '.join(request.backbones)}, ViT {tuple(config.model.shape)}")
     print(f"experts    {request.experts or transfer.select}, MoE blocks {config.moe_layers}")
@@ -126,7 +135,8 @@ def main(argv: Sequence[str]) -> None:
     if args.dry_run or run is None:
         print_plan(request, config, run)
         return
-    task = read_task(request, config)
+    task = list_task(request)
+    scan(task, config)
     if args.fresh and run.transfer(request.task).exists():
         set_aside(run.transfer(request.task))
     quiet_libraries()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_dist.config import Config, ConfigError, flatten, load_config, parse_yaml
+from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run import Run, differing_fields, load_run
 from moce_dist.transfer.tasks import SEGMENTATION_TASKS, TASKS
 
@@ -33,6 +34,11 @@ class Request:
     def is_segmentation(self) -> bool:
         """Tell whether the task has masks instead of labels."""
         return self.task in SEGMENTATION_TASKS
+
+    @property
+    def needs_data(self) -> bool:
+        """Tell whether the task's images are the user's own."""
+        return self.task not in SAMPLE_TASKS
 
 
 def parse_names(text: str, flag: str) -> tuple[str, ...]:

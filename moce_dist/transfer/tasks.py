@@ -23,6 +23,7 @@ from moce_dist.config import ConfigError
 from moce_dist.data import samples
 from moce_dist.data.images import ImageError, open_image
 from moce_dist.data.shards import IMAGE_EXTENSIONS
+from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 
 SCAN_LIMIT_BYTES = 10 * 10**9
 _TEST_NAMES = ("test", "val")
@@ -139,9 +140,7 @@ def sample_task(name: str, data: Path | None) -> Task:
 
 
 TASKS: dict[str, Callable[[str, Path | None], Task]] = {
-    "digits": sample_task,
-    "silhouettes": sample_task,
-    "climate": sample_task,
+    **dict.fromkeys(SAMPLE_TASKS, sample_task),
     "imagefolder": image_folder,
 }
 SEGMENTATION_TASKS = ("ade20k",)

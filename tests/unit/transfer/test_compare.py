@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from moce_dist.config import ConfigError
 from moce_dist.run import Run, read_marker
 
 from .conftest import by_global_name, write_checkpoint
@@ -184,7 +185,29 @@ def test_run_without_the_needed_stage_is_refused(run):
 def test_dry_run_writes_nothing(run):
     done = transfer(run, "--task", "digits", "--dry-run")
     assert done.returncode == 0 and "backbones  moce, mae" in done.stdout
+    assert "1000 training, 500 test, 10 classes" in done.stdout
     assert not (run.root / "transfer").exists()
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "transfer").glob("*.yaml")))
+def test_recipes_dry_run_without_a_run(recipe, job, capsys, scene_folder, image_folder):
+    job.main(["--config", str(recipe), "--dry-run"])
+    plan = capsys.readouterr().out
+    assert "--data is not given" in plan
+    data = scene_folder if "task       ade20k" in plan else image_folder
+    job.main(["--config", str(recipe), "--dry-run", "--data", str(data)])
+    assert f"{data}: " in capsys.readouterr().out
+
+
+def test_recipe_lies_over_the_runs_configuration(run, image_folder, job, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("transfer:\n  task: imagefolder\n  knn_k: 5\n")
+    flags = ["--config", str(recipe), "--data", str(image_folder), "--run", str(run.root)]
+    job.main([*flags, "--backbone", "mae", "--protocol", "knn"])
+    assert len(metrics_of(run, "imagefolder")["results"]) == 1
+    recipe.write_text("data:\n  image_size: 32\n")
+    with pytest.raises(ConfigError, match=r"data\.image_size: 16 -> 32"):
+        job.main([*flags, "--task", "imagefolder"])
 
 
 def test_fresh_sets_the_task_aside(run, image_folder, job):
