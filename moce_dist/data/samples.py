@@ -29,6 +29,7 @@ from moce_dist.config import ConfigError
 from moce_dist.data import carriers
 from moce_dist.data.carriers import Pixels
 from moce_dist.data.sources import SEGMENTATION, TASKS
+from moce_dist.data.writer import all_or_nothing
 from moce_dist.run import is_complete, mark_complete
 
 Part = Literal["train", "test", "pretrain"]
@@ -42,6 +43,8 @@ _BLOCKS = {"test": 12, "train": 24}
 # chosen among others because every climate group then has tiles in both parts, by count alone
 _BLOCK_SALT = 1726
 _PICTURES = {"satellite": ("bmng", 1), "elevation": ("etopo1", 1), "relief": ("shadedrelief", 2)}
+DOMAINS = ("digits", "silhouettes", *_PICTURES, "brain")
+_TASK_FILES = ("train/*/*", "test/*/*", "images/*/*", "annotations/*/*", "classes.txt")
 _PER_CLASS = {"digits": {"test": 50, "train": 100}, "silhouettes": {"test": 70, "train": 130}}
 
 
@@ -163,9 +166,6 @@ def _domain(name: str) -> Iterator[Pixels]:
         yield from (images[row] for row in _part_rows(name, "pretrain"))
 
 
-DOMAINS = ("digits", "silhouettes", *_PICTURES, "brain")
-
-
 def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield the pre-training mix as (key, members), e.g. `relief/000123` with `png` and `json`.
 
@@ -174,6 +174,7 @@ def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
     Raises:
         ConfigError: a package that carries the images is missing.
     """
+    carriers.check_installed()
     seen: set[bytes] = set()
     for domain in DOMAINS:
         number = 0
@@ -231,14 +232,19 @@ def _has_land(counts: NDArray[np.int64]) -> bool:
 
 
 def write_task(name: str, out: Path) -> None:
-    """Write a classification task as folders, `out/train/CLASS/000000.png` and `out/test/...`."""
+    """Write a classification task as folders, `out/train/CLASS/000000.png` and `out/test/...`.
+
+    Raises:
+        ConfigError: there is no such task, or a package is missing.
+    """
+    _write_files(out, name, _task_files(name))
+
+
+def _task_files(name: str) -> Iterator[tuple[str, bytes]]:
     built = task(name)
-    files = (
-        (f"{part}/{built.classes[item.label]}/{number:06d}.png", item.content)
-        for part, items in (("train", built.train), ("test", built.test))
-        for number, item in enumerate(items)
-    )
-    _write_files(out, name, files)
+    for part, items in (("train", built.train), ("test", built.test)):
+        for number, item in enumerate(items):
+            yield f"{part}/{built.classes[item.label]}/{number:06d}.png", item.content
 
 
 def write_climate_segmentation(out: Path) -> None:
@@ -272,10 +278,11 @@ def _write_files(out: Path, name: str, files: Iterable[tuple[str, bytes]]) -> No
     inputs = {"source": f"sample:{name}"}
     if is_complete(out, inputs):
         return
-    written = []
-    for relative, content in files:
-        path = out / relative
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-        written.append(path)
-    mark_complete(out, inputs, written)
+    with all_or_nothing(out, _TASK_FILES):
+        written = []
+        for relative, content in files:
+            path = out / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            written.append(path)
+        mark_complete(out, inputs, written)

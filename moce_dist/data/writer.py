@@ -53,8 +53,13 @@ def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
     for pattern in (COMPLETE, *patterns):
         for path in folder.glob(pattern):
             path.unlink()
-            if path.parent != folder and not any(path.parent.iterdir()):
-                path.parent.rmdir()
+            _remove_empty(path.parent, folder)
+
+
+def _remove_empty(inner: Path, folder: Path) -> None:
+    while inner != folder and not any(inner.iterdir()):
+        inner.rmdir()
+        inner = inner.parent
 
 
 class ShardWriter:

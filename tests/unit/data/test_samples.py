@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from moce_dist.config import ConfigError
 from moce_dist.data import carriers, samples
 from moce_dist.data.sources import SEGMENTATION, TASKS
 
+ROOT = Path(__file__).parents[3]
 HELD = ("test", "train")
 
 
@@ -230,6 +232,14 @@ def test_task_is_written_as_class_folders(tmp_path, tasks):
         assert [path.parent.name for path in files] == [task.classes[i.label] for i in items]
 
 
+def test_task_folder_never_replaces_somebody_elses(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "train" / "cat" / "1.png").write_text("precious")
+    with pytest.raises(ConfigError, match=r"holds 1\.png already"):
+        samples.write_task("digits", tmp_path)
+    assert (tmp_path / "train" / "cat" / "1.png").read_text() == "precious"
+
+
 def test_segmentation_has_the_layout_of_ade20k(tmp_path, climate):
     samples.write_climate_segmentation(tmp_path)
     assert (tmp_path / "classes.txt").read_text().splitlines() == list(carriers.CLIMATE_GROUPS)
@@ -254,7 +264,7 @@ def test_segmentation_has_the_layout_of_ade20k(tmp_path, climate):
 
 
 def test_jobs_write_tasks_as_folders(tmp_path):
-    command = [sys.executable, "jobs/ingest.py", "--source", f"sample:{SEGMENTATION}"]
+    command = [sys.executable, str(ROOT / "jobs/ingest.py"), "--source", f"sample:{SEGMENTATION}"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path)], capture_output=True, text=True, check=False
     )
