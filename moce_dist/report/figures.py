@@ -156,12 +156,12 @@ def traffic(record: Record) -> str | None:
         panels[1].bar(*_thin(steps, changes), width=_bar_width(steps), color=COLOURS["moce"])
         panels[1].set(title="clusters that changed expert, summed over layers", xlabel="step")
         for axes in panels:
-            axes.set_ylim(0, None)
+            axes.set(xlim=(0, None), ylim=(0, None))
         return _svg(figure, "traffic")
 
 
 def _bar_width(steps: Sequence[int]) -> float:
-    return 0.8 * float(np.diff(steps).min()) if len(steps) > 1 else 1.0
+    return 0.8 * float(np.diff([0, *steps]).min()) if steps else 1.0
 
 
 def routing_changes(record: Record) -> tuple[list[int], list[int]]:

@@ -173,7 +173,9 @@ def _list_artefacts(run: Run) -> list[Artefact]:
     for folder in sorted((run.root / "transfer").glob("*/")):
         paths[f"{folder.name}: dense ViT"] = folder / "backbone"
         paths[f"{folder.name}: results"] = folder / "metrics.json"
-    paths |= {"faults": run.faults, "report": run.root / "report.html"}
+    if run.faults.exists():
+        paths["faults"] = run.faults
+    paths["report"] = run.root / "report.html"
     return [Artefact(name, path, _size(path)) for name, path in paths.items()]
 
 

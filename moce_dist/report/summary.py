@@ -43,9 +43,9 @@ def _losses(stages: Mapping[str, Stage]) -> Iterator[str]:
 
 
 def domain_mix(counts: np.ndarray, domains: list[str]) -> str:
-    """Write one cluster's domains, largest first, e.g. `digits 97 %, relief 3 %`."""
+    """Write one cluster's domains from half a percent on: `digits 97 %, relief 3 %`."""
     total = max(1, int(counts.sum()))
-    order = [i for i in np.argsort(-counts, kind="stable") if counts[i]]
+    order = [i for i in np.argsort(-counts, kind="stable") if counts[i] >= total / 200]
     return ", ".join(f"{domains[i]} {100 * counts[i] / total:.0f} %" for i in order)
 
 
