@@ -101,14 +101,40 @@ def plan_placement(
     """
     num_layers, num_clusters = routing.shape
     start = contiguous_placement(num_layers, num_experts, num_clusters, num_groups)
-    fixed = expert_group is not None
-    best = Placement(start.expert_group if expert_group is None else expert_group, start.shares)
-    best = Placement(best.expert_group, _assign_readers(routing, cluster_sizes, best))
-    cost = best.images_exchanged(routing, cluster_sizes)
-    for _ in range(0 if fixed else _ROUNDS):
-        moved = Placement(_assign_experts(routing, cluster_sizes, best), best.shares)
-        moved = Placement(moved.expert_group, _assign_readers(routing, cluster_sizes, moved))
-        new_cost = moved.images_exchanged(routing, cluster_sizes)
+    if expert_group is not None or num_layers == 0:
+        kept = start if expert_group is None else Placement(expert_group, start.shares)
+        return Placement(kept.expert_group, _assign_readers(routing, cluster_sizes, kept))
+    # every layer in turn says how clusters start together; the others fall in with it
+    plans = [
+        _improve(routing, cluster_sizes, _anchor(routing[[layer]], cluster_sizes, start))
+        for layer in range(num_layers)
+    ]
+    return min(plans, key=lambda plan: plan.images_exchanged(routing, cluster_sizes))
+
+
+def _anchor(routing: Ints, sizes: Ints, start: Placement) -> Placement:
+    # readers that suit one layer, (1, K), its experts spread by load: the fullest first, each to the
+    # group with the least load and a free slot
+    num_experts = start.expert_group.shape[1]
+    loads = np.bincount(routing[0], sizes, num_experts)
+    group_loads, slots = np.zeros(start.num_groups), np.zeros(start.num_groups, np.int64)
+    groups = np.empty((1, num_experts), np.int64)
+    for expert in np.argsort(-loads, kind="stable"):
+        is_free = slots < num_experts // start.num_groups
+        group = int(np.where(is_free, group_loads, np.inf).argmin())
+        groups[0, expert] = group
+        group_loads[group] += loads[expert]
+        slots[group] += 1
+    shares = _assign_readers(routing, sizes, Placement(groups, start.shares))
+    return Placement(start.expert_group, shares)
+
+
+def _improve(routing: Ints, sizes: Ints, start: Placement) -> Placement:
+    best, cost = start, np.inf
+    for _ in range(_ROUNDS):
+        moved = Placement(_assign_experts(routing, sizes, best), best.shares)
+        moved = Placement(moved.expert_group, _assign_readers(routing, sizes, moved))
+        new_cost = moved.images_exchanged(routing, sizes)
         if new_cost >= cost:
             break
         best, cost = moved, new_cost

@@ -70,7 +70,7 @@ def test_law_2_customised_vit_equals_moce_encoder_on_every_route(route, moce, we
     experts = torch.tensor(route)[:, None].expand(2, 3)
     expected = moce.features(images, LocalDispatcher(experts, NUM_EXPERTS), torch.ones(2, 3))
     found = timm_vit(customize(weights, route))(images)
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("combine", ["prob", "straight_through"])
@@ -85,7 +85,7 @@ def test_law_2_holds_for_images_of_each_cluster_as_the_gate_routes_them(combine,
         expected = moce.features(images, dispatcher, scales.double())
         scale = scales[:, 0].tolist() if combine == "prob" else None
         found = timm_vit(customize(weights, table[:, cluster].tolist(), scale=scale))(images)
-        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

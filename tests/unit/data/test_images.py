@@ -1,0 +1,136 @@
+"""Decoding and cropping against PIL and torchvision."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as v1
+from torchvision.transforms import v2
+
+from moce_dist.data import images
+from moce_dist.data.images import MEAN, STD, ImageError, sample_generator
+
+
+def encode(picture, kind="PNG", **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photo():
+    from sklearn.datasets import load_sample_image
+
+    return Image.fromarray(load_sample_image("china.jpg"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_formats(photo, kind):
+    small = photo.resize((40, 30))
+    pixels = images.decode_image(
+        encode(small, kind, **({"lossless": True} if kind == "WEBP" else {}))
+    )
+    assert pixels.shape == (30, 40, 3) and pixels.dtype == np.uint8
+    if kind not in ("GIF",):
+        np.testing.assert_array_equal(pixels, np.asarray(small))
+
+
+def test_gray_cmyk_and_progressive_jpeg(photo):
+    small = photo.resize((64, 48))
+    gray = images.decode_image(encode(small.convert("L"), "JPEG", quality=95))
+    assert (gray[..., 0] == gray[..., 1]).all()
+    for content in (
+        encode(small.convert("CMYK"), "JPEG", quality=95),
+        encode(small, "JPEG", quality=95, progressive=True),
+    ):
+        difference = images.decode_image(content).astype(int) - np.asarray(small)
+        assert np.abs(difference).mean() < 8
+
+
+def test_exif_orientation_is_upright(photo):
+    small = photo.resize((64, 48))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by 90 degrees
+    content = encode(small.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    np.testing.assert_array_equal(images.decode_image(content), np.asarray(small))
+
+
+def test_transparency_lies_on_black_and_16_bit_keeps_its_range():
+    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    picture.putpixel((1, 0), (0, 255, 0, 0))
+    assert images.decode_image(encode(picture)).tolist() == [[[255, 0, 0], [0, 0, 0]]]
+    deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
+    assert images.decode_image(encode(deep))[0, :, 0].tolist() == [0, 128, 255]
+
+
+@pytest.mark.parametrize("cut", [0, 10, 200])
+def test_truncated_or_empty_is_refused(photo, cut):
+    content = encode(photo.resize((64, 48)), "JPEG")
+    with pytest.raises(ImageError):
+        images.decode_image(content[:cut])
+    with pytest.raises(ImageError):
+        images.decode_image(content[: len(content) // 2])
+
+
+def test_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    with pytest.raises(ImageError, match="10 x 10"):
+        images.decode_image(encode(Image.new("L", (10, 10))))
+
+
+def test_crop_and_resize_equal_torchvision(photo):
+    content = encode(photo)
+    for seed in range(5):
+        box = images.random_box(*photo.size, 0.2, sample_generator(seed, 0, "k"))
+        sample = images.train_image(
+            content, size=64, scale_min=0.2, hflip=False, draws=sample_generator(seed, 0, "k")
+        )
+        tensor = v2.functional.pil_to_tensor(photo)
+        crop = v2.functional.resized_crop(
+            tensor, box.upper, box.left, box.lower - box.upper, box.right - box.left, [64, 64],
+            interpolation=v2.InterpolationMode.BICUBIC, antialias=True,
+        )  # fmt: skip
+        expected = v2.functional.normalize(crop.float() / 255, MEAN, STD)
+        # resizing from a box sees the pixels just outside of it, cropping first does not
+        error = (torch.from_numpy(sample) - expected).abs()[:, 2:-2, 2:-2]
+        assert error.mean() < 0.02
+
+
+def test_boxes_follow_the_recipe():
+    boxes = [images.random_box(500, 375, 0.2, sample_generator(0, 0, str(i))) for i in range(400)]
+    areas = np.array([(b.right - b.left) * (b.lower - b.upper) / (500 * 375) for b in boxes])
+    ratios = np.array([(b.right - b.left) / (b.lower - b.upper) for b in boxes])
+    assert areas.min() > 0.19 and areas.max() <= 1
+    torch.manual_seed(0)
+    picture = torch.zeros(3, 375, 500)
+    theirs = [
+        v1.RandomResizedCrop.get_params(picture, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(400)
+    ]
+    their_areas = np.array([h * w / (500 * 375) for _, _, h, w in theirs])
+    assert areas.mean() == pytest.approx(their_areas.mean(), abs=0.05)
+    assert areas.std() == pytest.approx(their_areas.std(), abs=0.05)
+    assert ratios.min() > 0.74 and ratios.max() < 1.35
+    assert all(0 <= b.left < b.right <= 500 and 0 <= b.upper < b.lower <= 375 for b in boxes)
+
+
+def test_draws_are_keyed_by_sample():
+    first = sample_generator(1, 2, "a").random(3)
+    assert (first == sample_generator(1, 2, "a").random(3)).all()
+    for other in (
+        sample_generator(0, 2, "a"),
+        sample_generator(1, 3, "a"),
+        sample_generator(1, 2, "b"),
+    ):
+        assert (first != other.random(3)).all()
+
+
+def test_eval_image_is_the_centre(photo):
+    sample = images.eval_image(encode(photo), 32)
+    side = min(photo.size)
+    left = (photo.width - side) // 2
+    crop = photo.crop((left, 0, left + side, side)).resize((32, 32), Image.Resampling.BICUBIC)
+    expected = v2.functional.normalize(v2.functional.pil_to_tensor(crop).float() / 255, MEAN, STD)
+    # resizing from a box sees the pixels just outside of it
+    np.testing.assert_allclose(sample[:, 2:-2, 2:-2], expected[:, 2:-2, 2:-2].numpy(), atol=1e-5)

@@ -1,0 +1,70 @@
+"""One order of images: exactly once, even paces, independent of everything but seed and epoch."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from moce_dist.data.plan import PADDING, Plan, SampleTable
+
+
+def table(sizes):
+    cluster = np.repeat(np.arange(len(sizes)), sizes)
+    n = len(cluster)
+    zeros = np.zeros(n, np.int64)
+    return SampleTable(["a.tar"], [f"k{i}" for i in range(n)], zeros, zeros, zeros, cluster)
+
+
+def epoch_steps(plan, epoch):
+    order = plan.epoch_order(epoch)
+    first = epoch * plan.steps_per_epoch
+    return [plan.step_ids(order, first + t) for t in range(plan.steps_per_epoch)]
+
+
+def test_every_sample_once_an_epoch_and_the_tail_is_padded():
+    plan = Plan(table([7, 5, 11]), batch_size=5, seed=0)
+    for epoch in (0, 1, 7):
+        steps = epoch_steps(plan, epoch)
+        used = Counter(int(i) for ids in steps for i in ids)
+        assert used.pop(PADDING) == 2
+        assert used == Counter(range(23))
+        assert all((ids != PADDING).all() for ids in steps[:-1])
+
+
+@pytest.mark.parametrize("sizes", [[100, 50, 25, 25], [33] * 6, [1000, 3, 1]])
+def test_every_prefix_holds_each_cluster_at_its_share(sizes):
+    plan = Plan(table(sizes), batch_size=16, seed=3)
+    clusters = plan.table.cluster[plan.epoch_order(2)]
+    n = len(clusters)
+    for stop in range(16, n, 16):
+        used = np.bincount(clusters[:stop], minlength=len(sizes))
+        assert (np.abs(used - stop * np.array(sizes) / n) <= 1 + len(sizes) / 2).all()
+
+
+def test_steps_hold_equal_clusters_equally():
+    plan = Plan(table([40] * 8), batch_size=16, seed=1)
+    for ids in epoch_steps(plan, 0):
+        assert np.bincount(plan.table.cluster[ids], minlength=8).tolist() == [2] * 8
+
+
+def test_batches_are_not_neighbours_of_a_tar():
+    plan = Plan(table([4000]), batch_size=100, seed=0)
+    neighbours = sum(int((np.diff(np.sort(ids)) == 1).sum()) for ids in epoch_steps(plan, 0))
+    by_chance = 3999 * 99 / 3999  # pairs (i, i + 1) times the chance that both are in one batch
+    assert neighbours == pytest.approx(by_chance, rel=0.35)
+
+
+def test_order_changes_with_epoch_and_seed_only():
+    plan = Plan(table([30, 30]), batch_size=4, seed=0)
+    again = Plan(table([30, 30]), batch_size=6, seed=0)
+    assert (plan.epoch_order(3) == again.epoch_order(3)).all()
+    assert (plan.epoch_order(3) != plan.epoch_order(4)).any()
+    assert (plan.epoch_order(3) != Plan(plan.table, 4, seed=1).epoch_order(3)).any()
+
+
+def test_cursors_count_what_was_used():
+    plan = Plan(table([6, 4]), batch_size=4, seed=0)
+    assert plan.cursors(0) == [0, 0]
+    steps = epoch_steps(plan, 1)
+    used = np.bincount(plan.table.cluster[np.concatenate(steps[:2])], minlength=2)
+    assert plan.cursors(plan.steps_per_epoch + 2) == used.tolist()

@@ -1,0 +1,102 @@
+"""The gate's decisions and losses on numbers that can be checked by hand."""
+
+import numpy as np
+import pytest
+import torch
+
+from moce_dist.config import GateConfig
+from moce_dist.model.gate import (
+    Gate,
+    NoiseSchedule,
+    balance_loss,
+    confidence_loss,
+    output_scales,
+    routing_table,
+    shared_groups,
+    standardise,
+)
+
+LOGITS = torch.tensor([[[3.0, 1, 0], [2, 1, 0], [1, 0, 0], [0, 0, 1]]])  # L = 1, K = 4, E = 3
+
+
+def test_argmax_takes_the_best_expert():
+    assert routing_table(LOGITS, GateConfig()).tolist() == [[0, 0, 0, 2]]
+
+
+def test_balanced_gives_equal_loads_at_the_greatest_logits():
+    logits = torch.tensor([[[9.0, 0], [8, 0], [7, 6], [6, 0]]])
+    table = routing_table(logits, GateConfig(assign="balanced"))
+    # two clusters an expert: cluster 2 loses least by moving, then cluster 3
+    assert np.bincount(table[0]).tolist() == [2, 2]
+    assert table.tolist() == [[0, 0, 1, 1]]
+
+
+def test_shared_keeps_a_cluster_in_one_group_in_all_layers():
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 8, 4, generator=draws)
+    table = routing_table(logits, GateConfig(groups="shared"), num_groups=2)
+    groups = table // 2
+    assert (groups == groups[0]).all()
+    assert np.bincount(groups[0]).tolist() == [4, 4]
+    assert (groups[0] == shared_groups(logits.double().numpy(), 2)).all()
+
+
+def test_noise_is_keyed_and_falls_to_zero():
+    schedule = NoiseSchedule(seed=1, relative_std=1.0, steps=10)
+    shape = (2, 4, 3)
+    assert schedule.sample(3, shape).equal(schedule.sample(3, shape))
+    assert not schedule.sample(3, shape).equal(schedule.sample(4, shape))
+    assert not schedule.sample(3, shape)[0].equal(schedule.sample(3, shape)[1])
+    # clusters have their own draws: fewer clusters see the same ones
+    assert schedule.sample(3, (2, 2, 3)).equal(schedule.sample(3, shape)[:, :2])
+    assert (schedule.sample(10, shape) == 0).all()
+    big = (1, 4000, 8)
+    assert schedule.sample(5, big).std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_noise_counts_in_spreads_of_the_logits():
+    noise = torch.zeros(1, 4, 3)
+    noise[0, 0, 1] = 3
+    table = routing_table(LOGITS, GateConfig(), noise=noise)
+    assert table[0, 0] == 1  # 1 + 3 * 0.95 > 3
+    assert routing_table(LOGITS, GateConfig(), noise=noise / 3)[0, 0] == 0
+
+
+def test_balance_loss_is_the_squared_coefficient_of_variation():
+    p = torch.tensor([[[0.75, 0.25], [0.25, 0.75]]])
+    # importance: 3 images of cluster 0, 1 of cluster 1 -> (2.5, 1.5)
+    expected = 0.5**2 / 2**2
+    assert balance_loss(p, torch.tensor([3, 1])).item() == pytest.approx(expected)
+    assert balance_loss(p, torch.tensor([2, 2])).item() == pytest.approx(0)
+
+
+def test_confidence_loss_is_the_mean_entropy_of_the_images():
+    p = torch.tensor([[[0.5, 0.5], [1.0, 0.0]]])
+    assert confidence_loss(p, torch.tensor([3, 1])).item() == pytest.approx(0.75 * np.log(2))
+
+
+def test_output_scales_carry_the_gradient_of_p():
+    weight = torch.tensor([0.2], requires_grad=True)
+    p = torch.stack([weight, 1 - weight], dim=-1)[None]  # L = 1, K = 1, E = 2
+    experts, ids = torch.tensor([[1]]), torch.tensor([0, 0])
+    assert output_scales(p, experts, ids, "prob").tolist() == [[pytest.approx(0.8)] * 2]
+    scales = output_scales(p, experts, ids, "straight_through")
+    assert scales.tolist() == [[1, 1]]
+    scales.sum().backward()
+    assert weight.grad.item() == pytest.approx(-2 / 0.8)
+
+
+def test_standardised_embeddings_have_no_common_direction():
+    draws = torch.Generator().manual_seed(0)
+    centroids = torch.randn(16, 8, generator=draws) * 0.01 + 5
+    embedding = standardise(centroids)
+    assert embedding.mean(dim=0).abs().max() < 1e-3
+    assert torch.allclose(embedding.std(dim=0, correction=0), torch.ones(8), atol=1e-4)
+
+
+def test_gate_starts_equal_for_equal_seeds_whatever_was_drawn_before():
+    centroids = torch.randn(4, 8)
+    first = Gate(2, 3, centroids, seed=1).weight
+    torch.randn(100)
+    assert first.equal(Gate(2, 3, centroids, seed=1).weight)
+    assert not first.equal(Gate(2, 3, centroids, seed=2).weight)

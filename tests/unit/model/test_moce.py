@@ -1,0 +1,102 @@
+"""Experts and the one-process dispatcher against a loop over images."""
+
+import pytest
+import torch
+from timm.layers import Mlp
+
+from moce_dist.config import load_config
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.model.moce import (
+    Experts,
+    LocalDispatcher,
+    experts_from_dense,
+    global_names,
+    is_stacked,
+)
+
+SMALL = [
+    "model.width=32", "model.depth=4", "model.num_heads=2", "model.decoder_width=16",
+    "model.decoder_depth=1", "model.decoder_num_heads=2", "data.image_size=32",
+    "model.patch_size=8", "moe.num_experts=3", "parallel.precision=fp32",
+]  # fmt: skip
+
+
+def test_every_image_gets_its_expert():
+    torch.manual_seed(0)
+    experts, hidden = 3, 16
+    layer = Experts(experts, 4, hidden)
+    mlps = []
+    for e in range(experts):
+        mlp = Mlp(4, hidden)
+        for name in ("fc1", "fc2"):
+            for part in ("weight", "bias"):
+                getattr(layer, name).__getattr__(part).data[e].normal_()
+                getattr(getattr(mlp, name), part).data.copy_(
+                    getattr(getattr(layer, name), part).data[e]
+                )
+        mlps.append(mlp)
+    x, chosen = torch.randn(5, 2, 4), torch.tensor([[2, 0, 2, 2, 0]])
+    dispatcher = LocalDispatcher(chosen, experts)
+    rows, counts = dispatcher.dispatch(x, 0)
+    assert counts == [2, 0, 3]
+    y = dispatcher.combine(layer(rows, counts), 0)
+    expected = torch.stack([mlps[e](image) for e, image in zip(chosen[0], x, strict=True)])
+    assert torch.allclose(y, expected, atol=1e-6)
+
+
+def test_idle_experts_get_zero_gradients_not_none():
+    layer = Experts(3, 4, 8)
+    layer(torch.randn(2, 1, 4), [0, 2, 0]).sum().backward()
+    for parameter in layer.parameters():
+        assert parameter.grad is not None
+        assert (parameter.grad[[0, 2]] == 0).all()
+    assert layer.fc1.weight.grad[1].abs().sum() > 0
+
+
+def test_experts_start_as_the_dense_mlp():
+    config = load_config(None, SMALL)
+    dense = MaskedAutoencoder(config)
+    sparse = MaskedAutoencoder(config, centroids=torch.randn(6, 32), num_local_experts=3)
+    weights = experts_from_dense(dense.state_dict(), config.moe_layers, 3)
+    state = sparse.state_dict()
+    for name in state:
+        if is_stacked(name):
+            names = global_names(name, config.moe_layers, [[0, 1, 2]] * len(config.moe_layers))
+            state[name] = torch.stack([weights[n] for n in names])
+        elif name in weights:
+            state[name] = weights[name]
+    sparse.load_state_dict(state)
+    images, noise = torch.randn(4, 3, 32, 32), torch.rand(4, 16)
+    routes = torch.randint(0, 3, (len(config.moe_layers), 4))
+    loss = sparse(images, noise, LocalDispatcher(routes, 3), torch.ones(routes.shape))
+    assert torch.allclose(loss, dense(images, noise), atol=1e-6)
+
+
+def test_global_names_follow_residents_not_slots():
+    names = global_names("blocks.3.mlp.experts.fc1.weight", (1, 3), [[0, 2], [5, 4]])
+    assert names == [
+        "blocks.3.mlp.experts.5.fc1.weight", "blocks.3.mlp.experts.4.fc1.weight",
+    ]  # fmt: skip
+    assert not is_stacked("blocks.3.mlp.fc1.weight")
+
+
+def test_encoder_names_are_timms():
+    import timm
+
+    config = load_config(None, [*SMALL, "moe.layers=[]"])
+    encoder = {n for n in MaskedAutoencoder(config).state_dict() if "decoder" not in n}
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2,
+        num_classes=0,
+    )  # fmt: skip
+    assert encoder - {"mask_token"} == set(vit.state_dict())
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base", "large", "huge"])
+def test_named_sizes_have_timms_shapes(size):
+    import timm
+
+    config = load_config(None, [f"model.size={size}", "parallel.precision=fp32"])
+    with torch.device("meta"):
+        vit = timm.create_model(f"vit_{size}_patch{14 if size == 'huge' else 16}_224")
+    assert config.model.shape == (vit.embed_dim, len(vit.blocks), vit.blocks[0].attn.num_heads)
