@@ -8,6 +8,7 @@ Source: the layout of mae_pretrain_vit_*.pth, arXiv 2111.06377; timm's `vit_*_pa
 
 import argparse
 import logging
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,8 +39,13 @@ def read_weights(source: str) -> dict[str, Tensor]:
         raise ConfigError(f"model.init ({source}): no such file")
     if path.suffix == ".safetensors":
         return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise ConfigError(
+            f"model.init ({source}): is no checkpoint of tensors; nothing else is unpickled"
+        ) from None
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
         raise ConfigError(f"model.init ({source}): holds no state dict")
@@ -76,9 +82,10 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
 
 def _resample_positions(weights: dict[str, Tensor], config: Config) -> None:
     side = config.data.image_size // config.model.patch_size
-    positions = weights.get("pos_embed")
-    if positions is not None and positions.shape[1] != side**2 + 1:
-        weights["pos_embed"] = resample_abs_pos_embed(positions, [side, side])
+    for name in ("pos_embed", "decoder_pos_embed"):
+        positions = weights.get(name)
+        if positions is not None and positions.shape[1] != side**2 + 1:
+            weights[name] = resample_abs_pos_embed(positions, [side, side])
 
 
 def load_encoder(checkpoint: str, config_json: str) -> Callable[[Tensor], Tensor]:
