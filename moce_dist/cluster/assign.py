@@ -11,12 +11,10 @@ Letters: n rows, D width, K clusters.
 """
 
 import json
-import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from sklearn.metrics import normalized_mutual_info_score
 
-from moce_dist.cluster.balance import largest_size, tune_prices
 from moce_dist.cluster.blocks import (
     FeatureFiles,
     Float32,
@@ -37,21 +34,18 @@ from moce_dist.cluster.blocks import (
     map_here,
     open_features,
 )
-from moce_dist.cluster.exact import UnreachableError, dual_bound, finish
-from moce_dist.cluster.kmeans import (
-    Int64,
-    Matrix,
+from moce_dist.cluster.kmeans import Int64, Matrix, search, squared_distances
+from moce_dist.cluster.lloyd import (
+    Lloyd,
+    Settled,
     State,
+    draw_sample,
     kmeans,
-    search,
-    squared_distances,
+    settle,
     state_request,
 )
 from moce_dist.config import ClusterConfig, ConfigError
 from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
-
-_log = logging.getLogger(__name__)
-_PRICE_ROUNDS = 5
 
 
 def assign_features(
@@ -63,8 +57,8 @@ def assign_features(
 ) -> tuple[Int64, Float64]:
     """Return the cluster of each feature row (n, D) and its squared distance: (n,) and (n,).
 
-    With `mean` (D,) the features are raw: the mean is subtracted and rows are scaled to length 1. Without,
-    they are compared as they are.
+    With `mean` (D,) the features are raw: the mean is subtracted and rows are scaled to length 1.
+    Without, they are compared as they are.
     """
     centres = np.asarray(centroids, np.float64)
     # distances do not depend on the origin, and near the centroids they lose no digits
@@ -76,46 +70,6 @@ def assign_features(
     charged = np.zeros(len(centres)) if prices is None else np.asarray(prices, np.float64)
     labels = search(augmented, centres, charged, num=1).ids[:, 0]
     return labels, squared_distances(augmented[:, :-1], centres, labels)
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Final labels (n,), prices (K,) where there are any, and figures on how they came about."""
-
-    labels: Int64
-    prices: Float64 | None
-    figures: dict[str, Any]
-
-
-def settle(matrix: Matrix, state: State, config: ClusterConfig) -> Settled:
-    """Turn the centroids of k-means into labels of the wanted sizes at the least cost."""
-    if config.balance == "off":
-        nearest = matrix.candidates(state.centroids, np.zeros(config.num_clusters), 1)
-        return Settled(nearest.ids[:, 0].astype(np.int64), None, {})
-    num, num_rows = min(config.num_candidates, config.num_clusters), matrix.files.num_rows
-    largest = largest_size(num_rows, config.num_clusters, config)
-    is_exact = config.balance == "exact"
-    while True:
-        ids, distances = matrix.candidates(state.centroids, state.prices, num)
-        prices = tune_prices(ids, distances, state.prices, config, rounds=_PRICE_ROUNDS)
-        try:
-            done = finish(ids, distances, prices, largest=largest, is_exact=is_exact)
-            break
-        except UnreachableError:
-            assert num < config.num_clusters
-            num = min(2 * num, config.num_clusters)
-            _log.info("candidates do not reach every cluster; trying %d", num)
-    cost = float(distances[ids == done.labels[:, None]].sum())
-    figures = {"num_moves": done.num_moves, "num_candidates": num, "cost": cost / num_rows}
-    if is_exact:
-        figures["cost_lower_bound"] = _lower_bound(matrix, state, done.prices) / num_rows
-    return Settled(done.labels, done.prices, figures)
-
-
-def _lower_bound(matrix: Matrix, state: State, prices: Float64) -> float:
-    best = matrix.sums(state.centroids, prices)
-    priced = best.objective(state.centroids) - float((best.counts * prices).sum())
-    return dual_bound(prices, priced, matrix.files.num_rows)
 
 
 def run_clustering(
@@ -130,9 +84,9 @@ def run_clustering(
 ) -> dict[str, Any]:
     """Cluster a folder of features and write the result; return its summary.
 
-    With `subtract_mean` rows are f -> normalise(f - mean), as for the features of a run; without, they
-    are taken as they are. `inputs` are recorded in COMPLETE, by default the fingerprint of the request; a
-    folder that is complete for them is left as it is.
+    With `subtract_mean` rows are f -> normalise(f - mean), as for the features of a run; without,
+    they are taken as they are. `inputs` are recorded in COMPLETE, by default the fingerprint of
+    the request; a folder that is complete for them is left as it is.
 
     Raises:
         ConfigError: the features cannot be used (which file, which row), or K exceeds their number.
@@ -151,8 +105,9 @@ def run_clustering(
         return read_summary(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / COMPLETE).unlink(missing_ok=True)
-    state = kmeans(matrix, config, seed=seed, state_file=out_dir / "state.npz")
-    settled = settle(matrix, state, config)
+    lloyd = Lloyd(matrix, draw_sample(matrix, config.num_clusters, seed), config)
+    state = kmeans(lloyd, seed=seed, state_file=out_dir / "state.npz")
+    settled = settle(lloyd, state)
     figures = _write_result(out_dir, matrix, state, settled)
     summary = {
         **figures,
@@ -262,7 +217,7 @@ def read_centroids(out_dir: Path) -> tuple[Float32, Float32 | None]:
 
 
 def domain_figures(keys: Sequence[str], labels: Int64) -> dict[str, Any]:
-    """How clusters and domains agree, a key's first folder being its domain; nothing without folders.
+    """Compare clusters with domains (the first folder of a key); nothing where there are none.
 
     `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster.
     """

@@ -1,15 +1,16 @@
-"""Prices that make clusters equally large.
+"""Prices that keep clusters from growing beyond their size.
 
 The assignment argmin_k |x - c_k|^2 - g_k is the best one among those with its own sizes, whatever
-the prices g are; prices at which the sizes are the wanted ones give the best balanced assignment.
-They maximise a concave dual, one price at a time: image i takes cluster k when g_k exceeds
+the prices g are; prices at which no cluster is too large give the best assignment within the sizes.
+They maximise a concave dual, here one price at a time: row i takes cluster k when g_k exceeds
 
     limit_ik = d_ik - min over the other clusters j of (d_ij - g_j),
 
-so the best g_k, all others fixed, lies just above the s-th smallest limit, s being the wanted size. Only
-candidates (the m nearest clusters of an image under the current prices) enter.
+so with the others fixed the best g_k lies just above the s-th smallest limit, s being the largest
+size, but at 0 where there is room. Prices are only ever charged: a cluster never draws rows that
+are nearer to another one at no charge, which keeps the search stable far from balance.
 
-Letters: n rows, m candidates per row, K clusters.
+Letters: s sampled rows, K clusters.
 
 Source: dual coordinate ascent for assignment, Bertsekas, "Network Optimization" (1998), chapter 7.
 """
@@ -19,82 +20,89 @@ from numpy.typing import NDArray
 
 from moce_dist.config import ClusterConfig
 
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+_CLOSE = 0.01
+"""Share of rows beyond the sizes at which the ascent ends: shortest paths are quicker then."""
 
 
 def largest_size(num_rows: int, num_clusters: int, config: ClusterConfig) -> int:
     """Return the greatest size that a cluster may have under `config.balance`."""
     fair = -(-num_rows // num_clusters)
     if config.balance == "soft":
-        return max(fair, int(config.soft_bound * num_rows / num_clusters))
+        return min(max(fair, int(config.soft_bound * num_rows / num_clusters)), num_rows)
     return fair if config.balance == "exact" else num_rows
 
 
-def choose(ids: Int32, distances: Float64, prices: Float64) -> Int64:
-    """Return the cluster of least distance - price among the candidates (n, m) of every row, (n,)."""
-    columns = (distances - prices[ids]).argmin(axis=1)
-    return np.take_along_axis(ids, columns[:, None], axis=1)[:, 0].astype(np.int64)
+def ascend(distances: Float32, prices: Float64, *, largest: int, rounds: int) -> Float64:
+    """Improve prices (K,), none above 0, on the squared distances (K, s) of a sample.
 
-
-def overflow(labels: Int64, num_clusters: int, largest: int) -> int:
-    """Count the images beyond the largest size."""
-    counts = np.bincount(labels, minlength=num_clusters)
-    return int(np.maximum(counts - largest, 0).sum())
-
-
-def tune_prices(
-    ids: Int32, distances: Float64, prices: Float64, config: ClusterConfig, *, rounds: int
-) -> Float64:
-    """Move prices (K,) until sizes over the candidates (n, m) fit, or `rounds` are used up.
-
-    Distances need only be right up to a constant per row. Under `soft` only clusters at their bound are
-    charged: no price is above 0. Returns the prices of the least overflow.
+    Distances need only be right up to a constant per row (column).
     """
-    num_clusters, num_rows = len(prices), len(ids)
-    if ids.shape[1] < 2:
-        return prices
-    largest = largest_size(num_rows, num_clusters, config)
-    size = largest if config.balance == "soft" else round(num_rows / num_clusters)
-    columns = _Columns(ids, distances, prices)
-    best, least = prices, num_rows + 1
-    for _ in range(rounds + 1):
-        excess = overflow(choose(ids, distances, columns.prices), num_clusters, largest)
-        if excess < least:
-            best, least = columns.prices.copy(), excess
-        if excess <= num_rows // 1000:
+    num_clusters, num_rows = distances.shape
+    if num_clusters == 1 or largest >= num_rows:
+        return np.zeros(num_clusters)
+    ascent = _Ascent(distances, prices - prices.max())
+    for _ in range(rounds):
+        if ascent.overflow(largest) <= _CLOSE * num_rows:
             break
         for cluster in range(num_clusters):
-            columns.reprice(cluster, size, 0.0 if config.balance == "soft" else np.inf)
-    return best
+            ascent.reprice(cluster, largest)
+    return ascent.prices.astype(np.float64)
 
 
-class _Columns:
-    """Candidates grouped by cluster, with every candidate's distance - price at hand."""
+class _Ascent:
+    """Prices, and for every row its best and second best cluster under them.
 
-    def __init__(self, ids: Int32, distances: Float64, prices: Float64) -> None:
-        self.prices = prices.copy()
-        self._distances, self._priced = distances, distances - prices[ids]
-        order = np.argsort(ids, axis=None, kind="stable")
-        self._rows, self._columns = np.unravel_index(order, ids.shape)
-        self._bounds = np.searchsorted(ids.flat[order], np.arange(len(prices) + 1))
+    Axes: clusters first, (K, s), so that one cluster's distances lie together.
+    """
 
-    def reprice(self, cluster: int, size: int, greatest: float) -> None:
-        """Set the price at which `size` rows take the cluster, but at most `greatest`."""
-        own = slice(self._bounds[cluster], self._bounds[cluster + 1])
-        rows, columns = self._rows[own], self._columns[own]
-        if not len(rows):
+    def __init__(self, distances: Float32, prices: Float64) -> None:
+        self.prices = prices.astype(np.float32)
+        self._distances = distances
+        num_rows = distances.shape[1]
+        self._ids = np.zeros((2, num_rows), np.int64)
+        self._values = np.zeros((2, num_rows), np.float32)
+        self._rank(np.arange(num_rows))
+
+    def overflow(self, largest: int) -> int:
+        """Count the rows beyond the largest size."""
+        counts = np.bincount(self._ids[0], minlength=len(self.prices))
+        return int(np.maximum(counts - largest, 0).sum())
+
+    def reprice(self, cluster: int, largest: int) -> None:
+        """Set one price to the level at which `largest` rows take the cluster, or to 0."""
+        distances = self._distances[cluster]
+        others = np.where(self._ids[0] == cluster, self._values[1], self._values[0])
+        low, high = np.partition(distances - others, (largest - 1, largest))[
+            largest - 1 : largest + 1
+        ]
+        price = np.minimum((low + high) / 2, np.float32(0))
+        if price == self.prices[cluster]:
             return
-        others = self._priced[rows]
-        others[np.arange(len(rows)), columns] = np.inf
-        distances = self._distances[rows, columns]
-        self.prices[cluster] = min(_level(distances - others.min(axis=1), size), greatest)
-        self._priced[rows, columns] = distances - self.prices[cluster]
+        self.prices[cluster] = price
+        is_ranked = (self._ids == cluster).any(axis=0)
+        self._rank(np.flatnonzero(is_ranked))
+        priced = distances - price
+        rows = np.flatnonzero(~is_ranked & (priced < self._values[1]))
+        self._insert(rows, cluster, priced[rows])
 
+    def _rank(self, rows: NDArray[np.int64]) -> None:
+        priced = self._distances[:, rows] - self.prices[:, None]
+        at = np.arange(len(rows))
+        for place in (0, 1):
+            best = priced.argmin(axis=0)
+            self._ids[place, rows], self._values[place, rows] = best, priced[best, at]
+            priced[best, at] = np.inf
 
-def _level(limits: Float64, size: int) -> float:
-    if len(limits) <= size:
-        return float(limits.max())
-    low, high = np.partition(limits, (size - 1, size))[size - 1 : size + 1]
-    return float(low + high) / 2
+    def _insert(self, rows: NDArray[np.int64], cluster: int, priced: Float32) -> None:
+        # the cluster is better than the second of these rows, for some better than the first
+        is_first = priced < self._values[0, rows]
+        firsts = rows[is_first]
+        self._ids[1, firsts], self._values[1, firsts] = (
+            self._ids[0, firsts],
+            self._values[0, firsts],
+        )
+        self._ids[0, firsts], self._values[0, firsts] = cluster, priced[is_first]
+        seconds = rows[~is_first]
+        self._ids[1, seconds], self._values[1, seconds] = cluster, priced[~is_first]

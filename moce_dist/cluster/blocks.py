@@ -1,16 +1,16 @@
 """A folder of `.npy` files as one matrix of features, read in fixed blocks of rows.
 
-Files stand in sorted order; their rows, one after the other, are the rows of the matrix. A block is a
-range of rows of one file and never crosses files, so what a block computes depends on the data alone.
-Reductions add blocks in order inside a group and groups in order, and the groups depend on the number of
-blocks only: sums are the same bits on any number of workers.
+Files stand in sorted order; their rows, one after the other, are the rows of the matrix. A block is
+a range of rows of one file, so what a block computes depends on the data alone. Reductions add
+blocks in order inside a group and groups in order, and groups depend on the number of blocks only:
+sums are the same bits on any number of workers.
 
-    a.npy (20000 rows)              b.npy (5000 rows)        block_rows 8192
-    [0:8192) [8192:16384) [16384:20000)   [0:5000)           4 blocks, global rows 0, 8192, 16384, 20000
+    a.npy (20000 rows)                    b.npy (5000 rows)   block_rows 8192
+    [0:8192) [8192:16384) [16384:20000)   [0:5000)            global rows 0, 8192, 16384, 20000
 
 Nothing is unpickled, and files are memory mapped: the matrix is never in one place.
 
-Letters: D feature width. A `View` says how a raw row becomes the vector that is clustered.
+Letters: n rows, D feature width. A `View` says how a raw row becomes the vector that is clustered.
 """
 
 import json
@@ -36,7 +36,7 @@ _SCAN_ROWS = 8192
 
 
 class MapBlocks(Protocol):
-    """Apply a module-level function to picklable items, anywhere, results in the order of the items."""
+    """Apply a module-level function to picklable items; results in the order of the items."""
 
     def __call__(
         self, function: Callable[[Item], Result], items: Sequence[Item], /
@@ -61,7 +61,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """How a raw feature becomes the vector that is clustered: x = f - mean, then x / |x| if `normalise`."""
+    """How a raw feature f becomes what is clustered: x = f - mean, then x / |x| if `normalise`."""
 
     mean: Float32
     normalise: bool
@@ -110,7 +110,7 @@ class FeatureFiles:
                 yield shard, f"{path.name}:{row}" if keys is None else keys[row]
 
     def take(self, rows: NDArray[np.int64], view: View) -> Float32:
-        """Return transformed rows by their sorted global numbers, with a column of ones: (n, D + 1)."""
+        """Read transformed rows by their sorted global numbers, with a column of ones, (n, D + 1)."""
         taken = np.ones((len(rows), self.dim + 1), np.float32)
         firsts = list(accumulate(self.rows, initial=0))
         for path, (first, end) in zip(self.paths, pairwise(firsts), strict=True):
@@ -168,7 +168,7 @@ def open_features(folder: Path) -> FeatureFiles:
 
 
 def read_block(block: Block, view: View) -> Float32:
-    """Transformed rows of a block with a last column of ones, (n, D + 1)."""
+    """Read the transformed rows of a block with a last column of ones, (n, D + 1)."""
     array = open_array(Path(block.path))[block.start : block.stop]
     augmented = np.empty((len(array), array.shape[1] + 1), np.float32)
     view.apply(array, augmented[:, :-1])
@@ -218,7 +218,9 @@ def column_mean(files: FeatureFiles, map_blocks: MapBlocks = map_here) -> Float6
     """Mean of all rows, (D,) float64, after a look at every value.
 
     Raises:
-        ConfigError: the first row with NaN, infinity or an overflowing norm (ValueError from 10 GB on).
+        ConfigError: naming the first row with NaN, infinity or an overflowing norm (from 10 GB on
+            a ValueError: it was met while the job ran).
+        GB on).
     """
     total = np.zeros(files.dim)
     for scanned in map_blocks(scan_group, group_blocks(files.blocks(_SCAN_ROWS))):

@@ -1,21 +1,22 @@
 """Exact sizes at the least cost: shortest paths on the graph of clusters.
 
-From an assignment that is optimal for its prices, one unit of surplus after the other goes from a cluster that is
-too large to one that has room, along the shortest path over clusters:
+From an assignment that is optimal for its prices, one unit of surplus after the other goes from a
+cluster that is too large to one that has room, along the shortest path over clusters:
 
     edge a -> k costs min over images i of a of d_ik - d_ia, the image that is cheapest to move
 
     too large: 3 --(image 17 moves, +0.02)--> 8 --(image 4 moves, +0.01)--> 5: has room
 
-The path is found with Dijkstra on costs reduced by the prices, which are never negative, and the prices follow
-the distances, so every assignment on the way is optimal among those of its sizes, and so is the last one
-(for the given candidates). When n = q K + r, all clusters have q + 1 places and K - r of them hold a blank,
-which moves like an image at no cost, at most one to a cluster: which clusters are the larger ones is part
-of the optimum. Ties go to the lower row.
+The path is found with Dijkstra on costs reduced by the prices, which are never negative, and the
+prices follow the distances, so every assignment on the way is optimal among those of its sizes, and
+so is the last one (for the given candidates). When n = q K + r, all clusters have q + 1 places and
+K - r of them hold a blank, which moves like an image at no cost, at most one to a cluster: which
+clusters are the larger ones is part of the optimum. Ties go to the lower row.
 
 Letters: n rows, m candidates per row, K clusters; q, r quotient and rest of n / K.
 
-Source: successive shortest paths with potentials, Ahuja, Magnanti, Orlin, "Network Flows" (1993), section 9.7.
+Source: successive shortest paths with potentials, Ahuja, Magnanti, Orlin, "Network Flows" (1993),
+section 9.7.
 """
 
 from heapq import heappop, heappush
@@ -24,12 +25,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.balance import choose
-
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Edge = tuple[int, int]
 _NO_ROW = -1
+
+
+def choose(ids: NDArray[np.int32], distances: Float64, prices: Float64) -> Int64:
+    """Return the cluster of least distance - price among the candidates of every row, (n,)."""
+    columns = (distances - prices[ids]).argmin(axis=1)
+    return np.take_along_axis(ids, columns[:, None], axis=1)[:, 0].astype(np.int64)
 
 
 class UnreachableError(ValueError):
@@ -78,8 +83,9 @@ class _Edges:
 
     def _arrive(self, row: int, source: int, target: int, cost: float) -> None:
         heappush(self._arrivals.setdefault(source * self._num + target, []), (cost, row))
-        if (cost, row) < (self.cost[source, target], self.row[source, target]):
-            self.cost[source, target], self.row[source, target] = cost, row
+        self.cost[source, target], self.row[source, target] = min(
+            (self.cost[source, target], self.row[source, target]), (cost, row)
+        )
 
     def _refresh(self, source: int, target: int) -> None:
         pair = source * self._num + target
@@ -97,7 +103,7 @@ class _Edges:
 
 
 class Finish(NamedTuple):
-    """Balanced labels (n,), the prices at which they are optimal (K,), and the number of moved units."""
+    """Balanced labels (n,), prices at which they are optimal (K,), and how many units moved."""
 
     labels: Int64
     prices: Float64
@@ -105,7 +111,7 @@ class Finish(NamedTuple):
 
 
 class _Flow:
-    """Clusters with sizes, blanks, prices and edges; moves surplus until no cluster is too large."""
+    """Sizes, blanks, prices and edges; moves surplus until no cluster is too large."""
 
     def __init__(self, edges: _Edges, prices: Float64, largest: int, num_blanks: int) -> None:
         num_clusters = len(prices)
@@ -117,7 +123,7 @@ class _Flow:
         self.surplus = counts + self._has_blank - largest
 
     def run(self) -> None:
-        """Move all surplus; equal images follow on the same path at the same cost without a new search."""
+        """Move all surplus; equal images follow on a path at its cost without a new search."""
         for source in range(len(self.surplus)):
             while self.surplus[source] > 0:
                 path = self._shortest_path(source)
@@ -181,9 +187,10 @@ def _edges_to(target: int, previous: Int64) -> list[Edge]:
 def finish(
     ids: NDArray[np.int32], distances: Float64, prices: Float64, *, largest: int, is_exact: bool
 ) -> Finish:
-    """Move rows among their candidates (n, m) until no cluster has more than `largest`, at the least cost.
+    """Move rows among their candidates (n, m), at the least cost, until no cluster is too large.
 
-    With `is_exact`, `largest` is ceil(n / K) and sizes differ by at most one in the end.
+    No cluster has more than `largest` rows in the end. With `is_exact` that is ceil(n / K), and
+    sizes differ by at most one.
 
     Raises:
         UnreachableError: more candidates are needed.
@@ -197,7 +204,7 @@ def finish(
 
 
 def dual_bound(prices: Float64, priced_cost: float, num_rows: int) -> float:
-    """Lower bound on the cost of any assignment whose sizes differ by at most one.
+    """Bound the cost of any assignment whose sizes differ by at most one from below.
 
     `priced_cost` is sum_i min_k (d_ik - g_k) over all K clusters.
     """

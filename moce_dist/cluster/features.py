@@ -3,12 +3,12 @@
     RUN/features/train-000003.npy        (n, D) float16, raw encoder output, one row per sample
     RUN/features/train-000003.keys.json  the n keys, in the same order
 
-A file appears under its name when it is whole, so a restart skips what is there. Batches are cut from the
-shard alone and the last one is padded, so a file does not depend on who wrote it. An unreadable image
-keeps its slot: a row of zeros and a line in the ledger of faults.
+A file appears under its name when it is whole, so a restart skips what is there. Batches are cut
+from the shard alone and the last one is padded, so a file does not depend on who wrote it. An
+unreadable image keeps its slot: a row of zeros and a line in the ledger of faults.
 
-Clustering uses f -> normalise(f - mean): the features of a masked autoencoder share a large common
-direction that says nothing about the image.
+Clustering uses f -> normalise(f - mean): the features of a masked autoencoder share a large
+common direction that says nothing about the image.
 
 Letters: B images of a batch, S side in pixels, D width.
 """
@@ -39,7 +39,7 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """How a process builds its encoder: `factory(*arguments)`; the factory is a module-level function."""
+    """How a process builds its encoder: `factory(*arguments)`, a module-level function."""
 
     factory: Callable[..., Encode]
     arguments: tuple[str, ...] = ()

@@ -1,38 +1,31 @@
-"""Distributed balanced k-means: K centroids and K prices are all that couples the images.
+"""Sweeps of balanced k-means over a matrix of features: nearest clusters, sums, distances.
 
-One sweep gives every image to argmin_k |x - c_k|^2 - g_k. Since |x - c|^2 - g = |x|^2 - <(x, 1), (2c, g - |c|^2)>
-that is a search for the greatest inner product in D + 1 dimensions, which FAISS answers. A sweep returns
-sums, counts and squares per cluster; from them follow the objective, the next centroids (means) and, under
-balance, the next prices (`balance.py`).
+A sweep gives every row to argmin_k |x - c_k|^2 - g_k (prices g, see `balance.py`). Since
 
-The unit of work is a fixed block of rows on one thread, and sums are float64 in block order (`blocks.py`), so the
-result has the same bits on any number of workers. After every iteration the state is on disk; a start
-that finds the state of the same request continues from it, bit for bit.
+    |x - c|^2 - g = |x|^2 - <(x, 1), (2 c, g - |c|^2)>
+
+that is a search for the greatest inner product in D + 1 dimensions, which FAISS answers on CPU and
+GPU. K centroids and K prices are all that couples the rows: a sweep returns sums, counts and
+squares per cluster, from which the objective and the means follow.
+
+The unit of work is a fixed block of rows on one thread, and sums are float64 in block order
+(`blocks.py`), so a result has the same bits on any number of workers.
 
 Letters: n rows, D width, K clusters, m candidates.
-
-Source: balanced assignment as a transport problem and its dual, Bertsekas, "Network Optimization" (1998),
-chapter 7; splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters).
 """
 
-import logging
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
-from sklearn.cluster import kmeans_plusplus
-from threadpoolctl import threadpool_limits
 
-from moce_dist.cluster.balance import largest_size, tune_prices
 from moce_dist.cluster.blocks import (
     Block,
     FeatureFiles,
@@ -43,15 +36,10 @@ from moce_dist.cluster.blocks import (
     group_blocks,
     read_block,
 )
-from moce_dist.cluster.exact import UnreachableError, finish
-from moce_dist.config import ClusterConfig
-from moce_dist.run import fingerprint
 
 Int64 = NDArray[np.int64]
-_log = logging.getLogger(__name__)
-_SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 256, 16_384, 65_536
-_PRICE_ROUNDS = 5
-_SPLIT = 1 / 1024
+_CACHED_ROWS = 1024
+"""Rows that stay in the processor's cache as float64."""
 
 
 @contextmanager
@@ -91,10 +79,10 @@ def search(augmented: Float32, centroids: Float64, prices: Float64, *, num: int)
 
 
 def squared_distances(rows: NDArray[Any], centroids: Float64, labels: Int64) -> Float64:
-    """|x_i - c_{labels_i}|^2 without cancellation, (n,) float64."""
+    """Compute |x_i - c_{labels_i}|^2 without cancellation, (n,) float64."""
     distances = np.empty(len(rows))
-    for start in range(0, len(rows), 1024):
-        part = slice(start, start + 1024)
+    for start in range(0, len(rows), _CACHED_ROWS):
+        part = slice(start, start + _CACHED_ROWS)
         difference = rows[part].astype(np.float64) - centroids[labels[part]]
         distances[part] = np.einsum("nd,nd->n", difference, difference)
     return distances
@@ -114,24 +102,23 @@ class Sums(NamedTuple):
         )
 
     def objective(self, centroids: Float64) -> float:
-        """Sum over the rows of |x - c|^2."""
+        """Return the sum over the rows of |x - c|^2."""
         cross = np.einsum("kd,kd->", centroids, self.sums)
         own = np.einsum("k,kd,kd->", self.counts, centroids, centroids)
         return float(self.squares - 2 * cross + own)
 
     def means(self, empty: Float64) -> Float64:
-        """Mean of every cluster's members; the row of `empty` where there is none."""
+        """Return the mean of every cluster's members; the row of `empty` where there is none."""
         divisor = np.maximum(self.counts, 1)[:, None]
         return np.where(self.counts[:, None] > 0, self.sums / divisor, empty)
 
 
 def _sum_rows(augmented: Float32, labels: Int64, num_clusters: int) -> Sums:
-    # a thousand rows at a time stay in the cache as float64
     total, squares = np.zeros((num_clusters, augmented.shape[1])), 0.0
-    for start in range(0, len(labels), 1024):
-        rows = augmented[start : start + 1024].astype(np.float64)
+    for start in range(0, len(labels), _CACHED_ROWS):
+        rows = augmented[start : start + _CACHED_ROWS].astype(np.float64)
         ends = np.arange(len(rows) + 1)
-        hits = (np.ones(len(rows)), labels[start : start + 1024], ends)
+        hits = (np.ones(len(rows)), labels[start : start + _CACHED_ROWS], ends)
         total += sparse.csr_matrix(hits, shape=(len(rows), num_clusters)).T @ rows
         squares += float(np.einsum("nd,nd->", rows[:, :-1], rows[:, :-1]))
     return Sums(total[:, :-1], total[:, -1], squares)
@@ -139,7 +126,7 @@ def _sum_rows(augmented: Float32, labels: Int64, num_clusters: int) -> Sums:
 
 @dataclass(frozen=True)
 class Task:
-    """A group of blocks and what is asked of it; `labels` are the rows' clusters where they are fixed."""
+    """A group of blocks and what is asked of it; `labels` are given where they are fixed."""
 
     blocks: tuple[Block, ...]
     view: View
@@ -149,7 +136,7 @@ class Task:
     labels: Int64 | None = None
 
     def read(self) -> Iterator[tuple[Float32, Int64 | None]]:
-        """Augmented rows and fixed labels of every block."""
+        """Yield the augmented rows and the fixed labels of every block."""
         first = self.blocks[0].row
         for block in self.blocks:
             stop = block.row + block.stop - block.start - first
@@ -158,10 +145,12 @@ class Task:
 
 
 def sum_group(task: Task) -> Sums:
-    """Sums of a group's clusters, under its fixed labels or the best ones."""
+    """Sum up a group's clusters, under its fixed labels or the best ones."""
     parts = []
     for rows, fixed in task.read():
-        best = search(rows, task.centroids, task.prices, num=1).ids[:, 0] if fixed is None else fixed
+        best = (
+            search(rows, task.centroids, task.prices, num=1).ids[:, 0] if fixed is None else fixed
+        )
         parts.append(_sum_rows(rows, best, len(task.centroids)))
     total = parts[0]
     for part in parts[1:]:
@@ -170,14 +159,14 @@ def sum_group(task: Task) -> Sums:
 
 
 class Candidates(NamedTuple):
-    """The m best clusters of every row, int32, and the squared distances to them, float64: (n, m)."""
+    """The m best clusters of every row (int32) and the squared distances to them: (n, m)."""
 
     ids: NDArray[np.int32]
     distances: Float64
 
 
 def candidates_of_group(task: Task) -> Candidates:
-    """Best `task.num` clusters of every row under the prices."""
+    """Find the best `task.num` clusters of every row under the prices."""
     ids, distances = [], []
     for rows, _ in task.read():
         best = search(rows, task.centroids, task.prices, num=task.num).ids
@@ -188,7 +177,7 @@ def candidates_of_group(task: Task) -> Candidates:
 
 
 def distances_of_group(task: Task) -> Float64:
-    """Squared distances of the rows to the centroids of their fixed labels."""
+    """Return the squared distances of the rows to the centroids of their fixed labels."""
     parts = []
     for rows, labels in task.read():
         assert labels is not None
@@ -220,7 +209,7 @@ class Matrix:
         ]
 
     def sums(self, centroids: Float64, prices: Float64, labels: Int64 | None = None) -> Sums:
-        """Sums over all rows, in block order."""
+        """Add up all rows per cluster, in block order."""
         tasks = self._tasks(centroids, prices, labels)
         total: Sums | None = None
         for part in self.map_blocks(sum_group, tasks):
@@ -229,7 +218,7 @@ class Matrix:
         return total
 
     def candidates(self, centroids: Float64, prices: Float64, num: int) -> Candidates:
-        """Best `num` clusters of all rows."""
+        """Find the best `num` clusters of all rows."""
         tasks = [replace(task, num=num) for task in self._tasks(centroids, prices, None)]
         parts = list(self.map_blocks(candidates_of_group, tasks))
         return Candidates(
@@ -238,145 +227,6 @@ class Matrix:
         )
 
     def distances(self, centroids: Float64, labels: Int64) -> Float64:
-        """Squared distances of all rows to the centroids of their labels, (n,)."""
+        """Return the squared distances of all rows to the centroids of their labels, (n,)."""
         tasks = self._tasks(centroids, np.zeros(len(centroids)), labels)
         return np.concatenate(list(self.map_blocks(distances_of_group, tasks)))
-
-
-@dataclass(frozen=True)
-class State:
-    """All that a next iteration depends on: centroids (K, D), prices (K,), and where k-means stands."""
-
-    centroids: Float64
-    prices: Float64
-    iteration: int = 0
-    objective: float = float("inf")
-    is_done: bool = False
-
-
-def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
-    """Fingerprint what decides a result: features (by their mean), their view, config, seed."""
-    files, view = matrix.files, matrix.view
-    names = [path.name for path in files.paths]
-    return fingerprint(
-        {
-            "files": list(zip(names, files.rows, strict=True)),
-            "mean": view.mean.tobytes().hex(),
-            "normalise": view.normalise,
-            "config": config.model_dump(),
-            "seed": seed,
-        }
-    )
-
-
-def save_state(path: Path, state: State, request: str) -> None:
-    """Write the state of `request` so that a reader sees all of it or the one before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        np.savez(
-            file,
-            allow_pickle=False,
-            request=request,
-            centroids=state.centroids,
-            prices=state.prices,
-            scalars=np.array([state.iteration, state.objective, state.is_done]),
-        )
-    temporary.replace(path)
-
-
-def load_state(path: Path, request: str) -> State | None:
-    """Read the state of `request`; None where there is none or it belongs to another request."""
-    if not path.is_file():
-        return None
-    with np.load(path, allow_pickle=False) as stored:
-        if str(stored["request"]) != request:
-            return None
-        iteration, objective, is_done = stored["scalars"]
-        return State(
-            stored["centroids"],
-            stored["prices"],
-            int(iteration),
-            float(objective),
-            bool(is_done),
-        )
-
-
-def draw_sample(matrix: Matrix, num_clusters: int, seed: int) -> Float32:
-    """Seeded sample of the rows with a last column of ones, (s, D + 1); all rows when they are few."""
-    num_rows = matrix.files.num_rows
-    wanted = np.clip(_SAMPLE_PER_CLUSTER * num_clusters, _MIN_SAMPLE, _MAX_SAMPLE)
-    size = min(num_rows, max(int(wanted), num_clusters))
-    rows = np.random.default_rng(seed).choice(num_rows, size, replace=False)
-    return matrix.files.take(np.sort(rows), matrix.view)
-
-
-def first_state(sample: Float32, num_clusters: int, seed: int) -> State:
-    """Choose k-means++ centroids from the sample; prices are 0."""
-    with threadpool_limits(1):
-        chosen, _ = kmeans_plusplus(sample[:, :-1], num_clusters, random_state=seed % 2**32)
-    return State(chosen.astype(np.float64), np.zeros(num_clusters))
-
-
-def split_empty(centroids: Float64, counts: Float64) -> Float64:
-    """Give every empty cluster half of the largest one: two centroids a little to either side."""
-    centroids, counts = centroids.copy(), counts.copy()
-    sides = np.where(np.arange(centroids.shape[1]) % 2, -_SPLIT, _SPLIT)
-    sides *= np.sqrt(np.square(centroids).mean())
-    for empty in np.flatnonzero(counts == 0):
-        largest = int(counts.argmax())
-        centroids[empty] = centroids[largest] + sides
-        centroids[largest] = centroids[largest] - sides
-        counts[empty] = counts[largest] = counts[largest] / 2
-    return centroids
-
-
-def balanced_prices(
-    sample: Float32, centroids: Float64, prices: Float64, config: ClusterConfig
-) -> Float64:
-    """Find prices (K,) that balance the sample between the centroids, starting from `prices`."""
-    num = min(config.num_candidates, len(centroids))
-    found, priced = search(sample, centroids, prices, num=num)
-    ids, distances = found.astype(np.int32), priced + prices[found]
-    prices = tune_prices(ids, distances, prices, config, rounds=_PRICE_ROUNDS)
-    largest = largest_size(len(sample), len(centroids), config)
-    try:
-        return finish(
-            ids, distances, prices, largest=largest, is_exact=config.balance == "exact"
-        ).prices
-    except UnreachableError:
-        # the candidates of the next iteration are drawn under better prices
-        return prices
-
-
-def iterate(matrix: Matrix, sample: Float32, state: State, config: ClusterConfig) -> State:
-    """Run one iteration: prices for the centroids, a sweep over all rows, means (and splits)."""
-    prices = state.prices
-    if config.balance != "off":
-        prices = balanced_prices(sample, state.centroids, prices, config)
-    sums = matrix.sums(state.centroids, prices)
-    objective = sums.objective(state.centroids)
-    centroids = sums.means(state.centroids)
-    if config.balance == "off":
-        centroids = split_empty(centroids, sums.counts)
-    _log.info(
-        "k-means iteration %d: mean squared distance %.6g, largest over mean size %.3f",
-        state.iteration + 1,
-        objective / matrix.files.num_rows,
-        sums.counts.max() / sums.counts.mean(),
-    )
-    is_done = abs(state.objective - objective) <= config.tolerance * abs(objective)
-    return State(centroids, prices, state.iteration + 1, objective, is_done)
-
-
-def kmeans(matrix: Matrix, config: ClusterConfig, *, seed: int, state_file: Path) -> State:
-    """Iterate until the objective settles or the iterations are used up.
-
-    A state of the same request in `state_file` is continued; it is written after every iteration.
-    """
-    request = state_request(matrix, config, seed)
-    sample = draw_sample(matrix, config.num_clusters, seed)
-    state = load_state(state_file, request) or first_state(sample, config.num_clusters, seed)
-    while not state.is_done and state.iteration < config.iterations:
-        state = iterate(matrix, sample, state, config)
-        save_state(state_file, state, request)
-    return state

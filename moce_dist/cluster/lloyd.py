@@ -1,0 +1,227 @@
+"""Lloyd's iterations under balance, and the labels they end in.
+
+    for each iteration:  prices that balance a sample between the centroids   (balance.py, exact.py)
+                         one sweep over all rows under the prices             (kmeans.py)
+                         centroids = means
+    at the end:          candidates of all rows, exact sizes at the least cost
+
+The state is on disk after every iteration; a start that finds the state of the same request goes on
+from it, bit for bit. What is not a sweep happens in the calling process on one thread and on a
+sample that depends on the seed alone, so no result depends on the number of workers.
+
+Letters: n rows, s sampled rows, D width, K clusters, m candidates.
+
+Source: splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters).
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.cluster import kmeans_plusplus
+from threadpoolctl import threadpool_limits
+
+from moce_dist.cluster.balance import ascend, largest_size
+from moce_dist.cluster.blocks import Float32, Float64
+from moce_dist.cluster.exact import Finish, UnreachableError, dual_bound, finish
+from moce_dist.cluster.kmeans import Candidates, Int64, Matrix, search
+from moce_dist.config import ClusterConfig
+from moce_dist.run import fingerprint
+
+_log = logging.getLogger(__name__)
+_SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 128, 16_384, 65_536
+_PRICE_ROUNDS = 3
+_SPLIT = 1 / 1024
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a next iteration depends on: centroids (K, D), prices (K,), how far k-means is."""
+
+    centroids: Float64
+    prices: Float64
+    iteration: int = 0
+    objective: float = float("inf")
+    is_done: bool = False
+
+
+def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
+    """Fingerprint what decides a result: features (by their mean), their view, config, seed."""
+    files, view = matrix.files, matrix.view
+    names = [path.name for path in files.paths]
+    return fingerprint(
+        {
+            "files": list(zip(names, files.rows, strict=True)),
+            "mean": view.mean.tobytes().hex(),
+            "normalise": view.normalise,
+            "config": config.model_dump(),
+            "seed": seed,
+        }
+    )
+
+
+def save_state(path: Path, state: State, request: str) -> None:
+    """Write the state of `request` so that a reader sees all of it or the one before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        np.savez(
+            file,
+            allow_pickle=False,
+            request=request,
+            centroids=state.centroids,
+            prices=state.prices,
+            scalars=np.array([state.iteration, state.objective, state.is_done]),
+        )
+    temporary.replace(path)
+
+
+def load_state(path: Path, request: str) -> State | None:
+    """Read the state of `request`; None where there is none or it belongs to another request."""
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        if str(stored["request"]) != request:
+            return None
+        iteration, objective, is_done = stored["scalars"].tolist()
+        return State(
+            stored["centroids"], stored["prices"], int(iteration), objective, bool(is_done)
+        )
+
+
+@dataclass(frozen=True)
+class Lloyd:
+    """One request: the matrix, the seeded sample (s, D + 1) with a column of ones, the settings."""
+
+    matrix: Matrix
+    sample: Float32
+    config: ClusterConfig
+
+    def first_state(self, seed: int) -> State:
+        """Choose k-means++ centroids from the sample; prices are 0."""
+        num_clusters = self.config.num_clusters
+        with threadpool_limits(1):
+            chosen, _ = kmeans_plusplus(
+                self.sample[:, :-1], num_clusters, random_state=seed % 2**32
+            )
+        return State(chosen.astype(np.float64), np.zeros(num_clusters))
+
+    def prices(self, centroids: Float64, prices: Float64) -> Float64:
+        """Find prices (K,) that balance the sample between the centroids, from `prices` on."""
+        if self.config.balance == "off":
+            return prices
+        largest = largest_size(len(self.sample), len(centroids), self.config)
+        squares = np.square(centroids).sum(axis=1)[:, None]
+        columns = np.hstack([-2 * centroids, squares]).astype(np.float32)
+        with threadpool_limits(1):
+            distances = columns @ self.sample.T
+        prices = ascend(distances, prices, largest=largest, rounds=_PRICE_ROUNDS)
+        num = min(self.config.num_candidates, len(centroids))
+        ids, priced = search(self.sample, centroids, prices, num=num)
+        nearest = Candidates(ids.astype(np.int32), priced + prices[ids])
+        try:
+            return finish(*nearest, prices, largest=largest, is_exact=False).prices
+        except UnreachableError:
+            # the next iteration draws other candidates, under better prices
+            return prices
+
+    def iterate(self, state: State) -> State:
+        """Run one iteration: prices, a sweep over all rows, means (empty clusters split)."""
+        prices = self.prices(state.centroids, state.prices)
+        sums = self.matrix.sums(state.centroids, prices)
+        objective = sums.objective(state.centroids)
+        centroids = sums.means(state.centroids)
+        if self.config.balance == "off":
+            centroids = split_empty(centroids, sums.counts)
+        _log.info(
+            "k-means iteration %d: mean squared distance %.6g, largest over mean size %.3f",
+            state.iteration + 1,
+            objective / self.matrix.files.num_rows,
+            sums.counts.max() / sums.counts.mean(),
+        )
+        is_done = abs(state.objective - objective) <= self.config.tolerance * abs(objective)
+        return State(centroids, prices, state.iteration + 1, objective, is_done)
+
+
+def draw_sample(matrix: Matrix, num_clusters: int, seed: int) -> Float32:
+    """Draw rows by the seed, with a column of ones, (s, D + 1); all rows when they are few."""
+    num_rows = matrix.files.num_rows
+    wanted = np.clip(_SAMPLE_PER_CLUSTER * num_clusters, _MIN_SAMPLE, _MAX_SAMPLE)
+    size = min(num_rows, max(int(wanted), num_clusters))
+    rows = np.random.default_rng(seed).choice(num_rows, size, replace=False)
+    return matrix.files.take(np.sort(rows), matrix.view)
+
+
+def split_empty(centroids: Float64, counts: Float64) -> Float64:
+    """Give every empty cluster half of the largest one: two centroids a little to either side."""
+    centroids, counts = centroids.copy(), counts.copy()
+    sides = np.where(np.arange(centroids.shape[1]) % 2, -_SPLIT, _SPLIT)
+    sides *= np.sqrt(np.square(centroids).mean())
+    for empty in np.flatnonzero(counts == 0):
+        largest = int(counts.argmax())
+        centroids[empty] = centroids[largest] + sides
+        centroids[largest] = centroids[largest] - sides
+        counts[empty] = counts[largest] = counts[largest] / 2
+    return centroids
+
+
+def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
+    """Iterate until the objective settles or the iterations are used up.
+
+    A state of the same request in `state_file` is continued; it is written after every iteration.
+    """
+    request = state_request(lloyd.matrix, lloyd.config, seed)
+    state = load_state(state_file, request) or lloyd.first_state(seed)
+    while not state.is_done and state.iteration < lloyd.config.iterations:
+        state = lloyd.iterate(state)
+        save_state(state_file, state, request)
+    return state
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Final labels (n,), prices (K,) where there are any, and figures on how they came about."""
+
+    labels: Int64
+    prices: Float64 | None
+    figures: dict[str, Any]
+
+
+def settle(lloyd: Lloyd, state: State) -> Settled:
+    """Turn the centroids of k-means into labels of the wanted sizes at the least cost."""
+    matrix, config = lloyd.matrix, lloyd.config
+    if config.balance == "off":
+        nearest = matrix.candidates(state.centroids, state.prices, 1)
+        return Settled(nearest.ids[:, 0].astype(np.int64), None, {})
+    candidates, done = _finish(lloyd, state)
+    is_chosen = candidates.ids == done.labels[:, None]
+    num_rows = matrix.files.num_rows
+    figures = {
+        "num_moves": done.num_moves,
+        "num_candidates": candidates.ids.shape[1],
+        "cost": float(candidates.distances[is_chosen].sum()) / num_rows,
+    }
+    if config.balance == "exact":
+        best = matrix.sums(state.centroids, done.prices)
+        priced = best.objective(state.centroids) - float((best.counts * done.prices).sum())
+        figures["cost_lower_bound"] = dual_bound(done.prices, priced, num_rows) / num_rows
+    return Settled(done.labels, done.prices, figures)
+
+
+def _finish(lloyd: Lloyd, state: State) -> tuple[Candidates, Finish]:
+    matrix, config = lloyd.matrix, lloyd.config
+    largest = largest_size(matrix.files.num_rows, config.num_clusters, config)
+    prices = lloyd.prices(state.centroids, state.prices)
+    num = min(config.num_candidates, config.num_clusters)
+    while True:
+        nearest = matrix.candidates(state.centroids, prices, num)
+        is_exact = config.balance == "exact"
+        try:
+            return nearest, finish(*nearest, prices, largest=largest, is_exact=is_exact)
+        except UnreachableError:
+            # with all clusters as candidates every cluster reaches every other one
+            assert num < config.num_clusters
+            num = min(2 * num, config.num_clusters)
+            _log.info("exact sizes: candidates do not reach every cluster, trying %d", num)
