@@ -12,10 +12,35 @@ is one rank of every place.
 Letters: R ranks, G expert groups, E experts per layer, L MoE layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+class Station(NamedTuple):
+    """Where a worker process runs: its node's expert-group label ("" without), node, local rank."""
+
+    group: str
+    node: str
+    local_rank: int
+
+
+def rank_order(stations: Sequence[Station]) -> list[int]:
+    """Order workers by (group, node, local rank): entry r is the index of the worker of rank r.
+
+    Groups with numbers in their names sort by number (g2 before g10). Whoever starts the processes
+    may have mixed them up; expert-parallel groups are arithmetic on ranks, so order comes first.
+    """
+    return sorted(range(len(stations)), key=lambda i: (natural_key(stations[i].group), stations[i]))
+
+
+def natural_key(name: str) -> tuple[int, str]:
+    """Return the sort key under which g2 comes before g10."""
+    digits = "".join(character for character in name if character.isdigit())
+    return (int(digits) if digits else -1, name)
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,8 @@ def plan_placement(
 
 
 def _anchor(routing: Ints, sizes: Ints, start: Placement) -> Placement:
-    # readers that suit one layer, (1, K), its experts spread by load: the fullest first, each to the
-    # group with the least load and a free slot
+    # readers that suit one layer, (1, K), its experts spread by load: the fullest first, each to
+    # the group with the least load and a free slot
     num_experts = start.expert_group.shape[1]
     loads = np.bincount(routing[0], sizes, num_experts)
     group_loads, slots = np.zeros(start.num_groups), np.zeros(start.num_groups, np.int64)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moce_dist.parallel.groups import Topology, expert_map
+from moce_dist.parallel.groups import Station, Topology, expert_map, rank_order
 
 
 def test_more_ranks_than_groups():
@@ -30,3 +30,12 @@ def test_experts_are_numbered_by_group_then_id():
     assert two.residents(0) == [[0, 2], [2, 3]] and two.residents(1) == [[1, 3], [0, 1]]
     one = expert_map(expert_group, Topology(1, 2))
     assert one.residents(0) == [[0, 2, 1, 3], [2, 3, 0, 1]]
+
+
+def test_mixed_up_workers_are_ordered_by_group_node_and_local_rank():
+    stations = [
+        Station("g10", "b", 0), Station("g2", "c", 1),
+        Station("g2", "c", 0), Station("g10", "a", 0),
+    ]  # fmt: skip
+    assert rank_order(stations) == [2, 1, 3, 0]
+    assert rank_order([Station("", "n", 1), Station("", "n", 0)]) == [1, 0]
