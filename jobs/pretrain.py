@@ -29,6 +29,8 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(path, arguments.overrides)
     root = resolve_run(arguments.run or path.stem, config)
     check_request(config, arguments.stage)
+    if arguments.fresh and "RANK" in os.environ:
+        raise ConfigError("--fresh: not under torchrun, whose processes would all set it aside")
     if arguments.dry_run:
         print("\n".join(plan_lines(config, root, arguments.stage)))
         return

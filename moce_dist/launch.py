@@ -7,15 +7,16 @@ torchrun.
 
 A worker that dies is replaced, all workers start again, and training resumes from its newest
 checkpoint (`parallel.max_failures` times). An error of the training itself is not tried again: it
-is left in `failed.json`, which ends the restarts at once.
+is left in `failed.json`, and workers that find one leave at once. What workers have to say goes
+through `log.txt` of the stage.
 """
 
 import json
 import logging
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import ray
@@ -23,16 +24,16 @@ import ray.train
 from ray.exceptions import RayTaskError
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from moce_dist.config import ConfigError, ParallelConfig
+from moce_dist.config import ParallelConfig
 from moce_dist.run import read_jsonl, write_atomic
-from moce_dist.train.job import StageJob, plan_of, total_steps
+from moce_dist.train.job import StageJob, TooManyFaultsError, plan_of, total_steps
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 _FAILED = "failed.json"
+_LOG = "log.txt"
 _OBJECT_STORE_BYTES = 256 * 2**20
-_FINAL = (ConfigError, FloatingPointError, OSError)
 
 
 def connect(parallel: ParallelConfig) -> None:
@@ -45,6 +46,7 @@ def connect(parallel: ParallelConfig) -> None:
         return
     log.info("ray: starting an embedded cluster (set RAY_ADDRESS to use a running one)")
     ray.init(
+        address="local",
         num_cpus=max(os.cpu_count() or 1, parallel.num_workers),
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
@@ -124,32 +126,66 @@ def train(job: StageJob) -> None:
             failure_config=ray.train.FailureConfig(max_failures=parallel.max_failures),
         ),
     )
-    with Follower(job):
+    _fit(trainer, Follower(job))
+    if error := _error_left(job):
+        raise RuntimeError(error)
+
+
+def _fit(trainer: TorchTrainer, follower: "Follower") -> None:
+    # not in the main thread, where Ray would take over SIGINT, for good and with exit status 0
+    with ThreadPoolExecutor(1, thread_name_prefix="fit") as pool:
+        end = pool.submit(trainer.fit)
         try:
-            trainer.fit()
-        except Exception as error:  # noqa: BLE001 - Ray's own, over whatever the workers met
-            raise RuntimeError(_reason(job, error)) from None
+            while not wait([end], follower.every_s).done:
+                follower.report()
+        except BaseException:
+            ray.shutdown()
+            raise
+        follower.report(with_progress=False)
+    if (error := end.exception()) is not None:
+        raise RuntimeError(follower.reason(error)) from None
 
 
-def _reason(job: StageJob, error: Exception) -> str:
+def _error_left(job: StageJob) -> str | None:
     failed = job.folder / _FAILED
-    if failed.exists():
-        return str(json.loads(failed.read_text())["error"])
-    return f"{job.stage}: {str(error).strip().splitlines()[0]}"
+    return str(json.loads(failed.read_text())["error"]) if failed.exists() else None
+
+
+def _is_final(error: Exception) -> bool:
+    # when a worker is lost, the others meet errors of the connection: those are worth another try
+    if isinstance(error, TooManyFaultsError):
+        return True
+    return not isinstance(error, RuntimeError | ConnectionError | TimeoutError)
 
 
 def _train_worker(config: dict[str, Any]) -> None:
     job: StageJob = config["job"]
-    failed = job.folder / _FAILED
-    if failed.exists():
-        raise RuntimeError(json.loads(failed.read_text())["error"])
-    os.environ["LOCAL_RANK"] = str(ray.train.get_context().get_local_rank())
+    if _error_left(job):
+        return
+    context = ray.train.get_context()
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    _log_to_file(job, logging.INFO if context.get_world_rank() == 0 else logging.WARNING)
     try:
         _pretrain(job)
-    except _FINAL as error:
-        if not isinstance(error, ConnectionError):
-            write_atomic(failed, json.dumps({"error": f"{error}"}))
+    except Exception as error:
+        if _is_final(error):
+            write_atomic(job.folder / _FAILED, json.dumps({"error": _one_line(error)}))
         raise
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    says_enough = isinstance(error, ValueError | OSError | ArithmeticError | RuntimeError)
+    return text if says_enough else f"{type(error).__name__}: {text}"
+
+
+def _log_to_file(job: StageJob, level: int) -> None:
+    job.folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(job.folder / _LOG)
+    handler.setLevel(level)
+    ours = logging.getLogger("moce_dist")
+    ours.setLevel(logging.INFO)
+    ours.addHandler(handler)
 
 
 def _pretrain(job: StageJob) -> None:
@@ -159,31 +195,37 @@ def _pretrain(job: StageJob) -> None:
 
 
 class Follower:
-    """Tells a person how a stage gets on, from the lines that rank 0 adds to metrics.jsonl."""
+    """Tells a person how a stage gets on, from what its workers leave in files."""
 
     def __init__(self, job: StageJob, *, every_s: float = 10.0) -> None:
-        self._path, self._stage, self._every_s = job.folder / "metrics.jsonl", job.stage, every_s
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self.every_s = every_s
+        self._job, self._stage = job, job.stage
+        self._metrics, self._log = job.folder / "metrics.jsonl", job.folder / _LOG
         self._total = total_steps(job.stage_config, plan_of(job))
+        self._last = max((line["step"] for line in read_jsonl(self._metrics)), default=-1)
+        self._position = self._log.stat().st_size if self._log.exists() else 0
 
-    def __enter__(self) -> None:
-        self._thread.start()
+    def report(self, *, with_progress: bool = True) -> None:
+        """Pass on new lines of the workers' log, and how far the training is."""
+        for line in self._new_lines():
+            log.info("%s", line)
+        metrics = read_jsonl(self._metrics) if with_progress else []
+        if metrics and metrics[-1]["step"] != self._last:
+            self._last = metrics[-1]["step"]
+            log.info("%s", self._line(metrics[-1]))
 
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
+    def reason(self, error: BaseException) -> str:
+        """Say in a line why the stage ended."""
+        return _error_left(self._job) or f"{self._stage}: {' '.join(str(error).split())}"
 
-    def _follow(self) -> None:
-        last = self._last_step()
-        while not self._done.wait(self._every_s):
-            lines = read_jsonl(self._path)
-            if lines and lines[-1]["step"] != last:
-                last = lines[-1]["step"]
-                log.info("%s", self._line(lines[-1]))
-
-    def _last_step(self) -> int:
-        return max((line["step"] for line in read_jsonl(self._path)), default=-1)
+    def _new_lines(self) -> list[str]:
+        if not self._log.exists():
+            return []
+        with self._log.open("rb") as file:
+            file.seek(self._position)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._position += len(whole) + len(newline)
+        return whole.decode(errors="replace").splitlines()
 
     def _line(self, metrics: dict[str, Any]) -> str:
         left = (self._total - metrics["step"] - 1) * metrics["images_seen"] / (metrics["step"] + 1)

@@ -6,7 +6,9 @@ A stage is skipped when its artefact is complete and was made from the same inpu
 made, or taken up where it stopped. This module only wires chapters to `launch`.
 """
 
+import json
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,7 @@ from moce_dist.cluster.assign import (
     assign_features,
     read_assignments,
     read_centroids,
+    read_summary,
     run_clustering,
     write_assignments,
 )
@@ -36,7 +39,17 @@ from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import INDEX_NAME, read_index
 from moce_dist.launch import map_tasks, train
-from moce_dist.run import Run, artefact_id, fingerprint, is_complete, mark_complete
+from moce_dist.run import (
+    COMPLETE,
+    Run,
+    artefact_id,
+    fingerprint,
+    is_complete,
+    mark_complete,
+    read_marker,
+    set_aside,
+    write_atomic,
+)
 from moce_dist.train.checkpoint import latest_checkpoint
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob
 from moce_dist.train.pretrained import load_encoder
@@ -68,6 +81,11 @@ class Pipeline:
             return Path(source.removeprefix("index:")).resolve()
         if not source:
             raise ConfigError("data.source = '': must name images, e.g. folder:PATH")
+        if "RANK" in os.environ and read_marker(self.run.ingested) is None:
+            raise ConfigError(
+                f"{self.run.ingested}: is not complete; under torchrun first make it with "
+                f"jobs/ingest.py --run {self.run.root} and the same --config and --set"
+            )
         ingest(source, self.run.ingested, self.config.data, self.run.faults)
         return self.run.ingested
 
@@ -84,7 +102,7 @@ class Pipeline:
 
     def features(self) -> None:
         """Encode all images, held-out ones too, with the trained encoder."""
-        inputs = {"mae": artefact_id(self.run.stage("mae")), "data": data_id(self.data)}
+        inputs = {"mae": trained_id(self.run.stage("mae")), "data": data_id(self.data)}
         if is_complete(self.run.features, inputs):
             log.info("features: complete")
             return
@@ -129,6 +147,10 @@ class Pipeline:
 
     def clusters(self) -> dict[str, Any]:
         """Cluster the features of the training images."""
+        inputs = {"features": artefact_id(self.run.features)}
+        if is_complete(self.run.clusters, inputs):
+            log.info("clusters: complete")
+            return read_summary(self.run.clusters)
         return run_clustering(
             self.run.features,
             self.run.clusters,
@@ -136,7 +158,7 @@ class Pipeline:
             seed=self.config.seed,
             subtract_mean=True,
             map_blocks=self._map_blocks,
-            inputs={"features": artefact_id(self.run.features)},
+            inputs=inputs,
         )
 
     def _map_blocks(
@@ -177,23 +199,62 @@ class Pipeline:
         inputs = {
             "shards": artefact_id(self.run.shards),
             "clusters": artefact_id(self.run.clusters),
-            "mae": artefact_id(self.run.stage("mae")),
+            "mae": trained_id(self.run.stage("mae")),
         }
         self._train("moce", self.run.shards, inputs)
 
     def _train(self, stage: Literal["mae", "moce"], data: Path, inputs: dict[str, Any]) -> None:
         folder = self.run.stage(stage)
-        if is_complete(folder, inputs):
+        if is_complete(folder, inputs) and _has_last_checkpoint(folder):
             log.info("%s: complete", stage)
             return
+        _begin(folder, inputs)
         holdout = str(self.data / HOLDOUT) if self._has_holdout else None
         job = StageJob(self.config, self.run.root, stage, str(data), holdout)
         log.info("%s: training on %d workers", stage, self.config.parallel.num_workers)
         train(job)
+        if not is_first_process():
+            return
         checkpoint = latest_checkpoint(folder / "checkpoints")
         assert checkpoint is not None
         files = [*checkpoint.iterdir(), folder / "metrics.jsonl", *folder.glob("holdout.json")]
         mark_complete(folder, inputs, files)
+
+
+def is_first_process() -> bool:
+    """Tell whether this process speaks for all: always, unless torchrun started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def trained_id(folder: Path) -> str:
+    """Fingerprint of a finished training stage.
+
+    Raises:
+        ConfigError: it is not finished, or its last checkpoint is damaged.
+    """
+    identity = artefact_id(folder)
+    if not _has_last_checkpoint(folder):
+        raise ConfigError(f"{folder}: the last checkpoint is damaged; run --stage {folder.name}")
+    return identity
+
+
+def _has_last_checkpoint(folder: Path) -> bool:
+    marker = read_marker(folder)
+    assert marker is not None
+    last = {Path(name).parent for name in marker["files"] if name.endswith(".safetensors")}
+    return {latest_checkpoint(folder / "checkpoints")} == {folder / path for path in last}
+
+
+def _begin(folder: Path, inputs: dict[str, Any]) -> None:
+    if not is_first_process():
+        return
+    note, text = folder / "inputs.json", json.dumps(inputs, sort_keys=True)
+    if folder.exists() and not (note.is_file() and note.read_text() == text):
+        # its checkpoints must not be taken up
+        log.warning("%s: was made from other inputs; it is set aside", folder)
+        set_aside(folder)
+    write_atomic(note, text)
+    (folder / COMPLETE).unlink(missing_ok=True)
 
 
 def data_id(folder: Path) -> str:

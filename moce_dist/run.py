@@ -115,6 +115,14 @@ def read_faults(ledger: Path) -> list[dict[str, Any]]:
     return read_jsonl(ledger)
 
 
+def forget_faults(ledger: Path, stage: str, step: int) -> None:
+    """Drop a stage's faults from `step` on: those steps run again, and a line is a use."""
+    faults = read_faults(ledger)
+    kept = [f for f in faults if f["stage"] != stage or f["step"] < step]
+    if len(kept) < len(faults):
+        write_atomic(ledger, "".join(json.dumps(fault) + "\n" for fault in kept))
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Objects of a JSON-lines file; a last line cut off by a kill is left out."""
     if not path.exists():

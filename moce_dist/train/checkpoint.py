@@ -14,10 +14,10 @@ sha256 of every file; a damaged checkpoint is reported and the newest undamaged 
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +26,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moce_dist.model.moce import global_names, is_stacked
-from moce_dist.parallel.engine import Engine
 from moce_dist.parallel.groups import ExpertMap
 from moce_dist.run import file_sha256, write_atomic
+
+if TYPE_CHECKING:  # who only reads checkpoints need not wait for deepspeed
+    from moce_dist.parallel.engine import Engine
 
 _FORMAT = "moce_dist.checkpoint.v1"
 _MANIFEST = "manifest.json"
@@ -57,7 +59,7 @@ def step_folder(folder: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    folder: Path, engine: Engine, naming: Naming, position: dict[str, Any], *, keep: int
+    folder: Path, engine: "Engine", naming: Naming, position: dict[str, Any], *, keep: int
 ) -> Path:
     """Save training state at `position["step"]`; collective over all ranks.
 
@@ -67,32 +69,47 @@ def save_checkpoint(
     target = step_folder(folder, position["step"])
     temporary = target.with_name(f".{target.name}.tmp")
     rank, topology = dist.get_rank(), engine.spec.topology
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
+    _together(lambda: _renew(temporary) if rank == 0 else None, temporary)
     shared, experts = _own_tensors(engine, naming)
     files = {"shared.safetensors": shared} if rank == 0 else {}
     if experts and topology.replica_ranks(rank)[0] == rank:
         files[f"experts-{naming.place:05d}.safetensors"] = experts
-    digests, error = _write_files(temporary, files)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (digests, error))
-    if failed := next((e for _, e in gathered if e), None):
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{target}: checkpoint not written: {failed}")
+    digests = _together(lambda: _write_files(temporary, files), temporary)
+    manifest = {"format": _FORMAT, **position}
+    manifest["files"] = {name: digest for part in digests for name, digest in part.items()}
+    _together(lambda: _publish(temporary, target, manifest) if rank == 0 else None, temporary)
     if rank == 0:
-        manifest = {"format": _FORMAT, **position}
-        manifest["files"] = {name: digest for d, _ in gathered for name, digest in d.items()}
-        write_atomic(temporary / _MANIFEST, json.dumps(manifest))
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
         _prune(folder, keep)
-    dist.barrier()
     return target
 
 
-def _own_tensors(engine: Engine, naming: Naming) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _together(action: Callable[[], Any], temporary: Path) -> list[Any]:
+    # what one rank cannot do no rank goes on from; this is a barrier too
+    result: tuple[Any, str | None]
+    try:
+        result = action(), None
+    except Exception as error:  # noqa: BLE001 - safetensors has its own for a full disk
+        result = None, f"{error}"
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, result)
+    if failed := next((error for _, error in gathered if error is not None), None):
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"{temporary.parent}: checkpoint not written: {failed}")
+    return [value for value, _ in gathered]
+
+
+def _renew(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:
+    write_atomic(temporary / _MANIFEST, json.dumps(manifest))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+
+
+def _own_tensors(engine: "Engine", naming: Naming) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     shared = {f"weight/{name}": buffer.cpu() for name, buffer in engine.module.named_buffers()}
     experts: dict[str, Tensor] = {}
     for name, kind, tensor in engine.state():
@@ -104,18 +121,13 @@ def _own_tensors(engine: Engine, naming: Naming) -> tuple[dict[str, Tensor], dic
     return shared, experts
 
 
-def _write_files(
-    folder: Path, files: dict[str, dict[str, Tensor]]
-) -> tuple[dict[str, str], str | None]:
+def _write_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, str]:
     digests = {}
-    try:
-        for name, tensors in files.items():
-            # cloned: slices of one stacked parameter share its storage
-            save_file({n: t.clone() for n, t in tensors.items()}, folder / name)
-            digests[name] = file_sha256(folder / name)
-    except Exception as error:  # noqa: BLE001 - safetensors has its own for a full disk
-        return {}, f"{error}"
-    return digests, None
+    for name, tensors in files.items():
+        # cloned: slices of one stacked parameter share its storage
+        save_file({n: t.clone() for n, t in tensors.items()}, folder / name)
+        digests[name] = file_sha256(folder / name)
+    return digests
 
 
 def _prune(folder: Path, keep: int) -> None:
@@ -154,7 +166,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint
-        log.warning("%s: %s; using the one before it", checkpoint, reason)
+        log.warning("%s: %s; passed over", checkpoint, reason)
     return None
 
 
@@ -175,7 +187,7 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_checkpoint(checkpoint: Path, engine: Engine, naming: Naming) -> dict[str, Any]:
+def load_checkpoint(checkpoint: Path, engine: "Engine", naming: Naming) -> dict[str, Any]:
     """Load this rank's part of a checkpoint and return its manifest.
 
     Weights and moments are bit-equal to what was saved, whatever the number of ranks then and now.

@@ -11,6 +11,10 @@ from moce_dist.data.shards import read_index
 HOLDOUT_TABLE = "holdout.parquet"
 
 
+class TooManyFaultsError(RuntimeError):
+    """More of the data is unreadable than the configuration allows; trying again is no use."""
+
+
 @dataclass(frozen=True)
 class StageJob:
     """Which stage of which run, on which shards."""

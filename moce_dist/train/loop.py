@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import TRANSFERS, ExpertExchange, images_exchanged
 from moce_dist.run import write_atomic
 from moce_dist.train.checkpoint import save_checkpoint
-from moce_dist.train.job import StageJob
+from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.optim import learning_rate, set_learning_rate
 from moce_dist.train.setup import TrainState, build_state, holdout_table
@@ -40,7 +41,7 @@ def pretrain(job: StageJob) -> dict[str, Any]:
 
     Raises:
         FloatingPointError: the loss is not finite.
-        RuntimeError: too many images were unreadable.
+        TooManyFaultsError: too many images were unreadable.
     """
     state = build_state(job)
     start = state.step
@@ -225,12 +226,12 @@ def stop_if_too_many_faults(state: TrainState) -> None:
     """Stop all ranks when more images were unreadable than the configuration allows.
 
     Raises:
-        RuntimeError: naming the count, the limit and the ledger.
+        TooManyFaultsError: naming the count, the limit and the ledger.
     """
     seen = images_seen(state.plan, state.step)
     limit = state.job.config.data.max_fault_fraction
     if state.faults > max(_FAULTS_BEFORE_STOP, limit * seen):
-        raise RuntimeError(
+        raise TooManyFaultsError(
             f"{state.faults} of the {seen} images read were unusable, more than "
             f"data.max_fault_fraction ({limit}) allows; see {state.job.run_root / 'faults.jsonl'}"
         )
@@ -268,7 +269,7 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
     if state.model.gate is not None:
         state.router.refresh(state.model.gate, state.total_steps, force=True)
     sums = torch.zeros(2, dtype=torch.float64)
-    spec = state.stream_spec(plan)
+    spec = replace(state.stream_spec(plan), stage=f"{state.job.stage}-holdout")
     readers = state.router.placement.readers
     for batch in stream(spec, readers, start=0, stop=plan.steps_per_epoch):
         for micro in range(state.job.config.parallel.micro_batches):

@@ -20,7 +20,7 @@ from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import experts_from_dense
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
-from moce_dist.run import Run
+from moce_dist.run import Run, forget_faults
 from moce_dist.train.checkpoint import (
     Naming,
     latest_checkpoint,
@@ -117,7 +117,7 @@ def build_state(job: StageJob) -> TrainState:
     clusters = 1 if centroids is None else len(centroids)
     sizes = np.bincount(plan.table.cluster, minlength=clusters)
     router = Router(config, topology, sizes, total_steps=total_steps(stage, plan))
-    checkpoint = _agree_on_checkpoint(job.folder / "checkpoints")
+    checkpoint = _agree_on_start(job)
     model = MaskedAutoencoder(
         config,
         centroids=centroids,
@@ -149,7 +149,7 @@ def _start_or_resume(state: TrainState, checkpoint: Path | None) -> None:
     state.naming = Naming(job.config.moe_layers, router.experts, state.topology.place(state.rank))
     if checkpoint is not None and manifest is not None:
         load_checkpoint(checkpoint, state.engine, state.naming)
-        state.step = manifest["step"]
+        state.step, state.faults = manifest["step"], manifest["faults"]
         expected = state.plan.cursors(state.step)
         assert manifest["cursors"] == expected, "the plan of the stream changed under a checkpoint"
         log.info("%s: resuming at step %d of %d", job.stage, state.step, state.total_steps)
@@ -171,6 +171,8 @@ def _first_weights(job: StageJob) -> dict[str, Tensor]:
     if job.stage == "mae":
         return initial_weights(config)
     mae = latest_checkpoint(job.run_root / "mae" / "checkpoints")
+    if mae is None and (job.run_root / "mae").exists():
+        raise ConfigError(f"{job.run_root / 'mae'}: holds no undamaged checkpoint to start from")
     dense = initial_weights(config) if mae is None else load_weights(mae)
     return experts_from_dense(dense, config.moe_layers, config.moe.num_experts)
 
@@ -182,8 +184,13 @@ def _centroids(job: StageJob) -> Tensor | None:
     return torch.from_numpy(np.load(path, allow_pickle=False)).float()
 
 
-def _agree_on_checkpoint(folder: Path) -> Path | None:
-    # one rank reads and verifies; the others must not choose differently
-    chosen: list[Path | None] = [latest_checkpoint(folder) if dist.get_rank() == 0 else None]
+def _agree_on_start(job: StageJob) -> Path | None:
+    # one rank reads and verifies; the others must not choose differently, nor record before
+    chosen: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        chosen = [latest_checkpoint(job.folder / "checkpoints")]
+        step = 0 if chosen[0] is None else read_manifest(chosen[0])["step"]
+        forget_faults(Run(job.run_root).faults, job.stage, step)
+        forget_faults(Run(job.run_root).faults, f"{job.stage}-holdout", 0)
     dist.broadcast_object_list(chosen, 0)
     return chosen[0]

@@ -1,0 +1,259 @@
+"""Real jobs on a few hundred real images: started as a user starts them, killed as a machine dies.
+
+Every process that a job leaves behind carries the job's mark in its environment, Ray's own
+processes and the decoding processes of a worker too; so they are found however they were started.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 400
+MARK = "MOCE_TEST_MARK"
+CONFIG = """
+data: {image_size: 32, holdout_fraction: 0.05, shard_bytes: 65536, loader_processes: 0}
+model: {size: tiny, width: 32, depth: 4, num_heads: 2, patch_size: 8,
+        decoder_width: 16, decoder_depth: 1, decoder_num_heads: 2}
+moe: {num_experts: 4, layers: [1, 3]}
+cluster: {num_clusters: 8}
+mae: {epochs: 4, warmup_epochs: 1, batch_size: 32, base_lr: 1e-3}
+moce: {epochs: 3, warmup_epochs: 0.5, batch_size: 32, base_lr: 1e-3}
+parallel: {num_workers: 2, num_groups: 2, precision: fp32, replan_steps: 7}
+checkpoint: {every_steps: 5}
+logging: {every_steps: 1, tensorboard: false}
+"""
+
+
+class Job:
+    """One job of jobs/, or a torchrun of it, as a process with a mark."""
+
+    def __init__(self, *command, env=None):
+        self.mark = uuid.uuid4().hex
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1", **(env or {})}
+        self.process = subprocess.Popen(
+            [str(part) for part in command],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, timeout_s=TIMEOUT_S):
+        """Wait for the end; return exit status, stdout, stderr."""
+        try:
+            out, err = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill_all()
+            out, err = self.process.communicate()
+            pytest.fail(f"the job did not end within {timeout_s} s:\n{out}\n{err}")
+        return Result(self.process.returncode, out, err)
+
+    def descendants(self):
+        """All live processes that carry the mark, the job itself left out."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                is_ours = process.environ().get(MARK) == self.mark
+                is_alive = process.status() != psutil.STATUS_ZOMBIE
+                if is_ours and is_alive and process.pid != self.process.pid:
+                    found.append(process)
+        return found
+
+    def workers(self):
+        """Ray Train's training processes, by the name that Ray gives them."""
+        return [p for p in self.descendants() if "RayTrainWorker" in " ".join(_command(p))]
+
+    def wait_until(self, condition, what, timeout_s=TIMEOUT_S):
+        """Wait for a moment in the job's life."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill_all()
+                pytest.fail(f"the job was over before: {what}\n{self.process.communicate()}")
+            time.sleep(0.02)
+
+    def assert_nothing_stays(self, timeout_s=20):
+        """Fail when processes of the job outlive it by more than some seconds."""
+        end = time.monotonic() + timeout_s
+        while (left := self.descendants()) and time.monotonic() < end:
+            time.sleep(0.2)
+        names = [" ".join(_command(p))[:120] for p in left]
+        self.kill_all()
+        assert not names
+
+    def kill_all(self):
+        """End the job and everything that it started."""
+        for process in [self.process, *self.descendants()]:
+            with contextlib.suppress(psutil.Error, OSError):
+                process.send_signal(signal.SIGKILL)
+
+
+def _command(process):
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+class Result:
+    """How a job ended."""
+
+    def __init__(self, status, out, err):
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def error(self):
+        """The last line of stderr, which is the one that matters."""
+        lines = self.err.strip().splitlines()
+        return lines[-1] if lines else ""
+
+    def assert_done(self):
+        """Fail with all that the job said unless it ended well."""
+        assert self.status == 0, f"exit {self.status}\n{self.out}\n{self.err}"
+        return self
+
+    def assert_refused(self, status, *parts):
+        """Fail unless the job ended with `status` and one error line that has all `parts`."""
+        assert self.status == status, f"exit {self.status}\n{self.out}\n{self.err}"
+        assert self.error.startswith("error: "), self.err
+        assert self.err.count("error: ") == 1, self.err
+        assert "Traceback" not in self.err, self.err
+        for part in parts:
+            assert str(part) in self.error, f"{part!r} is not in {self.error!r}"
+        return self
+
+
+@pytest.fixture(scope="session")
+def start():
+    """Start jobs in the background; whatever a test leaves running is ended after it."""
+    jobs = []
+
+    def begin(job, *arguments, env=None):
+        jobs.append(Job(sys.executable, ROOT / "jobs" / f"{job}.py", *arguments, env=env))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill_all()
+
+
+@pytest.fixture(scope="session")
+def run_job(start):
+    """Run a job to its end."""
+
+    def run(job, *arguments, env=None):
+        return start(job, *arguments, env=env).finish()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def torchrun():
+    """Run jobs/pretrain.py on several processes without Ray."""
+
+    def run(num_processes, *arguments):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command = [f"--nproc-per-node={num_processes}", ROOT / "jobs" / "pretrain.py"]
+        return Job(*launcher, *command, *arguments).finish()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """300 real pictures in two class folders: handwritten digits and silhouettes of animals."""
+    from moce_dist.data import samples
+
+    root = tmp_path_factory.mktemp("pictures")
+    for name in ("digits", "silhouettes"):
+        images = samples.task(name).train
+        (root / name).mkdir()
+        for number in range(150):
+            image = images[number * len(images) // 150]
+            (root / name / f"{number:04d}.png").write_bytes(image.content)
+    return root
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory):
+    """A configuration file: width 32, depth 4, 4 experts in 2 layers, 2 groups on 2 workers."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+@pytest.fixture(scope="session")
+def arguments(config, pictures):
+    """Arguments of jobs/pretrain.py for a run directory, with overrides."""
+
+    def make(run, *overrides, source=None):
+        named = source or f"folder:{pictures}"
+        pairs = [x for o in (f"data.source={named}", *overrides) for x in ("--set", o)]
+        return ["--config", config, "--run", run, *pairs]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, run_job, arguments):
+    """A run that nothing interrupted, on 2 Ray Train workers."""
+    root = tmp_path_factory.mktemp("finished") / "run"
+    run_job("pretrain", *arguments(root)).assert_done()
+    return root
+
+
+@pytest.fixture
+def part_of(finished, tmp_path):
+    """Copy the named artefacts of the finished run into a new run directory."""
+
+    def copy(*names):
+        root = tmp_path / "run"
+        root.mkdir()
+        shutil.copy(finished / "config.yaml", root)
+        for name in names:
+            shutil.copytree(finished / name, root / name)
+        return root
+
+    return copy
+
+
+@pytest.fixture(scope="session")
+def read_metrics():
+    """Lines of a stage's metrics.jsonl; their steps must increase."""
+
+    def read(folder):
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        metrics = [json.loads(line) for line in lines]
+        steps = [line["step"] for line in metrics]
+        assert all(a < b for a, b in zip(steps, steps[1:], strict=False)), steps
+        return metrics
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def learned(read_metrics):
+    """What a stage learned: metrics without times, and the last checkpoint's digests."""
+
+    def read(folder):
+        timed = ("images_per_s", "data_wait_s")
+        metrics = [{k: v for k, v in m.items() if k not in timed} for m in read_metrics(folder)]
+        last = max(folder.glob("checkpoints/step_*"))
+        digests = json.loads((last / "manifest.json").read_text())["files"]
+        return {"metrics": metrics, "checkpoint": last.name, "digests": digests}
+
+    return read
