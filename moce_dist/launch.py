@@ -14,23 +14,29 @@ through `log.txt` of the stage.
 import json
 import logging
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import ray
 import ray.train
 from ray.exceptions import RayTaskError
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.collective import broadcast_from_rank_zero
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from moce_dist.config import ParallelConfig
+from moce_dist.config import ConfigError, ParallelConfig
+from moce_dist.parallel.groups import Station, Topology, natural_key, rank_order
 from moce_dist.run import read_jsonl, write_atomic
 from moce_dist.train.job import StageJob, TooManyFaultsError, plan_of, total_steps
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
+GROUP_LABEL = "moce.dist/expert-group"
+"""Ray node label that names the expert group of a node."""
 _FAILED = "failed.json"
 _LOG = "log.txt"
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -113,13 +119,14 @@ def train(job: StageJob) -> None:
     connect(job.config.parallel)
     parallel = job.config.parallel
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
-    trainer = TorchTrainer(
+    trainer = DataParallelTrainer(
         _train_worker,
         train_loop_config={"job": job},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=parallel.num_workers, use_gpu=uses_gpu(parallel)
+            num_workers=parallel.num_workers,
+            use_gpu=uses_gpu(parallel),
+            label_selector=label_selectors(parallel),
         ),
-        torch_config=TorchConfig(backend=None),
         run_config=ray.train.RunConfig(
             name=job.stage,
             storage_path=str(job.run_root / "ray"),
@@ -131,7 +138,7 @@ def train(job: StageJob) -> None:
         raise RuntimeError(error)
 
 
-def _fit(trainer: TorchTrainer, follower: "Follower") -> None:
+def _fit(trainer: DataParallelTrainer, follower: "Follower") -> None:
     # not in the main thread, where Ray would take over SIGINT, for good and with exit status 0
     with ThreadPoolExecutor(1, thread_name_prefix="fit") as pool:
         end = pool.submit(trainer.fit)
@@ -144,6 +151,64 @@ def _fit(trainer: TorchTrainer, follower: "Follower") -> None:
         follower.report(with_progress=False)
     if (error := end.exception()) is not None:
         raise RuntimeError(follower.reason(error)) from None
+
+
+def label_selectors(parallel: ParallelConfig) -> list[dict[str, str]] | None:
+    """Choose a node label per worker, neighbours on one group; None when no node has a label.
+
+    Raises:
+        ConfigError: the cluster has more or fewer labels than the expert groups need places.
+    """
+    labels = {
+        node["Labels"][GROUP_LABEL]
+        for node in ray.nodes()
+        if node["Alive"] and GROUP_LABEL in node["Labels"]
+    }
+    if not labels:
+        return None
+    topology = Topology(parallel.num_workers, parallel.num_groups)
+    if len(labels) != topology.ep_size:
+        raise ConfigError(
+            f"parallel.num_groups ({parallel.num_groups}) on {parallel.num_workers} workers needs "
+            f"{topology.ep_size} values of the node label {GROUP_LABEL}; the cluster has "
+            f"{sorted(labels, key=natural_key)}"
+        )
+    names = sorted(labels, key=natural_key)
+    return [{GROUP_LABEL: names[topology.place(rank)]} for rank in range(parallel.num_workers)]
+
+
+def _join(timeout_s: float) -> None:
+    """Agree on ranks ordered by (group, node, local rank); set what torch.distributed reads.
+
+    Ray regroups ranks by node, so its rank says nothing of the group: every worker reads the label
+    of its own node, and all learn everybody's through a store at Ray's rank 0.
+    """
+    from torch.distributed import TCPStore
+
+    context, runtime = ray.train.get_context(), ray.get_runtime_context()
+    size, mine = context.get_world_size(), context.get_world_rank()
+    here = ray.util.get_node_ip_address()
+    host, port = broadcast_from_rank_zero((here, _free_port()))
+    store = TCPStore(host, port, size, mine == 0, timedelta(seconds=timeout_s))
+    group = runtime.get_node_labels().get(GROUP_LABEL, "")
+    station = Station(group, runtime.get_node_id(), context.get_local_rank())
+    store.set(f"station/{mine}", json.dumps([*station, here, _free_port()]))
+    found = [json.loads(store.get(f"station/{worker}")) for worker in range(size)]
+    order = rank_order([Station(*entry[:3]) for entry in found])
+    *_, master, master_port = found[order[0]]
+    # Ray shows a worker only its own GPU, so that is number 0 for every one of them
+    os.environ.update(RANK=str(order.index(mine)), WORLD_SIZE=str(size), LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(master_port))
+    # the store must outlive its last reader
+    store.set(f"done/{mine}", "")
+    if mine == 0:
+        store.wait([f"done/{worker}" for worker in range(size)])
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return int(server.getsockname()[1])
 
 
 def _error_left(job: StageJob) -> str | None:
@@ -163,7 +228,7 @@ def _train_worker(config: dict[str, Any]) -> None:
     if _error_left(job):
         return
     context = ray.train.get_context()
-    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    _join(job.config.parallel.start_timeout_s)
     _log_to_file(job, logging.INFO if context.get_world_rank() == 0 else logging.WARNING)
     try:
         _pretrain(job)
