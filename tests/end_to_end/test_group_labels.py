@@ -1,0 +1,62 @@
+"""Groups are places: two nodes with labels, workers started in a mixed order."""
+
+import json
+
+import pytest
+import ray
+import ray.train
+from ray.cluster_utils import Cluster
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+from moce_dist import launch
+from moce_dist.config import ConfigError, ParallelConfig
+
+
+@pytest.fixture(scope="module")
+def two_nodes():
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
+    for group in ("g1", "g0"):
+        cluster.add_node(num_cpus=2, labels={launch.GROUP_LABEL: group})
+    ray.init(address=cluster.address, log_to_driver=False)
+    yield
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def test_every_worker_is_asked_onto_its_group(two_nodes):
+    selectors = launch.label_selectors(ParallelConfig(num_workers=4, num_groups=2))
+    assert [s[launch.GROUP_LABEL] for s in selectors] == ["g0", "g0", "g1", "g1"]
+
+
+def test_labels_that_do_not_fit_the_groups_are_refused(two_nodes):
+    with pytest.raises(ConfigError, match=r"needs 4 values of the node label.*\['g0', 'g1'\]"):
+        launch.label_selectors(ParallelConfig(num_workers=4, num_groups=4))
+
+
+def test_ranks_follow_labels_not_the_order_of_starting(two_nodes, tmp_path):
+    def report(config):
+        import os
+        from pathlib import Path
+
+        import torch.distributed as dist
+
+        launch._join(60)
+        dist.init_process_group("gloo")
+        label = ray.get_runtime_context().get_node_labels()[launch.GROUP_LABEL]
+        gathered = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, label)
+        entry = {"label": label, "all": gathered}
+        Path(config["out"], os.environ["RANK"]).write_text(json.dumps(entry))
+
+    mixed = [{launch.GROUP_LABEL: group} for group in ("g1", "g0", "g1", "g0")]
+    DataParallelTrainer(
+        report,
+        train_loop_config={"out": str(tmp_path)},
+        scaling_config=ray.train.ScalingConfig(num_workers=4, label_selector=mixed),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path / "ray")),
+    ).fit()
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
+    assert [entry["label"] for entry in found] == ["g0", "g0", "g1", "g1"]
+    assert all(entry["all"] == ["g0", "g0", "g1", "g1"] for entry in found)
