@@ -36,9 +36,9 @@ $(READY): pyproject.toml constraints.txt samples.txt
 
 pretrain: $(READY) ## Run all stages small, three transfers and the report into RUN
 	$(BIN)/python jobs/pretrain.py --run $(RUN)
-	$(BIN)/python jobs/transfer.py --task digits --run $(RUN)
-	$(BIN)/python jobs/transfer.py --task silhouettes --run $(RUN)
-	$(BIN)/python jobs/transfer.py --task climate --run $(RUN)
+	$(BIN)/python jobs/transfer.py --task digits --run $(RUN) --protocol knn,linear
+	$(BIN)/python jobs/transfer.py --task silhouettes --run $(RUN) --protocol knn,linear
+	$(BIN)/python jobs/transfer.py --task climate --run $(RUN) --protocol knn,linear
 	$(BIN)/python jobs/report.py $(RUN)
 
 lint: $(READY)
