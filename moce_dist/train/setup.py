@@ -17,7 +17,7 @@ from moce_dist.data.plan import Plan, SampleTable, sample_table
 from moce_dist.data.shards import read_index
 from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.model.moce import experts_from_dense
+from moce_dist.model.moce import MoceBlock, experts_from_dense
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.run import Run, forget_faults
@@ -123,6 +123,8 @@ def build_state(job: StageJob) -> TrainState:
         centroids=centroids,
         num_local_experts=config.moe.num_experts // topology.ep_size,
     ).to(device)
+    if config.parallel.compile:
+        compile_blocks(model)
     engine = Engine(
         model,
         parameter_groups(model, stage, config.gate.lr_scale),
@@ -135,6 +137,16 @@ def build_state(job: StageJob) -> TrainState:
     state = TrainState(job, rank, topology, plan, router, engine, naming)
     _start_or_resume(state, checkpoint)
     return state
+
+
+def compile_blocks(model: MaskedAutoencoder) -> None:
+    """Compile the dense blocks in place; names of parameters stay as they are.
+
+    Blocks with experts are left out: their shapes follow the step's routing.
+    """
+    for block in [*model.blocks, *model.decoder_blocks]:
+        if not isinstance(block, MoceBlock):
+            block.compile(dynamic=False)
 
 
 def _start_or_resume(state: TrainState, checkpoint: Path | None) -> None:
