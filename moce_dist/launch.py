@@ -183,7 +183,7 @@ def _join(timeout_s: float) -> None:
     Ray regroups ranks by node, so its rank says nothing of the group: every worker reads the label
     of its own node, and all learn everybody's through a store at Ray's rank 0.
     """
-    from torch.distributed import TCPStore
+    from torch._C._distributed_c10d import TCPStore
 
     context, runtime = ray.train.get_context(), ray.get_runtime_context()
     size, mine = context.get_world_size(), context.get_world_rank()

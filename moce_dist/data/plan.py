@@ -81,6 +81,7 @@ class Plan:
         """Ids of all samples in the order of an epoch, (n,)."""
         sizes = self.table.cluster_sizes
         draws = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, epoch]))
+        # the turn comes first, so that it does not depend on the sizes of the clusters
         turn = draws.permutation(len(sizes))
         by_cluster = np.argsort(self.table.cluster, kind="stable")
         members = np.split(by_cluster, np.cumsum(sizes)[:-1])

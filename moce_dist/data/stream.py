@@ -80,6 +80,7 @@ class RangeReader:
                 file.seek(offset)
                 content: bytes = file.read(size)
         else:
+            # opened once in each process: thousands of samples come from the same few tars
             if url not in self._open:
                 self._open[url] = os.open(url, os.O_RDONLY)
             content = os.pread(self._open[url], size, offset)
@@ -114,6 +115,7 @@ class StepDataset(Dataset[Batch]):
         ids = spec.plan.step_ids(self._order(spec.plan.epoch_of(step)), step)
         planned = ids != PADDING
         clusters = np.where(planned, table.cluster[ids], PADDING)
+        # all ranks compute all ranks' slots: the exchange needs to know who reads what
         slots = spec.layout.rank_slots(self._group_of(clusters))
         mine = ids[slots[spec.rank]]
         samples = [self._sample(step, sample_id) for sample_id in mine]
@@ -133,6 +135,7 @@ class StepDataset(Dataset[Batch]):
     ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
         spec, table, data = self._spec, self._spec.plan.table, self._spec.data
         key = "" if sample_id == PADDING else table.keys[sample_id]
+        # the mask is drawn before the crop, so that it does not depend on how often the crop tries
         draws = sample_generator(spec.plan.seed, spec.plan.epoch_of(step), key)
         noise = draws.random(spec.num_patches, np.float32)
         zero = np.zeros((3, data.image_size, data.image_size), np.float32)

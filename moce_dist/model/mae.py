@@ -92,6 +92,7 @@ class MaskedAutoencoder(nn.Module):
     def random_masking(self, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Order patches by noise (B, N): ids of the V kept (B, V), and `ids_restore` (B, N)."""
         num_keep = int(noise.shape[1] * (1 - self.config.model.mask_ratio))
+        # stable, so that equal noise gives the same mask on every device
         ids_shuffle = noise.argsort(dim=1, stable=True)
         return ids_shuffle[:, :num_keep], ids_shuffle.argsort(dim=1)
 

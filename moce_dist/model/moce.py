@@ -81,6 +81,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert."""
+        # unbind, not indexing: its backward writes every expert's gradient once into one tensor
         stacks = zip(
             torch.split(rows, list(counts)),
             self.fc1.weight.unbind(),

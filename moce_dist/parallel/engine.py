@@ -93,6 +93,7 @@ def create_groups(topology: Topology) -> dist.ProcessGroup:
     """
     name = f"ep_size_{topology.ep_size}"
     known = deepspeed_groups._get_expert_parallel_group_dict()
+    # DeepSpeed keeps groups by name for the life of the process; a second engine shares them
     if name not in known:
         deepspeed_groups._create_expert_and_data_parallel(
             topology.ep_size, use_data_before_expert_parallel_=True
@@ -118,6 +119,7 @@ def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
         "steps_per_print": None,
         "gradient_clipping": spec.clip_norm if zero else 0.0,
         "zero_optimization": {"stage": zero, "overlap_comm": False},
+        # plain SGD is not on DeepSpeed's list
         "zero_allow_untested_optimizer": True,
         "use_data_before_expert_parallelism": True,
     }
@@ -141,6 +143,7 @@ class Engine:
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(
                 parameter_groups
             )
+        # splitting leaves groups without parameters, which ZeRO cannot flatten
         parameter_groups = [group for group in parameter_groups if group["params"]]
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -180,6 +183,7 @@ class Engine:
         return float(self._engine.get_global_grad_norm()) if norm is None else norm
 
     def _clip_unpartitioned(self) -> float:
+        # replicas hold equal gradients, so one sum over the places counts every expert once
         shared, local = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
@@ -265,6 +269,7 @@ class Engine:
 
     def _create_partitioned_moments(self, step: int) -> None:
         optimizer = self._inner_optimizer()
+        # ZeRO makes its state at the first step; loading has to come before it
         for group in optimizer.param_groups:
             for flat in group["params"]:
                 zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}

@@ -55,12 +55,14 @@ def layer_routes(place: Ints, slot: Ints, own_place: int, num_local_experts: int
     mine, my_slots = place[own_place], slot[own_place]
     stay = np.flatnonzero(mine == own_place)
     leave = np.flatnonzero(mine != own_place)
+    # the receiver sorts by the same keys, so no order has to be sent
     leave = leave[np.lexsort((leave, my_slots[leave], mine[leave]))]
     arriving = [
         np.sort(slot[i][place[i] == own_place]) for i in range(len(place)) if i != own_place
     ]
     row_slots = np.concatenate([my_slots[stay], *arriving])
     incoming = (place == own_place).sum(axis=1)
+    # what stays does not pass through the collective
     incoming[own_place] = 0
     return LayerRoutes(
         stay=stay,
@@ -136,6 +138,8 @@ class ExpertExchange:
             return _take(rows, np.argsort(routes.stay))
         stayed, visitors = torch.split(rows, [len(routes.stay), len(rows) - len(routes.stay)])
         returned = _AllToAll.apply(visitors, routes.receive_counts, routes.send_counts, self._group)
+        # joined even when nothing came back: a rank that left its share of the graph out would not
+        # take part in the backward collective, and its peers would wait for ever
         home = np.argsort(np.concatenate([routes.stay, routes.leave]))
         return _take(torch.cat([stayed, returned]), home)
 

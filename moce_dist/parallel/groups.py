@@ -106,6 +106,7 @@ class ExpertMap:
 
 def expert_map(expert_group: NDArray[np.int64], topology: Topology) -> ExpertMap:
     """Locate the experts from the group of every expert, (L, E): slots go by (group, expert id)."""
+    # stable, so that equal placements give equal slots on any number of ranks
     order = np.argsort(expert_group, axis=1, kind="stable")
     rank_in_order = np.argsort(order, axis=1, kind="stable")
     num_local = expert_group.shape[1] // topology.ep_size

@@ -144,6 +144,7 @@ def _improve(routing: Ints, sizes: Ints, start: Placement) -> Placement:
 def _assign_experts(routing: Ints, sizes: Ints, placement: Placement) -> Ints:
     # per layer: maximise the images that find their expert in the group that reads them
     num_layers, num_experts = placement.expert_group.shape
+    # a group is as many columns as it has slots, so the assignment keeps groups equally full
     slots = np.repeat(np.arange(placement.num_groups), num_experts // placement.num_groups)
     result = np.empty((num_layers, num_experts), np.int64)
     for layer in range(num_layers):

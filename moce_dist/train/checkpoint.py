@@ -92,6 +92,7 @@ def _together(action: Callable[[], Any], temporary: Path) -> list[Any]:
         result = None, f"{error}"
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, result)
+    # one rank's full disk is everybody's failure: else the others would wait at the barrier
     if failed := next((error for _, error in gathered if error is not None), None):
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"{temporary.parent}: checkpoint not written: {failed}")

@@ -81,13 +81,14 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
     for micro in range(micro_batches):
         losses, weights, auxiliary_loss, auxiliary = forward(state, batch, micro)
         loss = (losses * weights).sum()
-        # the engine averages over ranks and micro-batches; the loss is a mean over the step's
-        # images
+        # the engine averages over ranks and micro-batches; ours is a mean over the step's images
         engine.backward(loss * state.topology.num_ranks * micro_batches / count + auxiliary_loss)
         sums += torch.stack([loss.detach(), (weights > 0).sum()]).double().cpu()
+        # before the optimiser has seen the gradients: a bad step must not reach the weights
         if micro == micro_batches - 1:
             check_finite(state, sums)
         norm = engine.step()
+    # unreadable images weigh 0 but stay in the divisor, so no rank has to hear of them first
     metrics = {
         "step": batch.step,
         "epoch": state.plan.epoch_of(batch.step),
@@ -125,6 +126,7 @@ def forward(
     clusters = batch.clusters[state.rank, part].to(device)
     scales = output_scales(p, table, clusters, config.gate.combine)
     losses = state.engine.forward(images, noise, exchange, scales)
+    # the counts are the global batch's and known from the plan: no communication for these losses
     counts = batch.cluster_counts.to(device)
     balance, confidence = balance_loss(p, counts), confidence_loss(p, counts)
     total = config.gate.balance_weight * balance + config.gate.confidence_weight * confidence
@@ -153,6 +155,7 @@ def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor)
         batch.clusters, router.table, router.experts, state.topology.num_replicas
     )
     width = 2 if config.parallel.precision == "bf16" else 4
+    # what travels are the visible tokens and the class token, in the type of the matrix products
     visible = int(config.num_patches * (1 - config.model.mask_ratio)) + 1
     image_bytes = visible * config.model.shape.width * width
     balance, confidence = auxiliary.tolist()

@@ -48,6 +48,7 @@ class Router:
 
     def compute_table(self, gate: Gate, step: int) -> Ints:
         """Compute a step's table (L, K) from the gate's weights; with noise early in training."""
+        # float32 on the host: the routing must not depend on the kernels of a device
         logits = gate.logits().detach().cpu()
         noise = self._noise.sample(step, (logits.shape[0], logits.shape[1], logits.shape[2]))
         return routing_table(
@@ -67,6 +68,7 @@ class Router:
 
     def replan(self) -> None:
         """Plan who reads which cluster from the current table; the first time also the experts."""
+        # with shared groups the gate itself says which experts belong together: they stay put
         keep = self._is_planned or self._config.gate.groups == "shared"
         self.placement = plan_placement(
             self.table,

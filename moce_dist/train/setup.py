@@ -112,11 +112,13 @@ def build_state(job: StageJob) -> TrainState:
     init_distributed(device)
     rank = dist.get_rank()
     topology = Topology(dist.get_world_size(), config.parallel.num_groups)
+    # every rank makes the same plan from the same index: nothing about the data is sent around
     plan = plan_of(job)
     centroids = _centroids(job)
     clusters = 1 if centroids is None else len(centroids)
     sizes = np.bincount(plan.table.cluster, minlength=clusters)
     router = Router(config, topology, sizes, total_steps=total_steps(stage, plan))
+    # chosen before the model is built: where the experts live stands in the checkpoint
     checkpoint = _agree_on_start(job)
     model = MaskedAutoencoder(
         config,
