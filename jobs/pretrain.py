@@ -11,7 +11,9 @@ from pathlib import Path
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, ConfigError, load_config
-from moce_dist.run import Run, open_run, resolve_run
+from moce_dist.data.shards import read_index
+from moce_dist.data.sources import expand_shards, list_folder, parse_source
+from moce_dist.run import COMPLETE, Run, open_run, resolve_run
 
 STAGES = ("all", "mae", "cluster", "moce")
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
@@ -34,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         print("\n".join(plan_lines(config, root, arguments.stage)))
         return
+    check_source(config.data.source, root)
     quiet_libraries()
     run = open_run(root, config, fresh=arguments.fresh)
     run_stage(run, config, arguments.stage)
@@ -53,6 +56,21 @@ def check_request(config: Config, stage: str) -> None:
                 f"parallel.num_workers ({config.parallel.num_workers}) must be the number of "
                 f"processes that torchrun started ({world_size})"
             )
+
+
+def check_source(source: str, root: Path) -> None:
+    """Refuse a source that holds nothing to train on, unless it was ingested before."""
+    if (root / "ingested" / COMPLETE).exists():
+        return
+    kind, _, rest = source.partition(":")
+    if kind == "index":
+        read_index(rest)
+        return
+    kind, rest = parse_source(source)
+    if kind == "folder":
+        list_folder(Path(rest))
+    if kind == "shards":
+        expand_shards(rest)
 
 
 def plan_lines(config: Config, root: Path, stage: str) -> list[str]:

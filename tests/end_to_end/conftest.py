@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import uuid
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -239,7 +240,7 @@ def read_metrics():
         lines = path.read_text().splitlines() if path.exists() else []
         metrics = [json.loads(line) for line in lines]
         steps = [line["step"] for line in metrics]
-        assert all(a < b for a, b in zip(steps, steps[1:], strict=False)), steps
+        assert all(a < b for a, b in pairwise(steps)), steps
         return metrics
 
     return read

@@ -1,0 +1,177 @@
+"""One command from a folder of pictures to experts, task models and a report."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from moce_dist.data.shards import read_index, read_members
+from moce_dist.run import COMPLETE, is_complete, read_marker
+
+STAGES = ("ingested", "mae", "features", "clusters", "shards", "moce")
+EVERY_STEP = {
+    "step", "epoch", "images_seen", "loss", "loss_total", "lr", "images_per_s", "data_wait_s",
+}  # fmt: skip
+MOCE_STEP = EVERY_STEP | {
+    "loss_balance", "loss_confidence", "images_per_expert", "images_exchanged", "bytes_exchanged",
+}  # fmt: skip
+
+
+def contents(index):
+    return {
+        (key, *sorted(read_members(index.url(shard), start, end).items()))
+        for shard in index.shards
+        for key, start, end in zip(shard.keys, shard.starts, shard.ends, strict=True)
+    }
+
+
+def written(root):
+    return {p.relative_to(root): p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_artefact_is_complete(finished, name):
+    marker = read_marker(finished / name)
+    assert marker["files"]
+    assert is_complete(finished / name, marker["inputs"])
+
+
+def test_every_picture_is_in_the_tars_with_its_bytes(finished, pictures):
+    ingested = contents(read_index(finished / "ingested"))
+    held_out = contents(read_index(finished / "ingested" / "holdout"))
+    assert len(ingested) + len(held_out) == 300
+    assert len(held_out) > 0
+    given = {p.read_bytes() for p in pictures.rglob("*.png")}
+    # sample: (key, ("cls", label), ("png", bytes))
+    assert {dict(sample[1:])["png"] for sample in ingested | held_out} == given
+    assert contents(read_index(finished / "shards")) == ingested
+
+
+def test_clusters_are_balanced_and_agree_with_the_tars(finished):
+    table = pq.read_table(finished / "clusters" / "assignments.parquet").to_pydict()
+    sizes = np.bincount(table["cluster"], minlength=8)
+    assert sizes.max() - sizes.min() <= 1
+    cluster_of = dict(zip(table["key"], table["cluster"], strict=True))
+    for shard in read_index(finished / "shards").shards:
+        assert {cluster_of[key] for key in shard.keys} == {shard.cluster}
+    assert np.load(finished / "clusters" / "centroids.npy").shape == (8, 32)
+    assert np.load(finished / "clusters" / "mean.npy").shape == (32,)
+    summary = json.loads((finished / "clusters" / "summary.json").read_text())
+    assert summary["num_images"] == len(cluster_of) == sizes.sum()
+
+
+@pytest.mark.parametrize(("stage", "keys"), [("mae", EVERY_STEP), ("moce", MOCE_STEP)])
+def test_metrics_have_every_key_at_every_step(finished, read_metrics, stage, keys):
+    metrics = read_metrics(finished / stage)
+    assert [line["step"] for line in metrics] == list(range(len(metrics)))
+    assert all(keys <= line.keys() for line in metrics)
+    num_images = read_index(finished / "ingested").num_samples
+    epochs = {"mae": 4, "moce": 3}[stage]
+    assert metrics[-1]["images_seen"] == epochs * num_images
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    if stage == "moce":
+        used = [np.sum(line["images_per_expert"], axis=1).tolist() for line in metrics]
+        per_step = np.diff([0, *(line["images_seen"] for line in metrics)])
+        assert used == [[n, n] for n in per_step]
+
+
+def test_checkpoints_routing_and_placement_are_readable(finished):
+    last = max((finished / "moce" / "checkpoints").iterdir())
+    tensors = {k: t for p in last.glob("*.safetensors") for k, t in load_file(p).items()}
+    for layer in (1, 3):
+        for expert in range(4):
+            name = f"weight/blocks.{layer}.mlp.experts.{expert}.fc1.weight"
+            assert tensors[name].shape == (128, 32)
+    assert tensors["weight/gate.weight"].shape == (2, 4, 32)
+    for path in (finished / "moce" / "routing").iterdir():
+        assert np.shape(json.loads(path.read_text())) == (2, 8)
+    for path in (finished / "moce" / "placement").iterdir():
+        assert np.shape(json.loads(path.read_text())["expert_group"]) == (2, 4)
+    assert not list(finished.rglob("*.tmp"))
+
+
+def test_a_second_start_only_finds_everything_done(finished, start, arguments):
+    before = written(finished)
+    job = start("pretrain", *arguments(finished))
+    seen = set()
+    job.wait_until(lambda: seen.update(job.descendants()) or job.process.poll() is not None, "end")
+    result = job.finish().assert_done()
+    assert "training on" not in result.err
+    assert not seen, "started processes though nothing was left to do"
+    after = written(finished)
+    changed = {str(p) for p in before if before[p] != after[p]}
+    # the resolved configuration and its provenance belong to the newest start
+    assert changed == {"config.yaml", "provenance.json"}
+    assert before.keys() == after.keys()
+
+
+def test_single_stages_ask_for_what_they_need(run_job, arguments, tmp_path):
+    one = ("parallel.num_workers=1", "mae.epochs=1", "moce.epochs=1")
+    run = arguments(tmp_path / "run", *one)
+    refused = run_job("pretrain", *run, "--stage", "moce")
+    refused.assert_refused(2, tmp_path / "run", "is not complete")
+    for stage, made in (("mae", "mae"), ("cluster", "shards"), ("moce", "moce")):
+        assert not (tmp_path / "run" / made / COMPLETE).exists()
+        run_job("pretrain", *run, "--stage", stage).assert_done()
+        assert (tmp_path / "run" / made / COMPLETE).exists()
+
+
+def test_a_dry_run_writes_nothing(run_job, arguments, tmp_path):
+    result = run_job("pretrain", *arguments(tmp_path / "run"), "--dry-run").assert_done()
+    assert not list(tmp_path.iterdir())
+    for word in ("stages", "experts", "ranks", "batch"):
+        assert word in result.out
+
+
+def test_another_identity_is_refused_and_fresh_sets_it_aside(run_job, arguments, part_of):
+    run = part_of("ingested")
+    changed = arguments(run, "seed=7", "model.mask_ratio=0.5", "parallel.num_workers=1")
+    refused = run_job("pretrain", *changed).assert_refused(2, run, "seed: 0 -> 7")
+    assert "model.mask_ratio: 0.75 -> 0.5" in refused.error
+    assert "num_workers" not in refused.error
+    run_job(
+        "pretrain", *changed, "--set", "mae.epochs=1", "--stage", "mae", "--fresh"
+    ).assert_done()
+    (aside,) = run.parent.glob("run.before-*")
+    assert (aside / "ingested" / COMPLETE).exists()
+    assert (run / "mae" / COMPLETE).exists()
+
+
+def test_fewer_workers_may_take_a_run_up(run_job, arguments, part_of, read_metrics, finished):
+    run = part_of("ingested", "mae", "features", "clusters", "shards")
+    run_job("pretrain", *arguments(run, "parallel.num_workers=1")).assert_done()
+    here, there = read_metrics(run / "moce"), read_metrics(finished / "moce")
+    assert [m["images_per_expert"][0] for m in here] == [m["images_per_expert"][0] for m in there]
+    np.testing.assert_allclose([m["loss"] for m in here], [m["loss"] for m in there], rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def task(pictures, tmp_path_factory):
+    """A task of two classes in ImageFolder's layout, from the same pictures."""
+    root = tmp_path_factory.mktemp("task")
+    for number, path in enumerate(sorted(pictures.rglob("*.png"))):
+        part = ("train", "train", "test")[number % 3]
+        target = root / part / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(path) as image:
+            image.save(target)
+    return root
+
+
+def test_a_task_gets_its_model_and_the_report_shows_it(finished, task, run_job, config):
+    named = ("--run", finished, "--task", "imagefolder", "--data", task)
+    chosen = ("--backbone", "moce,mae", "--protocol", "knn", "--config", config)
+    run_job("transfer", *named, *chosen).assert_done()
+    folder = finished / "transfer" / "imagefolder"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    values = {r["backbone"]: r["value"] for r in metrics["results"]}
+    assert values.keys() == {"moce", "mae"}
+    # digits and silhouettes are easy to tell apart, by chance half would be right
+    assert min(values.values()) > 0.7
+    assert any((folder / "backbone").iterdir())
+    shown = run_job("report", finished).assert_done()
+    assert "imagefolder" in shown.out
+    assert (finished / "report.html").stat().st_size > 10_000
