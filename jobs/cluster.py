@@ -1,0 +1,106 @@
+"""Cluster features into balanced clusters: those of a run, or a folder of .npy files.
+
+Without Ray for one worker; the result is the same on any number of them.
+
+    python jobs/cluster.py --features DIR --num-clusters 256 --out OUT
+    python jobs/cluster.py --run quickstart
+
+With --run: features, clusters and cluster-sharded tars of that run.
+"""
+
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from moce_dist.cli import job_parser, quiet_libraries, run_job
+from moce_dist.config import Config, ConfigError, load_config
+from moce_dist.run import load_run, open_run, resolve_run, set_aside
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the request, check it, cluster."""
+    parser = job_parser(
+        "Balanced k-means over features; results do not depend on the number of workers.",
+        "python jobs/cluster.py --features features/ --num-clusters 256 --out clusters/",
+    )
+    parser.add_argument("--features", metavar="DIR", help="folder of *.npy, each [n_i, D]")
+    parser.add_argument("--num-clusters", metavar="K", type=int, help="cluster.num_clusters")
+    parser.add_argument("--balance", choices=("exact", "soft", "off"), help="cluster.balance")
+    parser.add_argument("--out", metavar="DIR", help="where the clusters of --features go")
+    arguments = parser.parse_args(argv)
+    if (arguments.features is None) == (arguments.run is None):
+        raise ConfigError("--features, --run: exactly one of them must be given")
+    if arguments.run is not None:
+        cluster_run(arguments)
+    else:
+        cluster_folder(arguments)
+
+
+def read_config(arguments: Namespace) -> Config:
+    """Combine file, --set and the flags of this job."""
+    flags = {"num_clusters": arguments.num_clusters, "balance": arguments.balance}
+    given = [f"cluster.{name}={value}" for name, value in flags.items() if value is not None]
+    return load_config(arguments.config, [*arguments.overrides, *given])
+
+
+def cluster_run(arguments: Namespace) -> None:
+    """Make features, clusters and shards of a run; its own configuration holds."""
+    if arguments.out is not None:
+        raise ConfigError(f"--out {arguments.out}: the clusters of a run lie in the run")
+    root = resolve_run(arguments.run, load_config(None))
+    _, config = load_run(root)
+    if arguments.config or arguments.overrides or arguments.num_clusters or arguments.balance:
+        config = read_config(arguments)
+    if arguments.dry_run:
+        print(f"run        {root}\nclusters   {config.cluster.num_clusters}")
+        return
+    quiet_libraries()
+    run = open_run(root, config, fresh=arguments.fresh)
+    from moce_dist.pipeline import Pipeline
+
+    print_summary(Pipeline(run, config).cluster(), run.clusters)
+
+
+def cluster_folder(arguments: Namespace) -> None:
+    """Cluster anyone's features, taken as they are."""
+    if arguments.out is None:
+        raise ConfigError("--out: must name the folder of the result")
+    config, features = read_config(arguments), Path(arguments.features)
+    if not features.is_dir():
+        raise ConfigError(f"--features {features}: no such folder")
+    if not any(features.glob("*.npy")):
+        raise ConfigError(f"--features {features}: holds no *.npy")
+    out = Path(arguments.out).resolve()
+    if arguments.dry_run:
+        print(f"features   {features}, {len(list(features.glob('*.npy')))} files")
+        print(f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}")
+        print(f"workers    {config.parallel.num_workers}\nout        {out}")
+        return
+    quiet_libraries()
+    if arguments.fresh:
+        set_aside(out)
+    from moce_dist.cluster.assign import run_clustering
+    from moce_dist.launch import map_tasks
+
+    summary = run_clustering(
+        features,
+        out,
+        config.cluster,
+        seed=config.seed,
+        subtract_mean=False,
+        map_blocks=partial(map_tasks, parallel=config.parallel),
+    )
+    print_summary(summary, out)
+
+
+def print_summary(summary: dict[str, object], out: Path) -> None:
+    """Show the figures; the mix of domains per cluster stays in summary.json."""
+    for name, value in summary.items():
+        if name != "domains":
+            print(f"{name:<24} {value}")
+    print(f"{'written to':<24} {out}")
+
+
+if __name__ == "__main__":
+    run_job(main)
