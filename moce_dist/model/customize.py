@@ -63,8 +63,7 @@ def customize(
         weights: all tensors of a MoCE (or of a dense MAE, then `route` is empty) by global name.
         route: the expert of every MoE layer, L numbers below E.
         scale: with `gate.combine: prob`, the probability p of every layer's expert, L numbers; it
-        is
-            folded into the expert's `fc2`.
+            is folded into the expert's `fc2`.
 
     Raises:
         ValueError: the route does not fit the weights, or a tensor belongs to neither encoder,

@@ -1,7 +1,6 @@
 """Which experts a task gets: its unlabelled images, their clusters, the gate's opinion of these.
 
-    images --MAE encoder--> features --nearest centroid--> cluster ids --gate--> mass per expert and
-    layer
+    images --MAE encoder--> features --nearest centroid--> clusters --gate--> mass per expert
 
 With `select: vote` a layer's expert is the one of greatest mass, the mean over the task's images of
 the gate's probability. Where the gate routes under constraints (`gate.assign: balanced`,
