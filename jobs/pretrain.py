@@ -2,7 +2,7 @@
 
 python jobs/pretrain.py                                  the quickstart, on real images, no GPU
 python jobs/pretrain.py --config configs/pretrain/vit_base.yaml --run base
-torchrun --nproc-per-node 8 jobs/pretrain.py --stage moce --config ... --run ...
+torchrun --nproc-per-node 8 -- jobs/pretrain.py --stage moce --config ... --run ...
 """
 
 import os
@@ -40,7 +40,8 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     run = open_run(root, config, fresh=arguments.fresh)
     run_stage(run, config, arguments.stage)
-    print(f"done: {root}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"done: {root}")
 
 
 def check_request(config: Config, stage: str) -> None:

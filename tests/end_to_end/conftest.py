@@ -28,10 +28,10 @@ model: {size: tiny, width: 32, depth: 4, num_heads: 2, patch_size: 8,
         decoder_width: 16, decoder_depth: 1, decoder_num_heads: 2}
 moe: {num_experts: 4, layers: [1, 3]}
 cluster: {num_clusters: 8}
-mae: {epochs: 4, warmup_epochs: 1, batch_size: 32, base_lr: 1e-3}
-moce: {epochs: 3, warmup_epochs: 0.5, batch_size: 32, base_lr: 1e-3}
+mae: {epochs: 20, warmup_epochs: 1, batch_size: 32, base_lr: 1e-3}
+moce: {epochs: 15, warmup_epochs: 1, batch_size: 32, base_lr: 1e-3}
 parallel: {num_workers: 2, num_groups: 2, precision: fp32, replan_steps: 7}
-checkpoint: {every_steps: 5}
+checkpoint: {every_steps: 20}
 logging: {every_steps: 1, tensorboard: false}
 """
 
@@ -74,9 +74,9 @@ class Job:
                     found.append(process)
         return found
 
-    def workers(self):
-        """Ray Train's training processes, by the name that Ray gives them."""
-        return [p for p in self.descendants() if "RayTrainWorker" in " ".join(_command(p))]
+    def workers(self, name="RayTrainWorker"):
+        """Ray's processes that do the work, by the name that Ray gives them."""
+        return [p for p in self.descendants() if name in " ".join(_command(p))]
 
     def wait_until(self, condition, what, timeout_s=TIMEOUT_S):
         """Wait for a moment in the job's life."""
@@ -130,7 +130,8 @@ class Result:
         """Fail unless the job ended with `status` and one error line that has all `parts`."""
         assert self.status == status, f"exit {self.status}\n{self.out}\n{self.err}"
         assert self.error.startswith("error: "), self.err
-        assert self.err.count("error: ") == 1, self.err
+        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert errors == [self.error], self.err
         assert "Traceback" not in self.err, self.err
         for part in parts:
             assert str(part) in self.error, f"{part!r} is not in {self.error!r}"
@@ -167,7 +168,7 @@ def torchrun():
 
     def run(num_processes, *arguments):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [f"--nproc-per-node={num_processes}", ROOT / "jobs" / "pretrain.py"]
+        command = [f"--nproc-per-node={num_processes}", "--", ROOT / "jobs" / "pretrain.py"]
         return Job(*launcher, *command, *arguments).finish()
 
     return run

@@ -1,0 +1,120 @@
+"""Jobs that are interrupted or killed: the same command goes on, and nothing stays behind.
+
+At equal ranks and one thread what is learned equals that of the run which nothing interrupted, bit
+for bit: metrics, routing, weights, moments.
+"""
+
+import signal
+
+import pytest
+
+from moce_dist.run import read_marker
+
+BEFORE = {
+    "ingest": (),
+    "mae": ("ingested",),
+    "features": ("ingested", "mae"),
+    "moce": ("ingested", "mae", "features", "clusters", "shards"),
+}
+STAGE = {"ingest": "mae", "mae": "mae", "features": "cluster", "moce": "moce"}
+WORKER = {"mae": "RayTrainWorker", "features": "extract_shard", "moce": "RayTrainWorker"}
+# (moment, what is killed, overrides); decoding processes must not outlive their worker either
+CHEAP = [
+    ("mae", "worker", ("data.loader_processes=1",)),
+    ("moce", "SIGINT", ()),
+]
+FULL = [
+    (moment, how, ("data.loader_processes=1",) if moment == "mae" else ())
+    for moment in BEFORE
+    for how in ("SIGINT", "SIGKILL", "worker")
+    if (moment, how) not in {("ingest", "worker"), *(case[:2] for case in CHEAP)}
+]
+
+
+def has_come(run, moment):
+    """Tell whether a run is in the middle of a stage."""
+    if moment == "ingest":
+        return (run / "ingested" / "train-000001.tar").exists()
+    if moment == "features":
+        return any((run / "features").glob("*.npy"))
+    return any((run / moment / "checkpoints").glob("step_*"))
+
+
+def strike(job, moment, how):
+    """Kill a worker, or send the driver a signal."""
+    if how == "worker":
+        victims = job.workers(WORKER[moment])
+        assert victims, "there was no worker to kill"
+        victims[0].kill()
+    else:
+        job.process.send_signal(signal.Signals[how])
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.glob("*.npy")}
+
+
+def assert_same(run, finished, moment, learned):
+    if moment == "features":
+        assert files_of(run / "features") == files_of(finished / "features")
+        assert files_of(run / "clusters") == files_of(finished / "clusters")
+        assert read_marker(run / "shards")["files"] == read_marker(finished / "shards")["files"]
+        return
+    if moment == "ingest":
+        there = read_marker(finished / "ingested")["files"]
+        assert read_marker(run / "ingested")["files"] == there
+    assert learned(run / STAGE[moment]) == learned(finished / STAGE[moment])
+
+
+def check(moment, how, overrides, *, start, arguments, part_of, learned, finished):
+    run = part_of(*BEFORE[moment])
+    command = (*arguments(run, *overrides), "--stage", STAGE[moment])
+    job = start("pretrain", *command)
+    job.wait_until(lambda: has_come(run, moment), moment)
+    strike(job, moment, how)
+    result = job.finish()
+    job.assert_nothing_stays()
+    expected = {"SIGINT": 130, "SIGKILL": -signal.SIGKILL, "worker": 0}[how]
+    assert result.status == expected, result.err
+    if how == "SIGINT":
+        assert result.error.startswith("interrupted; the same command continues")
+    if how != "worker":
+        again = start("pretrain", *command)
+        result = again.finish().assert_done()
+        again.assert_nothing_stays()
+    if moment in ("mae", "moce"):
+        assert f"{moment}: resuming at step" in result.err
+    assert_same(run, finished, moment, learned)
+
+
+@pytest.mark.parametrize(("moment", "how", "overrides"), CHEAP)
+def test_the_same_command_goes_on(
+    moment, how, overrides, start, arguments, part_of, learned, finished
+):
+    check(
+        moment, how, overrides,
+        start=start, arguments=arguments, part_of=part_of, learned=learned, finished=finished,
+    )  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("moment", "how", "overrides"), FULL)
+def test_the_same_command_goes_on_at_any_moment(
+    moment, how, overrides, start, arguments, part_of, learned, finished
+):
+    check(
+        moment, how, overrides,
+        start=start, arguments=arguments, part_of=part_of, learned=learned, finished=finished,
+    )  # fmt: skip
+
+
+def test_a_killed_ingest_starts_again(start, run_job, arguments, tmp_path, finished):
+    run = tmp_path / "run"
+    command = (*arguments(run, "parallel.num_workers=1", "mae.epochs=1"), "--stage", "mae")
+    job = start("pretrain", *command)
+    job.wait_until(lambda: has_come(run, "ingest"), "ingest")
+    job.process.kill()
+    assert job.finish().status == -signal.SIGKILL
+    run_job("pretrain", *command).assert_done()
+    there = read_marker(finished / "ingested")["files"]
+    assert read_marker(run / "ingested")["files"] == there
