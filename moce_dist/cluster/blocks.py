@@ -110,7 +110,7 @@ class FeatureFiles:
                 yield shard, f"{path.name}:{row}" if keys is None else keys[row]
 
     def take(self, rows: NDArray[np.int64], view: View) -> Float32:
-        """Read transformed rows by their sorted global numbers, with a column of ones, (n, D + 1)."""
+        """Read transformed rows by sorted global numbers, with a column of ones, (n, D + 1)."""
         taken = np.ones((len(rows), self.dim + 1), np.float32)
         firsts = list(accumulate(self.rows, initial=0))
         for path, (first, end) in zip(self.paths, pairwise(firsts), strict=True):

@@ -8,10 +8,13 @@ cluster that is too large to one that has room, along the shortest path over clu
     too large: 3 --(image 17 moves, +0.02)--> 8 --(image 4 moves, +0.01)--> 5: has room
 
 The path is found with Dijkstra on costs reduced by the prices, which are never negative, and the
-prices follow the distances, so every assignment on the way is optimal among those of its sizes, and
-so is the last one (for the given candidates). When n = q K + r, all clusters have q + 1 places and
-K - r of them hold a blank, which moves like an image at no cost, at most one to a cluster: which
-clusters are the larger ones is part of the optimum. Ties go to the lower row.
+prices follow the distances, so every assignment on the way is optimal among those of its sizes,
+and so is the last one, for the given candidates. Where these lead to no cluster with room, a search
+under the prices of the moment adds some that lead further.
+
+When n = q K + r, all clusters have q + 1 places and K - r of them hold a blank, which moves like an
+image at no cost, at most one to a cluster: which clusters are the larger ones is part of the
+optimum. Ties go to the lower row.
 
 Letters: n rows, m candidates per row, K clusters; q, r quotient and rest of n / K.
 
@@ -19,8 +22,9 @@ Source: successive shortest paths with potentials, Ahuja, Magnanti, Orlin, "Netw
 section 9.7.
 """
 
+from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,63 +33,83 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Edge = tuple[int, int]
 _NO_ROW = -1
+_CLOSED = -1e30
+"""Price at which nothing goes to a cluster."""
 
 
-def choose(ids: NDArray[np.int32], distances: Float64, prices: Float64) -> Int64:
+class Candidates(NamedTuple):
+    """The m best clusters of every row, int32, and the squared distances to them: (n, m)."""
+
+    ids: NDArray[np.int32]
+    distances: NDArray[Any]
+
+
+Search = Callable[[Float64], Candidates]
+"""Candidates of all rows under given prices (K,), best first."""
+
+
+def choose(nearest: Candidates, prices: Float64) -> Int64:
     """Return the cluster of least distance - price among the candidates of every row, (n,)."""
-    columns = (distances - prices[ids]).argmin(axis=1)
-    return np.take_along_axis(ids, columns[:, None], axis=1)[:, 0].astype(np.int64)
-
-
-class UnreachableError(ValueError):
-    """The candidates connect no cluster with room to one that is too large."""
+    columns = (nearest.distances - prices[nearest.ids]).argmin(axis=1)
+    return np.take_along_axis(nearest.ids, columns[:, None], axis=1)[:, 0].astype(np.int64)
 
 
 class _Edges:
     """Cheapest move between any two clusters, kept while rows move.
 
-    Moves of the first assignment are sorted once and read from the front; rows that arrive later
-    are on small heaps. Entries of rows that have left are skipped when they come up.
+    Moves of the first assignment are sorted once and read from the front; those of rows that arrive
+    later, or that are added later, are on small heaps. Entries of rows that have left are skipped
+    when they come up.
     """
 
-    def __init__(
-        self, labels: Int64, ids: NDArray[np.int32], distances: Float64, num_clusters: int
-    ) -> None:
-        self.labels, self._ids, self._distances = labels, ids, distances
-        self._num = num_clusters
-        own = (ids == labels[:, None]).argmax(axis=1)
-        costs = distances - np.take_along_axis(distances, own[:, None], axis=1)
+    def __init__(self, labels: Int64, nearest: Candidates, num_clusters: int) -> None:
+        self.labels, self._nearest, self._num = labels, nearest, num_clusters
+        self._added: dict[int, list[tuple[int, float]]] = {}
+        self._heaps: dict[int, list[tuple[float, int]]] = {}
+        ids, distances = nearest
+        self._own = distances[ids == labels[:, None]]
         rows, columns = np.nonzero(ids != labels[:, None])
-        pairs, costs = labels[rows] * num_clusters + ids[rows, columns], costs[rows, columns]
+        pairs = labels[rows] * num_clusters + ids[rows, columns]
+        costs = distances[rows, columns] - self._own[rows]
         order = np.lexsort((costs, pairs))
-        self._rows, self._costs, pairs = rows[order], costs[order], pairs[order]
-        bounds = np.searchsorted(pairs, np.arange(num_clusters**2 + 1))
+        self._rows, self._costs = rows[order], costs[order]
+        bounds = np.searchsorted(pairs[order], np.arange(num_clusters**2 + 1))
         self._heads, self._ends = bounds[:-1].copy(), bounds[1:]
-        self._arrivals: dict[int, list[tuple[float, int]]] = {}
         self.cost = np.full((num_clusters, num_clusters), np.inf)
         self.row = np.full((num_clusters, num_clusters), _NO_ROW)
         filled = np.flatnonzero(self._heads < self._ends)
         self.cost.flat[filled] = self._costs[self._heads[filled]]
         self.row.flat[filled] = self._rows[self._heads[filled]]
 
+    def add(self, is_inside: NDArray[np.bool_], found: Candidates, limit: int) -> None:
+        """Add moves out of some clusters to the candidates outside, the cheapest of each pair."""
+        rows, columns = np.nonzero(is_inside[self.labels][:, None] & ~is_inside[found.ids])
+        targets, distances = found.ids[rows, columns], found.distances[rows, columns]
+        pairs = self.labels[rows] * self._num + targets
+        order = np.lexsort((distances - self._own[rows], pairs))
+        _, firsts, sizes = np.unique(pairs[order], return_index=True, return_counts=True)
+        places = np.arange(len(order)) - np.repeat(firsts, sizes)
+        for at in order[places < limit]:
+            row, target, distance = int(rows[at]), int(targets[at]), float(distances[at])
+            self._added.setdefault(row, []).append((target, distance))
+            self._offer(row, int(self.labels[row]), target, distance - float(self._own[row]))
+
     def move(self, row: int, target: int) -> None:
         """Give `row` to cluster `target` and bring the edges up to date."""
         source = int(self.labels[row])
-        self.labels[row] = target
-        candidates = [int(k) for k in self._ids[row]]
-        distances = self._distances[row]
-        base = distances[candidates.index(target)]
-        for cluster, distance in zip(candidates, distances, strict=True):
+        ids, distances = self._nearest.ids[row].tolist(), self._nearest.distances[row].tolist()
+        moves = dict([*zip(ids, distances, strict=True), *self._added.get(row, [])])
+        self.labels[row], self._own[row] = target, moves[target]
+        for cluster, distance in moves.items():
             if self.row[source, cluster] == row:
                 self._refresh(source, cluster)
             if cluster != target:
-                self._arrive(row, target, cluster, float(distance - base))
+                self._offer(row, target, cluster, distance - moves[target])
 
-    def _arrive(self, row: int, source: int, target: int, cost: float) -> None:
-        heappush(self._arrivals.setdefault(source * self._num + target, []), (cost, row))
-        self.cost[source, target], self.row[source, target] = min(
-            (self.cost[source, target], self.row[source, target]), (cost, row)
-        )
+    def _offer(self, row: int, source: int, target: int, cost: float) -> None:
+        heappush(self._heaps.setdefault(source * self._num + target, []), (cost, row))
+        best = min((self.cost[source, target], self.row[source, target]), (cost, row))
+        self.cost[source, target], self.row[source, target] = best
 
     def _refresh(self, source: int, target: int) -> None:
         pair = source * self._num + target
@@ -93,7 +117,7 @@ class _Edges:
         while head < end and self.labels[self._rows[head]] != source:
             head += 1
         self._heads[pair] = head
-        heap = self._arrivals.get(pair, [])
+        heap = self._heaps.get(pair, [])
         while heap and self.labels[heap[0][1]] != source:
             heappop(heap)
         best = heap[0] if heap else (np.inf, _NO_ROW)
@@ -102,25 +126,19 @@ class _Edges:
         self.cost[source, target], self.row[source, target] = best
 
 
-class Finish(NamedTuple):
-    """Balanced labels (n,), prices at which they are optimal (K,), and how many units moved."""
-
-    labels: Int64
-    prices: Float64
-    num_moves: int
-
-
 class _Flow:
     """Sizes, blanks, prices and edges; moves surplus until no cluster is too large."""
 
-    def __init__(self, edges: _Edges, prices: Float64, largest: int, num_blanks: int) -> None:
-        num_clusters = len(prices)
-        self.edges, self.prices, self.num_moves = edges, prices.copy(), 0
-        self._has_blank = np.zeros(num_clusters, bool)
-        # under the prices blanks are best where a place is least wanted: at the greatest g
-        self._has_blank[np.argsort(-prices, kind="stable")[:num_blanks]] = True
-        counts = np.bincount(edges.labels, minlength=num_clusters)
-        self.surplus = counts + self._has_blank - largest
+    def __init__(self, edges: _Edges, prices: Float64, search: Search, *, largest: int) -> None:
+        self.edges, self.prices, self._search = edges, prices.copy(), search
+        self.num_moves = self.num_searches = 0
+        self._has_blank = np.zeros(len(prices), bool)
+        self.surplus = np.bincount(edges.labels, minlength=len(prices)) - largest
+
+    def place_blanks(self, num_blanks: int) -> None:
+        """Put blanks where, under the prices, a place is least wanted: at the greatest g."""
+        self._has_blank[np.argsort(-self.prices, kind="stable")[:num_blanks]] = True
+        self.surplus += self._has_blank
 
     def run(self) -> None:
         """Move all surplus; equal images follow on a path at its cost without a new search."""
@@ -153,6 +171,16 @@ class _Flow:
         self.num_moves += 1
 
     def _shortest_path(self, source: int) -> list[Edge]:
+        while True:
+            target, distance, previous = self._dijkstra(source)
+            if target is not None:
+                break
+            self._leave(np.isfinite(distance))
+        self.prices += np.minimum(distance, distance[target]) - distance[target]
+        return _edges_to(target, previous)
+
+    def _dijkstra(self, source: int) -> tuple[int | None, Float64, Int64]:
+        """Reduced distances from `source`, up to the nearest cluster with room (None: no path)."""
         num_clusters = len(self.surplus)
         distance = np.full(num_clusters, np.inf)
         distance[source] = 0
@@ -161,9 +189,9 @@ class _Flow:
             nearest = int(unsettled.argmin())
             reach = unsettled[nearest]
             if np.isinf(reach):
-                raise UnreachableError(f"no path from cluster {source} to one with room")
+                return None, distance, previous
             if self.surplus[nearest] < 0:
-                break
+                return nearest, distance, previous
             unsettled[nearest] = np.inf
             costs = self.edges.cost[nearest]
             if self._has_blank[nearest]:
@@ -172,8 +200,13 @@ class _Flow:
             nearer = np.flatnonzero(reduced < distance)
             distance[nearer] = unsettled[nearer] = reduced[nearer]
             previous[nearer] = nearest
-        self.prices += np.minimum(distance, reach) - reach
-        return _edges_to(nearest, previous)
+
+    def _leave(self, is_inside: NDArray[np.bool_]) -> None:
+        """Find moves out of clusters that no candidate leads out of."""
+        outside = self._search(np.where(is_inside, _CLOSED, self.prices))
+        surplus = int(np.maximum(self.surplus, 0).sum())
+        self.edges.add(is_inside, outside, limit=surplus)
+        self.num_searches += 1
 
 
 def _edges_to(target: int, previous: Int64) -> list[Edge]:
@@ -184,23 +217,30 @@ def _edges_to(target: int, previous: Int64) -> list[Edge]:
     return path[::-1]
 
 
+class Finish(NamedTuple):
+    """Labels (n,) within the sizes, prices (K,) at which they are optimal, and how it was done."""
+
+    labels: Int64
+    prices: Float64
+    num_moves: int
+    num_searches: int
+
+
 def finish(
-    ids: NDArray[np.int32], distances: Float64, prices: Float64, *, largest: int, is_exact: bool
+    nearest: Candidates, prices: Float64, search: Search, *, largest: int, is_exact: bool
 ) -> Finish:
-    """Move rows among their candidates (n, m), at the least cost, until no cluster is too large.
+    """Move rows at the least cost until no cluster has more than `largest`.
 
-    No cluster has more than `largest` rows in the end. With `is_exact` that is ceil(n / K), and
-    sizes differ by at most one.
-
-    Raises:
-        UnreachableError: more candidates are needed.
+    With `is_exact` that is ceil(n / K), and sizes differ by at most one in the end. `search` finds
+    candidates under given prices; it is asked when those at hand do not connect.
     """
-    num_clusters = len(prices)
-    edges = _Edges(choose(ids, distances, prices), ids, distances, num_clusters)
-    num_blanks = largest * num_clusters - len(ids) if is_exact else 0
-    flow = _Flow(edges, prices, largest, num_blanks)
+    num_rows, num_clusters = len(nearest.ids), len(prices)
+    edges = _Edges(choose(nearest, prices), nearest, num_clusters)
+    flow = _Flow(edges, prices, search, largest=largest)
+    if is_exact:
+        flow.place_blanks(largest * num_clusters - num_rows)
     flow.run()
-    return Finish(edges.labels, flow.prices, flow.num_moves)
+    return Finish(edges.labels, flow.prices, flow.num_moves, flow.num_searches)
 
 
 def dual_bound(prices: Float64, priced_cost: float, num_rows: int) -> float:

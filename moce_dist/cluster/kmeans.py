@@ -36,6 +36,7 @@ from moce_dist.cluster.blocks import (
     group_blocks,
     read_block,
 )
+from moce_dist.cluster.exact import Candidates
 
 Int64 = NDArray[np.int64]
 _CACHED_ROWS = 1024
@@ -156,13 +157,6 @@ def sum_group(task: Task) -> Sums:
     for part in parts[1:]:
         total += part
     return total
-
-
-class Candidates(NamedTuple):
-    """The m best clusters of every row (int32) and the squared distances to them: (n, m)."""
-
-    ids: NDArray[np.int32]
-    distances: Float64
 
 
 def candidates_of_group(task: Task) -> Candidates:

@@ -1,9 +1,9 @@
 """Lloyd's iterations under balance, and the labels they end in.
 
-    for each iteration:  prices that balance a sample between the centroids   (balance.py, exact.py)
+    for each iteration:  prices that balance a sample between the centroids   (balance.py)
                          one sweep over all rows under the prices             (kmeans.py)
                          centroids = means
-    at the end:          candidates of all rows, exact sizes at the least cost
+    at the end:          exact sizes at the least cost                        (exact.py)
 
 The state is on disk after every iteration; a start that finds the state of the same request goes on
 from it, bit for bit. What is not a sweep happens in the calling process on one thread and on a
@@ -26,14 +26,14 @@ from threadpoolctl import threadpool_limits
 
 from moce_dist.cluster.balance import ascend, largest_size
 from moce_dist.cluster.blocks import Float32, Float64
-from moce_dist.cluster.exact import Finish, UnreachableError, dual_bound, finish
-from moce_dist.cluster.kmeans import Candidates, Int64, Matrix, search
+from moce_dist.cluster.exact import Candidates, dual_bound, finish
+from moce_dist.cluster.kmeans import Int64, Matrix
 from moce_dist.config import ClusterConfig
 from moce_dist.run import fingerprint
 
 _log = logging.getLogger(__name__)
-_SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 128, 16_384, 65_536
-_PRICE_ROUNDS = 3
+_SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 64, 16_384, 65_536
+_PRICE_ROUNDS = 10
 _SPLIT = 1 / 1024
 
 
@@ -117,15 +117,7 @@ class Lloyd:
         columns = np.hstack([-2 * centroids, squares]).astype(np.float32)
         with threadpool_limits(1):
             distances = columns @ self.sample.T
-        prices = ascend(distances, prices, largest=largest, rounds=_PRICE_ROUNDS)
-        num = min(self.config.num_candidates, len(centroids))
-        ids, priced = search(self.sample, centroids, prices, num=num)
-        nearest = Candidates(ids.astype(np.int32), priced + prices[ids])
-        try:
-            return finish(*nearest, prices, largest=largest, is_exact=False).prices
-        except UnreachableError:
-            # the next iteration draws other candidates, under better prices
-            return prices
+        return ascend(distances, prices, largest=largest, rounds=_PRICE_ROUNDS)
 
     def iterate(self, state: State) -> State:
         """Run one iteration: prices, a sweep over all rows, means (empty clusters split)."""
@@ -191,37 +183,36 @@ class Settled:
 
 def settle(lloyd: Lloyd, state: State) -> Settled:
     """Turn the centroids of k-means into labels of the wanted sizes at the least cost."""
-    matrix, config = lloyd.matrix, lloyd.config
+    matrix, config, centroids = lloyd.matrix, lloyd.config, state.centroids
     if config.balance == "off":
-        nearest = matrix.candidates(state.centroids, state.prices, 1)
-        return Settled(nearest.ids[:, 0].astype(np.int64), None, {})
-    candidates, done = _finish(lloyd, state)
-    is_chosen = candidates.ids == done.labels[:, None]
+        ids = matrix.candidates(centroids, state.prices, 1).ids
+        return Settled(ids[:, 0].astype(np.int64), None, {})
     num_rows = matrix.files.num_rows
-    figures = {
-        "num_moves": done.num_moves,
-        "num_candidates": candidates.ids.shape[1],
-        "cost": float(candidates.distances[is_chosen].sum()) / num_rows,
-    }
+
+    def nearest(charged: Float64) -> Candidates:
+        return matrix.candidates(
+            centroids, charged, min(config.num_candidates, config.num_clusters)
+        )
+
+    prices = lloyd.prices(centroids, state.prices)
+    done = finish(
+        nearest(prices),
+        prices,
+        nearest,
+        largest=largest_size(num_rows, config.num_clusters, config),
+        is_exact=config.balance == "exact",
+    )
+    cost = matrix.sums(centroids, prices, done.labels).objective(centroids)
+    figures = {"cost": cost / num_rows, "num_moves": done.num_moves}
     if config.balance == "exact":
-        best = matrix.sums(state.centroids, done.prices)
-        priced = best.objective(state.centroids) - float((best.counts * done.prices).sum())
-        figures["cost_lower_bound"] = dual_bound(done.prices, priced, num_rows) / num_rows
-    return Settled(done.labels, done.prices, figures)
+        # a bound holds at any prices; where candidates were too few the first ones may be better
+        bounds = [_lower_bound(matrix, centroids, tried) for tried in (done.prices, prices)]
+        prices = (done.prices, prices)[int(np.argmax(bounds))]
+        figures["cost_lower_bound"] = max(bounds) / num_rows
+    return Settled(done.labels, prices, figures)
 
 
-def _finish(lloyd: Lloyd, state: State) -> tuple[Candidates, Finish]:
-    matrix, config = lloyd.matrix, lloyd.config
-    largest = largest_size(matrix.files.num_rows, config.num_clusters, config)
-    prices = lloyd.prices(state.centroids, state.prices)
-    num = min(config.num_candidates, config.num_clusters)
-    while True:
-        nearest = matrix.candidates(state.centroids, prices, num)
-        is_exact = config.balance == "exact"
-        try:
-            return nearest, finish(*nearest, prices, largest=largest, is_exact=is_exact)
-        except UnreachableError:
-            # with all clusters as candidates every cluster reaches every other one
-            assert num < config.num_clusters
-            num = min(2 * num, config.num_clusters)
-            _log.info("exact sizes: candidates do not reach every cluster, trying %d", num)
+def _lower_bound(matrix: Matrix, centroids: Float64, prices: Float64) -> float:
+    best = matrix.sums(centroids, prices)
+    priced = best.objective(centroids) - float((best.counts * prices).sum())
+    return dual_bound(prices, priced, matrix.files.num_rows)
