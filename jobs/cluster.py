@@ -8,14 +8,20 @@ Without Ray for one worker; the result is the same on any number of them.
 With --run: features, clusters and cluster-sharded tars of that run.
 """
 
+import json
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, ConfigError, load_config
 from moce_dist.run import load_run, open_run, resolve_run, set_aside
+
+if TYPE_CHECKING:
+    from moce_dist.cluster.blocks import FeatureFiles, MapBlocks
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +46,10 @@ def main(argv: Sequence[str]) -> None:
 def read_config(arguments: Namespace) -> Config:
     """Combine file, --set and the flags of this job."""
     flags = {"num_clusters": arguments.num_clusters, "balance": arguments.balance}
-    given = [f"cluster.{name}={value}" for name, value in flags.items() if value is not None]
+    # quoted, for YAML reads a bare `off` as false
+    given = [
+        f"cluster.{name}={json.dumps(value)}" for name, value in flags.items() if value is not None
+    ]
     return load_config(arguments.config, [*arguments.overrides, *given])
 
 
@@ -66,32 +75,65 @@ def cluster_folder(arguments: Namespace) -> None:
     """Cluster anyone's features, taken as they are."""
     if arguments.out is None:
         raise ConfigError("--out: must name the folder of the result")
-    config, features = read_config(arguments), Path(arguments.features)
-    if not features.is_dir():
-        raise ConfigError(f"--features {features}: no such folder")
-    if not any(features.glob("*.npy")):
-        raise ConfigError(f"--features {features}: holds no *.npy")
-    out = Path(arguments.out).resolve()
+    config, out = read_config(arguments), Path(arguments.out).resolve()
+    files = check_folder(Path(arguments.features), out, config)
     if arguments.dry_run:
-        print(f"features   {features}, {len(list(features.glob('*.npy')))} files")
-        print(f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}")
-        print(f"workers    {config.parallel.num_workers}\nout        {out}")
+        print("\n".join(plan_lines(files, out, config)))
         return
     quiet_libraries()
-    if arguments.fresh:
+    if arguments.fresh and out.exists():
         set_aside(out)
     from moce_dist.cluster.assign import run_clustering
-    from moce_dist.launch import map_tasks
 
     summary = run_clustering(
-        features,
+        Path(arguments.features),
         out,
         config.cluster,
         seed=config.seed,
         subtract_mean=False,
-        map_blocks=partial(map_tasks, parallel=config.parallel),
+        map_blocks=block_mapper(config),
     )
     print_summary(summary, out)
+
+
+def check_folder(features: Path, out: Path, config: Config) -> "FeatureFiles":
+    """Read the headers of the features and refuse what cannot be clustered.
+
+    Raises:
+        ConfigError: naming the file or field.
+    """
+    from moce_dist.cluster.blocks import check_count, open_features
+
+    files = open_features(features)
+    check_count(files, config.cluster.num_clusters)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file, must be a folder")
+    return files
+
+
+def plan_lines(files: "FeatureFiles", out: Path, config: Config) -> list[str]:
+    """Describe what would be done."""
+    cluster = config.cluster
+    blocks = len(files.blocks(cluster.block_rows))
+    return [
+        f"features   {files.num_rows} rows of width {files.dim} in {len(files.paths)} files, "
+        f"{files.num_bytes} bytes",
+        f"clusters   {cluster.num_clusters} of {files.num_rows / cluster.num_clusters:.1f} rows, "
+        f"balance {cluster.balance}, at most {cluster.iterations} iterations",
+        f"workers    {config.parallel.num_workers}, {blocks} blocks of {cluster.block_rows} rows",
+        f"out        {out}",
+    ]
+
+
+def block_mapper(config: Config) -> "MapBlocks":
+    """Compute blocks on Ray's workers, or in this process where one worker is enough."""
+    from moce_dist.cluster.blocks import map_here
+
+    if config.parallel.num_workers == 1 and not os.environ.get("RAY_ADDRESS"):
+        return map_here
+    from moce_dist.launch import map_tasks
+
+    return partial(map_tasks, parallel=config.parallel)
 
 
 def print_summary(summary: dict[str, object], out: Path) -> None:

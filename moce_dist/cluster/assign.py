@@ -30,6 +30,7 @@ from moce_dist.cluster.blocks import (
     Float64,
     MapBlocks,
     View,
+    check_count,
     column_mean,
     map_here,
     open_features,
@@ -89,20 +90,21 @@ def run_clustering(
     the request; a folder that is complete for them is left as it is.
 
     Raises:
-        ConfigError: the features cannot be used (which file, which row), or K exceeds their number.
+        ConfigError: the features cannot be used (which file, which row), K exceeds their number,
+            or, without `inputs`, the folder holds the result of another request.
     """
     started = time.monotonic()
     files = open_features(features_dir)
-    if config.num_clusters > files.num_rows:
-        raise ConfigError(
-            f"cluster.num_clusters ({config.num_clusters}) must be at most the number of features "
-            f"({files.num_rows}) in {features_dir}"
-        )
+    check_count(files, config.num_clusters)
     mean = column_mean(files, map_blocks).astype(np.float32)
     matrix = Matrix(files, View(mean, subtract_mean), config.block_rows, map_blocks)
     given = inputs or {"request": state_request(matrix, config, seed)}
     if is_complete(out_dir, given):
         return read_summary(out_dir)
+    if inputs is None and (out_dir / COMPLETE).is_file():
+        raise ConfigError(
+            f"{out_dir}: holds the result of another request; choose another --out, or --fresh"
+        )
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / COMPLETE).unlink(missing_ok=True)
     lloyd = Lloyd(matrix, draw_sample(matrix, config.num_clusters, seed), config)

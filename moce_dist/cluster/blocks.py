@@ -167,6 +167,19 @@ def open_features(folder: Path) -> FeatureFiles:
     return FeatureFiles(paths, rows, dim, sum(array.nbytes for array in arrays))
 
 
+def check_count(files: FeatureFiles, num_clusters: int) -> None:
+    """Check that there is a row for every cluster.
+
+    Raises:
+        ConfigError: there is not.
+    """
+    if num_clusters > files.num_rows:
+        raise ConfigError(
+            f"cluster.num_clusters ({num_clusters}) must be at most the number of features "
+            f"({files.num_rows}) in {files.paths[0].parent}"
+        )
+
+
 def read_block(block: Block, view: View) -> Float32:
     """Read the transformed rows of a block with a last column of ones, (n, D + 1)."""
     array = open_array(Path(block.path))[block.start : block.stop]
