@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
 
+_MAX_CLUSTERS = 20
 FILES = ("model.safetensors", "config.json", "README.md")
 
 
@@ -82,7 +83,8 @@ def model_card(
         "```",
         "",
         *(f"- {name}: {value}" for name, value in about.items()),
-        f"- images: {choice['num_images']}, without labels; clusters: {len(choice['clusters'])}",
+        f"- images: {choice['num_images']}, without their labels",
+        f"- their clusters (images): {_histogram(choice['clusters'])}",
         *([f"- warning: {choice['warning']}"] if choice["warning"] else []),
         "",
         "| layer | block | expert | mass | runner-up | its mass | entropy (nats) |",
@@ -94,6 +96,12 @@ def model_card(
         *_results(metrics),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _histogram(clusters: dict[str, int]) -> str:
+    shown = [f"{cluster} ({count})" for cluster, count in list(clusters.items())[:_MAX_CLUSTERS]]
+    rest = len(clusters) - len(shown)
+    return ", ".join(shown) + (f" and {rest} more" if rest else "")
 
 
 def _layer_row(layer: dict[str, Any]) -> str:

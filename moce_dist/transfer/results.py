@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moce_dist.config import TransferConfig
-from moce_dist.run import fingerprint, read_jsonl
+from moce_dist.run import fingerprint, read_jsonl, write_atomic
 
 Row = dict[str, Any]
 
@@ -70,9 +70,9 @@ class Ledger:
             "own": self.own[row["backbone"]],
             "row": row,
         }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        # rewritten whole: an appended line after one that a kill cut off would be lost with it
+        lines = [*read_jsonl(self.path), line]
+        write_atomic(self.path, "".join(json.dumps(each) + "\n" for each in lines))
 
 
 def fingerprints(values: Mapping[str, Any]) -> dict[str, str]:

@@ -6,12 +6,17 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
+from PIL import Image
 
+from moce_dist.config import ConfigError
 from moce_dist.model.customize import customize
 from moce_dist.model.moce import LocalDispatcher
-from moce_dist.transfer.backbone import Backbone, run_backbone
+from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.export import export_backbone, model_card
+from moce_dist.transfer.loading import TaskImages
+from moce_dist.transfer.tasks import Item
 
 from .conftest import by_global_name
 
@@ -105,8 +110,40 @@ def test_card_tells_experts_and_results():
     card = model_card(choice, {"metric": "accuracy", "summary": [row]}, {"run": "demo"})
     assert "| 0 | 1 | 2 | 0.750 | 0 | 0.250 | 0.560 |" in card
     assert "| moce | knn | 0.9375 | 0.0000 |" in card
+    assert "- their clusters (images): 4 (10)\n" in card
     assert "- warning: spread" in card and "- run: demo" in card
     assert "Nothing yet." in model_card(choice, None, {})
+
+
+def test_model_of_timms_own_gets_pixels_with_its_own_statistics(image_folder):
+    backbone = Backbone(
+        *("timm:x", "vit_tiny_patch16_224", {}, 224), mean=(0.5, 0.5, 0.5), std=(0.5, 0.4, 0.25)
+    )
+    file = image_folder / "train" / "rows" / "000.png"
+    found, _ = TaskImages([Item("a", file, 0)], backbone)[(0, 0)]
+    square = Image.open(file).resize((224, 224), Image.Resampling.BICUBIC)
+    unit = np.asarray(square, np.float64).transpose(2, 0, 1) / 255
+    expected = (unit - 0.5) / np.array([0.5, 0.4, 0.25]).reshape(3, 1, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_other_architectures_classify_but_do_not_segment():
+    backbone = Backbone("timm:resnet10t", "resnet10t", {}, 64)
+    assert backbone.features_model(0)(torch.zeros(1, 3, 64, 64)).shape == (1, 512)
+    assert backbone.classifier(4, seed=0, drop_path=0.1)(torch.zeros(2, 3, 64, 64)).shape == (2, 4)
+    with pytest.raises(ConfigError, match="must be a plain ViT"):
+        backbone.dense_model(64, seed=0, drop_path=0.1)
+
+
+@pytest.mark.parametrize("name", ["timm:no_such_model", "timm:vit_tiny_patch16_224.nothing"])
+def test_names_that_timm_does_not_know_are_refused(name):
+    with pytest.raises(ConfigError, match=f"--backbone {name}"):
+        timm_backbone(name)
+
+
+def test_timms_mae_is_described_without_loading_it():
+    backbone = timm_backbone("timm:vit_base_patch16_224.mae")
+    assert (backbone.image_size, backbone.mean) == (224, (0.485, 0.456, 0.406))
 
 
 def test_config_json_names_the_architecture(tmp_path, config, models):

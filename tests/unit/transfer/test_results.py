@@ -1,0 +1,60 @@
+"""The ledger of results and their summary."""
+
+import json
+
+import pytest
+
+from moce_dist.config import TransferConfig
+from moce_dist.transfer.results import Fit, Ledger, budget, make_metrics, summarise
+
+
+def row(backbone: str, protocol: str, seed: int, value: float) -> dict[str, object]:
+    return {"backbone": backbone, "protocol": protocol, "seed": seed, "value": value}
+
+
+def test_summary_has_mean_and_sample_deviation():
+    rows = [row("mae", "knn", s, v) for s, v in enumerate((0.5, 0.6, 0.7))]
+    rows.append(row("moce", "knn", 0, 0.8))
+    assert summarise(rows) == [
+        {
+            **{"backbone": "mae", "protocol": "knn"},
+            **{"mean": pytest.approx(0.6), "std": pytest.approx(0.1)},
+        },
+        {"backbone": "moce", "protocol": "knn", "mean": 0.8, "std": 0.0},
+    ]
+    assert make_metrics("t", "mIoU", rows)["results"] == rows
+
+
+def test_only_rows_of_the_present_conditions_count(tmp_path):
+    path = tmp_path / "results.jsonl"
+    old = Ledger(path, {"knn": "a", "linear": "b"}, {"moce": "route 0", "mae": "x"})
+    for name in ("moce", "mae"):
+        old.add(row(name, "knn", 0, 0.1))
+        old.add(row(name, "linear", 0, 0.2))
+    assert len(old.rows()) == 4
+    # another budget of linear, another route of the MoCE
+    new = Ledger(path, {"knn": "a", "linear": "c"}, {"moce": "route 1"})
+    assert set(new.rows()) == {Fit("mae", "knn", 0)}
+    new.add(row("moce", "knn", 0, 0.9))
+    assert new.rows()[Fit("moce", "knn", 0)]["value"] == 0.9
+    assert old.rows()[Fit("moce", "knn", 0)]["value"] == 0.1
+
+
+def test_line_cut_off_by_a_kill_costs_only_itself(tmp_path):
+    path = tmp_path / "results.jsonl"
+    ledger = Ledger(path, {"knn": "a"}, {"mae": "x"})
+    ledger.add(row("mae", "knn", 0, 0.1))
+    with path.open("a") as file:
+        file.write(json.dumps({"common": "a"})[:7])
+    ledger.add(row("mae", "knn", 1, 0.2))
+    assert [fit.seed for fit in ledger.rows()] == [0, 1]
+
+
+def test_budget_names_what_a_protocol_depends_on():
+    transfer = TransferConfig()
+    assert budget(transfer, "knn", is_segmentation=False) == {"max_train": None, "knn_k": 10}
+    assert budget(transfer, "finetune", is_segmentation=False).keys() == {"max_train", "finetune"}
+    fields = budget(transfer, "finetune", is_segmentation=True)
+    assert {name for name in fields if name != "max_train"} == {
+        name for name in TransferConfig.model_fields if name.startswith("segment_")
+    }
