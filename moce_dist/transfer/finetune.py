@@ -11,6 +11,7 @@ util/lr_sched.py @efb2a80. Without their RandAugment and random erasing.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from moce_dist.transfer.classify import accuracy
 from moce_dist.transfer.loading import (
     Machine,
     Progress,
+    TaskImages,
     TrainingOrder,
     backward_in_parts,
     eval_batches,
@@ -97,43 +99,36 @@ def finetune(
         if name == "head.weight":
             nn.init.trunc_normal_(parameter, std=_HEAD_STD)
     model.to(machine.device)
-    _train(model, backbone, task, recipe, machine, seed)
+    images = TaskImages(task.train, backbone, augment=recipe, seed=seed)
+    _train(model, images, recipe, machine, seed=seed)
     return evaluate(model.eval(), backbone, task, machine)
 
 
 def _train(
-    model: nn.Module,
-    backbone: Backbone,
-    task: Task,
-    recipe: FinetuneConfig,
-    machine: Machine,
-    seed: int,
+    model: Any, images: TaskImages, recipe: FinetuneConfig, machine: Machine, *, seed: int
 ) -> None:
     # Mixup swaps an image with its mirror position in the batch, so batches are even
-    batch_size = min(recipe.batch_size, len(task.train)) // 2 * 2
-    order = TrainingOrder(len(task.train), batch_size, recipe.epochs, seed)
+    batch_size = min(recipe.batch_size, len(images)) // 2 * 2
+    order = TrainingOrder(len(images), batch_size, recipe.epochs, seed)
     warmup = round(recipe.warmup_epochs * len(order) / recipe.epochs)
     peak = recipe.base_lr * batch_size / 256
     optimizer = make_optimizer(
         model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
     )
-    mix = _mixer(recipe, len(task.classes))
+    mix = _mixer(recipe, model.num_classes)
     torch.manual_seed(seed)
     np.random.seed(seed)  # timm's Mixup draws from numpy's global generator
-    name = f"{backbone.name} finetune seed {seed}"
+    name = f"finetune seed {seed}"
     progress = Progress(name, len(order), "steps")
 
-    def loss_of(images: Tensor, targets: Tensor) -> Tensor:
+    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
         smoothing = 0.0 if mix else _LABEL_SMOOTHING
-        return F.cross_entropy(model(images).float(), targets, label_smoothing=smoothing)
+        return F.cross_entropy(model(inputs).float(), targets, label_smoothing=smoothing)
 
-    batches = training_batches(
-        task.train, backbone, machine, order=order, augment=recipe, seed=seed
-    )
-    for step, (images, labels) in enumerate(batches):
+    for step, (pixels, labels) in enumerate(training_batches(images, order, machine)):
         rate = learning_rate(step, steps=len(order), warmup=warmup, peak=peak)
         set_learning_rate(optimizer, rate)
-        inputs, targets = images.to(machine.device), labels.to(machine.device)
+        inputs, targets = pixels.to(machine.device), labels.to(machine.device)
         if mix is not None:
             inputs, targets = mix(inputs, targets)
         optimizer.zero_grad()

@@ -135,6 +135,9 @@ class TaskImages(Dataset[tuple[np.ndarray, int]]):
         self._augment, self._seed = augment, seed
         self._factor, self._shift = renormalisation(backbone)
 
+    def __len__(self) -> int:
+        return len(self._items)
+
     def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int]:
         """Return item `index` as it looks in `epoch`, for a draw (epoch, index).
 
@@ -188,15 +191,6 @@ class TrainingOrder:
                 yield [(epoch, int(i)) for i in permuted[start : start + self._batch_size]]
 
 
-def training_batches(
-    items: Sequence[Item],
-    backbone: Backbone,
-    machine: Machine,
-    *,
-    order: TrainingOrder,
-    augment: FinetuneConfig,
-    seed: int,
-) -> Batches:
-    """Yield augmented (images (B, 3, S, S), labels (B,)) in the given order, on the CPU."""
-    dataset = TaskImages(items, backbone, augment=augment, seed=seed)
-    yield from DataLoader(dataset, batch_sampler=order, num_workers=machine.loader_processes)
+def training_batches(images: TaskImages, order: TrainingOrder, machine: Machine) -> Batches:
+    """Yield (images (B, 3, S, S), labels (B,)) in the given order, on the CPU."""
+    yield from DataLoader(images, batch_sampler=order, num_workers=machine.loader_processes)
