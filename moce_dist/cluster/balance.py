@@ -27,7 +27,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 _CLOSE = 0.01
 """Share of rows beyond the sizes at which prices are good enough."""
-_LONGEST = 2**10
+_LONGEST = 2**20
 """Longest step of the line search, in changes of a round."""
 
 

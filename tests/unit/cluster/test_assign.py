@@ -1,0 +1,134 @@
+"""Assignments of new features, their table, and the summary of a run's features."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from moce_dist.cluster.assign import (
+    assign_features,
+    domain_figures,
+    read_assignments,
+    read_centroids,
+    run_clustering,
+)
+from moce_dist.cluster.features import transform
+from moce_dist.config import ClusterConfig, ConfigError
+from moce_dist.run import is_complete
+
+
+def run_features(folder, shifts=(0.0, 0.0, 0.0), per_shard=40):
+    """Features of a run: raw rows far from the origin, keys `DOMAIN/NUMBER` beside them."""
+    folder.mkdir()
+    draws = np.random.default_rng(0)
+    parts = []
+    for number, shift in enumerate(shifts):
+        rows = draws.standard_normal((per_shard, 6)) * 0.3 + 20
+        rows[:, number % 6] += 4 + shift
+        parts.append(rows.astype(np.float16))
+        np.save(folder / f"s{number}.npy", parts[-1])
+        keys = [f"domain{number}/{row}" for row in range(per_shard)]
+        (folder / f"s{number}.keys.json").write_text(json.dumps(keys))
+    return np.concatenate(parts)
+
+
+def clustered(tmp_path, **more):
+    arguments = {"seed": 1, "subtract_mean": True, **more}
+    config = ClusterConfig(num_clusters=3, block_rows=32)
+    return run_clustering(tmp_path / "features", tmp_path / "clusters", config, **arguments)
+
+
+def test_run_is_clustered_in_transformed_features_with_its_keys(tmp_path):
+    rows = run_features(tmp_path / "features")
+    summary = clustered(tmp_path, inputs={"features": "x"})
+    centroids, mean = read_centroids(tmp_path / "clusters")
+    assert mean is not None and mean.dtype == np.float32
+    np.testing.assert_allclose(mean, rows.astype(float).mean(axis=0), rtol=1e-6)
+    table = pq.read_table(tmp_path / "clusters" / "assignments.parquet")
+    assert table.column_names == ["key", "shard", "cluster", "distance"]
+    assert table["key"].to_pylist()[40:42] == ["domain1/0", "domain1/1"]
+    assert table["shard"].to_pylist()[40] == "s1"
+    labels = table["cluster"].to_numpy()
+    expected = ((transform(rows, mean) - centroids[labels]) ** 2).sum(axis=1)
+    np.testing.assert_allclose(table["distance"].to_numpy(), expected, atol=1e-5)
+    assert summary["mean_squared_distance"] == pytest.approx(expected.mean(), rel=1e-4)
+    assert is_complete(tmp_path / "clusters", {"features": "x"})
+    assert not (tmp_path / "clusters" / "state.npz").exists()
+
+
+def test_summary_tells_how_clusters_and_domains_agree(tmp_path):
+    run_features(tmp_path / "features")
+    summary = clustered(tmp_path)
+    assert summary["nmi"] == pytest.approx(1)
+    assert sorted(max(mix.values()) for mix in summary["domains"]) == [40, 40, 40]
+    for name in ("num_images", "num_clusters", "dim", "iterations", "seconds", "seed", "balance"):
+        assert name in summary
+    assert summary == json.loads((tmp_path / "clusters" / "summary.json").read_text())
+
+
+def test_new_features_go_where_the_old_ones_are(tmp_path):
+    rows = run_features(tmp_path / "features")
+    clustered(tmp_path)
+    centroids, mean = read_centroids(tmp_path / "clusters")
+    labels, distances = assign_features(rows, centroids, mean=mean)
+    brute = ((transform(rows, mean)[:, None] - centroids) ** 2).sum(axis=2)
+    assert (labels == brute.argmin(axis=1)).all()
+    np.testing.assert_allclose(distances, brute.min(axis=1), atol=1e-5)
+    table = read_assignments(tmp_path / "clusters" / "assignments.parquet")
+    assert list(table.values()) == labels.tolist()
+
+
+def test_bare_features_are_compared_as_they_are_with_and_without_prices():
+    draws = np.random.default_rng(0)
+    rows = draws.standard_normal((200, 4)).astype(np.float32) + 1000
+    centroids = draws.standard_normal((5, 4)) + 1000
+    prices = draws.standard_normal(5) * 2
+    brute = ((rows[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
+    labels, distances = assign_features(rows, centroids)
+    assert (labels == brute.argmin(axis=1)).all()
+    np.testing.assert_allclose(distances, brute.min(axis=1), rtol=1e-3)
+    labels, distances = assign_features(rows, centroids, prices=prices)
+    assert (labels == (brute - prices).argmin(axis=1)).all()
+    np.testing.assert_allclose(distances, brute[np.arange(200), labels], rtol=1e-3)
+
+
+def test_bare_features_have_file_and_row_as_key_and_no_mean(tmp_path):
+    folder = tmp_path / "features"
+    run_features(folder)
+    for names in folder.glob("*.json"):
+        names.unlink()
+    clustered(tmp_path, subtract_mean=False)
+    table = pq.read_table(tmp_path / "clusters" / "assignments.parquet")
+    assert table["key"].to_pylist()[39:41] == ["s0.npy:39", "s1.npy:0"]
+    assert table["shard"].to_pylist()[39] == "s0.npy"
+    assert read_centroids(tmp_path / "clusters")[1] is None
+
+
+def test_another_request_is_refused_unless_a_stage_says_what_it_is_made_from(tmp_path):
+    run_features(tmp_path / "features")
+    clustered(tmp_path)
+    with pytest.raises(ConfigError, match="another request"):
+        clustered(tmp_path, seed=2)
+    assert clustered(tmp_path, seed=2, inputs={"features": "y"})["seed"] == 2
+
+
+def test_keys_that_do_not_fit_their_file_are_named(tmp_path):
+    run_features(tmp_path / "features")
+    (tmp_path / "features" / "s1.keys.json").write_text('["one"]')
+    with pytest.raises(ConfigError, match=r"s1\.keys\.json: holds 1 keys for 40 rows"):
+        clustered(tmp_path)
+
+
+def test_keys_without_folders_have_no_domains():
+    assert domain_figures(["a.npy:0", "a.npy:1"], np.array([0, 1])) == {}
+
+
+@pytest.mark.parametrize("name", ["assignments.parquet", "centroids.npy"])
+def test_missing_or_broken_results_are_named(tmp_path, name):
+    read = read_assignments if name.endswith("parquet") else lambda path: read_centroids(tmp_path)
+    with pytest.raises(ConfigError, match=name):
+        read(tmp_path / name)
+    (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(ConfigError, match=name):
+        read(tmp_path / name)

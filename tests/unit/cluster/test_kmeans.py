@@ -1,0 +1,120 @@
+"""Sweeps against NumPy: priced search, sums, objective, blocks; off mode against FAISS itself."""
+
+import faiss
+import numpy as np
+import pytest
+
+from moce_dist.cluster.blocks import View, column_mean, group_blocks, map_here, open_features
+from moce_dist.cluster.kmeans import Matrix, search, squared_distances
+from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, split_empty
+from moce_dist.config import ClusterConfig
+
+
+def mixture(num_rows, dim, num_groups, seed=0, spread=1.0):
+    draws = np.random.default_rng(seed)
+    weights = draws.dirichlet(np.ones(num_groups))
+    groups = draws.choice(num_groups, num_rows, p=weights)
+    rows = draws.standard_normal((num_groups, dim))[groups] * 2
+    return (rows + spread * draws.standard_normal((num_rows, dim))).astype(np.float32)
+
+
+def matrix_of(folder, rows, *, files=3, block_rows=64):
+    folder.mkdir(exist_ok=True)
+    for number, part in enumerate(np.array_split(rows, files)):
+        np.save(folder / f"{number}.npy", part)
+    opened = open_features(folder)
+    view = View(column_mean(opened).astype(np.float32), normalise=False)
+    return Matrix(opened, view, block_rows, map_here)
+
+
+def brute_force(rows, centroids):
+    return ((rows[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
+
+
+@pytest.mark.parametrize("shift", [0.0, 40.0])
+def test_priced_search_is_brute_force_argmin(shift):
+    draws = np.random.default_rng(0)
+    rows = draws.standard_normal((500, 9)).astype(np.float32) + np.float32(shift)
+    centroids, prices = draws.standard_normal((11, 9)) + shift, draws.standard_normal(11) * 3
+    augmented = np.hstack([rows, np.ones((500, 1), np.float32)])
+    found = search(augmented, centroids, prices, num=11)
+    expected = brute_force(rows, centroids) - prices
+    order = np.sort(expected, axis=1)
+    taken = np.take_along_axis(expected, found.ids, axis=1)
+    np.testing.assert_allclose(taken, order, atol=0.02 if shift else 1e-4)
+    squares = (rows.astype(np.float64) ** 2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(found.priced + squares, order, atol=0.02 if shift else 1e-4)
+
+
+def test_search_leaves_the_number_of_threads_as_it_was():
+    before = faiss.omp_get_max_threads()
+    search(np.ones((3, 3), np.float32), np.zeros((2, 2)), np.zeros(2), num=1)
+    assert faiss.omp_get_max_threads() == before
+
+
+def test_distances_keep_their_digits_far_from_the_origin():
+    rows = np.array([[1e4, 1e4 + 1]], np.float32)
+    centroids = np.array([[0.0, 0.0], [1e4, 1e4]])
+    assert squared_distances(rows, centroids, np.array([1])).tolist() == [1.0]
+
+
+def test_sums_objective_and_means_are_numpys(tmp_path):
+    rows = mixture(700, 5, 4)
+    matrix = matrix_of(tmp_path / "features", rows)
+    centred = rows - matrix.view.mean
+    centroids = centred[:6].astype(np.float64)
+    prices = np.linspace(-1, 1, 6)
+    sums = matrix.sums(centroids, prices)
+    labels = (brute_force(centred, centroids) - prices).argmin(axis=1)
+    assert sums.counts.tolist() == np.bincount(labels, minlength=6).tolist()
+    expected = brute_force(centred, centroids)[np.arange(700), labels]
+    assert sums.objective(centroids) == pytest.approx(expected.sum(), rel=1e-9)
+    for cluster, mean in enumerate(sums.means(centroids)):
+        np.testing.assert_allclose(mean, centred[labels == cluster].astype(float).mean(0))
+    np.testing.assert_allclose(matrix.distances(centroids, labels), expected, rtol=1e-12)
+    fixed = matrix.sums(centroids, np.zeros(6), labels)
+    assert (fixed.sums == sums.sums).all() and fixed.squares == sums.squares
+
+
+def test_blocks_cover_every_row_once_and_never_cross_files(tmp_path):
+    matrix = matrix_of(tmp_path / "features", mixture(700, 2, 2), files=4, block_rows=64)
+    blocks = matrix.files.blocks(64)
+    assert [b.row for b in blocks] == [0, 64, 128, 175, 239, 303, 350, 414, 478, 525, 589, 653]
+    assert [b.stop - b.start for b in blocks] == [64, 64, 47] * 4
+    many = matrix.files.blocks(3)
+    groups = group_blocks(many)
+    assert len(groups) <= 64 and [b for group in groups for b in group] == many
+
+
+def test_off_mode_is_as_good_as_faiss_from_the_same_centroids(tmp_path):
+    rows = mixture(6000, 16, 30, spread=1.5)
+    matrix = matrix_of(tmp_path / "features", rows, block_rows=1024)
+    config = ClusterConfig(num_clusters=12, balance="off", iterations=10, tolerance=0)
+    lloyd = Lloyd(matrix, draw_sample(matrix, 12, 0), config)
+    first = lloyd.first_state(0).centroids + matrix.view.mean
+    judge = faiss.Kmeans(16, 12, niter=10, max_points_per_centroid=10**6, min_points_per_centroid=1)
+    judge.train(rows, init_centroids=first.astype(np.float32))
+    theirs = brute_force(rows, judge.centroids).min(axis=1).sum()
+    state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
+    assert state.iteration == 10
+    ours = brute_force(rows - matrix.view.mean, state.centroids).min(axis=1).sum()
+    assert ours <= 1.001 * theirs
+
+
+def test_balance_costs_little_and_iterations_keep_sizes_near(tmp_path):
+    rows = mixture(8000, 8, 12, seed=3, spread=2.0)
+    matrix = matrix_of(tmp_path / "features", rows, block_rows=1024)
+    config = ClusterConfig(num_clusters=8, balance="exact", iterations=10)
+    lloyd = Lloyd(matrix, draw_sample(matrix, 8, 0), config)
+    state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
+    counts = matrix.sums(state.centroids, lloyd.prices(state.centroids, state.prices)).counts
+    assert counts.max() <= 1.1 * counts.mean()
+
+
+def test_empty_clusters_take_half_of_the_largest():
+    centroids = np.array([[1.0, 1.0], [5.0, 5.0], [9.0, 9.0]])
+    split = split_empty(centroids, np.array([10.0, 0.0, 90.0]))
+    assert (split[0] == centroids[0]).all()
+    step = split[1] - centroids[2]
+    assert (split[2] == centroids[2] - step).all()
+    assert 0 < np.abs(step).max() < 0.05 and step[0] == -step[1]
