@@ -21,8 +21,8 @@ TINY = (
     "model.decoder_width=16", "model.decoder_num_heads=2", "moe.num_experts=4",
     "cluster.num_clusters=8", "parallel.num_groups=2", "moce.batch_size=16", "moce.epochs=2",
     "moce.warmup_epochs=0", "mae.batch_size=16", "logging.every_steps=1",
-    "logging.tensorboard=false", "data.loader_processes=0", "parallel.precision=fp32", "parallel.replan_steps=5",
-    "checkpoint.every_steps=4", "checkpoint.keep=100", "data.max_fault_fraction=1",
+    "logging.tensorboard=false", "data.loader_processes=0", "parallel.precision=fp32",
+    "parallel.replan_steps=5", "checkpoint.every_steps=4", "checkpoint.keep=100", "data.max_fault_fraction=1",
 )  # fmt: skip
 
 

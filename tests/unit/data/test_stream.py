@@ -118,4 +118,4 @@ def test_noise_is_uniform_and_changes_with_the_epoch(index, tmp_path):
     assert first.keys() == second.keys()
     assert not any(first[k].equal(second[k]) for k in first)
     everything = torch.stack([*first.values(), *second.values()])
-    assert 0 <= everything.min() and everything.max() < 1
+    assert everything.min() >= 0 and everything.max() < 1

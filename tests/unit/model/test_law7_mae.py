@@ -1,7 +1,8 @@
 """Law 7: our MAE equals the published MAE on the same weights, image and mask.
 
-The published computation (He et al. 2022, arXiv 2111.06377, sections 3 and A.1) is written out here in
-float64 from its formulas, with nothing of ours and nothing of timm's but the tensors by name.
+The published computation (He et al. 2022, arXiv 2111.06377, sections 3 and A.1) is written out
+here in float64 from its formulas, with nothing of ours and nothing of timm's but the tensors by
+name.
 """
 
 import math
@@ -138,5 +139,3 @@ def test_patch_order_is_channels_last():
     # first patch of the first image: pixels (0,0) (0,1) (1,0) (1,1), each red green blue
     assert patches[0, 0].tolist() == [0, 16, 32, 1, 17, 33, 4, 20, 36, 5, 21, 37]
     assert unpatchify(patches, 2).equal(images)
-
-

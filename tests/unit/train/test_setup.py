@@ -30,5 +30,5 @@ def test_compiled_blocks_keep_names_and_losses():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_asking_for_a_gpu_that_is_not_there_is_refused():
-    with pytest.raises(ConfigError, match="parallel.use_gpu"):
+    with pytest.raises(ConfigError, match=r"parallel\.use_gpu"):
         worker_device(load_config(None, ["parallel.use_gpu=true"]))
