@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
@@ -137,7 +138,7 @@ def train(job: StageJob) -> None:
         raise RuntimeError(error)
 
 
-def _fit(trainer: TorchTrainer, follower: "Follower") -> None:
+def _fit(trainer: DataParallelTrainer, follower: "Follower") -> None:
     errors: list[Exception] = []
 
     def fit() -> None:
@@ -159,6 +160,64 @@ def _fit(trainer: TorchTrainer, follower: "Follower") -> None:
         raise
     if errors:
         raise RuntimeError(follower.reason(errors[0])) from None
+
+
+def label_selectors(parallel: ParallelConfig) -> list[dict[str, str]] | None:
+    """Choose a node label per worker, neighbours on one group; None when no node has a label.
+
+    Raises:
+        ConfigError: the cluster has more or fewer labels than the expert groups need places.
+    """
+    labels = {
+        node["Labels"][GROUP_LABEL]
+        for node in ray.nodes()
+        if node["Alive"] and GROUP_LABEL in node["Labels"]
+    }
+    if not labels:
+        return None
+    topology = Topology(parallel.num_workers, parallel.num_groups)
+    if len(labels) != topology.ep_size:
+        raise ConfigError(
+            f"parallel.num_groups ({parallel.num_groups}) on {parallel.num_workers} workers needs "
+            f"{topology.ep_size} values of the node label {GROUP_LABEL}; the cluster has "
+            f"{sorted(labels, key=natural_key)}"
+        )
+    names = sorted(labels, key=natural_key)
+    return [{GROUP_LABEL: names[topology.place(rank)]} for rank in range(parallel.num_workers)]
+
+
+def _join(timeout_s: float) -> None:
+    """Agree on ranks ordered by (group, node, local rank); set what torch.distributed reads.
+
+    Ray regroups ranks by node, so its rank says nothing of the group: every worker reads the label
+    of its own node, and all learn everybody's through a store at Ray's rank 0.
+    """
+    from torch._C._distributed_c10d import TCPStore
+
+    context, runtime = ray.train.get_context(), ray.get_runtime_context()
+    size, mine = context.get_world_size(), context.get_world_rank()
+    here = ray.util.get_node_ip_address()
+    host, port = broadcast_from_rank_zero((here, _free_port()))
+    store = TCPStore(host, port, size, mine == 0, timedelta(seconds=timeout_s))
+    group = runtime.get_node_labels().get(GROUP_LABEL, "")
+    station = Station(group, runtime.get_node_id(), context.get_local_rank())
+    store.set(f"station/{mine}", json.dumps([*station, here, _free_port()]))
+    found = [json.loads(store.get(f"station/{worker}")) for worker in range(size)]
+    order = rank_order([Station(*entry[:3]) for entry in found])
+    *_, master, master_port = found[order[0]]
+    # Ray shows a worker only its own GPU, so that is number 0 for every one of them
+    os.environ.update(RANK=str(order.index(mine)), WORLD_SIZE=str(size), LOCAL_RANK="0")
+    os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(master_port))
+    # the store must outlive its last reader
+    store.set(f"done/{mine}", "")
+    if mine == 0:
+        store.wait([f"done/{worker}" for worker in range(size)])
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return int(server.getsockname()[1])
 
 
 def _error_left(job: StageJob) -> str | None:

@@ -22,7 +22,8 @@ TINY = (
     "cluster.num_clusters=8", "parallel.num_groups=2", "moce.batch_size=16", "moce.epochs=2",
     "moce.warmup_epochs=0", "mae.batch_size=16", "logging.every_steps=1",
     "logging.tensorboard=false", "data.loader_processes=0", "parallel.precision=fp32",
-    "parallel.replan_steps=5", "checkpoint.every_steps=4", "checkpoint.keep=100", "data.max_fault_fraction=1",
+    "parallel.replan_steps=5", "checkpoint.every_steps=4", "checkpoint.keep=100",
+    "data.max_fault_fraction=1",
 )  # fmt: skip
 
 
