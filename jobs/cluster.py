@@ -43,29 +43,32 @@ def main(argv: Sequence[str]) -> None:
         cluster_folder(arguments)
 
 
-def read_config(arguments: Namespace) -> Config:
-    """Combine file, --set and the flags of this job."""
+def read_config(arguments: Namespace, base: str | Path | None) -> Config:
+    """Combine a file, --set and the flags of this job."""
     flags = {"num_clusters": arguments.num_clusters, "balance": arguments.balance}
     # quoted, for YAML reads a bare `off` as false
     given = [
         f"cluster.{name}={json.dumps(value)}" for name, value in flags.items() if value is not None
     ]
-    return load_config(arguments.config, [*arguments.overrides, *given])
+    return load_config(base, [*arguments.overrides, *given])
 
 
 def cluster_run(arguments: Namespace) -> None:
-    """Make features, clusters and shards of a run; its own configuration holds."""
+    """Make features, clusters and shards of a run, with its own configuration."""
     if arguments.out is not None:
         raise ConfigError(f"--out {arguments.out}: the clusters of a run lie in the run")
-    root = resolve_run(arguments.run, load_config(None))
-    _, config = load_run(root)
-    if arguments.config or arguments.overrides or arguments.num_clusters or arguments.balance:
-        config = read_config(arguments)
+    if arguments.fresh:
+        raise ConfigError("--fresh: would set the whole run aside; remove its clusters instead")
+    root = resolve_run(arguments.run, load_config(arguments.config))
+    load_run(root)
+    config = read_config(arguments, arguments.config or root / "config.yaml")
     if arguments.dry_run:
-        print(f"run        {root}\nclusters   {config.cluster.num_clusters}")
+        print(f"run        {root}")
+        print(f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}")
+        print(f"workers    {config.parallel.num_workers}")
         return
     quiet_libraries()
-    run = open_run(root, config, fresh=arguments.fresh)
+    run = open_run(root, config)
     from moce_dist.pipeline import Pipeline
 
     print_summary(Pipeline(run, config).cluster(), run.clusters)
@@ -75,7 +78,7 @@ def cluster_folder(arguments: Namespace) -> None:
     """Cluster anyone's features, taken as they are."""
     if arguments.out is None:
         raise ConfigError("--out: must name the folder of the result")
-    config, out = read_config(arguments), Path(arguments.out).resolve()
+    config, out = read_config(arguments, arguments.config), Path(arguments.out).resolve()
     files = check_folder(Path(arguments.features), out, config)
     if arguments.dry_run:
         print("\n".join(plan_lines(files, out, config)))

@@ -31,7 +31,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SCAN_FIRST_BYTES = 10 * 10**9
-_MAX_GROUPS = 64
+_MAX_GROUPS = 256
 _SCAN_ROWS = 8192
 
 
@@ -190,7 +190,7 @@ def read_block(block: Block, view: View) -> Float32:
 
 
 def group_blocks(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-    """Consecutive blocks in at most 64 groups, by their number alone."""
+    """Consecutive blocks in at most 256 groups, by their number alone."""
     size = -(-len(blocks) // _MAX_GROUPS)
     return [tuple(blocks[i : i + size]) for i in range(0, len(blocks), size)]
 

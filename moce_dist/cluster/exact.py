@@ -33,6 +33,8 @@ Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
 Edge = tuple[int, int]
 _NO_ROW = -1
+_MAX_ADDED = 100
+"""Moves between two clusters that one search adds at most."""
 _CLOSED = -1e30
 """Price at which nothing goes to a cluster."""
 
@@ -205,7 +207,7 @@ class _Flow:
         """Find moves out of clusters that no candidate leads out of."""
         outside = self._search(np.where(is_inside, _CLOSED, self.prices))
         surplus = int(np.maximum(self.surplus, 0).sum())
-        self.edges.add(is_inside, outside, limit=surplus)
+        self.edges.add(is_inside, outside, limit=min(surplus, _MAX_ADDED))
         self.num_searches += 1
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moce_dist.config import load_config
+from moce_dist.run import open_run
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -100,3 +103,17 @@ def test_dry_run_shows_the_plan_and_writes_nothing(features, tmp_path):
     assert done.returncode == 0
     assert "202 rows of width 5 in 2 files" in done.stdout and "50.5 rows" in done.stdout
     assert not out.exists()
+
+
+def test_run_keeps_its_configuration_and_refuses_another_one(tmp_path):
+    config = load_config(None, ["cluster.num_clusters=8", "data.source=folder:/pictures"])
+    open_run(tmp_path / "run", config)
+    plan = start("--run", tmp_path / "run", "--set", "parallel.num_workers=2", "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    assert "clusters   8," in plan.stdout and "workers    2" in plan.stdout
+    other = start("--run", tmp_path / "run", "--num-clusters", 9)
+    assert other.returncode == 2 and "cluster.num_clusters: 8 -> 9" in other.stderr
+    fresh = start("--run", tmp_path / "run", "--fresh")
+    assert fresh.returncode == 2 and "--fresh" in fresh.stderr
+    missing = start("--run", tmp_path / "nothing")
+    assert missing.returncode == 2 and "not a run directory" in missing.stderr
