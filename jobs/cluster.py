@@ -59,7 +59,8 @@ def cluster_run(arguments: Namespace) -> None:
         raise ConfigError(f"--out {arguments.out}: the clusters of a run lie in the run")
     if arguments.fresh:
         raise ConfigError("--fresh: would set the whole run aside; remove its clusters instead")
-    root = resolve_run(arguments.run, load_config(arguments.config))
+    # the flags are checked before the run is looked for: both mistakes are the request's
+    root = resolve_run(arguments.run, read_config(arguments, arguments.config))
     load_run(root)
     config = read_config(arguments, arguments.config or root / "config.yaml")
     if arguments.dry_run:

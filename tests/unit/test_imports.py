@@ -2,6 +2,7 @@
 
 import ast
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,15 @@ def dotted(node: ast.AST) -> str:
     if isinstance(node, ast.Import):
         return " ".join(alias.name for alias in node.names)
     return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_before():
+    """The linter's logging set-up turns off every logger that it finds."""
+    yield
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.mark.parametrize("contract", CONTRACTS)
