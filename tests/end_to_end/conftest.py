@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 400
+TIMEOUT_S = 500
 MARK = "MOCE_TEST_MARK"
 CONFIG = """
 data: {image_size: 32, holdout_fraction: 0.05, shard_bytes: 65536, loader_processes: 0}
@@ -34,6 +34,11 @@ parallel: {num_workers: 2, num_groups: 2, precision: fp32, replan_steps: 7}
 checkpoint: {every_steps: 20}
 logging: {every_steps: 1, tensorboard: false}
 """
+
+
+def heed_interrupts():
+    """Undo what a shell does to its background jobs, which is to ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 class Job:
@@ -51,6 +56,7 @@ class Job:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            preexec_fn=heed_interrupts,  # noqa: PLW1509 - sets a signal, takes no lock
         )
 
     def finish(self, timeout_s=TIMEOUT_S):
