@@ -35,6 +35,7 @@ RUNTIME_FIELDS = (
     "checkpoint",
     "logging",
     "transfer",
+    "bench",
 )
 
 
@@ -318,6 +319,15 @@ class TransferConfig(Section):
     """Channels of the segmentation decoder."""
 
 
+class BenchConfig(Section):
+    """How `jobs/bench.py` measures."""
+
+    rounds: int = Field(8, ge=2)
+    """Measured rounds; every variant runs once a round."""
+    warmup_rounds: int = Field(2, ge=0)
+    """Rounds that are run and not counted."""
+
+
 class Config(Section):
     """The whole of a request."""
 
@@ -335,6 +345,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     transfer: TransferConfig = TransferConfig()
+    bench: BenchConfig = BenchConfig()
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

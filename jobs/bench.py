@@ -1,0 +1,36 @@
+"""Measure ours against baselines, interleaved in one run; one JSON object on stdout.
+
+python jobs/bench.py step
+python jobs/bench.py placement --set bench.rounds=3
+"""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from moce_dist.cli import job_parser, quiet_libraries, run_job
+from moce_dist.config import load_config
+
+BENCHES = ("step", "exchange", "placement", "checkpoint")
+CONFIGS = Path(__file__).parent.parent / "configs" / "bench"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Parse the request and run one benchmark."""
+    parser = job_parser(
+        "Measure one part of the system against its baselines.", "python jobs/bench.py step"
+    )
+    parser.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
+    arguments = parser.parse_args(argv)
+    path = Path(arguments.config or CONFIGS / f"{arguments.name}.yaml")
+    config = load_config(path, arguments.overrides)
+    if arguments.dry_run:
+        print(f"bench      {arguments.name}, {config.bench.rounds} rounds, {path}")
+        return
+    quiet_libraries()
+    bench = importlib.import_module(f"moce_dist.bench.{arguments.name}")
+    print(bench.run(config).to_json())
+
+
+if __name__ == "__main__":
+    run_job(main)

@@ -1,0 +1,36 @@
+"""Entry of one process of a benchmark on several ranks; `harness.run_ranks` starts it.
+
+python -m moce_dist.bench.rank MODULE:FUNCTION OUT < configuration as JSON
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from moce_dist.cli import quiet_libraries
+from moce_dist.config import make_config
+
+
+def main() -> None:
+    """Call the function on the configuration; rank 0 leaves its result in OUT."""
+    quiet_libraries()
+    function, out = sys.argv[1:]
+    module, _, name = function.partition(":")
+    config = make_config(json.load(sys.stdin))
+    torch.set_num_threads(config.parallel.threads_per_worker)
+    from moce_dist.parallel.engine import init_distributed
+
+    use_gpu = config.parallel.use_gpu and torch.cuda.is_available()
+    init_distributed(torch.device("cuda" if use_gpu else "cpu"))
+    result = getattr(importlib.import_module(f"moce_dist.bench.{module}"), name)(config)
+    if torch.distributed.get_rank() == 0:
+        Path(out).write_text(json.dumps(result))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
