@@ -1,4 +1,4 @@
-"""Interleaved measurement: every variant runs once a round, so that a machine's moods hit all alike.
+"""Interleaved measurement: every variant runs once a round, so a machine's moods hit all alike.
 
     times = interleave({"dense": run_dense, "cluster": run_cluster}, rounds=8, warmup=2)
     Report("step", config).add_variants(times).add_ratio("cluster", "dense")
