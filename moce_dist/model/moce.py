@@ -3,10 +3,11 @@
 Three roles, three places: the gate decides (gate.py), a dispatcher moves images to experts and
 back, experts compute. Whole images move: all tokens of an image go to one expert.
 
-    images at home (B, N, D)  --dispatch-->  rows by local expert (M, N, D), counts per expert
-    expert outputs (M, N, D)  --combine-->   outputs in the order of the images (B, N, D)
+    images at home (B, N, D)  --dispatch-->  parts: rows by local expert (M, N, D), and counts
+    outputs of the parts      --combine-->   outputs in the order of the images (B, N, D)
 
-`LocalDispatcher` sorts within one process (M = B); the distributed one is parallel/exchange.py.
+`LocalDispatcher` sorts within one process: one part, M = B. The distributed one, in
+parallel/exchange.py, has a part of images that stay and, when any travel, one of those that come.
 
 Letters: B images, N tokens, D width, H hidden width, L MoE layers, E experts held here.
 
@@ -15,7 +16,7 @@ Komatsuzaki et al. 2023, arXiv 2212.05055.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,19 +24,20 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-_PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
+Part = tuple[Tensor, list[int]]
+"""Rows (M, N, D) sorted by local expert, and how many of them each local expert has."""
 
 
 class Dispatcher(Protocol):
     """Moves the images of a micro-batch to their experts and back; knows all routes beforehand."""
 
-    def dispatch(self, x: Tensor, layer: int) -> tuple[Tensor, list[int]]:
-        """Send images (B, N, D) to layer's experts: rows (M, N, D) by local expert, and counts."""
+    def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
+        """Send images (B, N, D) to the layer's experts; yield parts as they are ready."""
         ...
 
-    def combine(self, y: Tensor, layer: int) -> Tensor:
-        """Bring expert outputs (M, N, D) home: (B, N, D) in the order of the images."""
+    def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
+        """Bring the experts' outputs, one a part, home: (B, N, D) in the order of the images."""
         ...
 
 
@@ -47,12 +49,13 @@ class LocalDispatcher:
         self._order = experts.argsort(dim=1, stable=True)
         self._counts = [row.bincount(minlength=num_experts).tolist() for row in experts]
 
-    def dispatch(self, x: Tensor, layer: int) -> tuple[Tensor, list[int]]:
+    def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
         """Sort images (B, N, D) by their expert; see `Dispatcher`."""
-        return x[self._order[layer]], self._counts[layer]
+        yield x[self._order[layer]], self._counts[layer]
 
-    def combine(self, y: Tensor, layer: int) -> Tensor:
+    def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
         """Undo the sorting of `dispatch`; see `Dispatcher`."""
+        (y,) = outputs
         return y[self._order[layer].argsort()]
 
 
@@ -117,8 +120,10 @@ class MoceBlock(Block):  # type: ignore[misc]
     def forward(self, x: Tensor, dispatcher: Dispatcher, scales: Tensor) -> Tensor:
         """Transform tokens (B, N, D); `scales` (L, B) weights the experts' outputs."""
         x = x + self.attn(self.norm1(x))
-        rows, counts = dispatcher.dispatch(self.norm2(x), self.layer)
-        y = dispatcher.combine(self.mlp.experts(rows, counts), self.layer)
+        parts = dispatcher.dispatch(self.norm2(x), self.layer)
+        # one part after the other: the experts work on one while the next still travels
+        outputs = [self.mlp.experts(rows, counts) for rows, counts in parts]
+        y = dispatcher.combine(outputs, self.layer)
         return x + y * scales[self.layer, :, None, None].to(y.dtype)
 
 

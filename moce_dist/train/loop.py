@@ -120,6 +120,7 @@ def forward(
         router.experts,
         own_place=state.topology.place(state.rank),
         group=state.engine.expert_group,
+        device=device,
     )
     p = gate.logits().softmax(dim=-1)
     table = torch.from_numpy(router.table).to(device)

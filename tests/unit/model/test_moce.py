@@ -37,9 +37,9 @@ def test_every_image_gets_its_expert():
         mlps.append(mlp)
     x, chosen = torch.randn(5, 2, 4), torch.tensor([[2, 0, 2, 2, 0]])
     dispatcher = LocalDispatcher(chosen, experts)
-    rows, counts = dispatcher.dispatch(x, 0)
+    ((rows, counts),) = dispatcher.dispatch(x, 0)
     assert counts == [2, 0, 3]
-    y = dispatcher.combine(layer(rows, counts), 0)
+    y = dispatcher.combine([layer(rows, counts)], 0)
     expected = torch.stack([mlps[e](image) for e, image in zip(chosen[0], x, strict=True)])
     assert torch.allclose(y, expected, atol=1e-6)
 
