@@ -30,6 +30,7 @@ RUNTIME_FIELDS = (
     "parallel.zero_stage",
     "parallel.threads_per_worker",
     "parallel.compile",
+    "parallel.activation_checkpointing",
     "parallel.max_failures",
     "parallel.start_timeout_s",
     "checkpoint",
@@ -134,8 +135,12 @@ class ModelConfig(Section):
 
 
 class MoeConfig(Section):
-    """Which encoder blocks carry experts."""
+    """Which encoder blocks carry experts, and what routes to them."""
 
+    kind: Literal["cluster", "token", "dense"] = "cluster"
+    """MoCE; the baseline whose tokens choose experts, by DeepSpeed's own layer; no experts."""
+    capacity_factor: float = Field(1.25, gt=0)
+    """Tokens that an expert takes over its even share (kind token); more are dropped."""
     num_experts: int = Field(8, ge=1)
     """Experts per MoE layer, E."""
     layers: tuple[int, ...] | None = None
@@ -143,6 +148,8 @@ class MoeConfig(Section):
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """Return the indices of the MoE blocks of an encoder of `depth` blocks."""
+        if self.kind == "dense":
+            return ()
         if self.layers is not None:
             return self.layers
         return tuple(range((depth + 1) % 2, depth, 2))
@@ -236,7 +243,9 @@ class ParallelConfig(Section):
     threads_per_worker: int = Field(1, ge=1)
     """CPU threads of a worker's tensor operations; 1 gives repeatable sums."""
     compile: bool = False
-    """torch.compile of the dense blocks."""
+    """torch.compile of the blocks; of those with experts only the attention."""
+    activation_checkpointing: bool = False
+    """Keep no activations inside blocks and compute them again in the backward pass."""
     use_gpu: bool | Literal["auto"] = "auto"
     """Give every worker a GPU; auto: when there is one."""
     replan_steps: int = Field(100, ge=1)
@@ -326,6 +335,8 @@ class BenchConfig(Section):
     """Measured rounds; every variant runs once a round."""
     warmup_rounds: int = Field(2, ge=0)
     """Rounds that are run and not counted."""
+    communication_over_compute: float = Field(4, gt=0)
+    """Of a token-routed step, to which `exchange` slows its link; about an H100 on 25 GbE."""
 
 
 class Config(Section):

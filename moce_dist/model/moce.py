@@ -25,6 +25,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
+# the experts of DeepSpeed's own layer, the baseline of parallel/token.py, are modules of their own
+_SINGLE = re.compile(
+    r"(blocks\.(\d+)\.mlp)\.moe\..*deepspeed_experts\.(\d+)\.(fc[12]\.(?:weight|bias))"
+)
 Part = tuple[Tensor, list[int]]
 """Rows (M, N, D) sorted by local expert, and how many of them each local expert has."""
 
@@ -69,6 +73,12 @@ class _StackedLinear(nn.Module):
         for weight in self.weight.data:
             nn.init.xavier_uniform_(weight)
 
+    def grouped(self, x: Tensor, sizes: list[int], ends: Tensor) -> Tensor:
+        """Apply expert e to its `sizes[e]` rows of x (M, in); `ends` (E,) int32 sums the sizes."""
+        y = F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)
+        biases = self.bias.to(x.dtype).unbind()
+        return torch.cat([part + b for part, b in zip(torch.split(y, sizes), biases, strict=True)])
+
 
 class Experts(nn.Module):
     """The local experts of one layer: timm's MLP each, parameters stacked over the experts.
@@ -84,6 +94,12 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert."""
+        if rows.is_cuda and rows.dtype is torch.bfloat16 and rows.shape[2] % 8 == 0:
+            return self.grouped(rows, counts)
+        return self.one_by_one(rows, counts)
+
+    def one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Compute `forward` as a matrix product an expert and layer."""
         # unbind, not indexing: its backward writes every expert's gradient once into one tensor
         stacks = zip(
             torch.split(rows, list(counts)),
@@ -96,6 +112,15 @@ class Experts(nn.Module):
         return torch.cat(
             [F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in stacks]
         )
+
+    def grouped(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Compute `forward` as one grouped matrix product a layer, in the type of `rows`."""
+        tokens = rows.flatten(0, 1)
+        sizes = [count * rows.shape[1] for count in counts]
+        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends = ends.to(rows.device, non_blocking=True)
+        hidden = F.gelu(self.fc1.grouped(tokens, sizes, ends))
+        return self.fc2.grouped(hidden, sizes, ends).view(rows.shape)
 
 
 class MoceMlp(nn.Module):
@@ -147,12 +172,20 @@ def is_stacked(name: str) -> bool:
     return _STACKED.fullmatch(name) is not None
 
 
+def is_expert(name: str) -> bool:
+    """Tell whether a parameter belongs to experts, stacked or one by one."""
+    return is_stacked(name) or _SINGLE.fullmatch(name) is not None
+
+
 def global_names(name: str, layers: Sequence[int], residents: Sequence[Sequence[int]]) -> list[str]:
-    """Names, one per local expert, that the slices of a stacked parameter have everywhere.
+    """Names, one per expert in it, that the parts of an expert parameter have everywhere.
 
     `residents[i]` are the ids of the experts held here in MoE layer i, in order of their slots.
     """
-    found = _STACKED.fullmatch(name)
+    if found := _STACKED.fullmatch(name):
+        experts = residents[layers.index(int(found[2]))]
+        return [f"{found[1]}.{expert}.{found[3]}" for expert in experts]
+    found = _SINGLE.fullmatch(name)
     assert found is not None, name
-    experts = residents[layers.index(int(found[2]))]
-    return [f"{found[1]}.{expert}.{found[3]}" for expert in experts]
+    expert = residents[layers.index(int(found[2]))][int(found[3])]
+    return [f"{found[1]}.experts.{expert}.{found[4]}"]

@@ -222,7 +222,7 @@ def _to_device(layers: Sequence[Sequence[Ints]], device: torch.device) -> list[t
     packed = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *arrays]))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    parts = iter(packed.split([len(array) for array in arrays]))
+    parts = iter(torch.split(packed, [len(array) for array in arrays]))
     return [tuple(next(parts) for _ in layer) for layer in layers]
 
 

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moce_dist.model.moce import global_names, is_stacked
+from moce_dist.model.moce import global_names, is_expert, is_stacked
 from moce_dist.parallel.groups import ExpertMap
 from moce_dist.run import file_sha256, write_atomic
 
@@ -46,8 +46,8 @@ class Naming:
     place: int
 
     def global_names(self, name: str) -> list[str]:
-        """Global names of a parameter's slices; of a shared one just its own."""
-        if not is_stacked(name):
+        """Global names of a parameter's experts; of a shared one just its own."""
+        if not is_expert(name):
             return [name]
         assert self.experts is not None
         return global_names(name, self.layers, self.experts.residents(self.place))
@@ -114,11 +114,11 @@ def _own_tensors(engine: "Engine", naming: Naming) -> tuple[dict[str, Tensor], d
     shared = {f"weight/{name}": buffer.cpu() for name, buffer in engine.module.named_buffers()}
     experts: dict[str, Tensor] = {}
     for name, kind, tensor in engine.state():
-        if is_stacked(name):
-            slices = zip(naming.global_names(name), tensor, strict=True)
-            experts |= {f"{kind}/{g}": s.cpu().contiguous() for g, s in slices}
-        else:
-            shared[f"{kind}/{name}"] = tensor.cpu().contiguous()
+        slices = zip(
+            naming.global_names(name), tensor if is_stacked(name) else [tensor], strict=True
+        )
+        target = experts if is_expert(name) else shared
+        target |= {f"{kind}/{g}": s.cpu().contiguous() for g, s in slices}
     return shared, experts
 
 

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moce_dist.config import Config
 from moce_dist.data.plan import Plan
 from moce_dist.data.stream import Batch, stream
 from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import TRANSFERS, ExpertExchange, images_exchanged
+from moce_dist.parallel.token import token_balance_loss, token_bytes_exchanged
 from moce_dist.run import write_atomic
 from moce_dist.train.checkpoint import save_checkpoint
 from moce_dist.train.job import StageJob, TooManyFaultsError
@@ -112,7 +114,12 @@ def forward(
         x[part].to(device, non_blocking=True) for x in (batch.images, batch.noise, batch.weights)
     )
     if gate is None:
-        return state.engine.forward(images, noise), weights, 0.0, torch.zeros(2)
+        losses = state.engine.forward(images, noise)
+        balance = token_balance_loss(state.model)
+        if balance is None:
+            return losses, weights, 0.0, torch.zeros(2)
+        total = config.gate.balance_weight * balance
+        return losses, weights, total, torch.stack([balance, balance * 0]).detach().cpu()
     router = state.router
     exchange = ExpertExchange(
         batch.clusters[state.topology.expert_parallel_ranks(state.rank), part],
@@ -148,29 +155,57 @@ def check_finite(state: TrainState, sums: Tensor) -> None:
 def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor) -> dict[str, Any]:
     """Metrics of the experts, from the plan and the routing table alone."""
     config, router = state.job.config, state.router
-    if state.model.gate is None:
+    if state.job.stage == "mae":
         return {"loss_total": loss}
-    experts = config.moe.num_experts
+    gate, (balance, confidence) = config.gate, auxiliary.tolist()
+    metrics: dict[str, Any] = {
+        "loss_total": loss + gate.balance_weight * balance + gate.confidence_weight * confidence,
+        "loss_balance": balance,
+        "loss_confidence": confidence,
+    }
+    if state.model.gate is None:
+        return metrics | {
+            "images_per_expert": [],
+            "images_exchanged": 0,
+            "bytes_exchanged": token_bytes(state) if config.moe.kind == "token" else 0,
+        }
     counts = batch.cluster_counts.numpy()
     exchanged = images_exchanged(
         batch.clusters, router.table, router.experts, state.topology.num_replicas
     )
-    width = 2 if config.parallel.precision == "bf16" else 4
     # what travels are the visible tokens and the class token, in the type of the matrix products
-    visible = int(config.num_patches * (1 - config.model.mask_ratio)) + 1
-    image_bytes = visible * config.model.shape.width * width
-    balance, confidence = auxiliary.tolist()
-    gate = config.gate
-    return {
-        "loss_total": loss + gate.balance_weight * balance + gate.confidence_weight * confidence,
-        "loss_balance": balance,
-        "loss_confidence": confidence,
+    image_bytes = num_visible(config) * config.model.shape.width * element_size(config)
+    return metrics | {
         "images_per_expert": [
-            np.bincount(row, counts, experts).astype(int).tolist() for row in router.table
+            np.bincount(row, counts, config.moe.num_experts).astype(int).tolist()
+            for row in router.table
         ],
         "images_exchanged": exchanged,
         "bytes_exchanged": exchanged * image_bytes * TRANSFERS,
     }
+
+
+def num_visible(config: Config) -> int:
+    """Tokens of an image in the encoder: visible patches and the class token."""
+    return int(config.num_patches * (1 - config.model.mask_ratio)) + 1
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a number in the matrix products."""
+    return 2 if config.parallel.precision == "bf16" else 4
+
+
+def token_bytes(state: TrainState) -> int:
+    """Bytes that all ranks of a token-routed model exchange in a step."""
+    config, ranks = state.job.config, state.topology.num_ranks
+    images = state.plan.batch_size // ranks // config.parallel.micro_batches
+    one_pass = token_bytes_exchanged(
+        config,
+        state.topology.ep_size,
+        tokens=images * num_visible(config),
+        element_size=element_size(config),
+    )
+    return one_pass * ranks * config.parallel.micro_batches
 
 
 def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:

@@ -5,14 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
+from comparing import assert_close, global_batch, merged
 
 from moce_dist.data.plan import PADDING
-from moce_dist.data.stream import Layout, StreamSpec, stream
 from moce_dist.model.gate import balance_loss, confidence_loss
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
 from moce_dist.train import setup
-from moce_dist.train.job import plan_of
 
 CONFIGURATIONS = [
     # ranks, groups, ZeRO stage, micro-batches, placement
@@ -27,15 +26,6 @@ CONFIGURATIONS = [
     (2, 2, 2, 1, "scrambled"),
     (4, 2, 2, 2, "scrambled"),
 ]
-
-
-def global_batch(job):
-    """The step-0 batch as one process sees it."""
-    spec = StreamSpec(
-        plan_of(job), job.config.data, job.config.num_patches, Layout(1, 1), 0,
-        job.run_root / "faults.jsonl", "moce",
-    )  # fmt: skip
-    return next(stream(spec, lambda clusters: np.zeros(len(clusters), np.int64), start=0, stop=1))
 
 
 def reference(job, table, combine):
@@ -79,22 +69,6 @@ def reference(job, table, combine):
             gradients[name] = parameter.grad.numpy()
     norm = float(np.sqrt(sum((g**2).sum() for g in gradients.values())))
     return {"loss": loss.item(), "loss_total": total.item(), "gradients": gradients, "norm": norm}
-
-
-def assert_close(name, value, expected, norm, tolerance):
-    limit = tolerance * max(np.linalg.norm(expected), 1e-3 * norm)
-    assert np.linalg.norm(value - expected) <= limit, name
-
-
-def merged(results, key):
-    """Union of the ranks' tensors; replicas must agree to the bit."""
-    union = {}
-    for result in results:
-        for name, value in result[key].items():
-            if name in union:
-                np.testing.assert_array_equal(union[name], value, err_msg=name)
-            union[name] = value
-    return union
 
 
 def run(pools, run_root, configuration, extra=(), steps=1):
@@ -168,6 +142,17 @@ def test_bf16_step_is_near_one_process(pools, cases, clustered_run):
     gradients = merged(results, "gradients")
     total = np.sqrt(sum(((g - expected["gradients"][n]) ** 2).sum() for n, g in gradients.items()))
     assert total <= 5e-2 * expected["norm"]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_recomputed_activations_change_nothing(pools, clustered_run, zero_stage):
+    configuration = (2, 2, zero_stage, 1, "scrambled")
+    plain, recomputed = (
+        merged(run(pools, clustered_run, configuration, extra)[1], "gradients")
+        for extra in ([], ["parallel.activation_checkpointing=true"])
+    )
+    for name, gradient in plain.items():
+        np.testing.assert_array_equal(recomputed[name], gradient, err_msg=name)
 
 
 def test_planted_wrong_scale_is_caught(pools, cases, clustered_run):
