@@ -44,7 +44,7 @@ def run(config: Config) -> Report:
         )
     report = Report("exchange", config)
     if reason := missing():
-        report.skipped = {key: reason for key in (*KINDS, *_FIGURES)}
+        report.skipped = dict.fromkeys((*KINDS, *_FIGURES), reason)
         for over, under in _RATIOS:
             report.add_ratio(over, under)
         return report

@@ -1,6 +1,7 @@
 """Law 1: a distributed MoCE step equals the one-process step on the concatenated batch."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ CONFIGURATIONS = [
     (2, 2, 2, 1, "scrambled"),
     (4, 2, 2, 2, "scrambled"),
 ]
+MATRIX = list(itertools.product((1, 2, 4), (1, 2, 4), (0, 1, 2), (1, 2), ("planned", "scrambled")))
 
 
 def reference(job, table, combine):
@@ -101,6 +103,12 @@ def test_step_equals_one_process(pools, cases, clustered_run, configuration):
         assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
     if configuration[4] == "scrambled":
         assert results[0]["metrics"][0]["images_exchanged"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("configuration", MATRIX, ids=str)
+def test_full_matrix(pools, cases, clustered_run, configuration):
+    test_step_equals_one_process(pools, cases, clustered_run, configuration)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
