@@ -32,6 +32,7 @@ from moce_dist.train.job import HOLDOUT_TABLE, StageJob, plan_of, total_steps
 from moce_dist.train.optim import optimizer_factory, parameter_groups
 from moce_dist.train.pretrained import initial_weights
 from moce_dist.train.routing import Router
+from moce_dist.train.saver import Saver
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class TrainState:
     router: Router
     engine: Engine
     naming: Naming
+    saver: Saver
     step: int = 0
     faults: int = 0
 
@@ -136,7 +138,8 @@ def build_state(job: StageJob) -> TrainState:
         ),
     )
     naming = Naming(config.moe_layers, None, topology.place(rank))
-    state = TrainState(job, rank, topology, plan, router, engine, naming)
+    saver = Saver(job.folder / "checkpoints", topology, keep=config.checkpoint.keep)
+    state = TrainState(job, rank, topology, plan, router, engine, naming, saver)
     _start_or_resume(state, checkpoint)
     return state
 
