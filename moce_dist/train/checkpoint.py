@@ -3,37 +3,40 @@
 Tensors are keyed by kind and global name (`weight/blocks.3.mlp.experts.5.fc1.weight`), experts by
 their id, so any legal number of ranks can load what any other wrote:
 
-    step_00000500/shared.safetensors           everything but experts, written by rank 0
-                  experts-00000.safetensors    the experts of place 0, written by its first rank
-                  manifest.json                position, routing, placement, files' sha256; last
+    step_00000500/rank-00000.safetensors    what rank 0 wrote: a share of all tensors, by bytes
+                  rank-00001.safetensors    no tensor is in two files (saver.py)
+                  manifest.json             position, routing, placement, files' sha256
 
-The folder is written under a temporary name and renamed when it is whole. Loading verifies the
-sha256 of every file; a damaged checkpoint is reported and the newest undamaged one is used.
+Loading verifies the sha256 of every file; a damaged checkpoint is reported and the newest undamaged
+one is used.
+
+There are no other masters and no generators to save. Weights are float32 at every precision and
+ZeRO stage (bf16 is the type of the matrix products alone), so they are the masters. Every random
+draw is keyed, those of an image by (seed, epoch, sample key) and the gate's noise by (seed, step),
+so the step is the whole of the random state; what the position holds of the stream, one cursor a
+cluster, follows from it and is compared when a stage resumes.
 """
 
 import json
 import logging
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from moce_dist.model.moce import global_names, is_expert, is_stacked
 from moce_dist.parallel.groups import ExpertMap
-from moce_dist.run import file_sha256, write_atomic
+from moce_dist.run import file_sha256
 
 if TYPE_CHECKING:  # who only reads checkpoints need not wait for deepspeed
     from moce_dist.parallel.engine import Engine
 
-_FORMAT = "moce_dist.checkpoint.v1"
-_MANIFEST = "manifest.json"
+FORMAT = "moce_dist.checkpoint.v1"
+MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
 
 
@@ -58,92 +61,14 @@ def step_folder(folder: Path, step: int) -> Path:
     return folder / f"step_{step:08d}"
 
 
-def save_checkpoint(
-    folder: Path, engine: "Engine", naming: Naming, position: dict[str, Any], *, keep: int
-) -> Path:
-    """Save training state at `position["step"]`; collective over all ranks.
-
-    Raises:
-        OSError: a rank could not write; the same error on all ranks, nothing half-written stays.
-    """
-    target = step_folder(folder, position["step"])
-    temporary = target.with_name(f".{target.name}.tmp")
-    rank, topology = dist.get_rank(), engine.spec.topology
-    _together(lambda: _renew(temporary) if rank == 0 else None, temporary)
-    shared, experts = _own_tensors(engine, naming)
-    files = {"shared.safetensors": shared} if rank == 0 else {}
-    if experts and topology.replica_ranks(rank)[0] == rank:
-        files[f"experts-{naming.place:05d}.safetensors"] = experts
-    digests = _together(lambda: _write_files(temporary, files), temporary)
-    manifest = {"format": _FORMAT, **position}
-    manifest["files"] = {name: digest for part in digests for name, digest in part.items()}
-    _together(lambda: _publish(temporary, target, manifest) if rank == 0 else None, temporary)
-    if rank == 0:
-        _prune(folder, keep)
-    return target
-
-
-def _together(action: Callable[[], Any], temporary: Path) -> list[Any]:
-    # what one rank cannot do no rank goes on from; this is a barrier too
-    result: tuple[Any, str | None]
-    try:
-        result = action(), None
-    except Exception as error:  # noqa: BLE001 - safetensors has its own for a full disk
-        result = None, f"{error}"
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, result)
-    # one rank's full disk is everybody's failure: else the others would wait at the barrier
-    if failed := next((error for _, error in gathered if error is not None), None):
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(f"{temporary.parent}: checkpoint not written: {failed}")
-    return [value for value, _ in gathered]
-
-
-def _renew(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _publish(temporary: Path, target: Path, manifest: dict[str, Any]) -> None:
-    write_atomic(temporary / _MANIFEST, json.dumps(manifest))
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-
-
-def _own_tensors(engine: "Engine", naming: Naming) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    shared = {f"weight/{name}": buffer.cpu() for name, buffer in engine.module.named_buffers()}
-    experts: dict[str, Tensor] = {}
-    for name, kind, tensor in engine.state():
-        slices = zip(
-            naming.global_names(name), tensor if is_stacked(name) else [tensor], strict=True
-        )
-        target = experts if is_expert(name) else shared
-        target |= {f"{kind}/{g}": s.cpu().contiguous() for g, s in slices}
-    return shared, experts
-
-
-def _write_files(folder: Path, files: dict[str, dict[str, Tensor]]) -> dict[str, str]:
-    digests = {}
-    for name, tensors in files.items():
-        # cloned: slices of one stacked parameter share its storage
-        save_file({n: t.clone() for n, t in tensors.items()}, folder / name)
-        digests[name] = file_sha256(folder / name)
-    return digests
-
-
-def _prune(folder: Path, keep: int) -> None:
-    for old in _complete(folder)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _complete(folder: Path) -> list[Path]:
-    # newest first; a folder without a manifest was never published
-    return sorted((m.parent for m in folder.glob(f"step_*/{_MANIFEST}")), reverse=True)
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """List the published checkpoints of a folder, damaged ones too, newest first."""
+    return sorted((m.parent for m in folder.glob(f"step_*/{MANIFEST}")), reverse=True)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Read position, routing, placement and file digests of a checkpoint."""
-    manifest: dict[str, Any] = json.loads((checkpoint / _MANIFEST).read_text())
+    manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     return manifest
 
 
@@ -151,8 +76,8 @@ def damage(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None when every sha256 is right."""
     try:
         manifest = read_manifest(checkpoint)
-        if manifest.get("format") != _FORMAT:
-            return f"format is {manifest.get('format')!r}, must be {_FORMAT!r}"
+        if manifest.get("format") != FORMAT:
+            return f"format is {manifest.get('format')!r}, must be {FORMAT!r}"
         for name, digest in manifest["files"].items():
             if file_sha256(checkpoint / name) != digest:
                 return f"{name} is damaged (sha256 differs)"
@@ -163,7 +88,7 @@ def damage(checkpoint: Path) -> str | None:
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """Find the newest undamaged checkpoint; damaged ones are reported and passed over."""
-    for checkpoint in _complete(folder):
+    for checkpoint in complete_checkpoints(folder):
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint

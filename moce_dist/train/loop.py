@@ -28,7 +28,6 @@ from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import TRANSFERS, ExpertExchange, images_exchanged
 from moce_dist.parallel.token import token_balance_loss, token_bytes_exchanged
 from moce_dist.run import write_atomic
-from moce_dist.train.checkpoint import save_checkpoint
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.optim import learning_rate, set_learning_rate
@@ -44,6 +43,7 @@ def pretrain(job: StageJob) -> dict[str, Any]:
     Raises:
         FloatingPointError: the loss is not finite.
         TooManyFaultsError: too many images were unreadable.
+        OSError: a checkpoint could not be written.
     """
     state = build_state(job)
     start = state.step
@@ -53,6 +53,7 @@ def pretrain(job: StageJob) -> dict[str, Any]:
         metrics = train_step(state, batch)
         clock.count(state.plan.batch_size)
         state.step += 1
+        state.saver.poll()
         if is_due(state, job.config.logging.every_steps) or state.step == start + 1:
             stop_if_too_many_faults(state)
             if metrics_log is not None:
@@ -60,6 +61,7 @@ def pretrain(job: StageJob) -> dict[str, Any]:
         if is_due(state, job.config.checkpoint.every_steps):
             save(state)
     loss = evaluate(state)
+    state.saver.wait()
     if metrics_log is not None:
         metrics_log.close()
         if loss is not None:
@@ -277,7 +279,7 @@ def stop_if_too_many_faults(state: TrainState) -> None:
 
 
 def save(state: TrainState) -> None:
-    """Write a checkpoint of the step to come; collective over all ranks."""
+    """Begin to write a checkpoint of the step to come; collective over all ranks."""
     position = {
         "step": state.step,
         "stage": state.job.stage,
@@ -286,8 +288,7 @@ def save(state: TrainState) -> None:
         "faults": state.faults,
         **state.router.save(),
     }
-    folder, keep = state.job.folder / "checkpoints", state.job.config.checkpoint.keep
-    save_checkpoint(folder, state.engine, state.naming, position, keep=keep)
+    state.saver.save(state.engine, state.naming, position)
 
 
 def open_log(state: TrainState) -> MetricsLog | None:

@@ -36,6 +36,7 @@ from moce_dist.train.job import HOLDOUT_TABLE, StageJob, plan_of, total_steps
 from moce_dist.train.optim import optimizer_factory, parameter_groups
 from moce_dist.train.pretrained import initial_weights
 from moce_dist.train.routing import Router
+from moce_dist.train.saver import Saver
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,7 @@ class TrainState:
     router: Router
     engine: Engine
     naming: Naming
+    saver: Saver
     step: int = 0
     faults: int = 0
 
@@ -151,7 +153,8 @@ def assemble(
         ),
     )
     naming = Naming(config.moe_layers, router.experts, topology.place(rank))
-    return TrainState(job, rank, topology, plan, router, engine, naming)
+    saver = Saver(job.folder / "checkpoints", topology, keep=config.checkpoint.keep)
+    return TrainState(job, rank, topology, plan, router, engine, naming, saver)
 
 
 def prepare_blocks(model: MaskedAutoencoder, parallel: ParallelConfig) -> None:

@@ -13,8 +13,9 @@ from moce_dist.model.moce import is_stacked
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
 from moce_dist.train import loop, setup
-from moce_dist.train.checkpoint import Naming, save_checkpoint
+from moce_dist.train.checkpoint import Naming
 from moce_dist.train.job import StageJob
+from moce_dist.train.saver import Saver
 
 TINY = (
     "model.size=tiny", "model.width=32", "model.num_heads=2", "model.depth=4",
@@ -189,9 +190,7 @@ def save_again(run, overrides, out):
     state = setup.build_state(make_job(run, overrides))
     if dist.get_rank() == 0:
         shutil.rmtree(out, ignore_errors=True)
-    position = {
-        "step": state.step, "stage": "moce", "epoch": 0, "faults": 0,
-        "cursors": state.plan.cursors(state.step), **state.router.save(),
-    }  # fmt: skip
-    save_checkpoint(Path(out), state.engine, state.naming, position, keep=1)
+    state.saver = Saver(Path(out), state.topology, keep=1)
+    loop.save(state)
+    state.saver.wait()
     state.engine.destroy()

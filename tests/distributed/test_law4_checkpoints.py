@@ -52,11 +52,11 @@ def test_damaged_checkpoint_is_passed_over_and_said_so(pools, own_run, caplog):
     pools(1).run("train_to_end", run=str(own_run), overrides=overrides(1))
     folder = own_run / "moce" / "checkpoints"
     newest = latest_checkpoint(folder)
-    file = newest / "shared.safetensors"
+    file = newest / "rank-00000.safetensors"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    assert "shared.safetensors is damaged" in damage(newest)
+    assert "rank-00000.safetensors is damaged" in damage(newest)
     chosen = latest_checkpoint(folder)
     assert chosen is not None and chosen < newest
     assert str(newest) in caplog.text

@@ -171,7 +171,7 @@ def test_under_ray_a_loss_that_is_not_finite_is_not_tried_again(start, arguments
 
 def damage_last(folder):
     last = max((folder / "checkpoints").iterdir())
-    path = last / "shared.safetensors"
+    path = last / "rank-00000.safetensors"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_named_and_made_again(
     refused = run_job("pretrain", *arguments(run), "--stage", "cluster")
     refused.assert_refused(2, run / "mae", "last checkpoint is damaged", "--stage mae")
     result = run_job("pretrain", *arguments(run), "--stage", "mae").assert_done()
-    assert f"{damaged}: shared.safetensors is damaged (sha256 differs)" in result.err
+    assert f"{damaged}: rank-00000.safetensors is damaged (sha256 differs)" in result.err
     assert "mae: resuming at step 160 of 180" in result.err
     assert learned(run / "mae") == learned(finished / "mae")
 

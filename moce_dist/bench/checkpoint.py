@@ -1,0 +1,122 @@
+"""What saving costs a training: a save that everybody waits for, beside one in the background.
+
+    without    N steps
+    with       save, N steps, wait for what is left of the save
+    blocking   save, wait
+
+save_stall is with - without, so it holds the copy, what the writer takes from the steps, and what
+is left over at their end; save_blocking is the same save of the same state with nothing beside it.
+N is `checkpoint.every_steps`, or more where steps are short: a stretch lasts at least four blocking
+saves, as saves are rarer than that in any training. Two gloo ranks, or one rank on a GPU.
+
+The model, its batch and its step are those of synthetic.py.
+"""
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from moce_dist.bench.harness import Report, interleave, run_ranks
+from moce_dist.bench.synthetic import synthetic_batches, synthetic_state
+from moce_dist.config import Config
+from moce_dist.train.checkpoint import complete_checkpoints
+from moce_dist.train.loop import train_step
+from moce_dist.train.saver import Saver
+from moce_dist.train.setup import worker_device
+
+_STRETCH_OVER_SAVE = 4
+
+
+def run(config: Config) -> Report:
+    """Measure on `parallel.num_workers` processes, on one where there is a GPU to use."""
+    if config.parallel.use_gpu and torch.cuda.is_available():
+        parallel = config.parallel.model_copy(update={"num_workers": 1})
+        config = config.model_copy(update={"parallel": parallel})
+    measured = run_ranks("checkpoint:measure", config)
+    stalls = [w - wo for w, wo in zip(measured["with"], measured["without"], strict=True)]
+    report = Report("checkpoint", config)
+    report.add_variants({"save_blocking": measured["blocking"], "save_stall": stalls})
+    report.figures |= {name: measured[name] for name in ("state_gib", "steps", "step_s")}
+    return report.add_ratio("save_stall", "save_blocking")
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Time saves and steps on this rank; collective over all ranks."""
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]
+        dist.broadcast_object_list(shared, 0)
+        return _measure(_Training(config, Path(shared[0])), config)
+
+
+def _measure(training: "_Training", config: Config) -> dict[str, Any]:
+    # the first step makes the moments, the first save the host buffers
+    training.steps(1)
+    training.blocking()
+    save_s, step_s = (
+        _seconds(action) for action in (training.blocking, partial(training.steps, 1))
+    )
+    needed = math.ceil(_STRETCH_OVER_SAVE * save_s / step_s)
+    count = [max(config.checkpoint.every_steps, needed)]
+    dist.broadcast_object_list(count, 0)
+    variants: dict[str, Callable[[], None]] = {
+        "without": partial(training.steps, count[0]),
+        "with": partial(training.steps, count[0], is_saving=True),
+        "blocking": training.blocking,
+    }
+    bench = config.bench
+    times = interleave(variants, rounds=bench.rounds, warmup=bench.warmup_rounds)
+    step_s = min(times["without"]) / count[0]
+    return {**times, "steps": count[0], "step_s": step_s, "state_gib": training.state_gib()}
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+class _Training:
+    """A model that takes steps on one synthetic batch, and a saver; timed calls end together."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        self._state = synthetic_state(config, worker_device(config))
+        self._saver = Saver(folder, self._state.topology, keep=1)
+        self._folder = folder
+        (self._batch,) = synthetic_batches(self._state, 1)
+
+    def steps(self, count: int, *, is_saving: bool = False) -> None:
+        """Take steps; with a save that begins before the first of them and ends with the last."""
+        if is_saving:
+            self._save()
+        for _ in range(count):
+            train_step(self._state, self._batch)
+            self._state.step += 1
+            self._saver.poll()
+        self._end()
+
+    def blocking(self) -> None:
+        """Save and wait for the end of it."""
+        self._save()
+        self._end()
+
+    def state_gib(self) -> float:
+        """Size of the checkpoint on disk, GiB."""
+        (checkpoint,) = complete_checkpoints(self._folder)
+        return sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**30
+
+    def _save(self) -> None:
+        state = self._state
+        self._saver.save(state.engine, state.naming, {"step": state.step})
+
+    def _end(self) -> None:
+        self._saver.wait()
+        if self._state.engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()

@@ -1,0 +1,236 @@
+"""Saving while training goes on: copy to the host, then write, hash and publish in the background.
+
+    main thread     save: copy | step  step  step  poll: all wrote | step  poll: published
+    background             write rank-R.safetensors, fsync, sha256 | rank 0: manifest, rename, prune
+
+Training waits for the copy only. What is written is the copy, so the steps that follow do not
+change it. The host buffers stay for the next save (page-locked on CUDA), which waits for the last
+one: at most one save is in flight.
+
+Every tensor is written once, by the rank that has the least to write so far among those that hold
+it: all ranks for a shared tensor, the replicas for a stack of experts. Sizes are known everywhere,
+so all ranks come to the same answer without asking, also at ZeRO-1 and 2, where reading a tensor is
+collective over the replicas and each rank keeps what it will write.
+
+How the ranks agree: a background thread runs no collective (with the training's own they could
+meet in different orders and hang) and looks at no other rank's files (on a shared file system they
+may show late). While a save is in flight every rank calls `poll` at every step boundary: one number
+is summed over the ranks, and when nobody writes any more they exchange digests and errors. All know
+at the same step whether a save is in flight, so all call the same collectives; a failure of one is
+an error on all, and without a save in flight `poll` costs nothing.
+
+A kill at any moment leaves the newest published checkpoint: data is on disk before the manifest
+names it, and one rename publishes both. What was half-written lies in a hidden folder under a name
+of this process group's own; the next start removes it, and a lost process that still writes into
+its own cannot spoil another's.
+
+Memory on the host: 12 bytes a parameter, divided among the ranks.
+"""
+
+import json
+import logging
+import os
+import shutil
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moce_dist.model.moce import is_expert, is_stacked
+from moce_dist.parallel.groups import Topology
+from moce_dist.run import file_sha256, write_atomic
+from moce_dist.train.checkpoint import FORMAT, MANIFEST, Naming, complete_checkpoints, step_folder
+
+if TYPE_CHECKING:
+    from moce_dist.parallel.engine import Engine
+
+_NICENESS = 10
+log = logging.getLogger(__name__)
+
+
+class _Background(threading.Thread):
+    """One call on a thread that gives way to training; ends with `result` or `error`."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        # a daemon: an interrupted process leaves at once, what it was writing is removed later
+        super().__init__(name="checkpoint", daemon=True)
+        self._action = action
+        self.result: Any = None
+        self.error: str | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            if sys.platform == "linux":  # elsewhere the priority is the whole process's
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+            self.result = self._action()
+        except Exception as error:  # noqa: BLE001 - safetensors has its own for a full disk
+            self.error = f"{error}"
+
+
+@dataclass
+class _Save:
+    """A save in flight; first all ranks write, then rank 0 publishes."""
+
+    target: Path
+    temporary: Path
+    position: dict[str, Any]
+    task: _Background
+    is_written: bool = False
+
+
+class Saver:
+    """Writes a stage's checkpoints; its public methods are collective over all ranks.
+
+    A save in flight is lost when training ends by an error, unless `wait` is called before.
+    """
+
+    def __init__(self, folder: Path, topology: Topology, *, keep: int) -> None:
+        """Write into `folder`, where `keep` complete checkpoints stay; remove half-written ones."""
+        self._folder, self._topology, self._keep = folder, topology, keep
+        self._rank = dist.get_rank()
+        self._host: dict[tuple[str, str], Tensor] = {}
+        self._save: _Save | None = None
+        if self._rank == 0:
+            for leftover in folder.glob(".step_*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+        token = [uuid.uuid4().hex[:8]]
+        dist.broadcast_object_list(token, 0)
+        self._token = token[0]
+        self._device = torch.device("cpu")
+
+    def save(self, engine: "Engine", naming: Naming, position: dict[str, Any]) -> None:
+        """Copy the training state at `position["step"]` and begin to write it.
+
+        Raises:
+            OSError: the save before could not be written; see `poll`.
+        """
+        if self._save is not None:
+            log.info("%s: is still being written; training waits", self._save.target)
+            self.wait()
+        self._device = engine.device
+        target = step_folder(self._folder, position["step"])
+        temporary = target.with_name(f".{target.name}.{self._token}.tmp")
+        tensors = self._copy(engine, naming)
+        path = temporary / f"rank-{self._rank:05d}.safetensors"
+        task = _Background(partial(_write_tensors, path, tensors))
+        self._save = _Save(target, temporary, position, task)
+
+    def poll(self) -> None:
+        """Take the save in flight a stage further when all ranks are ready; call at every step.
+
+        Raises:
+            OSError: on all ranks, when one could not write; nothing half-written stays.
+        """
+        if self._save is None:
+            return
+        running = torch.tensor(int(self._save.task.is_alive()), device=self._device)
+        dist.all_reduce(running)
+        if int(running) == 0:
+            self._go_on(self._save)
+
+    def wait(self) -> None:
+        """Return when nothing is in flight.
+
+        Raises:
+            OSError: see `poll`.
+        """
+        while self._save is not None:
+            self._save.task.join()
+            self.poll()
+
+    def _go_on(self, save: _Save) -> None:
+        results: list[Any] = [None] * self._topology.num_ranks
+        dist.all_gather_object(results, (save.task.result, save.task.error))
+        if failed := next((error for _, error in results if error is not None), None):
+            self._save = None
+            if self._rank == 0:
+                shutil.rmtree(save.temporary, ignore_errors=True)
+            raise OSError(f"{self._folder}: checkpoint not written: {failed}")
+        if save.is_written:
+            self._save = None
+            return
+        files = {name: digest for part, _ in results for name, digest in part.items()}
+        manifest = {"format": FORMAT, **save.position, "files": files}
+        publish = partial(_publish, save.temporary, save.target, manifest, keep=self._keep)
+        save.task = _Background(publish if self._rank == 0 else lambda: None)
+        save.is_written = True
+
+    def _copy(self, engine: "Engine", naming: Naming) -> dict[str, Tensor]:
+        shares = _Shares(self._topology, self._rank)
+        tensors = {}
+        for name, kind, tensor in _state(engine):
+            if not shares.is_mine(name, tensor):
+                continue
+            host = self._host_buffer(name, kind, tensor)
+            host.copy_(tensor, non_blocking=True)
+            slices = host if is_stacked(name) else [host]
+            for key, part in zip(naming.global_names(name), slices, strict=True):
+                tensors[f"{kind}/{key}"] = part
+        if self._device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        return tensors
+
+    def _host_buffer(self, name: str, kind: str, like: Tensor) -> Tensor:
+        buffer = self._host.get((name, kind))
+        if buffer is None or buffer.shape != like.shape:
+            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
+            self._host[name, kind] = buffer
+        return buffer
+
+
+def _state(engine: "Engine") -> Iterator[tuple[str, str, Tensor]]:
+    yield from ((name, "weight", buffer) for name, buffer in engine.module.named_buffers())
+    yield from engine.state()
+
+
+class _Shares:
+    """Who writes what: the same sums on every rank, from sizes alone."""
+
+    def __init__(self, topology: Topology, rank: int) -> None:
+        self._rank = rank
+        self._bytes = [0] * topology.num_ranks
+        everyone = list(range(topology.num_ranks))
+        self._places = [topology.replica_ranks(r) for r in everyone[:: topology.num_replicas]]
+        self._all = [everyone]
+
+    def is_mine(self, name: str, tensor: Tensor) -> bool:
+        """Choose the writer of a tensor, for experts one in every place; tell if it is this rank.
+
+        Must be called with the same tensors in the same order on all ranks.
+        """
+        writers = [
+            min(ranks, key=self._bytes.__getitem__)
+            for ranks in (self._places if is_expert(name) else self._all)
+        ]
+        for writer in writers:
+            self._bytes[writer] += tensor.nbytes
+        return self._rank in writers
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    if not tensors:
+        return {}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        # on disk before a manifest names it, and on a shared file system there for other hosts
+        os.fsync(file.fileno())
+    return {path.name: file_sha256(path)}
+
+
+def _publish(temporary: Path, target: Path, manifest: dict[str, Any], *, keep: int) -> None:
+    write_atomic(temporary / MANIFEST, json.dumps(manifest))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    for old in complete_checkpoints(target.parent)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
