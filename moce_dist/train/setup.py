@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ from moce_dist.train.routing import Router
 log = logging.getLogger(__name__)
 
 
+def never() -> bool:
+    """Never ask a training to stop."""
+    return False
+
+
 @dataclass
 class TrainState:
     """Everything one rank trains with."""
@@ -49,6 +55,8 @@ class TrainState:
     naming: Naming
     step: int = 0
     faults: int = 0
+    should_stop: Callable[[], bool] = never
+    is_stopping: bool = False
 
     @property
     def model(self) -> MaskedAutoencoder:
@@ -61,6 +69,11 @@ class TrainState:
     def total_steps(self) -> int:
         """Optimiser steps of the stage."""
         return total_steps(self.job.stage_config, self.plan)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on this number of ranks."""
+        return self.engine.spec.micro_batches
 
     def stream_spec(self, plan: Plan) -> StreamSpec:
         """Describe this rank's part of a plan."""
