@@ -26,12 +26,14 @@ RUNTIME_FIELDS = (
     "data.max_fault_fraction",
     "data.shard_bytes",
     "parallel.num_workers",
+    "parallel.min_workers",
     "parallel.micro_batches",
     "parallel.zero_stage",
     "parallel.threads_per_worker",
     "parallel.compile",
     "parallel.activation_checkpointing",
     "parallel.max_failures",
+    "parallel.max_preemptions",
     "parallel.start_timeout_s",
     "checkpoint",
     "logging",
@@ -232,10 +234,12 @@ class ParallelConfig(Section):
 
     num_workers: int = Field(1, ge=1)
     """Training processes R, one per GPU; R is a multiple or a divisor of `num_groups`."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest processes to start or go on with when nodes are missing; None: all `num_workers`."""
     num_groups: int = Field(1, ge=1)
     """Logical expert groups G, fixed for a run."""
     micro_batches: int = Field(1, ge=1)
-    """Forward and backward passes per optimiser step."""
+    """Forward and backward passes per optimiser step on `num_workers` ranks; more on fewer."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's partitioning of optimiser state (1) and gradients (2)."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -251,9 +255,25 @@ class ParallelConfig(Section):
     replan_steps: int = Field(100, ge=1)
     """Steps between two placements."""
     max_failures: int = Field(3, ge=0)
-    """Restarts of the worker group after the loss of a worker."""
+    """Restarts after the loss of a worker whose node lives on."""
+    max_preemptions: int = Field(1000, ge=0)
+    """Restarts after the loss, or the announced loss, of a worker's node."""
     start_timeout_s: float = Field(600, gt=0)
-    """Time in which all workers must have been placed, seconds."""
+    """Time in which nodes with room for the fewest workers must be there, seconds."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Fewest ranks that a stage is trained on."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    def micro_batches_on(self, num_ranks: int, batch_size: int) -> int:
+        """Micro-batches of a step on `num_ranks` ranks.
+
+        The fewest under which no rank holds more images at a time than on `num_workers` ranks.
+        """
+        images = batch_size // num_ranks
+        fewest = -(-self.num_workers * self.micro_batches // num_ranks)
+        return next((m for m in range(fewest, images) if images % m == 0), images)
 
 
 class CheckpointConfig(Section):
@@ -369,15 +389,27 @@ class Config(Section):
         return (self.data.image_size // self.model.patch_size) ** 2
 
 
-def legal_worker_counts(num_groups: int, batch_size: int, micro_batches: int) -> list[int]:
-    """Numbers of workers R <= 4 G that host G groups evenly and divide the batch."""
-    counts = range(1, 4 * num_groups + 1)
+def legal_worker_counts(
+    num_groups: int, batch_size: int, micro_batches: int, most: int | None = None
+) -> list[int]:
+    """Numbers of workers R <= `most` (4 G) that host G groups evenly and divide the batch."""
+    counts = range(1, (4 * num_groups if most is None else most) + 1)
     return [
         r
         for r in counts
         if (r % num_groups == 0 or num_groups % r == 0)
         and batch_size % (max(r, num_groups) * micro_batches) == 0
     ]
+
+
+def elastic_worker_counts(parallel: ParallelConfig, batch_size: int) -> list[int]:
+    """Numbers of workers that a stage may start on, the most first.
+
+    `num_workers` and what is legal from there down to `min_workers`; micro-batches adapt.
+    """
+    legal = legal_worker_counts(parallel.num_groups, batch_size, 1, parallel.num_workers - 1)
+    fewer = [r for r in legal if r >= parallel.fewest_workers]
+    return [parallel.num_workers, *reversed(fewer)]
 
 
 def _model_rules(config: Config) -> Iterable[str]:
@@ -407,6 +439,11 @@ def _model_rules(config: Config) -> Iterable[str]:
 def _parallel_rules(config: Config) -> Iterable[str]:
     parallel, groups = config.parallel, config.parallel.num_groups
     workers = parallel.num_workers
+    if parallel.fewest_workers > workers:
+        yield (
+            f"parallel.min_workers ({parallel.min_workers}) must not be more than "
+            f"parallel.num_workers ({workers})"
+        )
     if config.moe.num_experts % groups:
         yield (
             f"moe.num_experts ({config.moe.num_experts}) must be a multiple of "

@@ -67,6 +67,11 @@ class EngineSpec:
     batch_size: int
     clip_norm: float
 
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on this number of ranks."""
+        return self.parallel.micro_batches_on(self.topology.num_ranks, self.batch_size)
+
 
 def init_distributed(device: torch.device) -> None:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, or one of a single process.
@@ -115,7 +120,7 @@ def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
     zero = spec.parallel.zero_stage
     return {
         "train_batch_size": spec.batch_size,
-        "gradient_accumulation_steps": spec.parallel.micro_batches,
+        "gradient_accumulation_steps": spec.micro_batches,
         "steps_per_print": None,
         "gradient_clipping": spec.clip_norm if zero else 0.0,
         "zero_optimization": {"stage": zero, "overlap_comm": False},

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,11 @@ from moce_dist.train.saver import Saver
 log = logging.getLogger(__name__)
 
 
+def never() -> bool:
+    """Never ask a training to stop."""
+    return False
+
+
 @dataclass
 class TrainState:
     """Everything one rank trains with."""
@@ -55,6 +61,8 @@ class TrainState:
     saver: Saver
     step: int = 0
     faults: int = 0
+    should_stop: Callable[[], bool] = never
+    is_stopping: bool = False
 
     @property
     def model(self) -> MaskedAutoencoder:
@@ -67,6 +75,11 @@ class TrainState:
     def total_steps(self) -> int:
         """Optimiser steps of the stage."""
         return total_steps(self.job.stage_config, self.plan)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on this number of ranks."""
+        return self.engine.spec.micro_batches
 
     def stream_spec(self, plan: Plan) -> StreamSpec:
         """Describe this rank's part of a plan."""
