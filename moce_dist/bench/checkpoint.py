@@ -15,6 +15,7 @@ The model is a MoCE one whose images all stay on their rank (synthetic images, n
 import math
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _measure(training: "_Training", config: Config) -> dict[str, Any]:
     needed = math.ceil(_STRETCH_OVER_SAVE * save_s / step_s)
     count = [max(config.checkpoint.every_steps, needed)]
     dist.broadcast_object_list(count, 0)
-    variants = {
+    variants: dict[str, Callable[[], None]] = {
         "without": partial(training.steps, count[0]),
         "with": partial(training.steps, count[0], is_saving=True),
         "blocking": training.blocking,
@@ -80,7 +81,7 @@ def _measure(training: "_Training", config: Config) -> dict[str, Any]:
     return {**times, "steps": count[0], "step_s": step_s, "state_gib": training.state_gib()}
 
 
-def _seconds(action: Any) -> float:
+def _seconds(action: Callable[[], None]) -> float:
     begin = time.perf_counter()
     action()
     return time.perf_counter() - begin
