@@ -5,7 +5,7 @@ their id, so any legal number of ranks can load what any other wrote:
 
     step_00000500/rank-00000.safetensors    what rank 0 wrote: a share of all tensors, by bytes
                   rank-00001.safetensors    no tensor is in two files (saver.py)
-                  manifest.json             position, routing, placement, files' sha256
+                  manifest.json             position, routing, placement, sha256 of all and itself
 
 Loading verifies the sha256 of every file; a damaged checkpoint is reported and the newest undamaged
 one is used.
@@ -30,12 +30,12 @@ from torch import Tensor
 
 from moce_dist.model.moce import global_names, is_expert, is_stacked
 from moce_dist.parallel.groups import ExpertMap
-from moce_dist.run import file_sha256
+from moce_dist.run import file_sha256, fingerprint
 
 if TYPE_CHECKING:  # who only reads checkpoints need not wait for deepspeed
     from moce_dist.parallel.engine import Engine
 
-FORMAT = "moce_dist.checkpoint.v1"
+FORMAT = "moce_dist.checkpoint.v2"
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
 
@@ -76,12 +76,15 @@ def damage(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint's files; None when every sha256 is right."""
     try:
         manifest = read_manifest(checkpoint)
+        seal = manifest.pop("sha256", None)
         if manifest.get("format") != FORMAT:
             return f"format is {manifest.get('format')!r}, must be {FORMAT!r}"
+        if fingerprint(manifest) != seal:
+            return f"{MANIFEST} is damaged (sha256 differs)"
         for name, digest in manifest["files"].items():
             if file_sha256(checkpoint / name) != digest:
                 return f"{name} is damaged (sha256 differs)"
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 

@@ -27,6 +27,7 @@ its own cannot spoil another's.
 Memory on the host: 12 bytes a parameter, divided among the ranks.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -47,13 +48,13 @@ from torch import Tensor
 
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
-from moce_dist.run import file_sha256, write_atomic
+from moce_dist.run import file_sha256, fingerprint, write_atomic
 from moce_dist.train.checkpoint import FORMAT, MANIFEST, Naming, complete_checkpoints, step_folder
 
 if TYPE_CHECKING:
     from moce_dist.parallel.engine import Engine
 
-_NICENESS = 10
+_LOWEST_PRIORITY = 19
 log = logging.getLogger(__name__)
 
 
@@ -67,14 +68,25 @@ class _Background(threading.Thread):
         self.result: Any = None
         self.error: str | None = None
         self.start()
+        self._set_niceness(_LOWEST_PRIORITY)
 
     def run(self) -> None:
         try:
-            if sys.platform == "linux":  # elsewhere the priority is the whole process's
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
             self.result = self._action()
         except Exception as error:  # noqa: BLE001 - safetensors has its own for a full disk
             self.error = f"{error}"
+
+    def finish(self) -> None:
+        """Wait for the end; at normal priority, for nobody is left to give way to."""
+        self._set_niceness(0)
+        self.join()
+
+    def _set_niceness(self, niceness: int) -> None:
+        # one thread's own on Linux; elsewhere it would be the whole process's
+        if sys.platform == "linux" and self.native_id is not None:
+            # it may have ended, and only root may take niceness back
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.setpriority(os.PRIO_PROCESS, self.native_id, niceness)
 
 
 @dataclass
@@ -145,7 +157,7 @@ class Saver:
             OSError: see `poll`.
         """
         while self._save is not None:
-            self._save.task.join()
+            self._save.task.finish()
             self.poll()
 
     def _go_on(self, save: _Save) -> None:
@@ -166,7 +178,7 @@ class Saver:
         save.is_written = True
 
     def _copy(self, engine: "Engine", naming: Naming) -> dict[str, Tensor]:
-        shares = _Shares(self._topology, self._rank)
+        shares = Shares(self._topology, self._rank)
         tensors = {}
         for name, kind, tensor in _state(engine):
             if not shares.is_mine(name, tensor):
@@ -193,7 +205,7 @@ def _state(engine: "Engine") -> Iterator[tuple[str, str, Tensor]]:
     yield from engine.state()
 
 
-class _Shares:
+class Shares:
     """Who writes what: the same sums on every rank, from sizes alone."""
 
     def __init__(self, topology: Topology, rank: int) -> None:
@@ -229,7 +241,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def _publish(temporary: Path, target: Path, manifest: dict[str, Any], *, keep: int) -> None:
-    write_atomic(temporary / MANIFEST, json.dumps(manifest))
+    seal = {"sha256": fingerprint(manifest)}
+    write_atomic(temporary / MANIFEST, json.dumps(manifest | seal))
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     for old in complete_checkpoints(target.parent)[keep:]:

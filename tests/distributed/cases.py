@@ -1,6 +1,10 @@
 """What the processes of a pool run: each function is called on every rank with equal arguments."""
 
+import logging
+import os
+import resource
 import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +16,9 @@ from moce_dist.data.stream import stream
 from moce_dist.model.moce import is_stacked
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
-from moce_dist.train import loop, setup
+from moce_dist.train import loop, saver, setup
 from moce_dist.train.checkpoint import Naming
 from moce_dist.train.job import StageJob
-from moce_dist.train.saver import Saver
 
 TINY = (
     "model.size=tiny", "model.width=32", "model.num_heads=2", "model.depth=4",
@@ -141,12 +144,13 @@ def train_to_end(run, overrides):
 
 
 def train_part(run, overrides, stop):
-    """Run the stage and abandon it at step `stop`, as a kill would."""
+    """Run the stage and abandon it at step `stop`, as a kill would, with no save in flight."""
     init_distributed(torch.device("cpu"))
     original = loop.train_step
 
     def step(state, batch):
         if batch.step == stop:
+            state.saver.wait()
             raise InterruptedError
         return original(state, batch)
 
@@ -190,7 +194,78 @@ def save_again(run, overrides, out):
     state = setup.build_state(make_job(run, overrides))
     if dist.get_rank() == 0:
         shutil.rmtree(out, ignore_errors=True)
-    state.saver = Saver(Path(out), state.topology, keep=1)
+    state.saver = saver.Saver(Path(out), state.topology, keep=1)
     loop.save(state)
     state.saver.wait()
     state.engine.destroy()
+
+
+def save_while_training(run, overrides, out):
+    """Save one step twice: waiting for it, and written only after two further steps."""
+    init_distributed(torch.device("cpu"))
+    state, may_write, lines = build(run, overrides), threading.Event(), []
+    write, handler = saver._write_tensors, logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    saver.log.addHandler(handler)
+    saver.log.setLevel(logging.INFO)
+
+    def write_late(path, tensors):
+        may_write.wait()
+        return write(path, tensors)
+
+    def release():
+        saver._write_tensors = write
+        may_write.set()
+
+    for batch in stream(
+        state.stream_spec(state.plan), state.router.placement.readers, start=0, stop=4
+    ):
+        if state.step == 2:
+            state.saver = saver.Saver(Path(out) / "waited", state.topology, keep=2)
+            loop.save(state)
+            state.saver.wait()
+            saver._write_tensors = write_late
+            state.saver = saver.Saver(Path(out) / "late", state.topology, keep=2)
+            loop.save(state)
+        loop.train_step(state, batch)
+        state.step += 1
+        state.saver.poll()
+    published = sorted(p.name for p in (Path(out) / "late").glob("step_*"))
+    # the next save finds this one still in flight
+    timer = threading.Timer(0.5, release)
+    timer.start()
+    loop.save(state)
+    state.saver.wait()
+    timer.join()
+    saver.log.removeHandler(handler)
+    state.engine.destroy()
+    return {"published_before_release": published, "log": lines}
+
+
+def train_until_disk_hangs(run, overrides, at_step):
+    """Run the stage on a disk that takes the data of one checkpoint and never says it is done."""
+    init_distributed(torch.device("cpu"))
+    fsync, path_of = os.fsync, "/proc/self/fd/{}".format
+
+    def hang(descriptor):
+        if f".step_{at_step:08d}." in os.readlink(path_of(descriptor)):
+            threading.Event().wait()
+        fsync(descriptor)
+
+    os.fsync = hang
+    loop.pretrain(make_job(run, overrides))
+
+
+def train_with_small_files(run, overrides, rank):
+    """Run the stage; one rank may not write files over 64 KiB. Return the error of this rank."""
+    init_distributed(torch.device("cpu"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    try:
+        loop.pretrain(make_job(run, overrides))
+    except OSError as error:
+        return str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return None

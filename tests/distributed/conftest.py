@@ -79,8 +79,7 @@ class Pool:
 
     def run(self, name, **arguments):
         """Call cases.NAME(**arguments) on every rank; results in rank order."""
-        for pipe in self._pipes:
-            pipe.send((name, arguments))
+        self.start(name, **arguments)
         results = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_S):
@@ -92,6 +91,17 @@ class Pool:
                 pytest.fail(f"{name}: rank {rank}:\n{result}")
             results.append(result)
         return results
+
+    def start(self, name, **arguments):
+        """Have every rank call cases.NAME(**arguments), and do not wait."""
+        for pipe in self._pipes:
+            pipe.send((name, arguments))
+
+    def kill(self):
+        """End all processes by SIGKILL."""
+        for process in self._processes:
+            process.kill()
+            process.join()
 
     @property
     def is_alive(self):

@@ -1,11 +1,14 @@
 """Law 4: a checkpoint loads on any other legal number of ranks, bit-equal; damage is noticed."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 from comparing import merged
+from safetensors.torch import load_file
 
+from moce_dist.run import read_jsonl
 from moce_dist.train.checkpoint import damage, latest_checkpoint, load_weights
 
 
@@ -48,20 +51,108 @@ def test_saved_on_4_loads_on_2_and_1_and_back(pools, own_run, tmp_path, zero_sta
         assert tensor.equal(after[name]), name
 
 
+def flip_byte(file, position):
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
 def test_damaged_checkpoint_is_passed_over_and_said_so(pools, own_run, caplog):
     pools(1).run("train_to_end", run=str(own_run), overrides=overrides(1))
     folder = own_run / "moce" / "checkpoints"
     newest = latest_checkpoint(folder)
     file = newest / "rank-00000.safetensors"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    flip_byte(file, file.stat().st_size // 2)
     assert "rank-00000.safetensors is damaged" in damage(newest)
     chosen = latest_checkpoint(folder)
     assert chosen is not None and chosen < newest
     assert str(newest) in caplog.text
     result = pools(1).run("saved_state", run=str(own_run), overrides=overrides(1))[0]
     assert result["step"] == int(chosen.name.removeprefix("step_"))
+
+
+def test_every_tensor_is_written_once_and_every_flipped_byte_is_noticed(pools, own_run):
+    pools(4).run("train_to_end", run=str(own_run), overrides=overrides(4, groups=2))
+    checkpoint = latest_checkpoint(own_run / "moce" / "checkpoints")
+    files = sorted(checkpoint.glob("rank-*.safetensors"))
+    assert [file.name for file in files] == [f"rank-{r:05d}.safetensors" for r in range(4)]
+    keys = [key for file in files for key in load_file(file)]
+    assert len(keys) == len(set(keys))
+    sizes = [file.stat().st_size for file in files]
+    assert max(sizes) < 1.2 * min(sizes)
+    for file in checkpoint.iterdir():
+        for position in np.linspace(0, file.stat().st_size - 1, 20, dtype=int):
+            flip_byte(file, position)
+            assert damage(checkpoint) is not None, f"byte {position} of {file.name}"
+            flip_byte(file, position)
+    assert damage(checkpoint) is None
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+def test_steps_that_follow_do_not_change_what_is_written(pools, own_run, tmp_path, zero_stage):
+    results = pools(2).run(
+        "save_while_training",
+        run=str(own_run),
+        overrides=overrides(2, zero_stage, groups=1),
+        out=str(tmp_path),
+    )
+    assert [r["published_before_release"] for r in results] == [[], []]
+    waited, late = (tmp_path / name / "step_00000002" for name in ("waited", "late"))
+    assert {f.name: f.read_bytes() for f in late.iterdir()} == {
+        f.name: f.read_bytes() for f in waited.iterdir()
+    }
+    # training did go on, and the next save waited for this one and said so
+    after = load_weights(tmp_path / "late" / "step_00000004")
+    before = load_weights(late)
+    assert any(not tensor.equal(after[name]) for name, tensor in before.items())
+    assert f"{late}: is still being written; training waits" in results[0]["log"]
+
+
+def wait_for(has_come, timeout_s=120):
+    deadline = time.monotonic() + timeout_s
+    while not has_come():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.05)
+
+
+def test_killed_while_writing_the_previous_checkpoint_is_the_newest(pools, own_run):
+    options, folder = overrides(2), own_run / "moce" / "checkpoints"
+    pools(2).start("train_until_disk_hangs", run=str(own_run), overrides=options, at_step=8)
+    # both ranks' data of step 8 is there, and training goes on to its end, which saves
+    wait_for(lambda: len([*folder.glob(".step_00000008.*.tmp/rank-*")]) == 2)
+    metrics = own_run / "moce" / "metrics.jsonl"
+    wait_for(lambda: [line["step"] for line in read_jsonl(metrics)][-1:] == [10])
+    pools(2).kill()
+    assert latest_checkpoint(folder) == folder / "step_00000004"
+    assert any(folder.glob(".step_*"))
+    pools(2).run("train_to_end", run=str(own_run), overrides=options)
+    assert not any(folder.glob(".*"))
+    assert damage(folder / "step_00000008") is None
+    assert [line["step"] for line in read_jsonl(metrics)] == list(range(11))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_that_cannot_write_ends_all_with_one_error(pools, own_run, rank):
+    options, folder = overrides(2), own_run / "moce" / "checkpoints"
+    pools(2).run("train_part", run=str(own_run), overrides=options, stop=7)
+    assert [p.name for p in folder.iterdir()] == ["step_00000004"]
+    errors = pools(2).run("train_with_small_files", run=str(own_run), overrides=options, rank=rank)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(f"{folder}: checkpoint not written: ")
+    assert "File too large" in errors[0] and "\n" not in errors[0]
+    assert [p.name for p in folder.iterdir()] == ["step_00000004"]
+    assert latest_checkpoint(folder) is not None
+
+
+def test_a_folder_that_cannot_be_made_ends_all_with_one_error(pools, own_run):
+    folder = own_run / "moce" / "checkpoints"
+    folder.parent.mkdir()
+    folder.write_text("in the way")
+    errors = pools(2).run(
+        "train_with_small_files", run=str(own_run), overrides=overrides(2), rank=None
+    )
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(f"{folder}: checkpoint not written: ")
 
 
 def test_unpublished_and_alien_checkpoints_are_not_taken(own_run):

@@ -14,7 +14,7 @@ from moce_dist.config import Config, make_config
 from moce_dist.data.images import eval_image
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import global_names, is_stacked
-from moce_dist.run import Run, file_sha256, mark_complete, open_run
+from moce_dist.run import Run, file_sha256, fingerprint, mark_complete, open_run
 
 NUM_EXPERTS, NUM_CLUSTERS, SIZE = 3, 6, 16
 
@@ -71,7 +71,8 @@ def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor]) -> None:
             path = folder / f"{name}.safetensors"
             save_file({n: t.contiguous() for n, t in tensors.items()}, path)
             files[path.name] = file_sha256(path)
-    manifest = {"format": "moce_dist.checkpoint.v1", "step": 5, "files": files}
+    manifest = {"format": "moce_dist.checkpoint.v2", "step": 5, "files": files}
+    manifest["sha256"] = fingerprint(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -1,0 +1,41 @@
+"""Who writes which tensor."""
+
+import pytest
+import torch
+
+from moce_dist.parallel.groups import Topology
+from moce_dist.train.saver import Shares
+
+EXPERTS = "blocks.1.mlp.experts.fc1.weight"
+
+
+def writers(ranks, groups, tensors):
+    """Ranks that write each tensor, from what every rank says for itself."""
+    shares = [Shares(Topology(ranks, groups), rank) for rank in range(ranks)]
+    return [
+        [rank for rank, share in enumerate(shares) if share.is_mine(name, torch.empty(size))]
+        for name, size in tensors
+    ]
+
+
+def test_shared_tensors_go_to_whom_has_least():
+    tensors = [("a", 8), ("b", 2), ("c", 3), ("d", 1), ("e", 4)]
+    assert writers(3, 1, tensors) == [[0], [1], [2], [1], [1]]
+
+
+def test_experts_are_written_once_in_every_place():
+    # places {0, 1} and {2, 3}; the shared tensor before them was rank 0's
+    tensors = [("a", 4), (EXPERTS, 4), (EXPERTS, 4), ("b", 1)]
+    assert writers(4, 2, tensors) == [[0], [1, 2], [0, 3], [1]]
+
+
+@pytest.mark.parametrize(("ranks", "groups"), [(1, 4), (2, 4), (8, 4), (8, 2)])
+def test_every_rank_has_a_share_of_equal_size(ranks, groups):
+    sizes = torch.randint(1, 100, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    tensors = [(EXPERTS if i % 3 else f"shared.{i}", size) for i, size in enumerate(sizes)]
+    written, places = [0] * ranks, min(ranks, groups)
+    for (name, size), by in zip(tensors, writers(ranks, groups, tensors), strict=True):
+        assert len(by) == (places if name == EXPERTS else 1)
+        for rank in by:
+            written[rank] += size
+    assert max(written) - min(written) <= 100
