@@ -8,7 +8,7 @@ a local optimum, so much depends on where they start:
     start     one layer's experts say how clusters start together; every layer in turn
     anneal    soft readers, shares ~ exp((gain - price) / T), and experts in turn while T falls
     polish    exact readers and experts in turn until nothing improves
-    kick      some experts of the best plan change places; polish; keep what is better
+    kick      experts of the best plan change places, a few or three groups' all; settle again
 
 Effort is counted beforehand from the sizes, never by a clock, so a plan is a function of its
 input. Only (cluster, useful group) pairs are held, at most L a cluster, never K x G x L.
@@ -18,6 +18,7 @@ Letters: L MoE layers, K clusters, E experts per layer, G expert groups.
 Source: Rose 1998, Proc. IEEE 86(11) (deterministic annealing of a clustering).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -26,14 +27,13 @@ from scipy.optimize import linear_sum_assignment
 
 from moce_dist.parallel.transport import Floats, Ints, Pairs, transport
 
-_TEMPERATURES = (1.0, 0.7, 0.5, 0.35, 0.25)
-_PRICE_ROUNDS = 4
-_POLISH_ROUNDS = 12
-_MAX_KICKS = 48
-# a unit of effort is about a nanosecond; a round places all experts and finds all readers once
-_EFFORT = 600_000_000
-_ROUND_EFFORT, _PAIR_EFFORT, _SLOT_EFFORT = 1_000_000, 150, 10
-_START_ROUNDS, _KICK_ROUNDS = 10, 3
+_TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)
+_WARM = _TEMPERATURES[2:]
+_POLISH_ROUNDS, _POLISH_SWEEPS = 12, 3
+_MAX_KICKS = 80
+# estimates on a 2020s core: a layer of a sweep has a fixed cost, one per pair, one per E x E
+_BUDGET_NS = 500_000_000
+_LAYER_NS, _PAIR_NS, _SLOT_NS = 200_000, 35, 30
 
 
 @dataclass(frozen=True)
@@ -128,19 +128,25 @@ def _canonical(problem: Problem) -> tuple[Problem, Ints]:
 
 def _search(problem: Problem) -> Plan:
     free = replace(problem, current=None)
-    (num_layers, num_clusters), num_experts = problem.routing.shape, problem.num_experts
-    effort = num_layers * (_PAIR_EFFORT * num_clusters + _SLOT_EFFORT * num_experts**2)
-    rounds = _EFFORT // (_ROUND_EFFORT + effort)
-    starts = max(1, min(num_layers, rounds // (2 * _START_ROUNDS)))
-    anchors = np.linspace(0, num_layers - 1, starts).round().astype(int)
-    best = min((_polish(free, _anneal(free, anchor)) for anchor in anchors), key=_cost)
-    draws = np.random.default_rng(0)
-    for _ in range(min(_MAX_KICKS, (rounds - starts * _START_ROUNDS) // _KICK_ROUNDS)):
+    num_starts, num_kicks = _effort(problem)
+    anchors = np.linspace(0, len(problem.routing) - 1, num_starts).round().astype(int)
+    starts = (_anneal(free, _start(free, anchor), _TEMPERATURES) for anchor in anchors)
+    best = min((_polish(free, plan) for plan in starts), key=_cost)
+    for turn in range(num_kicks):
         if best.cost == 0:
             break
-        kicked = read(free, _kick(best.experts, draws), best.prices)
-        best = min(best, _polish(free, kicked), key=_cost)
+        best = min(best, _polish(free, _kicked(free, best, turn)), key=_cost)
     return best
+
+
+def _effort(problem: Problem) -> tuple[int, int]:
+    # how many annealed starts, one a layer at most, and how many kicks
+    num_layers, num_clusters = problem.routing.shape
+    layer = _LAYER_NS + _PAIR_NS * num_clusters * num_layers + _SLOT_NS * problem.num_experts**2
+    start = (len(_TEMPERATURES) + _POLISH_SWEEPS) * num_layers * layer
+    kick = (len(_WARM) + _POLISH_SWEEPS) * num_layers * layer
+    starts = max(1, min(num_layers, _BUDGET_NS // start))
+    return starts, max(0, min(_MAX_KICKS, (_BUDGET_NS - starts * start) // kick))
 
 
 def _gains(routing: Ints, experts: Ints) -> Pairs:
@@ -153,28 +159,38 @@ def _gains(routing: Ints, experts: Ints) -> Pairs:
     return Pairs(at // homes.shape[1], homes.ravel()[at].astype(np.int64), gain)
 
 
-def _anneal(problem: Problem, anchor: int) -> Plan:
-    # the anchor layer's experts are dealt to the groups by load; all layers fall in with that
-    prices = np.zeros(problem.num_groups)
+def _start(problem: Problem, anchor: int) -> Ints:
+    # the anchor layer's experts are dealt to the groups by load; the others go where these send
+    # most of their units
     dealt = np.arange(problem.num_experts)[None] % problem.num_groups
-    readers = _soft_readers(problem, _gains(problem.routing[[anchor]], dealt), prices, 1.0)[0]
-    for temperature in _TEMPERATURES:
-        gains = _gains(problem.routing, _place(problem, readers))
-        readers, prices = _soft_readers(problem, gains, prices, temperature)
-    return read(problem, _place(problem, readers), prices.round().astype(np.int64))
+    votes = _gains(problem.routing[[anchor]], dealt)
+    return _place(problem, votes._replace(value=problem.sizes.astype(float)))
+
+
+def _anneal(problem: Problem, experts: Ints, temperatures: Sequence[float]) -> Plan:
+    experts, prices = experts.copy(), np.zeros(problem.num_groups)
+    layers = np.arange(len(experts)) if len(experts) > 1 else []
+    for temperature in temperatures:
+        for layer in layers:
+            # a layer hears only what the others vote: its own vote would keep it where it is
+            others = layers != layer
+            votes = _gains(problem.routing[others], experts[others])
+            readers, prices = _soft_readers(problem, votes, prices, temperature)
+            only = replace(problem, routing=problem.routing[[layer]])
+            experts[layer] = _place(only, readers)[0]
+    return read(problem, experts, prices.round().astype(np.int64))
 
 
 def _soft_readers(
     problem: Problem, gains: Pairs, prices: Floats, temperature: float
 ) -> tuple[Pairs, Floats]:
     first = gains.first
-    for _ in range(_PRICE_ROUNDS):
-        z = (gains.value - prices[gains.group]) / temperature
-        z = np.exp(z - np.maximum.reduceat(z, first)[gains.cluster])
-        z *= (problem.sizes / np.add.reduceat(z, first))[gains.cluster]
-        loads = np.bincount(gains.group, z, problem.num_groups) / problem.quotas.clip(min=1)
-        # a group that nobody wants must not become infinitely cheap
-        prices = prices + temperature * np.log(loads.clip(0.1, 10))
+    z = (gains.value - prices[gains.group]) / temperature
+    z = np.exp(z - np.maximum.reduceat(z, first)[gains.cluster])
+    z *= (problem.sizes / np.add.reduceat(z, first))[gains.cluster]
+    loads = np.bincount(gains.group, z, problem.num_groups) / problem.quotas.clip(min=1)
+    # a group that nobody wants must not become infinitely cheap
+    prices = prices + temperature * np.log(loads.clip(0.1, 10))
     return gains._replace(value=z), prices
 
 
@@ -202,14 +218,29 @@ def _polish(problem: Problem, best: Plan) -> Plan:
     return best
 
 
-def _kick(experts: Ints, draws: np.random.Generator) -> Ints:
-    # in one layer or more, two or more experts change places in a circle
-    experts = experts.copy()
+def _kicked(problem: Problem, best: Plan, turn: int) -> Plan:
+    draws = np.random.default_rng(turn)
+    experts = best.experts.copy()
+    if turn % 2:
+        return read(problem, _rotate(experts, draws), best.prices)
+    return _anneal(problem, _deal_anew(experts, problem.num_groups, draws), _WARM)
+
+
+def _rotate(experts: Ints, draws: np.random.Generator) -> Ints:
+    # in one layer or more a few experts change places in a circle
     num_layers, num_experts = experts.shape
     for layer in draws.permutation(num_layers)[: draws.integers(1, num_layers + 1)]:
-        count = min(num_experts, int(draws.integers(2, 5)))
-        chosen = draws.permutation(num_experts)[:count]
+        chosen = draws.permutation(num_experts)[: draws.integers(2, 5)]
         experts[layer, chosen] = experts[layer, np.roll(chosen, 1)]
+    return experts
+
+
+def _deal_anew(experts: Ints, num_groups: int, draws: np.random.Generator) -> Ints:
+    # three groups put their experts together and deal them anew
+    chosen = draws.permutation(num_groups)[:3]
+    for row in experts:
+        members = np.flatnonzero(np.isin(row, chosen))
+        row[members] = draws.permutation(row[members])
     return experts
 
 

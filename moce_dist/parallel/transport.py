@@ -77,7 +77,8 @@ def _network(
         (np.zeros_like(clusters), clusters, sizes),
         (clusters[tight.cluster], groups[tight.group], sizes[tight.cluster]),
         (clusters[lost], np.full_like(lost, anywhere), sizes[lost]),
-        (np.full_like(cheapest, anywhere), groups[cheapest], quotas[cheapest]),
+        # never full: a saturated edge would hide that a cheapest group is wanted
+        (np.full_like(cheapest, anywhere), groups[cheapest], np.full_like(cheapest, sizes.sum())),
         (groups, np.full_like(groups, sink), quotas),
     ]
     tails, heads, capacities = (np.concatenate(column).astype(np.int32) for column in zip(*edges, strict=True))
