@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from moce_dist.parallel.planner import Plan, Problem, read, solve
+from moce_dist.parallel.planner import solve
+from moce_dist.parallel.problem import Plan, Problem, read
 from moce_dist.parallel.transport import MAX_UNITS, Floats, Ints
 
 
@@ -47,7 +48,8 @@ class Placement:
         before = np.concatenate([[0.0], total])[np.searchsorted(cluster, cluster)]
         bounds = (total - before) / self.shares.sum(axis=1)[cluster]
         is_last = np.diff(cluster, append=-1) != 0
-        return cluster + np.where(is_last, 1.0, bounds)
+        upper: Floats = cluster + np.where(is_last, 1.0, bounds)
+        return upper
 
     def readers(self, clusters: Ints) -> Ints:
         """Give every slot of a step, (B,) cluster ids, the group that reads it: B / G each.
@@ -134,17 +136,19 @@ def plan_placement(
         return Placement(np.zeros((0, num_experts), np.int64), _shares(plan, nowhere))
     cost = 0.0 if math.isinf(move_cost) else move_cost * scale
     problem = Problem(routing, units, num_experts, num_groups, expert_group, cost)
-    is_fixed = expert_group is not None and math.isinf(move_cost)
-    plan = read(problem, expert_group) if is_fixed else solve(problem)
+    if expert_group is not None and math.isinf(move_cost):
+        plan = read(problem, expert_group)
+    else:
+        plan = solve(problem)
     return Placement(plan.experts, _shares(plan, problem))
 
 
 def _units(cluster_sizes: Ints, num_groups: int) -> tuple[Ints, float]:
     # whole units of which every group can have the same number, as long as they can be counted
     total = max(1, int(cluster_sizes.sum()))
-    scale = num_groups // math.gcd(total, num_groups)
-    if total * scale <= MAX_UNITS:
-        return cluster_sizes * scale, scale
+    whole = num_groups // math.gcd(total, num_groups)
+    if total * whole <= MAX_UNITS:
+        return cluster_sizes * whole, whole
     scale = min(1.0, MAX_UNITS / 2 / total)
     return np.floor(cluster_sizes * scale).astype(np.int64), scale
 

@@ -7,7 +7,7 @@ a local optimum, so much depends on where they start:
 
     start     one layer's experts say how clusters start together; every layer in turn
     anneal    soft readers, shares ~ exp((gain - price) / T), and experts in turn while T falls
-    polish    exact readers and experts in turn until nothing improves
+    polish    exact readers and experts in turn until nothing improves; small ones by swaps too
     kick      experts of the best plan change places, a few or three groups' all; settle again
 
 Effort is counted beforehand from the sizes, never by a clock, so a plan is a function of its
@@ -19,57 +19,22 @@ Source: Rose 1998, Proc. IEEE 86(11) (deterministic annealing of a clustering).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import replace
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from moce_dist.parallel.transport import Floats, Ints, Pairs, transport
+from moce_dist.parallel.problem import Plan, Problem, gains_of, read
+from moce_dist.parallel.swaps import improve_by_swaps
+from moce_dist.parallel.transport import Floats, Ints, Pairs
 
 _TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)
 _WARM = _TEMPERATURES[2:]
 _POLISH_ROUNDS, _POLISH_SWEEPS = 12, 3
-_MAX_KICKS = 80
+_MAX_KICKS = 40
 # estimates on a 2020s core: a layer of a sweep has a fixed cost, one per pair, one per E x E
 _BUDGET_NS = 500_000_000
 _LAYER_NS, _PAIR_NS, _SLOT_NS = 200_000, 35, 30
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is to be placed; images are counted in whole units."""
-
-    routing: Ints
-    """(L, K)."""
-    sizes: Ints
-    """(K,) units per cluster."""
-    num_experts: int
-    num_groups: int
-    current: Ints | None = None
-    """(L, E): where experts live now; None when they are free."""
-    move_cost: float = 0.0
-    """Units exchanged that it is worth to leave one expert where it is."""
-
-    @property
-    def quotas(self) -> Ints:
-        """Units that every group reads, (G,), equal within one unit."""
-        return (int(self.sizes.sum()) + np.arange(self.num_groups)) // self.num_groups
-
-    @property
-    def slots(self) -> Ints:
-        """Group of every slot for an expert, (E,)."""
-        return np.repeat(np.arange(self.num_groups), self.num_experts // self.num_groups)
-
-
-class Plan(NamedTuple):
-    """Experts' groups (L, E), units that groups read, groups' prices (G,), and the cost."""
-
-    experts: Ints
-    readers: Pairs
-    prices: Ints
-    cost: float
-    """Units exchanged, and `move_cost` for every expert that moved."""
 
 
 def solve(problem: Problem) -> Plan:
@@ -87,23 +52,6 @@ def solve(problem: Problem) -> Plan:
     experts = np.empty_like(plan.experts)
     np.put_along_axis(experts, order, plan.experts, axis=1)
     return plan._replace(experts=experts)
-
-
-def read(problem: Problem, experts: Ints, prices: Ints | None = None) -> Plan:
-    """Plan the best readers for experts (L, E); `prices` (G,) of a similar plan save time."""
-    if prices is None:
-        prices = np.zeros(problem.num_groups, np.int64)
-    gains = _gains(problem.routing, experts)
-    readers, prices = transport(gains, problem.sizes, problem.quotas, prices)
-    moves = 0 if problem.current is None else int((experts != problem.current).sum())
-    cost = problem.routing.shape[0] * problem.sizes.sum() - _gained(gains, readers, problem)
-    return Plan(experts, readers, prices, float(cost) + problem.move_cost * moves)
-
-
-def _gained(gains: Pairs, readers: Pairs, problem: Problem) -> float:
-    keys, wanted = (p.cluster * problem.num_groups + p.group for p in (gains, readers))
-    at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    return float(np.where(keys[at] == wanted, gains.value[at], 0) @ readers.value)
 
 
 def _cost(plan: Plan) -> float:
@@ -149,32 +97,24 @@ def _effort(problem: Problem) -> tuple[int, int]:
     return starts, max(0, min(_MAX_KICKS, (_BUDGET_NS - starts * start) // kick))
 
 
-def _gains(routing: Ints, experts: Ints) -> Pairs:
-    # a cluster's homes over the layers, sorted: how often a group stands there is its gain
-    homes = np.sort(np.take_along_axis(experts, routing, axis=1).T.astype(np.int32), axis=1)
-    is_first = np.ones(homes.shape, bool)
-    is_first[:, 1:] = homes[:, 1:] != homes[:, :-1]
-    at = np.flatnonzero(is_first)
-    gain = np.diff(at, append=homes.size).astype(float)
-    return Pairs(at // homes.shape[1], homes.ravel()[at].astype(np.int64), gain)
-
-
 def _start(problem: Problem, anchor: int) -> Ints:
     # the anchor layer's experts are dealt to the groups by load; the others go where these send
     # most of their units
     dealt = np.arange(problem.num_experts)[None] % problem.num_groups
-    votes = _gains(problem.routing[[anchor]], dealt)
+    votes = gains_of(problem.routing[[anchor]], dealt)
     return _place(problem, votes._replace(value=problem.sizes.astype(float)))
 
 
 def _anneal(problem: Problem, experts: Ints, temperatures: Sequence[float]) -> Plan:
+    if len(experts) == 1:
+        return read(problem, experts)  # a single layer has nobody to agree with
     experts, prices = experts.copy(), np.zeros(problem.num_groups)
-    layers = np.arange(len(experts)) if len(experts) > 1 else []
+    layers = np.arange(len(experts))
     for temperature in temperatures:
         for layer in layers:
             # a layer hears only what the others vote: its own vote would keep it where it is
             others = layers != layer
-            votes = _gains(problem.routing[others], experts[others])
+            votes = gains_of(problem.routing[others], experts[others])
             readers, prices = _soft_readers(problem, votes, prices, temperature)
             only = replace(problem, routing=problem.routing[[layer]])
             experts[layer] = _place(only, readers)[0]
@@ -215,13 +155,13 @@ def _polish(problem: Problem, best: Plan) -> Plan:
         if plan.cost >= best.cost:
             break
         best = plan
-    return best
+    return improve_by_swaps(problem, best)
 
 
 def _kicked(problem: Problem, best: Plan, turn: int) -> Plan:
     draws = np.random.default_rng(turn)
     experts = best.experts.copy()
-    if turn % 2:
+    if turn % 3:
         return read(problem, _rotate(experts, draws), best.prices)
     return _anneal(problem, _deal_anew(experts, problem.num_groups, draws), _WARM)
 

@@ -45,7 +45,8 @@ def transport(gains: Pairs, sizes: Ints, quotas: Ints, prices: Ints) -> tuple[Pa
 
     Every cluster has a pair in `gains`. `sizes` (K,) and `quotas` (G,) are whole units, equal in
     sum, at most MAX_UNITS; `prices` (G,) are where to start. Returns the units that groups read
-    (0 for the one reader of an empty cluster) and the final prices. Which of equally good answers it is, is arbitrary but always the same.
+    (0 for the one reader of an empty cluster) and the final prices. Of equally good answers it is
+    an arbitrary one, but always the same.
     """
     assert sizes.sum() == quotas.sum() <= MAX_UNITS
     while True:
@@ -81,7 +82,9 @@ def _network(
         (np.full_like(cheapest, anywhere), groups[cheapest], np.full_like(cheapest, sizes.sum())),
         (groups, np.full_like(groups, sink), quotas),
     ]
-    tails, heads, capacities = (np.concatenate(column).astype(np.int32) for column in zip(*edges, strict=True))
+    tails, heads, capacities = (
+        np.concatenate(column).astype(np.int32) for column in zip(*edges, strict=True)
+    )
     return csr_array((capacities, (tails, heads)), shape=(sink + 1, sink + 1))
 
 
@@ -114,7 +117,7 @@ def _amounts(flow: csr_array, num_clusters: int, num_groups: int) -> Pairs:
     is_used = edges.data > 0
     tails, heads, units = (x[is_used].astype(np.int64) for x in (*edges.coords, edges.data))
     anywhere = 1 + num_clusters + num_groups
-    direct = (0 < tails) & (tails <= num_clusters) & (heads < anywhere)
+    direct = (tails > 0) & (tails <= num_clusters) & (heads < anywhere)
     into, out = heads == anywhere, tails == anywhere
     # who went anywhere is dealt in order to the groups that took them in
     ends = np.cumsum(units[into]), np.cumsum(units[out])
