@@ -24,8 +24,8 @@ from moce_dist.bench.step import KINDS, stepper, variant
 from moce_dist.bench.synthetic import synthetic_state
 from moce_dist.config import Config, ConfigError
 from moce_dist.parallel.token import token_bytes_exchanged
+from moce_dist.parallel.traffic import element_size, num_visible
 from moce_dist.train.setup import TrainState, worker_device
-from moce_dist.train.traffic import element_size, num_visible
 
 _FIGURES = ("link_mbit", "token_communication_over_compute", "allreduce_over_compute")
 _RATIOS = (("token", "cluster"), ("cluster", "dense"))

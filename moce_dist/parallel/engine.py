@@ -236,8 +236,9 @@ class Engine:
     def load_state(self, lookup: Callable[[str, str], Tensor | None], *, step: int) -> None:
         """Set weights, and moments where `lookup(name, kind)` has them, after `step` steps."""
         with_moments = step > 0 and isinstance(self._inner_optimizer(), torch.optim.AdamW)
-        if with_moments and self.spec.parallel.zero_stage:
+        if with_moments and self.spec.parallel.zero_stage and not self._has_moments():
             self._create_partitioned_moments(step)
+        self._link_optimizer_state()
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
                 self._load_parameter(parameter, partial(lookup, name))
@@ -281,7 +282,6 @@ class Engine:
             for flat in group["params"]:
                 zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
                 optimizer.state[flat] = {"step": torch.tensor(float(step)), **zeros}
-        self._link_optimizer_state()
 
     def _link_optimizer_state(self) -> None:
         if self.spec.parallel.zero_stage and self._has_moments():

@@ -2,26 +2,22 @@
 
 Input: a routing table, images per cluster, G. Output: a `Placement`. An image that is read by the
 group of its expert never leaves it, so the objective is the fewest images that must travel,
-summed over the layers, under equally many images per group. Two linear problems are solved in
-turn until neither helps:
-
-    experts, given readers   per layer, assign experts to group slots (linear sum assignment)
-    readers, given experts   clusters to groups by regret, splitting a cluster where a group is full
+summed over the layers, under equally many images per group. How it is found: planner.py.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, B images of a step.
 """
 
 import json
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
-_ROUNDS = 8
+from moce_dist.parallel.planner import solve
+from moce_dist.parallel.problem import Plan, Problem, read
+from moce_dist.parallel.transport import MAX_UNITS, Floats, Ints
 
 
 @dataclass(frozen=True)
@@ -38,35 +34,66 @@ class Placement:
         """Expert groups, G."""
         return self.shares.shape[1]
 
+    @cached_property
+    def _parts(self) -> tuple[Ints, Ints, Floats]:
+        # cluster, group, share of what is read: nearly always one part a cluster
+        cluster, group = np.nonzero(self.shares)
+        return cluster, group, self.shares[cluster, group]
+
+    @cached_property
+    def _bounds(self) -> Floats:
+        # cluster + the share up to and with a part: sorted, so one search finds any slot's part
+        cluster, _, share = self._parts
+        total = np.cumsum(share)
+        before = np.concatenate([[0.0], total])[np.searchsorted(cluster, cluster)]
+        bounds = (total - before) / self.shares.sum(axis=1)[cluster]
+        is_last = np.diff(cluster, append=-1) != 0
+        upper: Floats = np.where(is_last, 1.0, bounds) + cluster.astype(np.float64)
+        return upper
+
     def readers(self, clusters: Ints) -> Ints:
         """Give every slot of a step, (B,) cluster ids, the group that reads it: B / G each.
 
         Padding (cluster -1) fills up what is left.
         """
         groups = np.full(len(clusters), -1)
-        bounds = self.shares.cumsum(axis=1)
-        for cluster in np.unique(clusters[clusters >= 0]):
-            slots = np.flatnonzero(clusters == cluster)
-            at = (np.arange(len(slots)) + 0.5) / len(slots) * bounds[cluster, -1]
-            groups[slots] = np.searchsorted(bounds[cluster], at, side="right")
+        slots = np.argsort(clusters, kind="stable")
+        slots = slots[np.searchsorted(clusters[slots], 0) :]
+        ids = clusters[slots]
+        # the middle of the j-th of a cluster's n slots stands at (j + 1/2) / n of its shares
+        first = np.searchsorted(ids, ids)
+        count = np.searchsorted(ids, ids, side="right") - first
+        at = ids + (np.arange(len(ids)) - first + 0.5) / count
+        groups[slots] = self._parts[1][np.searchsorted(self._bounds, at, side="right")]
         return _level(groups, self.num_groups)
 
     def images_exchanged(self, routing: Ints, cluster_sizes: Ints) -> float:
         """Predict the images that travel in an epoch, summed over the layers."""
+        cluster, group, share = self._parts
         homes = np.take_along_axis(self.expert_group, routing, axis=1)
-        local = sum(self.shares[np.arange(len(home)), home] @ cluster_sizes for home in homes)
+        stays = (homes[:, cluster] == group).sum(axis=0)
+        local = stays @ (share * cluster_sizes[cluster])
         return float(routing.shape[0] * cluster_sizes.sum() - local)
 
     def to_json(self) -> str:
-        """Write as JSON."""
-        document = {"expert_group": self.expert_group.tolist(), "shares": self.shares.tolist()}
+        """Write as JSON; of the shares only those that are not 0."""
+        cluster, group, share = (part.tolist() for part in self._parts)
+        document = {
+            "expert_group": self.expert_group.tolist(),
+            "shape": [*self.expert_group.shape, *self.shares.shape],
+            "shares": {"cluster": cluster, "group": group, "share": share},
+        }
         return json.dumps(document)
 
     @staticmethod
     def from_json(text: str) -> "Placement":
         """Read what `to_json` wrote."""
         document: dict[str, Any] = json.loads(text)
-        return Placement(np.array(document["expert_group"]), np.array(document["shares"]))
+        layers, experts, clusters, groups = document["shape"]
+        shares, parts = np.zeros((clusters, groups)), document["shares"]
+        shares[parts["cluster"], parts["group"]] = parts["share"]
+        homes = np.array(document["expert_group"], np.int64).reshape(layers, experts)
+        return Placement(homes, shares)
 
 
 def _level(groups: Ints, num_groups: int) -> Ints:
@@ -94,84 +121,40 @@ def plan_placement(
     num_experts: int,
     num_groups: int,
     expert_group: Ints | None = None,
+    move_cost: float = math.inf,
 ) -> Placement:
-    """Plan experts and readers for a routing table (L, K); `expert_group` (L, E) keeps experts put.
+    """Plan experts and readers for a routing table (L, K); deterministic.
 
-    Deterministic. With no MoE layer (L = 0) clusters are only spread evenly.
+    Without `expert_group` (L, E) experts are free. With it they stay put, unless moving one saves
+    more than `move_cost` images exchanged per epoch. With no MoE layer (L = 0) clusters are only
+    spread evenly.
     """
-    num_layers, num_clusters = routing.shape
-    start = contiguous_placement(num_layers, num_experts, num_clusters, num_groups)
-    if expert_group is not None or num_layers == 0:
-        kept = start if expert_group is None else Placement(expert_group, start.shares)
-        return Placement(kept.expert_group, _assign_readers(routing, cluster_sizes, kept))
-    # every layer in turn says how clusters start together; the others fall in with it
-    plans = [
-        _improve(routing, cluster_sizes, _anchor(routing[[layer]], cluster_sizes, start))
-        for layer in range(num_layers)
-    ]
-    return min(plans, key=lambda plan: plan.images_exchanged(routing, cluster_sizes))
+    units, scale = _units(cluster_sizes, num_groups)
+    if len(routing) == 0:
+        nowhere = Problem(np.zeros((1, len(units)), np.int64), units, 1, num_groups)
+        plan = read(nowhere, np.zeros((1, 1), np.int64))
+        return Placement(np.zeros((0, num_experts), np.int64), _shares(plan, nowhere))
+    cost = 0.0 if math.isinf(move_cost) else move_cost * scale
+    problem = Problem(routing, units, num_experts, num_groups, expert_group, cost)
+    if expert_group is not None and math.isinf(move_cost):
+        plan = read(problem, expert_group)
+    else:
+        plan = solve(problem)
+    return Placement(plan.experts, _shares(plan, problem))
 
 
-def _anchor(routing: Ints, sizes: Ints, start: Placement) -> Placement:
-    # readers that suit one layer, (1, K), its experts spread by load: the fullest first, each to
-    # the group with the least load and a free slot
-    num_experts = start.expert_group.shape[1]
-    loads = np.bincount(routing[0], sizes, num_experts)
-    group_loads, slots = np.zeros(start.num_groups), np.zeros(start.num_groups, np.int64)
-    groups = np.empty((1, num_experts), np.int64)
-    for expert in np.argsort(-loads, kind="stable"):
-        is_free = slots < num_experts // start.num_groups
-        group = int(np.where(is_free, group_loads, np.inf).argmin())
-        groups[0, expert] = group
-        group_loads[group] += loads[expert]
-        slots[group] += 1
-    shares = _assign_readers(routing, sizes, Placement(groups, start.shares))
-    return Placement(start.expert_group, shares)
+def _units(cluster_sizes: Ints, num_groups: int) -> tuple[Ints, float]:
+    # whole units of which every group can have the same number, as long as they can be counted
+    total = max(1, int(cluster_sizes.sum()))
+    whole = num_groups // math.gcd(total, num_groups)
+    if total * whole <= MAX_UNITS:
+        return cluster_sizes * whole, whole
+    scale = min(1.0, MAX_UNITS / 2 / total)
+    return np.floor(cluster_sizes * scale).astype(np.int64), scale
 
 
-def _improve(routing: Ints, sizes: Ints, start: Placement) -> Placement:
-    best, cost = start, np.inf
-    for _ in range(_ROUNDS):
-        moved = Placement(_assign_experts(routing, sizes, best), best.shares)
-        moved = Placement(moved.expert_group, _assign_readers(routing, sizes, moved))
-        new_cost = moved.images_exchanged(routing, sizes)
-        if new_cost >= cost:
-            break
-        best, cost = moved, new_cost
-    return best
-
-
-def _assign_experts(routing: Ints, sizes: Ints, placement: Placement) -> Ints:
-    # per layer: maximise the images that find their expert in the group that reads them
-    num_layers, num_experts = placement.expert_group.shape
-    # a group is as many columns as it has slots, so the assignment keeps groups equally full
-    slots = np.repeat(np.arange(placement.num_groups), num_experts // placement.num_groups)
-    result = np.empty((num_layers, num_experts), np.int64)
-    for layer in range(num_layers):
-        gain = np.zeros((num_experts, placement.num_groups))
-        np.add.at(gain, routing[layer], placement.shares * sizes[:, None])
-        experts, columns = linear_sum_assignment(gain[:, slots], maximize=True)
-        result[layer, experts] = slots[columns]
-    return result
-
-
-def _assign_readers(routing: Ints, sizes: Ints, placement: Placement) -> Floats:
-    # clusters with the most to lose choose first; what does not fit goes to the next best group
-    num_layers, num_clusters = routing.shape
-    gain = np.zeros((num_clusters, placement.num_groups))
-    for layer in range(num_layers):
-        gain[np.arange(num_clusters), placement.expert_group[layer, routing[layer]]] += 1
-    ranked = np.sort(gain, axis=1)
-    regret = (ranked[:, -1] - ranked[:, :-1].max(axis=1, initial=0)) * sizes
-    room = np.full(placement.num_groups, sizes.sum() / placement.num_groups)
-    shares = np.zeros_like(gain)
-    for cluster in np.lexsort((np.arange(num_clusters), -regret)):
-        # among equally good groups the emptiest; empty clusters stand where they like best
-        left = max(float(sizes[cluster]), 1e-9)
-        for group in np.lexsort((-room, -gain[cluster])):
-            part = min(left, room[group]) if sizes[cluster] else left
-            shares[cluster, group], left = part, left - part
-            room[group] -= part
-            if left <= 0:
-                break
+def _shares(plan: Plan, problem: Problem) -> Floats:
+    shares = np.zeros((len(problem.sizes), problem.num_groups))
+    # an empty cluster has one reader too, of 0 units
+    shares[plan.readers.cluster, plan.readers.group] = plan.readers.value.clip(min=1)
     return shares / shares.sum(axis=1, keepdims=True)

@@ -27,11 +27,12 @@ from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import ExpertExchange
 from moce_dist.parallel.token import token_balance_loss
 from moce_dist.run import StoppedError, write_atomic
+from moce_dist.train.expert_metrics import moe_metrics
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
+from moce_dist.train.migrate import replan
 from moce_dist.train.optim import learning_rate, set_learning_rate
 from moce_dist.train.setup import TrainState, build_state, holdout_table, never
-from moce_dist.train.traffic import moe_metrics
 
 log = logging.getLogger(__name__)
 _FAULTS_BEFORE_STOP = 8
@@ -171,25 +172,32 @@ def check_finite(state: TrainState, sums: Tensor) -> None:
 def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
     """Yield the batches that are left, with routing and placement up to date for each.
 
-    The placement changes between intervals; the loader of an interval reads by it.
+    The placement changes between intervals; the loader of an interval reads by it. What an interval
+    exchanged is written beside what its plan predicted.
     """
-    gate, interval = state.model.gate, state.job.config.parallel.replan_steps
+    router, gate = state.router, state.model.gate
+    interval = state.job.config.parallel.replan_steps
     while state.step < state.total_steps:
-        if gate is not None:
-            state.router.refresh(gate, state.step)
-            if state.step % interval == 0:
-                state.router.replan()
-            if state.rank == 0:
-                state.router.write(state.job.folder, state.step)
-        end = state.total_steps if gate is None else (state.step // interval + 1) * interval
-        spec = state.stream_spec(state.plan)
-        group_of = state.router.placement.readers
-        segment = stream(spec, group_of, start=state.step, stop=min(end, state.total_steps))
         begin = state.step
+        if gate is not None:
+            router.refresh(gate, begin)
+            if begin % interval == 0:
+                replan(state)
+            if state.rank == 0:
+                router.begin_interval(state.job.folder, begin)
+        end = state.total_steps if gate is None else (begin // interval + 1) * interval
+        spec = state.stream_spec(state.plan)
+        group_of = router.placement.readers
+        segment = stream(spec, group_of, start=begin, stop=min(end, state.total_steps))
         while (batch := timed_next(segment, clock)) is not None:
-            if gate is not None and state.step > begin:
-                state.router.refresh(gate, state.step)
+            if gate is not None:
+                if state.step > begin:
+                    router.refresh(gate, state.step)
+                if state.rank == 0:
+                    router.measure(batch.clusters.numpy())
             yield batch
+        if gate is not None and state.rank == 0:
+            router.write_placement(state.job.folder)
 
 
 def timed_next(segment: Iterator[Batch], clock: Clock) -> Batch | None:

@@ -2,12 +2,15 @@
 
 The table is made on rank 0's host from the float32 gate weights and broadcast; it is the step's
 only synchronisation besides the gradients. The placement follows the table at intervals by
-changing which group reads which cluster; experts stay where the first plan put them.
+changing which group reads which cluster; experts move (migrate.py) only when the images that this
+saves until the next plan weigh more than the experts do.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups.
 """
 
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,42 @@ from numpy.typing import NDArray
 
 from moce_dist.config import Config
 from moce_dist.model.gate import Gate, NoiseSchedule, routing_table
+from moce_dist.parallel.exchange import TRANSFERS
 from moce_dist.parallel.groups import ExpertMap, Topology, expert_map
 from moce_dist.parallel.placement import Placement, contiguous_placement, plan_placement
+from moce_dist.parallel.traffic import (
+    Traffic,
+    expert_bytes,
+    image_bytes,
+    no_traffic,
+    predict_traffic,
+)
 from moce_dist.run import write_atomic
 
 Ints = NDArray[np.int64]
+
+
+@dataclass
+class Interval:
+    """Steps under one placement: what was predicted for an epoch, what was counted since."""
+
+    begin: int
+    predicted: Traffic
+    naive_images_exchanged: float
+    """What `contiguous_placement` would exchange in an epoch."""
+    measured: Traffic
+    steps: int = 0
+
+    def to_dict(self, config: Config) -> dict[str, Any]:
+        """Return what a placement file says about it; `measured` is None before the first step."""
+        predicted = self.predicted.to_dict(config)
+        predicted["images_exchanged_contiguous"] = self.naive_images_exchanged
+        measured = {"steps": self.steps, **self.measured.to_dict(config)}
+        return {
+            "step": self.begin,
+            "predicted_per_epoch": predicted,
+            "measured_in_interval": measured if self.steps else None,
+        }
 
 
 class Router:
@@ -32,6 +66,7 @@ class Router:
         self, config: Config, topology: Topology, cluster_sizes: Ints, *, total_steps: int
     ) -> None:
         self._config, self._topology, self._sizes = config, topology, cluster_sizes
+        self._total_steps = total_steps
         noisy_steps = int(total_steps * config.gate.noise_fraction)
         self._noise = NoiseSchedule(config.seed, config.gate.noise, noisy_steps)
         layers, clusters = len(config.moe_layers), len(cluster_sizes)
@@ -41,6 +76,7 @@ class Router:
         )
         self.placement = self.contiguous
         self._is_planned = False
+        self._experts_moved = 0
 
     @property
     def experts(self) -> ExpertMap:
@@ -67,18 +103,43 @@ class Router:
         dist.broadcast(shared, 0)
         self.table = shared.cpu().numpy()
 
-    def replan(self) -> None:
-        """Plan who reads which cluster from the current table; the first time also the experts."""
+    def replan(self, step: int = 0) -> None:
+        """Plan readers and experts from the current table, for the interval that begins at `step`.
+
+        Collective over all ranks. Experts that already live somewhere may be given another group:
+        who holds them must then move them.
+        """
+        plan: list[Placement | None] = [None]
+        # one rank plans: another kind of host might break a tie in another way
+        if dist.get_rank() == 0:
+            plan = [self._plan(step)]
+        dist.broadcast_object_list(plan, 0)
+        assert plan[0] is not None
+        moved = int((plan[0].expert_group != self.placement.expert_group).sum())
+        self._experts_moved = moved if self._is_planned else 0
+        self.placement, self._is_planned = plan[0], True
+
+    def _plan(self, step: int) -> Placement:
         # with shared groups the gate itself says which experts belong together: they stay put
-        keep = self._is_planned or self._config.gate.groups == "shared"
-        self.placement = plan_placement(
+        is_shared = self._config.gate.groups == "shared"
+        return plan_placement(
             self.table,
             self._sizes,
             num_experts=self._config.moe.num_experts,
             num_groups=self._topology.num_groups,
-            expert_group=self.placement.expert_group if keep else None,
+            expert_group=self.placement.expert_group if self._is_planned or is_shared else None,
+            move_cost=math.inf if is_shared else self.move_cost(step),
         )
-        self._is_planned = True
+
+    def move_cost(self, step: int) -> float:
+        """Images exchanged per epoch that one expert's move at `step` must save; inf at the end."""
+        steps = min(self._config.parallel.replan_steps, self._total_steps - step)
+        if steps <= 0:
+            return math.inf
+        # every replica gets its own copy, while an image is exchanged once
+        moved = expert_bytes(self._config) * self._topology.num_replicas
+        images = moved / (image_bytes(self._config) * TRANSFERS)
+        return images * self._sizes.sum() / (steps * self._config.moce.batch_size)
 
     def save(self) -> dict[str, Any]:
         """Return what a checkpoint must hold to go on with the same table and placement."""
@@ -90,10 +151,36 @@ class Router:
         self.placement = Placement.from_json(json.dumps(position["placement"]))
         self._is_planned = True
 
-    def write(self, folder: Path, step: int) -> None:
-        """Write `routing/step_X.json` and `placement/step_X.json` below a stage's folder."""
+    def begin_interval(self, folder: Path, step: int) -> None:
+        """Write `routing/step_X.json` and, with the prediction alone, `placement/step_X.json`."""
         write_atomic(folder / "routing" / f"step_{step}.json", json.dumps(self.table.tolist()))
-        predicted = self.placement.images_exchanged(self.table, self._sizes)
-        document = json.loads(self.placement.to_json())
-        document["predicted_images_exchanged_per_epoch"] = predicted
-        write_atomic(folder / "placement" / f"step_{step}.json", json.dumps(document))
+        shapes = *self.placement.expert_group.shape, *self.placement.shares.shape
+        self._interval = Interval(
+            step,
+            predict_traffic(self.placement, self.table, self._sizes),
+            contiguous_placement(*shapes).images_exchanged(self.table, self._sizes),
+            no_traffic(self.placement),
+        )
+        self.write_placement(folder)
+
+    def measure(self, clusters: Ints) -> None:
+        """Count a step: `clusters` (R, b) of every slot of every rank, under the current table."""
+        # ranks stand in the order of groups, so every B / G slots are a group's
+        by_group = clusters.reshape(self._topology.num_groups, -1)
+        self._interval.measured.count(by_group, self.table, self.placement)
+        self._interval.steps += 1
+
+    def write_placement(self, folder: Path) -> None:
+        """Write `placement/step_X.json` of the interval: prediction and measurement side by side.
+
+        The bytes moved are those of all replicas; the plan of a run's start moves nothing.
+        """
+        moved = self._experts_moved
+        document = {
+            **json.loads(self.placement.to_json()),
+            **self._interval.to_dict(self._config),
+            "experts_moved": moved,
+            "bytes_moved": moved * expert_bytes(self._config) * self._topology.num_replicas,
+        }
+        path = folder / "placement" / f"step_{self._interval.begin}.json"
+        write_atomic(path, json.dumps(document))

@@ -1,5 +1,6 @@
 """What the processes of a pool run: each function is called on every rank with equal arguments."""
 
+import contextlib
 import logging
 import os
 import resource
@@ -16,7 +17,7 @@ from moce_dist.data.stream import stream
 from moce_dist.model.moce import is_stacked
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
-from moce_dist.train import loop, saver, setup
+from moce_dist.train import loop, migrate, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
 from moce_dist.train.job import StageJob
 
@@ -269,3 +270,56 @@ def train_with_small_files(run, overrides, rank):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return None
+
+
+def _shuffled(placement, step):
+    # experts anywhere, as many in every group as before; readers as planned
+    draws = np.random.default_rng(step)
+    return Placement(draws.permuted(placement.expert_group, axis=1), placement.shares)
+
+
+def train_replanning(run, overrides, moves, stop=None):
+    """Run the real loop; at every re-plan all experts are dealt anew, or (`moves` False) stay put.
+
+    Returns the keys that this rank read in every step, and its tensors by (kind, global name)
+    before and after every move.
+    """
+    init_distributed(torch.device("cpu"))
+    plan, move, step = routing.Router._plan, migrate.move_experts, loop.train_step
+    keys, snapshots = [], []
+
+    def forced_plan(router, at):
+        placement = plan(router, at)
+        return _shuffled(placement, at) if moves and at else placement
+
+    def snapshot(state):
+        tensors = {}
+        for name, kind, tensor in state.engine.state():
+            named = by_global_name(state, [(name, tensor)])
+            tensors |= {(kind, n): value for n, value in named.items()}
+        return tensors
+
+    def watched_move(state, before):
+        first = snapshot(state)
+        move(state, before)
+        moved = (state.router.experts.place != before.place).any()
+        snapshots.append((state.step, bool(moved), first, snapshot(state)))
+
+    def watched_step(state, batch):
+        if batch.step == stop:
+            state.saver.wait()
+            raise InterruptedError
+        keys.append((batch.step, [key for key in batch.keys if key]))
+        return step(state, batch)
+
+    routing.Router._plan, migrate.move_experts = forced_plan, watched_move
+    loop.train_step, cost = watched_step, routing.Router.move_cost
+    if not moves:
+        routing.Router.move_cost = lambda router, at: np.inf
+    try:
+        with contextlib.suppress(InterruptedError):
+            loop.pretrain(make_job(run, overrides))
+    finally:
+        routing.Router._plan, migrate.move_experts = plan, move
+        loop.train_step, routing.Router.move_cost = step, cost
+    return {"keys": keys, "snapshots": snapshots}

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from moce_dist.config import Config
 from moce_dist.data.stream import Batch
 from moce_dist.parallel.exchange import TRANSFERS, images_exchanged
 from moce_dist.parallel.token import token_bytes_exchanged
+from moce_dist.parallel.traffic import element_size, image_bytes, num_visible
 from moce_dist.train.setup import TrainState
 
 
@@ -38,8 +38,6 @@ def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor)
     exchanged = images_exchanged(
         batch.clusters, router.table, router.experts, state.topology.num_replicas
     )
-    # what travels are the visible tokens and the class token, in the type of the matrix products
-    image_bytes = num_visible(config) * config.model.shape.width * element_size(config)
     return metrics | {
         "images_per_expert": [
             np.bincount(row, counts, config.moe.num_experts).astype(int).tolist()
@@ -47,18 +45,8 @@ def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor)
         ],
         "images_exchanged": exchanged,
         "images_exchanged_contiguous": router.contiguous.images_exchanged(router.table, counts),
-        "bytes_exchanged": exchanged * image_bytes * TRANSFERS,
+        "bytes_exchanged": exchanged * image_bytes(config) * TRANSFERS,
     }
-
-
-def num_visible(config: Config) -> int:
-    """Tokens of an image in the encoder: visible patches and the class token."""
-    return int(config.num_patches * (1 - config.model.mask_ratio)) + 1
-
-
-def element_size(config: Config) -> int:
-    """Bytes of a number in the matrix products."""
-    return 2 if config.parallel.precision == "bf16" else 4
 
 
 def token_bytes(state: TrainState) -> int:

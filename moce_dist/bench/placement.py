@@ -1,0 +1,114 @@
+"""How fast the gating scheduler plans, and how good its plans are, at the size of large clusters.
+
+The routing table is what a gate in training would give: K centroids scattered around 2 E themes
+(images of a theme are alike, so layers agree about them as far as their gates do), one random
+linear gate a layer, and noise of 0.3 of the spread of the logits. All of it is seeded. Every size
+is planned in a process of its own, so that its peak memory is its own; the clock runs inside,
+around `plan_placement` alone.
+
+Letters: L MoE layers, K clusters, E experts per layer, G expert groups, D width of a centroid.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moce_dist.bench.harness import Report
+from moce_dist.config import Config
+from moce_dist.parallel.placement import contiguous_placement, plan_placement
+from moce_dist.parallel.transport import Ints
+
+_IMAGES_PER_CLUSTER = 313
+
+
+class Shape(NamedTuple):
+    """Size of a planning problem."""
+
+    clusters: int
+    experts: int
+    layers: int
+    groups: int
+    """For example 64 groups of 8 GPUs."""
+
+
+PLAN_4096 = Shape(4096, 64, 12, 64)
+PLAN_65536 = Shape(65536, 256, 24, 256)
+
+
+def run(config: Config, small: Shape = PLAN_4096, large: Shape = PLAN_65536) -> Report:
+    """Measure both sizes; figures are those of the smaller, peak memory of either.
+
+    The larger one is planned twice, whatever `bench.rounds` says.
+    """
+    rounds = config.bench.rounds
+    figures = [measure(small, config.seed) for _ in range(config.bench.warmup_rounds + rounds)]
+    figures = figures[config.bench.warmup_rounds :]
+    largest = [measure(large, config.seed) for _ in range(2)]
+    report = Report("placement", config)
+    report.add_variants({"plan_4096": [f["seconds"] for f in figures]})
+    report.add_variants({"plan_65536": [f["seconds"] for f in largest]})
+    for name in ("max_over_mean_images", "local_fraction", "local_fraction_contiguous"):
+        report.figures[name] = figures[0][name]
+        report.figures[f"{name}_65536"] = largest[0][name]
+    report.figures["peak_rss_gib"] = max(f["peak_rss_gib"] for f in largest)
+    report.figures["peak_rss_gib_4096"] = max(f["peak_rss_gib"] for f in figures)
+    return report
+
+
+def measure(shape: Shape, seed: int) -> dict[str, float]:
+    """Plan once in a fresh process.
+
+    Raises:
+        RuntimeError: the process failed; with the last line that it wrote.
+    """
+    command = [sys.executable, "-m", "moce_dist.bench.placement", *map(str, shape), str(seed)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit {process.returncode}"]
+        raise RuntimeError(f"planner of the benchmark: {lines[-1]}")
+    result: dict[str, float] = json.loads(process.stdout)
+    return result
+
+
+def gated_table(
+    layers: int, clusters: int, experts: int, *, seed: int, width: int = 64, noise: float = 0.3
+) -> Ints:
+    """Make the routing table (L, K) of random gates over clustered centroids (K, D)."""
+    draws = np.random.default_rng(seed)
+    themes = draws.standard_normal((2 * experts, width), np.float32)
+    centroids = themes[draws.integers(0, len(themes), clusters)]
+    centroids += 0.5 * draws.standard_normal((clusters, width), np.float32)
+    centroids = (centroids - centroids.mean(axis=0)) / centroids.std(axis=0)
+    table = np.empty((layers, clusters), np.int64)
+    for row in table:
+        logits = centroids @ draws.standard_normal((width, experts), np.float32)
+        row[:] = (logits + noise * logits.std() * draws.standard_normal(logits.shape)).argmax(1)
+    return table
+
+
+def plan_once(shape: Shape, seed: int) -> dict[str, Any]:
+    """Plan in this process: seconds, figures of the plan, this process's peak memory."""
+    routing = gated_table(shape.layers, shape.clusters, shape.experts, seed=seed)
+    sizes = np.full(shape.clusters, _IMAGES_PER_CLUSTER)
+    begin = time.perf_counter()
+    plan = plan_placement(routing, sizes, num_experts=shape.experts, num_groups=shape.groups)
+    seconds = time.perf_counter() - begin
+    naive = contiguous_placement(shape.layers, shape.experts, shape.clusters, shape.groups)
+    crossings, images = shape.layers * sizes.sum(), sizes @ plan.shares
+    return {
+        "seconds": seconds,
+        "max_over_mean_images": float(images.max() / images.mean()),
+        "local_fraction": 1 - plan.images_exchanged(routing, sizes) / crossings,
+        "local_fraction_contiguous": 1 - naive.images_exchanged(routing, sizes) / crossings,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+if __name__ == "__main__":
+    *numbers, number = map(int, sys.argv[1:])
+    sys.stdout.write(json.dumps(plan_once(Shape(*numbers), number)))

@@ -1,0 +1,191 @@
+"""Heuristics of the gating scheduler: experts to groups, readers to clusters, at cluster scale.
+
+An image that is read by the group of its expert stays there; a plan is judged by the images that
+leave, summed over the layers. With readers fixed, every layer is a linear assignment of experts
+to slots; with experts fixed, readers are a transport problem (transport.py). The two in turn find
+a local optimum, so much depends on where they start:
+
+    start     one layer's experts say how clusters start together; every layer in turn
+    anneal    soft readers, shares ~ exp((gain - price) / T), and experts in turn while T falls
+    polish    exact readers and experts in turn until nothing improves; small ones by swaps too
+    kick      experts of the best plan change places, a few or three groups' all; settle again
+
+Effort is counted beforehand from the sizes, never by a clock, so a plan is a function of its
+input. Only (cluster, useful group) pairs are held, at most L a cluster, never K x G x L.
+
+Letters: L MoE layers, K clusters, E experts per layer, G expert groups.
+
+Source: Rose 1998, Proc. IEEE 86(11) (deterministic annealing of a clustering).
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from moce_dist.parallel.problem import Plan, Problem, gains_of, read
+from moce_dist.parallel.swaps import improve_by_swaps
+from moce_dist.parallel.transport import Floats, Ints, Pairs
+
+_TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)
+_WARM = _TEMPERATURES[2:]
+_POLISH_ROUNDS, _POLISH_SWEEPS = 12, 3
+_MAX_KICKS = 40
+# estimates on a 2020s core: a layer of a sweep has a fixed cost, one per pair, one per E x E
+_BUDGET_NS = 500_000_000
+_LAYER_NS, _PAIR_NS, _SLOT_NS = 200_000, 35, 30
+
+
+def solve(problem: Problem) -> Plan:
+    """Plan experts and readers; deterministic, and blind to the labels of experts.
+
+    With `current`, experts move only where the units saved outweigh `move_cost` each.
+    """
+    canonical, order = _canonical(problem)
+    plan = _search(canonical)
+    if canonical.current is not None:
+        # groups are interchangeable: call the new ones like the old ones that they resemble
+        aligned = _align(plan.experts, canonical.current, problem.num_groups)
+        starts = [read(canonical, start) for start in (canonical.current, aligned)]
+        plan = min([starts[0], *(_polish(canonical, start) for start in starts)], key=_cost)
+    experts = np.empty_like(plan.experts)
+    np.put_along_axis(experts, order, plan.experts, axis=1)
+    return plan._replace(experts=experts)
+
+
+def _cost(plan: Plan) -> float:
+    return plan.cost
+
+
+def _canonical(problem: Problem) -> tuple[Problem, Ints]:
+    # experts by load, then by their first cluster; order (L, E) gives their labels
+    order = np.empty((len(problem.routing), problem.num_experts), np.int64)
+    for layer, table in enumerate(problem.routing):
+        loads = np.bincount(table, problem.sizes, problem.num_experts)
+        firsts = np.full(problem.num_experts, len(table))
+        seen, first = np.unique(table, return_index=True)
+        firsts[seen] = first
+        order[layer] = np.lexsort((firsts, -loads))
+    current = problem.current
+    if current is not None:
+        current = np.take_along_axis(current, order, axis=1)
+    routing = np.take_along_axis(np.argsort(order, axis=1), problem.routing, axis=1)
+    return replace(problem, routing=routing, current=current), order
+
+
+def _search(problem: Problem) -> Plan:
+    free = replace(problem, current=None)
+    num_starts, num_kicks = _effort(problem)
+    anchors = np.linspace(0, len(problem.routing) - 1, num_starts).round().astype(int)
+    starts = (_anneal(free, _start(free, anchor), _TEMPERATURES) for anchor in anchors)
+    best = min((_polish(free, plan) for plan in starts), key=_cost)
+    for turn in range(num_kicks):
+        if best.cost == 0:
+            break
+        best = min(best, _polish(free, _kicked(free, best, turn)), key=_cost)
+    return best
+
+
+def _effort(problem: Problem) -> tuple[int, int]:
+    # how many annealed starts, one a layer at most, and how many kicks
+    num_layers, num_clusters = problem.routing.shape
+    layer = _LAYER_NS + _PAIR_NS * num_clusters * num_layers + _SLOT_NS * problem.num_experts**2
+    start = (len(_TEMPERATURES) + _POLISH_SWEEPS) * num_layers * layer
+    kick = (len(_WARM) + _POLISH_SWEEPS) * num_layers * layer
+    starts = max(1, min(num_layers, _BUDGET_NS // start))
+    return starts, max(0, min(_MAX_KICKS, (_BUDGET_NS - starts * start) // kick))
+
+
+def _start(problem: Problem, anchor: int) -> Ints:
+    # the anchor layer's experts are dealt to the groups by load; the others go where these send
+    # most of their units
+    dealt = np.arange(problem.num_experts)[None] % problem.num_groups
+    votes = gains_of(problem.routing[[anchor]], dealt)
+    return _place(problem, votes._replace(value=problem.sizes.astype(float)))
+
+
+def _anneal(problem: Problem, experts: Ints, temperatures: Sequence[float]) -> Plan:
+    if len(experts) == 1:
+        return read(problem, experts)  # a single layer has nobody to agree with
+    experts, prices = experts.copy(), np.zeros(problem.num_groups)
+    layers = np.arange(len(experts))
+    for temperature in temperatures:
+        for layer in layers:
+            # a layer hears only what the others vote: its own vote would keep it where it is
+            others = layers != layer
+            votes = gains_of(problem.routing[others], experts[others])
+            readers, prices = _soft_readers(problem, votes, prices, temperature)
+            only = replace(problem, routing=problem.routing[[layer]])
+            experts[layer] = _place(only, readers)[0]
+    return read(problem, experts, prices.round().astype(np.int64))
+
+
+def _soft_readers(
+    problem: Problem, gains: Pairs, prices: Floats, temperature: float
+) -> tuple[Pairs, Floats]:
+    first = gains.first
+    z = (gains.value - prices[gains.group]) / temperature
+    z = np.exp(z - np.maximum.reduceat(z, first)[gains.cluster])
+    z *= (problem.sizes / np.add.reduceat(z, first))[gains.cluster]
+    loads = np.bincount(gains.group, z, problem.num_groups) / problem.quotas.clip(min=1)
+    # a group that nobody wants must not become infinitely cheap
+    prices = prices + temperature * np.log(loads.clip(0.1, 10))
+    return gains._replace(value=z), prices
+
+
+def _place(problem: Problem, readers: Pairs) -> Ints:
+    # per layer: keep most units in the group that reads them; a group is as many columns as slots
+    num_experts, num_groups, slots = problem.num_experts, problem.num_groups, problem.slots
+    experts = np.empty((len(problem.routing), num_experts), np.int64)
+    for layer, table in enumerate(problem.routing):
+        keys = table[readers.cluster] * num_groups + readers.group
+        gain = np.bincount(keys, readers.value, num_experts * num_groups)
+        gain = gain.reshape(num_experts, num_groups)
+        if problem.current is not None:
+            gain[np.arange(num_experts), problem.current[layer]] += problem.move_cost
+        rows, columns = linear_sum_assignment(gain[:, slots], maximize=True)
+        experts[layer, rows] = slots[columns]
+    return experts
+
+
+def _polish(problem: Problem, best: Plan) -> Plan:
+    for _ in range(_POLISH_ROUNDS):
+        plan = read(problem, _place(problem, best.readers), best.prices)
+        if plan.cost >= best.cost:
+            break
+        best = plan
+    return improve_by_swaps(problem, best)
+
+
+def _kicked(problem: Problem, best: Plan, turn: int) -> Plan:
+    draws = np.random.default_rng(turn)
+    experts = best.experts.copy()
+    if turn % 3:
+        return read(problem, _rotate(experts, draws), best.prices)
+    return _anneal(problem, _deal_anew(experts, problem.num_groups, draws), _WARM)
+
+
+def _rotate(experts: Ints, draws: np.random.Generator) -> Ints:
+    # in one layer or more a few experts change places in a circle
+    num_layers, num_experts = experts.shape
+    for layer in draws.permutation(num_layers)[: draws.integers(1, num_layers + 1)]:
+        chosen = draws.permutation(num_experts)[: draws.integers(2, 5)]
+        experts[layer, chosen] = experts[layer, np.roll(chosen, 1)]
+    return experts
+
+
+def _deal_anew(experts: Ints, num_groups: int, draws: np.random.Generator) -> Ints:
+    # three groups put their experts together and deal them anew
+    chosen = draws.permutation(num_groups)[:3]
+    for row in experts:
+        members = np.flatnonzero(np.isin(row, chosen))
+        row[members] = draws.permutation(row[members])
+    return experts
+
+
+def _align(experts: Ints, current: Ints, num_groups: int) -> Ints:
+    same = np.zeros((num_groups, num_groups))
+    np.add.at(same, (experts, current), 1)
+    _, old = linear_sum_assignment(same, maximize=True)
+    return old[experts]

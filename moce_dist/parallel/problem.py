@@ -1,0 +1,79 @@
+"""What the gating scheduler solves, and what a plan costs.
+
+Letters: L MoE layers, K clusters, E experts per layer, G expert groups, n pairs.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from moce_dist.parallel.transport import Ints, Pairs, transport
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is to be placed; images are counted in whole units."""
+
+    routing: Ints
+    """(L, K)."""
+    sizes: Ints
+    """(K,) units per cluster."""
+    num_experts: int
+    num_groups: int
+    current: Ints | None = None
+    """(L, E): where experts live now; None when they are free."""
+    move_cost: float = 0.0
+    """Units exchanged that it is worth to leave one expert where it is."""
+
+    @property
+    def quotas(self) -> Ints:
+        """Units that every group reads, (G,), equal within one unit."""
+        return (int(self.sizes.sum()) + np.arange(self.num_groups)) // self.num_groups
+
+    @property
+    def slots(self) -> Ints:
+        """Group of every slot for an expert, (E,)."""
+        return np.repeat(np.arange(self.num_groups), self.num_experts // self.num_groups)
+
+    def cost_of_moves(self, experts: Ints) -> float:
+        """Return `move_cost` for every expert that `experts` (L, E) does not leave where it is."""
+        moves = 0 if self.current is None else int((experts != self.current).sum())
+        return self.move_cost * moves
+
+
+class Plan(NamedTuple):
+    """Experts' groups (L, E), units that groups read, groups' prices (G,), and the cost."""
+
+    experts: Ints
+    readers: Pairs
+    prices: Ints
+    cost: float
+    """Units exchanged, and `move_cost` for every expert that moved."""
+
+
+def read(problem: Problem, experts: Ints, prices: Ints | None = None) -> Plan:
+    """Plan the best readers for experts (L, E); `prices` (G,) of a similar plan save time."""
+    if prices is None:
+        prices = np.zeros(problem.num_groups, np.int64)
+    gains = gains_of(problem.routing, experts)
+    readers, prices = transport(gains, problem.sizes, problem.quotas, prices)
+    cost = len(experts) * int(problem.sizes.sum()) - _gained(gains, readers, problem)
+    return Plan(experts, readers, prices, cost + problem.cost_of_moves(experts))
+
+
+def _gained(gains: Pairs, readers: Pairs, problem: Problem) -> float:
+    keys, wanted = (p.cluster * problem.num_groups + p.group for p in (gains, readers))
+    at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+    return float(np.where(keys[at] == wanted, gains.value[at], 0) @ readers.value)
+
+
+def gains_of(routing: Ints, experts: Ints) -> Pairs:
+    """List what every cluster gains in the groups of its experts: layers (L, K), homes (L, E)."""
+    # a cluster's homes over the layers, sorted: how often a group stands there is its gain
+    homes = np.sort(np.take_along_axis(experts, routing, axis=1).T.astype(np.int32), axis=1)
+    is_first = np.ones(homes.shape, bool)
+    is_first[:, 1:] = homes[:, 1:] != homes[:, :-1]
+    at = np.flatnonzero(is_first)
+    gain = np.diff(at, append=homes.size).astype(float)
+    return Pairs(at // homes.shape[1], homes.ravel()[at].astype(np.int64), gain)

@@ -1,0 +1,34 @@
+"""When a move of experts pays, in the figures of ViT-B."""
+
+import math
+
+import numpy as np
+import pytest
+
+from moce_dist.config import load_config
+from moce_dist.parallel.groups import Topology
+from moce_dist.parallel.traffic import expert_bytes, image_bytes
+from moce_dist.train.routing import Router
+
+
+def router(ranks=4, total_steps=1000):
+    config = load_config(None, ["moce.batch_size=400", "parallel.replan_steps=100"])
+    return Router(config, Topology(ranks, 4), np.full(10, 8000), total_steps=total_steps)
+
+
+def test_bytes_of_an_expert_and_of_an_image():
+    config = load_config(None)
+    assert image_bytes(config) == 50 * 768 * 2
+    assert expert_bytes(config) == (2 * 768 * 3072 + 3072 + 768) * 12
+    assert expert_bytes(load_config(None, ["moce.optimizer=sgd"])) * 3 == expert_bytes(config)
+
+
+def test_a_move_must_repay_its_bytes_until_the_next_plan():
+    # an interval of 100 steps is half an epoch, so an epoch's saving must be twice the bytes
+    images = expert_bytes(load_config(None)) / (4 * image_bytes(load_config(None)))
+    assert 180 < images < 190
+    assert router().move_cost(0) == pytest.approx(2 * images)
+    # two replicas of each expert move twice the bytes; half an interval is left to repay them
+    assert router(ranks=8).move_cost(0) == pytest.approx(4 * images)
+    assert router().move_cost(950) == pytest.approx(4 * images)
+    assert router().move_cost(1000) == math.inf
