@@ -1,13 +1,15 @@
 """What all jobs share: common flags, one-line errors, exit status, quiet libraries.
 
 Exit status: 0 done; 2 the request is wrong (`ConfigError`, raised before anything heavy is
-imported); 1 it failed while running; 130 interrupted. An error is one line on stderr that names the
-field or file and the rule; set MOCE_DEBUG=1 for the traceback.
+imported); 1 it failed while running; 130 interrupted; 143 stopped by SIGTERM with its state saved.
+An error is one line on stderr that names the field or file and the rule; set MOCE_DEBUG=1 for the
+traceback.
 """
 
 import argparse
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -15,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from moce_dist.config import ConfigError
+from moce_dist.run import StoppedError
 
 _QUIET = (
     "ray",
@@ -94,6 +97,9 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues from what was finished\n")
         status = 130
+    except StoppedError as error:
+        sys.stderr.write(f"stopped: {error}; the same command continues\n")
+        status = 128 + signal.SIGTERM
     except Exception as error:  # noqa: BLE001 - the one place where a failure becomes an exit status
         status = _fail(error, 1)
     sys.stdout.flush()

@@ -26,11 +26,14 @@ RUNTIME_FIELDS = (
     "data.max_fault_fraction",
     "data.shard_bytes",
     "parallel.num_workers",
+    "parallel.min_workers",
     "parallel.micro_batches",
     "parallel.zero_stage",
     "parallel.threads_per_worker",
     "parallel.compile",
+    "parallel.activation_checkpointing",
     "parallel.max_failures",
+    "parallel.max_preemptions",
     "parallel.start_timeout_s",
     "checkpoint",
     "logging",
@@ -134,8 +137,12 @@ class ModelConfig(Section):
 
 
 class MoeConfig(Section):
-    """Which encoder blocks carry experts."""
+    """Which encoder blocks carry experts, and what routes to them."""
 
+    kind: Literal["cluster", "token", "dense"] = "cluster"
+    """MoCE; the baseline whose tokens choose experts, by DeepSpeed's own layer; no experts."""
+    capacity_factor: float = Field(1.25, gt=0)
+    """Tokens that an expert takes over its even share (kind token); more are dropped."""
     num_experts: int = Field(8, ge=1)
     """Experts per MoE layer, E."""
     layers: tuple[int, ...] | None = None
@@ -143,6 +150,8 @@ class MoeConfig(Section):
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """Return the indices of the MoE blocks of an encoder of `depth` blocks."""
+        if self.kind == "dense":
+            return ()
         if self.layers is not None:
             return self.layers
         return tuple(range((depth + 1) % 2, depth, 2))
@@ -225,10 +234,12 @@ class ParallelConfig(Section):
 
     num_workers: int = Field(1, ge=1)
     """Training processes R, one per GPU; R is a multiple or a divisor of `num_groups`."""
+    min_workers: int | None = Field(None, ge=1)
+    """Fewest processes to start or go on with when nodes are missing; None: all `num_workers`."""
     num_groups: int = Field(1, ge=1)
     """Logical expert groups G, fixed for a run."""
     micro_batches: int = Field(1, ge=1)
-    """Forward and backward passes per optimiser step."""
+    """Forward and backward passes per optimiser step on `num_workers` ranks; more on fewer."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's partitioning of optimiser state (1) and gradients (2)."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -236,15 +247,33 @@ class ParallelConfig(Section):
     threads_per_worker: int = Field(1, ge=1)
     """CPU threads of a worker's tensor operations; 1 gives repeatable sums."""
     compile: bool = False
-    """torch.compile of the dense blocks."""
+    """torch.compile of the blocks; of those with experts only the attention."""
+    activation_checkpointing: bool = False
+    """Keep no activations inside blocks and compute them again in the backward pass."""
     use_gpu: bool | Literal["auto"] = "auto"
     """Give every worker a GPU; auto: when there is one."""
     replan_steps: int = Field(100, ge=1)
     """Steps between two placements."""
     max_failures: int = Field(3, ge=0)
-    """Restarts of the worker group after the loss of a worker."""
+    """Restarts after the loss of a worker whose node lives on."""
+    max_preemptions: int = Field(1000, ge=0)
+    """Restarts after the loss, or the announced loss, of a worker's node."""
     start_timeout_s: float = Field(600, gt=0)
-    """Time in which all workers must have been placed, seconds."""
+    """Time in which nodes with room for the fewest workers must be there, seconds."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Fewest ranks that a stage is trained on."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    def micro_batches_on(self, num_ranks: int, batch_size: int) -> int:
+        """Micro-batches of a step on `num_ranks` ranks.
+
+        The fewest under which no rank holds more images at a time than on `num_workers` ranks.
+        """
+        images = batch_size // num_ranks
+        fewest = -(-self.num_workers * self.micro_batches // num_ranks)
+        return next((m for m in range(fewest, images) if images % m == 0), images)
 
 
 class CheckpointConfig(Section):
@@ -326,6 +355,8 @@ class BenchConfig(Section):
     """Measured rounds; every variant runs once a round."""
     warmup_rounds: int = Field(2, ge=0)
     """Rounds that are run and not counted."""
+    communication_over_compute: float = Field(4, gt=0)
+    """Of a token-routed step, to which `exchange` slows its link; about an H100 on 25 GbE."""
 
 
 class Config(Section):
@@ -358,15 +389,27 @@ class Config(Section):
         return (self.data.image_size // self.model.patch_size) ** 2
 
 
-def legal_worker_counts(num_groups: int, batch_size: int, micro_batches: int) -> list[int]:
-    """Numbers of workers R <= 4 G that host G groups evenly and divide the batch."""
-    counts = range(1, 4 * num_groups + 1)
+def legal_worker_counts(
+    num_groups: int, batch_size: int, micro_batches: int, most: int | None = None
+) -> list[int]:
+    """Numbers of workers R <= `most` (4 G) that host G groups evenly and divide the batch."""
+    counts = range(1, (4 * num_groups if most is None else most) + 1)
     return [
         r
         for r in counts
         if (r % num_groups == 0 or num_groups % r == 0)
         and batch_size % (max(r, num_groups) * micro_batches) == 0
     ]
+
+
+def elastic_worker_counts(parallel: ParallelConfig, batch_size: int) -> list[int]:
+    """Numbers of workers that a stage may start on, the most first.
+
+    `num_workers` and what is legal from there down to `min_workers`; micro-batches adapt.
+    """
+    legal = legal_worker_counts(parallel.num_groups, batch_size, 1, parallel.num_workers - 1)
+    fewer = [r for r in legal if r >= parallel.fewest_workers]
+    return [parallel.num_workers, *reversed(fewer)]
 
 
 def _model_rules(config: Config) -> Iterable[str]:
@@ -396,6 +439,11 @@ def _model_rules(config: Config) -> Iterable[str]:
 def _parallel_rules(config: Config) -> Iterable[str]:
     parallel, groups = config.parallel, config.parallel.num_groups
     workers = parallel.num_workers
+    if parallel.fewest_workers > workers:
+        yield (
+            f"parallel.min_workers ({parallel.min_workers}) must not be more than "
+            f"parallel.num_workers ({workers})"
+        )
     if config.moe.num_experts % groups:
         yield (
             f"moe.num_experts ({config.moe.num_experts}) must be a multiple of "

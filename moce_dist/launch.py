@@ -5,41 +5,59 @@ embedded one is started in this process and ends with it. What runs on the worke
 of Ray and reports through files of the run directory, so a stage looks the same under plain
 torchrun.
 
-A worker that dies is replaced, all workers start again, and training resumes from its newest
-checkpoint (`parallel.max_failures` times). An error of the training itself is not tried again: it
-is left in `failed.json`, and workers that find one leave at once. What workers have to say goes
-through `log.txt` of the stage.
+When a worker is lost, all start again from the newest checkpoint, on as many nodes as there are
+then: `elastic.py` decides, and Ray neither restarts nor resizes anything by itself.
+A node that drains, room for more workers, or SIGTERM to the driver stop the training between two
+steps, with its state saved. An error of the training itself is not tried again: it is left in
+`failed.json`, and workers that find one leave at once.
 """
 
 import json
 import logging
 import os
 import socket
+import textwrap
 import threading
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import ray
 import ray.train
-from ray.exceptions import RayTaskError
+from ray._private.state import available_resources_per_node
+from ray._private.state import state as cluster_state
+from ray.exceptions import RayError, RayTaskError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moce_dist.config import ConfigError, ParallelConfig
-from moce_dist.parallel.groups import Station, Topology, natural_key, rank_order
-from moce_dist.run import read_jsonl, write_atomic
-from moce_dist.train.job import StageJob, TooManyFaultsError, plan_of, total_steps
+from moce_dist.config import ParallelConfig
+from moce_dist.elastic import (
+    GROUP_LABEL,
+    Budgets,
+    Desk,
+    Ending,
+    Host,
+    Wanted,
+    heed_sigterm,
+    wait_for_seats,
+)
+from moce_dist.follow import FAILED, Follower, error_left, leave_error, log_to_file
+from moce_dist.parallel.groups import Station, rank_order
+from moce_dist.run import StoppedError
+from moce_dist.train.job import StageJob
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
-GROUP_LABEL = "moce.dist/expert-group"
-"""Ray node label that names the expert group of a node."""
-_FAILED = "failed.json"
-_LOG = "log.txt"
 _OBJECT_STORE_BYTES = 256 * 2**20
+_LOOK_EVERY_S = 1.0
+_GROW_EVERY_S = 30.0
 
 
 def connect(parallel: ParallelConfig) -> None:
@@ -107,83 +125,154 @@ def map_tasks(
 
 
 def train(job: StageJob) -> None:
-    """Run a training stage on `num_workers` workers and wait for its end.
+    """Run a training stage to its end, on as many workers as there is room for.
 
     Raises:
-        RuntimeError: with the error that the workers left, or that workers were lost too often.
+        ConfigError: the cluster's labels do not fit the groups.
+        RuntimeError: with the error that the workers left; or nodes or workers were missing for too
+            long or too often.
+        StoppedError: this process got SIGTERM; the state is saved.
     """
-    (job.folder / _FAILED).unlink(missing_ok=True)
+    (job.folder / FAILED).unlink(missing_ok=True)
     if "RANK" in os.environ or not needs_ray(job.config.parallel):
-        _pretrain(job)
+        with heed_sigterm() as is_terminated:
+            _pretrain(job, is_terminated)
         return
     connect(job.config.parallel)
+    with heed_sigterm() as is_terminated:
+        _supervise(job, is_terminated)
+
+
+def _supervise(job: StageJob, is_terminated: Callable[[], bool]) -> None:
     parallel = job.config.parallel
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
-    trainer = DataParallelTrainer(
-        _train_worker,
-        train_loop_config={"job": job},
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=parallel.num_workers,
-            use_gpu=uses_gpu(parallel),
-            label_selector=label_selectors(parallel),
-        ),
-        run_config=ray.train.RunConfig(
-            name=job.stage,
-            storage_path=str(job.run_root / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=parallel.max_failures),
-        ),
-    )
-    _fit(trainer, Follower(job))
-    if error := _error_left(job):
-        raise RuntimeError(error)
+    # known once: when the last node with a GPU is lost, training waits for one
+    resource = "GPU" if uses_gpu(parallel) else "CPU"
+    wanted = Wanted(job.stage, parallel, job.stage_config.batch_size, resource)
+    look = partial(live_hosts, resource)
+    budgets, follower = Budgets(job.stage, parallel), Follower(job)
+    while True:
+        labels = wait_for_seats(wanted, look, is_terminated)
+        log.info("%s: %d of %d workers", job.stage, len(labels), parallel.num_workers)
+        start = Start(job, wanted, labels)
+        ending = start.run(follower, is_terminated)
+        if error := error_left(job):
+            raise RuntimeError(error)
+        if ending.is_finished:
+            return
+        if is_terminated():
+            raise StoppedError(f"SIGTERM; {ending.cause}")
+        if ending.is_saved and start.has_room_for_more:
+            log.info("%s: there is room for more workers", job.stage)
+            continue
+        lost = start.hosting() - {host.node for host in look()}
+        log.warning("%s", budgets.charge(is_preemption=bool(lost), cause=ending.cause))
 
 
-def _fit(trainer: DataParallelTrainer, follower: "Follower") -> None:
-    errors: list[Exception] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:  # noqa: BLE001 - Ray's own, over whatever the workers met
-            errors.append(error)
-
-    # not in the main thread, where Ray would take over SIGINT, for good and with exit status 0;
-    # a daemon, because after an interruption nobody waits for what Ray makes of it
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    try:
-        while thread.is_alive():
-            thread.join(follower.every_s)
-            follower.report(with_progress=thread.is_alive())
-    except BaseException:
-        ray.shutdown()
-        raise
-    if errors:
-        raise RuntimeError(follower.reason(errors[0])) from None
-
-
-def label_selectors(parallel: ParallelConfig) -> list[dict[str, str]] | None:
-    """Choose a node label per worker, neighbours on one group; None when no node has a label.
-
-    Raises:
-        ConfigError: the cluster has more or fewer labels than the expert groups need places.
-    """
-    labels = {
-        node["Labels"][GROUP_LABEL]
-        for node in ray.nodes()
-        if node["Alive"] and GROUP_LABEL in node["Labels"]
-    }
-    if not labels:
-        return None
-    topology = Topology(parallel.num_workers, parallel.num_groups)
-    if len(labels) != topology.ep_size:
-        raise ConfigError(
-            f"parallel.num_groups ({parallel.num_groups}) on {parallel.num_workers} workers needs "
-            f"{topology.ep_size} values of the node label {GROUP_LABEL}; the cluster has "
-            f"{sorted(labels, key=natural_key)}"
+def live_hosts(resource: str) -> list[Host]:
+    """Look at the nodes that are there and will stay: not draining, and answering."""
+    free, draining = available_resources_per_node(), cluster_state.get_draining_nodes()
+    return [
+        Host(
+            node["NodeID"],
+            node["NodeManagerAddress"],
+            node["Labels"].get(GROUP_LABEL, ""),
+            int(free.get(node["NodeID"], {}).get(resource, 0)),
         )
-    names = sorted(labels, key=natural_key)
-    return [{GROUP_LABEL: names[topology.place(rank)]} for rank in range(parallel.num_workers)]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in draining and _answers(node)
+    ]
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    # the head takes up to half a minute to find out that a node is gone
+    with suppress(OSError):
+        address = node["NodeManagerAddress"], node["NodeManagerPort"]
+        socket.create_connection(address, timeout=2).close()
+        return True
+    return False
+
+
+class Start:
+    """One start of all workers, from the newest checkpoint until they are done or lost."""
+
+    def __init__(self, job: StageJob, wanted: Wanted, labels: list[str]) -> None:
+        """Prepare a start of one worker for each label."""
+        self._job, self._wanted, self._labels = job, wanted, labels
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._endings: list[Ending] = []
+        self._grow_at = time.monotonic() + _GROW_EVERY_S
+        self.has_room_for_more = False
+
+    def hosting(self) -> set[str]:
+        """Return the nodes on which workers arrived."""
+        return set(ray.get(self._desk.nodes.remote()))
+
+    def run(self, follower: Follower, is_terminated: Callable[[], bool]) -> Ending:
+        """Run the workers and wait for their end, however it comes."""
+        # not in the main thread, where Ray would take over SIGINT, for good and with exit status 0;
+        # a daemon, because after an interruption nobody waits for what Ray makes of it
+        thread = threading.Thread(target=self._fit, name="fit", daemon=True)
+        thread.start()
+        try:
+            while thread.is_alive():
+                thread.join(_LOOK_EVERY_S)
+                if is_terminated() or self._is_draining() or self._can_grow():
+                    self._desk.stop.remote()
+                follower.report()
+            follower.report_log()
+        except BaseException:
+            ray.shutdown()
+            raise
+        return self._endings[0]
+
+    def _fit(self) -> None:
+        try:
+            cause = self._trainer().fit().return_value
+            saved = Ending(is_saved=True, cause=cause or "")
+            self._endings.append(Ending(is_finished=True) if cause is None else saved)
+        except Exception as error:  # noqa: BLE001 - Ray's own, over whatever the workers met
+            text = textwrap.shorten(str(error), 400, placeholder=" ...")
+            self._endings.append(Ending(cause=text))
+
+    def _trainer(self) -> DataParallelTrainer:
+        parallel = self._job.config.parallel
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
+        # who drains is asked here; Ray's own watcher would end the workers while they save
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+        selectors = [{GROUP_LABEL: label} for label in self._labels if label]
+        return DataParallelTrainer(
+            _train_worker,
+            train_loop_config={"job": self._job, "desk": self._desk},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=len(self._labels),
+                use_gpu=self._wanted.resource == "GPU",
+                label_selector=selectors or None,
+            ),
+            run_config=ray.train.RunConfig(
+                name=self._job.stage,
+                storage_path=str(self._job.run_root / "ray"),
+                failure_config=ray.train.FailureConfig(controller_failure_limit=0),
+            ),
+        )
+
+    def _is_draining(self) -> bool:
+        draining = cluster_state.get_draining_nodes()
+        return bool(draining and self.hosting() & draining.keys())
+
+    def _can_grow(self) -> bool:
+        is_full = len(self._labels) == self._wanted.parallel.num_workers
+        if is_full or time.monotonic() < self._grow_at:
+            return self.has_room_for_more
+        self._grow_at = time.monotonic() + _GROW_EVERY_S
+        mine = Counter(ray.get(self._desk.nodes.remote()))
+        hosts = [
+            replace(host, slots=host.slots + mine[host.node])
+            for host in live_hosts(self._wanted.resource)
+        ]
+        best = self._wanted.best_seats(hosts)
+        self.has_room_for_more = best is not None and len(best) > len(self._labels)
+        return self.has_room_for_more
 
 
 def _join(timeout_s: float) -> None:
@@ -220,92 +309,42 @@ def _free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def _error_left(job: StageJob) -> str | None:
-    failed = job.folder / _FAILED
-    return str(json.loads(failed.read_text())["error"]) if failed.exists() else None
-
-
-def _is_final(error: Exception) -> bool:
-    # when a worker is lost, the others meet errors of the connection: those are worth another try
-    if isinstance(error, TooManyFaultsError):
-        return True
-    return not isinstance(error, RuntimeError | ConnectionError | TimeoutError)
-
-
-def _train_worker(config: dict[str, Any]) -> None:
-    job: StageJob = config["job"]
-    if _error_left(job):
-        return
-    context = ray.train.get_context()
+def _train_worker(config: dict[str, Any]) -> str | None:
+    """Train on one worker; None at the end of the stage, else what was said on leaving it early."""
+    job, desk = config["job"], config["desk"]
+    if error_left(job):
+        return None
+    ray.get(desk.arrive.remote(ray.get_runtime_context().get_node_id()))
     _join(job.config.parallel.start_timeout_s)
-    _log_to_file(job, logging.INFO if context.get_world_rank() == 0 else logging.WARNING)
+    is_first = ray.train.get_context().get_world_rank() == 0
+    log_to_file(job, logging.INFO if is_first else logging.WARNING)
     try:
-        _pretrain(job)
+        # one rank that asks is enough: the ranks agree with every step
+        _pretrain(job, _watch(desk) if is_first else lambda: False)
+    except StoppedError as stopped:
+        return str(stopped)
     except Exception as error:
-        if _is_final(error):
-            write_atomic(job.folder / _FAILED, json.dumps({"error": _one_line(error)}))
+        leave_error(job, error)
         raise
+    return None
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    says_enough = isinstance(error, ValueError | OSError | ArithmeticError | RuntimeError)
-    return text if says_enough else f"{type(error).__name__}: {text}"
+def _watch(desk: Any) -> Callable[[], bool]:
+    """Ask the desk in the background, so that a step never waits for an answer."""
+    asked = threading.Event()
+
+    def ask() -> None:
+        # without a driver there is no desk, and soon no worker
+        with suppress(RayError):
+            while not ray.get(desk.is_stopping.remote()):
+                time.sleep(_LOOK_EVERY_S)
+            asked.set()
+
+    threading.Thread(target=ask, name="watch", daemon=True).start()
+    return asked.is_set
 
 
-def _log_to_file(job: StageJob, level: int) -> None:
-    job.folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(job.folder / _LOG)
-    handler.setLevel(level)
-    ours = logging.getLogger("moce_dist")
-    ours.setLevel(logging.INFO)
-    ours.addHandler(handler)
-
-
-def _pretrain(job: StageJob) -> None:
+def _pretrain(job: StageJob, should_stop: Callable[[], bool]) -> None:
     from moce_dist.train.loop import pretrain
 
-    pretrain(job)
-
-
-class Follower:
-    """Tells a person how a stage gets on, from what its workers leave in files."""
-
-    def __init__(self, job: StageJob, *, every_s: float = 10.0) -> None:
-        self.every_s = every_s
-        self._job, self._stage = job, job.stage
-        self._metrics, self._log = job.folder / "metrics.jsonl", job.folder / _LOG
-        self._total = total_steps(job.stage_config, plan_of(job))
-        self._last = max((line["step"] for line in read_jsonl(self._metrics)), default=-1)
-        self._position = self._log.stat().st_size if self._log.exists() else 0
-
-    def report(self, *, with_progress: bool = True) -> None:
-        """Pass on new lines of the workers' log, and how far the training is."""
-        for line in self._new_lines():
-            log.info("%s", line)
-        metrics = read_jsonl(self._metrics) if with_progress else []
-        if metrics and metrics[-1]["step"] != self._last:
-            self._last = metrics[-1]["step"]
-            log.info("%s", self._line(metrics[-1]))
-
-    def reason(self, error: BaseException) -> str:
-        """Say in a line why the stage ended."""
-        return _error_left(self._job) or f"{self._stage}: {' '.join(str(error).split())}"
-
-    def _new_lines(self) -> list[str]:
-        if not self._log.exists():
-            return []
-        with self._log.open("rb") as file:
-            file.seek(self._position)
-            whole, newline, _ = file.read().rpartition(b"\n")
-        self._position += len(whole) + len(newline)
-        return whole.decode(errors="replace").splitlines()
-
-    def _line(self, metrics: dict[str, Any]) -> str:
-        left = (self._total - metrics["step"] - 1) * metrics["images_seen"] / (metrics["step"] + 1)
-        seconds = int(left / max(metrics["images_per_s"], 1e-9))
-        return (
-            f"{self._stage}: step {metrics['step'] + 1} of {self._total}, "
-            f"loss {metrics['loss']:.4f}, "
-            f"{metrics['images_per_s']:.0f} images/s, {seconds // 60}:{seconds % 60:02d} left"
-        )
+    pretrain(job, should_stop)

@@ -24,6 +24,10 @@ COMPLETE = "COMPLETE"
 _PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "moce-dist")
 
 
+class StoppedError(RuntimeError):
+    """A run was asked to stop and has saved its state; the same command goes on from there."""
+
+
 def fingerprint(value: Any) -> str:
     """Sha256 of a JSON-able value; dictionaries compare by content, not by order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

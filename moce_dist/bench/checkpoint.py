@@ -9,7 +9,7 @@ is left over at their end; save_blocking is the same save of the same state with
 N is `checkpoint.every_steps`, or more where steps are short: a stretch lasts at least four blocking
 saves, as saves are rarer than that in any training. Two gloo ranks, or one rank on a GPU.
 
-The model is a MoCE one whose images all stay on their rank (synthetic images, no data is read).
+The model, its batch and its step are those of synthetic.py.
 """
 
 import math
@@ -22,17 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from moce_dist.bench.harness import Report, interleave, run_ranks
+from moce_dist.bench.synthetic import synthetic_batches, synthetic_state
 from moce_dist.config import Config
-from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.model.moce import LocalDispatcher
-from moce_dist.parallel.engine import Engine, EngineSpec
-from moce_dist.parallel.groups import Topology, expert_map
-from moce_dist.parallel.placement import contiguous_placement
-from moce_dist.train.checkpoint import Naming, complete_checkpoints
-from moce_dist.train.optim import optimizer_factory, parameter_groups
+from moce_dist.train.checkpoint import complete_checkpoints
+from moce_dist.train.loop import train_step
 from moce_dist.train.saver import Saver
 from moce_dist.train.setup import worker_device
 
@@ -91,24 +86,18 @@ class _Training:
     """A model that takes steps on one synthetic batch, and a saver; timed calls end together."""
 
     def __init__(self, config: Config, folder: Path) -> None:
-        torch.manual_seed(config.seed)
-        self._device = worker_device(config)
-        topology = Topology(dist.get_world_size(), config.parallel.num_groups)
-        self._naming = _naming(config, topology)
-        self._engine = _engine(config, topology, self._device)
+        self._state = synthetic_state(config, worker_device(config))
+        self._saver = Saver(folder, self._state.topology, keep=1)
         self._folder = folder
-        self._saver = Saver(folder, topology, keep=1)
-        self._step = 0
-        self._inputs = _batch(config, topology, self._device)
+        (self._batch,) = synthetic_batches(self._state, 1)
 
     def steps(self, count: int, *, is_saving: bool = False) -> None:
         """Take steps; with a save that begins before the first of them and ends with the last."""
         if is_saving:
             self._save()
         for _ in range(count):
-            self._engine.backward(self._engine.forward(*self._inputs).mean())
-            self._engine.step()
-            self._step += 1
+            train_step(self._state, self._batch)
+            self._state.step += 1
             self._saver.poll()
         self._end()
 
@@ -123,42 +112,11 @@ class _Training:
         return sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**30
 
     def _save(self) -> None:
-        self._saver.save(self._engine, self._naming, {"step": self._step})
+        state = self._state
+        self._saver.save(state.engine, state.naming, {"step": state.step})
 
     def _end(self) -> None:
         self._saver.wait()
-        if self._device.type == "cuda":
+        if self._state.engine.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
-
-
-def _naming(config: Config, topology: Topology) -> Naming:
-    shape = (len(config.moe_layers), config.moe.num_experts, config.cluster.num_clusters)
-    placement = contiguous_placement(*shape, topology.num_groups)
-    experts = expert_map(placement.expert_group, topology)
-    return Naming(config.moe_layers, experts, topology.place(dist.get_rank()))
-
-
-def _engine(config: Config, topology: Topology, device: torch.device) -> Engine:
-    stage, num_experts = config.moce, config.moe.num_experts
-    centroids = torch.randn(config.cluster.num_clusters, config.model.shape.width)
-    local = num_experts // topology.ep_size
-    model = MaskedAutoencoder(config, centroids=centroids, num_local_experts=local).to(device)
-    return Engine(
-        model,
-        parameter_groups(model, stage, config.gate.lr_scale),
-        optimizer_factory(stage),
-        EngineSpec(config.parallel, topology, num_experts, stage.batch_size, stage.clip_norm),
-    )
-
-
-def _batch(
-    config: Config, topology: Topology, device: torch.device
-) -> tuple[Tensor, Tensor, LocalDispatcher, Tensor]:
-    # images (b, 3, S, S), noise (b, N), routes to own experts in turn, scales (L, b)
-    size, layers = config.moce.batch_size // topology.num_ranks, len(config.moe_layers)
-    side, local = config.data.image_size, config.moe.num_experts // topology.ep_size
-    images = torch.randn(size, 3, side, side, device=device)
-    noise = torch.rand(size, config.num_patches, device=device)
-    routes = (torch.arange(size, device=device) % local).repeat(layers, 1)
-    return images, noise, LocalDispatcher(routes, local), torch.ones(layers, size, device=device)

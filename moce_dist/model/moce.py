@@ -3,10 +3,11 @@
 Three roles, three places: the gate decides (gate.py), a dispatcher moves images to experts and
 back, experts compute. Whole images move: all tokens of an image go to one expert.
 
-    images at home (B, N, D)  --dispatch-->  rows by local expert (M, N, D), counts per expert
-    expert outputs (M, N, D)  --combine-->   outputs in the order of the images (B, N, D)
+    images at home (B, N, D)  --dispatch-->  parts: rows by local expert (M, N, D), and counts
+    outputs of the parts      --combine-->   outputs in the order of the images (B, N, D)
 
-`LocalDispatcher` sorts within one process (M = B); the distributed one is parallel/exchange.py.
+`LocalDispatcher` sorts within one process: one part, M = B. The distributed one, in
+parallel/exchange.py, has a part of images that stay and, when any travel, one of those that come.
 
 Letters: B images, N tokens, D width, H hidden width, L MoE layers, E experts held here.
 
@@ -15,7 +16,7 @@ Komatsuzaki et al. 2023, arXiv 2212.05055.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -23,19 +24,24 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-_PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
+# the experts of DeepSpeed's own layer, the baseline of parallel/token.py, are modules of their own
+_SINGLE = re.compile(
+    r"(blocks\.(\d+)\.mlp)\.moe\..*deepspeed_experts\.(\d+)\.(fc[12]\.(?:weight|bias))"
+)
+Part = tuple[Tensor, list[int]]
+"""Rows (M, N, D) sorted by local expert, and how many of them each local expert has."""
 
 
 class Dispatcher(Protocol):
     """Moves the images of a micro-batch to their experts and back; knows all routes beforehand."""
 
-    def dispatch(self, x: Tensor, layer: int) -> tuple[Tensor, list[int]]:
-        """Send images (B, N, D) to layer's experts: rows (M, N, D) by local expert, and counts."""
+    def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
+        """Send images (B, N, D) to the layer's experts; yield parts as they are ready."""
         ...
 
-    def combine(self, y: Tensor, layer: int) -> Tensor:
-        """Bring expert outputs (M, N, D) home: (B, N, D) in the order of the images."""
+    def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
+        """Bring the experts' outputs, one a part, home: (B, N, D) in the order of the images."""
         ...
 
 
@@ -47,12 +53,13 @@ class LocalDispatcher:
         self._order = experts.argsort(dim=1, stable=True)
         self._counts = [row.bincount(minlength=num_experts).tolist() for row in experts]
 
-    def dispatch(self, x: Tensor, layer: int) -> tuple[Tensor, list[int]]:
+    def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
         """Sort images (B, N, D) by their expert; see `Dispatcher`."""
-        return x[self._order[layer]], self._counts[layer]
+        yield x[self._order[layer]], self._counts[layer]
 
-    def combine(self, y: Tensor, layer: int) -> Tensor:
+    def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
         """Undo the sorting of `dispatch`; see `Dispatcher`."""
+        (y,) = outputs
         return y[self._order[layer].argsort()]
 
 
@@ -65,6 +72,12 @@ class _StackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_experts, out_features))
         for weight in self.weight.data:
             nn.init.xavier_uniform_(weight)
+
+    def grouped(self, x: Tensor, sizes: list[int], ends: Tensor) -> Tensor:
+        """Apply expert e to its `sizes[e]` rows of x (M, in); `ends` (E,) int32 sums the sizes."""
+        y = F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)
+        biases = self.bias.to(x.dtype).unbind()
+        return torch.cat([part + b for part, b in zip(torch.split(y, sizes), biases, strict=True)])
 
 
 class Experts(nn.Module):
@@ -81,6 +94,12 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert."""
+        if rows.is_cuda and rows.dtype is torch.bfloat16 and rows.shape[2] % 8 == 0:
+            return self.grouped(rows, counts)
+        return self.one_by_one(rows, counts)
+
+    def one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Compute `forward` as a matrix product an expert and layer."""
         # unbind, not indexing: its backward writes every expert's gradient once into one tensor
         stacks = zip(
             torch.split(rows, list(counts)),
@@ -93,6 +112,15 @@ class Experts(nn.Module):
         return torch.cat(
             [F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in stacks]
         )
+
+    def grouped(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """Compute `forward` as one grouped matrix product a layer, in the type of `rows`."""
+        tokens = rows.flatten(0, 1)
+        sizes = [count * rows.shape[1] for count in counts]
+        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        ends = ends.to(rows.device, non_blocking=True)
+        hidden = F.gelu(self.fc1.grouped(tokens, sizes, ends))
+        return self.fc2.grouped(hidden, sizes, ends).view(rows.shape)
 
 
 class MoceMlp(nn.Module):
@@ -117,8 +145,10 @@ class MoceBlock(Block):  # type: ignore[misc]
     def forward(self, x: Tensor, dispatcher: Dispatcher, scales: Tensor) -> Tensor:
         """Transform tokens (B, N, D); `scales` (L, B) weights the experts' outputs."""
         x = x + self.attn(self.norm1(x))
-        rows, counts = dispatcher.dispatch(self.norm2(x), self.layer)
-        y = dispatcher.combine(self.mlp.experts(rows, counts), self.layer)
+        parts = dispatcher.dispatch(self.norm2(x), self.layer)
+        # one part after the other: the experts work on one while the next still travels
+        outputs = [self.mlp.experts(rows, counts) for rows, counts in parts]
+        y = dispatcher.combine(outputs, self.layer)
         return x + y * scales[self.layer, :, None, None].to(y.dtype)
 
 
@@ -142,12 +172,20 @@ def is_stacked(name: str) -> bool:
     return _STACKED.fullmatch(name) is not None
 
 
+def is_expert(name: str) -> bool:
+    """Tell whether a parameter belongs to experts, stacked or one by one."""
+    return is_stacked(name) or _SINGLE.fullmatch(name) is not None
+
+
 def global_names(name: str, layers: Sequence[int], residents: Sequence[Sequence[int]]) -> list[str]:
-    """Names, one per local expert, that the slices of a stacked parameter have everywhere.
+    """Names, one per expert in it, that the parts of an expert parameter have everywhere.
 
     `residents[i]` are the ids of the experts held here in MoE layer i, in order of their slots.
     """
-    found = _STACKED.fullmatch(name)
+    if found := _STACKED.fullmatch(name):
+        experts = residents[layers.index(int(found[2]))]
+        return [f"{found[1]}.{expert}.{found[3]}" for expert in experts]
+    found = _SINGLE.fullmatch(name)
     assert found is not None, name
-    experts = residents[layers.index(int(found[2]))]
-    return [f"{found[1]}.{expert}.{found[3]}" for expert in experts]
+    expert = residents[layers.index(int(found[2]))][int(found[3])]
+    return [f"{found[1]}.experts.{expert}.{found[4]}"]

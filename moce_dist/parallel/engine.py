@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from moce_dist.config import ParallelConfig
-from moce_dist.model.moce import is_stacked
+from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,6 +66,11 @@ class EngineSpec:
     num_experts: int
     batch_size: int
     clip_norm: float
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on this number of ranks."""
+        return self.parallel.micro_batches_on(self.topology.num_ranks, self.batch_size)
 
 
 def init_distributed(device: torch.device) -> None:
@@ -115,7 +120,7 @@ def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
     zero = spec.parallel.zero_stage
     return {
         "train_batch_size": spec.batch_size,
-        "gradient_accumulation_steps": spec.parallel.micro_batches,
+        "gradient_accumulation_steps": spec.micro_batches,
         "steps_per_print": None,
         "gradient_clipping": spec.clip_norm if zero else 0.0,
         "zero_optimization": {"stage": zero, "overlap_comm": False},
@@ -138,8 +143,10 @@ class Engine:
         """Wrap `module`; experts are recognised by their names."""
         self.module, self.spec = module, spec
         self.expert_group = create_groups(spec.topology)
-        if any(is_stacked(name) for name, _ in module.named_parameters()):
+        names = [name for name, _ in module.named_parameters()]
+        if any(is_stacked(name) for name in names):
             _mark_experts(module, spec)
+        if any(is_expert(name) for name in names):
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(
                 parameter_groups
             )
@@ -187,7 +194,7 @@ class Engine:
         shared, local = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
         for name, parameter in self.module.named_parameters():
             if parameter.grad is not None:
-                total = local if is_stacked(name) else shared
+                total = local if is_expert(name) else shared
                 total += parameter.grad.float().pow(2).sum()
         dist.all_reduce(local, group=self.expert_group)
         norm = float((shared + local).sqrt())

@@ -3,16 +3,17 @@
 All split sizes are known on the host before the forward pass, because routes follow from cluster
 ids that every rank knows from the plan. So there is no padding, no capacity, no dropped image, no
 synchronisation inside a layer, and no collective at all in a layer in which no image of the
-expert-parallel group has to travel. Images that stay are not part of the collective.
+expert-parallel group has to travel. Images that stay are not part of the collective, and their
+experts work while the others travel, in the forward and in the backward pass.
 
     place 0 reads images a b c, place 1 reads d e f; a, b, d want an expert of place 0:
-        dispatch   place 0: [a b] + received [d]       place 1: [e f] + received [c]
+        dispatch   place 0: part [a b], then part [d]  place 1: part [e f], then part [c]
         combine    place 0: a b, and c came back       place 1: e f, and d came back
 
 Letters: b images of a rank, N tokens, D width, L MoE layers, K clusters.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_dist.model.moce import Part
 from moce_dist.parallel.groups import ExpertMap
 
 Ints = NDArray[np.int64]
@@ -34,17 +36,26 @@ class LayerRoutes:
     """What one rank does in one layer; all index arrays are small and made on the host."""
 
     stay: Ints
-    """Own images whose expert is here."""
+    """Own images whose expert is here, by local expert."""
+    stay_counts: list[int]
+    """Images of `stay` per local expert."""
     leave: Ints
     """Own images that travel, by (destination, slot there, position)."""
     send_counts: list[int]
+    """Images of `leave` per place."""
     receive_counts: list[int]
-    order: Ints
-    """Sorts [stay, received] rows by local expert."""
-    counts: list[int]
-    """Rows per local expert."""
+    """Images that come, per place; within a place they are sorted by local expert."""
+    by_expert: Ints
+    """Sorts the images that came by local expert."""
+    arrived_counts: list[int]
+    """Images that came, per local expert."""
     is_exchanging: bool
     """True when any image of the expert-parallel group travels: the same on all its ranks."""
+
+    @property
+    def home(self) -> Ints:
+        """Puts [stay, leave] back in the order of the images."""
+        return np.argsort(np.concatenate([self.stay, self.leave]))
 
 
 def layer_routes(place: Ints, slot: Ints, own_place: int, num_local_experts: int) -> LayerRoutes:
@@ -53,45 +64,90 @@ def layer_routes(place: Ints, slot: Ints, own_place: int, num_local_experts: int
     `place` and `slot` (P, b): where image j of the rank at place i must go, P places.
     """
     mine, my_slots = place[own_place], slot[own_place]
-    stay = np.flatnonzero(mine == own_place)
-    leave = np.flatnonzero(mine != own_place)
+    stay, leave = np.flatnonzero(mine == own_place), np.flatnonzero(mine != own_place)
+    stay = stay[np.argsort(my_slots[stay], kind="stable")]
     # the receiver sorts by the same keys, so no order has to be sent
     leave = leave[np.lexsort((leave, my_slots[leave], mine[leave]))]
-    arriving = [
-        np.sort(slot[i][place[i] == own_place]) for i in range(len(place)) if i != own_place
-    ]
-    row_slots = np.concatenate([my_slots[stay], *arriving])
-    incoming = (place == own_place).sum(axis=1)
+    coming = place == own_place
     # what stays does not pass through the collective
-    incoming[own_place] = 0
+    coming[own_place] = False
+    arriving = np.concatenate([np.sort(slot[i][coming[i]]) for i in range(len(place))])
     return LayerRoutes(
         stay=stay,
+        stay_counts=np.bincount(my_slots[stay], minlength=num_local_experts).tolist(),
         leave=leave,
         send_counts=np.bincount(mine[leave], minlength=len(place)).tolist(),
-        receive_counts=incoming.tolist(),
-        order=np.argsort(row_slots, kind="stable"),
-        counts=np.bincount(row_slots, minlength=num_local_experts).tolist(),
+        receive_counts=coming.sum(axis=1).tolist(),
+        by_expert=np.argsort(arriving, kind="stable"),
+        arrived_counts=np.bincount(arriving, minlength=num_local_experts).tolist(),
         is_exchanging=bool((place != np.arange(len(place))[:, None]).any()),
     )
 
 
-class _AllToAll(torch.autograd.Function):
-    """Rows to their destinations; backward sends the gradients the way back."""
+class _Journey:
+    """One all-to-all of rows, and of their gradients the way back: begun, and waited for later."""
+
+    def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup | None):
+        self._splits, self._group = (send, receive), group
+        self._work: Any = None
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def begin(self, x: Tensor, *, is_return: bool = False) -> None:
+        """Start to send rows (n, N, D)."""
+        send, receive = reversed(self._splits) if is_return else self._splits
+        out = x.new_empty((sum(receive), *x.shape[1:]))
+        # what is being sent must live until it has gone
+        self._buffers = x.contiguous(), out
+        self._work = dist.all_to_all_single(
+            out, self._buffers[0], receive, send, group=self._group, async_op=True
+        )
+
+    @property
+    def under_way(self) -> Tensor:
+        """Stand for the rows that come, (m, N, D), before they are there; takes no memory."""
+        assert self._buffers is not None
+        _, out = self._buffers
+        return out.new_empty(()).expand(out.shape)
+
+    def end(self) -> Tensor:
+        """Wait for the rows that come, (m, N, D)."""
+        assert self._buffers is not None
+        self._work.wait()
+        _, out = self._buffers
+        self._work = self._buffers = None
+        return out
+
+
+class _Depart(torch.autograd.Function):
+    """Begin the journey of rows; in the backward pass, end that of their gradients.
+
+    The result stands for rows under way: only its shape and its place in the graph mean something.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _all_to_all(x, send, receive, group)
+    def forward(ctx: Any, x: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        journey.begin(x)
+        return journey.under_way
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        return _all_to_all(gradient, ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.journey.end(), None
 
 
-def _all_to_all(x: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
-    out = x.new_empty((sum(receive), *x.shape[1:]))
-    dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
-    return out
+class _Arrive(torch.autograd.Function):
+    """End the journey of rows; in the backward pass, begin that of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, under_way: Tensor, journey: _Journey) -> Tensor:
+        ctx.journey = journey
+        return journey.end()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.journey.begin(gradient, is_return=True)
+        # a stand-in of the shape that autograd expects; `_Depart` returns what arrives
+        return gradient, None
 
 
 class ExpertExchange:
@@ -105,43 +161,69 @@ class ExpertExchange:
         *,
         own_place: int,
         group: dist.ProcessGroup | None,
+        device: torch.device,
     ) -> None:
         """Plan all layers.
 
-        `clusters` (P, b) int64: cluster of every image of every rank of the expert-parallel group,
-        by place. `routing` (L, K): the step's routing table.
+        Args:
+            clusters: (P, b) int64, the clusters of the images of all ranks of the expert-parallel
+                group, by place; negative for padding.
+            routing: (L, K), the expert of every cluster.
+            experts: where the experts live.
+            own_place: this rank's place.
+            group: the expert-parallel group; None in a process of its own.
+            device: where the images are.
         """
-        self._group = group
+        num_local = experts.num_local_experts
         self.layers = [
-            layer_routes(*destinations, own_place, experts.num_local_experts)
-            for destinations in _destinations(clusters.numpy(), routing, experts)
+            layer_routes(place, slot, own_place, num_local)
+            for place, slot in _destinations(clusters.numpy(), routing, experts)
         ]
+        self._group = group
+        wanted = [
+            (r.stay, r.leave, r.by_expert, np.argsort(r.by_expert), r.home) for r in self.layers
+        ]
+        self._indices = _to_device(wanted, device)
 
-    def dispatch(self, x: Tensor, layer: int) -> tuple[Tensor, list[int]]:
-        """Send images (b, N, D) to their experts: rows (M, N, D) by local expert, and counts."""
+    def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
+        """Send images (b, N, D) to their experts; yield those that stay, then those that come."""
         routes = self.layers[layer]
+        stay, leave, by_expert, _, _ = self._indices[layer]
         if torch.is_autocast_enabled(x.device.type):
             # the experts compute in this type anyway; casting first halves what travels
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        rows = _take(x, routes.stay)
-        if routes.is_exchanging:
-            away = _take(x, routes.leave)
-            arrived = _AllToAll.apply(away, routes.send_counts, routes.receive_counts, self._group)
-            rows = torch.cat([rows, arrived])
-        return _take(rows, routes.order), routes.counts
-
-    def combine(self, y: Tensor, layer: int) -> Tensor:
-        """Bring expert outputs (M, N, D) home, (b, N, D) in the order of `dispatch`'s images."""
-        routes = self.layers[layer]
-        rows = _take(y, np.argsort(routes.order))
         if not routes.is_exchanging:
-            return _take(rows, np.argsort(routes.stay))
-        stayed, visitors = torch.split(rows, [len(routes.stay), len(rows) - len(routes.stay)])
-        returned = _AllToAll.apply(visitors, routes.receive_counts, routes.send_counts, self._group)
+            yield x.index_select(0, stay), routes.stay_counts
+            return
+        journey = _Journey(routes.send_counts, routes.receive_counts, self._group)
+        travelling = _Depart.apply(x.index_select(0, leave), journey)
+        yield x.index_select(0, stay), routes.stay_counts
+        arrived = _Arrive.apply(travelling, journey)
+        yield arrived.index_select(0, by_expert), routes.arrived_counts
+
+    def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
+        """Bring the parts' outputs home, (b, N, D) in the order of `dispatch`'s images."""
+        routes = self.layers[layer]
+        _, _, _, by_arrival, home = self._indices[layer]
+        if not routes.is_exchanging:
+            return outputs[0].index_select(0, home)
+        stayed, visitors = outputs
+        journey = _Journey(routes.receive_counts, routes.send_counts, self._group)
+        travelling = _Depart.apply(visitors.index_select(0, by_arrival), journey)
         # joined even when nothing came back: a rank that left its share of the graph out would not
         # take part in the backward collective, and its peers would wait for ever
-        home = np.argsort(np.concatenate([routes.stay, routes.leave]))
-        return _take(torch.cat([stayed, returned]), home)
+        returned = _Arrive.apply(travelling, journey)
+        return torch.cat([stayed, returned]).index_select(0, home)
+
+
+def _to_device(layers: Sequence[Sequence[Ints]], device: torch.device) -> list[tuple[Tensor, ...]]:
+    # one copy for all layers: every copy of its own would cost a launch, whatever its size
+    arrays = [array for layer in layers for array in layer]
+    packed = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *arrays]))
+    if device.type == "cuda":
+        packed = packed.pin_memory().to(device, non_blocking=True)
+    parts = iter(torch.split(packed, [len(array) for array in arrays]))
+    return [tuple(next(parts) for _ in layer) for layer in layers]
 
 
 def _destinations(clusters: Ints, routing: Ints, experts: ExpertMap) -> Iterator[tuple[Ints, Ints]]:
@@ -151,10 +233,6 @@ def _destinations(clusters: Ints, routing: Ints, experts: ExpertMap) -> Iterator
         expert = table[clusters]
         place = np.where(clusters < 0, home, experts.place[layer][expert])
         yield place, np.where(clusters < 0, 0, experts.slot[layer][expert])
-
-
-def _take(x: Tensor, rows: Ints) -> Tensor:
-    return x.index_select(0, torch.from_numpy(rows).to(x.device, non_blocking=True))
 
 
 def images_exchanged(clusters: Tensor, routing: Ints, experts: ExpertMap, replicas: int) -> int:

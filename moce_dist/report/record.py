@@ -114,7 +114,8 @@ def _read_metrics(path: Path) -> list[Line]:
 
 def _read_experts(path: Path) -> NDArray[np.int64] | None:
     lines = [line["images_per_expert"] for line in read_jsonl(path) if "images_per_expert" in line]
-    return np.array(lines, np.int64) if lines else None
+    # a stage without cluster-routed experts writes empty lists
+    return np.array(lines, np.int64) if lines and lines[0] else None
 
 
 def _read_holdout(path: Path) -> Line:

@@ -1,6 +1,6 @@
 """A run in a screen of text: what it learnt, what its clusters hold, where everything lies."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ def summary_lines(run_root: Path) -> list[str]:
         *_losses(record.stages),
         *_clusters(record.clusters),
         *_experts(record.stages["moce"]),
+        *_routing(record.routing),
         *_transfers(record),
         f"faults: {len(record.faults)}",
         "artefacts:",
@@ -80,6 +81,27 @@ def _experts(stage: Stage) -> Iterator[str]:
     exchanged = sum(stage.column("images_exchanged")[1])
     share = 100 * exchanged / max(1, int(experts.sum()))
     yield f"images exchanged: {exchanged:.0f} in these steps, {share:.1f} % of images times layers"
+    half = len(experts) // 2
+    local, contiguous = (
+        100 * (1 - sum(stage.column(name)[1][half:]) / max(1, int(experts[half:].sum())))
+        for name in ("images_exchanged", "images_exchanged_contiguous")
+    )
+    yield (
+        f"images local in the second half: {local:.1f} % of images times layers; "
+        f"{contiguous:.1f} % if placed by number"
+    )
+
+
+def _routing(tables: Sequence[tuple[int, np.ndarray]]) -> Iterator[str]:
+    if len(tables) < 2:
+        return
+    changed = np.zeros(tables[0][1].shape[-1], bool)
+    for _, table in tables[1:]:
+        changed |= (table != tables[0][1]).any(axis=0)
+    yield (
+        f"clusters that changed an expert after step 0: {100 * changed.mean():.0f} % "
+        f"(in {len(tables)} written tables)"
+    )
 
 
 def _transfers(record: Record) -> Iterator[str]:

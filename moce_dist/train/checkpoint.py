@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moce_dist.model.moce import global_names, is_stacked
+from moce_dist.model.moce import global_names, is_expert, is_stacked
 from moce_dist.parallel.groups import ExpertMap
 from moce_dist.run import file_sha256, fingerprint
 
@@ -49,8 +49,8 @@ class Naming:
     place: int
 
     def global_names(self, name: str) -> list[str]:
-        """Global names of a parameter's slices; of a shared one just its own."""
-        if not is_stacked(name):
+        """Global names of a parameter's experts; of a shared one just its own."""
+        if not is_expert(name):
             return [name]
         assert self.experts is not None
         return global_names(name, self.layers, self.experts.residents(self.place))

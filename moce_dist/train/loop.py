@@ -3,7 +3,8 @@
     build, resume; for each step: next batch, routing table, train_step, log, save; held-out loss
 
 The order of the lines is the order of time. A loss that is not finite stops all ranks together,
-before the optimiser has seen it.
+before the optimiser has seen it. Whoever starts the training may ask it to stop: the ranks agree on
+that in the same collective, save and leave.
 
 Letters: R ranks, b images of a rank, B images of a step, M micro-batches, L MoE layers, E experts.
 """
@@ -12,11 +13,10 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,26 +24,32 @@ from torch import Tensor
 from moce_dist.data.plan import Plan
 from moce_dist.data.stream import Batch, stream
 from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
-from moce_dist.parallel.exchange import TRANSFERS, ExpertExchange, images_exchanged
-from moce_dist.run import write_atomic
+from moce_dist.parallel.exchange import ExpertExchange
+from moce_dist.parallel.token import token_balance_loss
+from moce_dist.run import StoppedError, write_atomic
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.optim import learning_rate, set_learning_rate
-from moce_dist.train.setup import TrainState, build_state, holdout_table
+from moce_dist.train.setup import TrainState, build_state, holdout_table, never
+from moce_dist.train.traffic import moe_metrics
 
 log = logging.getLogger(__name__)
 _FAULTS_BEFORE_STOP = 8
 
 
-def pretrain(job: StageJob) -> dict[str, Any]:
+def pretrain(job: StageJob, should_stop: Callable[[], bool] = never) -> dict[str, Any]:
     """Train one stage to its end and return its summary; collective over all ranks.
+
+    `should_stop` is asked once a step; a yes on one rank is enough.
 
     Raises:
         FloatingPointError: the loss is not finite.
+        StoppedError: on all ranks, after the step in which one of them was asked to stop was saved.
         TooManyFaultsError: too many images were unreadable.
         OSError: a checkpoint could not be written.
     """
     state = build_state(job)
+    state.should_stop = should_stop
     start = state.step
     metrics_log = open_log(state)
     clock = Clock()
@@ -56,8 +62,15 @@ def pretrain(job: StageJob) -> dict[str, Any]:
             stop_if_too_many_faults(state)
             if metrics_log is not None:
                 metrics_log.write(metrics | clock.lap())
-        if is_due(state, job.config.checkpoint.every_steps):
+        if state.is_stopping or is_due(state, job.config.checkpoint.every_steps):
             save(state)
+        if state.is_stopping:
+            break
+    if state.step < state.total_steps:
+        state.saver.wait()
+        if metrics_log is not None:
+            metrics_log.close()
+        raise StoppedError(f"{job.stage}: state saved at step {state.step} of {state.total_steps}")
     loss = evaluate(state)
     state.saver.wait()
     if metrics_log is not None:
@@ -74,7 +87,7 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
         FloatingPointError: on all ranks, before the optimiser step.
     """
     engine, count = state.engine, max(1, int(batch.cluster_counts.sum()))
-    micro_batches = state.job.config.parallel.micro_batches
+    micro_batches = state.micro_batches
     lr = current_learning_rate(state)
     set_learning_rate(engine.optimizer, lr)
     sums = torch.zeros(2, dtype=torch.float64)
@@ -108,13 +121,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
     """Run one micro-batch: losses and weights (b / M,), auxiliary loss, its parts (2,)."""
     config, device, gate = state.job.config, state.engine.device, state.model.gate
-    size = len(batch.weights) // config.parallel.micro_batches
+    size = len(batch.weights) // state.micro_batches
     part = slice(micro * size, (micro + 1) * size)
     images, noise, weights = (
         x[part].to(device, non_blocking=True) for x in (batch.images, batch.noise, batch.weights)
     )
     if gate is None:
-        return state.engine.forward(images, noise), weights, 0.0, torch.zeros(2)
+        losses = state.engine.forward(images, noise)
+        balance = token_balance_loss(state.model)
+        if balance is None:
+            return losses, weights, 0.0, torch.zeros(2)
+        total = config.gate.balance_weight * balance
+        return losses, weights, total, torch.stack([balance, balance * 0]).detach().cpu()
     router = state.router
     exchange = ExpertExchange(
         batch.clusters[state.topology.expert_parallel_ranks(state.rank), part],
@@ -122,6 +140,7 @@ def forward(
         router.experts,
         own_place=state.topology.place(state.rank),
         group=state.engine.expert_group,
+        device=device,
     )
     p = gate.logits().softmax(dim=-1)
     table = torch.from_numpy(router.table).to(device)
@@ -137,41 +156,16 @@ def forward(
 
 def check_finite(state: TrainState, sums: Tensor) -> None:
     """Add up the ranks' sums in place and stop all ranks when the loss is not finite."""
-    shared = sums.to(state.engine.device)
+    # who was asked to stop travels along: agreeing on it costs no collective of its own
+    asked = sums.new_tensor([state.should_stop()])
+    shared = torch.cat([sums, asked]).to(state.engine.device)
     dist.all_reduce(shared)
-    sums.copy_(shared)
+    sums.copy_(shared[:-1])
+    state.is_stopping |= bool(shared[-1] > 0)
     if not math.isfinite(float(sums[0])):
         raise FloatingPointError(
             f"{state.job.stage}: loss is {float(sums[0])} at step {state.step}"
         )
-
-
-def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor) -> dict[str, Any]:
-    """Metrics of the experts, from the plan and the routing table alone."""
-    config, router = state.job.config, state.router
-    if state.model.gate is None:
-        return {"loss_total": loss}
-    experts = config.moe.num_experts
-    counts = batch.cluster_counts.numpy()
-    exchanged = images_exchanged(
-        batch.clusters, router.table, router.experts, state.topology.num_replicas
-    )
-    width = 2 if config.parallel.precision == "bf16" else 4
-    # what travels are the visible tokens and the class token, in the type of the matrix products
-    visible = int(config.num_patches * (1 - config.model.mask_ratio)) + 1
-    image_bytes = visible * config.model.shape.width * width
-    balance, confidence = auxiliary.tolist()
-    gate = config.gate
-    return {
-        "loss_total": loss + gate.balance_weight * balance + gate.confidence_weight * confidence,
-        "loss_balance": balance,
-        "loss_confidence": confidence,
-        "images_per_expert": [
-            np.bincount(row, counts, experts).astype(int).tolist() for row in router.table
-        ],
-        "images_exchanged": exchanged,
-        "bytes_exchanged": exchanged * image_bytes * TRANSFERS,
-    }
 
 
 def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
@@ -276,7 +270,7 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
     spec = replace(state.stream_spec(plan), stage=f"{state.job.stage}-holdout")
     readers = state.router.placement.readers
     for batch in stream(spec, readers, start=0, stop=plan.steps_per_epoch):
-        for micro in range(state.job.config.parallel.micro_batches):
+        for micro in range(state.micro_batches):
             losses, weights, *_ = forward(state, batch, micro)
             sums += torch.stack([(losses * weights).sum(), weights.sum()]).double().cpu()
     check_finite(state, sums)

@@ -36,9 +36,10 @@ class Router:
         self._noise = NoiseSchedule(config.seed, config.gate.noise, noisy_steps)
         layers, clusters = len(config.moe_layers), len(cluster_sizes)
         self.table: Ints = np.zeros((layers, clusters), np.int64)
-        self.placement = contiguous_placement(
+        self.contiguous = contiguous_placement(
             layers, config.moe.num_experts, clusters, topology.num_groups
         )
+        self.placement = self.contiguous
         self._is_planned = False
 
     @property

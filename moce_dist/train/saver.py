@@ -46,7 +46,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from moce_dist.model.moce import is_stacked
+from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
 from moce_dist.run import file_sha256, fingerprint, write_atomic
 from moce_dist.train.checkpoint import FORMAT, MANIFEST, Naming, complete_checkpoints, step_folder
@@ -222,7 +222,7 @@ class Shares:
         """
         writers = [
             min(ranks, key=self._bytes.__getitem__)
-            for ranks in (self._places if is_stacked(name) else self._all)
+            for ranks in (self._places if is_expert(name) else self._all)
         ]
         for writer in writers:
             self._bytes[writer] += tensor.nbytes

@@ -2,24 +2,29 @@
 
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moce_dist.cluster.assign import read_assignments
-from moce_dist.config import Config, ConfigError
+from moce_dist.config import Config, ConfigError, ParallelConfig
 from moce_dist.data.plan import Plan, SampleTable, sample_table
 from moce_dist.data.shards import read_index
 from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.model.moce import MoceBlock, experts_from_dense
+from moce_dist.model.moce import MoceBlock, experts_from_dense, is_stacked
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
+from moce_dist.parallel.token import insert_token_experts
 from moce_dist.run import Run, forget_faults
 from moce_dist.train.checkpoint import (
     Naming,
@@ -37,6 +42,11 @@ from moce_dist.train.saver import Saver
 log = logging.getLogger(__name__)
 
 
+def never() -> bool:
+    """Never ask a training to stop."""
+    return False
+
+
 @dataclass
 class TrainState:
     """Everything one rank trains with."""
@@ -51,6 +61,8 @@ class TrainState:
     saver: Saver
     step: int = 0
     faults: int = 0
+    should_stop: Callable[[], bool] = never
+    is_stopping: bool = False
 
     @property
     def model(self) -> MaskedAutoencoder:
@@ -63,6 +75,11 @@ class TrainState:
     def total_steps(self) -> int:
         """Optimiser steps of the stage."""
         return total_steps(self.job.stage_config, self.plan)
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step on this number of ranks."""
+        return self.engine.spec.micro_batches
 
     def stream_spec(self, plan: Plan) -> StreamSpec:
         """Describe this rank's part of a plan."""
@@ -108,27 +125,38 @@ def holdout_table(job: StageJob) -> SampleTable | None:
 
 def build_state(job: StageJob) -> TrainState:
     """Build model, groups and engine, load the newest checkpoint; collective over all ranks."""
-    config, stage = job.config, job.stage_config
-    torch.set_num_threads(config.parallel.threads_per_worker)
-    device = worker_device(config)
+    torch.set_num_threads(job.config.parallel.threads_per_worker)
+    device = worker_device(job.config)
     init_distributed(device)
-    rank = dist.get_rank()
-    topology = Topology(dist.get_world_size(), config.parallel.num_groups)
     # every rank makes the same plan from the same index: nothing about the data is sent around
     plan = plan_of(job)
-    centroids = _centroids(job)
+    # chosen before the model is built: where the experts live stands in the checkpoint
+    start = _agree_on_start(job)
+    state = assemble(job, plan, _centroids(job), device)
+    _start_or_resume(state, start)
+    return state
+
+
+def assemble(
+    job: StageJob, plan: Plan, centroids: Tensor | None, device: torch.device
+) -> TrainState:
+    """Build model, groups and engine around a plan, untrained; collective over all ranks.
+
+    `centroids` (K, D) in stage moce.
+    """
+    config, stage, rank = job.config, job.stage_config, dist.get_rank()
+    topology = Topology(dist.get_world_size(), config.parallel.num_groups)
     clusters = 1 if centroids is None else len(centroids)
     sizes = np.bincount(plan.table.cluster, minlength=clusters)
     router = Router(config, topology, sizes, total_steps=total_steps(stage, plan))
-    # chosen before the model is built: where the experts live stands in the checkpoint
-    checkpoint = _agree_on_start(job)
     model = MaskedAutoencoder(
         config,
-        centroids=centroids,
+        centroids=centroids if config.moe.kind == "cluster" else None,
         num_local_experts=config.moe.num_experts // topology.ep_size,
-    ).to(device)
-    if config.parallel.compile:
-        compile_blocks(model)
+    )
+    if job.stage == "moce" and config.moe.kind == "token":
+        insert_token_experts(model, config, topology.ep_size)
+    prepare_blocks(model.to(device), config.parallel)
     engine = Engine(
         model,
         parameter_groups(model, stage, config.gate.lr_scale),
@@ -137,35 +165,45 @@ def build_state(job: StageJob) -> TrainState:
             config.parallel, topology, config.moe.num_experts, stage.batch_size, stage.clip_norm
         ),
     )
-    naming = Naming(config.moe_layers, None, topology.place(rank))
+    naming = Naming(config.moe_layers, router.experts, topology.place(rank))
     saver = Saver(job.folder / "checkpoints", topology, keep=config.checkpoint.keep)
-    state = TrainState(job, rank, topology, plan, router, engine, naming, saver)
-    _start_or_resume(state, checkpoint)
-    return state
+    return TrainState(job, rank, topology, plan, router, engine, naming, saver)
 
 
-def compile_blocks(model: MaskedAutoencoder) -> None:
-    """Compile the dense blocks in place; names of parameters stay as they are.
+def prepare_blocks(model: MaskedAutoencoder, parallel: ParallelConfig) -> None:
+    """Checkpoint activations of the blocks and compile them, in place; names stay as they are.
 
-    Blocks with experts are left out: their shapes follow the step's routing.
+    Of blocks with experts this concerns the attention and the experts, never what routes between
+    them: its collectives run once, and its shapes follow the step's routing.
     """
     for block in [*model.blocks, *model.decoder_blocks]:
-        if not isinstance(block, MoceBlock):
-            block.compile(dynamic=False)
+        is_dense = isinstance(block.mlp, Mlp)
+        if parallel.activation_checkpointing:
+            for part in [block] if is_dense else [block.attn, *expert_modules(block)]:
+                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        if parallel.compile:
+            (block if is_dense else block.attn).compile(dynamic=False)
 
 
-def _start_or_resume(state: TrainState, checkpoint: Path | None) -> None:
+def expert_modules(block: nn.Module) -> list[nn.Module]:
+    """Modules of a block that compute experts."""
+    if isinstance(block, MoceBlock):
+        return [block.mlp.experts]
+    return [module for module in block.get_submodule("mlp").modules() if isinstance(module, Mlp)]
+
+
+def _start_or_resume(state: TrainState, start: Path | None) -> None:
     job, router, gate = state.job, state.router, state.model.gate
     manifest: dict[str, Any] | None = None
-    if checkpoint is not None:
-        manifest = read_manifest(checkpoint)
+    if start is not None:
+        manifest = read_manifest(start)
         router.restore(manifest)
     elif gate is not None:
         router.refresh(gate, 0)
         router.replan()
     state.naming = Naming(job.config.moe_layers, router.experts, state.topology.place(state.rank))
-    if checkpoint is not None and manifest is not None:
-        load_checkpoint(checkpoint, state.engine, state.naming)
+    if start is not None and manifest is not None:
+        load_checkpoint(start, state.engine, state.naming)
         state.step, state.faults = manifest["step"], manifest["faults"]
         expected = state.plan.cursors(state.step)
         assert manifest["cursors"] == expected, "the plan of the stream changed under a checkpoint"
@@ -180,7 +218,7 @@ def _lookup(weights: dict[str, Tensor], naming: Naming, name: str, kind: str) ->
     if kind != "weight" or names[0] not in weights:
         return None
     parts = [weights[n] for n in names]
-    return parts[0] if names == [name] else torch.stack(parts)
+    return torch.stack(parts) if is_stacked(name) else parts[0]
 
 
 def _first_weights(job: StageJob) -> dict[str, Tensor]:

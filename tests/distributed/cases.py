@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from moce_dist.config import load_config
 from moce_dist.data.stream import stream
+from moce_dist.model.moce import is_stacked
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
 from moce_dist.train import loop, saver, setup
@@ -69,7 +70,7 @@ def by_global_name(state, pairs):
     result = {}
     for name, tensor in pairs:
         names = state.naming.global_names(name)
-        parts = [tensor] if names == [name] else tensor
+        parts = tensor if is_stacked(name) else [tensor]
         result |= {n: p.detach().cpu().numpy().copy() for n, p in zip(names, parts, strict=True)}
     return result
 
@@ -111,9 +112,13 @@ def exchange_collectives(run, overrides, placement):
     init_distributed(torch.device("cpu"))
     state = build(run, overrides, placement)
     calls, original = [], dist.all_to_all_single
+    elements = []
 
     def counted(*arguments, **named):
-        calls.append(arguments[0].shape[0])
+        # DeepSpeed names the arguments
+        out = arguments[0] if arguments else named["output"]
+        calls.append(out.shape[0])
+        elements.append(out.numel())
         return original(*arguments, **named)
 
     dist.all_to_all_single = counted
@@ -124,7 +129,12 @@ def exchange_collectives(run, overrides, placement):
     finally:
         dist.all_to_all_single = original
     state.engine.destroy()
-    return {"calls": len(calls), "metrics": metrics, "keys": batch.keys}
+    return {
+        "calls": len(calls),
+        "elements": sum(elements),
+        "metrics": metrics,
+        "keys": batch.keys,
+    }
 
 
 def train_to_end(run, overrides):

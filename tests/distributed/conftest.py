@@ -159,3 +159,10 @@ def clustered_run(tmp_path_factory):
 def cases():
     """The module that the pools run, loaded here."""
     return load_cases()
+
+
+@pytest.fixture
+def own_run(clustered_run, tmp_path):
+    for name in ("shards", "clusters"):
+        (tmp_path / name).symlink_to(clustered_run / name)
+    return tmp_path

@@ -1,18 +1,18 @@
 """Law 1: a distributed MoCE step equals the one-process step on the concatenated batch."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
 import torch
+from comparing import assert_close, global_batch, merged
 
 from moce_dist.data.plan import PADDING
-from moce_dist.data.stream import Layout, StreamSpec, stream
 from moce_dist.model.gate import balance_loss, confidence_loss
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
 from moce_dist.train import setup
-from moce_dist.train.job import plan_of
 
 CONFIGURATIONS = [
     # ranks, groups, ZeRO stage, micro-batches, placement
@@ -27,15 +27,7 @@ CONFIGURATIONS = [
     (2, 2, 2, 1, "scrambled"),
     (4, 2, 2, 2, "scrambled"),
 ]
-
-
-def global_batch(job):
-    """The step-0 batch as one process sees it."""
-    spec = StreamSpec(
-        plan_of(job), job.config.data, job.config.num_patches, Layout(1, 1), 0,
-        job.run_root / "faults.jsonl", "moce",
-    )  # fmt: skip
-    return next(stream(spec, lambda clusters: np.zeros(len(clusters), np.int64), start=0, stop=1))
+MATRIX = list(itertools.product((1, 2, 4), (1, 2, 4), (0, 1, 2), (1, 2), ("planned", "scrambled")))
 
 
 def reference(job, table, combine):
@@ -81,22 +73,6 @@ def reference(job, table, combine):
     return {"loss": loss.item(), "loss_total": total.item(), "gradients": gradients, "norm": norm}
 
 
-def assert_close(name, value, expected, norm, tolerance):
-    limit = tolerance * max(np.linalg.norm(expected), 1e-3 * norm)
-    assert np.linalg.norm(value - expected) <= limit, name
-
-
-def merged(results, key):
-    """Union of the ranks' tensors; replicas must agree to the bit."""
-    union = {}
-    for result in results:
-        for name, value in result[key].items():
-            if name in union:
-                np.testing.assert_array_equal(union[name], value, err_msg=name)
-            union[name] = value
-    return union
-
-
 def run(pools, run_root, configuration, extra=(), steps=1):
     ranks, groups, zero, micro, placement = configuration
     overrides = [
@@ -127,6 +103,12 @@ def test_step_equals_one_process(pools, cases, clustered_run, configuration):
         assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
     if configuration[4] == "scrambled":
         assert results[0]["metrics"][0]["images_exchanged"] > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("configuration", MATRIX, ids=str)
+def test_full_matrix(pools, cases, clustered_run, configuration):
+    test_step_equals_one_process(pools, cases, clustered_run, configuration)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
@@ -168,6 +150,17 @@ def test_bf16_step_is_near_one_process(pools, cases, clustered_run):
     gradients = merged(results, "gradients")
     total = np.sqrt(sum(((g - expected["gradients"][n]) ** 2).sum() for n, g in gradients.items()))
     assert total <= 5e-2 * expected["norm"]
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_recomputed_activations_change_nothing(pools, clustered_run, zero_stage):
+    configuration = (2, 2, zero_stage, 1, "scrambled")
+    plain, recomputed = (
+        merged(run(pools, clustered_run, configuration, extra)[1], "gradients")
+        for extra in ([], ["parallel.activation_checkpointing=true"])
+    )
+    for name, gradient in plain.items():
+        np.testing.assert_array_equal(recomputed[name], gradient, err_msg=name)
 
 
 def test_planted_wrong_scale_is_caught(pools, cases, clustered_run):

@@ -5,6 +5,7 @@ import time
 
 import numpy as np
 import pytest
+from comparing import merged
 from safetensors.torch import load_file
 
 from moce_dist.run import read_jsonl
@@ -18,29 +19,12 @@ def overrides(ranks, zero=0, groups=4):
     ]  # fmt: skip
 
 
-@pytest.fixture
-def own_run(clustered_run, tmp_path):
-    for name in ("shards", "clusters"):
-        (tmp_path / name).symlink_to(clustered_run / name)
-    return tmp_path
-
-
-def union(results):
-    tensors = {}
-    for result in results:
-        for name, value in result["tensors"].items():
-            if name in tensors:
-                np.testing.assert_array_equal(tensors[name], value, err_msg=str(name))
-            tensors[name] = value
-    return tensors
-
-
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 def test_saved_on_4_loads_on_2_and_1_and_back(pools, own_run, tmp_path, zero_stage):
     pools(4).run("train_to_end", run=str(own_run), overrides=overrides(4, zero_stage))
     folder = own_run / "moce" / "checkpoints"
-    expected = union(
-        pools(4).run("saved_state", run=str(own_run), overrides=overrides(4, zero_stage))
+    expected = merged(
+        pools(4).run("saved_state", run=str(own_run), overrides=overrides(4, zero_stage)), "tensors"
     )
     kinds = {kind for kind, _ in expected}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq"}
@@ -48,7 +32,9 @@ def test_saved_on_4_loads_on_2_and_1_and_back(pools, own_run, tmp_path, zero_sta
     assert len(experts) == 2 * 4 * 4  # layers, experts, tensors
     for ranks, other_zero in ((2, zero_stage), (1, 0), (4, 1)):
         options = overrides(ranks, other_zero)
-        loaded = union(pools(ranks).run("saved_state", run=str(own_run), overrides=options))
+        loaded = merged(
+            pools(ranks).run("saved_state", run=str(own_run), overrides=options), "tensors"
+        )
         assert loaded.keys() == expected.keys()
         for name, value in expected.items():
             np.testing.assert_array_equal(loaded[name], value, err_msg=str(name))

@@ -62,12 +62,13 @@ def test_routes_of_two_places_spelt_out():
     place = np.array([[0, 1, 0], [0, 1, 1]])
     slot = np.array([[1, 0, 0], [0, 1, 0]])
     first, second = (layer_routes(place, slot, own, 2) for own in (0, 1))
-    assert first.stay.tolist() == [0, 2] and first.leave.tolist() == [1]
-    assert first.send_counts == [0, 1] and first.receive_counts == [0, 1]
-    # rows [image 0 -> slot 1, image 2 -> slot 0, received -> slot 0], sorted by slot
-    assert first.order.tolist() == [1, 2, 0] and first.counts == [2, 1]
-    assert second.stay.tolist() == [1, 2] and second.leave.tolist() == [0]
-    assert second.order.tolist() == [1, 2, 0] and second.counts == [2, 1]
+    # images 2 (slot 0) and 0 (slot 1) stay, sorted by slot; image 1 leaves, place 1's image 0 comes
+    assert first.stay.tolist() == [2, 0] and first.stay_counts == [1, 1]
+    assert first.leave.tolist() == [1] and first.send_counts == [0, 1]
+    assert first.receive_counts == [0, 1] and first.arrived_counts == [1, 0]
+    assert first.home.tolist() == [1, 2, 0]
+    assert second.stay.tolist() == [2, 1] and second.leave.tolist() == [0]
+    assert second.receive_counts == [1, 0] and second.arrived_counts == [1, 0]
     assert first.is_exchanging and second.is_exchanging
 
 
@@ -82,8 +83,12 @@ def test_dispatch_then_combine_is_the_identity_over_places(seed):
     # deliver by hand what the collective would
     outgoing = [dict(enumerate(x[p][r.leave].split(r.send_counts))) for p, r in enumerate(routes)]
     for own, r in enumerate(routes):
-        arrived = [outgoing[p][own] for p in range(places)]
-        assert [len(a) for a in arrived] == r.receive_counts
-        rows = torch.cat([x[own][r.stay], *arrived])[r.order]
+        arrived = torch.cat([outgoing[p][own] for p in range(places)])
+        assert r.receive_counts == [len(outgoing[p][own]) for p in range(places)]
+        parts = (x[own][r.stay].split(r.stay_counts), arrived[r.by_expert].split(r.arrived_counts))
         expected = [sorted(x[place == own][slot[place == own] == s].tolist()) for s in range(slots)]
-        assert [sorted(part.tolist()) for part in rows.split(r.counts)] == expected
+        found = [sorted(torch.cat(rows).tolist()) for rows in zip(*parts, strict=True)]
+        assert found == expected
+        # what combine does: everything that stays or returns finds its old position
+        returned = torch.cat([x[own][r.stay], x[own][r.leave]])[r.home]
+        assert torch.equal(returned, x[own])

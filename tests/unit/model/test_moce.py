@@ -37,11 +37,27 @@ def test_every_image_gets_its_expert():
         mlps.append(mlp)
     x, chosen = torch.randn(5, 2, 4), torch.tensor([[2, 0, 2, 2, 0]])
     dispatcher = LocalDispatcher(chosen, experts)
-    rows, counts = dispatcher.dispatch(x, 0)
+    ((rows, counts),) = dispatcher.dispatch(x, 0)
     assert counts == [2, 0, 3]
-    y = dispatcher.combine(layer(rows, counts), 0)
+    y = dispatcher.combine([layer(rows, counts)], 0)
     expected = torch.stack([mlps[e](image) for e, image in zip(chosen[0], x, strict=True)])
     assert torch.allclose(y, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 5], [0, 0, 0], [1, 1, 1]])
+def test_grouped_product_equals_one_by_one(counts):
+    torch.manual_seed(0)
+    layer, results = Experts(3, 8, 16), []
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    rows, weight = torch.randn(sum(counts), 2, 8), torch.randn(sum(counts), 2, 8)
+    for forward in (layer.one_by_one, layer.grouped):
+        x = rows.clone().requires_grad_()
+        y = forward(x, counts)
+        gradients = torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])
+        results.append([y, *gradients])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_idle_experts_get_zero_gradients_not_none():

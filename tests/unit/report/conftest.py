@@ -42,6 +42,7 @@ def moce_line(step, random):
         "loss_confidence": 1.2 * math.exp(-step / 90),
         "images_per_expert": experts,
         "images_exchanged": int(20 * math.exp(-step / 50)),
+        "images_exchanged_contiguous": BATCH * LAYERS // 2,
         "bytes_exchanged": 76_800,
     }
 

@@ -1,5 +1,6 @@
 """The page and the summary: whole runs, unfinished runs, damaged runs."""
 
+import math
 import re
 import subprocess
 import sys
@@ -93,6 +94,10 @@ def test_summary_of_a_finished_run(finished):
     assert "clusters: 12 of 50 to 50 images" in text
     assert re.search(r"cluster +0: digits \d+ %, ", text)
     assert re.search(r"MoE layer 0: (\d+ ){3}\d+\n", text)
+    exchanged = [int(20 * math.exp(-step / 50)) for step in range(150, 300, 5)]
+    local = 100 * (1 - sum(exchanged) / (30 * 2 * 64))
+    assert f"second half: {local:.1f} % of images times layers; 50.0 % if placed" in text
+    assert "clusters that changed an expert after step 0: 25 % (in 3 written tables)" in text
     assert "task digits, accuracy:" in text and "moce       0.9300 +- 0.0040" in text
     assert str(finished / "clusters" / "assignments.parquet") in text
     assert "faults: 2" in text

@@ -1,0 +1,94 @@
+"""A training step of MoCE beside the dense model and the token-routed one, of equal active FLOPs.
+
+All variants are the same model, loop and engine, on the same ranks; they differ in `moe.kind` and
+precision. A step is routing table, forward, backward, gradient reduction and optimiser step.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from moce_dist.bench.harness import Report, interleave, run_ranks
+from moce_dist.bench.synthetic import synthetic_batches, synthetic_state
+from moce_dist.config import Config, make_config
+from moce_dist.model.moce import Experts
+from moce_dist.train.loop import train_step
+from moce_dist.train.setup import TrainState, worker_device
+
+Kind = Literal["dense", "cluster", "token"]
+KINDS: tuple[Kind, ...] = ("dense", "cluster", "token")
+
+
+def run(config: Config) -> Report:
+    """Measure on `parallel.num_workers` ranks without Ray."""
+    result = run_ranks("step:measure", config)
+    report = Report("step", config).add_variants(result["times"])
+    for suffix in ("", "_bf16"):
+        report.add_ratio(f"cluster{suffix}", f"dense{suffix}")
+        report.add_ratio(f"cluster{suffix}", f"token{suffix}")
+    report.figures = result["figures"]
+    return report
+
+
+def variant(config: Config, kind: Kind, precision: str) -> Config:
+    """Return the configuration of one variant."""
+    tree = copy.deepcopy(config.model_dump(mode="json"))
+    tree["moe"]["kind"], tree["parallel"]["precision"] = kind, precision
+    return make_config(tree)
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Time the variants on this rank; collective over all ranks."""
+    device = worker_device(config)
+    states = {
+        f"{kind}{suffix}": synthetic_state(variant(config, kind, precision), device)
+        for precision, suffix in (("fp32", ""), ("bf16", "_bf16"))
+        for kind in KINDS
+    }
+    figures = exchange_figures(states["cluster_bf16"])
+    count = config.bench.rounds + config.bench.warmup_rounds
+    steps = {name: stepper(state, count) for name, state in states.items()}
+    times = interleave(steps, rounds=config.bench.rounds, warmup=config.bench.warmup_rounds)
+    return {"times": times, "figures": figures}
+
+
+def stepper(state: TrainState, count: int) -> Callable[[], None]:
+    """Return a function that takes one step, up to `count` times, and waits for all ranks."""
+    batches = iter(synthetic_batches(state, count))
+
+    def step() -> None:
+        if state.model.gate is not None:
+            state.router.refresh(state.model.gate, state.step)
+        train_step(state, next(batches))
+        state.step += 1
+        if state.engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+    return step
+
+
+def exchange_figures(state: TrainState) -> dict[str, float]:
+    """Take a step and count what travelled and what reached no expert."""
+    rows = 0
+
+    def count(_: Any, inputs: tuple[Any, ...]) -> None:
+        nonlocal rows
+        rows += sum(inputs[1])
+
+    experts = [m for m in state.model.modules() if isinstance(m, Experts)]
+    hooks = [module.register_forward_pre_hook(count) for module in experts]
+    (batch,) = synthetic_batches(state, 1)
+    metrics = train_step(state, batch)
+    for hook in hooks:
+        hook.remove()
+    total = torch.tensor(rows, device=state.engine.device)
+    dist.all_reduce(total)
+    images = state.plan.batch_size
+    return {
+        "bytes_exchanged_per_image": metrics["bytes_exchanged"] / images,
+        "images_dropped": images * len(experts) - int(total),
+    }

@@ -1,0 +1,97 @@
+"""A training state and batches made up in memory: what a step costs, without data or a run.
+
+Clusters are equal in size; centroids are drawn around `E` directions, as related clusters lie
+together. The gate is trained on its own two losses before anything is measured, so that its
+routing table is the balanced, decided one of a trained gate, with the noise that the schedule
+gives halfway through its fall.
+
+Letters: B images of a step, E experts, K clusters, D width.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moce_dist.config import Config
+from moce_dist.data.plan import Plan, SampleTable
+from moce_dist.data.stream import Batch, StepDataset
+from moce_dist.model.gate import Gate, balance_loss, confidence_loss
+from moce_dist.train.job import StageJob
+from moce_dist.train.setup import TrainState, assemble
+
+_GATE_STEPS = 200
+_EPOCHS_OF_STEPS = 8
+
+
+def synthetic_table(num_samples: int, num_clusters: int) -> SampleTable:
+    """Make a table of samples that nothing can be read from; clusters differ by one at most."""
+    nothing = np.zeros(num_samples, np.int64)
+    return SampleTable(
+        urls=[""],
+        keys=[f"{number:08d}" for number in range(num_samples)],
+        shard=nothing,
+        offset=nothing,
+        size=nothing,
+        cluster=np.arange(num_samples) % num_clusters,
+    )
+
+
+def synthetic_centroids(config: Config) -> torch.Tensor:
+    """Draw K centroids (K, D): each near one of E directions."""
+    generator = torch.Generator().manual_seed(config.seed)
+    num_clusters, width = config.cluster.num_clusters, config.model.shape.width
+    directions = torch.randn(config.moe.num_experts, width, generator=generator)
+    near = directions[torch.arange(num_clusters) % config.moe.num_experts]
+    return near + 0.5 * torch.randn(num_clusters, width, generator=generator)
+
+
+def train_gate(gate: Gate, config: Config) -> None:
+    """Train a gate on its balance and confidence losses alone, over equal clusters, in place."""
+    counts = torch.ones(config.cluster.num_clusters, device=gate.weight.device)
+    optimizer = torch.optim.Adam([gate.weight], lr=0.01)
+    for _ in range(_GATE_STEPS):
+        p = gate.logits().softmax(dim=-1)
+        loss = balance_loss(p, counts) + 0.1 * confidence_loss(p, counts)
+        (gate.weight.grad,) = torch.autograd.grad(loss, gate.weight)
+        optimizer.step()
+    gate.weight.grad = None
+
+
+def synthetic_state(config: Config, device: torch.device) -> TrainState:
+    """Build a state of stage moce, its gate trained; collective over all ranks."""
+    num_clusters = config.cluster.num_clusters
+    num_samples = config.moce.batch_size * _EPOCHS_OF_STEPS
+    num_samples -= num_samples % num_clusters
+    plan = Plan(synthetic_table(num_samples, num_clusters), config.moce.batch_size, config.seed)
+    job = StageJob(config, Path("/nonexistent"), "moce", "")
+    state = assemble(job, plan, synthetic_centroids(config), device)
+    state.step = int(state.total_steps * config.gate.noise_fraction / 2)
+    if (gate := state.model.gate) is not None:
+        train_gate(gate, config)
+        state.router.refresh(gate, state.step)
+        state.router.replan()
+    return state
+
+
+class _SyntheticDataset(StepDataset):
+    """The plan's steps, every image the same noise: only who reads what is real."""
+
+    def _sample(self, step: int, sample_id: int) -> tuple[NDArray[Any], NDArray[Any], float]:
+        size, patches = self._spec.data.image_size, self._spec.num_patches
+        draws = np.random.default_rng(sample_id)
+        image = np.broadcast_to(draws.standard_normal((3, 1, size), np.float32), (3, size, size))
+        return image, draws.random(patches, np.float32), 1.0
+
+
+def synthetic_batches(state: TrainState, count: int) -> list[Batch]:
+    """Make the batches of the `count` steps to come, as the state's rank reads them."""
+    dataset = _SyntheticDataset(state.stream_spec(state.plan), state.router.placement.readers)
+    first = dataset[state.step]
+    # the pictures are the same in every step, so that many steps fit into memory
+    return [
+        first,
+        *(dataset[state.step + i]._replace(images=first.images) for i in range(1, count)),
+    ]

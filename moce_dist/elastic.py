@@ -1,0 +1,232 @@
+"""Where workers go and what a loss costs: the driver's decisions, without Ray.
+
+A stage wants `parallel.num_workers` ranks and goes on with `parallel.min_workers` when nodes are
+missing. At the start and after every loss the driver looks at the nodes that are alive, takes the
+largest legal number of ranks that they have room for, and starts all workers again from the newest
+checkpoint. Batches and routing do not change with that number, micro-batches do.
+
+    G = 4, 8 workers, at least 1; a node of 2 slots for each of the labels g0 .. g3
+    all alive     ranks  0 1 | 2 3 | 4 5 | 6 7      one place a label, two ranks a place
+    g2 is gone    ranks  0   | 1   | 2   | 3        places on g0 g0 g1 g3
+
+Letters: R ranks, G expert groups.
+"""
+
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from moce_dist.config import ConfigError, ParallelConfig, elastic_worker_counts
+from moce_dist.parallel.groups import Topology, natural_key
+from moce_dist.run import StoppedError
+
+GROUP_LABEL = "moce.dist/expert-group"
+"""Ray node label that names the expert group of a node."""
+_SETTLE_S = 5.0
+_LOOK_EVERY_S = 1.0
+
+
+@dataclass(frozen=True)
+class Host:
+    """A live node: address, expert-group label ("" without), workers that it has room for."""
+
+    node: str
+    address: str
+    group: str
+    slots: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a stage needs of the nodes."""
+
+    stage: str
+    parallel: ParallelConfig
+    batch_size: int
+    resource: str
+    """What a worker takes one of: `CPU` or `GPU`."""
+
+    def topology(self, num_workers: int) -> Topology:
+        """Arrange that many ranks among the groups."""
+        return Topology(num_workers, self.parallel.num_groups)
+
+    def best_seats(self, hosts: Sequence[Host]) -> list[str] | None:
+        """Seat the largest legal number of workers; the label of every rank, or None.
+
+        Raises:
+            ConfigError: there are more labels than a full start has places for.
+        """
+        self._refuse_too_many_labels(hosts)
+        for count in elastic_worker_counts(self.parallel, self.batch_size):
+            is_full = count == self.parallel.num_workers
+            found = seats(hosts, self.topology(count), one_place_a_label=is_full)
+            if found is not None:
+                return found
+        return None
+
+    def _refuse_too_many_labels(self, hosts: Sequence[Host]) -> None:
+        labels, places = labels_of(hosts), self.topology(self.parallel.num_workers).ep_size
+        if len(labels) > places:
+            raise ConfigError(
+                f"parallel.num_groups ({self.parallel.num_groups}) on {self.parallel.num_workers} "
+                f"workers needs {places} values of the node label {GROUP_LABEL}; "
+                f"the cluster has {labels}"
+            )
+
+    def shortage(self, hosts: Sequence[Host]) -> str:
+        """Say what was waited for in vain, and what the nodes have."""
+        fewest, labels = self.parallel.fewest_workers, labels_of(hosts)
+        need = f"{fewest} workers need a free {self.resource} each"
+        if labels and fewest == self.parallel.num_workers:
+            topology = self.topology(fewest)
+            need = (
+                f"{topology.ep_size} values of the node label {GROUP_LABEL} are needed, each with "
+                f"{topology.num_replicas} free {self.resource}"
+            )
+        there = "; ".join(
+            f"{f'{GROUP_LABEL}={host.group} ' if host.group else ''}on {host.address} has "
+            f"{host.slots} free {self.resource}"
+            for host in sorted(hosts, key=lambda host: (natural_key(host.group), host.address))
+        )
+        return (
+            f"{self.stage}: no room within parallel.start_timeout_s "
+            f"({self.parallel.start_timeout_s:g} s): {need}; {there or 'no node is alive'}"
+        )
+
+
+def labels_of(hosts: Sequence[Host]) -> list[str]:
+    """Values of the group label, in order of groups."""
+    return sorted({host.group for host in hosts} - {""}, key=natural_key)
+
+
+def seats(
+    hosts: Sequence[Host], topology: Topology, *, one_place_a_label: bool
+) -> list[str] | None:
+    """Choose a node label for every rank, neighbours on one place; "" when no node has a label.
+
+    The ranks of a place share a label. None when the nodes have no room for all.
+    """
+    labels, slots = labels_of(hosts), Counter[str]()
+    for host in hosts:
+        slots[host.group] += host.slots
+    if not labels:
+        return [""] * topology.num_ranks if slots[""] >= topology.num_ranks else None
+    room = [slots[label] // topology.num_replicas for label in labels]
+    if one_place_a_label:
+        room = [min(1, places) for places in room]
+    # the first place of every label before the second of any: work is spread over the nodes
+    offers = sorted((turn, i) for i, places in enumerate(room) for turn in range(places))
+    taken = sorted(i for _, i in offers[: topology.ep_size])
+    if len(taken) < topology.ep_size:
+        return None
+    return [labels[i] for i in taken for _ in range(topology.num_replicas)]
+
+
+def wait_for_seats(
+    wanted: Wanted, look: Callable[[], list[Host]], should_stop: Callable[[], bool]
+) -> list[str]:
+    """Look at the nodes until there is room; the label of every rank of the largest legal number.
+
+    Less than the full number is taken only after some seconds: nodes report with a delay what a
+    worker that ended gave back.
+
+    Raises:
+        ConfigError: there are more labels than places.
+        RuntimeError: no room for the fewest workers within `parallel.start_timeout_s`.
+        StoppedError: `should_stop` said so.
+    """
+    begin, settle_s = time.monotonic(), min(_SETTLE_S, wanted.parallel.start_timeout_s / 2)
+    has_labels = False
+    while True:
+        hosts = look()
+        has_labels |= bool(labels_of(hosts))
+        # when all labelled nodes are away, the others must not take their place
+        usable = [host for host in hosts if host.group or not has_labels]
+        found, waited_s = wanted.best_seats(usable), time.monotonic() - begin
+        if found and (len(found) == wanted.parallel.num_workers or waited_s >= settle_s):
+            return found
+        if waited_s >= wanted.parallel.start_timeout_s:
+            raise RuntimeError(wanted.shortage(hosts))
+        if should_stop():
+            raise StoppedError(f"{wanted.stage}: SIGTERM while waiting for nodes")
+        time.sleep(_LOOK_EVERY_S)
+
+
+@dataclass
+class Budgets:
+    """Losses so far, counted by their kind."""
+
+    stage: str
+    parallel: ParallelConfig
+    failures: int = 0
+    preemptions: int = 0
+
+    def charge(self, *, is_preemption: bool, cause: str) -> str:
+        """Count a loss and say so in a line.
+
+        Raises:
+            RuntimeError: naming the budget that this loss exceeds.
+        """
+        name = "preemptions" if is_preemption else "failures"
+        count, limit = getattr(self, name) + 1, getattr(self.parallel, f"max_{name}")
+        setattr(self, name, count)
+        if count > limit:
+            raise RuntimeError(
+                f"{self.stage}: {count} {name}, more than parallel.max_{name} ({limit}) allows; "
+                f"the last one: {cause}"
+            )
+        return f"{self.stage}: {name.removesuffix('s')} {count} of at most {limit}: {cause}"
+
+
+class Desk:
+    """Where driver and workers leave word: on which nodes they are, and whether to stop."""
+
+    def __init__(self) -> None:
+        """Begin with nobody there."""
+        self._nodes: list[str] = []
+        self._is_stopping = False
+
+    def arrive(self, node: str) -> None:
+        """Note that a worker runs on a node."""
+        self._nodes.append(node)
+
+    def nodes(self) -> list[str]:
+        """List the nodes of the workers, one entry a worker."""
+        return self._nodes
+
+    def stop(self) -> None:
+        """Ask the workers to stop."""
+        self._is_stopping = True
+
+    def is_stopping(self) -> bool:
+        """Tell whether the workers were asked to stop."""
+        return self._is_stopping
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start of the workers ended: at the end of the stage, or before, and why."""
+
+    is_finished: bool = False
+    is_saved: bool = False
+    """They left when they were asked to, with their state saved."""
+    cause: str = ""
+
+
+@contextmanager
+def heed_sigterm() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM into a question that can be asked."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        # None when it was not Python that had set the handler
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

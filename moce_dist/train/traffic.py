@@ -1,0 +1,74 @@
+"""What the experts of a step did and what moved between the ranks, for metrics.jsonl.
+
+Everything follows from the plan and the routing table, so all ranks know it without asking.
+`images_exchanged_contiguous` is what the same step would have exchanged had experts and clusters
+been placed by number alone: the measure of what the scheduler is worth.
+"""
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from moce_dist.config import Config
+from moce_dist.data.stream import Batch
+from moce_dist.parallel.exchange import TRANSFERS, images_exchanged
+from moce_dist.parallel.token import token_bytes_exchanged
+from moce_dist.train.setup import TrainState
+
+
+def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor) -> dict[str, Any]:
+    """Metrics of the experts, from the plan and the routing table alone."""
+    config, router = state.job.config, state.router
+    if state.job.stage == "mae":
+        return {"loss_total": loss}
+    gate, (balance, confidence) = config.gate, auxiliary.tolist()
+    metrics: dict[str, Any] = {
+        "loss_total": loss + gate.balance_weight * balance + gate.confidence_weight * confidence,
+        "loss_balance": balance,
+        "loss_confidence": confidence,
+    }
+    if state.model.gate is None:
+        return metrics | {
+            "images_per_expert": [],
+            "images_exchanged": 0,
+            "bytes_exchanged": token_bytes(state) if config.moe.kind == "token" else 0,
+        }
+    counts = batch.cluster_counts.numpy()
+    exchanged = images_exchanged(
+        batch.clusters, router.table, router.experts, state.topology.num_replicas
+    )
+    # what travels are the visible tokens and the class token, in the type of the matrix products
+    image_bytes = num_visible(config) * config.model.shape.width * element_size(config)
+    return metrics | {
+        "images_per_expert": [
+            np.bincount(row, counts, config.moe.num_experts).astype(int).tolist()
+            for row in router.table
+        ],
+        "images_exchanged": exchanged,
+        "images_exchanged_contiguous": router.contiguous.images_exchanged(router.table, counts),
+        "bytes_exchanged": exchanged * image_bytes * TRANSFERS,
+    }
+
+
+def num_visible(config: Config) -> int:
+    """Tokens of an image in the encoder: visible patches and the class token."""
+    return int(config.num_patches * (1 - config.model.mask_ratio)) + 1
+
+
+def element_size(config: Config) -> int:
+    """Bytes of a number in the matrix products."""
+    return 2 if config.parallel.precision == "bf16" else 4
+
+
+def token_bytes(state: TrainState) -> int:
+    """Bytes that all ranks of a token-routed model exchange in a step."""
+    config, ranks = state.job.config, state.topology.num_ranks
+    images = state.plan.batch_size // ranks // state.micro_batches
+    one_pass = token_bytes_exchanged(
+        config,
+        state.topology.ep_size,
+        tokens=images * num_visible(config),
+        element_size=element_size(config),
+    )
+    return one_pass * ranks * state.micro_batches

@@ -1,0 +1,31 @@
+"""What several laws compare: a step's whole batch, tensors of all ranks by name."""
+
+import numpy as np
+
+from moce_dist.data.stream import Layout, StreamSpec, stream
+from moce_dist.train.job import plan_of
+
+
+def global_batch(job):
+    """The step-0 batch as one process sees it."""
+    spec = StreamSpec(
+        plan_of(job), job.config.data, job.config.num_patches, Layout(1, 1), 0,
+        job.run_root / "faults.jsonl", "moce",
+    )  # fmt: skip
+    return next(stream(spec, lambda clusters: np.zeros(len(clusters), np.int64), start=0, stop=1))
+
+
+def assert_close(name, value, expected, norm, tolerance):
+    limit = tolerance * max(np.linalg.norm(expected), 1e-3 * norm)
+    assert np.linalg.norm(value - expected) <= limit, name
+
+
+def merged(results, key):
+    """Union of the ranks' tensors; replicas must agree to the bit."""
+    union = {}
+    for result in results:
+        for name, value in result[key].items():
+            if name in union:
+                np.testing.assert_array_equal(union[name], value, err_msg=str(name))
+            union[name] = value
+    return union

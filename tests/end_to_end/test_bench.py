@@ -1,0 +1,84 @@
+"""Benchmarks print one JSON object with the promised keys, and nothing else."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MACHINE = {"cpu", "cores", "memory_gib", "gpu", "python", "torch"}
+TINY = (
+    "model.width=32", "model.num_heads=2", "model.depth=2", "moe.layers=[1]",
+    "model.decoder_width=16", "model.decoder_num_heads=2", "data.image_size=32",
+    "model.patch_size=8", "mae.batch_size=16", "moce.batch_size=16", "cluster.num_clusters=8",
+    "bench.rounds=2", "bench.warmup_rounds=0",
+)  # fmt: skip
+
+
+def bench(name, *overrides):
+    flags = [flag for override in (*TINY, *overrides) for flag in ("--set", override)]
+    command = [sys.executable, "jobs/bench.py", name, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["bench"] == name
+    assert document["machine"].keys() == MACHINE
+    assert document["config"]["bench.rounds"] == 2
+    for result in document["variants"].values():
+        assert 0 < result["min"] <= result["median"] <= result["max"]
+    return document
+
+
+def test_step_prints_all_variants_and_moves_nothing():
+    document = bench("step")
+    kinds = {"dense", "cluster", "token"}
+    assert document["variants"].keys() == kinds | {f"{kind}_bf16" for kind in kinds}
+    assert document["ratios"].keys() == {
+        "cluster/dense", "cluster/token", "cluster_bf16/dense_bf16", "cluster_bf16/token_bf16",
+    }  # fmt: skip
+    medians = {name: result["median"] for name, result in document["variants"].items()}
+    assert document["ratios"]["cluster/dense"] == pytest.approx(
+        medians["cluster"] / medians["dense"]
+    )
+    assert document["figures"] == {"bytes_exchanged_per_image": 0, "images_dropped": 0}
+    assert not document["skipped"]
+
+
+def test_step_counts_what_travels_when_groups_are_free():
+    figures = bench("step", "gate.groups=free", "moe.layers=[0,1]", "gate.noise=10")["figures"]
+    assert figures["bytes_exchanged_per_image"] > 0
+    assert figures["images_dropped"] == 0
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")),
+    reason="two hosts on one machine need root and iproute2",
+)
+def test_exchange_slows_the_link_of_two_hosts_and_leaves_none():
+    document = bench("exchange")
+    assert document["variants"].keys() == {"dense", "cluster", "token"}
+    assert document["ratios"].keys() == {"token/cluster", "cluster/dense"}
+    assert document["figures"]["link_mbit"] > 0
+    left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
+    assert "moce-" not in left.stdout
+
+
+def test_what_cannot_be_measured_is_named(monkeypatch, capsys):
+    from moce_dist.bench import exchange
+    from moce_dist.config import load_config
+
+    monkeypatch.setattr(exchange, "missing", lambda: "needs root for network namespaces")
+    report = exchange.run(load_config(ROOT / "configs" / "bench" / "exchange.yaml"))
+    document = json.loads(report.to_json())
+    assert not document["variants"] and not document["ratios"]
+    assert {"token", "link_mbit", "token/cluster"} <= document["skipped"].keys()
+
+
+def test_wrong_name_is_refused():
+    command = [sys.executable, "jobs/bench.py", "stepp"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 2 and "stepp" in done.stderr and not done.stdout
