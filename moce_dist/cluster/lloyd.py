@@ -224,7 +224,7 @@ def _balance_all(
             found, prices, largest=largest, rounds=2 * _PRICE_ROUNDS, close=_FINAL_EXCESS
         )
         _log.info("prices of all rows, search %d: %d rows beyond the sizes", attempt + 1, excess)
-        if excess <= 10 * _FINAL_EXCESS * len(found.ids):
+        if excess <= 2 * _FINAL_EXCESS * len(found.ids):
             break
     return prices, found
 
