@@ -205,12 +205,14 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     cost = matrix.objective(matrix.sums(centroids, prices, done.labels), centroids)
     num_rows = matrix.files.num_rows
     figures = {"cost": cost / num_rows, "num_moves": done.num_moves}
-    if config.balance == "exact":
-        # a bound holds at any prices; where candidates were too few the first ones may be better
-        bounds = [_lower_bound(matrix, centroids, tried) for tried in (done.prices, prices)]
-        prices = (done.prices, prices)[int(np.argmax(bounds))]
-        figures["cost_lower_bound"] = max(bounds) / num_rows
-    return Settled(done.labels, prices, figures)
+    # an index may miss the best cluster, and then there is no bound
+    if config.balance != "exact" or config.num_clusters >= config.index_from:
+        return Settled(done.labels, done.prices, figures)
+    # a bound holds at any prices; where candidates were too few the first ones may be better
+    tried = (done.prices, prices)
+    bounds = [_lower_bound(matrix, centroids, at) for at in tried]
+    figures["cost_lower_bound"] = max(bounds) / num_rows
+    return Settled(done.labels, tried[int(np.argmax(bounds))], figures)
 
 
 def _balance_all(

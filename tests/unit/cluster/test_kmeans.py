@@ -7,7 +7,12 @@ import pytest
 from moce_dist.cluster.blocks import View, column_mean, group_blocks, map_here, open_features
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, split_empty
-from moce_dist.cluster.nearest import search, squared_distances
+from moce_dist.cluster.nearest import (
+    build_index,
+    search,
+    search_index,
+    squared_distances,
+)
 from moce_dist.config import ClusterConfig
 
 
@@ -45,6 +50,18 @@ def test_priced_search_is_brute_force_argmin(shift):
     np.testing.assert_allclose(taken, order, atol=0.02 if shift else 1e-4)
     squares = (rows.astype(np.float64) ** 2).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found.priced + squares, order, atol=0.02 if shift else 1e-4)
+
+
+def test_index_with_all_lists_finds_what_the_search_over_all_clusters_finds():
+    draws = np.random.default_rng(0)
+    rows = draws.standard_normal((300, 9)).astype(np.float32)
+    centroids, prices = draws.standard_normal((500, 9)), draws.standard_normal(500)
+    augmented = np.hstack([rows, np.ones((300, 1), np.float32)])
+    whole = search(augmented, centroids, prices, num=4).ids
+    all_lists = search_index(augmented, build_index(centroids, prices, 10**6), num=4).ids
+    assert (whole == all_lists).mean() > 0.999
+    few = search_index(augmented, build_index(centroids, prices, 4), num=4).ids
+    assert (few[:, 0] == whole[:, 0]).mean() > 0.5 and few.min() >= 0
 
 
 def test_search_leaves_the_number_of_threads_as_it_was():
