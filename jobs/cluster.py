@@ -135,9 +135,9 @@ def block_mapper(config: Config) -> "MapBlocks":
 
     if config.parallel.num_workers == 1 and not os.environ.get("RAY_ADDRESS"):
         return map_here
-    from moce_dist.launch import map_tasks
+    from moce_dist.launch import map_shared
 
-    return partial(map_tasks, parallel=config.parallel)
+    return partial(map_shared, config.parallel)
 
 
 def print_summary(summary: dict[str, object], out: Path) -> None:

@@ -197,6 +197,10 @@ class ClusterConfig(Section):
     """Rows in the unit of work; results do not depend on who computes a block."""
     num_candidates: int = Field(16, ge=2)
     """Nearest clusters per image that the exact finish may move it to."""
+    index_from: int = Field(16_384, ge=2)
+    """Clusters from which on the search uses an index over them instead of all of them."""
+    index_probes: int = Field(32, ge=1)
+    """Lists of that index that a search looks into; more are slower and miss less."""
     batch_size: int = Field(256, ge=1)
     """Images per forward pass when features are computed."""
 
@@ -357,6 +361,10 @@ class BenchConfig(Section):
     """Rounds that are run and not counted."""
     communication_over_compute: float = Field(4, gt=0)
     """Of a token-routed step, to which `exchange` slows its link; about an H100 on 25 GbE."""
+    rows: int = Field(200_000, ge=1)
+    """Rows of the features that `cluster` makes."""
+    dim: int = Field(384, ge=1)
+    """Width of these features."""
 
 
 class Config(Section):

@@ -20,7 +20,7 @@ import textwrap
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -52,6 +52,7 @@ from moce_dist.parallel.groups import Station, rank_order
 from moce_dist.run import StoppedError
 from moce_dist.train.job import StageJob
 
+Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
@@ -93,35 +94,49 @@ def uses_gpu(parallel: ParallelConfig) -> bool:
 
 
 def map_tasks(
-    function: Callable[[Item], Result],
-    items: Iterable[Item],
+    function: Callable[..., Result],
+    items: Iterable[Any],
     *,
     parallel: ParallelConfig,
     gpu: bool = False,
+    shared: Sequence[Any] = (),
 ) -> Iterator[Result]:
     """Apply a module-level function to items on `num_workers` workers; results in the items' order.
 
+    The function is called as `function(*shared, item)`; what is shared reaches every node once.
     A task whose worker died is run again elsewhere. With one worker and no cluster it runs here.
 
     Raises:
         Exception: the first error of the function, as it was raised.
     """
     if not needs_ray(parallel):
-        yield from map(function, items)
+        yield from (function(*shared, item) for item in items)
         return
     connect(parallel)
+    common = [ray.put(value) for value in shared]
     gpus = 1 if gpu and uses_gpu(parallel) else 0
     task = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_retries=3)
     window: deque[Any] = deque()
     try:
         for item in items:
-            window.append(task.remote(item))
+            window.append(task.remote(*common, item))
             if len(window) > 2 * parallel.num_workers:
                 yield ray.get(window.popleft())
         while window:
             yield ray.get(window.popleft())
     except RayTaskError as error:
         raise error.cause from None
+
+
+def map_shared(
+    parallel: ParallelConfig,
+    function: Callable[[Shared, Item], Result],
+    shared: Shared,
+    items: Sequence[Item],
+    /,
+) -> Iterator[Result]:
+    """`map_tasks` as the sweeps of a clustering call it (`cluster.blocks.MapBlocks`)."""
+    return map_tasks(function, items, parallel=parallel, shared=(shared,))
 
 
 def train(job: StageJob) -> None:

@@ -9,11 +9,11 @@ made, or taken up where it stopped. This module only wires chapters to `launch`.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import INDEX_NAME, read_index
-from moce_dist.launch import map_tasks, train
+from moce_dist.launch import map_shared, map_tasks, train
 from moce_dist.run import (
     COMPLETE,
     Run,
@@ -54,8 +54,6 @@ from moce_dist.train.checkpoint import latest_checkpoint
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob
 from moce_dist.train.pretrained import load_encoder
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 HOLDOUT = "holdout"
 
@@ -157,14 +155,9 @@ class Pipeline:
             self.config.cluster,
             seed=self.config.seed,
             subtract_mean=True,
-            map_blocks=self._map_blocks,
+            map_blocks=partial(map_shared, self.config.parallel),
             inputs=inputs,
         )
-
-    def _map_blocks(
-        self, function: Callable[[Item], Result], items: Sequence[Item], /
-    ) -> Iterable[Result]:
-        return map_tasks(function, items, parallel=self.config.parallel)
 
     def reshard(self) -> None:
         """Rewrite the training tars so that each holds one cluster; assign the held-out images."""

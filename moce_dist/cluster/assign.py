@@ -35,7 +35,7 @@ from moce_dist.cluster.blocks import (
     map_here,
     open_features,
 )
-from moce_dist.cluster.kmeans import Int64, Matrix, search, squared_distances
+from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import (
     Lloyd,
     Settled,
@@ -45,6 +45,7 @@ from moce_dist.cluster.lloyd import (
     settle,
     state_request,
 )
+from moce_dist.cluster.nearest import Int64, search, squared_distances
 from moce_dist.config import ClusterConfig, ConfigError
 from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
 
@@ -97,7 +98,14 @@ def run_clustering(
     files = open_features(features_dir)
     check_count(files, config.num_clusters)
     mean = column_mean(files, map_blocks).astype(np.float32)
-    matrix = Matrix(files, View(mean, subtract_mean), config.block_rows, map_blocks)
+    matrix = Matrix(
+        files,
+        View(mean, subtract_mean),
+        config.block_rows,
+        map_blocks,
+        config.index_from,
+        config.index_probes,
+    )
     given = inputs or {"request": state_request(matrix, config, seed)}
     if is_complete(out_dir, given):
         return read_summary(out_dir)

@@ -21,33 +21,39 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moce_dist.config import ConfigError
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Shared = TypeVar("Shared")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 SCAN_FIRST_BYTES = 10 * 10**9
-_MAX_GROUPS = 256
+_MAX_GROUPS, _MIN_GROUPS = 256, 8
+_GROUP_SUMS_BYTES = 2**30
+"""What the results of a sweep may take together, unless that leaves too few groups."""
 _SCAN_ROWS = 8192
 
 
 class MapBlocks(Protocol):
-    """Apply a module-level function to picklable items; results in the order of the items."""
+    """Apply a module-level function to what all share and an item each; in the items' order."""
 
     def __call__(
-        self, function: Callable[[Item], Result], items: Sequence[Item], /
+        self, function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
     ) -> Iterable[Result]:
-        """Return `[function(item) for item in items]`."""
+        """Return `[function(shared, item) for item in items]`."""
         ...
 
 
-def map_here(function: Callable[[Item], Result], items: Sequence[Item], /) -> Iterable[Result]:
+def map_here(
+    function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
+) -> Iterable[Result]:
     """Map in this process, one item after the other."""
-    return map(function, items)
+    return (function(shared, item) for item in items)
 
 
 class Block(NamedTuple):
@@ -68,7 +74,14 @@ class View:
 
     def apply(self, features: NDArray[Any], out: Float32) -> None:
         """Write the transformed `features` (n, D) into `out` (n, D)."""
-        np.subtract(features, self.mean, out=out, dtype=np.float32)
+        if features.dtype == np.float16:
+            # NumPy takes six times as long to widen half precision
+            torch.from_numpy(out).copy_(
+                torch.from_numpy(np.require(features, requirements=["C", "W"]))
+            )
+            np.subtract(out, self.mean, out=out)
+        else:
+            np.subtract(features, self.mean, out=out, dtype=np.float32)
         if self.normalise:
             norms = np.sqrt(np.einsum("nd,nd->n", out, out))
             out /= np.maximum(norms, np.float32(1e-12))[:, None]
@@ -137,7 +150,8 @@ def open_array(path: Path) -> NDArray[Any]:
         ConfigError: it is truncated, no `.npy`, holds objects, or is of another type or shape.
     """
     try:
-        array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        # copy on write, for torch warns of arrays that cannot be written; nobody writes
+        array: NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ConfigError(f"{path}: is not a readable .npy file of numbers ({error})") from None
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4):
@@ -189,9 +203,10 @@ def read_block(block: Block, view: View) -> Float32:
     return augmented
 
 
-def group_blocks(blocks: Sequence[Block]) -> list[tuple[Block, ...]]:
-    """Consecutive blocks in at most 256 groups, by their number alone."""
-    size = -(-len(blocks) // _MAX_GROUPS)
+def group_blocks(blocks: Sequence[Block], result_bytes: int = 0) -> list[tuple[Block, ...]]:
+    """Consecutive blocks in at most 256 groups, by their number and the size of a result alone."""
+    fitting = _GROUP_SUMS_BYTES // max(result_bytes, 1)
+    size = -(-len(blocks) // min(max(fitting, _MIN_GROUPS), _MAX_GROUPS))
     return [tuple(blocks[i : i + size]) for i in range(0, len(blocks), size)]
 
 
@@ -214,11 +229,12 @@ def _problem(block: Block, rows: NDArray[Any]) -> str | None:
     return f"{block.path}: row {block.start + bad[0]}: {what}"
 
 
-def scan_group(group: tuple[Block, ...]) -> _Scanned:
+def scan_group(dim: int, group: tuple[Block, ...]) -> _Scanned:
     """Sum the columns of some blocks in order, (D,) float64; stops at the first row not usable."""
+    view = View(np.zeros(dim, np.float32), normalise=False)
     sums: Float64 | None = None
     for block in group:
-        rows = np.asarray(open_array(Path(block.path))[block.start : block.stop], np.float32)
+        rows = read_block(block, view)[:, :-1]
         if problem := _problem(block, rows):
             return _Scanned(np.zeros(0), problem)
         part = rows.sum(axis=0, dtype=np.float64)
@@ -233,10 +249,9 @@ def column_mean(files: FeatureFiles, map_blocks: MapBlocks = map_here) -> Float6
     Raises:
         ConfigError: naming the first row with NaN, infinity or an overflowing norm (from 10 GB on
             a ValueError: it was met while the job ran).
-        GB on).
     """
     total = np.zeros(files.dim)
-    for scanned in map_blocks(scan_group, group_blocks(files.blocks(_SCAN_ROWS))):
+    for scanned in map_blocks(scan_group, files.dim, group_blocks(files.blocks(_SCAN_ROWS))):
         if scanned.problem:
             refusal = ConfigError if files.num_bytes < SCAN_FIRST_BYTES else ValueError
             raise refusal(scanned.problem)

@@ -1,12 +1,8 @@
 """Sweeps of balanced k-means over a matrix of features: nearest clusters, sums, distances.
 
-A sweep gives every row to argmin_k |x - c_k|^2 - g_k (prices g, see `balance.py`). Since
-
-    |x - c|^2 - g = |x|^2 - <(x, 1), (2 c, g - |c|^2)>
-
-that is a search for the greatest inner product in D + 1 dimensions, which FAISS answers on CPU and
-GPU. K centroids and K prices are all that couples the rows: a sweep returns sums, counts and
-squares per cluster, from which the objective and the means follow.
+A sweep gives every row to its nearest cluster under prices (`nearest.py`). K centroids and K prices
+are all that couples the rows: a sweep returns sums and counts per cluster, from which the objective
+and the means follow.
 
 The unit of work is a fixed block of rows on one thread, and sums are float64 in block order
 (`blocks.py`), so a result has the same bits on any number of workers.
@@ -15,16 +11,13 @@ Letters: n rows, D width, K clusters, m candidates.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from moce_dist.cluster.blocks import (
     Block,
@@ -37,76 +30,32 @@ from moce_dist.cluster.blocks import (
     read_block,
 )
 from moce_dist.cluster.exact import Candidates
-
-Int64 = NDArray[np.int64]
-_CACHED_ROWS = 1024
-"""Rows that stay in the processor's cache as float64."""
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
-
-
-@lru_cache(maxsize=1)
-def _gpu_resources() -> Any:
-    return faiss.StandardGpuResources()
-
-
-class Nearest(NamedTuple):
-    """Best clusters of rows, best first, and |x - c|^2 - g - |x|^2 (float32): (n, m) each."""
-
-    ids: Int64
-    priced: Float32
-
-
-def search(augmented: Float32, centroids: Float64, prices: Float64, *, num: int) -> Nearest:
-    """Find the `num` clusters of least |x - c|^2 - g for rows (x, 1) of `augmented` (n, D + 1)."""
-    bias = prices - np.square(centroids).sum(axis=1)
-    base = np.hstack([2 * centroids, bias[:, None]]).astype(np.float32)
-    if faiss.get_num_gpus():
-        found, ids = faiss.knn_gpu(
-            _gpu_resources(), augmented, base, num, metric=faiss.METRIC_INNER_PRODUCT
-        )
-    else:
-        with _one_thread():
-            found, ids = faiss.knn(augmented, base, num, metric=faiss.METRIC_INNER_PRODUCT)
-    return Nearest(ids, -found)
-
-
-def squared_distances(rows: NDArray[Any], centroids: Float64, labels: Int64) -> Float64:
-    """Compute |x_i - c_{labels_i}|^2 without cancellation, (n,) float64."""
-    distances = np.empty(len(rows))
-    for start in range(0, len(rows), _CACHED_ROWS):
-        part = slice(start, start + _CACHED_ROWS)
-        difference = rows[part].astype(np.float64) - centroids[labels[part]]
-        distances[part] = np.einsum("nd,nd->n", difference, difference)
-    return distances
+from moce_dist.cluster.nearest import (
+    Int64,
+    Nearest,
+    build_index,
+    candidate_distances,
+    search,
+    search_index,
+    squared_distances,
+)
 
 
 class Sums(NamedTuple):
-    """What a sweep knows of the clusters: member sums (K, D), counts (K,), and sum |x|^2."""
+    """What a sweep knows of the clusters: member sums (K, D) and counts (K,)."""
 
     sums: Float64
     counts: Float64
-    squares: float
 
     def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
         """Add the parts of two sets of rows."""
-        return Sums(
-            self.sums + other.sums, self.counts + other.counts, self.squares + other.squares
-        )
+        return Sums(self.sums + other.sums, self.counts + other.counts)
 
-    def objective(self, centroids: Float64) -> float:
-        """Return the sum over the rows of |x - c|^2."""
+    def objective(self, centroids: Float64, squares: float) -> float:
+        """Return the sum over the rows of |x - c|^2; `squares` is their sum of |x|^2."""
         cross = np.einsum("kd,kd->", centroids, self.sums)
         own = np.einsum("k,kd,kd->", self.counts, centroids, centroids)
-        return float(self.squares - 2 * cross + own)
+        return float(squares - 2 * cross + own)
 
     def means(self, empty: Float64) -> Float64:
         """Return the mean of every cluster's members; the row of `empty` where there is none."""
@@ -114,113 +63,160 @@ class Sums(NamedTuple):
         return np.where(self.counts[:, None] > 0, self.sums / divisor, empty)
 
 
-def _sum_rows(augmented: Float32, labels: Int64, num_clusters: int) -> Sums:
-    total, squares = np.zeros((num_clusters, augmented.shape[1])), 0.0
-    for start in range(0, len(labels), _CACHED_ROWS):
-        rows = augmented[start : start + _CACHED_ROWS].astype(np.float64)
-        ends = np.arange(len(rows) + 1)
-        hits = (np.ones(len(rows)), labels[start : start + _CACHED_ROWS], ends)
-        total += sparse.csr_matrix(hits, shape=(len(rows), num_clusters)).T @ rows
-        squares += float(np.einsum("nd,nd->", rows[:, :-1], rows[:, :-1]))
-    return Sums(total[:, :-1], total[:, -1], squares)
+def _add_rows(total: Float64, augmented: Float32, labels: Int64) -> None:
+    """Add rows with their column of ones to `total` (K, D + 1), cluster by cluster."""
+    order = np.argsort(labels, kind="stable")
+    clusters, firsts = np.unique(labels[order], return_index=True)
+    for cluster, (first, end) in zip(clusters, pairwise([*firsts, len(order)]), strict=True):
+        total[cluster] += augmented[order[first:end]].sum(axis=0, dtype=np.float64)
 
 
 @dataclass(frozen=True)
-class Task:
-    """A group of blocks and what is asked of it; `labels` are given where they are fixed."""
+class Sweep:
+    """What all tasks of a sweep share: the view, centroids (K, D), prices (K,), candidates m."""
 
-    blocks: tuple[Block, ...]
     view: View
     centroids: Float64
     prices: Float64
     num: int = 1
+    index: NDArray[np.uint8] | None = None
+
+    def search(self, augmented: Float32) -> Nearest:
+        """Find the best clusters of some rows."""
+        if self.index is None:
+            return search(augmented, self.centroids, self.prices, num=self.num)
+        return search_index(augmented, self.index, num=self.num)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A group of blocks, and the labels of their rows where these are fixed."""
+
+    blocks: tuple[Block, ...]
     labels: Int64 | None = None
 
-    def read(self) -> Iterator[tuple[Float32, Int64 | None]]:
+    def read(self, view: View) -> Iterator[tuple[Float32, Int64 | None]]:
         """Yield the augmented rows and the fixed labels of every block."""
         first = self.blocks[0].row
         for block in self.blocks:
             stop = block.row + block.stop - block.start - first
             labels = None if self.labels is None else self.labels[block.row - first : stop]
-            yield read_block(block, self.view), labels
+            yield read_block(block, view), labels
 
 
-def sum_group(task: Task) -> Sums:
+def sum_group(sweep: Sweep, task: Task) -> Sums:
     """Sum up a group's clusters, under its fixed labels or the best ones."""
-    parts = []
-    for rows, fixed in task.read():
-        best = (
-            search(rows, task.centroids, task.prices, num=1).ids[:, 0] if fixed is None else fixed
-        )
-        parts.append(_sum_rows(rows, best, len(task.centroids)))
-    total = parts[0]
-    for part in parts[1:]:
-        total += part
-    return total
+    num_clusters, dim = sweep.centroids.shape
+    total = np.zeros((num_clusters, dim + 1))
+    for rows, fixed in task.read(sweep.view):
+        _add_rows(total, rows, sweep.search(rows).ids[:, 0] if fixed is None else fixed)
+    return Sums(total[:, :-1], total[:, -1])
 
 
-def candidates_of_group(task: Task) -> Candidates:
-    """Find the best `task.num` clusters of every row under the prices."""
+def candidates_of_group(sweep: Sweep, task: Task) -> Candidates:
+    """Find the best clusters of a group's rows and their squared distances."""
     ids, distances = [], []
-    for rows, _ in task.read():
-        best = search(rows, task.centroids, task.prices, num=task.num).ids
-        columns = [squared_distances(rows[:, :-1], task.centroids, column) for column in best.T]
+    centroids = sweep.centroids.astype(np.float32)
+    for rows, _ in task.read(sweep.view):
+        best = sweep.search(rows).ids
         ids.append(best.astype(np.int32))
-        distances.append(np.stack(columns, axis=1))
+        distances.append(candidate_distances(rows[:, :-1], centroids, best))
     return Candidates(np.concatenate(ids), np.concatenate(distances))
 
 
-def distances_of_group(task: Task) -> Float64:
+def labels_of_group(sweep: Sweep, task: Task) -> NDArray[np.int32]:
+    """Find the best cluster of each of a group's rows."""
+    parts = [sweep.search(rows).ids[:, 0] for rows, _ in task.read(sweep.view)]
+    return np.concatenate(parts).astype(np.int32)
+
+
+def distances_of_group(sweep: Sweep, task: Task) -> Float64:
     """Return the squared distances of the rows to the centroids of their fixed labels."""
     parts = []
-    for rows, labels in task.read():
+    for rows, labels in task.read(sweep.view):
         assert labels is not None
-        parts.append(squared_distances(rows[:, :-1], task.centroids, labels))
+        parts.append(squared_distances(rows[:, :-1], sweep.centroids, labels))
     return np.concatenate(parts)
+
+
+def squares_of_group(view: View, task: Task) -> float:
+    """Return the sum of |x|^2 over a group's rows, in their order."""
+    total = 0.0
+    for rows, _ in task.read(view):
+        total += float(np.einsum("nd,nd->", rows[:, :-1], rows[:, :-1], dtype=np.float64))
+    return total
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The features of a request, cut into groups of blocks, and who computes on them."""
+    """The features of a request, cut into groups of blocks, and who computes on them.
+
+    From `index_from` clusters on, a search looks at `index_probes` lists of an index only.
+    """
 
     files: FeatureFiles
     view: View
     block_rows: int
     map_blocks: MapBlocks
+    index_from: int = 2**31
+    index_probes: int = 1
 
-    def _tasks(self, centroids: Float64, prices: Float64, labels: Int64 | None) -> list[Task]:
-        groups = group_blocks(self.files.blocks(self.block_rows))
+    def _tasks(self, labels: Int64 | None = None, result_bytes: int = 0) -> list[Task]:
+        groups = group_blocks(self.files.blocks(self.block_rows), result_bytes)
+        if labels is None:
+            return [Task(group) for group in groups]
         firsts = [group[0].row for group in groups] + [self.files.num_rows]
         return [
-            Task(
-                group,
-                self.view,
-                centroids,
-                prices,
-                labels=None if labels is None else labels[first:end],
-            )
+            Task(group, labels[first:end])
             for group, (first, end) in zip(groups, pairwise(firsts), strict=True)
         ]
 
+    def sweep(self, centroids: Float64, prices: Float64, num: int = 1) -> Sweep:
+        """Prepare a search for the best `num` clusters."""
+        index = None
+        if len(centroids) >= self.index_from:
+            index = build_index(centroids, prices, self.index_probes)
+        return Sweep(self.view, centroids, prices, num, index)
+
+    @cached_property
+    def squares(self) -> float:
+        """Sum of |x|^2 over all rows."""
+        return sum(self.map_blocks(squares_of_group, self.view, self._tasks()))
+
     def sums(self, centroids: Float64, prices: Float64, labels: Int64 | None = None) -> Sums:
         """Add up all rows per cluster, in block order."""
-        tasks = self._tasks(centroids, prices, labels)
+        # fixed labels need no search, and so no index
+        fixed = Sweep(self.view, centroids, prices)
+        sweep = self.sweep(centroids, prices) if labels is None else fixed
+        tasks = self._tasks(labels, centroids.nbytes)
         total: Sums | None = None
-        for part in self.map_blocks(sum_group, tasks):
+        for part in self.map_blocks(sum_group, sweep, tasks):
             total = part if total is None else total + part
         assert total is not None
         return total
 
+    def objective(self, sums: Sums, centroids: Float64) -> float:
+        """Return the sum of |x - c|^2 over all rows, from a sweep's sums."""
+        return sums.objective(centroids, self.squares)
+
+    def labels(self, centroids: Float64, prices: Float64) -> Int64:
+        """Find the best cluster of all rows, (n,)."""
+        sweep = self.sweep(centroids, prices)
+        parts = list(self.map_blocks(labels_of_group, sweep, self._tasks()))
+        return np.concatenate(parts).astype(np.int64)
+
     def candidates(self, centroids: Float64, prices: Float64, num: int) -> Candidates:
         """Find the best `num` clusters of all rows."""
-        tasks = [replace(task, num=num) for task in self._tasks(centroids, prices, None)]
-        parts = list(self.map_blocks(candidates_of_group, tasks))
-        return Candidates(
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.distances for part in parts]),
-        )
+        sweep, shape = self.sweep(centroids, prices, num), (self.files.num_rows, num)
+        found = Candidates(np.empty(shape, np.int32), np.empty(shape, np.float32))
+        first = 0
+        for part in self.map_blocks(candidates_of_group, sweep, self._tasks()):
+            rows = slice(first, first + len(part.ids))
+            found.ids[rows], found.distances[rows] = part
+            first = rows.stop
+        return found
 
     def distances(self, centroids: Float64, labels: Int64) -> Float64:
         """Return the squared distances of all rows to the centroids of their labels, (n,)."""
-        tasks = self._tasks(centroids, np.zeros(len(centroids)), labels)
-        return np.concatenate(list(self.map_blocks(distances_of_group, tasks)))
+        sweep = Sweep(self.view, centroids, np.zeros(len(centroids)))
+        return np.concatenate(list(self.map_blocks(distances_of_group, sweep, self._tasks(labels))))

@@ -26,14 +26,17 @@ from threadpoolctl import threadpool_limits
 
 from moce_dist.cluster.balance import ascend, largest_size
 from moce_dist.cluster.blocks import Float32, Float64
-from moce_dist.cluster.exact import Candidates, dual_bound, finish
-from moce_dist.cluster.kmeans import Int64, Matrix
+from moce_dist.cluster.exact import Candidates, Search, dual_bound, finish
+from moce_dist.cluster.kmeans import Matrix
+from moce_dist.cluster.nearest import Int64, search
 from moce_dist.config import ClusterConfig
 from moce_dist.run import fingerprint
 
 _log = logging.getLogger(__name__)
 _SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 64, 16_384, 65_536
-_PRICE_ROUNDS = 10
+_PRICE_ROUNDS, _PRICE_SEARCHES, _PRICE_CANDIDATES = 10, 4, 32
+_CLOSE, _FINAL_EXCESS = 0.01, 0.001
+"""Shares of rows beyond the sizes at which prices are good enough: of the sample, of all rows."""
 _SPLIT = 1 / 1024
 
 
@@ -112,18 +115,22 @@ class Lloyd:
         """Find prices (K,) that balance the sample between the centroids, from `prices` on."""
         if self.config.balance == "off":
             return prices
+        num = min(len(centroids), _PRICE_CANDIDATES)
         largest = largest_size(len(self.sample), len(centroids), self.config)
-        squares = np.square(centroids).sum(axis=1)[:, None]
-        columns = np.hstack([-2 * centroids, squares]).astype(np.float32)
-        with threadpool_limits(1):
-            distances = columns @ self.sample.T
-        return ascend(distances, prices, largest=largest, rounds=_PRICE_ROUNDS)
+        for _ in range(_PRICE_SEARCHES):
+            ids, priced = search(self.sample, centroids, prices, num=num)
+            distances = priced + prices[ids].astype(np.float32)
+            found = Candidates(ids.astype(np.int32), distances)
+            prices, excess = ascend(found, prices, largest=largest, rounds=_PRICE_ROUNDS)
+            if excess <= _CLOSE * len(self.sample):
+                break
+        return prices
 
     def iterate(self, state: State) -> State:
         """Run one iteration: prices, a sweep over all rows, means (empty clusters split)."""
         prices = self.prices(state.centroids, state.prices)
         sums = self.matrix.sums(state.centroids, prices)
-        objective = sums.objective(state.centroids)
+        objective = self.matrix.objective(sums, state.centroids)
         centroids = sums.means(state.centroids)
         if self.config.balance == "off":
             centroids = split_empty(centroids, sums.counts)
@@ -185,34 +192,46 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     """Turn the centroids of k-means into labels of the wanted sizes at the least cost."""
     matrix, config, centroids = lloyd.matrix, lloyd.config, state.centroids
     if config.balance == "off":
-        ids = matrix.candidates(centroids, state.prices, 1).ids
-        return Settled(ids[:, 0].astype(np.int64), None, {})
-    num_rows = matrix.files.num_rows
+        return Settled(matrix.labels(centroids, state.prices), None, {})
+    largest = largest_size(matrix.files.num_rows, config.num_clusters, config)
 
     def nearest(charged: Float64) -> Candidates:
         return matrix.candidates(
             centroids, charged, min(config.num_candidates, config.num_clusters)
         )
 
-    prices = lloyd.prices(centroids, state.prices)
-    done = finish(
-        nearest(prices),
-        prices,
-        nearest,
-        largest=largest_size(num_rows, config.num_clusters, config),
-        is_exact=config.balance == "exact",
-    )
-    cost = matrix.sums(centroids, prices, done.labels).objective(centroids)
+    prices, found = _balance_all(lloyd, state, nearest, largest)
+    done = finish(found, prices, nearest, largest=largest, is_exact=config.balance == "exact")
+    cost = matrix.objective(matrix.sums(centroids, prices, done.labels), centroids)
+    num_rows = matrix.files.num_rows
     figures = {"cost": cost / num_rows, "num_moves": done.num_moves}
-    if config.balance == "exact":
-        # a bound holds at any prices; where candidates were too few the first ones may be better
-        bounds = [_lower_bound(matrix, centroids, tried) for tried in (done.prices, prices)]
-        prices = (done.prices, prices)[int(np.argmax(bounds))]
-        figures["cost_lower_bound"] = max(bounds) / num_rows
-    return Settled(done.labels, prices, figures)
+    # an index may miss the best cluster, and then there is no bound
+    if config.balance != "exact" or config.num_clusters >= config.index_from:
+        return Settled(done.labels, done.prices, figures)
+    # a bound holds at any prices; where candidates were too few the first ones may be better
+    tried = (done.prices, prices)
+    bounds = [_lower_bound(matrix, centroids, at) for at in tried]
+    figures["cost_lower_bound"] = max(bounds) / num_rows
+    return Settled(done.labels, tried[int(np.argmax(bounds))], figures)
+
+
+def _balance_all(
+    lloyd: Lloyd, state: State, nearest: Search, largest: int
+) -> tuple[Float64, Candidates]:
+    """Find prices that balance all rows nearly, and the candidates of all rows under them."""
+    prices = lloyd.prices(state.centroids, state.prices)
+    for attempt in range(_PRICE_SEARCHES):
+        found = nearest(prices)
+        prices, excess = ascend(
+            found, prices, largest=largest, rounds=2 * _PRICE_ROUNDS, close=_FINAL_EXCESS
+        )
+        _log.info("prices of all rows, search %d: %d rows beyond the sizes", attempt + 1, excess)
+        if excess <= 2 * _FINAL_EXCESS * len(found.ids):
+            break
+    return prices, found
 
 
 def _lower_bound(matrix: Matrix, centroids: Float64, prices: Float64) -> float:
     best = matrix.sums(centroids, prices)
-    priced = best.objective(centroids) - float((best.counts * prices).sum())
+    priced = matrix.objective(best, centroids) - float((best.counts * prices).sum())
     return dual_bound(prices, priced, matrix.files.num_rows)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from moce_dist.cluster.balance import ascend, largest_size
+from moce_dist.cluster.exact import Candidates
 from moce_dist.config import ClusterConfig
 
 
@@ -14,6 +15,14 @@ def dual(distances, prices, largest):
 def counts_of(distances, prices):
     best = (distances - prices[:, None]).argmin(axis=0)
     return np.bincount(best, minlength=len(prices))
+
+
+def ascended(distances, prices, *, largest, rounds, num=None):
+    """Ascend on the `num` best clusters of every row of distances (K, s); all by default."""
+    num = num or len(prices)
+    ids = np.argsort(distances.T - prices, axis=1, kind="stable")[:, :num].astype(np.int32)
+    found = Candidates(ids, np.take_along_axis(distances.T, ids, axis=1))
+    return ascend(found, prices, largest=largest, rounds=rounds).prices
 
 
 def crowd(num_clusters, num_rows, seed=0):
@@ -27,7 +36,7 @@ def crowd(num_clusters, num_rows, seed=0):
 def test_prices_balance_a_crowd_within_a_hundredth(seed):
     distances = crowd(6, 600, seed)
     before = counts_of(distances, np.zeros(6))
-    prices = ascend(distances, np.zeros(6), largest=100, rounds=30)
+    prices = ascended(distances, np.zeros(6), largest=100, rounds=30)
     assert before.max() > 200
     assert np.maximum(counts_of(distances, prices) - 100, 0).sum() <= 6
     assert prices.max() <= 0
@@ -36,7 +45,7 @@ def test_prices_balance_a_crowd_within_a_hundredth(seed):
 def test_dual_rises_with_every_round():
     distances = crowd(8, 400)
     values = [
-        dual(distances, ascend(distances, np.zeros(8), largest=50, rounds=rounds), 50)
+        dual(distances, ascended(distances, np.zeros(8), largest=50, rounds=rounds), 50)
         for rounds in range(6)
     ]
     assert values == sorted(values)
@@ -47,15 +56,15 @@ def test_clusters_that_share_far_rows_do_not_underbid_each_other_forever():
     draws = np.random.default_rng(0)
     near = draws.random((2, 300)).astype(np.float32) * 0.01
     distances = np.vstack([near, np.full((1, 300), 100, np.float32) + near[:1]])
-    prices = ascend(distances, np.zeros(3), largest=100, rounds=10)
+    prices = ascended(distances, np.zeros(3), largest=100, rounds=10)
     assert counts_of(distances, prices).max() <= 110
     assert prices[:2] == pytest.approx(-100, abs=1)
 
 
 def test_nothing_is_charged_where_there_is_room():
     distances = crowd(3, 90)
-    assert ascend(distances, np.zeros(3), largest=90, rounds=5).tolist() == [0, 0, 0]
-    assert ascend(distances[:1], np.zeros(1), largest=30, rounds=5).tolist() == [0]
+    assert ascended(distances, np.zeros(3), largest=90, rounds=5).tolist() == [0, 0, 0]
+    assert ascended(distances[:1], np.zeros(1), largest=30, rounds=5).tolist() == [0]
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,14 @@ import numpy as np
 import pytest
 
 from moce_dist.cluster.blocks import View, column_mean, group_blocks, map_here, open_features
-from moce_dist.cluster.kmeans import Matrix, search, squared_distances
+from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, split_empty
+from moce_dist.cluster.nearest import (
+    build_index,
+    search,
+    search_index,
+    squared_distances,
+)
 from moce_dist.config import ClusterConfig
 
 
@@ -46,6 +52,18 @@ def test_priced_search_is_brute_force_argmin(shift):
     np.testing.assert_allclose(found.priced + squares, order, atol=0.02 if shift else 1e-4)
 
 
+def test_index_with_all_lists_finds_what_the_search_over_all_clusters_finds():
+    draws = np.random.default_rng(0)
+    rows = draws.standard_normal((300, 9)).astype(np.float32)
+    centroids, prices = draws.standard_normal((500, 9)), draws.standard_normal(500)
+    augmented = np.hstack([rows, np.ones((300, 1), np.float32)])
+    whole = search(augmented, centroids, prices, num=4).ids
+    all_lists = search_index(augmented, build_index(centroids, prices, 10**6), num=4).ids
+    assert (whole == all_lists).mean() > 0.999
+    few = search_index(augmented, build_index(centroids, prices, 4), num=4).ids
+    assert (few[:, 0] == whole[:, 0]).mean() > 0.5 and few.min() >= 0
+
+
 def test_search_leaves_the_number_of_threads_as_it_was():
     before = faiss.omp_get_max_threads()
     search(np.ones((3, 3), np.float32), np.zeros((2, 2)), np.zeros(2), num=1)
@@ -68,12 +86,12 @@ def test_sums_objective_and_means_are_numpys(tmp_path):
     labels = (brute_force(centred, centroids) - prices).argmin(axis=1)
     assert sums.counts.tolist() == np.bincount(labels, minlength=6).tolist()
     expected = brute_force(centred, centroids)[np.arange(700), labels]
-    assert sums.objective(centroids) == pytest.approx(expected.sum(), rel=1e-9)
+    assert matrix.objective(sums, centroids) == pytest.approx(expected.sum(), rel=1e-9)
     for cluster, mean in enumerate(sums.means(centroids)):
         np.testing.assert_allclose(mean, centred[labels == cluster].astype(float).mean(0))
     np.testing.assert_allclose(matrix.distances(centroids, labels), expected, rtol=1e-12)
     fixed = matrix.sums(centroids, np.zeros(6), labels)
-    assert (fixed.sums == sums.sums).all() and fixed.squares == sums.squares
+    assert (fixed.sums == sums.sums).all() and (fixed.counts == sums.counts).all()
 
 
 def test_blocks_cover_every_row_once_and_never_cross_files(tmp_path):

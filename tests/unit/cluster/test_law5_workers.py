@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -30,6 +31,13 @@ def config(**more):
     return ClusterConfig(**{"num_clusters": 6, "block_rows": 128, "iterations": 12, **more})
 
 
+def on(pool):
+    def map_blocks(function, shared, items):
+        return pool.map(partial(function, shared), items)
+
+    return map_blocks
+
+
 def run(folder, out, cluster, **more):
     return run_clustering(folder, out, cluster, seed=3, subtract_mean=False, **more)
 
@@ -42,7 +50,7 @@ def test_same_bits_on_1_2_and_4_workers(tmp_path, balance):
     for workers in (2, 4):
         out = tmp_path / str(workers)
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            run(tmp_path / "features", out, config(balance=balance), map_blocks=pool.map)
+            run(tmp_path / "features", out, config(balance=balance), map_blocks=on(pool))
         for name in FILES[: 3 if balance == "exact" else 2]:
             assert (out / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
 
@@ -74,12 +82,12 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path):
     run(tmp_path / "features", tmp_path / "whole", config())
     calls = 0
 
-    def failing(function, items):
+    def failing(function, shared, items):
         nonlocal calls
         calls += 1
         if calls == 9:
             raise InterruptedError
-        return map(function, items)
+        return map(partial(function, shared), items)
 
     with pytest.raises(InterruptedError):
         run(tmp_path / "features", tmp_path / "parts", config(), map_blocks=failing)

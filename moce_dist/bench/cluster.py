@@ -1,0 +1,214 @@
+"""Our k-means on several workers against `faiss.Kmeans` on all points in one process.
+
+    faiss_N_threads   Kmeans.train on the float32 matrix in memory, N threads
+    moce_dist_off     our iterations from the same centroids, reading float16 files; Ray is up
+    moce_dist_exact   a whole request: scan, k-means++, iterations, exact finish, result on disk
+
+Objectives are those of the last centroids on all points, taken with the same sweep. Memory of a
+worker is what it holds itself: anonymous and shared pages, not the page cache behind mapped files.
+
+Letters: n rows, D width, K clusters.
+"""
+
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import psutil
+
+from moce_dist.bench.harness import Report, interleave
+from moce_dist.cluster.assign import run_clustering
+from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
+from moce_dist.cluster.kmeans import Matrix
+from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, save_state, state_request
+from moce_dist.config import ClusterConfig, Config
+from moce_dist.launch import map_shared
+
+_ROWS_AT_ONCE, _NUM_FILES, _GROUPS_PER_CLUSTER = 16_384, 10, 2
+_SPREAD = 0.5
+_THREADS = (1, 2)
+
+
+def write_mixture(folder: Path, config: Config) -> None:
+    """Write a seeded mixture of Gaussians of unequal weights as (n, D) float16 in ten files."""
+    draws = np.random.default_rng(config.seed)
+    dim, groups = config.bench.dim, _GROUPS_PER_CLUSTER * config.cluster.num_clusters
+    weights = draws.dirichlet(np.ones(groups))
+    centres = _SPREAD * draws.standard_normal((groups, dim), np.float32)
+    for number, rows in enumerate(np.array_split(np.arange(config.bench.rows), _NUM_FILES)):
+        path = folder / f"part-{number}.npy"
+        array = np.lib.format.open_memmap(path, "w+", np.float16, (len(rows), dim))
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = array[start : start + _ROWS_AT_ONCE]
+            chosen = centres[draws.choice(groups, len(part), p=weights)]
+            part[...] = chosen + draws.standard_normal(part.shape, np.float32)
+        array.flush()
+
+
+@dataclass
+class Bench:
+    """The data and what the variants have left."""
+
+    config: Config
+    folder: Path
+    objectives: dict[str, float] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def off(self) -> ClusterConfig:
+        """Plain k-means with a fixed number of iterations."""
+        return self.config.cluster.model_copy(update={"balance": "off", "tolerance": 0.0})
+
+    @cached_property
+    def lloyd(self) -> Lloyd:
+        """Our request without balance."""
+        files = open_features(self.folder / "features")
+        map_blocks = partial(map_shared, self.config.parallel)
+        view = View(column_mean(files, map_blocks).astype(np.float32), normalise=False)
+        matrix = Matrix(files, view, self.off.block_rows, map_blocks)
+        sample = draw_sample(matrix, self.off.num_clusters, self.config.seed)
+        return Lloyd(matrix, sample, self.off)
+
+    @cached_property
+    def first(self) -> State:
+        """Centroids that all start from."""
+        return self.lloyd.first_state(self.config.seed)
+
+    @cached_property
+    def rows(self) -> Float32:
+        """All features in memory, as FAISS takes them."""
+        return np.concatenate(
+            [np.load(p).astype(np.float32) for p in self.lloyd.matrix.files.paths]
+        )
+
+    def judge(self, name: str, centroids: Float64) -> None:
+        """Keep the mean squared distance of all rows to the nearest of `centroids`."""
+        matrix = self.lloyd.matrix
+        sums = matrix.sums(centroids, np.zeros(len(centroids)))
+        self.objectives[name] = matrix.objective(sums, centroids) / matrix.files.num_rows
+
+    def run_faiss(self, threads: int) -> Float64:
+        """Train FAISS from the first centroids; return its last ones, moved to our origin."""
+        mean = self.lloyd.matrix.view.mean.astype(np.float64)
+        trainer = faiss.Kmeans(
+            self.rows.shape[1],
+            self.off.num_clusters,
+            niter=self.off.iterations,
+            max_points_per_centroid=len(self.rows),
+            min_points_per_centroid=1,
+        )
+        before = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(threads)
+        try:
+            trainer.train(self.rows, init_centroids=(self.first.centroids + mean).astype("f4"))
+        finally:
+            faiss.omp_set_num_threads(before)
+        return np.asarray(trainer.centroids, np.float64) - mean
+
+    def run_off(self) -> Float64:
+        """Iterate from the first centroids; return the last ones."""
+        file = self.folder / "state.npz"
+        save_state(file, self.first, state_request(self.lloyd.matrix, self.off, self.config.seed))
+        return kmeans(self.lloyd, seed=self.config.seed, state_file=file).centroids
+
+    def run_exact(self) -> None:
+        """Run a whole balanced request into a new folder."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as out:
+            self.summary = run_clustering(
+                self.folder / "features",
+                Path(out) / "clusters",
+                self.off.model_copy(update={"balance": "exact"}),
+                seed=self.config.seed,
+                subtract_mean=False,
+                map_blocks=partial(map_shared, self.config.parallel),
+            )
+
+
+class WorkerMemory:
+    """Greatest own memory of one of Ray's workers below this process, sampled while open."""
+
+    def __init__(self) -> None:
+        self.peak_gib = 0.0
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> "WorkerMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closing.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while not self._closing.wait(0.5):
+            for process in psutil.Process().children(recursive=True):
+                self.peak_gib = max(self.peak_gib, _own_gib(process))
+
+
+def _own_gib(process: psutil.Process) -> float:
+    try:
+        if not process.cmdline()[0].startswith("ray::"):
+            return 0.0
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except (psutil.Error, OSError, IndexError):
+        return 0.0
+    kib = [int(line.split()[1]) for line in status.splitlines() if line.startswith(_OWN)]
+    return sum(kib) / 2**20
+
+
+_OWN = ("RssAnon:", "RssShmem:")
+
+
+def run(config: Config) -> Report:
+    """Measure all variants, interleaved."""
+    report = Report("cluster", config)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(config, Path(folder))
+        (bench.folder / "features").mkdir()
+        write_mixture(bench.folder / "features", config)
+        last: dict[str, Float64] = {}
+        variants: dict[str, Callable[[], Any]] = {
+            f"faiss_{n}_thread{'s' * (n > 1)}": partial(_keep, last, "faiss", bench.run_faiss, n)
+            for n in _THREADS
+        }
+        variants["moce_dist_off"] = partial(_keep, last, "off", bench.run_off)
+        variants["moce_dist_exact"] = bench.run_exact
+        # what all of them start from is no part of anyone's time
+        _ = bench.first, bench.rows, bench.lloyd.matrix.squares
+        with WorkerMemory() as memory:
+            rounds = config.bench.rounds
+            times = interleave(variants, rounds=rounds, warmup=config.bench.warmup_rounds)
+        for name, centroids in last.items():
+            bench.judge(name, centroids)
+    return _report(report.add_variants(times), bench, memory.peak_gib)
+
+
+def _keep(
+    kept: dict[str, Float64], name: str, function: Callable[..., Float64], *given: Any
+) -> None:
+    kept[name] = function(*given)
+
+
+def _report(report: Report, bench: Bench, peak_gib: float) -> Report:
+    medians = {name: variant["median"] for name, variant in report.variants.items()}
+    one, two = medians["faiss_1_thread"], medians["faiss_2_threads"]
+    report.ratios["moce_dist_off/faiss"] = medians["moce_dist_off"] / min(one, two)
+    theirs, summary = bench.objectives["faiss"], bench.summary
+    report.figures = {
+        "faiss_thread_scaling": one / two,
+        "objective_off_over_faiss": bench.objectives["off"] / theirs,
+        "objective_exact_over_faiss": summary["mean_squared_distance"] / theirs,
+        "size_max_minus_min": summary["size_max"] - summary["size_min"],
+        "peak_rss_gib_per_worker": peak_gib,
+    }
+    if not peak_gib:
+        del report.figures["peak_rss_gib_per_worker"]
+        report.skipped["peak_rss_gib_per_worker"] = "no workers of Ray's below this process"
+    return report

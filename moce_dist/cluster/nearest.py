@@ -1,0 +1,116 @@
+"""Nearest clusters under prices: the search that takes nearly all of the time.
+
+A row goes to argmin_k |x - c_k|^2 - g_k (prices g, see `balance.py`). Since
+
+    |x - c|^2 - g = |x|^2 - <(x, 1), (2 c, g - |c|^2)>
+
+that is a search for the greatest inner product in D + 1 dimensions, which FAISS answers on CPU and
+GPU. With very many clusters an inverted file over them replaces the product with all: prices become
+one more coordinate, for with G = max g
+
+    |x - c|^2 + (G - g) = |(x, 0) - (c, sqrt(G - g))|^2.
+
+Searches run on one thread, so that what a block finds depends on the block alone.
+
+Letters: n rows, D width, K clusters, m candidates.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_dist.cluster.blocks import Float32, Float64
+
+Int64 = NDArray[np.int64]
+_CACHED_ROWS = 128
+"""Rows that stay in the processor's cache while all their candidates are looked at."""
+_LIST_ITERATIONS, _LISTS_PER_ROOT = 4, 2
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(threads)
+
+
+@lru_cache(maxsize=1)
+def _gpu_resources() -> Any:
+    return faiss.StandardGpuResources()
+
+
+class Nearest(NamedTuple):
+    """Best clusters of rows, best first, and |x - c|^2 - g - |x|^2 (float32): (n, m) each."""
+
+    ids: Int64
+    priced: Float32
+
+
+def search(augmented: Float32, centroids: Float64, prices: Float64, *, num: int) -> Nearest:
+    """Find the `num` clusters of least |x - c|^2 - g for rows (x, 1) of `augmented` (n, D + 1)."""
+    bias = prices - np.square(centroids).sum(axis=1)
+    base = np.hstack([2 * centroids, bias[:, None]]).astype(np.float32)
+    if faiss.get_num_gpus():
+        found, ids = faiss.knn_gpu(
+            _gpu_resources(), augmented, base, num, metric=faiss.METRIC_INNER_PRODUCT
+        )
+    else:
+        with _one_thread():
+            found, ids = faiss.knn(augmented, base, num, metric=faiss.METRIC_INNER_PRODUCT)
+    return Nearest(ids, -found)
+
+
+def build_index(centroids: Float64, prices: Float64, num_probes: int) -> NDArray[np.uint8]:
+    """Return an inverted file over the priced clusters as bytes, for `search_index`."""
+    last = np.sqrt(prices.max() - prices)
+    base = np.hstack([centroids, last[:, None]]).astype(np.float32)
+    width, num_lists = base.shape[1], int(_LISTS_PER_ROOT * np.sqrt(len(base)))
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, num_lists)
+    index.cp.niter, index.nprobe = _LIST_ITERATIONS, min(num_probes, num_lists)
+    with _one_thread():
+        index.train(base)
+        index.add(base)
+    return np.asarray(faiss.serialize_index(index))
+
+
+def search_index(augmented: Float32, index: NDArray[np.uint8], *, num: int) -> Nearest:
+    """Find clusters like `search`, but only in the lists nearest to a row.
+
+    Where the lists hold fewer than `num`, the best one stands in for those that are missing.
+    """
+    queries = augmented.copy()
+    queries[:, -1] = 0
+    with _one_thread():
+        found, ids = faiss.deserialize_index(index).search(queries, num)
+    is_missing = ids < 0
+    ids = np.where(is_missing, ids[:, :1], ids)
+    return Nearest(ids, np.where(is_missing, found[:, :1], found))
+
+
+def squared_distances(rows: NDArray[Any], centroids: Float64, labels: Int64) -> Float64:
+    """Compute |x_i - c_{labels_i}|^2 without cancellation, (n,) float64."""
+    distances = np.empty(len(rows))
+    for start in range(0, len(rows), _CACHED_ROWS):
+        part = slice(start, start + _CACHED_ROWS)
+        difference = rows[part].astype(np.float64) - centroids[labels[part]]
+        distances[part] = np.einsum("nd,nd->n", difference, difference)
+    return distances
+
+
+def candidate_distances(rows: Float32, centroids: Float32, ids: Int64) -> Float32:
+    """Compute |x_i - c_{ids_ij}|^2 without cancellation from float32 centroids, (n, m)."""
+    distances = np.empty(ids.shape, np.float32)
+    for start in range(0, len(rows), _CACHED_ROWS):
+        part = slice(start, start + _CACHED_ROWS)
+        for place in range(ids.shape[1]):
+            difference = rows[part] - centroids[ids[part, place]]
+            distances[part, place] = np.einsum("nd,nd->n", difference, difference)
+    return distances

@@ -1,0 +1,67 @@
+"""Exact balance against optimal transport (POT) and k-means-constrained, where installed."""
+
+import time
+
+import numpy as np
+import pytest
+
+from moce_dist.cluster.blocks import View, column_mean, map_here, open_features
+from moce_dist.cluster.kmeans import Matrix
+from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, settle
+from moce_dist.config import ClusterConfig
+
+ROWS, DIM, CLUSTERS = 6000, 24, 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    draws = np.random.default_rng(0)
+    centres = 2 * draws.standard_normal((40, DIM))
+    weights = draws.dirichlet(np.ones(40))
+    rows = centres[draws.choice(40, ROWS, p=weights)] + draws.standard_normal((ROWS, DIM))
+    np.save(folder / "rows.npy", rows.astype(np.float32))
+    files = open_features(folder)
+    view = View(column_mean(files).astype(np.float32), normalise=False)
+    matrix = Matrix(files, view, 1024, map_here)
+    config = ClusterConfig(num_clusters=CLUSTERS, iterations=25, tolerance=0)
+    lloyd = Lloyd(matrix, draw_sample(matrix, CLUSTERS, 0), config)
+    return lloyd, rows.astype(np.float32) - view.mean
+
+
+def cost_at_means(rows, labels):
+    """Mean squared distance to the means of the labels."""
+    rows = rows.astype(np.float64)
+    means = np.stack([rows[labels == cluster].mean(axis=0) for cluster in range(CLUSTERS)])
+    return ((rows - means[labels]) ** 2).sum(axis=1).mean()
+
+
+def test_labels_cost_what_optimal_transport_costs(data):
+    ot = pytest.importorskip("ot")
+    lloyd, rows = data
+    centroids = lloyd.first_state(1).centroids
+    done = settle(lloyd, State(centroids, np.zeros(CLUSTERS)))
+    distances = ((rows[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
+    best = ot.emd2([], [], distances, numItermax=10**7)
+    ours = distances[np.arange(ROWS), done.labels].mean()
+    counts = np.bincount(done.labels, minlength=CLUSTERS)
+    assert counts.min() == counts.max() == ROWS // CLUSTERS
+    assert best * (1 - 1e-9) <= ours <= 1.001 * best
+    assert done.figures["cost_lower_bound"] <= ours * (1 + 1e-9)
+
+
+def test_clusters_are_as_good_as_k_means_constrained_and_sooner(data, tmp_path):
+    judge = pytest.importorskip("k_means_constrained")
+    lloyd, rows = data
+    first = lloyd.first_state(0)
+    size = ROWS // CLUSTERS
+    theirs = judge.KMeansConstrained(
+        CLUSTERS, size_min=size, size_max=size, init=first.centroids, n_init=1, max_iter=25, tol=0
+    )
+    begin = time.process_time()
+    expected = cost_at_means(rows, theirs.fit_predict(rows.astype(np.float64)))
+    middle = time.process_time()
+    state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
+    ours = cost_at_means(rows, settle(lloyd, state).labels)
+    assert ours <= 1.01 * expected
+    assert time.process_time() - middle < middle - begin
