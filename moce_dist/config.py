@@ -336,9 +336,15 @@ class BenchConfig(Section):
     warmup_rounds: int = Field(2, ge=0)
     """Rounds that are run and not counted."""
     images: int = Field(32, ge=1)
-    """`decode`: photographs of each size; a round takes each of them once."""
+    """`decode`, `stream`: different photographs; a round of `decode` takes each of them once."""
     crops: int = Field(8, ge=1)
     """`decode`: crops of every photograph that are compared with the reference's."""
+    samples: int = Field(8192, ge=64)
+    """`stream`: samples in the tars."""
+    batches: int = Field(24, ge=1)
+    """`stream`: batches that a round takes."""
+    folder: str | None = None
+    """`stream`: folder on the disk to be measured; default the temporary one."""
 
 
 class Config(Section):

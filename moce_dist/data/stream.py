@@ -86,6 +86,21 @@ class StreamSpec:
     stage: str
 
 
+@dataclass
+class PlannedStep:
+    """One step as a rank sees it."""
+
+    number: int
+    ids: Ids
+    """(b,) the samples of this rank's slots, PADDING for padding."""
+    clusters: Ids
+    """(R, b), see `Batch`."""
+    cluster_counts: Ids
+    """(K,), see `Batch`."""
+    contents: list[Content | None] = field(default_factory=list)
+    """(b,) encoded pictures, None for padding."""
+
+
 class PlannedStream(IterableDataset[Batch]):
     """A rank's batches of some steps; of P loader processes, each makes every P-th one.
 
@@ -100,18 +115,22 @@ class PlannedStream(IterableDataset[Batch]):
             self._order(spec.plan.epoch_of(steps.start))
 
     def __iter__(self) -> Iterator[Batch]:
+        return map(self._batch, self.steps())
+
+    def steps(self) -> Iterator[PlannedStep]:
+        """Yield the steps of this process with the bytes of their samples, not decoded."""
         worker = get_worker_info()
         steps = self._steps if worker is None else self._steps[worker.id :: worker.num_workers]
         reader = RangeReader(self._spec.data.read_timeout_s, self._spec.data.read_deadline_s)
         with ThreadPoolExecutor(1, "read-ahead") as thread:
-            ahead: Future[list[_Step]] | None = None
+            ahead: Future[list[PlannedStep]] | None = None
             for window in self._windows(steps):
                 coming = thread.submit(self._read, window, reader)
                 if ahead is not None:
-                    yield from map(self._batch, ahead.result())
+                    yield from ahead.result()
                 ahead = coming
             if ahead is not None:
-                yield from map(self._batch, ahead.result())
+                yield from ahead.result()
         reader.close()
 
     def _windows(self, steps: range) -> Iterator[range]:
@@ -122,7 +141,7 @@ class PlannedStream(IterableDataset[Batch]):
         starts = [0, *range(1, len(steps), length), len(steps)]
         return (steps[a:b] for a, b in pairwise(starts) if a < b)
 
-    def _read(self, window: range, reader: RangeReader) -> list["_Step"]:
+    def _read(self, window: range, reader: RangeReader) -> list[PlannedStep]:
         table = self._spec.plan.table
         steps = [self._planned(number) for number in window]
         ids = [int(i) for step in steps for i in step.ids if i != PADDING]
@@ -138,7 +157,7 @@ class PlannedStream(IterableDataset[Batch]):
             step.contents.extend(next(found) if i != PADDING else None for i in step.ids)
         return steps
 
-    def _planned(self, number: int) -> "_Step":
+    def _planned(self, number: int) -> PlannedStep:
         spec, table = self._spec, self._spec.plan.table
         ids = spec.plan.step_ids(self._order(spec.plan.epoch_of(number)), number)
         planned = ids != PADDING
@@ -146,9 +165,9 @@ class PlannedStream(IterableDataset[Batch]):
         # all ranks compute all ranks' slots: the exchange needs to know who reads what
         slots = spec.layout.rank_slots(self._group_of(clusters))
         counts = np.bincount(clusters[planned], minlength=len(table.cluster_sizes))
-        return _Step(number, ids[slots[spec.rank]], clusters[slots], counts)
+        return PlannedStep(number, ids[slots[spec.rank]], clusters[slots], counts)
 
-    def _batch(self, step: "_Step") -> Batch:
+    def _batch(self, step: PlannedStep) -> Batch:
         spec, table, side = self._spec, self._spec.plan.table, self._spec.data.image_size
         slots = len(step.ids)
         images = np.zeros((slots, side, side, 3), np.uint8)
@@ -172,7 +191,7 @@ class PlannedStream(IterableDataset[Batch]):
         )
 
     def _decode(
-        self, step: "_Step", slot: int, draws: np.random.Generator, out: NDArray[np.uint8]
+        self, step: PlannedStep, slot: int, draws: np.random.Generator, out: NDArray[np.uint8]
     ) -> float:
         data, content = self._spec.data, step.contents[slot]
         step.contents[slot] = None
@@ -203,17 +222,6 @@ class PlannedStream(IterableDataset[Batch]):
             offset=int(table.offset[sample_id]),
             reason=reason,
         )
-
-
-@dataclass
-class _Step:
-    """One step as a rank sees it: ids (b,), clusters (R, b), counts (K,), the bytes of its ids."""
-
-    number: int
-    ids: Ids
-    clusters: Ids
-    cluster_counts: Ids
-    contents: list[Content | None] = field(default_factory=list)
 
 
 def stream(spec: StreamSpec, group_of: GroupOf, *, start: int, stop: int) -> Iterator[Batch]:
