@@ -115,7 +115,8 @@ class RangeReader:
         for place in local:
             self._announce(place)
         contents = dict(zip(map(id, local), map(self._read_local, local), strict=True))
-        contents |= dict(zip(map(id, remote), self._read_remote(remote), strict=True))
+        if remote:
+            contents |= dict(zip(map(id, remote), self._read_remote(remote), strict=True))
         return [contents[id(place)] for place in ranges]
 
     def _announce(self, place: Range) -> None:
