@@ -23,6 +23,9 @@ RUNTIME_FIELDS = (
     "data.loader_processes",
     "data.prefetch_batches",
     "data.stall_timeout_s",
+    "data.read_ahead_bytes",
+    "data.read_timeout_s",
+    "data.read_deadline_s",
     "data.max_fault_fraction",
     "data.shard_bytes",
     "parallel.num_workers",
@@ -80,6 +83,12 @@ class DataConfig(Section):
     """Batches that every loader process keeps ready."""
     stall_timeout_s: float = Field(300, gt=0)
     """A loader that delivers nothing for so long ends the run, seconds."""
+    read_ahead_bytes: int = Field(32 * 2**20, ge=1)
+    """What a loader process reads of coming steps at once, bytes; it holds twice as much."""
+    read_timeout_s: float = Field(60, gt=0)
+    """A request to remote storage that takes longer is repeated, seconds."""
+    read_deadline_s: float = Field(240, gt=0)
+    """Requests are repeated for so long; then the samples are faults. Less than the stall's."""
     max_fault_fraction: float = Field(0.01, ge=0, le=1)
     """Share of unreadable images of a data set over which a job stops."""
 
@@ -365,6 +374,16 @@ class BenchConfig(Section):
     """Rows of the features that `cluster` makes."""
     dim: int = Field(384, ge=1)
     """Width of these features."""
+    images: int = Field(32, ge=1)
+    """`decode`, `stream`: different photographs; a round of `decode` takes each of them once."""
+    crops: int = Field(8, ge=1)
+    """`decode`: crops of every photograph that are compared with the reference's."""
+    samples: int = Field(8192, ge=64)
+    """`stream`: samples in the tars."""
+    batches: int = Field(24, ge=1)
+    """`stream`: batches that a round takes."""
+    folder: str | None = None
+    """`stream`: folder on the disk to be measured; default the temporary one."""
 
 
 class Config(Section):

@@ -9,7 +9,6 @@ Letters: B images of a step, E experts, K clusters, D width.
 """
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ from numpy.typing import NDArray
 
 from moce_dist.config import Config
 from moce_dist.data.plan import Plan, SampleTable
-from moce_dist.data.stream import Batch, StepDataset
+from moce_dist.data.ranges import RangeReader
+from moce_dist.data.stream import Batch, PlannedStep, PlannedStream
 from moce_dist.model.gate import Gate, balance_loss, confidence_loss
 from moce_dist.train.job import StageJob
 from moce_dist.train.setup import TrainState, assemble
@@ -76,22 +76,25 @@ def synthetic_state(config: Config, device: torch.device) -> TrainState:
     return state
 
 
-class _SyntheticDataset(StepDataset):
-    """The plan's steps, every image the same noise: only who reads what is real."""
+class _SyntheticStream(PlannedStream):
+    """The plan's steps, every image made of stripes: only who reads what is real."""
 
-    def _sample(self, step: int, sample_id: int) -> tuple[NDArray[Any], NDArray[Any], float]:
-        size, patches = self._spec.data.image_size, self._spec.num_patches
-        draws = np.random.default_rng(sample_id)
-        image = np.broadcast_to(draws.standard_normal((3, 1, size), np.float32), (3, size, size))
-        return image, draws.random(patches, np.float32), 1.0
+    def _read(self, window: range, reader: RangeReader) -> list[PlannedStep]:
+        steps = [self._planned(number) for number in window]
+        for step in steps:
+            step.contents.extend([None] * len(step.ids))
+        return steps
+
+    def _decode(
+        self, step: PlannedStep, slot: int, draws: np.random.Generator, out: NDArray[np.uint8]
+    ) -> float:
+        out[:] = draws.integers(0, 256, (out.shape[0], 1, 3), np.uint8)
+        return 1.0
 
 
 def synthetic_batches(state: TrainState, count: int) -> list[Batch]:
     """Make the batches of the `count` steps to come, as the state's rank reads them."""
-    dataset = _SyntheticDataset(state.stream_spec(state.plan), state.router.placement.readers)
-    first = dataset[state.step]
-    # the pictures are the same in every step, so that many steps fit into memory
-    return [
-        first,
-        *(dataset[state.step + i]._replace(images=first.images) for i in range(1, count)),
-    ]
+    steps = range(state.step, state.step + count)
+    return list(
+        _SyntheticStream(state.stream_spec(state.plan), state.router.placement.readers, steps)
+    )

@@ -2,7 +2,8 @@
 
 The plan says which samples a step contains, the placement says which expert group reads each of
 them (`GroupOf`, passed in), rank arithmetic says which slots of a group are whose. Loader
-processes only decode: a batch is a pure function of (plan, placement, step, rank).
+processes read and decode: a batch is a pure function of (plan, placement, step, rank), and reading
+starts at any step without what came before.
 
 A sample that cannot be read or decoded keeps its slot: a zero image of weight 0 and one line in
 faults.jsonl. The divisor of the loss stays the planned number of images, so nobody has to be told.
@@ -11,26 +12,35 @@ Letters: B images of a step over all ranks, b = B / R images of a rank, N patche
 (pixels).
 """
 
-import os
+import ctypes
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moce_dist.config import DataConfig
-from moce_dist.data.images import ImageError, sample_generator, train_image
-from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
+from moce_dist.data.images import ImageError, sample_generator, train_pixels
+from moce_dist.data.plan import PADDING, Ids, Plan
+from moce_dist.data.ranges import Content, RangeReader, Wanted
 from moce_dist.run import record_fault
 
 GroupOf = Callable[[Ids], Ids]
+
+# constants of Linux and glibc, which have no names in Python
+_PR_SET_PDEATHSIG = 1
+_M_TRIM_THRESHOLD, _KEPT_BYTES = -1, 512 * 2**20
+_M_MMAP_THRESHOLD, _HEAP_BYTES = -3, 32 * 2**20
 
 
 class Batch(NamedTuple):
@@ -38,7 +48,7 @@ class Batch(NamedTuple):
 
     step: int
     images: Tensor
-    """(b, 3, S, S) float32."""
+    """(b, 3, S, S) uint8 RGB, not normalised: a fourth of what the device would be sent else."""
     noise: Tensor
     """(b, N) float32, uniform; decides the mask."""
     weights: Tensor
@@ -63,32 +73,6 @@ class Layout:
         return np.argsort(groups, kind="stable").reshape(self.num_ranks, -1)
 
 
-@dataclass
-class RangeReader:
-    """Reads byte ranges; local files stay open."""
-
-    _open: dict[str, int] = field(default_factory=dict)
-
-    def read(self, url: str, offset: int, size: int) -> bytes:
-        """Read `size` bytes at `offset`.
-
-        Raises:
-            OSError: the file cannot be read, or ends before.
-        """
-        if "://" in url:
-            with fsspec.open(url, "rb") as file:
-                file.seek(offset)
-                content: bytes = file.read(size)
-        else:
-            # opened once in each process: thousands of samples come from the same few tars
-            if url not in self._open:
-                self._open[url] = os.open(url, os.O_RDONLY)
-            content = os.pread(self._open[url], size, offset)
-        if len(content) != size:
-            raise OSError(f"ends after {len(content)} of {size} bytes")
-        return content
-
-
 @dataclass(frozen=True)
 class StreamSpec:
     """Everything that a rank's batches follow from, besides the step."""
@@ -102,61 +86,129 @@ class StreamSpec:
     stage: str
 
 
-class StepDataset(Dataset[Batch]):
-    """Map a global step to this rank's batch."""
+@dataclass
+class PlannedStep:
+    """One step as a rank sees it."""
 
-    def __init__(self, spec: StreamSpec, group_of: GroupOf) -> None:
-        self._spec, self._group_of = spec, group_of
-        self._reader = RangeReader()
-        self._order = lru_cache(maxsize=1)(spec.plan.epoch_order)
+    number: int
+    ids: Ids
+    """(b,) the samples of this rank's slots, PADDING for padding."""
+    clusters: Ids
+    """(R, b), see `Batch`."""
+    cluster_counts: Ids
+    """(K,), see `Batch`."""
+    contents: list[Content | None] = field(default_factory=list)
+    """(b,) encoded pictures, None for padding."""
 
-    def __getitem__(self, step: int) -> Batch:
+
+class PlannedStream(IterableDataset[Batch]):
+    """A rank's batches of some steps; of P loader processes, each makes every P-th one.
+
+    While the steps of a window are decoded, the bytes of the next window are read.
+    """
+
+    def __init__(self, spec: StreamSpec, group_of: GroupOf, steps: range) -> None:
+        self._spec, self._group_of, self._steps = spec, group_of, steps
+        self._order = lru_cache(maxsize=2)(spec.plan.epoch_order)
+        if steps:
+            # before the loader processes fork, so that the first order is computed once
+            self._order(spec.plan.epoch_of(steps.start))
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._batch, self.steps())
+
+    def steps(self) -> Iterator[PlannedStep]:
+        """Yield the steps of this process with the bytes of their samples, not decoded."""
+        worker = get_worker_info()
+        steps = self._steps if worker is None else self._steps[worker.id :: worker.num_workers]
+        reader = RangeReader(self._spec.data.read_timeout_s, self._spec.data.read_deadline_s)
+        with ThreadPoolExecutor(1, "read-ahead") as thread:
+            ahead: Future[list[PlannedStep]] | None = None
+            for window in self._windows(steps):
+                coming = thread.submit(self._read, window, reader)
+                if ahead is not None:
+                    yield from ahead.result()
+                ahead = coming
+            if ahead is not None:
+                yield from ahead.result()
+        reader.close()
+
+    def _windows(self, steps: range) -> Iterator[range]:
+        spec, sizes = self._spec, self._spec.plan.table.size
+        step_bytes = max(1, sizes.mean()) * spec.plan.batch_size / spec.layout.num_ranks
+        length = max(1, round(spec.data.read_ahead_bytes / step_bytes))
+        # the first batch waits for its own bytes only
+        starts = [0, *range(1, len(steps), length), len(steps)]
+        return (steps[a:b] for a, b in pairwise(starts) if a < b)
+
+    def _read(self, window: range, reader: RangeReader) -> list[PlannedStep]:
+        table = self._spec.plan.table
+        steps = [self._planned(number) for number in window]
+        ids = [int(i) for step in steps for i in step.ids if i != PADDING]
+        found = iter(
+            reader.read(
+                [
+                    Wanted(table.urls[table.shard[i]], int(table.offset[i]), int(table.size[i]))
+                    for i in ids
+                ]
+            )
+        )
+        for step in steps:
+            step.contents.extend(next(found) if i != PADDING else None for i in step.ids)
+        return steps
+
+    def _planned(self, number: int) -> PlannedStep:
         spec, table = self._spec, self._spec.plan.table
-        ids = spec.plan.step_ids(self._order(spec.plan.epoch_of(step)), step)
+        ids = spec.plan.step_ids(self._order(spec.plan.epoch_of(number)), number)
         planned = ids != PADDING
         clusters = np.where(planned, table.cluster[ids], PADDING)
         # all ranks compute all ranks' slots: the exchange needs to know who reads what
         slots = spec.layout.rank_slots(self._group_of(clusters))
-        mine = ids[slots[spec.rank]]
-        samples = [self._sample(step, sample_id) for sample_id in mine]
         counts = np.bincount(clusters[planned], minlength=len(table.cluster_sizes))
+        return PlannedStep(number, ids[slots[spec.rank]], clusters[slots], counts)
+
+    def _batch(self, step: PlannedStep) -> Batch:
+        spec, table, side = self._spec, self._spec.plan.table, self._spec.data.image_size
+        slots = len(step.ids)
+        images = np.zeros((slots, side, side, 3), np.uint8)
+        noise = np.empty((slots, spec.num_patches), np.float32)
+        weights = np.zeros(slots, np.float32)
+        for slot, sample_id in enumerate(step.ids):
+            key = "" if sample_id == PADDING else table.keys[sample_id]
+            # the mask is drawn before the crop: it must not depend on how often the crop tries
+            draws = sample_generator(spec.plan.seed, spec.plan.epoch_of(step.number), key)
+            noise[slot] = draws.random(spec.num_patches, np.float32)
+            if sample_id != PADDING:
+                weights[slot] = self._decode(step, slot, draws, images[slot])
         return Batch(
-            step=step,
-            images=torch.from_numpy(np.stack([image for image, _, _ in samples])),
-            noise=torch.from_numpy(np.stack([noise for _, noise, _ in samples])),
-            weights=torch.tensor([weight for _, _, weight in samples]),
-            clusters=torch.from_numpy(clusters[slots]),
-            cluster_counts=torch.from_numpy(counts),
-            keys=["" if i == PADDING else table.keys[i] for i in mine],
+            step=step.number,
+            images=torch.from_numpy(images).permute(0, 3, 1, 2),
+            noise=torch.from_numpy(noise),
+            weights=torch.from_numpy(weights),
+            clusters=torch.from_numpy(step.clusters),
+            cluster_counts=torch.from_numpy(step.cluster_counts),
+            keys=["" if i == PADDING else table.keys[i] for i in step.ids],
         )
 
-    def _sample(
-        self, step: int, sample_id: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-        spec, table, data = self._spec, self._spec.plan.table, self._spec.data
-        key = "" if sample_id == PADDING else table.keys[sample_id]
-        # the mask is drawn before the crop, so that it does not depend on how often the crop tries
-        draws = sample_generator(spec.plan.seed, spec.plan.epoch_of(step), key)
-        noise = draws.random(spec.num_patches, np.float32)
-        zero = np.zeros((3, data.image_size, data.image_size), np.float32)
-        if sample_id == PADDING:
-            return zero, noise, 0.0
+    def _decode(
+        self, step: PlannedStep, slot: int, draws: np.random.Generator, out: NDArray[np.uint8]
+    ) -> float:
+        data, content = self._spec.data, step.contents[slot]
+        step.contents[slot] = None
         try:
-            image = train_image(
-                self._read(table, sample_id),
+            if content is None or isinstance(content, OSError):
+                raise content or AssertionError("a planned slot was not read")
+            out[:] = train_pixels(
+                content,
                 size=data.image_size,
                 scale_min=data.crop_scale_min,
                 hflip=data.hflip,
                 draws=draws,
             )
         except (ImageError, OSError) as error:
-            self._record(step, sample_id, str(error))
-            return zero, noise, 0.0
-        return image, noise, 1.0
-
-    def _read(self, table: SampleTable, sample_id: int) -> bytes:
-        url = table.urls[table.shard[sample_id]]
-        return self._reader.read(url, int(table.offset[sample_id]), int(table.size[sample_id]))
+            self._record(step.number, int(step.ids[slot]), str(error))
+            return 0.0
+        return 1.0
 
     def _record(self, step: int, sample_id: int, reason: str) -> None:
         spec, table = self._spec, self._spec.plan.table
@@ -180,11 +232,27 @@ def stream(spec: StreamSpec, group_of: GroupOf, *, start: int, stop: int) -> Ite
     """
     processes = spec.data.loader_processes
     loader = DataLoader(
-        StepDataset(spec, group_of),
+        PlannedStream(spec, group_of, range(start, stop)),
         batch_size=None,
-        sampler=range(start, stop),
         num_workers=processes,
         prefetch_factor=spec.data.prefetch_batches if processes else None,
         timeout=spec.data.stall_timeout_s if processes else 0,
+        worker_init_fn=prepare_loader if processes else None,
     )
     yield from loader
+
+
+def prepare_loader(_: int = 0) -> None:
+    """Set up a loader process: it dies with its parent and keeps the memory that it frees.
+
+    Every picture takes and frees some buffers of 100 KB to 10 MB. By default glibc hands them back
+    to the kernel each time, and page faults then cost as much as resizing does.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    # a loader process asks for its parent only between batches; a stalled read would outlive it
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_MMAP_THRESHOLD, _HEAP_BYTES)

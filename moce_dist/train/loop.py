@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
 from moce_dist.data.stream import Batch, stream
 from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
@@ -128,7 +129,7 @@ def forward(
         x[part].to(device, non_blocking=True) for x in (batch.images, batch.noise, batch.weights)
     )
     if gate is None:
-        losses = state.engine.forward(images, noise)
+        losses = state.engine.forward(normalise(images), noise)
         balance = token_balance_loss(state.model)
         if balance is None:
             return losses, weights, 0.0, torch.zeros(2)
@@ -147,7 +148,7 @@ def forward(
     table = torch.from_numpy(router.table).to(device)
     clusters = batch.clusters[state.rank, part].to(device)
     scales = output_scales(p, table, clusters, config.gate.combine)
-    losses = state.engine.forward(images, noise, exchange, scales)
+    losses = state.engine.forward(normalise(images), noise, exchange, scales)
     # the counts are the global batch's and known from the plan: no communication for these losses
     counts = batch.cluster_counts.to(device)
     balance, confidence = balance_loss(p, counts), confidence_loss(p, counts)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from comparing import assert_close, global_batch, merged
 
+from moce_dist.data.images import normalise
 from moce_dist.data.plan import PADDING
 from moce_dist.model.gate import balance_loss, confidence_loss
 from moce_dist.model.mae import MaskedAutoencoder
@@ -55,7 +56,10 @@ def reference(job, table, combine):
     chosen = torch.stack([p[i][ids, table[i][ids]] for i in range(len(table))])
     scales = chosen if combine == "prob" else chosen / chosen.detach()
     losses = model(
-        batch.images.double(), batch.noise.double(), LocalDispatcher(table[:, ids], experts), scales
+        normalise(batch.images).double(),
+        batch.noise.double(),
+        LocalDispatcher(table[:, ids], experts),
+        scales,
     )
     counts = batch.cluster_counts
     loss = losses.mean()

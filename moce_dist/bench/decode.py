@@ -1,0 +1,175 @@
+"""`jobs/bench.py decode`: a training sample from a photograph, images a second on one core.
+
+Ours against the pipeline of the MAE recipe: Pillow decodes, torchvision crops, mirrors, converts
+and normalises. Both make (3, 224, 224) float32 with the same scale of crops, each in a process of
+its own that is set up as its loader processes are, one at a time. Likeness is the structural
+similarity of the luma of the same crops, before they are mirrored and normalised.
+"""
+
+import io
+import multiprocessing
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchmetrics.functional.image import structural_similarity_index_measure
+from torchvision import transforms
+from torchvision.transforms import functional
+
+from moce_dist.bench.harness import Report, interleave
+from moce_dist.bench.photographs import photographs
+from moce_dist.config import Config
+from moce_dist.data.images import (
+    MEAN,
+    STD,
+    Box,
+    Pixels,
+    open_picture,
+    random_box,
+    sample_generator,
+    train_image,
+)
+from moce_dist.data.stream import prepare_loader
+
+SIZES = {"500": (500, 375), "2000": (2000, 1500)}
+
+
+def run(config: Config) -> Report:
+    """Measure both pipelines at both sizes, and how alike their crops are."""
+    torch.set_num_threads(1)
+    contents = {
+        name: photographs(config, *size, config.bench.images) for name, size in SIZES.items()
+    }
+    variants: dict[str, LoaderProcess] = {}
+    for name, encoded in contents.items():
+        theirs, ours = reference_pipeline(config), our_pipeline(config)
+        variants[f"pil_torchvision_{name}"] = LoaderProcess(theirs, encoded)
+        variants[f"moce_dist_{name}"] = LoaderProcess(ours, encoded, prepare_loader)
+    bench = config.bench
+    seconds = interleave(variants, rounds=bench.rounds, warmup=bench.warmup_rounds)
+    for process in variants.values():
+        process.close()
+    rates = {name: [bench.images / s for s in series] for name, series in seconds.items()}
+    report = Report("decode", config).add_variants(rates, unit="images/s")
+    for name, encoded in contents.items():
+        report.add_ratio(f"moce_dist_{name}", f"pil_torchvision_{name}")
+        report.figures[f"bytes_per_image_{name}"] = int(np.mean([len(c) for c in encoded]))
+    likeness = np.concatenate([similarities(config, encoded) for encoded in contents.values()])
+    report.figures["ssim_mean"] = float(likeness.mean())
+    report.figures["ssim_p01"] = float(np.percentile(likeness, 1))
+    return report
+
+
+class LoaderProcess:
+    """A process that runs a pipeline over all contents each time it is called."""
+
+    def __init__(
+        self,
+        pipeline: Callable[[bytes], object],
+        contents: Sequence[bytes],
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        def serve() -> None:
+            torch.set_num_threads(1)
+            if prepare is not None:
+                prepare()
+            while theirs.recv():
+                begin = time.process_time()
+                for content in contents:
+                    pipeline(content)
+                theirs.send(time.process_time() - begin)
+
+        context = multiprocessing.get_context("fork")
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=serve, daemon=True)
+        self._process.start()
+
+    def __call__(self) -> float:
+        """Run once over all contents; seconds of processor time, not of waiting."""
+        self._ours.send(True)
+        seconds: float = self._ours.recv()
+        return seconds
+
+    def close(self) -> None:
+        """End the process."""
+        self._ours.send(False)
+        self._process.join()
+
+
+def reference_pipeline(config: Config) -> Callable[[bytes], torch.Tensor]:
+    """Make the transform of the MAE recipe, as torchvision and Pillow do it."""
+    data = config.data
+    transform = transforms.Compose(
+        [
+            transforms.RandomResizedCrop(
+                data.image_size,
+                scale=(data.crop_scale_min, 1.0),
+                interpolation=transforms.InterpolationMode.BICUBIC,
+            ),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(MEAN, STD),
+        ]
+    )
+
+    def decode(content: bytes) -> torch.Tensor:
+        with Image.open(io.BytesIO(content)) as image:
+            sample: torch.Tensor = transform(image.convert("RGB"))
+        return sample
+
+    return decode
+
+
+def our_pipeline(config: Config) -> Callable[[bytes], object]:
+    """Make `train_image` with the draws of one key after another, as the stream calls it."""
+    data, count = config.data, 0
+
+    def decode(content: bytes) -> object:
+        nonlocal count
+        count += 1
+        draws = sample_generator(config.seed, 0, str(count))
+        return train_image(
+            content, size=data.image_size, scale_min=data.crop_scale_min, hflip=True, draws=draws
+        )
+
+    return decode
+
+
+def similarities(config: Config, contents: Sequence[bytes]) -> NDArray[np.float64]:
+    """Compare fixed crops of every picture with the reference's; one similarity each."""
+    size, values = config.data.image_size, []
+    for number, content in enumerate(contents):
+        picture = open_picture(content)
+        for repeat in range(config.bench.crops):
+            draws = sample_generator(config.seed, repeat, str(number))
+            box = random_box(picture.width, picture.height, config.data.crop_scale_min, draws)
+            values.append(similarity(picture.crop(box, size), reference_crop(content, box, size)))
+    return np.array(values)
+
+
+def reference_crop(content: bytes, box: Box, size: int) -> Pixels:
+    """Decode with Pillow, crop, then resize, as torchvision's resized_crop; (S, S, 3) uint8."""
+    with Image.open(io.BytesIO(content)) as image:
+        crop = functional.resized_crop(
+            image.convert("RGB"),
+            box.upper,
+            box.left,
+            box.lower - box.upper,
+            box.right - box.left,
+            [size, size],
+            functional.InterpolationMode.BICUBIC,
+        )
+    return np.asarray(crop)
+
+
+def similarity(ours: Pixels, theirs: Pixels) -> float:
+    """Structural similarity of the luma (ITU-R 601) of two pictures (S, S, 3) uint8."""
+    weights = torch.tensor([0.299, 0.587, 0.114])
+    lumas = (torch.from_numpy(p.copy()).float() @ weights for p in (ours, theirs))
+    a, b = (luma[None, None] for luma in lumas)
+    value = structural_similarity_index_measure(a, b, data_range=255.0)
+    assert isinstance(value, torch.Tensor), "one value unless more was asked for"
+    return float(value)

@@ -1,0 +1,67 @@
+"""Real photographs for benchmarks, encoded as JPEG of quality 90 at the size that is asked for."""
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from moce_dist.config import Config
+from moce_dist.data.carriers import earth
+from moce_dist.data.sources import list_folder, parse_source
+
+QUALITY = 90
+
+
+def photographs(config: Config, width: int, height: int, count: int) -> list[bytes]:
+    """Make `count` JPEGs of `width` x `height` from the pictures of `data.source`.
+
+    Without `folder:PATH` there, from what installed packages carry: scikit-learn's two photographs
+    and the Blue Marble. A picture is scaled down, never up, and cut at a seeded place; smaller
+    ones are laid side by side until they are large enough, in a mosaic of real pieces.
+    """
+    draws = np.random.default_rng(config.seed)
+    pictures = list(_pictures(config.data.source))
+    return [_encode(_cut(pictures, i, (width, height), draws)) for i in range(count)]
+
+
+def _pictures(source: str) -> Iterator[Image.Image]:
+    if source:
+        files = list_folder(Path(parse_source(source)[1])).files
+        yield from (Image.open(file.path).convert("RGB") for file in files)
+        return
+    from sklearn.datasets import load_sample_images
+
+    yield from map(Image.fromarray, load_sample_images().images)
+    yield Image.fromarray(earth("bmng"))
+
+
+def _cut(
+    pictures: list[Image.Image], number: int, size: tuple[int, int], draws: np.random.Generator
+) -> Image.Image:
+    picture = pictures[number % len(pictures)]
+    if picture.width >= size[0] and picture.height >= size[1]:
+        return _window(picture, size, draws)
+    mosaic = Image.new("RGB", size)
+    piece = (min(size[0], picture.width) // 8 * 8, min(size[1], picture.height) // 8 * 8)
+    for left in range(0, size[0], piece[0]):
+        for upper in range(0, size[1], piece[1]):
+            mosaic.paste(_window(picture, piece, draws), (left, upper))
+    return mosaic
+
+
+def _window(picture: Image.Image, size: tuple[int, int], draws: np.random.Generator) -> Image.Image:
+    largest = min(picture.width / size[0], picture.height / size[1], 2.0)
+    factor = draws.uniform(1.0, largest)
+    width, height = (round(side * factor) for side in size)
+    left = int(draws.integers(picture.width - width + 1))
+    upper = int(draws.integers(picture.height - height + 1))
+    window = (left, upper, left + width, upper + height)
+    return picture.resize(size, Image.Resampling.LANCZOS, box=window)
+
+
+def _encode(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=QUALITY)
+    return buffer.getvalue()

@@ -1,0 +1,216 @@
+"""`jobs/bench.py stream`: from tars to batches, ours against plain webdataset; reading alone.
+
+Both streams use the same number of loader processes and end with a batch in the training process:
+webdataset with Pillow, torchvision and its shuffle buffer, ours by plan and normalised there.
+Reading alone is measured without page cache: every tar from its first to its last byte, against the
+samples of the same tars in the order of the plan.
+"""
+
+import os
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+
+from moce_dist.bench.decode import reference_pipeline
+from moce_dist.bench.harness import Report, interleave
+from moce_dist.bench.photographs import photographs
+from moce_dist.bench.s3_server import COUNTS_PATH, s3_server
+from moce_dist.config import Config
+from moce_dist.data.images import normalise
+from moce_dist.data.plan import Ids, Plan, sample_table
+from moce_dist.data.shards import ShardIndex, read_index, write_index
+from moce_dist.data.stream import Layout, PlannedStream, StreamSpec, stream
+from moce_dist.data.writer import ShardWriter
+
+_CLUSTERS, _TARS_OF_CLUSTER = 8, 2
+_EPOCH, _EPOCH_TARS, _SMALL = 1_000_000, 64, (32, 32)
+_READ_BYTES = 2**20
+_LATENCY_S = 0.03
+_S3_SAMPLES, _S3_USED = 4000, 1000
+
+
+def run(config: Config) -> Report:
+    """Measure streams, readers, a resume inside a long epoch, and reading from S3."""
+    torch.set_num_threads(1)
+    report, bench = Report("stream", config), config.bench
+    with tempfile.TemporaryDirectory(dir=bench.folder) as temporary:
+        folder = Path(temporary)
+        contents = photographs(config, 500, 375, bench.images)
+        index = make_shards(folder / "photographs", contents, bench.samples)
+        spec = stream_spec(config, index, folder)
+        measured = {**stream_variants(spec, config, index), **reader_variants(spec, index)}
+        seconds = interleave(measured, rounds=bench.rounds, warmup=bench.warmup_rounds)
+        images = bench.batches * spec.plan.batch_size
+        amounts = {
+            "webdataset": images,
+            "moce_dist": images,
+            "sequential_read": sum(shard.bytes for shard in index.shards) / 2**20,
+            "planned_read": int(spec.plan.table.size.sum()) / 2**20,
+        }
+        rates = {name: [amounts[name] / s for s in series] for name, series in seconds.items()}
+        for name, unit in zip(rates, ("images/s", "images/s", "MiB/s", "MiB/s"), strict=True):
+            report.add_variants({name: rates[name]}, unit=unit)
+        report.add_ratio("moce_dist", "webdataset").add_ratio("planned_read", "sequential_read")
+        report.figures["resume_first_batch_s"] = resume_first_batch(config, folder / "small")
+        _add_s3(report, config, make_shards(folder / "s3", contents, _S3_SAMPLES))
+    return report
+
+
+def make_shards(folder: Path, contents: list[bytes], samples: int) -> ShardIndex:
+    """Write `samples` samples with the contents in turn, as clusters of tars, and flush them."""
+    shards, tars = [], _CLUSTERS * _TARS_OF_CLUSTER
+    for tar, numbers in enumerate(np.array_split(np.arange(samples), tars)):
+        writer = ShardWriter(folder, f"tar-{tar:03d}.tar", cluster=tar // _TARS_OF_CLUSTER)
+        for number in numbers:
+            members = {"jpg": contents[number % len(contents)], "cls": b"0"}
+            writer.add(f"{number:08d}", members)
+        shards.append(writer.close())
+    os.sync()
+    return write_index(folder, shards)
+
+
+def stream_spec(config: Config, index: ShardIndex, folder: Path) -> StreamSpec:
+    """Describe the stream of one rank that reads everything."""
+    plan = Plan(sample_table(index), config.mae.batch_size, config.seed)
+    ledger = folder / "faults.jsonl"
+    return StreamSpec(plan, config.data, config.num_patches, Layout(1, 1), 0, ledger, "mae")
+
+
+def one_group(clusters: Ids) -> Ids:
+    """Let group 0 read everything."""
+    return np.zeros(len(clusters), np.int64)
+
+
+def stream_variants(
+    spec: StreamSpec, config: Config, index: ShardIndex
+) -> dict[str, Callable[[], None]]:
+    """Make both streams; a call starts the loader processes and takes `bench.batches` batches."""
+    batches, size = config.bench.batches, spec.plan.batch_size
+
+    def ours() -> None:
+        for batch in stream(spec, one_group, start=0, stop=batches):
+            assert normalise(batch.images).shape[0] == size and batch.weights.all()
+
+    def theirs() -> None:
+        urls = [index.url(shard) for shard in index.shards]
+        data = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=config.seed)
+        data = data.shuffle(1000).to_tuple("jpg").map_tuple(reference_pipeline(config)).repeat()
+        processes = spec.data.loader_processes
+        loader = torch.utils.data.DataLoader(data, size, num_workers=processes)
+        for _, (images,) in zip(range(batches), loader, strict=False):
+            assert images.shape[0] == size
+
+    return {"webdataset": theirs, "moce_dist": ours}
+
+
+def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[], float]]:
+    """Make both ways to read all samples once in one process; a call returns its seconds."""
+    paths = [index.url(shard) for shard in index.shards]
+
+    def sequential() -> None:
+        for path in paths:
+            with open(path, "rb", buffering=0) as file:
+                while file.read(_READ_BYTES):
+                    pass
+
+    def planned() -> None:
+        for step in PlannedStream(spec, one_group, range(spec.plan.steps_per_epoch)).steps():
+            assert not any(isinstance(content, OSError) for content in step.contents)
+
+    return {
+        "sequential_read": lambda: _uncached(paths, sequential),
+        "planned_read": lambda: _uncached(paths, planned),
+    }
+
+
+def _uncached(paths: list[str], read: Callable[[], None]) -> float:
+    for path in paths:
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+    begin = time.perf_counter()
+    read()
+    return time.perf_counter() - begin
+
+
+def resume_first_batch(config: Config, folder: Path) -> float:
+    """Seconds from an index of 1,000,000 samples to the first batch in the middle of its epoch.
+
+    The tars are one real tar under 64 names; every sample of the index is read where it says.
+    """
+    index = make_long_epoch(config, folder)
+    begin = time.perf_counter()
+    spec = stream_spec(config, read_index(index.root), folder)
+    middle = spec.plan.steps_per_epoch // 2
+    batches = stream(spec, one_group, start=middle, stop=middle + 64)
+    assert next(batches).weights.all()
+    return time.perf_counter() - begin
+
+
+def make_long_epoch(config: Config, folder: Path) -> ShardIndex:
+    """Write one tar of small photographs and an index that names it 64 times, keys told apart."""
+    contents = photographs(config, *_SMALL, config.bench.images)
+    writer = ShardWriter(folder, "tar-000.tar", cluster=0)
+    for number in range(_EPOCH // _EPOCH_TARS):
+        writer.add(f"{number:08d}", {"jpg": contents[number % len(contents)]})
+    first, shards = writer.close(), []
+    for tar in range(_EPOCH_TARS):
+        path = f"tar-{tar:03d}.tar"
+        if tar:
+            os.link(folder / first.path, folder / path)
+        keys = [f"{tar:03d}/{key}" for key in first.keys]
+        shards.append(replace(first, path=path, cluster=tar // _CLUSTERS, keys=keys))
+    return write_index(folder, shards)
+
+
+def _add_s3(report: Report, config: Config, index: ShardIndex) -> None:
+    try:
+        counted = read_from_s3(config, index)
+    except ModuleNotFoundError as error:
+        report.skipped["s3_bytes_read_over_used"] = f"{error.name} is not installed"
+        return
+    report.figures.update(counted)
+
+
+def read_from_s3(config: Config, index: ShardIndex) -> dict[str, float]:
+    """Read the first 1,000 samples of a plan from an S3 server with 30 ms of latency."""
+    import s3fs
+
+    with s3_server(_LATENCY_S) as url:
+        os.environ |= {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+        }
+        store = s3fs.S3FileSystem()
+        store.mkdir("bench")
+        for shard in index.shards:
+            store.put_file(index.url(shard), f"bench/{shard.path}")
+        remote = replace(index, root="s3://bench")
+        spec = stream_spec(config, remote, Path(index.root))
+        steps = range(_S3_USED // spec.plan.batch_size)
+        before, used, samples = _counts(url), 0, 0
+        begin = time.perf_counter()
+        for step in PlannedStream(spec, one_group, steps).steps():
+            used += sum(len(c) for c in step.contents if isinstance(c, memoryview))
+            samples += len(step.ids)
+        seconds = time.perf_counter() - begin
+        requests, read = (b - a for a, b in zip(before, _counts(url), strict=True))
+    return {
+        "s3_bytes_read_over_used": read / used,
+        "s3_requests_per_1000_samples": 1000 * requests / samples,
+        "s3_samples_per_s": samples / seconds,
+    }
+
+
+def _counts(url: str) -> tuple[int, int]:
+    with urllib.request.urlopen(url + COUNTS_PATH) as answer:  # noqa: S310
+        requests, read = map(int, answer.read().split())
+    return requests, read

@@ -1,0 +1,230 @@
+"""Reading many samples at once: few long ranges of many tars, remote ones together.
+
+The samples of some steps lie scattered over the tars. Sorted by place, neighbours become one range
+when little between them is wasted; local ranges are announced to the kernel before the first is
+read, so that a disk sees them all; remote ranges are requested together, so that the latency of an
+object store counts once and not per sample.
+
+    wanted     [a 0:5] [b 9:4] [a 6:3] [a 90:2]       url, offset:size
+    ranges     a 0..9   a 90..92   b 9..13            the gap 5..6 is read and thrown away
+
+What fails is returned in its place, never raised: one sample is one fault. Errors of remote storage
+are described without their own text, which may hold credentials.
+"""
+
+import asyncio
+import errno
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import fsspec
+import fsspec.asyn
+from tenacity import (
+    RetryError,
+    Retrying,
+    TryAgain,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+Content = memoryview | OSError
+"""The bytes of a sample, or why they cannot be had."""
+
+_MAX_WASTE = 0.2
+# less than what asking for it costs: a page of a disk, the headers of a request
+_FREE_GAP = 4096
+_MAX_RANGE_BYTES = 8 * 2**20
+_MAX_OPEN_FILES = 256
+_MAX_REQUESTS = 64
+_TRY_AGAIN = (408, 425, 429)
+
+
+class Wanted(NamedTuple):
+    """Where the bytes of one sample stand."""
+
+    url: str
+    offset: int
+    size: int
+
+
+class Range(NamedTuple):
+    """A stretch of one file that holds some of what is wanted."""
+
+    url: str
+    start: int
+    stop: int
+    rows: list[int]
+    """Which of the wanted samples lie in it."""
+
+
+def coalesce(wanted: Sequence[Wanted]) -> list[Range]:
+    """Join neighbours into ranges, by file and place; of a range at most a sixth is not wanted."""
+    ranges: list[Range] = []
+    used = 0
+    for row in sorted(range(len(wanted)), key=lambda row: wanted[row]):
+        url, offset, size = wanted[row]
+        last, stop = (ranges[-1] if ranges else None), offset + size
+        if last is not None and last.url == url and _is_worth_it(last, used, offset, stop):
+            used += size
+            ranges[-1] = Range(url, last.start, max(last.stop, stop), [*last.rows, row])
+        else:
+            used = size
+            ranges.append(Range(url, offset, stop, [row]))
+    return ranges
+
+
+def _is_worth_it(last: Range, used: int, offset: int, stop: int) -> bool:
+    length = stop - last.start
+    is_near = offset - last.stop <= _FREE_GAP
+    is_dense = length <= (1 + _MAX_WASTE) * (used + stop - offset)
+    return length <= _MAX_RANGE_BYTES and (is_near or is_dense)
+
+
+@dataclass
+class RangeReader:
+    """Reads the samples of some steps; local files stay open, the least used are closed."""
+
+    timeout_s: float = 60.0
+    """A remote range that takes longer is requested again."""
+    deadline_s: float = 240.0
+    """How long requests are repeated."""
+    _open: OrderedDict[str, int] = field(default_factory=OrderedDict)
+
+    def read(self, wanted: Sequence[Wanted]) -> list[Content]:
+        """Return the bytes of every sample, in the given order, or the error in their place."""
+        ranges = coalesce(wanted)
+        contents = self._read_ranges(ranges)
+        found: list[Content] = [OSError()] * len(wanted)
+        for place, content in zip(ranges, contents, strict=True):
+            for row in place.rows:
+                found[row] = _part(content, place.start, wanted[row])
+        return found
+
+    def close(self) -> None:
+        """Close all files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _read_ranges(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
+        local = [place for place in ranges if "://" not in place.url]
+        remote = [place for place in ranges if "://" in place.url]
+        for place in local:
+            self._announce(place)
+        contents = dict(zip(map(id, local), map(self._read_local, local), strict=True))
+        if remote:
+            contents |= dict(zip(map(id, remote), self._read_remote(remote), strict=True))
+        return [contents[id(place)] for place in ranges]
+
+    def _announce(self, place: Range) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        try:
+            file = self._file(place.url)
+            os.posix_fadvise(file, place.start, place.stop - place.start, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # reading will meet the same error and report it
+
+    def _read_local(self, place: Range) -> bytes | OSError:
+        try:
+            return os.pread(self._file(place.url), place.stop - place.start, place.start)
+        except OSError as error:
+            return error
+
+    def _file(self, path: str) -> int:
+        if path not in self._open:
+            if len(self._open) >= _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = os.open(path, os.O_RDONLY)
+        self._open.move_to_end(path)
+        return self._open[path]
+
+    def _read_remote(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
+        found: dict[int, bytes | BaseException] = {}
+
+        def attempt() -> None:
+            todo = [i for i in range(len(ranges)) if i not in found or _is_transient(found[i])]
+            places = [ranges[i] for i in todo]
+            found.update(zip(todo, _fetch(places, self.timeout_s), strict=True))
+            if any(_is_transient(found[i]) for i in todo):
+                raise TryAgain
+
+        # what has failed to the end stands in `found`
+        with suppress(RetryError):
+            Retrying(
+                stop=stop_after_delay(self.deadline_s),
+                wait=wait_random_exponential(multiplier=0.2, max=10),
+            )(attempt)
+        return [_described(found[i]) for i in range(len(ranges))]
+
+
+def _part(content: bytes | OSError, start: int, wanted: Wanted) -> Content:
+    if isinstance(content, OSError):
+        return content
+    begin = wanted.offset - start
+    part = memoryview(content)[begin : begin + wanted.size]
+    if len(part) < wanted.size:
+        return OSError(f"ends after {len(part)} of {wanted.size} bytes")
+    return part
+
+
+def _fetch(ranges: Sequence[Range], timeout_s: float) -> list[bytes | BaseException]:
+    targets = [fsspec.core.url_to_fs(place.url) for place in ranges]
+    if all(filesystem.async_impl for filesystem, _ in targets):
+        return list(
+            fsspec.asyn.sync(fsspec.asyn.get_loop(), _fetch_together, ranges, targets, timeout_s)
+        )
+    return [
+        _fetch_one(filesystem, path, place)
+        for place, (filesystem, path) in zip(ranges, targets, strict=True)
+    ]
+
+
+def _fetch_one(filesystem: Any, path: str, place: Range) -> bytes | BaseException:
+    try:
+        content: bytes = filesystem.cat_file(path, start=place.start, end=place.stop)
+    except OSError as error:
+        return error
+    return content
+
+
+async def _fetch_together(
+    ranges: Sequence[Range], targets: Sequence[tuple[Any, str]], timeout_s: float
+) -> list[bytes | BaseException]:
+    gate = asyncio.Semaphore(_MAX_REQUESTS)
+
+    async def fetch(place: Range, filesystem: Any, path: str) -> bytes:
+        async with gate:
+            request = filesystem._cat_file(path, start=place.start, end=place.stop)
+            content: bytes = await asyncio.wait_for(request, timeout_s)
+            return content
+
+    calls = (fetch(place, *target) for place, target in zip(ranges, targets, strict=True))
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+def _is_transient(result: bytes | BaseException) -> bool:
+    if isinstance(result, bytes):
+        return False
+    if isinstance(result, FileNotFoundError | PermissionError | IsADirectoryError):
+        return False
+    status = getattr(result, "status", None)
+    if status is not None:
+        return bool(status >= 500 or status in _TRY_AGAIN)
+    # object stores answer so to a range that begins after the end
+    return getattr(result, "errno", None) != errno.EINVAL
+
+
+def _described(result: bytes | BaseException) -> bytes | OSError:
+    if isinstance(result, bytes):
+        return result
+    if isinstance(result, FileNotFoundError):
+        return FileNotFoundError("no such file or object")
+    if (status := getattr(result, "status", None)) is not None:
+        return OSError(f"the server answers with status {status}")
+    if isinstance(result, TimeoutError):
+        return TimeoutError("the server does not answer in time")
+    return OSError(f"cannot be read ({type(result).__name__})")

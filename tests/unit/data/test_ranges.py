@@ -1,0 +1,105 @@
+"""Samples are read in long ranges; what a server does wrong is repeated, then described."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+
+from moce_dist.data import ranges
+from moce_dist.data.ranges import Range, RangeReader, Wanted, coalesce
+
+
+def test_neighbours_become_one_range_and_far_ones_do_not():
+    near, far = 10_000, 1_000_000
+    wanted = [
+        Wanted("b", 0, near),
+        Wanted("a", far, near),
+        Wanted("a", near + 512, near),
+        Wanted("a", 0, near),
+    ]
+    assert coalesce(wanted) == [
+        Range("a", 0, 2 * near + 512, [3, 2]),
+        Range("a", far, far + near, [1]),
+        Range("b", 0, near, [0]),
+    ]
+
+
+def test_gap_larger_than_a_fifth_of_what_is_wanted_is_not_read():
+    wanted = [Wanted("a", 0, 100_000), Wanted("a", 141_000, 100_000)]
+    assert len(coalesce(wanted)) == 2
+    assert len(coalesce([wanted[0], Wanted("a", 139_000, 100_000)])) == 1
+
+
+def test_ranges_are_bounded_and_waste_at_most_a_fifth():
+    draws = np.random.default_rng(0)
+    ends = np.cumsum(draws.integers(20_000, 200_000, 4000))
+    rows = np.flatnonzero(draws.random(3999) < 0.5)
+    wanted = [Wanted("a", int(ends[i]), int(ends[i + 1] - ends[i] - 512)) for i in rows]
+    found = coalesce(wanted)
+    assert sorted(row for place in found for row in place.rows) == list(range(len(wanted)))
+    assert max(place.stop - place.start for place in found) <= 8 * 2**20
+    read = sum(place.stop - place.start for place in found)
+    assert read <= 1.2 * sum(w.size for w in wanted)
+    assert len(found) < 0.8 * len(wanted)
+
+
+def test_samples_of_many_files_arrive_in_the_order_asked_with_few_files_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranges, "_MAX_OPEN_FILES", 3)
+    contents = {str(tmp_path / f"{i}.tar"): os.urandom(50_000) for i in range(8)}
+    for path, content in contents.items():
+        (tmp_path / path).write_bytes(content)
+    draws, reader = np.random.default_rng(1), RangeReader()
+    wanted = [
+        Wanted(str(tmp_path / f"{draws.integers(8)}.tar"), int(draws.integers(40_000)), 3000)
+        for _ in range(60)
+    ]
+    before = len(os.listdir("/proc/self/fd"))
+    for w, content in zip(wanted, reader.read(wanted), strict=True):
+        assert content == contents[w.url][w.offset : w.offset + w.size]
+    assert len(os.listdir("/proc/self/fd")) - before <= 3
+    reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_missing_and_short_files_are_faults_of_their_samples_only(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"0123456789")
+    a, gone = str(tmp_path / "a.tar"), str(tmp_path / "gone.tar")
+    good, short, missing = RangeReader().read(
+        [Wanted(a, 0, 4), Wanted(a, 8, 4), Wanted(gone, 0, 1)]
+    )
+    assert good == b"0123"
+    assert isinstance(short, OSError) and str(short) == "ends after 2 of 4 bytes"
+    assert isinstance(missing, FileNotFoundError)
+
+
+@pytest.mark.parametrize("behaviour", ["busy-twice", "stall-once", "cut-once"])
+def test_passing_trouble_of_a_server_is_waited_out(range_server, behaviour):
+    server = range_server({"/a.tar": (b"0123456789" * 500, behaviour)})
+    reader = RangeReader(timeout_s=1, deadline_s=30)
+    (content,) = reader.read([Wanted(f"{server.url}/a.tar", 10, 4000)])
+    assert content == (b"0123456789" * 500)[10:4010]
+    assert server.requests["/a.tar"] > 1
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("busy", "the server answers with status 503"),
+        ("forbidden", "the server answers with status 403"),
+        ("missing", "no such file or object"),
+        ("stall", "the server does not answer in time"),
+    ],
+)
+def test_lasting_trouble_is_described_without_secrets(range_server, behaviour, reason):
+    server = range_server({"/a.tar": (bytes(5000), behaviour), "/b.tar": (bytes(5000), "")})
+    begin = time.monotonic()
+    bad, good = RangeReader(timeout_s=0.5, deadline_s=2).read(
+        [Wanted(f"{server.url}/a.tar?key=SECRET", 0, 9), Wanted(f"{server.url}/b.tar", 0, 9)]
+    )
+    assert time.monotonic() - begin < 20
+    assert good == bytes(9)
+    assert isinstance(bad, OSError) and str(bad) == reason
+    # what will not change is not asked again
+    if behaviour in ("forbidden", "missing"):
+        assert server.requests["/a.tar"] == 1
