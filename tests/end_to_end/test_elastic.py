@@ -4,8 +4,6 @@ A node is a raylet with one CPU and a label, so two nodes are two places. What i
 from the uninterrupted run of two workers by rounding only.
 """
 
-import json
-import os
 import signal
 import subprocess
 import sys
@@ -57,7 +55,6 @@ def workers_on(node):
 def nodes(monkeypatch):
     # a token that lies in the home directory must not make the head refuse the others
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")
     found = Nodes()
     yield found
     found.cluster.shutdown()
@@ -179,26 +176,17 @@ def test_nodes_without_room_end_in_an_error_that_names_them(nodes, pretrain, par
 
 
 def test_sigterm_under_torchrun_saves_and_the_same_command_goes_on(
-    arguments, part_of, learned, finished, torchrun
+    start_torchrun, torchrun, arguments, part_of, learned, finished
 ):
     run = part_of(*READY)
-    command = [*arguments(run, "parallel.num_workers=1", "moce.epochs=15"), "--stage", "moce"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, Path(__file__).parents[2] / "jobs" / "pretrain.py", *map(str, command)],
-        env={k: v for k, v in environment.items() if k != "RAY_ADDRESS"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    while last_step(run) < 25 and process.poll() is None:
-        time.sleep(0.05)
-    process.terminate()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, err
+    command = (*arguments(run), "--stage", "moce")
+    job = start_torchrun(2, *command)
+    job.wait_until(lambda: last_step(run) >= 25, "step 25")
+    job.process.terminate()
+    result = job.finish()
+    job.assert_nothing_stays()
     (saved,) = set(checkpoints(run)) - {20, 40, 60, 80, 100, 120}
-    assert err.splitlines()[-1] == (
-        f"stopped: moce: state saved at step {saved} of 135; the same command continues"
-    )
-    # two processes take up what one left
-    torchrun(2, *arguments(run), "--stage", "moce").assert_done()
-    assert json.loads((run / "moce" / "holdout.json").read_text())["images"] > 0
+    said = f"stopped: moce: state saved at step {saved} of 135; the same command continues"
+    assert result.status != 0 and result.err.splitlines().count(said) == 2, result.err
+    torchrun(2, *command).assert_done()
+    assert learned(run / "moce") == learned(finished / "moce")
