@@ -14,6 +14,7 @@ Letters: R ranks, G expert groups.
 
 import logging
 import signal
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -218,6 +219,28 @@ class Ending:
     is_saved: bool = False
     """They left when they were asked to, with their state saved."""
     cause: str = ""
+
+
+def cause_of(error: Exception) -> str:
+    """Say in a line what ended a start: which worker died, else what the first of them met."""
+    failures = getattr(error, "worker_failures", {})
+    if died := next((item for item in failures.items() if _is_death(item[1])), None):
+        rank, met = died
+        # the last line tells the exit status, or that the machine was out of memory
+        detail = textwrap.shorten(str(met).strip().splitlines()[-1], 300, placeholder=" ...")
+        return f"worker {rank} died: {detail}"
+    for rank, met in failures.items():
+        return f"worker {rank}: {_shorten(met)}"
+    return _shorten(error)
+
+
+def _is_death(error: Exception) -> bool:
+    # Ray's words for a worker that does not answer any more; what it wraps differs
+    return type(error).__name__.startswith("WorkerHealthCheck")
+
+
+def _shorten(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 @contextmanager

@@ -7,7 +7,15 @@ import time
 import pytest
 
 from moce_dist.config import ConfigError, ParallelConfig, elastic_worker_counts
-from moce_dist.elastic import Budgets, Host, Wanted, heed_sigterm, seats, wait_for_seats
+from moce_dist.elastic import (
+    Budgets,
+    Host,
+    Wanted,
+    cause_of,
+    heed_sigterm,
+    seats,
+    wait_for_seats,
+)
 from moce_dist.parallel.groups import Topology
 from moce_dist.run import StoppedError
 
@@ -136,6 +144,16 @@ def test_failures_and_preemptions_have_budgets_of_their_own():
         budgets.charge(is_preemption=False, cause="killed")
     with pytest.raises(RuntimeError, match=r"3 preemptions, .*parallel\.max_preemptions \(2\)"):
         budgets.charge(is_preemption=True, cause="node gone")
+
+
+def test_the_worker_that_died_is_named_before_what_its_neighbours_met():
+    death = type("WorkerHealthCheckFailedError", (Exception,), {})("Info\nexit 9 " + "x" * 900)
+    lost = RuntimeError("Training failed\nTraceback ...")
+    lost.worker_failures = {0: RuntimeError("connection\nclosed"), 3: death}
+    assert cause_of(lost) == "worker 3 died: exit 9 ..."
+    lost.worker_failures = {0: RuntimeError("connection\nclosed")}
+    assert cause_of(lost) == "worker 0: RuntimeError: connection closed"
+    assert cause_of(TimeoutError("no\nroom")) == "TimeoutError: no room"
 
 
 def test_sigterm_becomes_a_question_and_the_old_handler_comes_back():
