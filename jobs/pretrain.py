@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, ConfigError, load_config
+from moce_dist.config import Config, ConfigError, elastic_worker_counts, load_config
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run import COMPLETE, Run, open_run, resolve_run
@@ -52,10 +52,12 @@ def check_request(config: Config, stage: str) -> None:
     if "RANK" in os.environ and world_size is not None:
         if stage not in ("mae", "moce"):
             raise ConfigError(f"--stage {stage}: under torchrun only mae or moce")
-        if int(world_size) != config.parallel.num_workers:
+        batch_size = getattr(config, stage).batch_size
+        legal = elastic_worker_counts(config.parallel, batch_size)
+        if int(world_size) not in legal:
             raise ConfigError(
                 f"parallel.num_workers ({config.parallel.num_workers}) must be the number of "
-                f"processes that torchrun started ({world_size})"
+                f"processes that torchrun started ({world_size}); legal here: {legal}"
             )
 
 
@@ -83,6 +85,8 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
     ep_size = min(parallel.num_workers, parallel.num_groups)
     visible = int(config.num_patches * (1 - config.model.mask_ratio)) + 1
     width = 2 if parallel.precision == "bf16" else 4
+    is_elastic = parallel.fewest_workers < parallel.num_workers
+    fewest = f" (at least {parallel.fewest_workers})" if is_elastic else ""
     return [
         f"run        {root}",
         f"stages     {'mae, cluster, moce' if stage == 'all' else stage}",
@@ -91,7 +95,8 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"{visible} of {config.num_patches + 1} tokens visible",
         f"experts    {config.moe.num_experts} in each of blocks {list(config.moe_layers)}",
         f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}",
-        f"ranks      {parallel.num_workers} in {ep_size} places, {parallel.num_groups} groups, "
+        f"ranks      {parallel.num_workers}{fewest} in {ep_size} places, "
+        f"{parallel.num_groups} groups, "
         f"{config.moe.num_experts // ep_size} experts of a layer on each rank",
         f"batch      mae {config.mae.batch_size}, moce {config.moce.batch_size}; "
         f"{config.moce.batch_size // parallel.num_workers} images a rank",

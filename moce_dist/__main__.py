@@ -23,7 +23,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moce_dist.cli import quiet_libraries, run_job
-from moce_dist.config import Config, json_schema, legal_worker_counts, load_config
+from moce_dist.config import (
+    Config,
+    elastic_worker_counts,
+    json_schema,
+    legal_worker_counts,
+    load_config,
+)
 
 _GIB = 2**30
 
@@ -221,7 +227,19 @@ def picture(config: Config) -> list[str]:
         "  group  " + "".join(text.ljust(width) for text in hosted).rstrip(),
         f"  rank 0 exchanges images with {exchange}; legal numbers of ranks: "
         f"{legal_worker_counts(groups, config.moce.batch_size, config.parallel.micro_batches)}",
+        *_smaller_starts(config),
     ]
+
+
+def _smaller_starts(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.fewest_workers < parallel.num_workers:
+        for name, stage in (("mae", config.mae), ("moce", config.moce)):
+            starts = ", ".join(
+                f"{ranks} (micro-batches {parallel.micro_batches_on(ranks, stage.batch_size)})"
+                for ranks in elastic_worker_counts(parallel, stage.batch_size)[1:]
+            )
+            yield f"  {name} with nodes missing: {starts or 'no legal number of ranks'}"
 
 
 def examine(check: Callable[[Config], Iterator[Check]], config: Config) -> Iterator[Check]:

@@ -12,7 +12,9 @@ checkpoint. Batches and routing do not change with that number, micro-batches do
 Letters: R ranks, G expert groups.
 """
 
+import logging
 import signal
+import textwrap
 import threading
 import time
 from collections import Counter
@@ -24,6 +26,7 @@ from moce_dist.config import ConfigError, ParallelConfig, elastic_worker_counts
 from moce_dist.parallel.groups import Topology, natural_key
 from moce_dist.run import StoppedError
 
+log = logging.getLogger(__name__)
 GROUP_LABEL = "moce.dist/expert-group"
 """Ray node label that names the expert group of a node."""
 _SETTLE_S = 5.0
@@ -77,8 +80,8 @@ class Wanted:
                 f"the cluster has {labels}"
             )
 
-    def shortage(self, hosts: Sequence[Host]) -> str:
-        """Say what was waited for in vain, and what the nodes have."""
+    def missing(self, hosts: Sequence[Host]) -> str:
+        """Say what is needed at least, and what the nodes have."""
         fewest, labels = self.parallel.fewest_workers, labels_of(hosts)
         need = f"{fewest} workers need a free {self.resource} each"
         if labels and fewest == self.parallel.num_workers:
@@ -92,10 +95,7 @@ class Wanted:
             f"{host.slots} free {self.resource}"
             for host in sorted(hosts, key=lambda host: (natural_key(host.group), host.address))
         )
-        return (
-            f"{self.stage}: no room within parallel.start_timeout_s "
-            f"({self.parallel.start_timeout_s:g} s): {need}; {there or 'no node is alive'}"
-        )
+        return f"{need}; {there or 'no node is alive'}"
 
 
 def labels_of(hosts: Sequence[Host]) -> list[str]:
@@ -140,7 +140,7 @@ def wait_for_seats(
         StoppedError: `should_stop` said so.
     """
     begin, settle_s = time.monotonic(), min(_SETTLE_S, wanted.parallel.start_timeout_s / 2)
-    has_labels = False
+    has_labels, last_said = False, ""
     while True:
         hosts = look()
         has_labels |= bool(labels_of(hosts))
@@ -150,9 +150,13 @@ def wait_for_seats(
         if found and (len(found) == wanted.parallel.num_workers or waited_s >= settle_s):
             return found
         if waited_s >= wanted.parallel.start_timeout_s:
-            raise RuntimeError(wanted.shortage(hosts))
+            limit = f"parallel.start_timeout_s ({wanted.parallel.start_timeout_s:g} s)"
+            raise RuntimeError(f"{wanted.stage}: no room within {limit}: {wanted.missing(hosts)}")
         if should_stop():
             raise StoppedError(f"{wanted.stage}: SIGTERM while waiting for nodes")
+        if (missing := wanted.missing(hosts)) != last_said and waited_s >= settle_s:
+            log.info("%s: waiting for nodes: %s", wanted.stage, missing)
+            last_said = missing
         time.sleep(_LOOK_EVERY_S)
 
 
@@ -215,6 +219,28 @@ class Ending:
     is_saved: bool = False
     """They left when they were asked to, with their state saved."""
     cause: str = ""
+
+
+def cause_of(error: Exception) -> str:
+    """Say in a line what ended a start: which worker died, else what the first of them met."""
+    failures = getattr(error, "worker_failures", {})
+    if died := next((item for item in failures.items() if _is_death(item[1])), None):
+        rank, met = died
+        # the last line tells the exit status, or that the machine was out of memory
+        detail = textwrap.shorten(str(met).strip().splitlines()[-1], 300, placeholder=" ...")
+        return f"worker {rank} died: {detail}"
+    for rank, met in failures.items():
+        return f"worker {rank}: {_shorten(met)}"
+    return _shorten(error)
+
+
+def _is_death(error: Exception) -> bool:
+    # Ray's words for a worker that does not answer any more; what it wraps differs
+    return type(error).__name__.startswith("WorkerHealthCheck")
+
+
+def _shorten(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
 
 
 @contextmanager

@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import socket
-import textwrap
 import threading
 import time
 from collections import Counter, deque
@@ -44,6 +43,7 @@ from moce_dist.elastic import (
     Ending,
     Host,
     Wanted,
+    cause_of,
     heed_sigterm,
     wait_for_seats,
 )
@@ -247,8 +247,7 @@ class Start:
             saved = Ending(is_saved=True, cause=cause or "")
             self._endings.append(Ending(is_finished=True) if cause is None else saved)
         except Exception as error:  # noqa: BLE001 - Ray's own, over whatever the workers met
-            text = textwrap.shorten(str(error), 400, placeholder=" ...")
-            self._endings.append(Ending(cause=text))
+            self._endings.append(Ending(cause=cause_of(error)))
 
     def _trainer(self) -> DataParallelTrainer:
         parallel = self._job.config.parallel

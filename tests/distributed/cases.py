@@ -17,6 +17,7 @@ from moce_dist.data.stream import stream
 from moce_dist.model.moce import is_stacked
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
+from moce_dist.run import StoppedError
 from moce_dist.train import loop, migrate, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
 from moce_dist.train.job import StageJob
@@ -163,6 +164,22 @@ def train_part(run, overrides, stop):
     finally:
         loop.train_step = original
     raise AssertionError("the stage ended before it was stopped")
+
+
+def train_until_asked(run, overrides, asked_rank, questions):
+    """Run the stage; one rank alone says stop at its nth question. Return what every rank says."""
+    init_distributed(torch.device("cpu"))
+    asked = []
+
+    def should_stop():
+        asked.append(None)
+        return dist.get_rank() == asked_rank and len(asked) == questions
+
+    try:
+        loop.pretrain(make_job(run, overrides), should_stop)
+    except StoppedError as stopped:
+        return str(stopped)
+    raise AssertionError("nobody stopped")
 
 
 def stream_keys(run, overrides, start, stop):

@@ -61,6 +61,37 @@ def test_resumed_run_is_bit_equal_at_equal_ranks(pools, clustered_run, tmp_path,
     assert len(losses(whole)) == 22
 
 
+def test_run_that_one_rank_was_asked_to_stop_saves_on_all_and_goes_on(
+    pools, clustered_run, tmp_path
+):
+    whole, parts = (fresh_run(clustered_run, tmp_path / name) for name in ("whole", "parts"))
+    options = overrides(2)
+    pools(2).run("train_to_end", run=str(whole), overrides=options)
+    said = pools(2).run(
+        "train_until_asked", run=str(parts), overrides=options, asked_rank=1, questions=7
+    )
+    # checkpoints are at multiples of 4: this one is there because somebody asked
+    assert said == ["moce: state saved at step 7 of 22"] * 2
+    assert (parts / "moce" / "checkpoints" / "step_00000007" / "manifest.json").exists()
+    pools(2).run("train_to_end", run=str(parts), overrides=options)
+    assert losses(parts) == losses(whole)
+
+
+def test_fewer_ranks_take_more_micro_batches_and_learn_the_same(pools, clustered_run, tmp_path):
+    whole, parts = (fresh_run(clustered_run, tmp_path / name) for name in ("whole", "parts"))
+    elastic = ["parallel.num_workers=4", "parallel.min_workers=1", "parallel.zero_stage=1"]
+    pools(4).run("train_to_end", run=str(whole), overrides=elastic)
+    pools(4).run("train_part", run=str(parts), overrides=elastic, stop=6)
+    pools(1).run("train_part", run=str(parts), overrides=elastic, stop=11)
+    pools(2).run("train_to_end", run=str(parts), overrides=elastic)
+    expected = losses(whole)
+    assert losses(parts).keys() == expected.keys()
+    for step, loss in losses(parts).items():
+        assert loss == pytest.approx(expected[step], rel=1e-4)
+    for file in sorted((whole / "moce" / "routing").iterdir()):
+        assert (parts / "moce" / "routing" / file.name).read_text() == file.read_text()
+
+
 def test_run_resumed_on_other_ranks_sees_the_same_batches_and_tables(
     pools, clustered_run, tmp_path
 ):

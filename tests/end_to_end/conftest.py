@@ -169,15 +169,25 @@ def run_job(start):
 
 
 @pytest.fixture(scope="session")
-def torchrun():
-    """Run jobs/pretrain.py on several processes without Ray."""
+def start_torchrun():
+    """Start jobs/pretrain.py on several processes without Ray."""
+    jobs = []
 
-    def run(num_processes, *arguments):
+    def begin(num_processes, *arguments):
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command = [f"--nproc-per-node={num_processes}", "--", ROOT / "jobs" / "pretrain.py"]
-        return Job(*launcher, *command, *arguments).finish()
+        jobs.append(Job(*launcher, *command, *arguments))
+        return jobs[-1]
 
-    return run
+    yield begin
+    for job in jobs:
+        job.kill_all()
+
+
+@pytest.fixture(scope="session")
+def torchrun(start_torchrun):
+    """Run jobs/pretrain.py on several processes without Ray to its end."""
+    return lambda num_processes, *arguments: start_torchrun(num_processes, *arguments).finish()
 
 
 @pytest.fixture(scope="session")

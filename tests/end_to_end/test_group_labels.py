@@ -10,6 +10,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from moce_dist import launch
 from moce_dist.config import ConfigError, ParallelConfig
+from moce_dist.elastic import GROUP_LABEL, Wanted
 
 
 @pytest.fixture(scope="module")
@@ -18,21 +19,27 @@ def two_nodes():
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
     for group in ("g1", "g0"):
-        cluster.add_node(num_cpus=2, labels={launch.GROUP_LABEL: group})
+        cluster.add_node(num_cpus=2, labels={GROUP_LABEL: group})
     ray.init(address=cluster.address, log_to_driver=False)
     yield
     ray.shutdown()
     cluster.shutdown()
 
 
+def test_live_nodes_are_seen_with_label_and_room(two_nodes):
+    found = sorted((host.group, host.slots) for host in launch.live_hosts("CPU"))
+    assert found == [("", 0), ("g0", 2), ("g1", 2)]
+
+
 def test_every_worker_is_asked_onto_its_group(two_nodes):
-    selectors = launch.label_selectors(ParallelConfig(num_workers=4, num_groups=2))
-    assert [s[launch.GROUP_LABEL] for s in selectors] == ["g0", "g0", "g1", "g1"]
+    wanted = Wanted("mae", ParallelConfig(num_workers=4, num_groups=2), 64, "CPU")
+    assert wanted.best_seats(launch.live_hosts("CPU")) == ["g0", "g0", "g1", "g1"]
 
 
 def test_labels_that_do_not_fit_the_groups_are_refused(two_nodes):
-    with pytest.raises(ConfigError, match=r"needs 4 values of the node label.*\['g0', 'g1'\]"):
-        launch.label_selectors(ParallelConfig(num_workers=4, num_groups=4))
+    wanted = Wanted("mae", ParallelConfig(num_workers=1, num_groups=1), 64, "CPU")
+    with pytest.raises(ConfigError, match=r"needs 1 values of the node label.*\['g0', 'g1'\]"):
+        wanted.best_seats(launch.live_hosts("CPU"))
 
 
 def test_ranks_follow_labels_not_the_order_of_starting(two_nodes, tmp_path):
@@ -44,13 +51,13 @@ def test_ranks_follow_labels_not_the_order_of_starting(two_nodes, tmp_path):
 
         launch._join(60)
         dist.init_process_group("gloo")
-        label = ray.get_runtime_context().get_node_labels()[launch.GROUP_LABEL]
+        label = ray.get_runtime_context().get_node_labels()[GROUP_LABEL]
         gathered = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, label)
         entry = {"label": label, "all": gathered}
         Path(config["out"], os.environ["RANK"]).write_text(json.dumps(entry))
 
-    mixed = [{launch.GROUP_LABEL: group} for group in ("g1", "g0", "g1", "g0")]
+    mixed = [{GROUP_LABEL: group} for group in ("g1", "g0", "g1", "g0")]
     DataParallelTrainer(
         report,
         train_loop_config={"out": str(tmp_path)},

@@ -93,6 +93,11 @@ def test_batch_must_divide_over_ranks_groups_and_micro_batches():
     assert "(8)" in message and "mae.batch_size" not in message
 
 
+def test_bounds_of_elastic_workers_must_be_in_order():
+    message = refused({"parallel": {"num_workers": 2, "min_workers": 4}})
+    assert message == "parallel.min_workers (4) must not be more than parallel.num_workers (2)"
+
+
 def test_balanced_gate_needs_clusters_that_divide():
     message = refused(
         {

@@ -99,6 +99,15 @@ def test_picture_shows_ranks_over_their_groups(workers, rows):
     assert tuple(doctor.picture(config)[1:3]) == rows
 
 
+def test_picture_names_the_smaller_starts_of_an_elastic_run():
+    parallel = {"num_workers": 8, "num_groups": 4, "min_workers": 2}
+    lines = doctor.picture(make_config({"parallel": parallel}))
+    smaller = "with nodes missing: 4 (micro-batches 2), 2 (micro-batches 4)"
+    assert lines[-2:] == [f"  mae {smaller}", f"  moce {smaller}"]
+    fixed = doctor.picture(make_config({"parallel": {"num_workers": 8, "num_groups": 4}}))
+    assert "legal numbers of ranks" in fixed[-1]
+
+
 def test_schema_for_editors_is_the_one_of_the_code():
     printed = run("schema")
     assert printed.returncode == 0 and json.loads(printed.stdout) == json_schema()

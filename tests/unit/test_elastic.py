@@ -1,0 +1,165 @@
+"""Where workers go, spelt out; and what a loss costs."""
+
+import os
+import signal
+import time
+
+import pytest
+
+from moce_dist.config import ConfigError, ParallelConfig, elastic_worker_counts
+from moce_dist.elastic import (
+    Budgets,
+    Host,
+    Wanted,
+    cause_of,
+    heed_sigterm,
+    seats,
+    wait_for_seats,
+)
+from moce_dist.parallel.groups import Topology
+from moce_dist.run import StoppedError
+
+
+def hosts(*slots_by_label):
+    return [
+        Host(f"n{i}", f"10.0.0.{i}", label, slots)
+        for i, (label, slots) in enumerate(slots_by_label)
+    ]
+
+
+def wanted(batch_size=64, **parallel):
+    return Wanted("moce", ParallelConfig(**parallel), batch_size, "CPU")
+
+
+def never():
+    return False
+
+
+def test_labels_are_places_and_their_ranks_are_neighbours():
+    cluster = hosts(("g10", 2), ("g2", 1), ("g2", 1))
+    found = seats(cluster, Topology(4, 2), one_place_a_label=True)
+    assert found == ["g2", "g2", "g10", "g10"]
+
+
+def test_every_label_needs_room_for_all_ranks_of_its_place():
+    cluster = hosts(("g0", 3), ("g1", 1))
+    assert seats(cluster, Topology(4, 2), one_place_a_label=True) is None
+    assert seats(cluster, Topology(2, 2), one_place_a_label=True) == ["g0", "g1"]
+
+
+def test_smaller_starts_put_several_places_on_a_label():
+    cluster = hosts(("g0", 2), ("g1", 2), ("g3", 2))
+    assert seats(cluster, Topology(4, 4), one_place_a_label=False) == ["g0", "g0", "g1", "g3"]
+    # the two ranks of a place share a label, so three labels of three slots hold three places
+    cluster = hosts(("g0", 3), ("g1", 3), ("g3", 3))
+    assert seats(cluster, Topology(8, 4), one_place_a_label=False) is None
+    assert seats(cluster, Topology(2, 4), one_place_a_label=False) == ["g0", "g1"]
+
+
+def test_without_labels_room_is_counted_over_all_nodes():
+    cluster = hosts(("", 3), ("", 1))
+    assert seats(cluster, Topology(4, 2), one_place_a_label=True) == [""] * 4
+    assert seats(cluster, Topology(8, 2), one_place_a_label=True) is None
+
+
+@pytest.mark.parametrize(("slots", "count"), [(9, 8), (7, 4), (3, 2), (1, None), (0, None)])
+def test_the_largest_legal_number_within_the_bounds_is_taken(slots, count):
+    found = wanted(num_workers=8, num_groups=4, min_workers=2).best_seats(hosts(("", slots)))
+    assert (len(found) if found else None) == count
+
+
+def test_a_run_that_is_not_elastic_takes_all_or_nothing():
+    fixed = wanted(num_workers=4, num_groups=4)
+    assert fixed.best_seats(hosts(("", 3))) is None
+    assert len(fixed.best_seats(hosts(("", 4)))) == 4
+
+
+def test_labels_without_a_place_are_refused_not_ignored():
+    cluster = hosts(("g0", 4), ("g1", 4), ("g2", 4))
+    message = r"needs 2 values of the node label .*\['g0', 'g1', 'g2'\]"
+    with pytest.raises(ConfigError, match=message):
+        wanted(num_workers=4, num_groups=2).best_seats(cluster)
+
+
+def test_counts_follow_batch_groups_and_bounds():
+    parallel = ParallelConfig(num_workers=64, num_groups=4, min_workers=4)
+    assert elastic_worker_counts(parallel, 4096) == [64, 32, 16, 8, 4]
+    assert elastic_worker_counts(parallel, 48 * 64) == [64, 48, 32, 24, 16, 12, 8, 4]
+    assert elastic_worker_counts(ParallelConfig(num_workers=8, num_groups=4), 4096) == [8]
+
+
+def test_fewer_ranks_hold_no_more_images_at_a_time():
+    parallel = ParallelConfig(num_workers=8, num_groups=4, micro_batches=2)
+    for batch_size in (64, 4096, 48 * 16):
+        most = batch_size // 8 // 2
+        for ranks in (8, 4, 2, 1):
+            micro_batches = parallel.micro_batches_on(ranks, batch_size)
+            images, rest = divmod(batch_size // ranks, micro_batches)
+            assert rest == 0 and images <= most
+    assert [parallel.micro_batches_on(r, 64) for r in (8, 4, 2, 1)] == [2, 4, 8, 16]
+    # 3 ranks of 16 images: 8 of 3 at a time would do, 16 do not divide by it
+    assert ParallelConfig(num_workers=4, num_groups=1, micro_batches=3).micro_batches_on(3, 48) == 4
+
+
+def test_full_room_is_taken_at_once_and_less_only_after_some_time():
+    spec = wanted(num_workers=2, min_workers=1, start_timeout_s=4)
+    begin = time.monotonic()
+    assert len(wait_for_seats(spec, lambda: hosts(("", 2)), never)) == 2
+    assert time.monotonic() - begin < 1
+    looks = iter([hosts(("", 1)), hosts(("", 2))])
+    assert len(wait_for_seats(spec, lambda: next(looks), never)) == 2
+    assert len(wait_for_seats(spec, lambda: hosts(("", 1)), never)) == 1
+
+
+def test_waiting_ends_with_what_was_needed_and_what_there_is():
+    spec = wanted(num_workers=4, num_groups=2, start_timeout_s=0.5)
+    with pytest.raises(RuntimeError) as caught:
+        wait_for_seats(spec, lambda: hosts(("g1", 2), ("g0", 1)), never)
+    label = "moce.dist/expert-group"
+    assert str(caught.value) == (
+        "moce: no room within parallel.start_timeout_s (0.5 s): "
+        f"2 values of the node label {label} are needed, each with 2 free CPU; "
+        f"{label}=g0 on 10.0.0.1 has 1 free CPU; {label}=g1 on 10.0.0.0 has 2 free CPU"
+    )
+
+
+def test_unlabelled_nodes_never_replace_labelled_ones():
+    looks = iter([hosts(("g0", 0), ("", 9))] + [hosts(("", 9))] * 9)
+    with pytest.raises(RuntimeError, match="no room"):
+        wait_for_seats(wanted(start_timeout_s=1.5), lambda: next(looks), never)
+
+
+def test_waiting_heeds_a_wish_to_stop():
+    with pytest.raises(StoppedError, match="while waiting for nodes"):
+        wait_for_seats(wanted(num_workers=2), lambda: [], lambda: True)
+
+
+def test_failures_and_preemptions_have_budgets_of_their_own():
+    budgets = Budgets("mae", ParallelConfig(max_failures=1, max_preemptions=2))
+    for _ in range(2):
+        budgets.charge(is_preemption=True, cause="node gone")
+    said = budgets.charge(is_preemption=False, cause="killed")
+    assert said == "mae: failure 1 of at most 1: killed"
+    with pytest.raises(RuntimeError, match=r"2 failures, more than parallel\.max_failures \(1\)"):
+        budgets.charge(is_preemption=False, cause="killed")
+    with pytest.raises(RuntimeError, match=r"3 preemptions, .*parallel\.max_preemptions \(2\)"):
+        budgets.charge(is_preemption=True, cause="node gone")
+
+
+def test_the_worker_that_died_is_named_before_what_its_neighbours_met():
+    death = type("WorkerHealthCheckFailedError", (Exception,), {})("Info\nexit 9 " + "x" * 900)
+    lost = RuntimeError("Training failed\nTraceback ...")
+    lost.worker_failures = {0: RuntimeError("connection\nclosed"), 3: death}
+    assert cause_of(lost) == "worker 3 died: exit 9 ..."
+    lost.worker_failures = {0: RuntimeError("connection\nclosed")}
+    assert cause_of(lost) == "worker 0: RuntimeError: connection closed"
+    assert cause_of(TimeoutError("no\nroom")) == "TimeoutError: no room"
+
+
+def test_sigterm_becomes_a_question_and_the_old_handler_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with heed_sigterm() as is_terminated:
+        assert not is_terminated()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert is_terminated()
+    assert signal.getsignal(signal.SIGTERM) is before
