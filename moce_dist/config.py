@@ -380,6 +380,8 @@ class BenchConfig(Section):
     """`decode`: crops of every photograph that are compared with the reference's."""
     samples: int = Field(8192, ge=64)
     """`stream`: samples in the tars."""
+    epoch_samples: int = Field(1_000_000, ge=4096)
+    """`stream`: samples of the epoch that is resumed in its middle."""
     batches: int = Field(24, ge=1)
     """`stream`: batches that a round takes."""
     folder: str | None = None

@@ -30,7 +30,7 @@ from moce_dist.data.stream import Layout, PlannedStream, StreamSpec, stream
 from moce_dist.data.writer import ShardWriter
 
 _CLUSTERS, _TARS_OF_CLUSTER = 8, 2
-_EPOCH, _EPOCH_TARS, _SMALL = 1_000_000, 64, (32, 32)
+_EPOCH_TARS, _SMALL = 64, (32, 32)
 _READ_BYTES = 2**20
 _LATENCY_S = 0.03
 _S3_SAMPLES, _S3_USED = 4000, 1000
@@ -141,7 +141,7 @@ def _uncached(paths: list[str], read: Callable[[], None]) -> float:
 
 
 def resume_first_batch(config: Config, folder: Path) -> float:
-    """Seconds from an index of 1,000,000 samples to the first batch in the middle of its epoch.
+    """Seconds from the index of a long epoch to the first batch in its middle.
 
     The tars are one real tar under 64 names; every sample of the index is read where it says.
     """
@@ -158,7 +158,7 @@ def make_long_epoch(config: Config, folder: Path) -> ShardIndex:
     """Write one tar of small photographs and an index that names it 64 times, keys told apart."""
     contents = photographs(config, *_SMALL, config.bench.images)
     writer = ShardWriter(folder, "tar-000.tar", cluster=0)
-    for number in range(_EPOCH // _EPOCH_TARS):
+    for number in range(config.bench.epoch_samples // _EPOCH_TARS):
         writer.add(f"{number:08d}", {"jpg": contents[number % len(contents)]})
     first, shards = writer.close(), []
     for tar in range(_EPOCH_TARS):
@@ -189,6 +189,8 @@ def read_from_s3(config: Config, index: ShardIndex) -> dict[str, float]:
             "AWS_ACCESS_KEY_ID": "testing",
             "AWS_SECRET_ACCESS_KEY": "testing",
         }
+        # filesystems are kept by their arguments, which do not tell one server from another
+        s3fs.S3FileSystem.clear_instance_cache()
         store = s3fs.S3FileSystem()
         store.mkdir("bench")
         for shard in index.shards:

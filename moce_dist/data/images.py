@@ -21,22 +21,21 @@ import hashlib
 import io
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import simplejpeg
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 256 * 2**20
 _ASPECT = (math.log(3 / 4), math.log(4 / 3))
-_MEAN = torch.tensor(MEAN).view(3, 1, 1) * 255
-_STD = torch.tensor(STD).view(3, 1, 1) * 255
 _JPEG = b"\xff\xd8\xff"
 _EXIF = b"Exif\0\0"
 _EXIF_WITHIN = 2**16
@@ -243,10 +242,12 @@ def _resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) -
     if down is None or across is None:
         image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.asarray(image)
-    crop = np.ascontiguousarray(pixels[down.start : down.stop, across.start : across.stop])
+    import torch
+
+    crop = pixels[down.start : down.stop, across.start : across.stop]
     # Pillow's filter, but vectorised; rows of RGB are what torch calls "channels last"
     resized = torch.ops.aten._upsample_bicubic2d_aa(
-        torch.from_numpy(crop).permute(2, 0, 1).unsqueeze(0),
+        torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1).unsqueeze(0),
         [size + down.dropped, size + across.dropped],
         False,
         1 / down.scale,
@@ -278,13 +279,18 @@ def decode_image(content: Encoded) -> Pixels:
     return np.asarray(open_image(content))
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalise(images: "Tensor") -> "Tensor":
     """Bring (..., 3, S, S) uint8 to float32 by ImageNet's mean and deviation, where it lies."""
-    mean, std = _MEAN.to(images.device), _STD.to(images.device)
+    import torch
+
+    levels = torch.tensor([MEAN, STD], device=images.device) * 255
+    mean, std = levels.view(2, 3, 1, 1)
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
 def _sample(pixels: Pixels) -> Sample:
+    import torch
+
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
     return normalise(torch.from_numpy(planes)).numpy()
 

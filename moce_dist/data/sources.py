@@ -24,6 +24,8 @@ from moce_dist.data.shards import IMAGE_EXTENSIONS, Fault
 
 logger = logging.getLogger(__name__)
 
+_SECRETS = ("signature=", "credential=", "token=", "sig=", "key=")
+
 Kind = Literal["folder", "shards", "sample"]
 PRETRAIN = "pretrain"
 TASKS = ("digits", "silhouettes", "climate")
@@ -203,6 +205,12 @@ def _split_commas(pattern: str) -> Iterator[str]:
 
 
 def _expand(part: str) -> Iterator[str]:
+    if _has_credentials(part):
+        # the URL would end up in the index, the ledger and the report
+        raise ConfigError(
+            f"shards: a URL of {part.partition('://')[0]} carries credentials; give them by the "
+            "environment or the files that its library reads"
+        )
     if part.startswith("pipe:"):
         raise ConfigError(
             f"shards:{part}: pipes are not read; name files or URLs, samples are read by range"
@@ -217,6 +225,14 @@ def _expand(part: str) -> Iterator[str]:
         if not found or (not is_remote and not all(os.path.isfile(path) for path in found)):
             raise ConfigError(f"shards:{name}: no such file")
         yield from found
+
+
+def _has_credentials(name: str) -> bool:
+    scheme, _, rest = name.partition("://")
+    if not rest or scheme == "file":
+        return False
+    host, query = rest.partition("/")[0], rest.partition("?")[2]
+    return "@" in host or any(mark in query.lower() for mark in _SECRETS)
 
 
 def _glob(pattern: str) -> list[str]:

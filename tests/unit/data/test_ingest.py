@@ -537,3 +537,21 @@ def test_wrong_request_exits_with_two_and_one_line(tmp_path, flags, message):
 def test_source_of_unknown_kind_is_refused(source):
     with pytest.raises(ConfigError, match=r"data\.source"):
         parse_source(source)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://user:SECRET@example.org/a.tar",
+        "https://example.org/a.tar?X-Amz-Signature=SECRET",
+        "https://example.org/a.tar?sv=1&sig=SECRET",
+    ],
+)
+def test_url_with_credentials_is_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError, match="carries credentials") as refusal:
+        expand_shards(url)
+    assert "SECRET" not in str(refusal.value)
+
+
+def test_url_without_credentials_is_taken():
+    assert expand_shards("s3://bucket/a@b.tar") == ["s3://bucket/a@b.tar"]

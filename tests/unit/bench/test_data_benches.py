@@ -1,0 +1,59 @@
+"""The benchmarks of the data plane measure what they say, at a tiny size."""
+
+import json
+
+import pytest
+
+from moce_dist.bench import decode, stream
+from moce_dist.bench.photographs import photographs
+from moce_dist.config import make_config
+from moce_dist.data.images import open_image
+
+
+def config(**bench):
+    return make_config(
+        {
+            "data": {"image_size": 32, "loader_processes": 1},
+            "model": {"patch_size": 8},
+            "mae": {"batch_size": 8},
+            "bench": {"rounds": 2, "warmup_rounds": 0, "images": 3, "crops": 1, **bench},
+        }
+    )
+
+
+def test_photographs_are_real_ones_of_the_size_asked_and_seeded():
+    first, again = (photographs(config(), 500, 375, 6) for _ in range(2))
+    assert first == again and len(set(first)) == 6
+    assert all(open_image(content).size == (500, 375) for content in first)
+
+
+def test_decode_reports_every_figure():
+    report = json.loads(decode.run(config()).to_json())
+    names = [f"{who}_{size}" for size in (500, 2000) for who in ("pil_torchvision", "moce_dist")]
+    assert sorted(report["variants"]) == sorted(names)
+    assert all(v["unit"] == "images/s" and v["min"] > 0 for v in report["variants"].values())
+    assert set(report["ratios"]) == {f"moce_dist_{s}/pil_torchvision_{s}" for s in (500, 2000)}
+    assert 0.9 < report["figures"]["ssim_p01"] <= report["figures"]["ssim_mean"] <= 1
+    assert not report["skipped"]
+
+
+def test_stream_reports_every_figure_or_names_it_as_skipped():
+    report = json.loads(stream.run(config(samples=256, batches=4, epoch_samples=4096)).to_json())
+    assert set(report["variants"]) == {
+        "webdataset", "moce_dist", "sequential_read", "planned_read",
+    }  # fmt: skip
+    assert set(report["ratios"]) == {"moce_dist/webdataset", "planned_read/sequential_read"}
+    assert report["figures"]["resume_first_batch_s"] > 0
+    found = {**report["figures"], **report["skipped"]}
+    assert "s3_bytes_read_over_used" in found
+
+
+def test_reading_from_s3_takes_little_more_than_is_used(tmp_path, monkeypatch):
+    pytest.importorskip("s3fs", reason="NOT TESTED: s3fs is not installed")
+    pytest.importorskip("moto", reason="NOT TESTED: moto is not installed")
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "replaced")
+    index = stream.make_shards(tmp_path, photographs(config(), 500, 375, 3), 2000)
+    counted = stream.read_from_s3(config(), index)
+    assert 1 <= counted["s3_bytes_read_over_used"] <= 1.2
+    assert 0 < counted["s3_requests_per_1000_samples"] <= 1000
