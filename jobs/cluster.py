@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, ConfigError, load_config
+from moce_dist.config import Config, load_config
 from moce_dist.run import load_run, open_run, resolve_run, set_aside
+from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:
     from moce_dist.cluster.blocks import FeatureFiles, MapBlocks

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, ConfigError, load_config
+from moce_dist.config import Config, load_config
 from moce_dist.data.ingest import HOLDOUT, ingest
 from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
 from moce_dist.data.sources import (
@@ -20,6 +20,7 @@ from moce_dist.data.sources import (
     parse_source,
 )
 from moce_dist.run import COMPLETE, open_run, read_faults, resolve_run, set_aside
+from moce_dist.settings import ConfigError
 
 _MAX_DOMAINS_SHOWN = 12
 

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, ConfigError, elastic_worker_counts, load_config
+from moce_dist.config import Config, elastic_worker_counts, load_config
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run import COMPLETE, Run, open_run, resolve_run
+from moce_dist.settings import ConfigError
 
 STAGES = ("all", "mae", "cluster", "moce")
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"

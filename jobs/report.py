@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moce_dist.cli import job_parser, run_job
-from moce_dist.config import ConfigError, load_config
+from moce_dist.config import load_config
 from moce_dist.run import resolve_run
+from moce_dist.settings import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:

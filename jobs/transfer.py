@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, ConfigError, load_config
+from moce_dist.config import Config, load_config
 from moce_dist.run import Run, resolve_run
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.request import (
     CLASSIFICATION,
     SEGMENTATION,

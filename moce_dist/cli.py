@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from moce_dist.config import ConfigError
 from moce_dist.run import StoppedError
+from moce_dist.settings import ConfigError
 
 _QUIET = (
     "ray",

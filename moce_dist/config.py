@@ -9,14 +9,13 @@ batch, groups); a run directory belongs to one identity. Runtime fields (`RUNTIM
 change between two starts of a run.
 """
 
-import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
+
+from moce_dist.settings import ConfigError, Section, dump_yaml, flatten, read_tree, validate
 
 RUNTIME_FIELDS = (
     "run",
@@ -43,16 +42,6 @@ RUNTIME_FIELDS = (
     "transfer",
     "bench",
 )
-
-
-class ConfigError(ValueError):
-    """A request that is wrong; the message lists every mistake as `path = value: rule`."""
-
-
-class Section(BaseModel):
-    """A part of the configuration: immutable, no unknown keys, no silent conversions."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class RunConfig(Section):
@@ -505,63 +494,13 @@ def cross_field_errors(config: Config) -> list[str]:
     return [*_model_rules(config), *_parallel_rules(config)]
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 floats: `1e-4` is a number, not a string."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML text; `name` is what an error calls it.
-
-    Raises:
-        ConfigError: the text is not YAML.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, sign, text = override.partition("=")
-    if not sign or not path:
-        raise ConfigError(f"--set {override}: must read a.b=value")
-    node = tree
-    for parent in path.split(".")[:-1]:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"--set {override}: {parent} is not a section")
-    node[path.split(".")[-1]] = parse_yaml(text, f"--set {path}")
-
-
-def _describe(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{path} = {error['input']!r}: unknown key"
-    return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
-
-
 def make_config(tree: dict[str, Any]) -> Config:
     """Build a checked `Config` from nested dicts.
 
     Raises:
         ConfigError: naming every unknown key, wrong type and broken rule.
     """
-    try:
-        config = Config.model_validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        raise ConfigError("; ".join(_describe(e) for e in error.errors())) from None
-    except TypeError as error:
-        raise ConfigError(f"configuration holds a value that is no plain YAML: {error}") from None
+    config = validate(Config, tree)
     if broken := cross_field_errors(config):
         raise ConfigError("; ".join(broken))
     return config
@@ -573,28 +512,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     Raises:
         ConfigError: the file is missing, is not a mapping, or holds a mistake.
     """
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = parse_yaml(Path(path).read_text(), str(path)) or {}
-        except OSError as error:
-            raise ConfigError(f"--config {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"--config {path}: is not a text file") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, is a {type(tree).__name__}")
-    for override in overrides:
-        _apply_override(tree, override)
-    return make_config(tree)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {dotted path: leaf}."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        flat |= flatten(value, f"{path}.") if isinstance(value, dict) else {path: value}
-    return flat
+    return make_config(read_tree(path, overrides))
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -606,7 +524,7 @@ def identity(config: Config) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Write the resolved configuration as YAML."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def json_schema() -> dict[str, Any]:

@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from moce_dist.config import ConfigError, ParallelConfig, elastic_worker_counts
+from moce_dist.config import ParallelConfig, elastic_worker_counts
 from moce_dist.parallel.groups import Topology, natural_key
 from moce_dist.run import StoppedError
+from moce_dist.settings import ConfigError
 
 log = logging.getLogger(__name__)
 GROUP_LABEL = "moce.dist/expert-group"

@@ -33,7 +33,7 @@ from moce_dist.cluster.features import (
     extract_shard,
     feature_names,
 )
-from moce_dist.config import Config, ConfigError
+from moce_dist.config import Config
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
@@ -50,6 +50,7 @@ from moce_dist.run import (
     set_aside,
     write_atomic,
 )
+from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob
 from moce_dist.train.pretrained import load_encoder

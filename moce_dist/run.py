@@ -18,7 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from moce_dist.config import Config, ConfigError, identity, parse_yaml, to_yaml
+from moce_dist.config import Config, identity, to_yaml
+from moce_dist.settings import ConfigError, parse_yaml
 
 COMPLETE = "COMPLETE"
 _PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "moce-dist")

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from moce_dist.bench.harness import Report, interleave, run_ranks
 from moce_dist.bench.step import KINDS, stepper, variant
 from moce_dist.bench.synthetic import synthetic_state
-from moce_dist.config import Config, ConfigError
+from moce_dist.config import Config
 from moce_dist.parallel.token import token_bytes_exchanged
 from moce_dist.parallel.traffic import element_size, num_visible
+from moce_dist.settings import ConfigError
 from moce_dist.train.setup import TrainState, worker_device
 
 _FIGURES = ("link_mbit", "token_communication_over_compute", "allreduce_over_compute")

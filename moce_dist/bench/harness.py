@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moce_dist.config import Config, flatten
+from moce_dist.config import Config
+from moce_dist.settings import flatten
 
 _RANK_TIMEOUT_S = 600.0
 

@@ -46,8 +46,9 @@ from moce_dist.cluster.lloyd import (
     state_request,
 )
 from moce_dist.cluster.nearest import Int64, search, squared_distances
-from moce_dist.config import ClusterConfig, ConfigError
+from moce_dist.config import ClusterConfig
 from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
+from moce_dist.settings import ConfigError
 
 
 def assign_features(

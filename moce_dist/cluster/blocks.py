@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moce_dist.config import ConfigError
+from moce_dist.settings import ConfigError
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_dist.config import ConfigError
+from moce_dist.settings import ConfigError
 
 Pixels = NDArray[np.uint8]
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moce_dist.config import ConfigError, DataConfig
+from moce_dist.config import DataConfig
 from moce_dist.data.progress import track
 from moce_dist.data.shards import (
     INDEX_NAME,
@@ -52,6 +52,7 @@ from moce_dist.run import (
     read_marker,
     record_fault,
 )
+from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from moce_dist.config import ConfigError
 from moce_dist.data.progress import track
 from moce_dist.data.shards import (
     INDEX_NAME,
@@ -28,6 +27,7 @@ from moce_dist.data.shards import (
 )
 from moce_dist.data.writer import ShardSeries, all_or_nothing
 from moce_dist.run import is_complete, mark_complete
+from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 

@@ -25,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_dist.config import ConfigError
 from moce_dist.data import carriers
 from moce_dist.data.carriers import Pixels
 from moce_dist.data.sources import SEGMENTATION, TASKS
 from moce_dist.data.writer import all_or_nothing
 from moce_dist.run import is_complete, mark_complete
+from moce_dist.settings import ConfigError
 
 Part = Literal["train", "test", "pretrain"]
 _TILE = 64

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from moce_dist.config import ConfigError
 from moce_dist.data.tarscan import TarSample, scan_tar
 from moce_dist.run import write_atomic
+from moce_dist.settings import ConfigError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 INDEX_NAME = "index.json"

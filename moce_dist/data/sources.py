@@ -19,8 +19,8 @@ import fsspec
 from braceexpand import braceexpand
 from PIL import Image, UnidentifiedImageError
 
-from moce_dist.config import ConfigError
 from moce_dist.data.shards import IMAGE_EXTENSIONS, Fault
+from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 

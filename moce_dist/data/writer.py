@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from moce_dist.config import ConfigError
 from moce_dist.data.shards import TAR_END, Shard, is_image_name
 from moce_dist.run import COMPLETE
+from moce_dist.settings import ConfigError
 
 _BEGUN = ".begun"
 

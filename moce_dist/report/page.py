@@ -7,11 +7,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from moce_dist.config import Config, flatten, to_yaml
+from moce_dist.config import Config, to_yaml
 from moce_dist.report import figures
 from moce_dist.report.record import Line, Record, read_record
 from moce_dist.report.summary import domain_mix
 from moce_dist.run import write_atomic
+from moce_dist.settings import flatten
 
 PAGE_NAME = "report.html"
 _MAX_CLUSTERS = 512

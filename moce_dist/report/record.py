@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.config import Config, ConfigError
+from moce_dist.config import Config
 from moce_dist.run import Run, load_run, read_faults, read_jsonl
+from moce_dist.settings import ConfigError
 
 Line = dict[str, Any]
 T = TypeVar("T")

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from moce_dist.config import Config, ConfigError
+from moce_dist.config import Config
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import load_weights
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moce_dist.cluster.assign import read_assignments
-from moce_dist.config import Config, ConfigError, ParallelConfig
+from moce_dist.config import Config, ParallelConfig
 from moce_dist.data.plan import Plan, SampleTable, sample_table
 from moce_dist.data.shards import read_index
 from moce_dist.data.stream import Layout, StreamSpec
@@ -26,6 +26,7 @@ from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.token import insert_token_experts
 from moce_dist.run import Run, forget_faults
+from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import (
     Naming,
     latest_checkpoint,

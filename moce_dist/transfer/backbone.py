@@ -18,8 +18,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from moce_dist.config import Config, ConfigError
+from moce_dist.config import Config
 from moce_dist.data.images import MEAN, STD
+from moce_dist.settings import ConfigError
 
 _ARCHITECTURES = {
     "tiny": "vit_tiny_patch16_224",

@@ -17,9 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from moce_dist.config import Config, ConfigError
+from moce_dist.config import Config
 from moce_dist.model.customize import customize
 from moce_dist.run import Run, artefact_id, fingerprint, is_complete, mark_complete, write_atomic
+from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.classify import Features, extract, knn, linear, task_features

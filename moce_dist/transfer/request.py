@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce_dist.config import Config, ConfigError, flatten, load_config, parse_yaml
+from moce_dist.config import Config, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run import Run, differing_fields, load_run
+from moce_dist.settings import ConfigError, flatten, parse_yaml
 from moce_dist.transfer.tasks import SEGMENTATION_TASKS, TASKS
 
 BACKBONES = ("moce", "mae", "random")

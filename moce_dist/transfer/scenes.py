@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_dist.config import ConfigError
 from moce_dist.data.images import MEAN, STD, ImageError, open_image
 from moce_dist.data.shards import IMAGE_EXTENSIONS
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item
 
 IGNORE = -1

@@ -19,11 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moce_dist.config import ConfigError
 from moce_dist.data import samples
 from moce_dist.data.images import ImageError, open_image
 from moce_dist.data.shards import IMAGE_EXTENSIONS
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
+from moce_dist.settings import ConfigError
 
 SCAN_LIMIT_BYTES = 10 * 10**9
 _TEST_NAMES = ("test", "val")

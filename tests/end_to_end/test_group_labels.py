@@ -9,8 +9,9 @@ from ray.cluster_utils import Cluster
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from moce_dist import launch
-from moce_dist.config import ConfigError, ParallelConfig
+from moce_dist.config import ParallelConfig
 from moce_dist.elastic import GROUP_LABEL, Wanted
+from moce_dist.settings import ConfigError
 
 
 @pytest.fixture(scope="module")

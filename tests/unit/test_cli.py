@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moce_dist.cli import job_parser
-from moce_dist.config import ConfigError
+from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.py"))

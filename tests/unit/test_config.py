@@ -6,16 +6,14 @@ import pytest
 from moce_dist.config import (
     RUNTIME_FIELDS,
     Config,
-    ConfigError,
-    flatten,
     identity,
     json_schema,
     legal_worker_counts,
     load_config,
     make_config,
-    parse_yaml,
     to_yaml,
 )
+from moce_dist.settings import ConfigError, flatten, parse_yaml
 
 
 def refused(tree):

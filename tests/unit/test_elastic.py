@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moce_dist.config import ConfigError, ParallelConfig, elastic_worker_counts
+from moce_dist.config import ParallelConfig, elastic_worker_counts
 from moce_dist.elastic import (
     Budgets,
     Host,
@@ -18,6 +18,7 @@ from moce_dist.elastic import (
 )
 from moce_dist.parallel.groups import Topology
 from moce_dist.run import StoppedError
+from moce_dist.settings import ConfigError
 
 
 def hosts(*slots_by_label):

@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 
-from moce_dist.config import ConfigError, make_config, to_yaml
+from moce_dist.config import make_config, to_yaml
 from moce_dist.run import (
     artefact_id,
     differing_fields,
@@ -19,6 +19,7 @@ from moce_dist.run import (
     resolve_run,
     write_atomic,
 )
+from moce_dist.settings import ConfigError
 
 SMALL = make_config({"seed": 1})
 

@@ -14,8 +14,9 @@ from moce_dist.cluster.assign import (
     run_clustering,
 )
 from moce_dist.cluster.features import transform
-from moce_dist.config import ClusterConfig, ConfigError
+from moce_dist.config import ClusterConfig
 from moce_dist.run import is_complete
+from moce_dist.settings import ConfigError
 
 
 def run_features(folder, shifts=(0.0, 0.0, 0.0), per_shard=40):

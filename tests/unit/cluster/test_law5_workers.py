@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from moce_dist.cluster.assign import read_assignments, run_clustering
-from moce_dist.config import ClusterConfig, ConfigError
+from moce_dist.config import ClusterConfig
+from moce_dist.settings import ConfigError
 
 FILES = ("centroids.npy", "assignments.parquet", "prices.npy")
 

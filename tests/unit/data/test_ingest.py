@@ -13,12 +13,13 @@ import pytest
 import torchvision
 import webdataset
 
-from moce_dist.config import ConfigError, DataConfig
+from moce_dist.config import DataConfig
 from moce_dist.data import ingest as module
 from moce_dist.data.ingest import ingest
 from moce_dist.data.shards import read_index, read_members
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run import load_run, read_faults
+from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
 CONFIG = DataConfig(holdout_fraction=0.0)

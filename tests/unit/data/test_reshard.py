@@ -10,11 +10,11 @@ from collections import Counter
 import pytest
 import webdataset
 
-from moce_dist.config import ConfigError
 from moce_dist.data import reshard as module
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import ShardIndex, read_index, scan_shard, write_index
 from moce_dist.run import is_complete
+from moce_dist.settings import ConfigError
 
 INPUTS = {"clusters": "abc"}
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_dist.config import ConfigError
 from moce_dist.data import carriers, samples
 from moce_dist.data.sources import SEGMENTATION, TASKS
+from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
 HELD = ("test", "train")

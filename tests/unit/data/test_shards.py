@@ -9,7 +9,6 @@ import tarfile
 import pytest
 import webdataset
 
-from moce_dist.config import ConfigError
 from moce_dist.data.shards import (
     Fault,
     read_index,
@@ -20,6 +19,7 @@ from moce_dist.data.shards import (
 )
 from moce_dist.data.tarscan import split_name
 from moce_dist.data.writer import ShardSeries, ShardWriter, all_or_nothing
+from moce_dist.settings import ConfigError
 
 
 def test_names_split_as_webdataset_splits_them():

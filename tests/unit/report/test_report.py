@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from moce_dist.config import ConfigError, make_config
+from moce_dist.config import make_config
 from moce_dist.report.figures import routing_changes
 from moce_dist.report.page import write_report
 from moce_dist.report.record import read_record
 from moce_dist.report.summary import summary_lines
 from moce_dist.run import open_run
+from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
 

@@ -8,8 +8,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from moce_dist.config import ConfigError, load_config
+from moce_dist.config import load_config
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.settings import ConfigError
 from moce_dist.train.pretrained import initial_weights
 
 SMALL = [

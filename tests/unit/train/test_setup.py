@@ -5,8 +5,9 @@ import shutil
 import pytest
 import torch
 
-from moce_dist.config import ConfigError, load_config
+from moce_dist.config import load_config
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.settings import ConfigError
 from moce_dist.train.setup import compile_blocks, worker_device
 
 SMALL = [

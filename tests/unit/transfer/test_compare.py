@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from moce_dist.config import ConfigError
 from moce_dist.run import Run, read_marker
+from moce_dist.settings import ConfigError
 
 from .conftest import by_global_name, write_checkpoint
 

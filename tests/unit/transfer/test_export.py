@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from moce_dist.config import ConfigError
 from moce_dist.model.customize import customize
 from moce_dist.model.moce import LocalDispatcher
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.loading import TaskImages

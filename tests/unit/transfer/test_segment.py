@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from moce_dist.config import ConfigError
 from moce_dist.data.images import sample_generator
 from moce_dist.model.customize import customize
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.loading import machine_of
 from moce_dist.transfer.scenes import IGNORE, check_scenes, read_mask, read_scenes, training_crop

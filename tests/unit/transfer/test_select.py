@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from moce_dist.cluster.assign import assign_features
-from moce_dist.config import Config, ConfigError, make_config
+from moce_dist.config import Config, make_config
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.select import choose_experts, expert_mass, task_clusters
 
 LOG = np.log

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moce_dist.config import ConfigError
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import TASKS, check_images, load_task
 
 from .conftest import png
