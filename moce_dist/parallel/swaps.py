@@ -13,7 +13,7 @@ import numpy as np
 from moce_dist.parallel.problem import Plan, Problem, read
 from moce_dist.parallel.transport import Floats, Ints
 
-_MAX_CELLS = 400_000
+_MAX_CELLS = 50_000
 """S x K x G up to which a plan counts as small."""
 
 
