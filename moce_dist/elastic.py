@@ -14,13 +14,15 @@ Letters: R ranks, G expert groups.
 
 import logging
 import signal
+import socket
 import textwrap
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from moce_dist.config import ParallelConfig, elastic_worker_counts
 from moce_dist.parallel.groups import Topology, natural_key
@@ -242,6 +244,16 @@ def _is_death(error: Exception) -> bool:
 
 def _shorten(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+
+
+def answers(node: Mapping[str, Any]) -> bool:
+    """Tell whether a node, as Ray lists it, can be reached; the head is slow to find out."""
+    address = node["NodeManagerAddress"], node["NodeManagerPort"]
+    try:
+        socket.create_connection(address, timeout=2).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

@@ -15,7 +15,6 @@ steps, with its state saved. An error of the training itself is not tried again:
 import json
 import logging
 import os
-import socket
 import threading
 import time
 from collections import Counter, deque
@@ -43,12 +42,13 @@ from moce_dist.elastic import (
     Ending,
     Host,
     Wanted,
+    answers,
     cause_of,
     heed_sigterm,
     wait_for_seats,
 )
 from moce_dist.follow import FAILED, Follower, error_left, leave_error, log_to_file
-from moce_dist.parallel.groups import Station, rank_order
+from moce_dist.parallel.groups import Station, free_port, rank_order
 from moce_dist.run import StoppedError
 from moce_dist.train.job import StageJob
 
@@ -194,17 +194,8 @@ def live_hosts(resource: str) -> list[Host]:
             int(free.get(node["NodeID"], {}).get(resource, 0)),
         )
         for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in draining and _answers(node)
+        if node["Alive"] and node["NodeID"] not in draining and answers(node)
     ]
-
-
-def _answers(node: dict[str, Any]) -> bool:
-    # the head takes up to half a minute to find out that a node is gone
-    with suppress(OSError):
-        address = node["NodeManagerAddress"], node["NodeManagerPort"]
-        socket.create_connection(address, timeout=2).close()
-        return True
-    return False
 
 
 class Start:
@@ -300,11 +291,11 @@ def _join(timeout_s: float) -> None:
     context, runtime = ray.train.get_context(), ray.get_runtime_context()
     size, mine = context.get_world_size(), context.get_world_rank()
     here = ray.util.get_node_ip_address()
-    host, port = broadcast_from_rank_zero((here, _free_port()))
+    host, port = broadcast_from_rank_zero((here, free_port()))
     store = TCPStore(host, port, size, mine == 0, timedelta(seconds=timeout_s))
     group = runtime.get_node_labels().get(GROUP_LABEL, "")
     station = Station(group, runtime.get_node_id(), context.get_local_rank())
-    store.set(f"station/{mine}", json.dumps([*station, here, _free_port()]))
+    store.set(f"station/{mine}", json.dumps([*station, here, free_port()]))
     found = [json.loads(store.get(f"station/{worker}")) for worker in range(size)]
     order = rank_order([Station(*entry[:3]) for entry in found])
     *_, master, master_port = found[order[0]]
@@ -315,12 +306,6 @@ def _join(timeout_s: float) -> None:
     store.set(f"done/{mine}", "")
     if mine == 0:
         store.wait([f"done/{worker}" for worker in range(size)])
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])
 
 
 def _train_worker(config: dict[str, Any]) -> str | None:

@@ -11,7 +11,6 @@ counts and every timed function ends with a barrier. What could not be measured 
 import json
 import os
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.config import Config
+from moce_dist.parallel.groups import free_port
 from moce_dist.settings import flatten
 
 _RANK_TIMEOUT_S = 600.0
@@ -138,7 +138,7 @@ def run_ranks(
         RuntimeError: with the last line of the first rank that failed.
     """
     size = config.parallel.num_workers
-    port = _free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         processes, logs = [], []
@@ -199,9 +199,3 @@ def _wait(processes: Sequence["subprocess.Popen[str]"], logs: Sequence[Path]) ->
         if time.monotonic() > deadline:
             raise RuntimeError(f"ranks {sorted(waiting)} took longer than {_RANK_TIMEOUT_S:.0f} s")
         time.sleep(0.1)
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])

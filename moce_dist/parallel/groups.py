@@ -12,6 +12,7 @@ is one rank of every place.
 Letters: R ranks, G expert groups, E experts per layer, L MoE layers.
 """
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -41,6 +42,13 @@ def natural_key(name: str) -> tuple[int, str]:
     """Return the sort key under which g2 comes before g10."""
     digits = "".join(character for character in name if character.isdigit())
     return (int(digits) if digits else -1, name)
+
+
+def free_port() -> int:
+    """Find a TCP port of this host that nobody uses, for the ranks to meet at."""
+    with socket.socket() as server:
+        server.bind(("", 0))
+        return int(server.getsockname()[1])
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,8 @@ def test_every_job_explains_itself_with_an_example(path):
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
 def test_every_job_refuses_an_unknown_field_before_anything_heavy(path, tmp_path):
     started = time.monotonic()
-    done = run(path, "--set", "mae.epoch=1", "--run", str(tmp_path / "run"))
+    name = ["step"] if path.name == "bench.py" else []
+    done = run(path, *name, "--set", "mae.epoch=1", "--run", str(tmp_path / "run"))
     assert done.returncode == 2
     assert "mae.epoch" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
