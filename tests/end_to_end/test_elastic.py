@@ -174,6 +174,7 @@ def test_nodes_without_room_end_in_an_error_that_names_them(nodes, pretrain, par
     assert time.monotonic() - begin < 120
 
 
+@pytest.mark.long
 def test_sigterm_under_torchrun_saves_and_the_same_command_goes_on(
     start_torchrun, torchrun, arguments, part_of, learned, finished
 ):
