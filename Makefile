@@ -73,7 +73,7 @@ lock: ## Renew constraints.txt from the newest versions that fit
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$${PYTHON:-python3} -m venv "$$folder"; \
 	"$$folder"/bin/pip install --quiet '.[dev]'; \
-	{ head -n 1 constraints.txt; "$$folder"/bin/pip freeze --exclude moce-dist; } > "$$folder"/lock; \
+	{ head -n 1 constraints.txt; "$$folder"/bin/pip freeze --all --exclude pip --exclude moce-dist; } > "$$folder"/lock; \
 	mv "$$folder"/lock constraints.txt
 
 clean: ## Remove caches; runs and .venv stay
