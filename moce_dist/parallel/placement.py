@@ -48,8 +48,7 @@ class Placement:
         before = np.concatenate([[0.0], total])[np.searchsorted(cluster, cluster)]
         bounds = (total - before) / self.shares.sum(axis=1)[cluster]
         is_last = np.diff(cluster, append=-1) != 0
-        upper: Floats = cluster + np.where(is_last, 1.0, bounds)
-        return upper
+        return cluster.astype(np.float64) + np.where(is_last, 1.0, bounds)
 
     def readers(self, clusters: Ints) -> Ints:
         """Give every slot of a step, (B,) cluster ids, the group that reads it: B / G each.
