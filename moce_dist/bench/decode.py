@@ -2,8 +2,8 @@
 
 Ours against the pipeline of the MAE recipe: Pillow decodes, torchvision crops, mirrors, converts
 and normalises. Both make (3, 224, 224) float32 with the same scale of crops, each in a process of
-its own that is set up as its loader processes are, one at a time. Likeness is the structural
-similarity of the luma of the same crops, before they are mirrored and normalised.
+its own, one at a time. Likeness is the structural similarity of the luma of the same crops, before
+they are mirrored and normalised.
 """
 
 import io
@@ -32,7 +32,6 @@ from moce_dist.data.images import (
     sample_generator,
     train_image,
 )
-from moce_dist.data.stream import prepare_loader
 
 SIZES = {"500": (500, 375), "2000": (2000, 1500)}
 
@@ -47,7 +46,7 @@ def run(config: Config) -> Report:
     for name, encoded in contents.items():
         theirs, ours = reference_pipeline(config), our_pipeline(config)
         variants[f"pil_torchvision_{name}"] = LoaderProcess(theirs, encoded)
-        variants[f"moce_dist_{name}"] = LoaderProcess(ours, encoded, prepare_loader)
+        variants[f"moce_dist_{name}"] = LoaderProcess(ours, encoded)
     bench = config.bench
     seconds = interleave(variants, rounds=bench.rounds, warmup=bench.warmup_rounds)
     for process in variants.values():
@@ -70,12 +69,9 @@ class LoaderProcess:
         self,
         pipeline: Callable[[bytes], object],
         contents: Sequence[bytes],
-        prepare: Callable[[], None] | None = None,
     ) -> None:
         def serve() -> None:
             torch.set_num_threads(1)
-            if prepare is not None:
-                prepare()
             while theirs.recv():
                 begin = time.process_time()
                 for content in contents:

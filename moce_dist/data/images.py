@@ -161,6 +161,8 @@ class _Jpeg:
             pixels = simplejpeg.decode_jpeg(
                 self.content,
                 "RGB",
+                fastdct=True,
+                fastupsample=True,
                 min_height=-(-self.stored_height // reduction),
                 min_width=-(-self.stored_width // reduction),
                 min_factor=reduction,

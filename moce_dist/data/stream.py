@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,10 +36,7 @@ from moce_dist.run import record_fault
 
 GroupOf = Callable[[Ids], Ids]
 
-# constants of Linux and glibc, which have no names in Python
 _PR_SET_PDEATHSIG = 1
-_M_TRIM_THRESHOLD, _KEPT_BYTES = -1, 512 * 2**20
-_M_MMAP_THRESHOLD, _HEAP_BYTES = -3, 32 * 2**20
 
 
 class Batch(NamedTuple):
@@ -137,9 +133,11 @@ class PlannedStream(IterableDataset[Batch]):
         spec, sizes = self._spec, self._spec.plan.table.size
         step_bytes = max(1, sizes.mean()) * spec.plan.batch_size / spec.layout.num_ranks
         length = max(1, round(spec.data.read_ahead_bytes / step_bytes))
-        # the first batch waits for its own bytes only
-        starts = [0, *range(1, len(steps), length), len(steps)]
-        return (steps[a:b] for a, b in pairwise(starts) if a < b)
+        # the first batch waits for its own bytes only; then windows grow
+        taken, growing = 0, 1
+        while taken < len(steps):
+            yield steps[taken : taken + growing]
+            taken, growing = taken + growing, min(2 * growing, length)
 
     def _read(self, window: range, reader: RangeReader) -> list[PlannedStep]:
         table = self._spec.plan.table
@@ -237,22 +235,12 @@ def stream(spec: StreamSpec, group_of: GroupOf, *, start: int, stop: int) -> Ite
         num_workers=processes,
         prefetch_factor=spec.data.prefetch_batches if processes else None,
         timeout=spec.data.stall_timeout_s if processes else 0,
-        worker_init_fn=prepare_loader if processes else None,
+        worker_init_fn=_die_with_parent if processes else None,
     )
     yield from loader
 
 
-def prepare_loader(_: int = 0) -> None:
-    """Set up a loader process: it dies with its parent and keeps the memory that it frees.
-
-    Every picture takes and frees some buffers of 100 KB to 10 MB. By default glibc hands them back
-    to the kernel each time, and page faults then cost as much as resizing does.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
+def _die_with_parent(_: int) -> None:
     # a loader process asks for its parent only between batches; a stalled read would outlive it
-    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-        libc.mallopt(_M_MMAP_THRESHOLD, _HEAP_BYTES)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
