@@ -87,6 +87,7 @@ def workers_of(process):
     return found
 
 
+@pytest.mark.long
 def test_killed_worker_is_replaced(features, expected, tmp_path):
     out = tmp_path / "out"
     process = start(features, out)
