@@ -5,10 +5,11 @@ import shutil
 import pytest
 import torch
 
-from moce_dist.config import load_config
+from moce_dist.config import ParallelConfig, load_config
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.model.moce import LocalDispatcher
 from moce_dist.settings import ConfigError
-from moce_dist.train.setup import compile_blocks, worker_device
+from moce_dist.train.setup import prepare_blocks, worker_device
 
 SMALL = [
     "model.width=16", "model.depth=2", "model.num_heads=2", "model.decoder_width=8",
@@ -18,15 +19,28 @@ SMALL = [
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_compiled_blocks_keep_names_and_losses():
+@pytest.mark.parametrize("recompute", [False, True])
+def test_compiled_blocks_keep_names_losses_and_gradients(recompute):
     torch.manual_seed(0)
-    model = MaskedAutoencoder(load_config(None, SMALL))
-    images, noise = torch.randn(4, 3, 16, 16), torch.rand(4, 16)
-    names, expected = list(model.state_dict()), model(images, noise)
-    compile_blocks(model)
+    config = load_config(None, [*SMALL, "moe.num_experts=2"])
+    model = MaskedAutoencoder(config, centroids=torch.randn(4, 16), num_local_experts=2)
+    dispatcher, scales = LocalDispatcher(torch.tensor([[0, 1, 1, 0]]), 2), torch.ones(1, 4)
+    inputs = torch.randn(4, 3, 16, 16), torch.rand(4, 16), dispatcher, scales
+    names, expected = list(model.state_dict()), model(*inputs)
+    weights = [p for n, p in model.named_parameters() if not n.startswith("gate.")]
+    gradients = torch.autograd.grad(expected.sum(), weights)
+    prepare_blocks(
+        model,
+        ParallelConfig(compile=True, activation_checkpointing=recompute, precision="fp32"),
+    )
     assert list(model.state_dict()) == names
-    assert model.blocks[0]._compiled_call_impl is not None
-    assert torch.allclose(model(images, noise), expected, rtol=1e-4)
+    dense, with_experts = model.blocks
+    assert dense._compiled_call_impl is not None
+    assert with_experts.attn._compiled_call_impl is not None
+    loss = model(*inputs)
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for found, wanted in zip(torch.autograd.grad(loss.sum(), weights), gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
