@@ -71,6 +71,7 @@ def synthetic_state(config: Config, device: torch.device) -> TrainState:
     state.step = int(state.total_steps * config.gate.noise_fraction / 2)
     if (gate := state.model.gate) is not None:
         train_gate(gate, config)
+        state.router.regroup(gate, state.step)
         state.router.refresh(gate, state.step)
         state.router.replan()
     return state

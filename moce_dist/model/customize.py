@@ -33,10 +33,12 @@ def routes(weights: Mapping[str, Tensor], gate: GateConfig, *, num_groups: int =
     """List the expert of every cluster in every MoE layer, (L, K) int64, as routed without noise.
 
     `weights` are those of a MoCE by global name (`gate.weight` (L, E, D), `gate.cluster_embedding`
-    (K, D)).
+    (K, D), `gate.cluster_group` (K,)).
     """
     scores = logits(weights["gate.weight"], weights["gate.cluster_embedding"])
-    return torch.from_numpy(routing_table(scores, gate, num_groups=num_groups))
+    groups = weights.get("gate.cluster_group")
+    table = routing_table(scores, gate, num_groups=num_groups, cluster_group=groups)
+    return torch.from_numpy(table)
 
 
 def cluster_probabilities(weights: Mapping[str, Tensor]) -> Tensor:

@@ -37,9 +37,14 @@ def standardise(centroids: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """Logits of the experts per cluster: one linear map a layer on the cluster embedding."""
+    """Logits of the experts per cluster: one linear map a layer on the cluster embedding.
+
+    `cluster_group` (K,) int64 is the expert group that every cluster keeps with `groups: shared`,
+    -1 before it was decided; whoever plans decides it, so that what is read where stays right.
+    """
 
     cluster_embedding: Tensor
+    cluster_group: Tensor
 
     def __init__(
         self, num_layers: int, num_experts: int, centroids: Tensor, *, seed: int = 0
@@ -53,6 +58,8 @@ class Gate(nn.Module):
         )
         self.weight = nn.Parameter(draws * width**-0.5)
         self.register_buffer("cluster_embedding", standardise(centroids.float()))
+        undecided = torch.full((len(centroids),), -1, dtype=torch.int64)
+        self.register_buffer("cluster_group", undecided)
 
     def logits(self) -> Tensor:
         """Return the logits of every expert for every cluster, (L, K, E), float32."""
@@ -94,19 +101,33 @@ class NoiseSchedule:
         return torch.from_numpy(noise * level)
 
 
-def routing_table(
-    gate_logits: Tensor, gate: GateConfig, *, noise: Tensor | None = None, num_groups: int = 1
-) -> NDArray[np.int64]:
-    """Decide the expert of every cluster in every layer, (L, K), from logits (L, K, E).
-
-    `noise` (L, K, E) is in units of the spread (standard deviation) of a layer's logits.
-    """
+def noisy_scores(gate_logits: Tensor, noise: Tensor | None) -> NDArray[np.float64]:
+    """Add noise (L, K, E), in units of the spread of a layer's logits, to logits (L, K, E)."""
     scores = gate_logits.detach().float().cpu()
     if noise is not None:
         scores = scores + noise * scores.std(dim=(1, 2), correction=0, keepdim=True)
-    table = scores.double().numpy()
+    return scores.double().numpy()
+
+
+def routing_table(
+    gate_logits: Tensor,
+    gate: GateConfig,
+    *,
+    noise: Tensor | None = None,
+    num_groups: int = 1,
+    cluster_group: Tensor | None = None,
+) -> NDArray[np.int64]:
+    """Decide the expert of every cluster in every layer, (L, K), from logits (L, K, E).
+
+    `noise` (L, K, E) is in units of the spread (standard deviation) of a layer's logits. With
+    `groups: shared` clusters keep `cluster_group` (K,), or choose one now where that is undecided.
+    """
+    table = noisy_scores(gate_logits, noise)
     if gate.groups == "shared":
-        table = _mask_other_groups(table, num_groups)
+        groups = shared_groups(table, num_groups)
+        if cluster_group is not None and bool((cluster_group >= 0).all()):
+            groups = cluster_group.cpu().numpy()
+        table = _mask_other_groups(table, groups, num_groups)
     if gate.assign == "balanced":
         return np.stack([_balanced(layer) for layer in table])
     return table.argmax(axis=2)
@@ -131,10 +152,12 @@ def shared_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.in
     return _balanced(by_group.max(axis=3).sum(axis=0))
 
 
-def _mask_other_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.float64]:
+def _mask_other_groups(
+    scores: NDArray[np.float64], groups: NDArray[np.int64], num_groups: int
+) -> NDArray[np.float64]:
     num_experts = scores.shape[2]
     group_of_expert = np.arange(num_experts) // (num_experts // num_groups)
-    foreign = shared_groups(scores, num_groups)[:, None] != group_of_expert[None, :]
+    foreign = groups[:, None] != group_of_expert[None, :]
     return np.where(foreign[None], _FORBIDDEN, scores)
 
 

@@ -181,8 +181,11 @@ def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
     while state.step < state.total_steps:
         begin = state.step
         if gate is not None:
+            is_planning = begin % interval == 0
+            if is_planning:
+                router.regroup(gate, begin)
             router.refresh(gate, begin)
-            if begin % interval == 0:
+            if is_planning:
                 replan(state)
             if state.rank == 0:
                 router.begin_interval(state.job.folder, begin)

@@ -18,9 +18,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moce_dist.config import Config
-from moce_dist.model.gate import Gate, NoiseSchedule, routing_table
+from moce_dist.model.gate import (
+    Gate,
+    NoiseSchedule,
+    noisy_scores,
+    routing_table,
+    shared_groups,
+)
 from moce_dist.parallel.exchange import TRANSFERS
 from moce_dist.parallel.groups import ExpertMap, Topology, expert_map
 from moce_dist.parallel.placement import Placement, contiguous_placement, plan_placement
@@ -83,13 +90,34 @@ class Router:
         """Where every expert lives."""
         return expert_map(self.placement.expert_group, self._topology)
 
-    def compute_table(self, gate: Gate, step: int) -> Ints:
-        """Compute a step's table (L, K) from the gate's weights; with noise early in training."""
+    def regroup(self, gate: Gate, step: int) -> None:
+        """With shared groups, let every cluster choose its group until the next plan.
+
+        In between it keeps it, whatever the noise: readers follow plans, not steps. Collective over
+        all ranks.
+        """
+        if self._config.gate.groups != "shared":
+            return
+        groups = shared_groups(noisy_scores(*self._scores(gate, step)), self._topology.num_groups)
+        shared = torch.from_numpy(groups).to(gate.weight.device)
+        dist.broadcast(shared, 0)
+        gate.cluster_group.copy_(shared)
+
+    def _scores(self, gate: Gate, step: int) -> tuple[Tensor, Tensor]:
         # float32 on the host: the routing must not depend on the kernels of a device
         logits = gate.logits().detach().cpu()
-        noise = self._noise.sample(step, (logits.shape[0], logits.shape[1], logits.shape[2]))
+        shape = (logits.shape[0], logits.shape[1], logits.shape[2])
+        return logits, self._noise.sample(step, shape)
+
+    def compute_table(self, gate: Gate, step: int) -> Ints:
+        """Compute a step's table (L, K) from the gate's weights; with noise early in training."""
+        logits, noise = self._scores(gate, step)
         return routing_table(
-            logits, self._config.gate, noise=noise, num_groups=self._topology.num_groups
+            logits,
+            self._config.gate,
+            noise=noise,
+            num_groups=self._topology.num_groups,
+            cluster_group=gate.cluster_group,
         )
 
     def refresh(self, gate: Gate, step: int, *, force: bool = False) -> None:

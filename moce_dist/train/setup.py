@@ -200,6 +200,7 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
         manifest = read_manifest(start)
         router.restore(manifest)
     elif gate is not None:
+        router.regroup(gate, 0)
         router.refresh(gate, 0)
         router.replan()
     state.naming = Naming(job.config.moe_layers, router.experts, state.topology.place(state.rank))

@@ -41,6 +41,20 @@ def test_shared_keeps_a_cluster_in_one_group_in_all_layers():
     assert (groups[0] == shared_groups(logits.double().numpy(), 2)).all()
 
 
+def test_decided_groups_hold_against_any_noise():
+    draws = torch.Generator().manual_seed(0)
+    logits, decided = torch.randn(5, 8, 4, generator=draws), torch.tensor([1, 1, 0, 0, 1, 0, 1, 0])
+    gate, tables = GateConfig(groups="shared"), []
+    for _ in range(5):
+        noise = 10 * torch.randn(5, 8, 4, generator=draws)
+        tables.append(routing_table(logits, gate, noise=noise, num_groups=2, cluster_group=decided))
+        assert (tables[-1] // 2 == decided.numpy()).all()
+    assert any((table != tables[0]).any() for table in tables)
+    undecided = torch.full((8,), -1)
+    chosen = routing_table(logits, gate, num_groups=2, cluster_group=undecided)
+    assert (chosen == routing_table(logits, gate, num_groups=2)).all()
+
+
 def test_noise_is_keyed_and_falls_to_zero():
     schedule = NoiseSchedule(seed=1, relative_std=1.0, steps=10)
     shape = (2, 4, 3)
