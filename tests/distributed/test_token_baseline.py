@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from comparing import assert_close, global_batch, merged
 
+from moce_dist.data.images import normalise
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.parallel.token import token_bytes_exchanged
 from moce_dist.train import setup
@@ -63,7 +64,7 @@ def reference(job, gates):
         model.blocks[index].mlp = layer
     model.double()
     batch = global_batch(job)
-    loss = model(batch.images.double(), batch.noise.double()).mean()
+    loss = model(normalise(batch.images).double(), batch.noise.double()).mean()
     loss.backward()
     gradients = {n: p.grad.numpy() for n, p in model.named_parameters()}
     for layer in layers.values():
