@@ -13,9 +13,9 @@ CONFIGURATIONS = [
     # ranks, groups, ZeRO stage
     (1, 2, 0),
     (2, 2, 1),
-    (2, 4, 2),
+    pytest.param((2, 4, 2), marks=pytest.mark.long),
     (4, 2, 0),
-    (4, 2, 1),
+    pytest.param((4, 2, 1), marks=pytest.mark.long),
     (4, 2, 2),
     (4, 4, 0),
 ]

@@ -48,12 +48,14 @@ def test_step_prints_all_variants_and_moves_nothing():
     assert not document["skipped"]
 
 
+@pytest.mark.long
 def test_step_counts_what_travels_when_groups_are_free():
     figures = bench("step", "gate.groups=free", "moe.layers=[0,1]", "gate.noise=10")["figures"]
     assert figures["bytes_exchanged_per_image"] > 0
     assert figures["images_dropped"] == 0
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     os.geteuid() != 0 or not (shutil.which("ip") and shutil.which("tc")),
     reason="two hosts on one machine need root and iproute2",

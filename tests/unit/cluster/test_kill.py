@@ -99,6 +99,7 @@ def test_killed_worker_is_replaced(features, expected, tmp_path):
     assert [(out / name).read_bytes() for name in FILES] == expected
 
 
+@pytest.mark.long
 def test_killed_driver_goes_on_from_its_last_iteration(features, expected, tmp_path):
     out = tmp_path / "out"
     process = start(features, out)

@@ -19,7 +19,7 @@ SMALL = [
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_compiled_blocks_keep_names_losses_and_gradients(recompute):
     torch.manual_seed(0)
     config = load_config(None, [*SMALL, "moe.num_experts=2"])

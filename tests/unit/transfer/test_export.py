@@ -124,7 +124,9 @@ def test_model_of_timms_own_gets_pixels_with_its_own_statistics(image_folder):
     square = Image.open(file).resize((224, 224), Image.Resampling.BICUBIC)
     unit = np.asarray(square, np.float64).transpose(2, 0, 1) / 255
     expected = (unit - 0.5) / np.array([0.5, 0.4, 0.25]).reshape(3, 1, 1)
-    np.testing.assert_allclose(found, expected, atol=1e-5)
+    # two bicubic filters round some pixels to neighbouring levels
+    levels = (found - expected) * np.array([0.5, 0.4, 0.25]).reshape(3, 1, 1) * 255
+    assert abs(levels).max() < 1.01 and abs(levels).mean() < 0.02
 
 
 def test_other_architectures_classify_but_do_not_segment():
