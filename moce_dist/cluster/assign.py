@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from sklearn.metrics import normalized_mutual_info_score
 
 from moce_dist.cluster.blocks import (
     FeatureFiles,
@@ -232,6 +231,9 @@ def domain_figures(keys: Sequence[str], labels: Int64) -> dict[str, Any]:
 
     `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster.
     """
+    # a second to import, and training only reads clusters
+    from sklearn.metrics import normalized_mutual_info_score
+
     domains = [key.partition("/")[0] if "/" in key else "" for key in keys]
     if len(set(domains)) < 2:
         return {}

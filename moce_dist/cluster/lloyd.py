@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.cluster import kmeans_plusplus
 from threadpoolctl import threadpool_limits
 
 from moce_dist.cluster.balance import ascend, largest_size
@@ -104,6 +103,9 @@ class Lloyd:
 
     def first_state(self, seed: int) -> State:
         """Choose k-means++ centroids from the sample; prices are 0."""
+        # a second to import, and training only reads clusters
+        from sklearn.cluster import kmeans_plusplus
+
         num_clusters = self.config.num_clusters
         with threadpool_limits(1):
             chosen, _ = kmeans_plusplus(
