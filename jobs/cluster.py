@@ -9,7 +9,6 @@ With --run: features, clusters and cluster-sharded tars of that run.
 """
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +21,7 @@ from moce_dist.run import load_run, open_run, resolve_run, set_aside
 from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:
-    from moce_dist.cluster.blocks import FeatureFiles, MapBlocks
+    from moce_dist.cluster.blocks import FeatureFiles
 
 
 def main(argv: Sequence[str]) -> None:
@@ -89,6 +88,7 @@ def cluster_folder(arguments: Namespace) -> None:
     if arguments.fresh and out.exists():
         set_aside(out)
     from moce_dist.cluster.assign import run_clustering
+    from moce_dist.launch import map_shared
 
     summary = run_clustering(
         Path(arguments.features),
@@ -96,7 +96,7 @@ def cluster_folder(arguments: Namespace) -> None:
         config.cluster,
         seed=config.seed,
         subtract_mean=False,
-        map_blocks=block_mapper(config),
+        map_blocks=partial(map_shared, config.parallel),
     )
     print_summary(summary, out)
 
@@ -128,17 +128,6 @@ def plan_lines(files: "FeatureFiles", out: Path, config: Config) -> list[str]:
         f"workers    {config.parallel.num_workers}, {blocks} blocks of {cluster.block_rows} rows",
         f"out        {out}",
     ]
-
-
-def block_mapper(config: Config) -> "MapBlocks":
-    """Compute blocks on Ray's workers, or in this process where one worker is enough."""
-    from moce_dist.cluster.blocks import map_here
-
-    if config.parallel.num_workers == 1 and not os.environ.get("RAY_ADDRESS"):
-        return map_here
-    from moce_dist.launch import map_shared
-
-    return partial(map_shared, config.parallel)
 
 
 def print_summary(summary: dict[str, object], out: Path) -> None:

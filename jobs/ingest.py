@@ -4,12 +4,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
-from moce_dist.data.ingest import HOLDOUT, ingest
+from moce_dist.data.ingest import ingest
+from moce_dist.data.packing import HOLDOUT
 from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
 from moce_dist.data.sources import (
     PRETRAIN,
@@ -142,7 +144,9 @@ def main(argv: Sequence[str]) -> None:
     elif is_task:
         write_task(name, out)
     else:
-        index = ingest(source, out, config.data, ledger)
+        from moce_dist.launch import map_shared
+
+        index = ingest(source, out, config.data, ledger, partial(map_shared, config.parallel))
         faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
         summarise(index, out, len(faults))
 

@@ -23,7 +23,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.train
@@ -48,13 +48,11 @@ from moce_dist.elastic import (
     wait_for_seats,
 )
 from moce_dist.follow import FAILED, Follower, error_left, leave_error, log_to_file
+from moce_dist.mapping import Item, Result, Shared
 from moce_dist.parallel.groups import Station, free_port, rank_order
 from moce_dist.run import StoppedError
 from moce_dist.train.job import StageJob
 
-Shared = TypeVar("Shared")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 * 2**20
 _LOOK_EVERY_S = 1.0
@@ -135,7 +133,7 @@ def map_shared(
     items: Sequence[Item],
     /,
 ) -> Iterator[Result]:
-    """`map_tasks` as the sweeps of a clustering call it (`cluster.blocks.MapBlocks`)."""
+    """`map_tasks` in the form that chapters ask for (`mapping.MapTasks`)."""
     return map_tasks(function, items, parallel=parallel, shared=(shared,))
 
 

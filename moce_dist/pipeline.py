@@ -39,6 +39,7 @@ from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import INDEX_NAME, read_index
 from moce_dist.launch import map_shared, map_tasks, train
+from moce_dist.mapping import MapTasks
 from moce_dist.run import (
     COMPLETE,
     Run,
@@ -72,6 +73,10 @@ class Pipeline:
         self.cluster()
         self.moce()
 
+    @property
+    def _map_tasks(self) -> MapTasks:
+        return partial(map_shared, self.config.parallel)
+
     @cached_property
     def data(self) -> Path:
         """Folder of the data's index; a source that is no index is ingested first."""
@@ -85,7 +90,7 @@ class Pipeline:
                 f"{self.run.ingested}: is not complete; under torchrun first make it with "
                 f"jobs/ingest.py --run {self.run.root} and the same --config and --set"
             )
-        ingest(source, self.run.ingested, self.config.data, self.run.faults)
+        ingest(source, self.run.ingested, self.config.data, self.run.faults, self._map_tasks)
         return self.run.ingested
 
     def mae(self) -> None:
@@ -156,7 +161,7 @@ class Pipeline:
             self.config.cluster,
             seed=self.config.seed,
             subtract_mean=True,
-            map_blocks=partial(map_shared, self.config.parallel),
+            map_blocks=self._map_tasks,
             inputs=inputs,
         )
 
@@ -173,8 +178,9 @@ class Pipeline:
             read_index(self.data),
             assignments,
             out,
-            shard_bytes=self.config.data.shard_bytes,
+            self.config.data,
             inputs=inputs,
+            map_tasks=self._map_tasks,
         )
 
     def _assign_holdout(self) -> None:

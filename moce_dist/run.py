@@ -65,12 +65,21 @@ def versions() -> dict[str, str]:
     return found
 
 
-def mark_complete(folder: Path, inputs: Mapping[str, Any], files: Iterable[Path]) -> None:
-    """Write `folder/COMPLETE`: what the artefact was made from and the sha256 of its files."""
+def mark_complete(
+    folder: Path,
+    inputs: Mapping[str, Any],
+    files: Iterable[Path],
+    known: Mapping[str, str] | None = None,
+) -> None:
+    """Write `folder/COMPLETE`: what the artefact was made from and the sha256 of its files.
+
+    `known` holds the sha256 of files, by relative path, that need not be read again.
+    """
+    names = {str(file.relative_to(folder)): file for file in sorted(files)}
     marker = {
         "inputs": dict(inputs),
         "versions": versions(),
-        "files": {str(f.relative_to(folder)): file_sha256(f) for f in sorted(files)},
+        "files": {n: (known or {}).get(n) or file_sha256(f) for n, f in names.items()},
     }
     write_atomic(folder / COMPLETE, json.dumps(marker, indent=1, sort_keys=True))
 

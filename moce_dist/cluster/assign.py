@@ -27,11 +27,9 @@ from moce_dist.cluster.blocks import (
     FeatureFiles,
     Float32,
     Float64,
-    MapBlocks,
     View,
     check_count,
     column_mean,
-    map_here,
     open_features,
 )
 from moce_dist.cluster.kmeans import Matrix
@@ -46,6 +44,7 @@ from moce_dist.cluster.lloyd import (
 )
 from moce_dist.cluster.nearest import Int64, search, squared_distances
 from moce_dist.config import ClusterConfig
+from moce_dist.mapping import MapTasks, map_here
 from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
 from moce_dist.settings import ConfigError
 
@@ -81,7 +80,7 @@ def run_clustering(
     *,
     seed: int,
     subtract_mean: bool,
-    map_blocks: MapBlocks = map_here,
+    map_blocks: MapTasks = map_here,
     inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Cluster a folder of features and write the result; return its summary.

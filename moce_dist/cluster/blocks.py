@@ -14,46 +14,27 @@ Letters: n rows, D feature width. A `View` says how a raw row becomes the vector
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from moce_dist.mapping import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-Shared = TypeVar("Shared")
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 SCAN_FIRST_BYTES = 10 * 10**9
 _MAX_GROUPS, _MIN_GROUPS = 256, 8
 _GROUP_SUMS_BYTES = 2**30
 """What the results of a sweep may take together, unless that leaves too few groups."""
 _SCAN_ROWS = 8192
-
-
-class MapBlocks(Protocol):
-    """Apply a module-level function to what all share and an item each; in the items' order."""
-
-    def __call__(
-        self, function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
-    ) -> Iterable[Result]:
-        """Return `[function(shared, item) for item in items]`."""
-        ...
-
-
-def map_here(
-    function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
-) -> Iterable[Result]:
-    """Map in this process, one item after the other."""
-    return (function(shared, item) for item in items)
 
 
 class Block(NamedTuple):
@@ -243,7 +224,7 @@ def scan_group(dim: int, group: tuple[Block, ...]) -> _Scanned:
     return _Scanned(sums, None)
 
 
-def column_mean(files: FeatureFiles, map_blocks: MapBlocks = map_here) -> Float64:
+def column_mean(files: FeatureFiles, map_blocks: MapTasks = map_here) -> Float64:
     """Mean of all rows, (D,) float64, after a look at every value.
 
     Raises:

@@ -24,7 +24,6 @@ from moce_dist.cluster.blocks import (
     FeatureFiles,
     Float32,
     Float64,
-    MapBlocks,
     View,
     group_blocks,
     read_block,
@@ -39,6 +38,7 @@ from moce_dist.cluster.nearest import (
     search_index,
     squared_distances,
 )
+from moce_dist.mapping import MapTasks
 
 
 class Sums(NamedTuple):
@@ -157,7 +157,7 @@ class Matrix:
     files: FeatureFiles
     view: View
     block_rows: int
-    map_blocks: MapBlocks
+    map_blocks: MapTasks
     index_from: int = 2**31
     index_probes: int = 1
 

@@ -13,17 +13,17 @@ it is an error, though a single fault never is unless the fraction is 0. After a
 the attempt is left but the ledger.
 """
 
-import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moce_dist.config import DataConfig
+from moce_dist.data.packing import HOLDOUT, member_bytes, plan_files, plan_id, share, write_files
 from moce_dist.data.progress import track
 from moce_dist.data.shards import (
     INDEX_NAME,
@@ -42,9 +42,9 @@ from moce_dist.data.sources import (
     header_problem,
     list_folder,
     parse_source,
-    read_picture,
 )
 from moce_dist.data.writer import ShardSeries, all_or_nothing
+from moce_dist.mapping import MapTasks, map_here
 from moce_dist.run import (
     is_complete,
     mark_complete,
@@ -56,9 +56,7 @@ from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 
-HOLDOUT = "holdout"
 _FILES = (INDEX_NAME, "train-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar")
-_UNFINISHED = (".*.tmp", f"{HOLDOUT}/.*.tmp")
 _SCAN_FIRST_BYTES = 10 * 10**9
 _Sample = tuple[str, dict[str, bytes]]
 
@@ -70,18 +68,24 @@ class _Gate:
     ledger: Path
     max_fraction: float
     total: int
-    num_faults: int = 0
-    known: set[Fault] = field(default_factory=set)
+    _met: set[tuple[str, str | None]] = field(default_factory=set)
+    _known: set[Fault] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         # an attempt that failed before has left its lines
         lines = (line for line in read_faults(self.ledger) if line["stage"] == "ingest")
-        self.known.update(Fault(f["shard"], f["key"], f["reason"]) for f in lines)
+        self._known.update(Fault(f["shard"], f["key"], f["reason"]) for f in lines)
+
+    @property
+    def num_faults(self) -> int:
+        return len(self._met)
 
     def record(self, faults: Iterable[Fault]) -> None:
         for fault in faults:
-            self.num_faults += 1
-            if fault not in self.known:
+            # a damaged header is met when it is checked, and again when its file is packed
+            is_new = (fault.shard, fault.key) not in self._met
+            self._met.add((fault.shard, fault.key))
+            if is_new and fault not in self._known:
                 record_fault(self.ledger, stage="ingest", **fault._asdict())
 
     def check(self, error: type[Exception]) -> None:
@@ -94,7 +98,13 @@ class _Gate:
             )
 
 
-def ingest(source: str, out: Path, config: DataConfig, ledger: Path) -> ShardIndex:
+def ingest(
+    source: str,
+    out: Path,
+    config: DataConfig,
+    ledger: Path,
+    map_tasks: MapTasks = map_here,
+) -> ShardIndex:
     """Make shards and index of a source in `out`; at once when that was done before.
 
     Raises:
@@ -108,9 +118,12 @@ def ingest(source: str, out: Path, config: DataConfig, ledger: Path) -> ShardInd
         logger.info("%s: complete already", out)
         return read_index(out)
     _refuse_other(out, inputs)
-    with all_or_nothing(out, (*_FILES, *_UNFINISHED)):
-        index = _make(kind, rest, _Request(out, config, ledger))
-        mark_complete(out, inputs, [path for pattern in _FILES for path in out.glob(pattern)])
+    request = _Request(out, config, ledger, map_tasks)
+    if kind == "folder":
+        return _pack_folder(list_folder(Path(rest)), request, inputs)
+    with all_or_nothing(out, _FILES):
+        index = _make(kind, rest, request)
+        mark_complete(out, inputs, _files(out))
     return index
 
 
@@ -118,14 +131,17 @@ class _Request(NamedTuple):
     out: Path
     config: DataConfig
     ledger: Path
+    map_tasks: MapTasks
 
     def gate(self, total: int) -> _Gate:
         return _Gate(self.ledger, self.config.max_fault_fraction, total)
 
 
+def _files(out: Path) -> list[Path]:
+    return [path for pattern in _FILES for path in out.glob(pattern)]
+
+
 def _make(kind: Kind, rest: str, request: _Request) -> ShardIndex:
-    if kind == "folder":
-        return _pack(_folder_samples(list_folder(Path(rest)), request), request)
     if kind == "shards":
         return _index_in_place(expand_shards(rest), request)
     if rest != PRETRAIN:
@@ -146,32 +162,43 @@ def _refuse_other(out: Path, inputs: dict[str, Any]) -> None:
         )
 
 
-def _share(name: str) -> float:
-    # a name's place in [0, 1), the same for good
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8]) / 2**64
+def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> ShardIndex:
+    out, config = request.out, request.config
+    tars = plan_files(
+        folder.files, holdout_fraction=config.holdout_fraction, shard_bytes=config.shard_bytes
+    )
+    with all_or_nothing(out, _FILES, plan_id(tars)):
+        gate = _check_headers(folder, request)
+        parts: dict[str, list[Shard]] = {"": [], HOLDOUT: []}
+        for written in track(
+            request.map_tasks(write_files, out, tars), "tars packed", total=len(tars)
+        ):
+            gate.record(written.faults)
+            gate.check(RuntimeError)
+            if written.shard.num_samples:
+                parts[written.folder].append(written.shard)
+        index = _write_indices(request, parts[""], parts[HOLDOUT])
+        known = {
+            str(Path(part, shard.path)): shard.sha256
+            for part, shards in parts.items()
+            for shard in shards
+        }
+        mark_complete(out, inputs, _files(out), known)
+    return index
 
 
-def _folder_samples(folder: Folder, request: _Request) -> Iterator[_Sample]:
+def _check_headers(folder: Folder, request: _Request) -> _Gate:
+    # what little data has wrong is known before any of it is packed
     gate = request.gate(len(folder.files) + len(folder.faults))
     gate.record(folder.faults)
-    files = folder.files
     if folder.num_bytes < _SCAN_FIRST_BYTES:
-        headers = track(files, "headers", total=len(files))
+        headers = track(folder.files, "headers", total=len(folder.files))
         checked = [(file, header_problem(file.path)) for file in headers]
         gate.record(Fault(str(file.path), file.key, why) for file, why in checked if why)
-        files = [file for file, why in checked if not why]
     gate.check(ConfigError)
-    if not files:
+    if gate.num_faults == gate.total:
         raise ConfigError(f"no picture can be read; each is named in {request.ledger}")
-    for file in track(files, "images", total=len(files)):
-        content = read_picture(file)
-        if isinstance(content, Fault):
-            gate.record([content])
-            gate.check(RuntimeError)
-            continue
-        label = {} if file.label is None else {"cls": str(file.label).encode()}
-        yield file.key, {file.path.suffix[1:].lower(): content, **label}
+    return gate
 
 
 def _pack(stream: Iterable[_Sample], request: _Request) -> ShardIndex:
@@ -179,10 +206,8 @@ def _pack(stream: Iterable[_Sample], request: _Request) -> ShardIndex:
     train = ShardSeries(out, "train", config.shard_bytes)
     holdout = ShardSeries(out / HOLDOUT, HOLDOUT, config.shard_bytes)
     for key, members in stream:
-        series = holdout if _share(key) < config.holdout_fraction else train
-        # a member costs its header and, at most, a block of padding
-        num_bytes = sum(len(content) + 1024 for content in members.values())
-        series.writer(num_bytes).add(key, members)
+        series = holdout if share(key) < config.holdout_fraction else train
+        series.writer(member_bytes(map(len, members.values()))).add(key, members)
     return _write_indices(request, train.close(), holdout.close())
 
 
@@ -238,4 +263,4 @@ def _held_out(shards: list[Shard], fraction: float) -> set[str]:
     # whole shards, and never the last one
     number = min(math.ceil(fraction * len(shards)), len(shards) - 1)
     paths = [shard.path for shard in shards]
-    return set(sorted(paths, key=lambda path: (_share(path.rsplit("/")[-1]), path))[:number])
+    return set(sorted(paths, key=lambda path: (share(path.rsplit("/")[-1]), path))[:number])

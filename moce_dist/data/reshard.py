@@ -1,59 +1,92 @@
 """Rewriting tars by cluster, so that a group of workers streams the clusters it trains on.
 
 Samples are copied as raw byte ranges, in index order within a cluster; headers and contents stay as
-they are. The sources are read once, front to back, in large blocks. Afterwards the new tars are
-parsed anew, and the multiset of (key, bytes) must be that of the sources:
+they are:
 
     train-000000.tar   a b c d            cluster-00000-000000.tar   a d f
     train-000001.tar   e f g       ->     cluster-00001-000000.tar   b c e g
+
+What goes into which tar follows from index and assignments alone, so every new tar is a task of its
+own: workers write them side by side, and after a kill those that were finished stay. A tar gets its
+name only when, parsed anew from the disk, it holds the planned keys at the planned places and its
+sha256 is that of the bytes that were read from the sources. The plan holds every sample once; so
+the multiset of (key, bytes) is that of the sources.
 """
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import fsspec
-
+from moce_dist.config import DataConfig
 from moce_dist.data.progress import track
+from moce_dist.data.ranges import RangeReader, Wanted
 from moce_dist.data.shards import (
     INDEX_NAME,
+    TAR_END,
     Shard,
     ShardIndex,
     read_index,
     scan_shard,
     write_index,
 )
-from moce_dist.data.writer import ShardSeries, all_or_nothing
-from moce_dist.run import is_complete, mark_complete
+from moce_dist.data.writer import all_or_nothing, finished_tar, note_finished
+from moce_dist.mapping import MapTasks, map_here
+from moce_dist.run import fingerprint, is_complete, mark_complete
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_READ_BYTES = 8 * 2**20
-_BUFFERS_BYTES = 256 * 2**20
+_READ_BYTES = 32 * 2**20
 
 
-class _RawSample(NamedTuple):
-    key: str
-    content: bytes
-    image_offset: int
-    image_size: int
+class TarPlan(NamedTuple):
+    """One tar to be written: its name, its cluster and the samples that it takes, in order."""
+
+    name: str
+    cluster: int
+    parts: list[tuple[str, Shard]]
+    """URL of a source and the rows taken of it."""
+
+    def expected(self) -> Shard:
+        """Entry of the index that follows from the plan, without the sha256."""
+        shard, position = Shard(self.name, cluster=self.cluster), 0
+        for _, taken in self.parts:
+            for row, key in enumerate(taken.keys):
+                start = taken.starts[row]
+                shard.keys.append(key)
+                shard.starts.append(position)
+                shard.offsets.append(position + taken.offsets[row] - start)
+                shard.sizes.append(taken.sizes[row])
+                position += taken.ends[row] - start
+                shard.ends.append(position)
+        return replace(shard, num_samples=len(shard.keys), bytes=position + len(TAR_END))
+
+
+class _Writing(NamedTuple):
+    """What all tars share."""
+
+    out: Path
+    timeout_s: float
+    deadline_s: float
 
 
 def reshard(
     index: ShardIndex,
     assignments: Mapping[str, int],
     out: Path,
+    data: DataConfig,
     *,
-    shard_bytes: int,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
+    map_tasks: MapTasks = map_here,
 ) -> ShardIndex:
     """Copy every sample into a tar of its cluster; at once when done before from equal `inputs`.
 
-    Writes `out/cluster-CCCCC-NNNNNN.tar`, `index.json` and, last, `COMPLETE`. Keys of `assignments`
-    that the index lacks (held-out images) are passed over.
+    Writes `out/cluster-CCCCC-NNNNNN.tar` of about `data.shard_bytes`, `index.json` and, last,
+    `COMPLETE`. Keys of `assignments` that the index lacks (held-out images) are passed over.
 
     Raises:
         ConfigError: a sample has no assignment.
@@ -63,92 +96,117 @@ def reshard(
     if is_complete(out, inputs):
         logger.info("%s: complete already", out)
         return read_index(out)
-    for shard in index.shards:
-        for key in shard.keys:
-            if key not in assignments:
-                raise ConfigError(f"{index.url(shard)}: sample {key!r} has no assignment")
-    with all_or_nothing(out, ("cluster-*.tar", INDEX_NAME, ".*.tmp")):
-        shards, digest = _copy(index, assignments, out, shard_bytes)
-        _verify(ShardIndex(str(out), shards), index.num_samples, digest)
+    plans = plan_tars(index, assignments, data.shard_bytes)
+    shared = _Writing(out, data.read_timeout_s, data.read_deadline_s)
+    attempt = fingerprint({**inputs, "shard_bytes": data.shard_bytes, "tars": len(plans)})
+    with all_or_nothing(out, ("cluster-*.tar", INDEX_NAME), attempt):
+        written = map_tasks(write_tar, shared, plans)
+        shards = list(track(written, "tars written", total=len(plans)))
         resharded = write_index(out, shards)
-        mark_complete(out, inputs, [out / INDEX_NAME, *out.glob("cluster-*.tar")])
+        known = {shard.path: shard.sha256 for shard in shards}
+        mark_complete(out, inputs, [out / INDEX_NAME, *map(out.joinpath, known)], known)
     return resharded
 
 
-def _copy(
-    index: ShardIndex, assignments: Mapping[str, int], out: Path, shard_bytes: int
-) -> tuple[list[Shard], int]:
-    clusters = sorted({assignments[key] for shard in index.shards for key in shard.keys})
-    buffer_bytes = min(2**20, _BUFFERS_BYTES // max(1, len(clusters)))
-    series = {
-        cluster: ShardSeries(
-            out,
-            f"cluster-{cluster:05d}",
-            shard_bytes,
-            cluster=cluster,
-            buffer_bytes=buffer_bytes,
-        )
-        for cluster in clusters
-    }
-    digest = 0
-    for sample in track(_samples(index), "samples resharded", total=index.num_samples):
-        digest += _digest(sample)
-        writer = series[assignments[sample.key]].writer(len(sample.content))
-        writer.add_raw(*sample)
-    return [shard for cluster in clusters for shard in series[cluster].close()], digest
+def plan_tars(index: ShardIndex, assignments: Mapping[str, int], shard_bytes: int) -> list[TarPlan]:
+    """Decide which samples go into which tar, by cluster, then in the order of the index.
 
-
-def _samples(index: ShardIndex) -> Iterator[_RawSample]:
+    Raises:
+        ConfigError: a sample has no assignment.
+    """
+    tars: dict[int, list[TarPlan]] = {}
+    filled: dict[int, int] = {}
     for shard in index.shards:
-        yield from _raw_samples(index.url(shard), shard)
+        url = index.url(shard)
+        for cluster, rows in sorted(_rows_by_cluster(url, shard, assignments).items()):
+            for row in rows:
+                size = shard.ends[row] - shard.starts[row]
+                series = tars.setdefault(cluster, [])
+                if not series or filled[cluster] + size > shard_bytes:
+                    name = f"cluster-{cluster:05d}-{len(series):06d}.tar"
+                    series.append(TarPlan(name, cluster, []))
+                    filled[cluster] = 0
+                _take(series[-1], url, shard, row)
+                filled[cluster] += size
+    return [tar for cluster in sorted(tars) for tar in tars[cluster]]
 
 
-def _raw_samples(url: str, shard: Shard) -> Iterator[_RawSample]:
-    with fsspec.open(url, "rb") as file:
-        for first, last in _runs(shard):
-            base = shard.starts[first]
-            file.seek(base)
-            block = file.read(shard.ends[last] - base)
-            if len(block) < shard.ends[last] - base:
-                raise RuntimeError(f"{url}: ends before sample {shard.keys[last]!r}")
-            for row in range(first, last + 1):
-                start = shard.starts[row]
-                content = block[start - base : shard.ends[row] - base]
-                yield _RawSample(
-                    shard.keys[row], content, shard.offsets[row] - start, shard.sizes[row]
-                )
+def _rows_by_cluster(
+    url: str, shard: Shard, assignments: Mapping[str, int]
+) -> dict[int, list[int]]:
+    rows: dict[int, list[int]] = {}
+    for row, key in enumerate(shard.keys):
+        if key not in assignments:
+            raise ConfigError(f"{url}: sample {key!r} has no assignment")
+        rows.setdefault(assignments[key], []).append(row)
+    return rows
 
 
-def _runs(shard: Shard) -> Iterator[tuple[int, int]]:
-    # rows from first to last, both included, that one read of about 8 MiB covers
-    first = 0
-    for row in range(shard.num_samples):
-        is_last = row + 1 == shard.num_samples
-        if is_last or shard.ends[row + 1] - shard.starts[first] > _READ_BYTES:
-            yield first, row
-            first = row + 1
+def _take(tar: TarPlan, url: str, shard: Shard, row: int) -> None:
+    if not tar.parts or tar.parts[-1][0] != url:
+        tar.parts.append((url, Shard(shard.path)))
+    taken = tar.parts[-1][1]
+    taken.keys.append(shard.keys[row])
+    taken.starts.append(shard.starts[row])
+    taken.ends.append(shard.ends[row])
+    taken.offsets.append(shard.offsets[row])
+    taken.sizes.append(shard.sizes[row])
 
 
-def _digest(sample: _RawSample) -> int:
-    # sums of these are equal for equal multisets, whatever the order
-    hashed = hashlib.blake2b(sample.key.encode(errors="surrogateescape"), digest_size=32)
-    hashed.update(b"\0")
-    hashed.update(sample.content)
-    return int.from_bytes(hashed.digest())
+def write_tar(shared: _Writing, tar: TarPlan) -> Shard:
+    """Write one tar, look at it again, publish it; at once when an earlier attempt did.
 
-
-def _verify(written: ShardIndex, num_samples: int, digest: int) -> None:
-    found, count = 0, 0
-    for shard in track(written.shards, "shards verified", total=len(written.shards)):
-        url = written.url(shard)
-        # positions and keys as the tar itself has them, not as they were meant
-        parsed, faults = scan_shard(url, path=shard.path, cluster=shard.cluster)
-        if faults or parsed != shard:
-            raise RuntimeError(f"{url}: differs from its index; {faults or 'a source has changed'}")
-        for sample in _raw_samples(url, parsed):
-            found += _digest(sample)
-            count += 1
-    if (count, found) != (num_samples, digest):
+    Raises:
+        RuntimeError: a source ends early or has changed, or the copy differs.
+        OSError: it cannot be written.
+    """
+    if (found := finished_tar(shared.out, tar.name)) is not None:
+        return found[0]
+    # of this process alone: a lost worker that still writes must not spoil another's file
+    temporary = shared.out / f".{tar.name}.{os.getpid()}.tmp"
+    digest = hashlib.sha256()
+    with temporary.open("wb") as file:
+        for content in _contents(shared, tar):
+            digest.update(content)
+            file.write(content)
+        digest.update(TAR_END)
+        file.write(TAR_END)
+    expected = replace(tar.expected(), sha256=digest.hexdigest())
+    # positions and keys as the tar itself has them, not as they were meant
+    parsed, faults = scan_shard(str(temporary), path=tar.name, cluster=tar.cluster)
+    if faults or parsed != expected:
         raise RuntimeError(
-            f"{written.root}: {count} samples of {num_samples} were kept, or their bytes differ"
+            f"{shared.out / tar.name}: differs from what was planned; a source has changed since "
+            f"it was indexed, or the copy failed (sources: {', '.join(u for u, _ in tar.parts)})"
         )
+    temporary.replace(shared.out / tar.name)
+    note_finished(shared.out, parsed)
+    return parsed
+
+
+def _contents(shared: _Writing, tar: TarPlan) -> Iterator[memoryview]:
+    reader = RangeReader(shared.timeout_s, shared.deadline_s)
+    try:
+        for keys, wanted in _portions(tar):
+            for key, place, content in zip(keys, wanted, reader.read(wanted), strict=True):
+                if isinstance(content, OSError):
+                    raise RuntimeError(f"{place.url}: sample {key!r} cannot be read: {content}")
+                yield content
+    finally:
+        reader.close()
+
+
+def _portions(tar: TarPlan) -> Iterator[tuple[list[str], list[Wanted]]]:
+    # what is read at once is what memory holds of the sources
+    keys: list[str] = []
+    wanted: list[Wanted] = []
+    held = 0
+    for url, taken in tar.parts:
+        for key, start, end in zip(taken.keys, taken.starts, taken.ends, strict=True):
+            if held and held + end - start > _READ_BYTES:
+                yield keys, wanted
+                keys, wanted, held = [], [], 0
+            keys.append(key)
+            wanted.append(Wanted(url, start, end - start))
+            held += end - start
+    yield keys, wanted

@@ -6,51 +6,69 @@ byte range that it has in another tar.
 
 import errno
 import hashlib
+import json
+import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from moce_dist.data.shards import TAR_END, Shard, is_image_name
-from moce_dist.run import COMPLETE
+from moce_dist.data.shards import TAR_END, Fault, Shard, is_image_name
+from moce_dist.run import COMPLETE, write_atomic
 from moce_dist.settings import ConfigError
 
-_BEGUN = ".begun"
+_BEGUN, _FINISHED = ".begun", ".finished"
+_NOTES = (f"{_FINISHED}/*.json", f"*/{_FINISHED}/*.json")
+_UNFINISHED = (".*.tmp", "*/.*.tmp")
 
 
 @contextmanager
-def all_or_nothing(folder: Path, patterns: tuple[str, ...]) -> Iterator[None]:
+def all_or_nothing(
+    folder: Path, patterns: tuple[str, ...], plan: str | None = None
+) -> Iterator[None]:
     """Clear what an earlier attempt left under `patterns`, and again when the block fails.
+
+    With `plan`, a fingerprint of what is to be written, a kill or an interruption leaves the tars
+    that were finished by then (`note_finished`) to the next attempt of the same plan.
 
     Raises:
         ConfigError: files are there that no attempt of ours has written.
         RuntimeError: the disk is full.
     """
     begun = folder / _BEGUN
+    everything = (COMPLETE, *patterns, *_UNFINISHED, *_NOTES)
     found = [path for pattern in patterns for path in folder.glob(pattern)]
     if found and not begun.exists() and not (folder / COMPLETE).exists():
         raise ConfigError(f"{folder}: holds {found[0].name} already; choose another folder")
+    is_continued = plan is not None and begun.exists() and begun.read_text() == plan
     folder.mkdir(parents=True, exist_ok=True)
-    begun.touch()
-    _clear(folder, patterns)
+    _clear(folder, _UNFINISHED if is_continued else everything)
+    begun.write_text(plan or "")
     try:
         yield
     except BaseException as error:
-        _clear(folder, patterns)
+        has_finished = any(path for pattern in _NOTES for path in folder.glob(pattern))
+        if plan is not None and has_finished and not isinstance(error, Exception):
+            raise
+        _end(folder, everything)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise RuntimeError(
                 f"{folder}: no space left on the device; what was written is removed again"
             ) from error
         raise
-    finally:
-        begun.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+    _end(folder, _NOTES)
+
+
+def _end(folder: Path, patterns: tuple[str, ...]) -> None:
+    _clear(folder, patterns)
+    (folder / _BEGUN).unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
-    for pattern in (COMPLETE, *patterns):
+    for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink()
             _remove_empty(path.parent, folder)
@@ -60,6 +78,27 @@ def _remove_empty(inner: Path, folder: Path) -> None:
     while inner != folder and not any(inner.iterdir()):
         inner.rmdir()
         inner = inner.parent
+
+
+def note_finished(folder: Path, shard: Shard, faults: Sequence[Fault] = ()) -> None:
+    """Note the entry of a tar that has its name, so that no later attempt writes it again."""
+    note = {"shard": asdict(shard), "faults": [list(fault) for fault in faults]}
+    write_atomic(_note(folder, shard.path), json.dumps(note))
+
+
+def finished_tar(folder: Path, name: str) -> tuple[Shard, list[Fault]] | None:
+    """Return the entry and the faults of a tar that an earlier attempt finished, if it did."""
+    try:
+        note = json.loads(_note(folder, name).read_text())
+    except FileNotFoundError:
+        return None
+    if not (folder / name).is_file():
+        return None
+    return Shard(**note["shard"]), [Fault(*fault) for fault in note["faults"]]
+
+
+def _note(folder: Path, name: str) -> Path:
+    return folder / _FINISHED / f"{name}.json"
 
 
 class ShardWriter:
@@ -73,7 +112,8 @@ class ShardWriter:
         self, folder: Path, name: str, *, cluster: int | None = None, buffer_bytes: int = 2**20
     ) -> None:
         self._path, self._buffer_bytes = folder / name, buffer_bytes
-        self._temporary = folder / f".{name}.tmp"
+        # of this process alone: a lost worker that still writes must not spoil another's file
+        self._temporary = folder / f".{name}.{os.getpid()}.tmp"
         self._buffer = bytearray()
         self._digest = hashlib.sha256()
         self._position = 0

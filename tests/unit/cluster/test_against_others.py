@@ -5,10 +5,11 @@ import time
 import numpy as np
 import pytest
 
-from moce_dist.cluster.blocks import View, column_mean, map_here, open_features
+from moce_dist.cluster.blocks import View, column_mean, open_features
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, settle
 from moce_dist.config import ClusterConfig
+from moce_dist.mapping import map_here
 
 ROWS, DIM, CLUSTERS = 6000, 24, 24
 

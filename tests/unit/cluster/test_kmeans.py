@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from moce_dist.cluster.blocks import View, column_mean, group_blocks, map_here, open_features
+from moce_dist.cluster.blocks import View, column_mean, group_blocks, open_features
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, split_empty
 from moce_dist.cluster.nearest import (
@@ -14,6 +14,7 @@ from moce_dist.cluster.nearest import (
     squared_distances,
 )
 from moce_dist.config import ClusterConfig
+from moce_dist.mapping import map_here
 
 
 def mixture(num_rows, dim, num_groups, seed=0, spread=1.0):

@@ -15,6 +15,7 @@ import webdataset
 
 from moce_dist.config import DataConfig
 from moce_dist.data import ingest as module
+from moce_dist.data import packing
 from moce_dist.data.ingest import ingest
 from moce_dist.data.shards import read_index, read_members
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
@@ -195,7 +196,7 @@ def test_data_too_large_to_scan_first_fails_while_running(
     monkeypatch.setattr(module, "_SCAN_FIRST_BYTES", 0)
     for number in range(3):
         (image_folder / "owl" / f"z{number}.png").write_text("no picture")
-    with pytest.raises(RuntimeError, match="2 of 15 samples are unreadable"):
+    with pytest.raises(RuntimeError, match="3 of 15 samples are unreadable"):
         run(f"folder:{image_folder}", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["faults.jsonl"]
 
@@ -407,23 +408,59 @@ def test_tars_that_lie_in_the_output_folder_survive(tmp_path, three_tars):
     assert precious.exists()
 
 
-def test_interruption_leaves_nothing_and_the_next_attempt_succeeds(
+class Counting:
+    """`read_picture` that counts, and meets something at the seventh picture."""
+
+    def __init__(self, original, seventh=None):
+        self.original, self.seventh, self.paths = original, seventh, []
+
+    def __call__(self, file):
+        self.paths.append(file.path)
+        if len(self.paths) == 7 and self.seventh:
+            self.seventh()
+        return self.original(file)
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_interruption_of_the_first_tar_leaves_nothing(tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr(packing, "read_picture", Counting(packing.read_picture, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(f"folder:{image_folder}", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_after_an_interruption_finished_tars_are_not_packed_again(
     tmp_path, image_folder, monkeypatch
 ):
-    out = tmp_path / "out"
-    original, calls = module.read_picture, []
-
-    def interrupted(file):
-        calls.append(file)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return original(file)
-
-    monkeypatch.setattr(module, "read_picture", interrupted)
+    small = CONFIG.model_copy(update={"shard_bytes": 8000})
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    run(f"folder:{image_folder}", whole, small)
+    original = packing.read_picture
+    monkeypatch.setattr(packing, "read_picture", Counting(original, interrupt))
     with pytest.raises(KeyboardInterrupt):
-        run(f"folder:{image_folder}", out)
-    assert not out.exists()
-    assert run(f"folder:{image_folder}", out).num_samples == 12
+        run(f"folder:{image_folder}", out, small)
+    assert not (out / "COMPLETE").exists() and list(out.glob("train-*.tar"))
+    again = Counting(original)
+    monkeypatch.setattr(packing, "read_picture", again)
+    run(f"folder:{image_folder}", out, small)
+    assert 0 < len(again.paths) < 12
+    assert tree(out) == tree(whole)
+    # a folder that has changed since: all tars anew
+    monkeypatch.setattr(packing, "read_picture", Counting(original, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(f"folder:{image_folder}", tmp_path / "other", small)
+    (image_folder / "cat" / "00.png").unlink()
+    anew = Counting(original)
+    monkeypatch.setattr(packing, "read_picture", anew)
+    assert run(f"folder:{image_folder}", tmp_path / "other", small).num_samples == 11
+    assert len(anew.paths) == 11
+
+
+def tree(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_killed_process_leaves_no_mark_and_the_next_attempt_succeeds(tmp_path, image_folder):
@@ -431,25 +468,25 @@ def test_killed_process_leaves_no_mark_and_the_next_attempt_succeeds(tmp_path, i
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from moce_dist.config import DataConfig\n"
-        "from moce_dist.data import ingest as module\n"
-        "original, calls = module.read_picture, []\n"
+        "from moce_dist.data import packing\n"
+        "from moce_dist.data.ingest import ingest\n"
+        "original, calls = packing.read_picture, []\n"
         "def read(file):\n"
         "    calls.append(file)\n"
         "    if len(calls) == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(file)\n"
-        "module.read_picture = read\n"
+        "packing.read_picture = read\n"
         "out = Path(sys.argv[2])\n"
-        "module.ingest(sys.argv[1], out, DataConfig(holdout_fraction=0.0), out / 'f.jsonl')\n"
+        "config = DataConfig(holdout_fraction=0.0).model_copy(update={'shard_bytes': 8000})\n"
+        "ingest(sys.argv[1], out, config, out / 'f.jsonl')\n"
     )
     command = [sys.executable, "-c", code, f"folder:{image_folder}", str(out)]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert not (out / "COMPLETE").exists()
-    assert run(f"folder:{image_folder}", out).num_samples == 12
-    assert sorted(path.name for path in out.iterdir()) == [
-        "COMPLETE",
-        "index.json",
-        "train-000000.tar",
-    ]
+    small = CONFIG.model_copy(update={"shard_bytes": 8000})
+    assert run(f"folder:{image_folder}", out, small).num_samples == 12
+    run(f"folder:{image_folder}", tmp_path / "whole", small)
+    assert tree(out) == tree(tmp_path / "whole")
 
 
 def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, picture):

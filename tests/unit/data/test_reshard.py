@@ -6,17 +6,20 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import webdataset
 
+from moce_dist.config import DataConfig
 from moce_dist.data import reshard as module
 from moce_dist.data.reshard import reshard
-from moce_dist.data.shards import ShardIndex, read_index, scan_shard, write_index
+from moce_dist.data.shards import read_index, read_range, scan_shard, write_index
 from moce_dist.run import is_complete
 from moce_dist.settings import ConfigError
 
 INPUTS = {"clusters": "abc"}
+SMALL, LARGE = (DataConfig().model_copy(update={"shard_bytes": n}) for n in (6000, 10**6))
 
 
 def members(paths):
@@ -42,7 +45,7 @@ def clusters(index):
 
 def test_resharding_keeps_the_multiset_of_keys_and_bytes(tmp_path, index, clusters, three_tars):
     out = tmp_path / "shards"
-    resharded = reshard(index, clusters, out, shard_bytes=6000, inputs=INPUTS)
+    resharded = reshard(index, clusters, out, SMALL, inputs=INPUTS)
     tars = sorted(out.glob("*.tar"))
     assert members(tars) == members(three_tars)
     assert [shard.path for shard in resharded.shards] == [path.name for path in tars]
@@ -60,7 +63,7 @@ def test_resharding_keeps_the_multiset_of_keys_and_bytes(tmp_path, index, cluste
 
 def test_plain_webdataset_reads_resharded_tars(tmp_path, index, clusters):
     out = tmp_path / "shards"
-    reshard(index, clusters, out, shard_bytes=10**6, inputs=INPUTS)
+    reshard(index, clusters, out, LARGE, inputs=INPUTS)
     urls = [str(path) for path in sorted(out.glob("*.tar"))]
     found = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert Counter(sample["__key__"] for sample in found) == Counter(clusters.keys())
@@ -69,7 +72,7 @@ def test_plain_webdataset_reads_resharded_tars(tmp_path, index, clusters):
 def test_same_input_gives_the_same_bytes(tmp_path, index, clusters):
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:
-        reshard(index, clusters, out, shard_bytes=6000, inputs=INPUTS)
+        reshard(index, clusters, out, SMALL, inputs=INPUTS)
     files = [sorted(path.name for path in out.iterdir()) for out in outs]
     assert files[0] == files[1]
     assert all((outs[0] / f).read_bytes() == (outs[1] / f).read_bytes() for f in files[0])
@@ -77,67 +80,117 @@ def test_same_input_gives_the_same_bytes(tmp_path, index, clusters):
 
 def test_complete_result_is_not_made_again(tmp_path, index, clusters):
     out = tmp_path / "shards"
-    first = reshard(index, clusters, out, shard_bytes=6000, inputs=INPUTS)
+    first = reshard(index, clusters, out, SMALL, inputs=INPUTS)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert reshard(index, clusters, out, shard_bytes=6000, inputs=INPUTS) == first
+    assert reshard(index, clusters, out, SMALL, inputs=INPUTS) == first
     assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
     # other clusters: made anew, nothing of the old one stays
-    one = reshard(index, dict.fromkeys(clusters, 0), out, shard_bytes=10**6, inputs={"clusters": 2})
+    one = reshard(index, dict.fromkeys(clusters, 0), out, LARGE, inputs={"clusters": 2})
     assert [path.name for path in out.glob("*.tar")] == [one.shards[0].path]
 
 
 def test_sample_without_assignment_is_named(tmp_path, index, clusters):
     del clusters["t1/3"]
     with pytest.raises(ConfigError, match=r"part-1\.tar: sample 't1/3' has no assignment"):
-        reshard(index, clusters, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS)
+        reshard(index, clusters, tmp_path / "shards", SMALL, inputs=INPUTS)
     assert not (tmp_path / "shards").exists()
 
 
 def test_held_out_assignments_are_passed_over(tmp_path, index, clusters):
-    resharded = reshard(
-        index, clusters | {"held": 1}, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS
-    )
+    resharded = reshard(index, clusters | {"held": 1}, tmp_path / "shards", SMALL, inputs=INPUTS)
     assert resharded.num_samples == 15
 
 
 def test_source_cut_off_since_it_was_indexed_is_an_error(tmp_path, index, clusters, three_tars):
     os.truncate(three_tars[1], index.shards[1].ends[2])
-    with pytest.raises(RuntimeError, match=r"part-1\.tar: ends before sample 't1/4'"):
-        reshard(index, clusters, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS)
+    with pytest.raises(RuntimeError, match=r"part-1\.tar: sample 't1/\d' cannot be read"):
+        reshard(index, clusters, tmp_path / "shards", SMALL, inputs=INPUTS)
     assert not (tmp_path / "shards").exists()
 
 
 def test_source_replaced_since_it_was_indexed_is_an_error(tmp_path, index, clusters, three_tars):
     three_tars[1].write_bytes(three_tars[2].read_bytes())
     with pytest.raises(RuntimeError, match="a source has changed"):
-        reshard(index, clusters, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS)
+        reshard(index, clusters, tmp_path / "shards", SMALL, inputs=INPUTS)
     assert not (tmp_path / "shards").exists()
+
+
+class Careless:
+    """A file that loses, doubles or alters one of the samples that are written to it."""
+
+    def __init__(self, file, mistake, victim):
+        self.file, self.mistake, self.victim = file, mistake, victim
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def write(self, content):
+        content = bytes(content)
+        if content == self.victim:
+            altered = content[:600] + bytes([content[600] ^ 1]) + content[601:]
+            content = {"lost": b"", "doubled": 2 * content, "altered": altered}[self.mistake]
+        self.file.write(content)
 
 
 @pytest.mark.parametrize("mistake", ["lost", "doubled", "altered"])
 def test_wrong_copy_is_noticed(tmp_path, index, clusters, monkeypatch, mistake):
-    """Plant a mistake between reading and writing: the check afterwards has to find it."""
-    original = module.ShardSeries.writer
+    """Plant a mistake between reading and the disk: the look at the tar has to find it."""
+    shard = index.shards[1]
+    victim = read_range(index.url(shard), shard.starts[2], shard.ends[2] - shard.starts[2])
+    original, victims = Path.open, []
 
-    class Careless:
-        def __init__(self, writer):
-            self.writer = writer
+    def careless(path, mode="r", *rest, **named):
+        file = original(path, mode, *rest, **named)
+        if mode != "wb" or not path.name.startswith(".cluster-"):
+            return file
+        victims.append(path)
+        return Careless(file, mistake, victim)
 
-        def add_raw(self, key, content, offset, size):
-            if key == "t1/2" and mistake == "lost":
-                return
-            if key == "t1/2" and mistake == "altered":
-                content = content[:600] + bytes([content[600] ^ 1]) + content[601:]
-            self.writer.add_raw(key, content, offset, size)
-            if key == "t1/2" and mistake == "doubled":
-                self.writer.add_raw(key, content, offset, size)
-
-    monkeypatch.setattr(
-        module.ShardSeries, "writer", lambda self, size: Careless(original(self, size))
-    )
-    with pytest.raises(RuntimeError, match="samples of 15 were kept, or their bytes differ"):
-        reshard(index, clusters, tmp_path / "shards", shard_bytes=6000, inputs=INPUTS)
+    monkeypatch.setattr(Path, "open", careless)
+    with pytest.raises(RuntimeError, match="differs from what was planned"):
+        reshard(index, clusters, tmp_path / "shards", SMALL, inputs=INPUTS)
+    assert victims
     assert not (tmp_path / "shards").exists()
+
+
+def test_after_a_kill_finished_tars_stay_and_the_rest_is_the_same(tmp_path, index, clusters):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    reshard(index, clusters, whole, SMALL, inputs=INPUTS)
+
+    def dying(function, shared, items):
+        for number, item in enumerate(items):
+            if number == 3:
+                raise SystemExit
+            yield function(shared, item)
+
+    with pytest.raises(SystemExit):
+        reshard(index, clusters, out, SMALL, inputs=INPUTS, map_tasks=dying)
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert len(kept) == 3 and not is_complete(out, INPUTS)
+    # what a killed worker leaves: a part of a tar, and a tar that nobody noted
+    (out / ".cluster-00003-000000.tar.1.tmp").write_bytes(b"half")
+    (out / "cluster-00003-000000.tar").write_bytes(b"half")
+    reshard(index, clusters, out, SMALL, inputs=INPUTS)
+    assert kept.items() <= {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}.items()
+    files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (whole, out)]
+    assert files[0] == files[1]
+
+
+def test_other_clusters_use_nothing_of_an_attempt_before(tmp_path, index, clusters):
+    def dying(function, shared, items):
+        yield function(shared, items[0])
+        raise SystemExit
+
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        reshard(index, clusters, out, SMALL, inputs=INPUTS, map_tasks=dying)
+    other = {key: 1 - cluster % 2 for key, cluster in clusters.items()}
+    resharded = reshard(index, other, out, SMALL, inputs={"clusters": "other"})
+    for shard in resharded.shards:
+        assert {other[key] for key in shard.keys} == {shard.cluster}
 
 
 def test_more_clusters_than_file_descriptors(tmp_path, tar_of, picture):
@@ -145,12 +198,13 @@ def test_more_clusters_than_file_descriptors(tmp_path, tar_of, picture):
     write_index(tmp_path, [scan_shard(str(path))[0]])
     code = (
         "import sys; from pathlib import Path\n"
+        "from moce_dist.config import DataConfig\n"
         "from moce_dist.data.reshard import reshard\n"
         "from moce_dist.data.shards import read_index\n"
         "index = read_index(sys.argv[1]); keys = index.shards[0].keys\n"
         "clusters = {key: row for row, key in enumerate(keys)}\n"
         "out = Path(sys.argv[1]) / 'out'\n"
-        "print(len(reshard(index, clusters, out, shard_bytes=10**6, inputs={}).shards))\n"
+        "print(len(reshard(index, clusters, out, DataConfig(), inputs={}).shards))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -167,16 +221,15 @@ def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, ta
     index = write_index(tmp_path, [scan_shard(str(tar_of(tmp_path / "a.tar", members)))[0]])
     clusters = {key: row % 3 for row, key in enumerate(index.shards[0].keys)}
     with pytest.raises(RuntimeError, match="no space left on the device"):
-        reshard(index, clusters, small_disk / "out", shard_bytes=10**6, inputs=INPUTS)
+        reshard(index, clusters, small_disk / "out", LARGE, inputs=INPUTS)
     assert list(small_disk.iterdir()) == []
 
 
-def test_large_shards_are_read_in_runs(three_tars, monkeypatch):
-    shard, _ = scan_shard(str(three_tars[0]))
-    monkeypatch.setattr(module, "_READ_BYTES", shard.ends[1])
-    assert next(module._runs(shard)) == (0, 1)
-    assert [row for first, last in module._runs(shard) for row in range(first, last + 1)] == [
-        *range(5)
-    ]
-    keys = [sample.key for sample in module._samples(ShardIndex("", [shard]))]
-    assert keys == shard.keys
+def test_large_tars_are_read_in_portions(tmp_path, index, clusters, monkeypatch):
+    one = reshard(index, clusters, tmp_path / "one", LARGE, inputs=INPUTS)
+    monkeypatch.setattr(module, "_READ_BYTES", 2 * index.shards[0].ends[0])
+    plan = module.plan_tars(index, clusters, 10**6)[0]
+    portions = list(module._portions(plan))
+    assert len(portions) > 1 and max(len(keys) for keys, _ in portions) <= 2
+    assert [key for keys, _ in portions for key in keys] == one.shards[0].keys
+    assert reshard(index, clusters, tmp_path / "two", LARGE, inputs=INPUTS).shards == one.shards

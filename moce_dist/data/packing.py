@@ -1,0 +1,102 @@
+"""Packing picture files into tars: which file goes where, and one tar as a task of its own.
+
+The plan follows from the sorted list of files and their sizes, so workers write tars side by side
+and after a kill those that were finished stay. A file that cannot be read is left out of its tar
+and named as a fault.
+
+    cat/0.jpg cat/1.jpg dog/2.jpg ...   ->   train-000000.tar   cat/0 dog/2     holdout by the hash
+                                             holdout/holdout-000000.tar   cat/1     of the key
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from moce_dist.data.shards import Fault, Shard
+from moce_dist.data.sources import ImageFile, read_picture
+from moce_dist.data.writer import ShardWriter, finished_tar, note_finished
+
+HOLDOUT = "holdout"
+
+
+class FileTar(NamedTuple):
+    """One tar to be written: its folder below the output, its name and its files."""
+
+    folder: str
+    name: str
+    files: list[ImageFile]
+
+
+class Written(NamedTuple):
+    """What became of a tar; without samples there is no file."""
+
+    folder: str
+    shard: Shard
+    faults: list[Fault]
+
+
+def share(name: str) -> float:
+    """Place of a name in [0, 1), the same for good: below a fraction means held out."""
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+def member_bytes(sizes: Iterable[int]) -> int:
+    """Bytes that members of these sizes take in a tar, at most: header and padding."""
+    return sum(size + 1024 for size in sizes)
+
+
+def plan_files(
+    files: Iterable[ImageFile], *, holdout_fraction: float, shard_bytes: int
+) -> list[FileTar]:
+    """Cut the files of both parts into tars of at most about `shard_bytes`, in their order."""
+    tars: dict[str, list[FileTar]] = {"": [], HOLDOUT: []}
+    filled = dict.fromkeys(tars, 0)
+    for file in files:
+        folder = HOLDOUT if share(file.key) < holdout_fraction else ""
+        series = tars[folder]
+        size = member_bytes([file.size] if file.label is None else [file.size, 8])
+        if not series or filled[folder] + size > shard_bytes:
+            series.append(FileTar(folder, f"{folder or 'train'}-{len(series):06d}.tar", []))
+            filled[folder] = 0
+        series[-1].files.append(file)
+        filled[folder] += size
+    return [*tars[""], *tars[HOLDOUT]]
+
+
+def plan_id(tars: Iterable[FileTar]) -> str:
+    """Sha256 of what is to be packed: names, keys, sizes and labels."""
+    digest = hashlib.sha256()
+    for tar in tars:
+        digest.update(f"{tar.folder}/{tar.name}\n".encode())
+        for file in tar.files:
+            line = f"{file.path}\0{file.key}\0{file.size}\0{file.label}\n"
+            digest.update(line.encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def write_files(out: Path, tar: FileTar) -> Written:
+    """Pack the files of one tar; at once when an earlier attempt did.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    folder = out / tar.folder
+    if (found := finished_tar(folder, tar.name)) is not None:
+        return Written(tar.folder, *found)
+    faults: list[Fault] = []
+    writer: ShardWriter | None = None
+    for file in tar.files:
+        content = read_picture(file)
+        if isinstance(content, Fault):
+            faults.append(content)
+            continue
+        writer = writer or ShardWriter(folder, tar.name)
+        label = {} if file.label is None else {"cls": str(file.label).encode()}
+        writer.add(file.key, {file.path.suffix[1:].lower(): content, **label})
+    if writer is None:
+        return Written(tar.folder, Shard(tar.name), faults)
+    shard = writer.close()
+    note_finished(folder, shard, faults)
+    return Written(tar.folder, shard, faults)

@@ -1,0 +1,28 @@
+"""How a stage hands out its tasks: one after the other here, or to workers (`launch.map_shared`).
+
+What gives out tasks need not know which, as results come back in the order of the items.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol, TypeVar
+
+Shared = TypeVar("Shared")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class MapTasks(Protocol):
+    """Apply a module-level function to what all share and an item each; in the items' order."""
+
+    def __call__(
+        self, function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
+    ) -> Iterable[Result]:
+        """Return `[function(shared, item) for item in items]`."""
+        ...
+
+
+def map_here(
+    function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
+) -> Iterable[Result]:
+    """Apply the function in this process, one item after the other."""
+    return (function(shared, item) for item in items)
