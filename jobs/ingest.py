@@ -21,9 +21,18 @@ from moce_dist.data.sources import (
     list_folder,
     parse_source,
 )
-from moce_dist.run import COMPLETE, open_run, read_faults, resolve_run, set_aside
+from moce_dist.run import (
+    COMPLETE,
+    open_run,
+    read_faults,
+    record_fault,
+    resolve_run,
+    set_aside,
+    write_atomic,
+)
 from moce_dist.settings import ConfigError
 
+COPIES = "copies.jsonl"
 _MAX_DOMAINS_SHOWN = 12
 
 
@@ -40,6 +49,14 @@ def parse(argv: Sequence[str]) -> Any:
         "default data.source",
     )
     parser.add_argument("--out", metavar="DIR", help="folder to write; default RUN/ingested")
+    parser.add_argument(
+        "--verify", action="store_true", help="then read and decode every image; name what is bad"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="DIR",
+        help="then look for pictures of DIR, a downstream set, that stand in the data too",
+    )
     return parser.parse_args(argv)
 
 
@@ -102,10 +119,14 @@ def write_task(name: str, out: Path) -> None:
     print(f"path     {out}")
 
 
-def summarise(index: ShardIndex, out: Path, num_faults: int) -> None:
-    """Print what the data set consists of."""
-    holdout = [read_index(out / HOLDOUT)] if (out / HOLDOUT / INDEX_NAME).is_file() else []
-    indices = [index, *holdout]
+def held_out(out: Path) -> list[ShardIndex]:
+    """Read the index of the images that are held out, if some are."""
+    return [read_index(out / HOLDOUT)] if (out / HOLDOUT / INDEX_NAME).is_file() else []
+
+
+def summarise(indices: Sequence[ShardIndex], out: Path, num_faults: int) -> None:
+    """Print what the data set consists of: images for training, then those held out."""
+    index, *holdout = indices
     num_shards = sum(len(part.shards) for part in indices)
     num_bytes = sum(shard.bytes for part in indices for shard in part.shards)
     held = sum(part.num_samples for part in holdout)
@@ -124,6 +145,51 @@ def summarise(index: ShardIndex, out: Path, num_faults: int) -> None:
     print(f"path     {out / INDEX_NAME}")
 
 
+def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> None:
+    """Read and decode every image; a line of the ledger for each that is bad.
+
+    Raises:
+        RuntimeError: they are more than `data.max_fault_fraction` of the data.
+    """
+    from moce_dist.data.audit import verify
+    from moce_dist.launch import map_shared
+
+    known = {(f["shard"], f["key"]) for f in read_faults(ledger) if f["stage"] == "verify"}
+    faults = [
+        fault
+        for index in indices
+        for fault in verify(index, config.data, partial(map_shared, config.parallel))
+    ]
+    for fault in faults:
+        if (fault.shard, fault.key) not in known:
+            record_fault(ledger, stage="verify", **fault._asdict())
+    total = sum(index.num_samples for index in indices)
+    named = f"; each is named in {ledger}" if faults else ""
+    print(f"verified {total} images, {len(faults)} faults{named}")
+    if len(faults) > config.data.max_fault_fraction * total:
+        limit = f"data.max_fault_fraction = {config.data.max_fault_fraction}"
+        raise RuntimeError(f"{len(faults)} faults in {total} images, over {limit}{named}")
+
+
+def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config: Config) -> None:
+    """Look for pictures of a downstream set; `copies.jsonl` of the data names each."""
+    from moce_dist.data.audit import find_copies
+    from moce_dist.launch import map_shared
+
+    copies = [
+        copy
+        for index in indices
+        for copy in find_copies(index, folder, config.data, partial(map_shared, config.parallel))
+    ]
+    write_atomic(out / COPIES, "".join(json.dumps(copy._asdict()) + "\n" for copy in copies))
+    kinds = Counter(copy.kind for copy in copies)
+    pictures = len({copy.file for copy in copies})
+    print(
+        f"copies   {kinds['exact']} exact, {kinds['near']} near, of {pictures} pictures of "
+        f"{folder}; listed in {out / COPIES}"
+    )
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the job."""
     args = parse(argv)
@@ -133,6 +199,10 @@ def main(argv: Sequence[str]) -> None:
     source = config.data.source
     kind, name = parse_source(source)
     is_task = kind == "sample" and name != PRETRAIN
+    if args.against and not Path(args.against).is_dir():
+        raise ConfigError(f"--against {args.against}: is not a folder")
+    if is_task and (args.verify or args.against):
+        raise ConfigError(f"--verify, --against: are for pre-training data, not for {source}")
     reads = plan(source)
     out, ledger = place(args, config)
     if args.dry_run:
@@ -148,7 +218,12 @@ def main(argv: Sequence[str]) -> None:
 
         index = ingest(source, out, config.data, ledger, partial(map_shared, config.parallel))
         faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
-        summarise(index, out, len(faults))
+        indices = [index, *held_out(out)]
+        summarise(indices, out, len(faults))
+        if args.against:
+            compare_with(Path(args.against), indices, out, config)
+        if args.verify:
+            verify_all(indices, ledger, config)
 
 
 if __name__ == "__main__":

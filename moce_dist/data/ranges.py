@@ -16,7 +16,7 @@ import asyncio
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ _MAX_WASTE = 0.2
 # less than what asking for it costs: a page of a disk, the headers of a request
 _FREE_GAP = 4096
 _MAX_RANGE_BYTES = 8 * 2**20
+_PORTION_BYTES = 32 * 2**20
 _MAX_OPEN_FILES = 256
 _MAX_REQUESTS = 64
 _TRY_AGAIN = (408, 425, 429)
@@ -104,6 +105,11 @@ class RangeReader:
                 found[row] = _part(content, place.start, wanted[row])
         return found
 
+    def read_in_turn(self, wanted: Iterable[Wanted]) -> Iterator[Content]:
+        """Yield the bytes of samples one by one, as `read` has them; memory holds a portion."""
+        for portion in _portions(wanted):
+            yield from self.read(portion)
+
     def close(self) -> None:
         """Close all files."""
         while self._open:
@@ -159,6 +165,18 @@ class RangeReader:
                 wait=wait_random_exponential(multiplier=0.2, max=10),
             )(attempt)
         return [_described(found[i]) for i in range(len(ranges))]
+
+
+def _portions(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
+    portion: list[Wanted] = []
+    held = 0
+    for place in wanted:
+        if held and held + place.size > _PORTION_BYTES:
+            yield portion
+            portion, held = [], 0
+        portion.append(place)
+        held += place.size
+    yield portion
 
 
 def _part(content: bytes | OSError, start: int, wanted: Wanted) -> Content:

@@ -17,6 +17,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +40,6 @@ from moce_dist.run import fingerprint, is_complete, mark_complete
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
-
-_READ_BYTES = 32 * 2**20
 
 
 class TarPlan(NamedTuple):
@@ -185,28 +184,15 @@ def write_tar(shared: _Writing, tar: TarPlan) -> Shard:
 
 
 def _contents(shared: _Writing, tar: TarPlan) -> Iterator[memoryview]:
-    reader = RangeReader(shared.timeout_s, shared.deadline_s)
-    try:
-        for keys, wanted in _portions(tar):
-            for key, place, content in zip(keys, wanted, reader.read(wanted), strict=True):
-                if isinstance(content, OSError):
-                    raise RuntimeError(f"{place.url}: sample {key!r} cannot be read: {content}")
-                yield content
-    finally:
-        reader.close()
-
-
-def _portions(tar: TarPlan) -> Iterator[tuple[list[str], list[Wanted]]]:
-    # what is read at once is what memory holds of the sources
-    keys: list[str] = []
-    wanted: list[Wanted] = []
-    held = 0
-    for url, taken in tar.parts:
-        for key, start, end in zip(taken.keys, taken.starts, taken.ends, strict=True):
-            if held and held + end - start > _READ_BYTES:
-                yield keys, wanted
-                keys, wanted, held = [], [], 0
-            keys.append(key)
-            wanted.append(Wanted(url, start, end - start))
-            held += end - start
-    yield keys, wanted
+    wanted = [
+        Wanted(url, start, end - start)
+        for url, taken in tar.parts
+        for start, end in zip(taken.starts, taken.ends, strict=True)
+    ]
+    keys = (key for _, taken in tar.parts for key in taken.keys)
+    with closing(RangeReader(shared.timeout_s, shared.deadline_s)) as reader:
+        contents = reader.read_in_turn(wanted)
+        for key, place, content in zip(keys, wanted, contents, strict=True):
+            if isinstance(content, OSError):
+                raise RuntimeError(f"{place.url}: sample {key!r} cannot be read: {content}")
+            yield content

@@ -12,7 +12,8 @@ import pytest
 import webdataset
 
 from moce_dist.config import DataConfig
-from moce_dist.data import reshard as module
+from moce_dist.data import ranges
+from moce_dist.data.ranges import RangeReader
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import read_index, read_range, scan_shard, write_index
 from moce_dist.run import is_complete
@@ -227,9 +228,13 @@ def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, ta
 
 def test_large_tars_are_read_in_portions(tmp_path, index, clusters, monkeypatch):
     one = reshard(index, clusters, tmp_path / "one", LARGE, inputs=INPUTS)
-    monkeypatch.setattr(module, "_READ_BYTES", 2 * index.shards[0].ends[0])
-    plan = module.plan_tars(index, clusters, 10**6)[0]
-    portions = list(module._portions(plan))
-    assert len(portions) > 1 and max(len(keys) for keys, _ in portions) <= 2
-    assert [key for keys, _ in portions for key in keys] == one.shards[0].keys
+    sizes, original = [], RangeReader.read
+
+    def noted(self, wanted):
+        sizes.append(len(wanted))
+        return original(self, wanted)
+
+    monkeypatch.setattr(ranges, "_PORTION_BYTES", 2 * index.shards[0].ends[0])
+    monkeypatch.setattr(RangeReader, "read", noted)
     assert reshard(index, clusters, tmp_path / "two", LARGE, inputs=INPUTS).shards == one.shards
+    assert max(sizes) <= 2 and sum(sizes) == 15

@@ -1,0 +1,204 @@
+"""Looking at every image of ingested data before hours are spent on it.
+
+`verify` reads and decodes everything: what training would meet as faults is known beforehand.
+`find_copies` looks for images of a downstream set among those for pre-training, as leaks make every
+later number worthless:
+
+    exact   the same bytes
+    near    a picture that was resized, encoded anew or mirrored
+
+Two pictures are near when both differ little between neighbouring pixels in the same directions
+(128 signs of differences on a grid of 9 x 8 and 8 x 9, of which 10 may differ) and
+their thumbnails correlate by at least 0.95.
+
+Every shard is a task, so workers share the reading; a task returns what it found, not what it read.
+
+Source: signs of differences as in the difference hash of N. Krawetz, "Kind of like that", 2013.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moce_dist.config import DataConfig
+from moce_dist.data.images import ImageError, decode_image
+from moce_dist.data.progress import track
+from moce_dist.data.ranges import Content, RangeReader, Wanted
+from moce_dist.data.shards import Fault, Shard, ShardIndex, scan_shard
+from moce_dist.data.sources import list_folder
+from moce_dist.mapping import MapTasks, map_here
+from moce_dist.settings import ConfigError
+
+_GRID = 8
+_THUMBNAIL = 16
+_MIN_CORRELATION = 0.95
+_MAX_DISTANCE = 10
+_Task = tuple[str, Shard]
+
+
+class Copy(NamedTuple):
+    """An image for pre-training that stands in a downstream set too."""
+
+    shard: str
+    key: str
+    file: str
+    kind: str
+    """`exact` or `near`."""
+    distance: int
+    """Signs of 128 that differ."""
+
+
+def verify(index: ShardIndex, data: DataConfig, map_tasks: MapTasks = map_here) -> Iterator[Fault]:
+    """Read and decode every sample; yield what is wrong, by shard, in their order."""
+    tasks = _tasks(index)
+    found = map_tasks(verify_shard, data, tasks)
+    for faults in track(found, "shards verified", total=len(tasks)):
+        yield from faults
+
+
+def verify_shard(data: DataConfig, task: _Task) -> list[Fault]:
+    """Compare a tar with its index entry and decode all its images."""
+    url, shard = task
+    try:
+        parsed, _ = scan_shard(url)
+    except (ConfigError, OSError) as error:
+        return [Fault(url, None, str(error).removeprefix(f"{url}: "))]
+    faults = []
+    if parsed.sha256 != shard.sha256:
+        faults.append(Fault(url, None, "is not what was indexed (sha256 differs)"))
+    problems = ((key, _problem(content)) for key, content in _images(url, shard, data))
+    return [*faults, *(Fault(url, key, why) for key, why in problems if why)]
+
+
+def _problem(content: Content) -> str | None:
+    if isinstance(content, OSError):
+        return str(content)
+    try:
+        decode_image(content)
+    except ImageError as error:
+        return str(error)
+    return None
+
+
+def _tasks(index: ShardIndex) -> list[_Task]:
+    return [(index.url(shard), shard) for shard in index.shards]
+
+
+def _images(url: str, shard: Shard, data: DataConfig) -> Iterator[tuple[str, Content]]:
+    wanted = [Wanted(url, *place) for place in zip(shard.offsets, shard.sizes, strict=True)]
+    with closing(RangeReader(data.read_timeout_s, data.read_deadline_s)) as reader:
+        yield from zip(shard.keys, reader.read_in_turn(wanted), strict=True)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """What pictures look like; n pictures."""
+
+    names: list[str]
+    digests: dict[bytes, int]
+    """Row of a picture by the sha256 of its bytes."""
+    signs: NDArray[np.uint64]
+    """Signs of differences, (n, 2), of pictures and, in rows from n on, of their mirror images."""
+    thumbnails: NDArray[np.float32]
+    """Centred thumbnails of length 1, (2 n, 256)."""
+
+
+def find_copies(
+    index: ShardIndex, folder: Path, data: DataConfig, map_tasks: MapTasks = map_here
+) -> Iterator[Copy]:
+    """Yield the images of an index that stand in a folder of pictures too.
+
+    Raises:
+        ConfigError: the folder is missing or holds no readable pictures.
+    """
+    looks = look_at([file.path for file in list_folder(folder).files])
+    tasks = _tasks(index)
+    found = map_tasks(find_in_shard, (looks, data), tasks)
+    for copies in track(found, "shards compared", total=len(tasks)):
+        yield from copies
+
+
+def look_at(paths: Sequence[Path]) -> Looks:
+    """Look at picture files; unreadable ones are passed over.
+
+    Raises:
+        ConfigError: none of them can be read.
+    """
+    names: list[str] = []
+    digests: dict[bytes, int] = {}
+    pictures: list[NDArray[np.float32]] = []
+    for path in track(paths, "pictures", total=len(paths)):
+        content = path.read_bytes()
+        try:
+            pictures.append(_small(content))
+        except ImageError:
+            continue
+        digests[hashlib.sha256(content).digest()] = len(names)
+        names.append(str(path))
+    if not pictures:
+        raise ConfigError(f"{paths[0].parent}: no picture of it can be read")
+    both = [*pictures, *(picture[:, ::-1] for picture in pictures)]
+    signs = np.stack([_signs(picture) for picture in both])
+    return Looks(names, digests, signs, np.stack([_thumbnail(picture) for picture in both]))
+
+
+def find_in_shard(shared: tuple[Looks, DataConfig], task: _Task) -> list[Copy]:
+    """Compare all images of a shard with the pictures; what cannot be read is passed over."""
+    (looks, data), (url, shard) = shared, task
+    found = []
+    for key, content in _images(url, shard, data):
+        if isinstance(content, OSError):
+            continue
+        row = looks.digests.get(hashlib.sha256(content).digest())
+        match = (row, "exact", 0) if row is not None else _near(looks, content)
+        if match is not None:
+            row, kind, distance = match
+            found.append(Copy(shard.path, key, looks.names[row], kind, distance))
+    return found
+
+
+def _near(looks: Looks, content: memoryview) -> tuple[int, str, int] | None:
+    try:
+        picture = _small(content)
+    except ImageError:
+        return None
+    distances = np.bitwise_count(looks.signs ^ _signs(picture)).sum(axis=1)
+    rows = np.flatnonzero(distances <= _MAX_DISTANCE)
+    alike = looks.thumbnails[rows] @ _thumbnail(picture)
+    if not len(rows) or alike.max() < _MIN_CORRELATION:
+        return None
+    best = rows[alike.argmax()]
+    return int(best) % len(looks.names), "near", int(distances[best])
+
+
+def _small(content: bytes | memoryview) -> NDArray[np.float32]:
+    # grey, and small enough that encoding, size and sharpness no longer show
+    side = 4 * _THUMBNAIL
+    image = Image.fromarray(decode_image(content)).convert("L")
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
+
+
+def _resized(picture: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+    small = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
+    return np.asarray(small, np.float32)
+
+
+def _signs(picture: NDArray[np.float32]) -> NDArray[np.uint64]:
+    across = np.diff(_resized(picture, _GRID + 1, _GRID), axis=1) > 0
+    down = np.diff(_resized(picture, _GRID, _GRID + 1), axis=0) > 0
+    return np.packbits(np.concatenate([across.ravel(), down.ravel()])).view(np.uint64)
+
+
+def _thumbnail(picture: NDArray[np.float32]) -> NDArray[np.float32]:
+    pixels = _resized(picture, _THUMBNAIL, _THUMBNAIL).ravel()
+    centred = pixels - pixels.mean()
+    length = float(np.linalg.norm(centred))
+    # a picture of one colour is like no other
+    return centred / length if length > 1e-3 else np.zeros_like(centred)

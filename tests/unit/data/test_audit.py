@@ -1,0 +1,136 @@
+"""Looking at ingested data: planted faults and planted copies are found, and nothing else."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
+
+from moce_dist.config import DataConfig
+from moce_dist.data.audit import find_copies, verify
+from moce_dist.data.shards import scan_shard, write_index
+from moce_dist.run import read_faults
+
+ROOT = Path(__file__).parents[3]
+DATA = DataConfig()
+
+
+def encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """Twenty different pieces of real photographs."""
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    boxes = [(x, y, x + 120, y + 100) for x in range(0, 500, 110) for y in (20, 220)]
+    return [photograph.crop(box) for photograph in photographs for box in boxes]
+
+
+def indexed(folder, tar_of, members):
+    return write_index(folder, [scan_shard(str(tar_of(folder / "a.tar", members)))[0]])
+
+
+# verify
+
+
+def test_whole_data_has_no_faults(tmp_path, three_tars):
+    index = write_index(tmp_path, [scan_shard(str(path))[0] for path in three_tars])
+    assert list(verify(index, DATA)) == []
+
+
+def test_every_planted_fault_is_found_and_named(tmp_path, three_tars, tar_of, picture):
+    damaged = bytearray(picture(1, "JPEG", side=64))
+    damaged[len(damaged) // 2 :] = b""
+    odd = tar_of(
+        tmp_path / "odd.tar",
+        [("a.png", picture(0)), ("cut.jpg", bytes(damaged)), ("text.png", b"no picture")],
+    )
+    index = write_index(tmp_path, [scan_shard(str(path))[0] for path in (*three_tars, odd)])
+    three_tars[0].unlink()
+    with three_tars[1].open("r+b") as file:
+        # inside the padding behind a member: no image is hurt, but it is not what was indexed
+        file.seek(index.shards[1].offsets[0] + index.shards[1].sizes[0])
+        file.write(b"x")
+    faults = [(Path(f.shard).name, f.key) for f in verify(index, DATA)]
+    assert faults == [
+        ("part-0.tar", None), ("part-1.tar", None), ("odd.tar", "cut"), ("odd.tar", "text"),
+    ]  # fmt: skip
+
+
+# copies
+
+
+def test_planted_copies_are_found_and_nothing_else(tmp_path, tar_of, pieces):
+    task = tmp_path / "task"
+    task.mkdir()
+    for number, piece in enumerate(pieces[:12]):
+        piece.save(task / f"{number:02d}.png")
+    planted = {
+        "bytes": (task / "00.png").read_bytes(),
+        "jpeg": encoded(pieces[1], "JPEG", quality=50),
+        "small": encoded(pieces[2].resize((50, 42), Image.Resampling.BICUBIC)),
+        "mirrored": encoded(ImageOps.mirror(pieces[3]), "JPEG", quality=85),
+        "brighter": encoded(pieces[4].point(lambda v: min(255, int(v * 1.1)))),
+    }
+    others = {f"other{n}": encoded(piece) for n, piece in enumerate(pieces[12:])}
+    plain = {"plain": encoded(Image.new("RGB", (60, 60), (9, 9, 9)))}
+    members = [(f"{k}.png", content) for k, content in (planted | others | plain).items()]
+    index = indexed(tmp_path, tar_of, members)
+    copies = {copy.key: copy for copy in find_copies(index, task, DATA)}
+    assert copies.keys() == planted.keys()
+    assert [Path(copies[key].file).stem for key in planted] == ["00", "01", "02", "03", "04"]
+    assert [key for key, copy in copies.items() if copy.kind == "exact"] == ["bytes"]
+
+
+def test_pictures_of_noise_are_no_copies(tmp_path, tar_of, picture):
+    task = tmp_path / "task"
+    task.mkdir()
+    for number in range(40):
+        (task / f"{number}.png").write_bytes(picture(number, side=32))
+    members = [(f"{n}.png", picture(1000 + n, side=32)) for n in range(200)]
+    assert list(find_copies(indexed(tmp_path, tar_of, members), task, DATA)) == []
+
+
+# the job
+
+
+def test_job_verifies_compares_and_exits_with_one_over_the_limit(tmp_path, image_folder, picture):
+    content = picture(5, "JPEG", side=64)
+    (image_folder / "owl" / "cut.jpg").write_bytes(content[: len(content) // 2])
+    task = tmp_path / "task"
+    task.mkdir()
+    (task / "leak.png").write_bytes((image_folder / "cat" / "00.png").read_bytes())
+    out = tmp_path / "out"
+    command = [
+        sys.executable, ROOT / "jobs/ingest.py", "--source", f"folder:{image_folder}",
+        "--out", out, "--verify", "--against", task, "--set", "parallel.num_workers=1",
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+        assert done.returncode == 1, done.stderr
+        assert "1 faults in 13 images, over data.max_fault_fraction" in done.stderr
+        assert "copies   1 exact, 0 near, of 1 pictures of" in done.stdout
+        (copy,) = map(json.loads, (out / "copies.jsonl").read_text().splitlines())
+        assert (copy["key"], copy["kind"]) == ("cat/00", "exact")
+        # once, however often it is met
+        (fault,) = read_faults(out / "faults.jsonl")
+        assert (fault["stage"], fault["key"]) == ("verify", "owl/cut")
+    roomy = [*map(str, command), "--set", "data.max_fault_fraction=0.5"]
+    done = subprocess.run(roomy, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "verified 13 images, 1 faults" in done.stdout
+
+
+def test_mean_of_thumbnails_does_not_count():
+    """Pictures that differ in brightness and contrast only are alike."""
+    from moce_dist.data.audit import _thumbnail
+
+    pixels = np.random.default_rng(0).uniform(0, 100, (64, 64)).astype(np.float32)
+    assert float(_thumbnail(pixels) @ _thumbnail(2 * pixels + 30)) > 0.9999
