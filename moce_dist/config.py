@@ -185,6 +185,8 @@ class ClusterConfig(Section):
     """Number of clusters, K."""
     balance: Literal["exact", "soft", "off"] = "exact"
     """Sizes differ by at most one; sizes within `soft_bound` of the mean; plain k-means."""
+    spherical: bool = False
+    """Centroids have length 1; rows of `--features` are scaled to it, zero rows are refused."""
     soft_bound: float = Field(1.1, gt=1)
     """Largest cluster over the mean size under `soft`."""
     iterations: int = Field(25, ge=1)

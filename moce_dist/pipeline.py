@@ -33,6 +33,7 @@ from moce_dist.cluster.features import (
     extract_shard,
     feature_names,
 )
+from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
@@ -101,6 +102,7 @@ class Pipeline:
         """Features, balanced clusters, cluster-sharded tars; return the clusters' summary."""
         self.features()
         summary = self.clusters()
+        self.gallery()
         self.reshard()
         return summary
 
@@ -164,6 +166,14 @@ class Pipeline:
             map_blocks=self._map_tasks,
             inputs=inputs,
         )
+
+    def gallery(self) -> None:
+        """Show what the clusters look like."""
+        inputs = {"clusters": artefact_id(self.run.clusters), "data": data_id(self.data)}
+        out = self.run.clusters / GALLERY
+        if not is_complete(out, inputs):
+            sheets = write_gallery(read_index(self.data), self.run.clusters, self.config.data)
+            mark_complete(out, inputs, sheets)
 
     def reshard(self) -> None:
         """Rewrite the training tars so that each holds one cluster; assign the held-out images."""

@@ -37,6 +37,7 @@ from moce_dist.cluster.lloyd import (
     Lloyd,
     Settled,
     State,
+    directions,
     draw_sample,
     kmeans,
     settle,
@@ -86,8 +87,9 @@ def run_clustering(
     """Cluster a folder of features and write the result; return its summary.
 
     With `subtract_mean` rows are f -> normalise(f - mean), as for the features of a run; without,
-    they are taken as they are. `inputs` are recorded in COMPLETE, by default the fingerprint of
-    the request; a folder that is complete for them is left as it is.
+    they are taken as they are, or normalised when `cluster.spherical`. `inputs` are recorded in
+    COMPLETE, by default the fingerprint of the request; a folder that is complete for them is left
+    as it is.
 
     Raises:
         ConfigError: the features cannot be used (which file, which row), K exceeds their number,
@@ -96,10 +98,11 @@ def run_clustering(
     started = time.monotonic()
     files = open_features(features_dir)
     check_count(files, config.num_clusters)
-    mean = column_mean(files, map_blocks).astype(np.float32)
+    is_spherical = config.spherical and not subtract_mean
+    mean = column_mean(files, map_blocks, refuse_zeros=is_spherical).astype(np.float32)
     matrix = Matrix(
         files,
-        View(mean, subtract_mean),
+        View(mean, subtract_mean or is_spherical, centre=not is_spherical),
         config.block_rows,
         map_blocks,
         config.index_from,
@@ -117,7 +120,7 @@ def run_clustering(
     lloyd = Lloyd(matrix, draw_sample(matrix, config.num_clusters, seed), config)
     state = kmeans(lloyd, seed=seed, state_file=out_dir / "state.npz")
     settled = settle(lloyd, state)
-    figures = _write_result(out_dir, matrix, state, settled)
+    figures = _write_result(out_dir, lloyd, state, settled)
     summary = {
         **figures,
         "iterations": state.iteration,
@@ -136,19 +139,22 @@ def _artefacts(out_dir: Path) -> list[Path]:
     return [out_dir / name for name in names]
 
 
-def _write_result(out_dir: Path, matrix: Matrix, state: State, settled: Settled) -> dict[str, Any]:
+def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -> dict[str, Any]:
     """Write centroids, mean, prices and assignments; return the figures of the summary."""
+    matrix = lloyd.matrix
     for stale in _artefacts(out_dir):
         stale.unlink(missing_ok=True)
     zero = np.zeros(len(state.centroids))
     sums = matrix.sums(state.centroids, zero, settled.labels)
     # features taken as they are were only moved to their mean for the sake of digits: move back
     origin = 0.0 if matrix.view.normalise else matrix.view.mean.astype(np.float64)
-    centroids = (sums.means(state.centroids) + origin).astype(np.float32)
+    means = sums.means(state.centroids)
+    means = directions(means) if lloyd.config.spherical else means
+    centroids = (means + origin).astype(np.float32)
     distances = matrix.distances(centroids.astype(np.float64) - origin, settled.labels)
     np.save(out_dir / "centroids.npy", centroids, allow_pickle=False)
     if matrix.view.normalise:
-        np.save(out_dir / "mean.npy", matrix.view.mean, allow_pickle=False)
+        np.save(out_dir / "mean.npy", matrix.view.origin, allow_pickle=False)
     if settled.prices is not None:
         np.save(out_dir / "prices.npy", settled.prices, allow_pickle=False)
     keys = write_assignments(

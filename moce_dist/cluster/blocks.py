@@ -48,10 +48,19 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class View:
-    """How a raw feature f becomes what is clustered: x = f - mean, then x / |x| if `normalise`."""
+    """How a raw feature f becomes what is clustered: x = f - mean, then x / |x| if `normalise`.
+
+    The mean (D,) is that of the data; without `centre` it is not taken off.
+    """
 
     mean: Float32
     normalise: bool
+    centre: bool = True
+
+    @property
+    def origin(self) -> Float32:
+        """What is taken off every feature, (D,)."""
+        return self.mean if self.centre else np.zeros_like(self.mean)
 
     def apply(self, features: NDArray[Any], out: Float32) -> None:
         """Write the transformed `features` (n, D) into `out` (n, D)."""
@@ -60,9 +69,9 @@ class View:
             torch.from_numpy(out).copy_(
                 torch.from_numpy(np.require(features, requirements=["C", "W"]))
             )
-            np.subtract(out, self.mean, out=out)
+            np.subtract(out, self.origin, out=out)
         else:
-            np.subtract(features, self.mean, out=out, dtype=np.float32)
+            np.subtract(features, self.origin, out=out, dtype=np.float32)
         if self.normalise:
             norms = np.sqrt(np.einsum("nd,nd->n", out, out))
             out /= np.maximum(norms, np.float32(1e-12))[:, None]
@@ -198,25 +207,34 @@ class _Scanned(NamedTuple):
     problem: str | None
 
 
-def _problem(block: Block, rows: NDArray[Any]) -> str | None:
+class _Scan(NamedTuple):
+    """What is looked for: columns D, and rows without a direction."""
+
+    dim: int
+    refuse_zeros: bool
+
+
+def _problem(block: Block, rows: NDArray[Any], scan: _Scan) -> str | None:
     # the sum is finite unless a value is not, or |f|^2 leaves the range of float32
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("nd,nd->n", rows, rows, dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(squares))
+    bad = np.flatnonzero(~np.isfinite(squares) | (scan.refuse_zeros & (squares == 0)))
     if not len(bad):
         return None
     values = rows[bad[0]]
+    if not squares[bad[0]]:
+        return f"{block.path}: row {block.start + bad[0]}: is zero, and has no direction"
     what = "squared norm beyond float32" if np.isfinite(values).all() else "NaN or infinity"
     return f"{block.path}: row {block.start + bad[0]}: {what}"
 
 
-def scan_group(dim: int, group: tuple[Block, ...]) -> _Scanned:
+def scan_group(scan: _Scan, group: tuple[Block, ...]) -> _Scanned:
     """Sum the columns of some blocks in order, (D,) float64; stops at the first row not usable."""
-    view = View(np.zeros(dim, np.float32), normalise=False)
+    view = View(np.zeros(scan.dim, np.float32), normalise=False)
     sums: Float64 | None = None
     for block in group:
         rows = read_block(block, view)[:, :-1]
-        if problem := _problem(block, rows):
+        if problem := _problem(block, rows, scan):
             return _Scanned(np.zeros(0), problem)
         part = rows.sum(axis=0, dtype=np.float64)
         sums = part if sums is None else sums + part
@@ -224,15 +242,18 @@ def scan_group(dim: int, group: tuple[Block, ...]) -> _Scanned:
     return _Scanned(sums, None)
 
 
-def column_mean(files: FeatureFiles, map_blocks: MapTasks = map_here) -> Float64:
+def column_mean(
+    files: FeatureFiles, map_blocks: MapTasks = map_here, *, refuse_zeros: bool = False
+) -> Float64:
     """Mean of all rows, (D,) float64, after a look at every value.
 
     Raises:
-        ConfigError: naming the first row with NaN, infinity or an overflowing norm (from 10 GB on
-            a ValueError: it was met while the job ran).
+        ConfigError: naming the first row with NaN, infinity, an overflowing norm or, with
+            `refuse_zeros`, only zeros (from 10 GB on a ValueError: it was met while the job ran).
     """
     total = np.zeros(files.dim)
-    for scanned in map_blocks(scan_group, files.dim, group_blocks(files.blocks(_SCAN_ROWS))):
+    scan = _Scan(files.dim, refuse_zeros)
+    for scanned in map_blocks(scan_group, scan, group_blocks(files.blocks(_SCAN_ROWS))):
         if scanned.problem:
             refusal = ConfigError if files.num_bytes < SCAN_FIRST_BYTES else ValueError
             raise refusal(scanned.problem)

@@ -59,6 +59,7 @@ def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
             "files": list(zip(names, files.rows, strict=True)),
             "mean": view.mean.tobytes().hex(),
             "normalise": view.normalise,
+            "centre": view.centre,
             "config": config.model_dump(),
             "seed": seed,
         }
@@ -136,6 +137,8 @@ class Lloyd:
         centroids = sums.means(state.centroids)
         if self.config.balance == "off":
             centroids = split_empty(centroids, sums.counts)
+        if self.config.spherical:
+            centroids = directions(centroids)
         _log.info(
             "k-means iteration %d: mean squared distance %.6g, largest over mean size %.3f",
             state.iteration + 1,
@@ -153,6 +156,12 @@ def draw_sample(matrix: Matrix, num_clusters: int, seed: int) -> Float32:
     size = min(num_rows, max(int(wanted), num_clusters))
     rows = np.random.default_rng(seed).choice(num_rows, size, replace=False)
     return matrix.files.take(np.sort(rows), matrix.view)
+
+
+def directions(centroids: Float64) -> Float64:
+    """Scale centroids to length 1; those without a direction stay zero."""
+    lengths = np.linalg.norm(centroids, axis=1, keepdims=True)
+    return centroids / np.where(lengths > 0, lengths, 1)
 
 
 def split_empty(centroids: Float64, counts: Float64) -> Float64:
@@ -195,6 +204,7 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     matrix, config, centroids = lloyd.matrix, lloyd.config, state.centroids
     if config.balance == "off":
         return Settled(matrix.labels(centroids, state.prices), None, {})
+    free = matrix.sums(centroids, np.zeros(len(centroids))).counts
     largest = largest_size(matrix.files.num_rows, config.num_clusters, config)
 
     def nearest(charged: Float64) -> Candidates:
@@ -206,7 +216,11 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     done = finish(found, prices, nearest, largest=largest, is_exact=config.balance == "exact")
     cost = matrix.objective(matrix.sums(centroids, prices, done.labels), centroids)
     num_rows = matrix.files.num_rows
-    figures = {"cost": cost / num_rows, "num_moves": done.num_moves}
+    figures: dict[str, Any] = {
+        "cost": cost / num_rows,
+        "num_moves": done.num_moves,
+        "sizes_without_balance": free.astype(int).tolist(),
+    }
     # an index may miss the best cluster, and then there is no bound
     if config.balance != "exact" or config.num_clusters >= config.index_from:
         return Settled(done.labels, done.prices, figures)

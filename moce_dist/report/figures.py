@@ -21,6 +21,7 @@ from moce_dist.report.record import Clusters, Record, Stage
 COLOURS = {"mae": "#4477aa", "moce": "#cc6677"}
 _GREY = "#667085"
 _MAX_POINTS = 800
+_MAX_CENTROIDS = 512
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -177,7 +178,7 @@ def cluster_sizes(clusters: Clusters | None) -> str | None:
     """Draw cluster sizes, largest first, split by domain: what every cluster holds."""
     if clusters is None or not len(clusters.sizes):
         return None
-    order = np.lexsort((-clusters.sizes, clusters.counts.argmax(axis=1)))
+    order = _by_domain(clusters)
     bottom = np.zeros(len(order))
     palette = _domain_colours(len(clusters.domains))
     with rc_context(_STYLE):
@@ -186,6 +187,9 @@ def cluster_sizes(clusters: Clusters | None) -> str | None:
             counts = clusters.counts[order, column]
             axes.bar(range(len(order)), counts, 0.9, bottom, color=palette[column], label=domain)
             bottom += counts
+        if clusters.free_sizes is not None:
+            free = clusters.free_sizes[order]
+            axes.plot(range(len(order)), free, "k_", markersize=8, label="without balance")
         axes.set(title="images per cluster, by domain", xlabel="clusters, by main domain")
         axes.set_xticks(range(len(order)) if len(order) <= 32 else [])
         if len(order) <= 32:
@@ -193,6 +197,40 @@ def cluster_sizes(clusters: Clusters | None) -> str | None:
         axes.grid(visible=False, axis="x")
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _svg(figure, "clusters")
+
+
+def _by_domain(clusters: Clusters) -> NDArray[np.int64]:
+    return np.lexsort((-clusters.sizes, clusters.counts.argmax(axis=1)))
+
+
+def centroid_distances(clusters: Clusters | None) -> str | None:
+    """Draw the distances between centroids, (K, K), clusters in the order of their sizes' figure.
+
+    None from `_MAX_CENTROIDS` clusters on: their squares would be smaller than a pixel.
+    """
+    if clusters is None or clusters.centroids is None:
+        return None
+    centroids = clusters.centroids.astype(np.float64)
+    if not 1 < len(centroids) == len(clusters.sizes) <= _MAX_CENTROIDS:
+        return None
+    centroids = centroids[_by_domain(clusters)]
+    squares = np.square(centroids).sum(axis=1)
+    distances = squares[:, None] + squares - 2 * centroids @ centroids.T
+    distances = np.sqrt(np.maximum(distances, 0))
+    others = np.where(np.eye(len(distances), dtype=bool), np.inf, distances).min(axis=1)
+    ticks = list(range(len(centroids))) if len(centroids) <= 32 else []
+    names = _by_domain(clusters)[: len(ticks)]
+    with rc_context(_STYLE | {"axes.grid": False}):
+        figure, (axes, beside) = _canvas(1, 2, 3.4)
+        image = axes.imshow(distances, cmap="viridis")
+        axes.set(title="distance between centroids", xlabel="clusters, by main domain")
+        axes.set_xticks(ticks, names, rotation=90)
+        axes.set_yticks(ticks, names)
+        figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
+        beside.bar(range(len(others)), others, 0.9, color=_GREY)
+        beside.set(title="distance to the nearest other centroid", xlabel="clusters, as left")
+        beside.set_xticks(ticks, names, rotation=90)
+        return _svg(figure, "centroids")
 
 
 def _domain_colours(count: int) -> list[str]:

@@ -1,5 +1,6 @@
 """One self-contained HTML page from a run directory: no script, no network, figures inlined."""
 
+import base64
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ from moce_dist.settings import flatten
 
 PAGE_NAME = "report.html"
 _MAX_CLUSTERS = 512
+_MAX_SHEETS = 64
 _MAX_REASONS = 20
 
 
@@ -65,6 +67,7 @@ def _figures(record: Record) -> dict[str, str | None]:
         "experts": figures.experts(record),
         "traffic": figures.traffic(record),
         "clusters": figures.cluster_sizes(record.clusters),
+        "centroids": figures.centroid_distances(record.clusters),
     }
 
 
@@ -126,9 +129,20 @@ def _mix(record: Record) -> list[dict[str, Any]]:
             "cluster": cluster,
             "size": int(counts.sum()),
             "domains": domain_mix(counts, record.clusters.domains),
+            "sheet": _sheet(record, cluster),
         }
         for cluster, counts in enumerate(record.clusters.counts[:_MAX_CLUSTERS])
     ]
+
+
+def _sheet(record: Record, cluster: int) -> str:
+    """Inline the sheet of a cluster as base64, "" without one or beyond the first of many."""
+    assert record.clusters is not None
+    path = record.clusters.sheets.get(cluster)
+    if path is None or cluster >= _MAX_SHEETS:
+        return ""
+    content = record.attempt(Path.read_bytes, path)
+    return base64.b64encode(content).decode() if content else ""
 
 
 def _fault_rows(faults: list[Line]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ Letters: K clusters, L MoE layers, E experts per layer.
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,10 +45,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Clusters:
-    """Sizes (K,) and domain mix (K, domains) of the clusters; a domain is a key's first folder."""
+    """Sizes (K,) and domain mix (K, domains) of the clusters; a domain is a key's first folder.
+
+    `free_sizes` (K,) are those without balance, `centroids` is (K, D), `sheets` are the files of
+    the gallery by cluster: each is None or empty where it is not there.
+    """
 
     domains: list[str]
     counts: NDArray[np.int64]
+    free_sizes: NDArray[np.int64] | None = None
+    centroids: NDArray[np.float32] | None = None
+    sheets: dict[int, Path] = field(default_factory=dict)
 
     @property
     def sizes(self) -> NDArray[np.int64]:
@@ -149,6 +156,29 @@ def _read_clusters(path: Path) -> Clusters:
     return Clusters(domains, counts)
 
 
+def _read_free_sizes(path: Path) -> NDArray[np.int64] | None:
+    sizes = _read_object(path).get("sizes_without_balance")
+    return None if sizes is None else np.array(sizes, np.int64)
+
+
+def _read_sheets(folder: Path) -> dict[int, Path]:
+    return {int(path.stem.rpartition("-")[2]): path for path in folder.glob("cluster-*.jpg")}
+
+
+def _read_all_clusters(record: Record, folder: Path) -> Clusters | None:
+    found = record.attempt(_read_clusters, folder / "assignments.parquet")
+    if found is None:
+        return None
+    return replace(
+        found,
+        free_sizes=record.attempt(_read_free_sizes, folder / "summary.json"),
+        centroids=record.attempt(
+            lambda path: np.load(path, allow_pickle=False), folder / "centroids.npy"
+        ),
+        sheets=_read_sheets(folder / "gallery"),
+    )
+
+
 def _size(path: Path) -> int | None:
     if path.is_dir():
         return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -201,7 +231,7 @@ def read_record(root: Path) -> Record:
     record.config = loaded[1] if loaded else None
     record.provenance = record.attempt(_read_object, root / "provenance.json") or {}
     record.stages = {name: _read_stage(record, run.stage(name)) for name in STAGES}
-    record.clusters = record.attempt(_read_clusters, run.clusters / "assignments.parquet")
+    record.clusters = _read_all_clusters(record, run.clusters)
     tables = [
         record.attempt(_read_table, path)
         for path in (run.stage("moce") / "routing").glob("step_*.json")

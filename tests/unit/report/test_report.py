@@ -1,5 +1,6 @@
 """The page and the summary: whole runs, unfinished runs, damaged runs."""
 
+import json
 import math
 import re
 import subprocess
@@ -8,7 +9,9 @@ import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from moce_dist.config import make_config
 from moce_dist.report.figures import routing_changes
@@ -181,3 +184,24 @@ def test_job_refuses_what_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match="is not a run directory"):
         summary_lines(tmp_path)
     assert run_job().returncode == 2
+
+
+def test_clusters_are_shown_by_their_images_centroids_and_sizes(finished):
+    folder = finished / "clusters"
+    count = len(read_record(finished).clusters.sizes)
+    np.save(folder / "centroids.npy", np.eye(count, 8, dtype=np.float32))
+    (folder / "summary.json").write_text(json.dumps({"sizes_without_balance": [7] * count}))
+    (folder / "gallery").mkdir()
+    Image.new("RGB", (20, 10), (200, 10, 10)).save(folder / "gallery" / "cluster-00000.jpg")
+    page = Page(write_report(finished))
+    assert page.tags.count("svg") == 7 and page.tags.count("img") == 1
+    assert "without balance" in page.text and "distance between centroids" in page.text
+    assert page.fetched == []
+
+
+def test_damaged_pictures_of_clusters_are_named(finished):
+    (finished / "clusters" / "centroids.npy").write_text("no array")
+    (finished / "clusters" / "summary.json").write_text("[]")
+    text = Page(write_report(finished)).text
+    assert "could not read clusters/centroids.npy" in text
+    assert "could not read clusters/summary.json" in text

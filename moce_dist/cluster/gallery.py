@@ -1,0 +1,98 @@
+"""Sheets of images: what a cluster looks like, from its centre to its edge.
+
+    gallery/cluster-00007.jpg     | nearest to the centroid ........ | farthest from it ... |
+
+The images are cropped to their centre and labelled by nothing: the file's name is the cluster.
+With very many clusters only some of them, evenly spaced, get a sheet.
+"""
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from moce_dist.config import DataConfig
+from moce_dist.data.images import ImageError, open_image
+from moce_dist.data.ranges import Content, RangeReader, Wanted
+from moce_dist.data.shards import ShardIndex
+
+GALLERY = "gallery"
+NUM_NEAREST, NUM_FARTHEST = 10, 4
+SIDE = 64
+_GAP = 12
+_MAX_SHEETS = 256
+_WHITE, _MISSING = (255, 255, 255), (208, 213, 221)
+
+
+def sheet_name(cluster: int) -> str:
+    """Name of a cluster's sheet."""
+    return f"cluster-{cluster:05d}.jpg"
+
+
+def write_gallery(index: ShardIndex, clusters: Path, data: DataConfig) -> list[Path]:
+    """Write a sheet per cluster into `clusters/gallery`, by its `assignments.parquet`.
+
+    An image that cannot be read is a grey square. Returns the files.
+    """
+    table = pq.read_table(clusters / "assignments.parquet")
+    labels, distances = (table[name].to_numpy() for name in ("cluster", "distance"))
+    shown = shown_clusters(int(labels.max()) + 1)
+    members = {c: extremes(np.flatnonzero(labels == c), distances) for c in shown}
+    keys = table["key"].to_pylist()
+    contents = _read(index, {keys[row] for rows in members.values() for row in rows}, data)
+    (clusters / GALLERY).mkdir(exist_ok=True)
+    written = []
+    for cluster, rows in members.items():
+        path = clusters / GALLERY / sheet_name(cluster)
+        sheet([contents.get(keys[row]) for row in rows]).save(path, quality=85)
+        written.append(path)
+    return written
+
+
+def shown_clusters(num_clusters: int) -> list[int]:
+    """List the clusters that get a sheet: all, or some of them evenly spaced."""
+    count = min(num_clusters, _MAX_SHEETS)
+    return [i * num_clusters // count for i in range(count)]
+
+
+def extremes(rows: NDArray[np.int64], distances: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Rows nearest to their centroid, then the farthest, without repeats, ties by row."""
+    ordered = rows[np.argsort(distances[rows], kind="stable")]
+    if len(ordered) <= NUM_NEAREST + NUM_FARTHEST:
+        return ordered
+    return np.concatenate([ordered[:NUM_NEAREST], ordered[-NUM_FARTHEST:]])
+
+
+def _read(index: ShardIndex, keys: set[str], data: DataConfig) -> dict[str, Content]:
+    found = [
+        (key, Wanted(index.url(shard), offset, size))
+        for shard in index.shards
+        for key, offset, size in zip(shard.keys, shard.offsets, shard.sizes, strict=True)
+        if key in keys
+    ]
+    with closing(RangeReader(data.read_timeout_s, data.read_deadline_s)) as reader:
+        contents = reader.read_in_turn([place for _, place in found])
+        return {key: content for (key, _), content in zip(found, contents, strict=True)}
+
+
+def sheet(contents: Sequence[Content | None]) -> Image.Image:
+    """Put images side by side, `SIDE` pixels each, a gap before the farthest."""
+    width = len(contents) * (SIDE + 2) + (_GAP if len(contents) > NUM_NEAREST else 0)
+    canvas = Image.new("RGB", (max(1, width), SIDE), _WHITE)
+    for number, content in enumerate(contents):
+        left = number * (SIDE + 2) + (_GAP if number >= NUM_NEAREST else 0)
+        canvas.paste(_square(content), (left, 0))
+    return canvas
+
+
+def _square(content: Content | None) -> Image.Image:
+    try:
+        if content is None or isinstance(content, OSError):
+            raise ImageError("no bytes")
+        return ImageOps.fit(open_image(content), (SIDE, SIDE), Image.Resampling.BICUBIC)
+    except ImageError:
+        return Image.new("RGB", (SIDE, SIDE), _MISSING)
