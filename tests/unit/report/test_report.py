@@ -52,7 +52,7 @@ def test_page_of_a_finished_run_has_every_part(rendered):
         assert part in page.text, part
     for part in ("digits", "climate", "0.9300 ± 0.0040", "seed: 3", "moe.num_experts: 4"):
         assert part in page.text, part
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 7
     assert "missing" not in page.text.split("Artefacts")[0]
 
 
@@ -159,7 +159,7 @@ def test_line_cut_off_by_a_kill_does_not_matter(finished):
 def test_values_that_are_not_finite_are_drawn_as_gaps(finished):
     with (finished / "mae" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 300, "images_seen": 19264, "loss": NaN, "lr": 0.001}\n')
-    assert Page(write_report(finished)).tags.count("svg") == 6
+    assert Page(write_report(finished)).tags.count("svg") == 7
 
 
 def run_job(*flags):
