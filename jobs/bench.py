@@ -11,7 +11,9 @@ from pathlib import Path
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import load_config
 
-BENCHES = ("step", "exchange", "placement", "checkpoint", "decode", "stream", "cluster")
+BENCHES = (
+    "step", "exchange", "placement", "checkpoint", "decode", "stream", "reshard", "cluster",
+)  # fmt: skip
 CONFIGS = Path(__file__).parent.parent / "configs" / "bench"
 
 

@@ -375,8 +375,10 @@ class BenchConfig(Section):
     """`stream`: samples of the epoch that is resumed in its middle."""
     batches: int = Field(24, ge=1)
     """`stream`: batches that a round takes."""
+    reshard_gib: float = Field(10, gt=0)
+    """`reshard`: size of the tars that are rewritten, GiB."""
     folder: str | None = None
-    """`stream`: folder on the disk to be measured; default the temporary one."""
+    """`stream`, `reshard`: folder on the disk to be measured; default the temporary one."""
 
 
 class Config(Section):
