@@ -26,6 +26,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
@@ -78,7 +79,13 @@ def global_blocks(depth: int) -> set[int]:
 
 
 def prepare_vit(vit: Any, window: int) -> None:
-    """Take the class token out of a timm ViT and put its attention into windows, in place."""
+    """Take the class token out of a timm ViT and put its attention into windows, in place.
+
+    Raises:
+        ConfigError: it is another kind of model.
+    """
+    if not isinstance(vit, VisionTransformer):
+        raise ConfigError("--backbone: must be a plain ViT of timm's for detection")
     grid = vit.patch_embed.grid_size[0]
     if vit.pos_embed is not None:
         vit.pos_embed = nn.Parameter(vit.pos_embed[:, -(grid**2) :].detach().clone())
@@ -201,7 +208,7 @@ def make_detector(
     Its class 0 is the background; class c of the task is c + 1.
 
     Raises:
-        ConfigError: the ViT's patch is no power of two.
+        ConfigError: it is no plain ViT, or its patch is no power of two.
     """
     prepare_vit(vit, transfer.detect_window)
     size, channels = transfer.detect_size, transfer.detect_channels

@@ -111,7 +111,7 @@ def test_cut_outs_and_wallpapers_of_the_splits_differ(tmp_path, monkeypatch):
 
 def test_missing_package_is_named_with_its_command(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_DIRS", str(tmp_path))
-    with pytest.raises(ConfigError, match="tuxpaint/stamps: in no folder .* apt-get install tuxp"):
+    with pytest.raises(ConfigError, match=r"tuxpaint/stamps: in no folder .* apt-get install tuxp"):
         desktop.check_installed()
     write_packages(tmp_path)
     desktop.check_installed()

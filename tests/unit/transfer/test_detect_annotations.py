@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools import mask as run_lengths
 
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.coco_json import unpack_counts
 from moce_dist.transfer.instances import check_instances, read_instances
 
 Tree = dict[str, Any]
@@ -93,6 +95,11 @@ def first(tree: Tree, **changes: Any) -> None:
         (lambda t: first(t, category_id=4), r"annotation 1: category_id 4 is no category's"),
         (lambda t: first(t, image_id=[5]), r"annotation 1: image_id \[5\] is no image's"),
         (lambda t: first(t, bbox=[60, 2, 9, 9]), r"annotation 1: bbox .* lies outside its picture"),
+        (lambda t: first(t, bbox=[-9, 2, 9, 9]), r"annotation 1: bbox .* lies outside its picture"),
+        (
+            lambda t: first(t, bbox=[2, 900, 9, 9]),
+            r"annotation 1: bbox .* lies outside its picture",
+        ),
         (lambda t: first(t, bbox=[0.1, 0.2, 0.3]), "must be four numbers"),
         (lambda t: first(t, bbox=[1, 2, float("nan"), 3]), "must be four numbers"),
         (lambda t: first(t, bbox=None), "must be four numbers"),
@@ -100,6 +107,7 @@ def first(tree: Tree, **changes: Any) -> None:
         (lambda t: first(t, segmentation=[[1, 2, 3, 4, 5, None]]), "must be polygons"),
         (lambda t: first(t, segmentation={"size": [9, 9], "counts": [81]}), r"size \[9, 9\]"),
         (lambda t: first(t, segmentation={"size": [40, 56], "counts": [1]}), "do not add up"),
+        (lambda t: first(t, segmentation={"size": [40, 56], "counts": "11"}), "do not add up"),
         (lambda t: t["images"][0].pop("width"), r"images\[0\] has no width"),
         (
             lambda t: t["images"][1].update(id=1000),
@@ -116,6 +124,17 @@ def test_wrong_entry_is_named_with_its_file(data, edit, message):
     with pytest.raises(ConfigError, match=f"instances_train2017.json: .*{message}") as caught:
         read_instances("coco", data)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_packed_run_lengths_are_read_as_the_library_packs_them(seed):
+    draws = np.random.default_rng(seed)
+    mask = np.asfortranarray(draws.random((70, 90)) < draws.random(), np.uint8)
+    mask[:, 20:60] = seed % 2
+    packed = run_lengths.encode(mask)["counts"].decode()
+    flat = np.concatenate([[0], mask.T.ravel()])
+    edges = [0, *np.flatnonzero(np.diff(flat)).tolist(), mask.size]
+    assert unpack_counts(packed) == np.diff(edges).tolist()
 
 
 def test_class_lists_of_the_splits_must_be_equal(data):

@@ -140,6 +140,20 @@ def test_patch_that_is_no_power_of_two_is_refused(config):
         build(run_backbone("random", other, None), config, detect_size=56)
 
 
+@pytest.mark.parametrize(
+    "architecture",
+    ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_little_patch16_reg1_gap_256"],
+)
+def test_plain_vits_of_timm_with_and_without_tokens_beside_the_patches(architecture, config):
+    model = build(Backbone("timm:x", architecture, {}, 224), config, detect_window=2)
+    assert model.backbone(torch.zeros(1, 3, 64, 64))["2"].shape == (1, 8, 4, 4)
+
+
+def test_other_models_of_timm_are_refused(config):
+    with pytest.raises(ConfigError, match="must be a plain ViT"):
+        build(Backbone("timm:x", "eva02_tiny_patch14_224", {}, 224), config, detect_size=56)
+
+
 def test_picture_is_fitted_and_boxes_come_back_in_its_own_pixels(backbone, config):
     model = build(backbone, config).eval()
     images, _ = model.transform([torch.rand(3, 30, 90)])
@@ -273,13 +287,19 @@ def test_job_compares_backbones_on_masks_and_boxes(run, coco_folder, job, tmp_pa
     assert "mask" not in row and row["box"]["AP"] == row["value"]
 
 
-def test_all_of_cocos_categories_train_for_a_few_steps(run, job, tmp_path):
+def test_cocos_80_categories_run_through_the_full_size_recipe(run, job, tmp_path, capsys):
     # COCO's ids run to 90 with ten gaps
     gaps = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
     names = {i: f"class {i}" for i in range(1, 91) if i not in gaps}
     data = write_coco(tmp_path / "coco80", categories=names, counts={"train2017": 41, "val2017": 5})
-    flags = ["--task", "coco", "--run", str(run.root), "--data", str(data), "--backbone", "mae"]
-    job.main([*flags, "--set", "transfer.max_train=6"])
+    recipe = ["--config", str(ROOT / "configs" / "transfer" / "coco.yaml"), "--data", str(data)]
+    job.main([*recipe, "--dry-run"])
+    assert "41 training, 5 test, 80 classes" in capsys.readouterr().out
+    small = {"size": 64, "steps": 3, "batch_size": 4, "channels": 8, "rois": 8, "window": 5}
+    changes = [f"transfer.detect_{name}={value}" for name, value in small.items()]
+    changes += ["parallel.micro_batches=2", "data.loader_processes=0", "transfer.max_train=6"]
+    flags = [part for change in changes for part in ("--set", change)]
+    job.main([*recipe, *flags, "--run", str(run.root), "--backbone", "mae"])
     (row,) = metrics_of(run)["results"]
     assert row["num_train"] == 6 and 0 <= row["value"] <= 1
 

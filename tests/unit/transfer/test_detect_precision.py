@@ -205,6 +205,12 @@ def test_sizes_go_by_the_truths_area_and_by_masks_for_masks():
     one = found((0, 0.9, *box))._replace(masks=[pack_mask(full)])
     measured = figures(instances, [one], "segm")
     assert measured["AP small"] > 0.8 and math.isnan(measured["AP medium"])
+    # a wrong detection of the same outline, ranked first, is small as well and costs half
+    first = found((0, 0.95, 100, 100, 40, 40), (0, 0.9, *box))
+    moved = np.roll(full, (90, 90), axis=(0, 1))
+    two = first._replace(masks=[pack_mask(moved), pack_mask(full)])
+    halved = figures(instances, [two], "segm")
+    assert halved["AP small"] == pytest.approx(measured["AP small"] / 2)
 
 
 def test_ids_of_pictures_and_classes_are_not_mixed_up():
