@@ -364,6 +364,8 @@ class TransferConfig(Section):
     """Least factor of large-scale jitter; the greatest is 2."""
     detect_window: int = Field(14, ge=1)
     """Side of an attention window, patches; four blocks attend to the whole picture."""
+    detect_anchor_strides: float = Field(8, gt=0)
+    """Side of a level's anchors in its strides: 8 gives 32 pixels on the finest of the pyramid."""
     detect_channels: int = Field(256, ge=8)
     """Channels of the feature pyramid and of the heads' convolutions."""
     detect_rois: int = Field(512, ge=4)

@@ -21,7 +21,7 @@ from PIL import Image
 from moce_dist.data.carriers import Pixels
 from moce_dist.settings import ConfigError
 
-STAMP_CLASSES = ("animals", "food", "household", "plants", "vehicles")
+STAMP_SUBJECTS = ("animals", "food", "household", "plants", "vehicles")
 _PACKAGES = ("tuxpaint-stamps-default", "lomiri-wallpapers-16.04", "mate-backgrounds")
 _STAMPS = "tuxpaint/stamps"
 _STAMP_SIDE = 96
@@ -61,7 +61,7 @@ _MATE = (
 
 
 class Stamp(NamedTuple):
-    """A cut-out: its file, class index, and pixels (H, W, 4) whose last channel is the outline."""
+    """A cut-out: its file, subject, and pixels (H, W, 4) whose last channel is the outline."""
 
     name: str
     label: int
@@ -69,7 +69,7 @@ class Stamp(NamedTuple):
 
 
 class Wallpaper(NamedTuple):
-    """A photograph: its file and pixels (H, W, 3); all are of one class."""
+    """A photograph: its file and pixels (H, W, 3); all are of one subject."""
 
     name: str
     pixels: Pixels
@@ -98,7 +98,7 @@ def check_installed() -> None:
 
 
 def stamps() -> list[Stamp]:
-    """Read the photographed cut-outs of `STAMP_CLASSES`, at most 96 pixels wide and high.
+    """Read the photographed cut-outs of `STAMP_SUBJECTS`, at most 96 pixels wide and high.
 
     Raises:
         ConfigError: the package is missing.
@@ -106,7 +106,7 @@ def stamps() -> list[Stamp]:
     root = _locate(_STAMPS)
     return [
         Stamp(str(path.relative_to(root)), label, pixels)
-        for label, name in enumerate(STAMP_CLASSES)
+        for label, name in enumerate(STAMP_SUBJECTS)
         for path in sorted((root / name).rglob("*.png"))
         if "cartoon" not in path.parts
         for pixels in [_cut_out(path)]

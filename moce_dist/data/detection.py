@@ -3,8 +3,9 @@
 `trees-coco`: tiles of aerial photographs with the boxes of their trees, without outlines. Training
 and test tiles are of different photographs.
 
-`composited-coco`: cut-outs pasted on wallpapers, with outlines. No cut-out and no wallpaper of the
-training pictures is in a test picture. Figures measured on it are to be called composited.
+`composited-coco`: cut-outs pasted on wallpapers, of one class, with outlines. No cut-out and no
+wallpaper of the training pictures is in a test picture. Figures measured on it are to be called
+composited.
 
     annotations/instances_{train,val}2017.json       {train,val}2017/NAME.jpg
 
@@ -52,13 +53,12 @@ _TEST_SHARE = 4
 
 
 class Scene(NamedTuple):
-    """A picture and its objects: classes (n,), boxes (n, 4), whether to ignore, outlines or None.
+    """A picture and its objects: boxes (n, 4), whether to ignore each, outlines or None.
 
     An ignored object is a crowd in COCO's words.
     """
 
     pixels: Pixels
-    classes: Sequence[int]
     boxes: Boxes
     ignored: Sequence[bool]
     masks: Sequence[Mask] | None
@@ -75,7 +75,7 @@ def write_trees(out: Path) -> None:
 
 def _tree_files() -> Iterator[tuple[str, bytes]]:
     splits = {split: list(_tree_tiles(split)) for split in _TREE_SPLITS}
-    yield from _coco_files(splits, ["tree"])
+    yield from _coco_files(splits, "tree")
 
 
 def _tree_tiles(split: Split) -> Iterator[Scene]:
@@ -100,7 +100,7 @@ def _tree_tile(pixels: Pixels, boxes: Boxes) -> Scene | None:
     if ignored.all():
         return None
     kept = shown[is_there]
-    return Scene(pixels, [0] * len(kept), kept, ignored.tolist(), None)
+    return Scene(pixels, kept, ignored.tolist(), None)
 
 
 def write_composited(out: Path) -> None:
@@ -125,14 +125,13 @@ def _composited_files() -> Iterator[tuple[str, bytes]]:
         ]
         for index, (split, count) in enumerate(_NUM_SCENES.items())
     }
-    yield from _coco_files(splits, desktop.STAMP_CLASSES)
+    yield from _coco_files(splits, "cut-out")
 
 
 def _part(items: Sequence[Any], split: Split) -> list[Any]:
-    # of every class a quarter is for the test, chosen by the hash of the name
-    classes = sorted({item.label for item in items})
+    # of every subject a quarter is for the test, chosen by the hash of the name
     kept = []
-    for label in classes:
+    for label in sorted({item.label for item in items}):
         some = sorted(
             (item for item in items if item.label == label),
             key=lambda item: hashlib.sha256(item.name.encode()).digest(),
@@ -146,11 +145,10 @@ def _compose(
     stamps: Sequence[Stamp], wallpapers: Sequence[desktop.Wallpaper], draws: np.random.Generator
 ) -> Scene:
     canvas = _background(wallpapers[int(draws.integers(len(wallpapers)))].pixels, draws)
-    classes: list[int] = []
     masks: list[Mask] = []
     for _ in range(int(draws.integers(1, _MAX_STAMPS + 1))):
-        label = int(draws.integers(len(desktop.STAMP_CLASSES)))
-        own = [stamp for stamp in stamps if stamp.label == label]
+        subject = int(draws.integers(len(desktop.STAMP_SUBJECTS)))
+        own = [stamp for stamp in stamps if stamp.label == subject]
         picture = _sized(own[int(draws.integers(len(own)))], draws)
         place = _free_place(picture, masks, draws)
         if place is None:
@@ -158,9 +156,8 @@ def _compose(
         left, upper, mask = place
         canvas.paste(picture, (left, upper), picture)
         masks = [*(other & ~mask for other in masks), mask]
-        classes.append(label)
     boxes = np.array([_box_around(mask) for mask in masks])
-    return Scene(np.asarray(canvas), classes, boxes, [False] * len(classes), masks)
+    return Scene(np.asarray(canvas), boxes, [False] * len(boxes), masks)
 
 
 def _background(pixels: Pixels, draws: np.random.Generator) -> Image.Image:
@@ -199,17 +196,15 @@ def _box_around(mask: Mask) -> list[int]:
     return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
-def _coco_files(
-    splits: dict[Split, list[Scene]], classes: Sequence[str]
-) -> Iterator[tuple[str, bytes]]:
+def _coco_files(splits: dict[Split, list[Scene]], name: str) -> Iterator[tuple[str, bytes]]:
     for split, scenes in splits.items():
         for number, scene in enumerate(scenes):
             yield f"{split}/{number:012d}.jpg", encode(scene.pixels, "JPEG")
-        tree = _coco_tree(scenes, classes)
+        tree = _coco_tree(scenes, name)
         yield f"annotations/instances_{split}.json", json.dumps(tree).encode()
 
 
-def _coco_tree(scenes: Sequence[Scene], classes: Sequence[str]) -> dict[str, Any]:
+def _coco_tree(scenes: Sequence[Scene], name: str) -> dict[str, Any]:
     images = [
         {
             "id": number,
@@ -227,7 +222,7 @@ def _coco_tree(scenes: Sequence[Scene], classes: Sequence[str]) -> dict[str, Any
     return {
         "images": images,
         "annotations": [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, start=1)],
+        "categories": [{"id": 1, "name": name}],
     }
 
 
@@ -235,7 +230,7 @@ def _annotations(scene: Scene) -> Iterator[dict[str, Any]]:
     for i, (left, upper, right, lower) in enumerate(scene.boxes.tolist()):
         width, height = right - left, lower - upper
         entry: dict[str, Any] = {
-            "category_id": scene.classes[i] + 1,
+            "category_id": 1,
             "bbox": [left, upper, width, height],
             "area": width * height,
             "iscrowd": int(scene.ignored[i]),

@@ -108,11 +108,12 @@ def _batches(
 def _to_model(
     sample: Sample, labels: dict[int, int], device: torch.device
 ) -> tuple[Tensor, Target]:
+    # 0 is the background
+    classes = [labels[int(category)] + 1 for category in sample.categories]
     target = {
         "boxes": torch.from_numpy(sample.boxes).to(device),
-        "labels": torch.tensor([labels[int(c)] + 1 for c in sample.categories], device=device),
+        "labels": torch.tensor(classes, dtype=torch.int64, device=device),
     }
-    target["labels"] = target["labels"].long()
     if sample.masks is not None:
         target["masks"] = torch.from_numpy(sample.masks).to(device)
     return torch.from_numpy(sample.pixels).to(device).float() / 255, target

@@ -48,8 +48,6 @@ _HEAD_CONVOLUTIONS = 4
 _HEAD_WIDTH = 1024
 _WEIGHT_DECAY = 0.1
 _ASPECTS = (0.5, 1.0, 2.0)
-# anchors are eight times as wide as their level's stride: 32 to 512 at strides 4 to 64
-_ANCHOR_STRIDES = 8
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -215,7 +213,7 @@ def make_detector(
     pyramid = Pyramid(vit, channels, autocast)
     layers = _HEAD_CONVOLUTIONS * [channels]
     anchors = AnchorGenerator(
-        tuple((_ANCHOR_STRIDES * stride,) for stride in pyramid.strides),
+        tuple((transfer.detect_anchor_strides * stride,) for stride in pyramid.strides),
         len(pyramid.strides) * (_ASPECTS,),
     )
     parts: dict[str, Any] = {

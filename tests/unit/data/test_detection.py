@@ -24,7 +24,7 @@ def trees(tmp_path_factory) -> Instances:
 def write_packages(root):
     """Installed packages in small: yellow noise as cut-outs, blue noise as wallpapers."""
     draws = np.random.default_rng(0)
-    for name in desktop.STAMP_CLASSES:
+    for name in desktop.STAMP_SUBJECTS:
         folder = root / "tuxpaint" / "stamps" / name / "inner"
         (folder / "cartoon").mkdir(parents=True)
         for i in range(4):
@@ -83,7 +83,7 @@ def test_tile_keeps_what_it_shows_of_a_tree():
 
 
 def test_outlines_lie_on_the_cut_outs(composited):
-    assert composited.classes == desktop.STAMP_CLASSES and composited.has_masks
+    assert composited.classes == ("cut-out",) and composited.has_masks
     assert (len(composited.train), len(composited.test)) == (12, 4)
     for picture in [*composited.train, *composited.test]:
         pixels = np.asarray(load_picture(picture), int)

@@ -116,6 +116,13 @@ def test_levels_have_their_strides_whatever_picture_comes_first(backbone, config
         assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
 
 
+def test_anchors_grow_with_the_strides(backbone, config):
+    model = build(backbone, config, detect_anchor_strides=4)
+    sizes = model.rpn.anchor_generator.sizes
+    assert sizes == ((16,), (32,), (64,), (128,), (256,))
+    assert config.transfer.detect_anchor_strides * 4 == 32
+
+
 @pytest.mark.parametrize(("patch", "sides"), [(16, [16, 8, 4, 2, 1]), (8, [16, 8, 4, 2, 1])])
 def test_pyramid_of_other_patches(patch, sides, config):
     changes = {"data": {"image_size": 32}, "model": {"width": 24, "depth": 5, "patch_size": patch}}
