@@ -361,7 +361,9 @@ class TransferConfig(Section):
     detect_drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the backbone in detection training."""
     detect_scale_min: float = Field(0.1, gt=0, le=1)
-    """Least factor of large-scale jitter; the greatest is 2."""
+    """Least factor of large-scale jitter."""
+    detect_scale_max: float = Field(2, ge=1)
+    """Greatest factor of large-scale jitter; in the test pictures have factor 1."""
     detect_window: int = Field(14, ge=1)
     """Side of an attention window, patches; four blocks attend to the whole picture."""
     detect_anchor_strides: float = Field(8, gt=0)

@@ -79,7 +79,7 @@ class _Squares(Dataset[Sample | Fault]):
             return training_square(
                 picture,
                 transfer.detect_size,
-                transfer.detect_scale_min,
+                (transfer.detect_scale_min, transfer.detect_scale_max),
                 has_masks=self._instances.has_masks,
                 draws=sample_generator(self._seed, epoch, picture.key),
             )

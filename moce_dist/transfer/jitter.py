@@ -23,7 +23,6 @@ from moce_dist.data.images import MEAN
 from moce_dist.transfer.coco_json import Annotation
 from moce_dist.transfer.instances import Picture, load_picture
 
-SCALE_MAX = 2.0
 _PADDING = np.round(np.array(MEAN) * 255).astype(np.uint8)
 
 Masks = NDArray[np.uint8]
@@ -65,10 +64,10 @@ class Placing(NamedTuple):
 
 
 def draw_placing(
-    picture: Picture, size: int, scale_min: float, draws: np.random.Generator
+    picture: Picture, size: int, scales: tuple[float, float], draws: np.random.Generator
 ) -> Placing:
-    """Draw scale (the longer side is S times `scale_min` to 2), window and mirror."""
-    factor = size * draws.uniform(scale_min, SCALE_MAX) / max(picture.width, picture.height)
+    """Draw scale (the longer side is S times a factor from `scales`), window and mirror."""
+    factor = size * draws.uniform(*scales) / max(picture.width, picture.height)
     width, height = (max(1, round(s * factor)) for s in (picture.width, picture.height))
     left, upper = (int(draws.integers(max(1, s - size + 1))) for s in (width, height))
     is_mirrored = bool(draws.random() < 0.5)
@@ -77,7 +76,12 @@ def draw_placing(
 
 
 def training_square(
-    picture: Picture, size: int, scale_min: float, *, has_masks: bool, draws: np.random.Generator
+    picture: Picture,
+    size: int,
+    scales: tuple[float, float],
+    *,
+    has_masks: bool,
+    draws: np.random.Generator,
 ) -> Sample:
     """Make a training sample of a picture.
 
@@ -85,7 +89,7 @@ def training_square(
         ImageError: the picture cannot be read, or has another size than annotated.
     """
     image = load_picture(picture)
-    placing = draw_placing(picture, size, scale_min, draws)
+    placing = draw_placing(picture, size, scales, draws)
     pixels = _square(image, placing)
     objects = picture.learnable()
     masks = None

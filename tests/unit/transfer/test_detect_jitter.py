@@ -22,7 +22,7 @@ def picture(coco_folder: Path) -> Picture:
 def squares(picture, **options):
     for epoch in range(80):
         draws = sample_generator(0, epoch, picture.key)
-        yield training_square(picture, SIZE, 0.4, draws=draws, **options)
+        yield training_square(picture, SIZE, (0.4, 2.0), draws=draws, **options)
 
 
 def bright(pixels):
@@ -75,7 +75,7 @@ def test_objects_outside_of_the_window_are_left_out(picture):
         sample = training_square(
             picture._replace(annotations=[far]),
             SIZE,
-            1.0,
+            (1.0, 2.0),
             has_masks=False,
             draws=sample_generator(1, epoch, "x"),
         )
@@ -109,7 +109,9 @@ def test_padding_has_no_mask_and_the_colour_that_normalises_to_zero(picture):
     placing = Placing((28, 20), 0, 0, 28, 20, False, SIZE)
     whole = place_mask([[0, 0, 999, 0, 999, 999, 0, 999]], placing, picture)
     assert whole[:20, :28].all() and whole.sum() == 20 * 28
-    small = training_square(picture, 4 * SIZE, 0.1, has_masks=False, draws=np.random.default_rng(0))
+    small = training_square(
+        picture, 4 * SIZE, (0.1, 1.0), has_masks=False, draws=np.random.default_rng(0)
+    )
     assert small.pixels[:, -1, -1].tolist() == [124, 116, 104]
 
 

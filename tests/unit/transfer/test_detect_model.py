@@ -203,7 +203,12 @@ def test_training_finds_bright_objects(backbone, config, coco_folder, tmp_path):
         config,
         coco_folder,
         **{"detect_steps": 90, "detect_batch_size": 4, "detect_lr": 3e-3, "detect_rois": 32},
-        **{"detect_scale_min": 0.8, "detect_channels": 16, "detect_drop_path": 0.0},
+        **{
+            "detect_scale_min": 0.8,
+            "detect_scale_max": 1.25,
+            "detect_channels": 16,
+            "detect_drop_path": 0.0,
+        },
     )
     figures = detect(fit, seed=0, out=tmp_path / "out", ledger=tmp_path / "faults.jsonl")
     assert figures["box"]["AP50"] > 0.4 and figures["mask"]["AP50"] > 0.3
