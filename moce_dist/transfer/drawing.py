@@ -16,7 +16,7 @@ from moce_dist.transfer.jitter import decode_mask
 from moce_dist.transfer.precision import Detections
 from moce_dist.transfer.segment import palette
 
-SHOWN_SCORE = 0.3
+SHOWN_SCORE = 0.5
 _OPACITY = 0.4
 _MIN_SIDE = 400
 
@@ -33,7 +33,7 @@ class Drawn(NamedTuple):
 def draw_preview(
     path: Path, image: Image.Image, picture: Picture, found: Detections, instances: Instances
 ) -> None:
-    """Write a picture with its detections of score 0.3 or more, beside it with its true objects."""
+    """Write a picture with its detections of score 0.5 or more, beside it with its true objects."""
     panels = [
         _draw(image, objects) for objects in (_found(found, instances), _true(picture, instances))
     ]
