@@ -14,9 +14,11 @@ from moce_dist.data.ingest import ingest
 from moce_dist.data.packing import HOLDOUT
 from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
 from moce_dist.data.sources import (
+    COMPOSITED,
     PRETRAIN,
     SAMPLE_SETS,
     SEGMENTATION,
+    TREES,
     expand_shards,
     list_folder,
     parse_source,
@@ -77,9 +79,9 @@ def plan(source: str) -> str:
         urls = expand_shards(rest)
         local = sum(os.path.getsize(url) for url in urls if "://" not in url)
         return f"{len(urls)} shards, {local} bytes on local disks, indexed where they lie"
-    from moce_dist.data import carriers
+    from moce_dist.data import carriers, desktop
 
-    carriers.check_installed()
+    (desktop if rest == COMPOSITED else carriers).check_installed()
     return "images of installed packages"
 
 
@@ -106,14 +108,17 @@ def place(args: Any, config: Config) -> tuple[Path, Path]:
 
 def write_task(name: str, out: Path) -> None:
     """Write a downstream task of a sample set as folders and say what there is."""
-    from moce_dist.data import samples
+    from moce_dist.data import detection, samples
 
     if name == SEGMENTATION:
         samples.write_climate_segmentation(out)
+    elif name in (TREES, COMPOSITED):
+        (detection.write_trees if name == TREES else detection.write_composited)(out)
     else:
         samples.write_task(name, out)
     images = Counter(path.relative_to(out).parts[-2] for path in out.glob("images/*/*")) or Counter(
-        path.relative_to(out).parts[0] for path in out.glob("*/*/*.png")
+        path.relative_to(out).parts[0]
+        for path in [*out.glob("*/*/*.png"), *out.glob("*2017/*.jpg")]
     )
     print(f"images   {', '.join(f'{part} {number}' for part, number in sorted(images.items()))}")
     print(f"path     {out}")

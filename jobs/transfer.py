@@ -8,18 +8,18 @@ from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
 from moce_dist.run import Run, resolve_run
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.instances import Instances, check_instances, read_instances
 from moce_dist.transfer.request import (
-    CLASSIFICATION,
-    SEGMENTATION,
     Request,
     check_request,
     check_stages,
     open_request_run,
     parse_experts,
     parse_names,
+    protocols_of,
 )
 from moce_dist.transfer.scenes import Scenes, check_scenes, read_scenes
-from moce_dist.transfer.tasks import SEGMENTATION_TASKS, Task, check_images, load_task
+from moce_dist.transfer.tasks import Task, check_images, load_task
 
 DEFAULT_RUN = "quickstart"
 
@@ -31,9 +31,9 @@ def parse(argv: Sequence[str]) -> Any:
         "python jobs/transfer.py --run runs/quickstart --task digits --protocol linear,knn",
     )
     parser.add_argument(
-        "--task", metavar="NAME", help="digits, silhouettes, climate, imagefolder, ade20k"
+        "--task", metavar="NAME", help="digits, silhouettes, climate, imagefolder, ade20k, coco"
     )
-    parser.add_argument("--data", metavar="PATH", help="folder of imagefolder and ade20k")
+    parser.add_argument("--data", metavar="PATH", help="folder of imagefolder, ade20k and coco")
     parser.add_argument(
         "--backbone", metavar="LIST", default="moce,mae", help="moce, mae, random, timm:NAME"
     )
@@ -48,28 +48,31 @@ def make_request(args: Any, config: Config) -> Request:
     task = args.task or config.transfer.task
     if not task:
         raise ConfigError("--task: is missing, and the configuration names no transfer.task")
-    every = SEGMENTATION if task in SEGMENTATION_TASKS else CLASSIFICATION
     return Request(
         task,
         Path(args.data) if args.data else None,
         parse_names(args.backbone, "--backbone"),
-        parse_names(args.protocol, "--protocol") if args.protocol else every,
+        parse_names(args.protocol, "--protocol") if args.protocol else protocols_of(task),
         args.seeds,
         parse_experts(args.experts),
     )
 
 
-def list_task(request: Request) -> Task | Scenes:
+def list_task(request: Request) -> Task | Scenes | Instances:
     """List a task's files, checking their layout."""
     if request.is_segmentation:
         return read_scenes(request.task, request.data)
+    if request.is_detection:
+        return read_instances(request.task, request.data)
     return load_task(request.task, request.data)
 
 
-def scan(task: Task | Scenes, config: Config) -> None:
+def scan(task: Task | Scenes | Instances, config: Config) -> None:
     """Read all files of a task once, so that a damaged one is known before training."""
     if isinstance(task, Scenes):
         check_scenes(task, threads=config.data.loader_processes)
+    elif isinstance(task, Instances):
+        check_instances(task, threads=config.data.loader_processes)
     else:
         check_images(task, threads=config.data.loader_processes)
 
@@ -92,6 +95,11 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
         print(
             f"budget     {transfer.segment_steps} steps of {transfer.segment_batch_size} crops of "
             f"{transfer.segment_crop} pixels"
+        )
+    elif request.is_detection:
+        print(
+            f"budget     {transfer.detect_steps} steps of {transfer.detect_batch_size} squares of "
+            f"{transfer.detect_size} pixels, windows of {transfer.detect_window} patches"
         )
     else:
         print(

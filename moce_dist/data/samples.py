@@ -1,7 +1,8 @@
 """The `sample:NAME` sets: real images for the quickstart, the tests and small experiments.
 
 `pretrain` is the pre-training mix of six domains. `digits`, `silhouettes` and `climate` are
-downstream classification tasks, `climate-ade20k` is a segmentation task in ADE20K's folder layout.
+downstream classification tasks, `climate-ade20k` is a segmentation task in ADE20K's folder layout;
+detection tasks are made by `detection.py`.
 No image of a task, training or test, is in the mix. Digits and silhouettes are split by the hash of
 their pixels, so equal pictures stay on one side. The earth is split by place: of the blocks of
 300 x 300 pixels that hold land, 24 are for training and 12 for testing the climate tasks, and no
@@ -44,7 +45,10 @@ _BLOCKS = {"test": 12, "train": 24}
 _BLOCK_SALT = 1726
 _PICTURES = {"satellite": ("bmng", 1), "elevation": ("etopo1", 1), "relief": ("shadedrelief", 2)}
 DOMAINS = ("digits", "silhouettes", *_PICTURES, "brain")
-_TASK_FILES = ("train/*/*", "test/*/*", "images/*/*", "annotations/*/*", "classes.txt")
+_TASK_FILES = (
+    *("train/*/*", "test/*/*", "images/*/*", "annotations/*/*", "classes.txt"),
+    *("annotations/*.json", "train2017/*", "val2017/*"),
+)
 _PER_CLASS = {"digits": {"test": 50, "train": 100}, "silhouettes": {"test": 70, "train": 130}}
 
 
@@ -77,7 +81,8 @@ class _Tile(NamedTuple):
         ]
 
 
-def _encode(pixels: Pixels, kind: str = "PNG") -> bytes:
+def encode(pixels: Pixels, kind: str = "PNG") -> bytes:
+    """Encode pixels (H, W) or (H, W, 3) as PNG or, of quality 95, as JPEG."""
     buffer = io.BytesIO()
     # a PNG at level 3 takes half the time of the default's 6 and 4 % more bytes
     Image.fromarray(pixels).save(buffer, kind, quality=95, compress_level=3)
@@ -185,7 +190,7 @@ def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
             seen.add(digest)
             yield (
                 f"{domain}/{number:06d}",
-                {"png": _encode(pixels), "json": json.dumps({"domain": domain}).encode()},
+                {"png": encode(pixels), "json": json.dumps({"domain": domain}).encode()},
             )
             number += 1
 
@@ -210,7 +215,7 @@ def task(name: str) -> SampleTask:
         )
     images, labels, classes = _labelled(name)
     train, test = (
-        [LabelledImage(_encode(images[row]), int(labels[row])) for row in _part_rows(name, part)]
+        [LabelledImage(encode(images[row]), int(labels[row])) for row in _part_rows(name, part)]
         for part in ("train", "test")
     )
     return SampleTask(train, test, classes)
@@ -223,7 +228,7 @@ def _climate_tiles(picture: Pixels, groups: Pixels, part: Part) -> Iterator[Labe
             label, pixels = int(counts.argmax()), tile.of(picture)
             is_class = label < len(carriers.CLIMATE_GROUPS) - 1
             if is_class and _has_land(counts) and _is_informative(pixels):
-                yield LabelledImage(_encode(pixels), label)
+                yield LabelledImage(encode(pixels), label)
 
 
 def _has_land(counts: NDArray[np.int64]) -> bool:
@@ -237,7 +242,7 @@ def write_task(name: str, out: Path) -> None:
     Raises:
         ConfigError: there is no such task, or a package is missing.
     """
-    _write_files(out, name, _task_files(name))
+    write_files(out, name, _task_files(name))
 
 
 def _task_files(name: str) -> Iterator[tuple[str, bytes]]:
@@ -257,7 +262,7 @@ def write_climate_segmentation(out: Path) -> None:
     Raises:
         ConfigError: a package is missing.
     """
-    _write_files(out, SEGMENTATION, _segmentation_files())
+    write_files(out, SEGMENTATION, _segmentation_files())
 
 
 def _segmentation_files() -> Iterator[tuple[str, bytes]]:
@@ -270,11 +275,18 @@ def _segmentation_files() -> Iterator[tuple[str, bytes]]:
                 labels = tile.of(groups)
                 if _has_land(np.bincount(labels.ravel(), minlength=len(carriers.CLIMATE_GROUPS))):
                     name = f"block_{block[0]:02d}_{block[1]:02d}_tile_{number:02d}"
-                    yield f"images/{folder}/{name}.jpg", _encode(tile.of(picture), "JPEG")
-                    yield f"annotations/{folder}/{name}.png", _encode(labels + np.uint8(1))
+                    yield f"images/{folder}/{name}.jpg", encode(tile.of(picture), "JPEG")
+                    yield f"annotations/{folder}/{name}.png", encode(labels + np.uint8(1))
 
 
-def _write_files(out: Path, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+def write_files(out: Path, name: str, files: Iterable[tuple[str, bytes]]) -> None:
+    """Write a set's files, (path inside `out`, content), all of them or none.
+
+    Nothing is written where the set is complete.
+
+    Raises:
+        ConfigError: other files are there.
+    """
     inputs = {"source": f"sample:{name}"}
     if is_complete(out, inputs):
         return

@@ -30,8 +30,9 @@ Kind = Literal["folder", "shards", "sample"]
 PRETRAIN = "pretrain"
 TASKS = ("digits", "silhouettes", "climate")
 SEGMENTATION = "climate-ade20k"
-SAMPLE_SETS = (PRETRAIN, *TASKS, SEGMENTATION)
-"""What `sample:NAME` may name; `data.samples` builds them."""
+TREES, COMPOSITED = "trees-coco", "composited-coco"
+SAMPLE_SETS = (PRETRAIN, *TASKS, SEGMENTATION, TREES, COMPOSITED)
+"""What `sample:NAME` may name; `data.samples` and `data.detection` build them."""
 
 
 class ImageFile(NamedTuple):

@@ -24,8 +24,10 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.classify import Features, extract, knn, linear, task_features
+from moce_dist.transfer.detect import Detection, detect
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.finetune import finetune
+from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import machine_of
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
@@ -35,6 +37,8 @@ from moce_dist.transfer.select import choose_experts, task_clusters
 from moce_dist.transfer.tasks import Task
 
 logger = logging.getLogger(__name__)
+
+AnyTask = Task | Scenes | Instances
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def open_stage(run: Run, name: str) -> Stage | None:
 class Comparison:
     """One request on one run: what it needs is loaded once, what is finished is kept."""
 
-    def __init__(self, request: Request, run: Run, config: Config, task: Task | Scenes) -> None:
+    def __init__(self, request: Request, run: Run, config: Config, task: AnyTask) -> None:
         self.request, self.run, self.config, self.task = request, run, config, task
         self.folder = run.transfer(request.task)
         self.machine = machine_of(config)
@@ -148,7 +152,10 @@ class Comparison:
                 self.task_fingerprint,
                 stages,
                 budget(
-                    self.config.transfer, protocol, is_segmentation=self.request.is_segmentation
+                    self.config.transfer,
+                    protocol,
+                    is_segmentation=self.request.is_segmentation,
+                    is_detection=self.request.is_detection,
                 ),
             ]
             for protocol in ("finetune", "linear", "knn")
@@ -166,8 +173,12 @@ class Comparison:
     def run_fit(self, fit: Fit, backbone: Backbone) -> Row:
         """Carry out one fit and describe it as a row of metrics.json."""
         task = self.task.subset(self.config.transfer.max_train, fit.seed)
+        figures: Row = {}
         if isinstance(task, Scenes):
             value = self._segment(fit, backbone, task)
+        elif isinstance(task, Instances):
+            figures = self._detect(fit, backbone, task)
+            value = figures["box"]["AP"]
         else:
             value = self._classify(fit, backbone, task)
         return {
@@ -178,12 +189,20 @@ class Comparison:
             "num_train": len(task.train),
             "num_test": len(task.test),
             "choice": backbone.choice,
+            **figures,
         }
 
+    def _predictions(self, fit: Fit) -> Path:
+        return self.folder / "predictions" / f"{fit.backbone.replace('/', '_')}-{fit.seed}"
+
     def _segment(self, fit: Fit, backbone: Backbone, scenes: Scenes) -> float:
-        transfer = self.config.transfer
-        out = self.folder / "predictions" / f"{fit.backbone.replace('/', '_')}-{fit.seed}"
+        transfer, out = self.config.transfer, self._predictions(fit)
         return segment(backbone, scenes, transfer, self.machine, seed=fit.seed, out=out)
+
+    def _detect(self, fit: Fit, backbone: Backbone, instances: Instances) -> Row:
+        detection = Detection(backbone, instances, self.config.transfer, self.machine)
+        out, ledger = self._predictions(fit), self.run.faults
+        return dict(detect(detection, seed=fit.seed, out=out, ledger=ledger))
 
     def _classify(self, fit: Fit, backbone: Backbone, task: Task) -> float:
         transfer, num_classes = self.config.transfer, len(task.classes)
@@ -200,6 +219,13 @@ class Comparison:
         if self._features is None or self._features[0] != key:
             self._features = (key, task_features(backbone, task, self.machine, seed=fit.seed))
         return self._features[1]
+
+
+def metric_of(request: Request) -> str:
+    """Name what the values of a task are."""
+    if request.is_detection:
+        return "box AP"
+    return "mIoU" if request.is_segmentation else "accuracy"
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
@@ -227,7 +253,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         row = comparison.run_fit(fit, backbones[fit.backbone])
         ledger.add(row)
         logger.info("%s %s seed %d: %.4f", *fit, row["value"])
-    metric = "mIoU" if request.is_segmentation else "accuracy"
+    metric = metric_of(request)
     metrics = make_metrics(request.task, metric, ledger.rows().values())
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
     files = [folder / "metrics.json"]

@@ -13,11 +13,12 @@ from moce_dist.config import Config, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run import Run, differing_fields, load_run
 from moce_dist.settings import ConfigError, flatten, parse_yaml
-from moce_dist.transfer.tasks import SEGMENTATION_TASKS, TASKS
+from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS, TASKS
 
 BACKBONES = ("moce", "mae", "random")
 CLASSIFICATION = ("finetune", "linear", "knn")
 SEGMENTATION = ("finetune",)
+DETECTION = ("finetune",)
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,21 @@ class Request:
         return self.task in SEGMENTATION_TASKS
 
     @property
+    def is_detection(self) -> bool:
+        """Tell whether the task has boxes instead of labels."""
+        return self.task in DETECTION_TASKS
+
+    @property
     def needs_data(self) -> bool:
         """Tell whether the task's images are the user's own."""
         return self.task not in SAMPLE_TASKS
+
+
+def protocols_of(task: str) -> tuple[str, ...]:
+    """Return the protocols that a task knows."""
+    if task in DETECTION_TASKS:
+        return DETECTION
+    return SEGMENTATION if task in SEGMENTATION_TASKS else CLASSIFICATION
 
 
 def parse_names(text: str, flag: str) -> tuple[str, ...]:
@@ -74,7 +87,7 @@ def check_request(request: Request, config: Config) -> None:
     Raises:
         ConfigError: naming the flag, the value and the rule.
     """
-    tasks = (*TASKS, *SEGMENTATION_TASKS)
+    tasks = (*TASKS, *SEGMENTATION_TASKS, *DETECTION_TASKS)
     if request.task not in tasks:
         raise ConfigError(f"--task {request.task}: must be one of {', '.join(tasks)}")
     for name in request.backbones:
@@ -82,7 +95,7 @@ def check_request(request: Request, config: Config) -> None:
             raise ConfigError(
                 f"--backbone {name}: must be one of {', '.join(BACKBONES)} or timm:NAME"
             )
-    protocols = SEGMENTATION if request.is_segmentation else CLASSIFICATION
+    protocols = protocols_of(request.task)
     for name in request.protocols:
         if name not in protocols:
             raise ConfigError(
@@ -94,6 +107,8 @@ def check_request(request: Request, config: Config) -> None:
         check_experts(request.experts, len(config.moe_layers), config.moe.num_experts)
     if request.is_segmentation:
         _check_segmentation(config)
+    if request.is_detection:
+        _check_detection(config)
 
 
 def _check_segmentation(config: Config) -> None:
@@ -108,6 +123,19 @@ def _check_segmentation(config: Config) -> None:
             f"transfer.segment_batch_size ({transfer.segment_batch_size}) must be 2 or more "
             "(batch normalisation)"
         )
+
+
+def _check_detection(config: Config) -> None:
+    size, patch_size = config.transfer.detect_size, config.model.patch_size
+    if patch_size & (patch_size - 1):
+        raise ConfigError(
+            f"model.patch_size ({patch_size}) must be a power of two for detection, whose pyramid "
+            "doubles and halves it"
+        )
+    # the pyramid's coarsest stride
+    coarsest = max(32, 2 * patch_size)
+    if size % coarsest:
+        raise ConfigError(f"transfer.detect_size ({size}) must be a multiple of {coarsest}")
 
 
 def check_experts(given: Sequence[int], num_layers: int, num_experts: int) -> None:

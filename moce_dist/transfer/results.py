@@ -30,11 +30,14 @@ class Fit(NamedTuple):
     seed: int
 
 
-def budget(transfer: TransferConfig, protocol: str, *, is_segmentation: bool) -> dict[str, Any]:
+def budget(
+    transfer: TransferConfig, protocol: str, *, is_segmentation: bool, is_detection: bool = False
+) -> dict[str, Any]:
     """Select the fields of the configuration that a protocol's result depends on."""
     fields: dict[str, Any] = transfer.model_dump(mode="json")
-    if is_segmentation:
-        kept = [name for name in fields if name.startswith("segment_")]
+    if is_segmentation or is_detection:
+        prefix = "segment_" if is_segmentation else "detect_"
+        kept = [name for name in fields if name.startswith(prefix)]
     else:
         kept = {"knn": ["knn_k"], "linear": ["linear_epochs"], "finetune": ["finetune"]}[protocol]
     return {name: fields[name] for name in ["max_train", *kept]}

@@ -5,7 +5,7 @@ from images that installed packages carry; `imagefolder` reads any data set laid
 
     DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)
 
-and `ade20k` (pictures with masks) is read by `scenes.py`.
+`ade20k` (pictures with masks) is read by `scenes.py`, `coco` (with boxes) by `instances.py`.
 
 Source: torchvision.datasets.ImageFolder for the layout.
 """
@@ -144,6 +144,7 @@ TASKS: dict[str, Callable[[str, Path | None], Task]] = {
     "imagefolder": image_folder,
 }
 SEGMENTATION_TASKS = ("ade20k",)
+DETECTION_TASKS = ("coco",)
 
 
 def load_task(name: str, data: Path | None) -> Task:

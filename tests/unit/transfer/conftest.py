@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,6 +38,8 @@ def config() -> Config:
                 "finetune": {"epochs": 2, "warmup_epochs": 1, "batch_size": 16},
                 **{"segment_crop": 32, "segment_steps": 4, "segment_batch_size": 2},
                 "segment_channels": 8,
+                **{"detect_size": 64, "detect_steps": 3, "detect_batch_size": 2},
+                **{"detect_channels": 8, "detect_rois": 8, "detect_window": 5},
             },
         }
     )
@@ -152,3 +155,56 @@ def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             Image.fromarray(mask).save(masks / f"{i}.png")
     (root / "classes.txt").write_text("dark\nbright\nabsent\n")
     return root
+
+
+def coco_annotation(number: int, image: int, category: int, box: list[float]) -> dict[str, Any]:
+    """An object with its outline: a rectangle, or a triangle where the category is even."""
+    x, y, width, height = box
+    outline = [x, y, x + width, y, x + width, y + height, x, y + height]
+    polygon = outline if category % 2 else outline[:6]
+    area = width * height / (1 if category % 2 else 2)
+    return {
+        **{"id": number, "image_id": image, "category_id": category, "bbox": box},
+        **{"area": area, "iscrowd": 0, "segmentation": [polygon]},
+    }
+
+
+def write_coco(root: Path, *, categories: dict[int, str], counts: dict[str, int]) -> Path:
+    """Dark pictures with one bright object a category at a time, in COCO's layout."""
+    draws, number = np.random.default_rng(2), 0
+    (root / "annotations").mkdir(parents=True)
+    for split, count in counts.items():
+        (root / split).mkdir()
+        images, annotations = [], []
+        for i in range(count):
+            height, width = 40 + 2 * (i % 5), 56
+            pixels = draws.integers(0, 60, (height, width, 3), np.uint8)
+            # ids are not in the order of the files
+            image = {"id": 1000 - 7 * i, "file_name": f"{i:012d}.jpg"}
+            images.append({**image, "width": width, "height": height})
+            for which in range(2):
+                category = list(categories)[number % len(categories)]
+                left, upper = int(draws.integers(2, 8)) + 26 * which, int(draws.integers(2, 8))
+                box = [left, upper, 18, 22 + 2 * which]
+                colour = [220, 40 + 170 * (category % 2), 40]
+                pixels[upper : upper + box[3], left : left + 18] = colour
+                number += 1
+                annotations.append(coco_annotation(number, image["id"], category, box))
+            Image.fromarray(pixels).save(
+                root / split / image["file_name"], quality=95, subsampling=0
+            )
+        tree = {
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": k, "name": name} for k, name in categories.items()],
+        }
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(tree))
+    return root
+
+
+@pytest.fixture(scope="session")
+def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("coco")
+    return write_coco(
+        root, categories={3: "yellow", 8: "red"}, counts={"train2017": 6, "val2017": 3}
+    )

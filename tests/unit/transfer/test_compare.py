@@ -190,11 +190,14 @@ def test_dry_run_writes_nothing(run):
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "transfer").glob("*.yaml")))
-def test_recipes_dry_run_without_a_run(recipe, job, capsys, scene_folder, image_folder):
+def test_recipes_dry_run_without_a_run(
+    recipe, job, capsys, scene_folder, image_folder, coco_folder
+):
     job.main(["--config", str(recipe), "--dry-run"])
     plan = capsys.readouterr().out
     assert "--data is not given" in plan
-    data = scene_folder if "task       ade20k" in plan else image_folder
+    own = {"ade20k": scene_folder, "coco": coco_folder, "imagefolder": image_folder}
+    data = own[plan.split()[1]]
     job.main(["--config", str(recipe), "--dry-run", "--data", str(data)])
     assert f"{data}: " in capsys.readouterr().out
 

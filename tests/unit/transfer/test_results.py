@@ -54,7 +54,11 @@ def test_budget_names_what_a_protocol_depends_on():
     transfer = TransferConfig()
     assert budget(transfer, "knn", is_segmentation=False) == {"max_train": None, "knn_k": 10}
     assert budget(transfer, "finetune", is_segmentation=False).keys() == {"max_train", "finetune"}
-    fields = budget(transfer, "finetune", is_segmentation=True)
-    assert {name for name in fields if name != "max_train"} == {
-        name for name in TransferConfig.model_fields if name.startswith("segment_")
-    }
+    kinds = {"segment_": (True, False), "detect_": (False, True)}
+    for prefix, (is_segmentation, is_detection) in kinds.items():
+        fields = budget(
+            transfer, "finetune", is_segmentation=is_segmentation, is_detection=is_detection
+        )
+        assert {name for name in fields if name != "max_train"} == {
+            name for name in TransferConfig.model_fields if name.startswith(prefix)
+        }

@@ -1,0 +1,156 @@
+"""Cut-outs and wallpapers that Debian packages carry, as arrays.
+
+They are read where the packages install them, in the folders of `XDG_DATA_DIRS`
+(/usr/local/share, /usr/share). Without root, `dpkg -x PACKAGE.deb DIR` and DIR/usr/share in that
+variable serve as well. Licences are mixed, so images are built where they are used.
+
+Axes: H rows, W columns; pixels are uint8 in [0, 255].
+
+Source: tuxpaint-stamps-default 2022.06.04 (cut-outs by subject; without drawings),
+lomiri-wallpapers-16.04 and mate-backgrounds (photographs).
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from moce_dist.data.carriers import Pixels
+from moce_dist.settings import ConfigError
+
+STAMP_SUBJECTS = ("animals", "food", "household", "plants", "vehicles")
+_PACKAGES = ("tuxpaint-stamps-default", "lomiri-wallpapers-16.04", "mate-backgrounds")
+_STAMPS = "tuxpaint/stamps"
+_STAMP_SIDE = 96
+_OPAQUE = (0.15, 0.92)
+# distinct colours, of 32 levels a channel, per pixel: a drawing has few
+_MIN_COLOURS = 0.08
+_WALLPAPER_SIDE = 1024
+_LOMIRI = (
+    "Bridge_by_Sander_Klootwijk",
+    "Dragonfly_by_Bolly",
+    "Picture_0B_by_freespace",
+    "Picture_1A_by_freespace",
+    "Wine_by_Jakkub_Mede",
+    "aitzgorri_by_Aitzol_Berasategi",
+    "free_by_Peter_Nerlich",
+    "friends_by_Aitzol_Berasategi",
+    "greentock_by_Peter_Nerlich",
+    "life_by_Aitzol_Berasategi",
+    "picosdeeuropa_by_Aitzol_Berasategi",
+    "seeding_by_Clements_Engelhardt",
+    "sunset_by_Aitzol_Berasategi",
+    "umang_by_Abhishek_Mudgal",
+)
+_MATE = (
+    "Aqua",
+    "Dune",
+    "FreshFlower",
+    "Garden",
+    "GreenMeadow",
+    "LadyBird",
+    "RainDrops",
+    "Storm",
+    "TwoWings",
+    "Wood",
+    "YellowFlower",
+)
+
+
+class Stamp(NamedTuple):
+    """A cut-out: its file, subject, and pixels (H, W, 4) whose last channel is the outline."""
+
+    name: str
+    label: int
+    pixels: Pixels
+
+
+class Wallpaper(NamedTuple):
+    """A photograph: its file and pixels (H, W, 3); all are of one subject."""
+
+    name: str
+    pixels: Pixels
+    label: int = 0
+
+
+def _locate(path: str) -> Path:
+    folders = os.environ.get("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
+    for folder in folders.split(":"):
+        if (found := Path(folder) / path).exists():
+            return found
+    raise ConfigError(
+        f"{path}: in no folder of XDG_DATA_DIRS ({folders}); apt-get install {' '.join(_PACKAGES)}"
+    )
+
+
+def check_installed() -> None:
+    """Make sure of every package that is read.
+
+    Raises:
+        ConfigError: one of them is missing; the message holds the apt-get command.
+    """
+    _locate(_STAMPS)
+    for path in _wallpaper_paths():
+        _locate(path)
+
+
+def stamps() -> list[Stamp]:
+    """Read the photographed cut-outs of `STAMP_SUBJECTS`, at most 96 pixels wide and high.
+
+    Raises:
+        ConfigError: the package is missing.
+    """
+    root = _locate(_STAMPS)
+    return [
+        Stamp(str(path.relative_to(root)), label, pixels)
+        for label, name in enumerate(STAMP_SUBJECTS)
+        for path in sorted((root / name).rglob("*.png"))
+        if "cartoon" not in path.parts
+        for pixels in [_cut_out(path)]
+        if _is_photograph(pixels)
+    ]
+
+
+def _cut_out(path: Path) -> Pixels:
+    with Image.open(path) as image:
+        image.thumbnail((4 * _STAMP_SIDE, 4 * _STAMP_SIDE))
+        picture = image.convert("RGBA")
+    box = picture.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox()
+    picture = picture.crop(box)
+    picture.thumbnail((_STAMP_SIDE, _STAMP_SIDE))
+    return np.asarray(picture)
+
+
+def _is_photograph(pixels: Pixels) -> bool:
+    opaque = pixels[..., 3] >= 128
+    if not _OPAQUE[0] <= opaque.mean() <= _OPAQUE[1]:
+        return False
+    colours = np.unique(pixels[opaque][:, :3] // 8, axis=0)
+    return bool(len(colours) >= _MIN_COLOURS * opaque.sum())
+
+
+def _wallpaper_paths() -> Iterator[str]:
+    yield from (f"backgrounds/{name}.jpg" for name in _LOMIRI)
+    yield from (f"backgrounds/mate/nature/{name}.jpg" for name in _MATE)
+
+
+def wallpapers() -> list[Wallpaper]:
+    """Read the wallpapers, their shorter side 1024 pixels or less.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    return [Wallpaper(path, _reduced(_locate(path))) for path in _wallpaper_paths()]
+
+
+def _reduced(path: Path) -> Pixels:
+    with Image.open(path) as image:
+        # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough
+        image.draft("RGB", (_WALLPAPER_SIDE, _WALLPAPER_SIDE))
+        picture = image.convert("RGB")
+    factor = min(1.0, _WALLPAPER_SIDE / min(picture.size))
+    width, height = (round(side * factor) for side in picture.size)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BOX))

@@ -1,0 +1,242 @@
+"""The detection sets of `sample:NAME`, in COCO's folder layout.
+
+`trees-coco`: tiles of aerial photographs with the boxes of their trees, without outlines. Training
+and test tiles are of different photographs.
+
+`composited-coco`: cut-outs pasted on wallpapers, of one class, with outlines. No cut-out and no
+wallpaper of the training pictures is in a test picture. Figures measured on it are to be called
+composited.
+
+    annotations/instances_{train,val}2017.json       {train,val}2017/NAME.jpg
+
+Axes: H rows, W columns, n objects; pixels are uint8 in [0, 255]. Boxes are left, upper, right,
+lower, pixels.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as run_lengths
+
+from moce_dist.data import carriers, desktop
+from moce_dist.data.carriers import Pixels
+from moce_dist.data.desktop import Stamp
+from moce_dist.data.samples import encode, write_files
+from moce_dist.data.sources import COMPOSITED, TREES
+
+Split = Literal["train2017", "val2017"]
+Mask = NDArray[np.bool_]
+Boxes = NDArray[np.int64]
+
+_SIDE = 128
+_TREE_SPLITS: dict[Split, tuple[tuple[str, int], ...]] = {
+    # photograph and step from tile to tile: training tiles overlap
+    "train2017": ((carriers.TREE_PHOTOGRAPHS[0], 96), (carriers.TREE_PHOTOGRAPHS[3], 68)),
+    "val2017": ((carriers.TREE_PHOTOGRAPHS[1], 128), (carriers.TREE_PHOTOGRAPHS[2], 128)),
+}
+# a tree of which a tile shows less is neither learnt nor held against a prediction
+_MIN_SHOWN = 0.4
+_NUM_SCENES: dict[Split, int] = {"train2017": 480, "val2017": 120}
+_MAX_STAMPS = 4
+_STAMP_SIDES = (28, 72)
+_MIN_CROP = 256
+_MAX_COVERED = 0.5
+_TRIES = 10
+_SALT = 7
+_TEST_SHARE = 4
+
+
+class Scene(NamedTuple):
+    """A picture and its objects: boxes (n, 4), whether to ignore each, outlines or None.
+
+    An ignored object is a crowd in COCO's words.
+    """
+
+    pixels: Pixels
+    boxes: Boxes
+    ignored: Sequence[bool]
+    masks: Sequence[Mask] | None
+
+
+def write_trees(out: Path) -> None:
+    """Write the tiles of trees.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    write_files(out, TREES, _tree_files())
+
+
+def _tree_files() -> Iterator[tuple[str, bytes]]:
+    splits = {split: list(_tree_tiles(split)) for split in _TREE_SPLITS}
+    yield from _coco_files(splits, "tree")
+
+
+def _tree_tiles(split: Split) -> Iterator[Scene]:
+    for name, step in _TREE_SPLITS[split]:
+        photograph = carriers.trees(name)
+        height, width = photograph.pixels.shape[:2]
+        for upper in range(0, height - _SIDE + 1, step):
+            for left in range(0, width - _SIDE + 1, step):
+                tile = photograph.pixels[upper : upper + _SIDE, left : left + _SIDE]
+                scene = _tree_tile(tile, photograph.boxes - np.array([left, upper, left, upper]))
+                if scene is not None:
+                    yield scene
+
+
+def _tree_tile(pixels: Pixels, boxes: Boxes) -> Scene | None:
+    shown = boxes.clip(0, _SIDE)
+    areas = [np.prod((b[:, 2:] - b[:, :2]).clip(0), axis=1) for b in (shown, boxes)]
+    is_there = areas[0] > 0
+    if not is_there.any():
+        return None
+    ignored = (areas[0] < _MIN_SHOWN * areas[1])[is_there]
+    if ignored.all():
+        return None
+    kept = shown[is_there]
+    return Scene(pixels, kept, ignored.tolist(), None)
+
+
+def write_composited(out: Path) -> None:
+    """Write the composited scenes.
+
+    Raises:
+        ConfigError: a package is missing.
+    """
+    write_files(out, COMPOSITED, _composited_files())
+
+
+def _composited_files() -> Iterator[tuple[str, bytes]]:
+    stamps, wallpapers = desktop.stamps(), desktop.wallpapers()
+    splits = {
+        split: [
+            _compose(
+                _part(stamps, split),
+                _part(wallpapers, split),
+                np.random.default_rng([_SALT, index, number]),
+            )
+            for number in range(count)
+        ]
+        for index, (split, count) in enumerate(_NUM_SCENES.items())
+    }
+    yield from _coco_files(splits, "cut-out")
+
+
+def _part(items: Sequence[Any], split: Split) -> list[Any]:
+    # of every subject a quarter is for the test, chosen by the hash of the name
+    kept = []
+    for label in sorted({item.label for item in items}):
+        some = sorted(
+            (item for item in items if item.label == label),
+            key=lambda item: hashlib.sha256(item.name.encode()).digest(),
+        )
+        cut = len(some) // _TEST_SHARE
+        kept += some[:cut] if split == "val2017" else some[cut:]
+    return kept
+
+
+def _compose(
+    stamps: Sequence[Stamp], wallpapers: Sequence[desktop.Wallpaper], draws: np.random.Generator
+) -> Scene:
+    canvas = _background(wallpapers[int(draws.integers(len(wallpapers)))].pixels, draws)
+    masks: list[Mask] = []
+    for _ in range(int(draws.integers(1, _MAX_STAMPS + 1))):
+        subject = int(draws.integers(len(desktop.STAMP_SUBJECTS)))
+        own = [stamp for stamp in stamps if stamp.label == subject]
+        picture = _sized(own[int(draws.integers(len(own)))], draws)
+        place = _free_place(picture, masks, draws)
+        if place is None:
+            continue
+        left, upper, mask = place
+        canvas.paste(picture, (left, upper), picture)
+        masks = [*(other & ~mask for other in masks), mask]
+    boxes = np.array([_box_around(mask) for mask in masks])
+    return Scene(np.asarray(canvas), boxes, [False] * len(boxes), masks)
+
+
+def _background(pixels: Pixels, draws: np.random.Generator) -> Image.Image:
+    height, width = pixels.shape[:2]
+    side = int(draws.integers(_MIN_CROP, min(height, width) + 1))
+    upper, left = int(draws.integers(height - side + 1)), int(draws.integers(width - side + 1))
+    crop = Image.fromarray(pixels[upper : upper + side, left : left + side])
+    return crop.resize((_SIDE, _SIDE), Image.Resampling.BOX)
+
+
+def _sized(stamp: Stamp, draws: np.random.Generator) -> Image.Image:
+    picture = Image.fromarray(stamp.pixels, "RGBA")
+    factor = draws.uniform(*_STAMP_SIDES) / max(picture.size)
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    is_mirrored = draws.random() < 0.5
+    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else picture
+
+
+def _free_place(
+    picture: Image.Image, masks: Sequence[Mask], draws: np.random.Generator
+) -> tuple[int, int, Mask] | None:
+    # where it leaves at least half of everything below it visible
+    own = np.asarray(picture)[..., 3] >= 128
+    for _ in range(_TRIES):
+        left, upper = (int(draws.integers(_SIDE - side + 1)) for side in picture.size)
+        mask = np.zeros((_SIDE, _SIDE), bool)
+        mask[upper : upper + picture.height, left : left + picture.width] = own
+        if all((other & mask).sum() <= _MAX_COVERED * other.sum() for other in masks):
+            return left, upper, mask
+    return None
+
+
+def _box_around(mask: Mask) -> list[int]:
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+
+def _coco_files(splits: dict[Split, list[Scene]], name: str) -> Iterator[tuple[str, bytes]]:
+    for split, scenes in splits.items():
+        for number, scene in enumerate(scenes):
+            yield f"{split}/{number:012d}.jpg", encode(scene.pixels, "JPEG")
+        tree = _coco_tree(scenes, name)
+        yield f"annotations/instances_{split}.json", json.dumps(tree).encode()
+
+
+def _coco_tree(scenes: Sequence[Scene], name: str) -> dict[str, Any]:
+    images = [
+        {
+            "id": number,
+            "file_name": f"{number:012d}.jpg",
+            "width": scene.pixels.shape[1],
+            "height": scene.pixels.shape[0],
+        }
+        for number, scene in enumerate(scenes)
+    ]
+    annotations = [
+        {"image_id": number, **entry}
+        for number, scene in enumerate(scenes)
+        for entry in _annotations(scene)
+    ]
+    return {
+        "images": images,
+        "annotations": [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)],
+        "categories": [{"id": 1, "name": name}],
+    }
+
+
+def _annotations(scene: Scene) -> Iterator[dict[str, Any]]:
+    for i, (left, upper, right, lower) in enumerate(scene.boxes.tolist()):
+        width, height = right - left, lower - upper
+        entry: dict[str, Any] = {
+            "category_id": 1,
+            "bbox": [left, upper, width, height],
+            "area": width * height,
+            "iscrowd": int(scene.ignored[i]),
+        }
+        if scene.masks is not None:
+            runs = run_lengths.encode(np.asfortranarray(scene.masks[i], np.uint8))
+            entry["segmentation"] = {"size": list(runs["size"]), "counts": runs["counts"].decode()}
+            entry["area"] = int(scene.masks[i].sum())
+        yield entry

@@ -1,0 +1,223 @@
+"""One annotation file in COCO's form, `instances_*.json`, read and checked as a whole.
+
+    {"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}],
+     "annotations": [{"image_id", "category_id", "bbox": [x, y, width, height],
+                      "segmentation": polygons or run lengths, "area", "iscrowd"}]}
+
+`segmentation`, `area` and `iscrowd` may be absent. Boxes are in pixels from the upper left corner.
+What is wrong is refused; a box of no area, which COCO itself has a few of, stays: it counts in the
+evaluation, as the official evaluator has it, and nothing learns from it.
+
+Source: Lin et al. 2014, arXiv 1405.0312; the data format of cocodataset.org.
+"""
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moce_dist.settings import ConfigError
+
+logger = logging.getLogger(__name__)
+
+Entry = dict[str, Any]
+
+
+class Annotation(NamedTuple):
+    """One object of a picture, as the file has it."""
+
+    category: int
+    """Id of its category."""
+    box: tuple[float, float, float, float]
+    """Left, upper, width, height, pixels."""
+    area: float
+    """Pixels of the mask; of the box where the file does not say."""
+    is_crowd: bool
+    """Many objects under one outline: neither learnt nor held against a prediction."""
+    segmentation: Any
+    """Polygons as arrays (x, y, x, y, ...), run lengths as a dict, or None."""
+
+
+class Image(NamedTuple):
+    """A picture of the file and its objects."""
+
+    id: int
+    file_name: str
+    width: int
+    height: int
+    annotations: Sequence[Annotation]
+
+
+class AnnotationFile(NamedTuple):
+    """What a file holds; categories are (id, name) in the order of their ids."""
+
+    categories: Sequence[tuple[int, str]]
+    images: Sequence[Image]
+
+
+def read_annotations(path: Path) -> AnnotationFile:
+    """Read and check a file.
+
+    Raises:
+        ConfigError: naming the file, the entry and what is wrong with it.
+    """
+    tree = _parse(path)
+    categories = _by_id(path, tree, "categories", ("name",))
+    images = _by_id(path, tree, "images", ("file_name", "width", "height"))
+    _refuse(path, _annotation_problems(tree["annotations"], images, categories))
+    found: dict[int, list[Annotation]] = {key: [] for key in images}
+    for entry in tree["annotations"]:
+        found[entry["image_id"]].append(_annotation(entry))
+    _warn_of_empty_boxes(path, found.values())
+    return AnnotationFile(
+        [(key, str(categories[key]["name"])) for key in sorted(categories)],
+        [
+            Image(key, str(i["file_name"]), int(i["width"]), int(i["height"]), found[key])
+            for key, i in sorted(images.items())
+        ],
+    )
+
+
+def _parse(path: Path) -> dict[str, list[Entry]]:
+    try:
+        tree = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path}: is no JSON: {error}") from None
+    for name in ("images", "annotations", "categories"):
+        entries = tree.get(name) if isinstance(tree, dict) else None
+        if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+            raise ConfigError(f"{path}: has no list {name}; expected COCO's instances_*.json")
+        if not entries:
+            raise ConfigError(f"{path}: its list {name} is empty")
+    return dict(tree)
+
+
+def _by_id(path: Path, tree: dict[str, list[Entry]], name: str, keys: Sequence[str]) -> Any:
+    found: dict[int, Entry] = {}
+    for number, entry in enumerate(tree[name]):
+        lacking = [key for key in ("id", *keys) if key not in entry]
+        if lacking:
+            raise ConfigError(f"{path}: {name}[{number}] has no {lacking[0]}")
+        if type(entry["id"]) is not int or entry["id"] in found:
+            raise ConfigError(f"{path}: {name}[{number}].id ({entry['id']}) must be a number once")
+        for side in ("width", "height"):
+            if side in keys and (type(entry[side]) is not int or entry[side] < 1):
+                raise ConfigError(f"{path}: image {entry['id']}: {side} {entry[side]} is no size")
+        found[entry["id"]] = entry
+    return found
+
+
+def _refuse(path: Path, problems: Iterable[str]) -> None:
+    if found := list(problems):
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise ConfigError(f"{path}: {found[0]}{more}")
+
+
+def _annotation_problems(
+    entries: Sequence[Entry], images: dict[int, Entry], categories: dict[int, Entry]
+) -> Iterator[str]:
+    for number, entry in enumerate(entries):
+        image_id, category_id = entry.get("image_id"), entry.get("category_id")
+        image = images.get(image_id) if type(image_id) is int else None
+        if image is None:
+            problem = f"image_id {image_id} is no image's"
+        elif type(category_id) is not int or category_id not in categories:
+            problem = f"category_id {category_id} is no category's"
+        else:
+            problem = _box_problem(entry.get("bbox"), image) or _segmentation_problem(
+                entry.get("segmentation"), image
+            )
+        if problem:
+            yield f"annotation {entry.get('id', f'number {number}')}: {problem}"
+
+
+def _box_problem(box: Any, image: Entry) -> str:
+    is_box = isinstance(box, list) and len(box) == 4
+    if not is_box or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+        return f"bbox {box} must be four numbers x, y, width, height"
+    x, y, width, height = box
+    if width <= 0 or height <= 0:
+        return ""
+    if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
+        size = f"{image['width']} x {image['height']}"
+        return f"bbox {box} lies outside its picture of {size} pixels"
+    return ""
+
+
+def _segmentation_problem(segmentation: Any, image: Entry) -> str:
+    if not segmentation:
+        return ""
+    if isinstance(segmentation, dict):
+        return _run_lengths_problem(segmentation, [image["height"], image["width"]])
+    try:
+        arrays = [np.asarray(polygon, np.float64) for polygon in segmentation]
+    except (TypeError, ValueError):
+        arrays = []
+    is_good = [a.ndim == 1 and len(a) >= 6 and not len(a) % 2 for a in arrays]
+    if not arrays or not all(is_good) or not all(np.isfinite(a).all() for a in arrays):
+        return "segmentation must be polygons [x, y, x, y, ...] of three points or more"
+    return ""
+
+
+def _run_lengths_problem(runs: Entry, size: Sequence[int]) -> str:
+    if runs.get("size") != size:
+        return f"run lengths of size {runs.get('size')}, its picture has {size}"
+    counts = runs.get("counts")
+    if isinstance(counts, str):
+        counts = unpack_counts(counts)
+    is_good = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
+    # the library that unfolds them does not notice, and leaves the rest of the mask to chance
+    if not counts or not is_good or sum(counts) != math.prod(size):
+        return "its run lengths do not add up to the picture"
+    return ""
+
+
+def unpack_counts(packed: str) -> list[int]:
+    """Read run lengths from COCO's packed form.
+
+    A letter holds five bits, the lowest first, and whether more follow; from the fourth on a number
+    is the difference to the one two before it.
+    """
+    found: list[int] = []
+    value = shift = 0
+    for letter in packed:
+        bits = ord(letter) - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            # the highest bit is the sign
+            value -= (bits & 16) << (shift - 4)
+            found.append(value + (found[-2] if len(found) > 2 else 0))
+            value = shift = 0
+    return found if shift == 0 else []
+
+
+def _annotation(entry: Entry) -> Annotation:
+    x, y, width, height = entry["bbox"]
+    return Annotation(
+        entry["category_id"],
+        (x, y, width, height),
+        float(entry.get("area", width * height)),
+        bool(entry.get("iscrowd", 0)),
+        _outline(entry.get("segmentation")),
+    )
+
+
+def _outline(segmentation: Any) -> Any:
+    # as lists of numbers the polygons of COCO would take gigabytes in every loader process
+    if isinstance(segmentation, list) and segmentation:
+        return [np.array(polygon, np.float64) for polygon in segmentation]
+    return segmentation or None
+
+
+def _warn_of_empty_boxes(path: Path, found: Iterable[Sequence[Annotation]]) -> None:
+    empty = [a for each in found for a in each if min(a.box[2:]) <= 0]
+    if empty:
+        logger.warning(
+            "%s: %d boxes have no area, the first is %s; nothing learns from them",
+            *(path, len(empty), list(empty[0].box)),
+        )

@@ -1,0 +1,172 @@
+"""Training samples of detection: a picture at a random scale, cropped or padded to a square.
+
+    picture 640 x 480, S = 1024, factor 1.5     scaled to 1536 x 1152, a window of 1024 x 1024
+    the same, factor 0.3                        scaled to 307 x 230, padded below and to the right
+
+Objects go along: boxes are cut off at the window, those that lose their last pixel are left out.
+With outlines, boxes are drawn anew around what the window shows of them.
+
+Letters: W, H width and height of a picture, S side of the square, pixels; n objects.
+
+Source: large-scale jitter of Ghiasi et al. 2021, arXiv 2012.07177, section 3, with the scales that
+ViTDet takes (Li et al. 2022, arXiv 2203.16527, appendix A.2).
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as run_lengths
+
+from moce_dist.data.images import MEAN
+from moce_dist.transfer.coco_json import Annotation
+from moce_dist.transfer.instances import Picture, load_picture
+
+_PADDING = np.round(np.array(MEAN) * 255).astype(np.uint8)
+
+Masks = NDArray[np.uint8]
+
+
+class Sample(NamedTuple):
+    """A training square; `categories` are COCO's ids, `masks` are left out of box-only tasks."""
+
+    pixels: NDArray[np.uint8]
+    """(3, S, S) in [0, 255]."""
+    boxes: NDArray[np.float32]
+    """(n, 4): left, upper, right, lower, pixels."""
+    categories: NDArray[np.int64]
+    """(n,)."""
+    masks: Masks | None
+    """(n, S, S), 0 or 1."""
+
+
+class Placing(NamedTuple):
+    """Where a picture comes to lie: scaled, a window cut out, mirrored, in a square of side S."""
+
+    scaled: tuple[int, int]
+    """Width and height after scaling."""
+    left: int
+    upper: int
+    width: int
+    """Of the window, at most S; what is left of the square is padding."""
+    height: int
+    is_mirrored: bool
+    size: int
+
+    def points(self, points: NDArray[np.float64], picture: Picture) -> NDArray[np.float64]:
+        """Move points (..., 2) of the picture, (x, y), to the square."""
+        factors = np.array(self.scaled) / (picture.width, picture.height)
+        moved: NDArray[np.float64] = points * factors - (self.left, self.upper)
+        if self.is_mirrored:
+            moved[..., 0] = self.width - moved[..., 0]
+        return moved
+
+
+def draw_placing(
+    picture: Picture, size: int, scales: tuple[float, float], draws: np.random.Generator
+) -> Placing:
+    """Draw scale (the longer side is S times a factor from `scales`), window and mirror."""
+    factor = size * draws.uniform(*scales) / max(picture.width, picture.height)
+    width, height = (max(1, round(s * factor)) for s in (picture.width, picture.height))
+    left, upper = (int(draws.integers(max(1, s - size + 1))) for s in (width, height))
+    is_mirrored = bool(draws.random() < 0.5)
+    window = min(width, size), min(height, size)
+    return Placing((width, height), left, upper, *window, is_mirrored, size)
+
+
+def training_square(
+    picture: Picture,
+    size: int,
+    scales: tuple[float, float],
+    *,
+    has_masks: bool,
+    draws: np.random.Generator,
+) -> Sample:
+    """Make a training sample of a picture.
+
+    Raises:
+        ImageError: the picture cannot be read, or has another size than annotated.
+    """
+    image = load_picture(picture)
+    placing = draw_placing(picture, size, scales, draws)
+    pixels = _square(image, placing)
+    objects = picture.learnable()
+    masks = None
+    if has_masks:
+        masks = np.stack([place_mask(a.segmentation, placing, picture) for a in objects])
+        boxes = np.stack([_box_around(mask) for mask in masks])
+    else:
+        boxes = np.stack([_place_box(a, placing, picture) for a in objects])
+    kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
+    categories = np.array([a.category for a in objects], np.int64)
+    return Sample(
+        pixels,
+        boxes[kept].astype(np.float32),
+        categories[kept],
+        masks[kept] if masks is not None else None,
+    )
+
+
+def _square(image: Image.Image, placing: Placing) -> NDArray[np.uint8]:
+    left, upper = placing.left, placing.upper
+    window = (left, upper, left + placing.width, upper + placing.height)
+    scaled = image.resize(placing.scaled, Image.Resampling.BILINEAR).crop(window)
+    pixels = np.asarray(scaled)[:, :: -1 if placing.is_mirrored else 1]
+    square = np.empty((placing.size, placing.size, 3), np.uint8)
+    square[:] = _PADDING
+    square[: placing.height, : placing.width] = pixels
+    return np.ascontiguousarray(square.transpose(2, 0, 1))
+
+
+def _place_box(annotation: Annotation, placing: Placing, picture: Picture) -> NDArray[np.float64]:
+    x, y, width, height = annotation.box
+    corners = placing.points(np.array([[x, y], [x + width, y + height]], np.float64), picture)
+    # mirroring swaps left and right
+    corners.sort(axis=0)
+    return corners.clip(0, (placing.width, placing.height)).reshape(4)
+
+
+def to_runs(segmentation: Any, height: int, width: int) -> dict[str, Any]:
+    """Bring polygons or run lengths, packed or not, to packed run lengths of a mask (H, W)."""
+    if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes):
+        return segmentation
+    runs = run_lengths.frPyObjects(segmentation, height, width)
+    return dict(run_lengths.merge(runs) if isinstance(runs, list) else runs)
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> Masks:
+    """Fill polygons, or unfold run lengths, to a mask (H, W) of 0 and 1."""
+    mask: Masks = run_lengths.decode(to_runs(segmentation, height, width))
+    return mask
+
+
+def place_mask(segmentation: Any, placing: Placing, picture: Picture) -> Masks:
+    """Bring an outline to a mask (S, S) of the square."""
+    if isinstance(segmentation, dict):
+        return _place_runs(segmentation, placing, picture)
+    moved = [
+        placing.points(np.asarray(polygon, np.float64).reshape(-1, 2), picture).ravel().tolist()
+        for polygon in segmentation
+    ]
+    mask = decode_mask(moved, placing.size, placing.size)
+    mask[placing.height :] = 0
+    mask[:, placing.width :] = 0
+    return mask
+
+
+def _place_runs(segmentation: Any, placing: Placing, picture: Picture) -> Masks:
+    whole = decode_mask(segmentation, picture.height, picture.width)
+    scaled = np.asarray(Image.fromarray(whole).resize(placing.scaled, Image.Resampling.NEAREST))
+    left, upper = placing.left, placing.upper
+    window = scaled[upper : upper + placing.height, left : left + placing.width]
+    mask = np.zeros((placing.size, placing.size), np.uint8)
+    mask[: placing.height, : placing.width] = window[:, :: -1 if placing.is_mirrored else 1]
+    return mask
+
+
+def _box_around(mask: Masks) -> NDArray[np.float64]:
+    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+    if not len(rows):
+        return np.zeros(4)
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)

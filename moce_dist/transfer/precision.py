@@ -1,0 +1,138 @@
+"""Average precision of boxes and masks as COCO defines it, by its own evaluator (pycocotools).
+
+Here is only what goes into it and what comes out: predictions in its form (left, upper, width,
+height; packed run lengths; COCO's ids), six figures in ours.
+
+Letters: n detections of a picture, H, W its height and width, pixels.
+
+Source: cocodataset.org, detection evaluation; Lin et al. 2014, arXiv 1405.0312.
+"""
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as run_lengths
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from moce_dist.transfer.instances import Instances, Picture
+from moce_dist.transfer.jitter import to_runs
+
+FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
+
+Entry = dict[str, Any]
+
+
+class Detections(NamedTuple):
+    """What was found in a picture, in its own pixels; `masks` are packed run lengths."""
+
+    boxes: NDArray[np.float64]
+    """(n, 4): left, upper, right, lower."""
+    scores: NDArray[np.float64]
+    """(n,) in [0, 1]."""
+    labels: NDArray[np.int64]
+    """(n,) class indices of the task."""
+    masks: Sequence[Entry] | None
+
+
+def pack_mask(mask: NDArray[np.bool_]) -> Entry:
+    """Pack a mask (H, W) to run lengths."""
+    return dict(run_lengths.encode(np.asfortranarray(mask, np.uint8)))
+
+
+def ground_truth(pictures: Sequence[Picture], instances: Instances) -> COCO:
+    """Make the evaluator's data set of pictures; outlines are there if the task has masks.
+
+    Annotations are numbered anew from 1: the evaluator takes an annotation 0 for none.
+    """
+    objects = [(picture, a) for picture in pictures for a in picture.annotations]
+    annotations = [
+        {
+            "id": number,
+            "image_id": picture.id,
+            "category_id": a.category,
+            "bbox": list(a.box),
+            "area": a.area,
+            "iscrowd": int(a.is_crowd),
+            **_outline(picture, a.segmentation, a.box, has_masks=instances.has_masks),
+        }
+        for number, (picture, a) in enumerate(objects, start=1)
+    ]
+    images = [{"id": p.id, "width": p.width, "height": p.height} for p in pictures]
+    pairs = zip(instances.category_ids, instances.classes, strict=True)
+    categories = [{"id": number, "name": name} for number, name in pairs]
+    return _data_set(images, categories, annotations)
+
+
+def _outline(
+    picture: Picture, segmentation: Any, box: Sequence[float], *, has_masks: bool
+) -> Entry:
+    if not has_masks:
+        return {}
+    if segmentation is None:
+        # only crowds and boxes of no area may be without one
+        x, y, width, height = box
+        segmentation = [[x, y, x + width, y, x + width, y + height, x, y + height]]
+    return {"segmentation": to_runs(segmentation, picture.height, picture.width)}
+
+
+def _data_set(images: list[Entry], categories: list[Entry], annotations: list[Entry]) -> COCO:
+    made = COCO()
+    made.dataset = {"images": images, "categories": categories, "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):
+        made.createIndex()
+    return made
+
+
+def box_results(picture: Picture, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
+    """Bring the boxes of a picture to the evaluator's form."""
+    corners = np.asarray(found.boxes, np.float64).reshape(-1, 4)
+    sizes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+    return [
+        {
+            "image_id": picture.id,
+            "category_id": category_ids[label],
+            "score": float(score),
+            "bbox": box.tolist(),
+            "area": float(box[2] * box[3]),
+        }
+        for box, score, label in zip(sizes, found.scores, found.labels, strict=True)
+    ]
+
+
+def mask_results(picture: Picture, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
+    """Bring the masks of a picture to the evaluator's form; their areas are those of the masks."""
+    assert found.masks is not None
+    return [
+        {
+            "image_id": picture.id,
+            "category_id": category_ids[label],
+            "score": float(score),
+            "segmentation": mask,
+            "bbox": run_lengths.toBbox(mask).tolist(),
+            "area": float(run_lengths.area(mask)),
+        }
+        for mask, score, label in zip(found.masks, found.scores, found.labels, strict=True)
+    ]
+
+
+def average_precision(truth: COCO, results: Sequence[Entry], kind: str) -> dict[str, float]:
+    """Return the six figures of `FIGURES` for `kind` bbox or segm; NaN where nothing is to find."""
+    numbered = [
+        {**entry, "id": number, "iscrowd": 0} for number, entry in enumerate(results, start=1)
+    ]
+    data = truth.dataset
+    found = _data_set(data["images"], data["categories"], numbered)
+    evaluation = COCOeval(truth, found, kind)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    figures = (float(value) for value in evaluation.stats[: len(FIGURES)])
+    # the evaluator says -1 where no object is of the size
+    return {n: v if v >= 0 else math.nan for n, v in zip(FIGURES, figures, strict=True)}
