@@ -8,6 +8,7 @@ from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
 from moce_dist.run import Run, resolve_run
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.request import (
     CLASSIFICATION,
     SEGMENTATION,
@@ -19,7 +20,7 @@ from moce_dist.transfer.request import (
     parse_names,
 )
 from moce_dist.transfer.scenes import Scenes, check_scenes, read_scenes
-from moce_dist.transfer.tasks import SEGMENTATION_TASKS, Task, check_images, load_task
+from moce_dist.transfer.tasks import SEGMENTATION_TASKS, Task, check_images
 
 DEFAULT_RUN = "quickstart"
 

@@ -13,7 +13,8 @@ from moce_dist.config import Config, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run import Run, differing_fields, load_run
 from moce_dist.settings import ConfigError, flatten, parse_yaml
-from moce_dist.transfer.tasks import SEGMENTATION_TASKS, TASKS
+from moce_dist.transfer.catalog import TASKS
+from moce_dist.transfer.tasks import SEGMENTATION_TASKS
 
 BACKBONES = ("moce", "mae", "random")
 CLASSIFICATION = ("finetune", "linear", "knn")
@@ -30,6 +31,12 @@ class Request:
     protocols: tuple[str, ...]
     num_seeds: int
     experts: tuple[int, ...] | None
+    name: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Name of the task's folder in the run: its own in a suite, else the task's."""
+        return self.name or self.task
 
     @property
     def is_segmentation(self) -> bool:

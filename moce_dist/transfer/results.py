@@ -63,6 +63,10 @@ class Ledger:
                 found[fit] = row
         return found
 
+    def identity(self, fit: Fit) -> str:
+        """Fingerprint of everything that a fit's result depends on."""
+        return fingerprint([self.common[fit.protocol], self.own[fit.backbone], list(fit)])
+
     def add(self, row: Row) -> None:
         """Append the row of a finished fit."""
         line = {
