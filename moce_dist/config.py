@@ -329,7 +329,7 @@ class SuiteEntry(Section):
     task: str
     """Name of the task, as `--task` takes it."""
     data: str | None = None
-    """Folder of its images, as `--data` takes it."""
+    """Folder of its images; default that of `--data`."""
     name: str = ""
     """Name of its folder and row; default the task's. Two entries of one task need two names."""
     protocol: tuple[str, ...] = ()
