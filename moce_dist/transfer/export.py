@@ -43,10 +43,10 @@ def model_card(
         "tags: [image-feature-extraction, mae, moce]",
         "---",
         "",
-        f"# Dense ViT for the task {choice['task']}",
+        f"# Dense ViT: {choice['task']}",
         "",
         "One expert of every MoE layer of a Mixture of Cluster-conditional Experts "
-        "(arXiv 2402.05382), chosen for this task's images. A plain timm ViT:",
+        "(arXiv 2402.05382), chosen for the images below. A plain timm ViT:",
         "",
         "```python",
         'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)',

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -169,7 +170,7 @@ def load_model(folder: Path) -> tuple[nn.Module, Spec]:
     model = spec.build()
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
-    except (OSError, RuntimeError, ValueError) as error:
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(f"{folder / WEIGHTS}: {' '.join(str(error).split())[:300]}") from None
     return model.eval(), spec
 
