@@ -321,3 +321,24 @@ def test_empty_split_is_refused(tmp_path):
     (tmp_path / "oxford-iiit-pet" / "annotations" / "trainval.txt").write_text("")
     with pytest.raises(ConfigError, match="lists no training images"):
         load_task("pets", tmp_path)
+
+
+def test_voc_goes_through_the_whole_job(tmp_path, run, job):
+    voc(tmp_path / "voc")
+    flags = ["--task", "voc2007", "--data", str(tmp_path / "voc"), "--run", str(run.root)]
+    job.main([*flags, "--backbone", "mae"])
+    metrics = json.loads((run.transfer("voc2007") / "metrics.json").read_text())
+    assert metrics["metric"] == "mAP"
+    for row in metrics["results"]:
+        assert row["measures"].keys() == {"mAP", "mAP_all_points", "mAP_uninterpolated"}
+        assert row["value"] == row["measures"]["mAP"] and 0 <= row["value"] <= 1
+    assert [row["protocol"] for row in metrics["results"]] == ["finetune", "linear", "knn"]
+
+
+def test_flowers_are_measured_per_class_by_the_whole_job(tmp_path, run, job):
+    flowers(tmp_path / "flowers")
+    flags = ["--task", "flowers102", "--data", str(tmp_path / "flowers"), "--run", str(run.root)]
+    job.main([*flags, "--backbone", "mae", "--protocol", "knn"])
+    metrics = json.loads((run.transfer("flowers102") / "metrics.json").read_text())
+    assert metrics["metric"] == "mean_class_accuracy"
+    assert metrics["results"][0]["measures"].keys() == {"mean_class_accuracy", "accuracy"}
