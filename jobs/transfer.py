@@ -143,9 +143,13 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
         other = {(row["backbone"], row["protocol"]): row for row in metrics["differences"]}
         for row in metrics["summary"]:
             found = other.get((row["backbone"], row["protocol"]))
+            # the means of a suite are over the tasks that have such fits
+            metric = (
+                f"mean over {row['num_tasks']} tasks" if "num_tasks" in row else metrics["metric"]
+            )
             difference = f"{found['mean']:+.4f} ± {found['std']:.4f}" if found else ""
             table.add_row(
-                *(metrics["task"], metrics["metric"], row["protocol"], row["backbone"]),
+                *(metrics["task"], metric, row["protocol"], row["backbone"]),
                 *(f"{row['mean']:.4f}", f"{row['std']:.4f}"),
                 *(difference, found["reference"] if found else ""),
             )
