@@ -1,25 +1,29 @@
 """Give a downstream task its own dense ViT and compare it with others."""
 
+import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, load_config
+from moce_dist.config import Config, SuiteEntry, load_config
+from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run import Run, resolve_run
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.instances import Instances, check_instances, read_instances
+from moce_dist.transfer.official import OFFICIAL
 from moce_dist.transfer.request import (
     Request,
     check_request,
     check_stages,
+    check_suite,
     open_request_run,
     parse_experts,
     parse_names,
     protocols_of,
 )
-from moce_dist.transfer.scenes import Scenes, check_scenes, read_scenes
-from moce_dist.transfer.tasks import Task, check_images, load_task
+from moce_dist.transfer.suite import ALL, Order, attempt, carry_out, collect, list_task
 
 DEFAULT_RUN = "quickstart"
 
@@ -31,9 +35,14 @@ def parse(argv: Sequence[str]) -> Any:
         "python jobs/transfer.py --run runs/quickstart --task digits --protocol linear,knn",
     )
     parser.add_argument(
-        "--task", metavar="NAME", help="digits, silhouettes, climate, imagefolder, ade20k, coco"
+        "--task",
+        metavar="NAME",
+        help="digits, silhouettes, climate, imagefolder, webdataset, ade20k, coco, "
+        f"{', '.join(OFFICIAL)}; all: the tasks of transfer.suite",
     )
-    parser.add_argument("--data", metavar="PATH", help="folder of imagefolder, ade20k and coco")
+    parser.add_argument(
+        "--data", metavar="PATH", help="folder of a task's images; of those of a suite without one"
+    )
     parser.add_argument(
         "--backbone", metavar="LIST", default="moce,mae", help="moce, mae, random, timm:NAME"
     )
@@ -58,29 +67,44 @@ def make_request(args: Any, config: Config) -> Request:
     )
 
 
-def list_task(request: Request) -> Task | Scenes | Instances:
-    """List a task's files, checking their layout."""
-    if request.is_segmentation:
-        return read_scenes(request.task, request.data)
-    if request.is_detection:
-        return read_instances(request.task, request.data)
-    return load_task(request.task, request.data)
+def open_configured(args: Any, overrides: Sequence[str] = ()) -> tuple[Run | None, Config]:
+    """Read the configuration, laid over that of the run when there is one."""
+    every = [*args.overrides, *overrides]
+    config = load_config(args.config, every)
+    if args.run or not args.dry_run:
+        return open_request_run(resolve_run(args.run or DEFAULT_RUN, config), args.config, every)
+    return None, config
 
 
-def scan(task: Task | Scenes | Instances, config: Config) -> None:
-    """Read all files of a task once, so that a damaged one is known before training."""
-    if isinstance(task, Scenes):
-        check_scenes(task, threads=config.data.loader_processes)
-    elif isinstance(task, Instances):
-        check_instances(task, threads=config.data.loader_processes)
+def make_orders(args: Any, config: Config) -> list[Order]:
+    """Read a suite's entries, or the flags, into checked orders."""
+    if (args.task or config.transfer.task) != ALL:
+        orders = [Order(make_request(args, config), config, args.fresh)]
     else:
-        check_images(task, threads=config.data.loader_processes)
+        check_suite(config.transfer.suite)
+        orders = [suite_order(args, entry) for entry in config.transfer.suite]
+    for order in orders:
+        check_request(order.request, order.config)
+    return orders
+
+
+def suite_order(args: Any, entry: SuiteEntry) -> Order:
+    """Lay an entry of a suite over the flags."""
+    _, config = open_configured(args, entry.set)
+    # a worker stands in a folder of its own
+    given = entry.data or (None if entry.task in SAMPLE_TASKS else args.data)
+    data = str(Path(given).absolute()) if given else None
+    flags = {**vars(args), "task": entry.task, "data": data}
+    if entry.protocol:
+        flags["protocol"] = ",".join(entry.protocol)
+    request = make_request(Namespace(**flags), config)
+    return Order(replace(request, name=entry.name), config, args.fresh)
 
 
 def print_plan(request: Request, config: Config, run: Run | None) -> None:
     """Print what would be done."""
     transfer = config.transfer
-    print(f"task       {request.task}")
+    print(f"task       {request.task}{f', called {request.name}' if request.name else ''}")
     if request.needs_data and not request.data:
         print("data       --data is not given")
     else:
@@ -109,49 +133,66 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
         )
 
 
-def print_table(metrics: dict[str, Any]) -> None:
-    """Print mean and deviation per backbone and protocol."""
+def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
+    """Print mean and deviation per task, backbone and protocol, and how they differ."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{metrics['task']}: {metrics['metric']}")
-    for column in ("backbone", "protocol", "mean", "std"):
+    table = Table(title=title)
+    for column in ("task", "metric", "protocol", "backbone", "mean", "std", "difference", "to"):
         table.add_column(column)
-    for row in metrics["summary"]:
-        table.add_row(row["backbone"], row["protocol"], f"{row['mean']:.4f}", f"{row['std']:.4f}")
-    Console().print(table)
+    for metrics in tables:
+        other = {(row["backbone"], row["protocol"]): row for row in metrics["differences"]}
+        for row in metrics["summary"]:
+            found = other.get((row["backbone"], row["protocol"]))
+            # the means of a suite are over the tasks that have such fits
+            metric = (
+                f"mean over {row['num_tasks']} tasks" if "num_tasks" in row else metrics["metric"]
+            )
+            difference = f"{found['mean']:+.4f} ± {found['std']:.4f}" if found else ""
+            table.add_row(
+                *(metrics["task"], metric, row["protocol"], row["backbone"]),
+                *(f"{row['mean']:.4f}", f"{row['std']:.4f}"),
+                *(difference, found["reference"] if found else ""),
+            )
+        table.add_section()
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def set_aside(folder: Path) -> None:
-    """Rename a task's folder, so that a fresh start destroys nothing."""
-    import time
+def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
+    """Carry out all tasks on as many workers as there are, and say what came of them.
 
-    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    folder.rename(folder.with_name(f"{folder.name}.before-{stamp}"))
+    Raises:
+        RuntimeError: naming the tasks that failed; the others are done and reported.
+    """
+    quiet_libraries()
+    from moce_dist.launch import map_tasks
+
+    outcomes = map_tasks(attempt, orders, parallel=config.parallel, gpu=True, shared=(run.root,))
+    metrics = collect(run.root, outcomes)
+    if metrics["summary"]:
+        print_table([*metrics["tasks"], metrics], f"{len(metrics['tasks'])} tasks")
+    if failed := metrics["failed"]:
+        reasons = "; ".join(f"{name} ({reason})" for name, reason in failed.items())
+        raise RuntimeError(f"{len(failed)} of {len(orders)} tasks failed: {reasons}")
 
 
 def main(argv: Sequence[str]) -> None:
     """Check the request, then carry it out."""
     args = parse(argv)
-    config, run = load_config(args.config, args.overrides), None
-    if args.run or not args.dry_run:
-        root = resolve_run(args.run or DEFAULT_RUN, config)
-        run, config = open_request_run(root, args.config, args.overrides)
-    request = make_request(args, config)
-    check_request(request, config)
+    run, config = open_configured(args)
+    orders = make_orders(args, config)
     if run is not None:
-        check_stages(request, run)
+        for order in orders:
+            check_stages(order.request, run)
     if args.dry_run or run is None:
-        print_plan(request, config, run)
-        return
-    task = list_task(request)
-    scan(task, config)
-    if args.fresh and run.transfer(request.task).exists():
-        set_aside(run.transfer(request.task))
-    quiet_libraries()
-    from moce_dist.transfer.compare import Comparison, compare
-
-    print_table(compare(Comparison(request, run, config, task)))
+        for order in orders:
+            print_plan(order.request, order.config, run)
+    elif (args.task or config.transfer.task) == ALL:
+        run_suite(run, config, orders)
+    else:
+        metrics = carry_out(run.root, orders[0])
+        print_table([metrics], f"{metrics['task']}: {metrics['metric']}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 `python -m moce_dist [--config FILE]` prints one line a check, `ok`, `warn` or `fail`, the last two
 with advice, and how ranks and expert groups would stand. Exit status 0 when nothing failed, 1
 otherwise, 2 for a wrong configuration. `python -m moce_dist schema` prints the configuration's JSON
-schema.
+schema. `routes`, `predict` and `onnx` use what was trained: `python -m moce_dist predict --help`.
 
 Every check stands alone: what is missing is a finding, never a crash.
 """
@@ -32,6 +32,7 @@ from moce_dist.config import (
 )
 
 _GIB = 2**30
+_COMMANDS = ("routes", "predict", "onnx")
 
 
 class Check(NamedTuple):
@@ -252,12 +253,17 @@ def examine(check: Callable[[Config], Iterator[Check]], config: Config) -> Itera
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the doctor, or print the schema.
+    """Run the doctor, print the schema, or hand over to another command.
 
     Raises:
         ConfigError: the configuration is wrong.
         SystemExit: with status 1, when a check failed.
     """
+    if argv and argv[0] in _COMMANDS:
+        from moce_dist.transfer.commands import COMMANDS
+
+        COMMANDS[argv[0]](argv[1:])
+        return
     parser = argparse.ArgumentParser(prog="python -m moce_dist", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("what", nargs="?", choices=("doctor", "schema"), default="doctor")

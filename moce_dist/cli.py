@@ -66,6 +66,17 @@ def job_parser(description: str, example: str) -> argparse.ArgumentParser:
     return parser
 
 
+def command_parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:
+    """Parser of a command of `python -m moce_dist`."""
+    return _Parser(
+        prog=f"python -m moce_dist {name}",
+        description=(description or "").split("\n\n", maxsplit=1)[0],
+        epilog=f"example:\n  python -m moce_dist {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
 def quiet_libraries() -> None:
     """Set up logging for people: our lines at INFO, of the libraries only errors."""
     os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")

@@ -11,7 +11,7 @@ change between two starts of a run.
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -325,11 +325,34 @@ class FinetuneConfig(Section):
     """Linear warm-up."""
 
 
+class SuiteEntry(Section):
+    """One task of a suite (`--task all`)."""
+
+    task: str
+    """Name of the task, as `--task` takes it."""
+    data: str | None = None
+    """Folder of its images; default that of `--data`."""
+    name: str = ""
+    """Name of its folder and row; default the task's. Two entries of one task need two names."""
+    protocol: tuple[str, ...] = ()
+    """Protocols; none: those of `--protocol`."""
+    set: tuple[str, ...] = ()
+    """Overrides `a.b=value` of the configuration for this task."""
+
+
 class TransferConfig(Section):
     """Downstream tasks: selection of experts, protocols, budgets."""
 
     task: str = ""
     """Task of a recipe; `--task` goes before it."""
+    suite: tuple[SuiteEntry, ...] = ()
+    """The tasks of `--task all`."""
+    save_models: bool = True
+    """Keep fine-tuned and linear models, for `python -m moce_dist predict` and `onnx`."""
+    save_every_steps: int = Field(500, ge=1)
+    """Steps between two saved states of a fit, from which it goes on after an interruption."""
+    view_every_steps: int | None = Field(None, ge=1)
+    """Steps between two early views of a fit's metric, whose best model is kept; None: no views."""
     select: Literal["vote", "largest_cluster"] = "vote"
     """A layer's expert: the one of greatest probability mass, or that of the largest cluster."""
     max_train: int | None = Field(None, ge=1)
@@ -374,6 +397,10 @@ class TransferConfig(Section):
     """Channels of the feature pyramid and of the heads' convolutions."""
     detect_rois: int = Field(512, ge=4)
     """Proposals per picture that the heads learn from."""
+    segment_scales: tuple[Annotated[float, Field(gt=0, le=4)], ...] = Field((1.0,), min_length=1)
+    """Scales at which a test picture is looked at; mmsegmentation takes 0.5 to 1.75."""
+    segment_flip: bool = False
+    """Look at every test picture mirrored too."""
 
 
 class BenchConfig(Section):

@@ -118,6 +118,12 @@ def _task(metrics: Line) -> dict[str, Any]:
         "metric": metrics["metric"],
         "protocols": protocols,
         "rows": [{"backbone": b, "cells": [cell(b, p) for p in protocols]} for b in backbones],
+        "differences": [
+            f"{row['backbone']} - {row['reference']}, {row['protocol']}: "
+            f"{row['mean']:+.4f} ± {row['std']:.4f}"
+            for row in metrics.get("differences", [])
+        ],
+        "failed": [f"{name}: {reason}" for name, reason in metrics.get("failed", {}).items()],
     }
 
 

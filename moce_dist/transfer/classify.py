@@ -3,22 +3,25 @@
 Both see each image once, uncropped: features are computed once per backbone and reused.
 Fine-tuning, which moves the backbone, is in finetune.py.
 
-Letters: n images, D width, C classes.
+Letters: n images, D width, C classes. Labels are (n,), or (n, C) of 1, 0 and -1 (not counted) when
+an image has several.
 
 Source: weighted k-NN as in Wu et al. 2018, arXiv 1805.01978, section 3.4 (temperature 0.07);
 features minus their mean as in the clustering of this package.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from moce_dist.config import TransferConfig
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.loading import Machine, Progress, eval_batches
+from moce_dist.transfer.measure import Measures, measure, multi_label_loss
+from moce_dist.transfer.saved import classifier_spec, save_model
 from moce_dist.transfer.tasks import Item, Task
 
 _TEMPERATURE = 0.07
@@ -27,7 +30,7 @@ _PENALTY = 1.0
 
 
 class Features(NamedTuple):
-    """Features (n, D) float32 and labels (n,) int64 of the two splits, on the CPU."""
+    """Features (n, D) float32 and labels int64 of the two splits, on the CPU."""
 
     train: Tensor
     train_labels: Tensor
@@ -61,37 +64,50 @@ def task_features(backbone: Backbone, task: Task, machine: Machine, *, seed: int
     return Features(*train, *test)
 
 
-def accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Share of the images whose predicted class (n,) is their label (n,)."""
-    share = multiclass_accuracy(predicted, labels, num_classes=num_classes, average="micro")
-    return round(float(share), 6)
+class Linear(NamedTuple):
+    """A linear head on raw features: weight (C, D), bias (C,), on the CPU."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Return logits (n, C) of features (n, D)."""
+        return F.linear(features, self.weight, self.bias)
 
 
-def knn_predict(features: Features, *, k: int, num_classes: int) -> Tensor:
+def knn_scores(features: Features, *, k: int, num_classes: int) -> Tensor:
     """Vote of the k training images of greatest cosine similarity, weighted by exp(similarity / T).
 
-    Returns the class (n,) of every test image. The training mean is subtracted from all features
-    first.
+    Returns shares of the votes (n, C) for every test image. The training mean is subtracted from
+    all features first.
     """
     mean = features.train.mean(dim=0)
     train = F.normalize(features.train - mean, dim=1)
     test = F.normalize(features.test - mean, dim=1)
-    one_hot = F.one_hot(features.train_labels, num_classes).float()
+    labels = features.train_labels
+    truth = (F.one_hot(labels, num_classes) if labels.ndim == 1 else labels.clamp_min(0)).float()
     votes = []
     for chunk in torch.split(test, _CHUNK):
         similarity, neighbours = (chunk @ train.T).topk(min(k, len(train)), dim=1)
         weights = (similarity / _TEMPERATURE).exp()
-        votes.append(torch.einsum("nk,nkc->nc", weights, one_hot[neighbours]))
-    return torch.cat(votes).argmax(dim=1)
+        shares = weights / weights.sum(dim=1, keepdim=True)
+        votes.append(torch.einsum("nk,nkc->nc", shares, truth[neighbours]))
+    return torch.cat(votes)
 
 
-def linear_predict(
+def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    if labels.ndim == 2:
+        return multi_label_loss(logits, labels).sum()
+    return F.cross_entropy(logits, labels, reduction="sum")
+
+
+def fit_linear(
     features: Features, *, passes: int, num_classes: int, device: torch.device
-) -> Tensor:
-    """Fit a linear head on standardised features; return the class (n,) of every test image.
+) -> Linear:
+    """Fit a linear head on standardised features; the standardisation is folded into it.
 
-    Multinomial logistic regression with an L2 penalty, by L-BFGS from zero: at most `passes` over
-    the training features, and nothing drawn.
+    Logistic regression (multinomial, or one a class for several labels) with an L2 penalty, by
+    L-BFGS from zero: at most `passes` over the training features, and nothing drawn.
     """
     mean, deviation = features.train.mean(dim=0), features.train.std(dim=0).clamp_min(1e-6)
     train = ((features.train - mean) / deviation).to(device)
@@ -110,29 +126,41 @@ def linear_predict(
         for rows, targets in zip(
             torch.split(train, _CHUNK), torch.split(labels, _CHUNK), strict=True
         ):
-            part = F.cross_entropy(head(rows), targets, reduction="sum") / len(train)
+            part = _sum_of_losses(head(rows), targets) / len(train)
             torch.autograd.backward(part)
             total = total + part.detach()
         return total
 
     optimizer.step(loss_and_gradient)
-    with torch.no_grad():
-        test = ((features.test - mean) / deviation).to(device)
-        predicted: Tensor = head(test).argmax(dim=1).cpu()
-    return predicted
+    weight = head.weight.detach().cpu() / deviation
+    return Linear(weight, head.bias.detach().cpu() - weight @ mean)
 
 
-def knn(features: Features, num_classes: int, transfer: TransferConfig) -> float:
-    """Return the test accuracy of the k-NN protocol."""
-    predicted = knn_predict(features, k=transfer.knn_k, num_classes=num_classes)
-    return accuracy(predicted, features.test_labels, num_classes)
+def knn(features: Features, task: Task, transfer: TransferConfig) -> Measures:
+    """Measure the k-NN protocol on the test images."""
+    scores = knn_scores(features, k=transfer.knn_k, num_classes=len(task.classes))
+    return measure(task.metric, scores, features.test_labels)
 
 
 def linear(
-    features: Features, num_classes: int, transfer: TransferConfig, *, device: torch.device
-) -> float:
-    """Return the test accuracy of the linear protocol."""
-    predicted = linear_predict(
-        features, passes=transfer.linear_epochs, num_classes=num_classes, device=device
+    features: Features, task: Task, transfer: TransferConfig, *, device: torch.device
+) -> tuple[Measures, Linear]:
+    """Fit and measure the linear protocol; return also the head."""
+    head = fit_linear(
+        features, passes=transfer.linear_epochs, num_classes=len(task.classes), device=device
     )
-    return accuracy(predicted, features.test_labels, num_classes)
+    return measure(task.metric, head.scores(features.test), features.test_labels), head
+
+
+def save_linear(
+    folder: Path, backbone: Backbone, task: Task, head: Linear, found: Measures, *, seed: int
+) -> None:
+    """Write backbone and head as one classifier."""
+    spec = classifier_spec(
+        backbone, task.name, task.classes, is_multi_label=task.is_multi_label, fc_norm=False
+    )
+    weights = dict(backbone.features_model(seed).state_dict())
+    weights |= {"head.weight": head.weight, "head.bias": head.bias}
+    model = spec.build()
+    model.load_state_dict(weights)
+    save_model(folder, model, spec, found)

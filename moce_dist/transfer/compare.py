@@ -23,12 +23,21 @@ from moce_dist.run import Run, artefact_id, fingerprint, is_complete, mark_compl
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
-from moce_dist.transfer.classify import Features, extract, knn, linear, task_features
+from moce_dist.transfer.classify import (
+    Features,
+    extract,
+    knn,
+    linear,
+    save_linear,
+    task_features,
+)
 from moce_dist.transfer.detect import Detection, detect
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.finetune import finetune
+from moce_dist.transfer.fit import Kept
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.measure import Measures
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
@@ -67,7 +76,7 @@ class Comparison:
 
     def __init__(self, request: Request, run: Run, config: Config, task: AnyTask) -> None:
         self.request, self.run, self.config, self.task = request, run, config, task
-        self.folder = run.transfer(request.task)
+        self.folder = run.transfer(request.folder)
         self.machine = machine_of(config)
         self._stages = {name: open_stage(run, name) for name in ("mae", "moce")}
         self._features: tuple[tuple[str, int], Features] | None = None
@@ -111,8 +120,10 @@ class Comparison:
         features, _ = extract(encoder, images, self.machine)
         ids = task_clusters(features, self.run.clusters)
         choice = choose_experts(
-            ids, moce.weights, self.config, task=self.request.task, given=self.request.experts
+            ids, moce.weights, self.config, task=self.request.folder, given=self.request.experts
         )
+        if choice["warning"]:
+            logger.warning("%s: %s", self.request.folder, choice["warning"])
         write_atomic(path, json.dumps({**choice, "of": of}, indent=1))
         return {**choice, "of": of}
 
@@ -170,22 +181,30 @@ class Comparison:
                 for protocol in self.request.protocols:
                     yield Fit(name, protocol, seed)
 
-    def run_fit(self, fit: Fit, backbone: Backbone) -> Row:
-        """Carry out one fit and describe it as a row of metrics.json."""
+    def run_fit(self, fit: Fit, backbone: Backbone, identity: str) -> Row:
+        """Carry out one fit and describe it as a row of metrics.json.
+
+        `identity` is what its result depends on.
+        """
         task = self.task.subset(self.config.transfer.max_train, fit.seed)
+        kept = self.kept(fit, identity)
         figures: Row = {}
         if isinstance(task, Scenes):
-            value = self._segment(fit, backbone, task)
+            out, transfer = self._predictions(fit), self.config.transfer
+            found = segment(
+                backbone, task, transfer, self.machine, seed=fit.seed, out=out, kept=kept
+            )
         elif isinstance(task, Instances):
             figures = self._detect(fit, backbone, task)
-            value = figures["box"]["AP"]
+            found = {task.metric: figures["box"]["AP"]}
         else:
-            value = self._classify(fit, backbone, task)
+            found = self._classify(fit, backbone, task, kept)
         return {
             "backbone": fit.backbone,
             "protocol": fit.protocol,
             "seed": fit.seed,
-            "value": value,
+            "value": next(iter(found.values())),
+            **({"measures": found} if len(found) > 1 else {}),
             "num_train": len(task.train),
             "num_test": len(task.test),
             "choice": backbone.choice,
@@ -195,23 +214,36 @@ class Comparison:
     def _predictions(self, fit: Fit) -> Path:
         return self.folder / "predictions" / f"{fit.backbone.replace('/', '_')}-{fit.seed}"
 
-    def _segment(self, fit: Fit, backbone: Backbone, scenes: Scenes) -> float:
-        transfer, out = self.config.transfer, self._predictions(fit)
-        return segment(backbone, scenes, transfer, self.machine, seed=fit.seed, out=out)
-
     def _detect(self, fit: Fit, backbone: Backbone, instances: Instances) -> Row:
         detection = Detection(backbone, instances, self.config.transfer, self.machine)
         out, ledger = self._predictions(fit), self.run.faults
         return dict(detect(detection, seed=fit.seed, out=out, ledger=ledger))
 
-    def _classify(self, fit: Fit, backbone: Backbone, task: Task) -> float:
-        transfer, num_classes = self.config.transfer, len(task.classes)
+    def kept(self, fit: Fit, identity: str) -> Kept:
+        """Say where a fit's state and models lie, and how often they are written."""
+        transfer = self.config.transfer
+        name = f"{fit.backbone.replace('/', '_')}-{fit.protocol}-{fit.seed}"
+        return Kept(
+            self.folder / "models" / name,
+            identity,
+            transfer.save_every_steps,
+            transfer.view_every_steps,
+            transfer.save_models,
+        )
+
+    def _classify(self, fit: Fit, backbone: Backbone, task: Task, kept: Kept) -> Measures:
+        transfer = self.config.transfer
         if fit.protocol == "finetune":
-            return finetune(backbone, task, transfer.finetune, self.machine, seed=fit.seed)
+            return finetune(
+                backbone, task, transfer.finetune, self.machine, seed=fit.seed, kept=kept
+            )
         features = self._frozen_features(fit, backbone, task)
         if fit.protocol == "knn":
-            return knn(features, num_classes, transfer)
-        return linear(features, num_classes, transfer, device=self.machine.device)
+            return knn(features, task, transfer)
+        found, head = linear(features, task, transfer, device=self.machine.device)
+        if kept.models:
+            save_linear(kept.folder / "last", backbone, task, head, found, seed=fit.seed)
+        return found
 
     def _frozen_features(self, fit: Fit, backbone: Backbone, task: Task) -> Features:
         is_drawn = fit.backbone == "random" or len(task.train) < len(self.task.train)
@@ -219,13 +251,6 @@ class Comparison:
         if self._features is None or self._features[0] != key:
             self._features = (key, task_features(backbone, task, self.machine, seed=fit.seed))
         return self._features[1]
-
-
-def metric_of(request: Request) -> str:
-    """Name what the values of a task are."""
-    if request.is_detection:
-        return "box AP"
-    return "mIoU" if request.is_segmentation else "accuracy"
 
 
 def compare(comparison: Comparison) -> dict[str, Any]:
@@ -250,11 +275,10 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         known = ledger.rows()
         if fit in known:
             continue
-        row = comparison.run_fit(fit, backbones[fit.backbone])
+        row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
         ledger.add(row)
         logger.info("%s %s seed %d: %.4f", *fit, row["value"])
-    metric = metric_of(request)
-    metrics = make_metrics(request.task, metric, ledger.rows().values())
+    metrics = make_metrics(request.folder, comparison.task.metric, ledger.rows().values())
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
     files = [folder / "metrics.json"]
     if "moce" in backbones:

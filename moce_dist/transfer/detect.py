@@ -27,7 +27,6 @@ from moce_dist.data.images import ImageError, sample_generator
 from moce_dist.run import record_fault, write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.drawing import draw_preview
-from moce_dist.transfer.finetune import check_loss, set_learning_rate
 from moce_dist.transfer.instances import Instances, Picture, load_picture
 from moce_dist.transfer.jitter import Sample, training_square
 from moce_dist.transfer.loading import Machine, Progress, TrainingOrder
@@ -39,6 +38,7 @@ from moce_dist.transfer.precision import (
     mask_results,
     pack_mask,
 )
+from moce_dist.transfer.schedule import check_loss, set_learning_rate
 from moce_dist.transfer.vitdet import make_detector, make_optimizer
 
 logger = logging.getLogger(__name__)

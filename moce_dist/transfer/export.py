@@ -4,56 +4,27 @@
     features = model(images)                                  # (B, D), mean of the patch tokens
     timm.create_model("local-dir:...", pretrained=True, num_classes=10)      # with a new head
 
-Source: timm's local-dir format, timm/models/_hub.py (load_model_config_from_path).
+The files themselves are written by saved.py.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
+from moce_dist.transfer.saved import CONFIG, WEIGHTS, features_spec, timm_config, write_weights
 
 _MAX_CLUSTERS = 20
-FILES = ("model.safetensors", "config.json", "README.md")
-
-
-def timm_config(backbone: Backbone) -> dict[str, Any]:
-    """Make `config.json`: the architecture, its arguments and the pictures that it expects."""
-    return {
-        "architecture": backbone.architecture,
-        "num_classes": 0,
-        "global_pool": backbone.arguments["global_pool"],
-        "model_args": dict(backbone.arguments),
-        "pretrained_cfg": {
-            "tag": "moce",
-            "custom_load": False,
-            "input_size": [3, backbone.image_size, backbone.image_size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": list(backbone.mean),
-            "std": list(backbone.std),
-            "num_classes": 0,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
-        },
-    }
+FILES = (WEIGHTS, CONFIG, "README.md")
 
 
 def export_backbone(backbone: Backbone, folder: Path, card: str) -> list[Path]:
     """Write `model.safetensors`, `config.json` and `README.md` (`card`) and return their paths."""
     assert backbone.weights is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".model.safetensors.tmp"
-    tensors = {name: tensor.contiguous().clone() for name, tensor in backbone.weights.items()}
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(folder / "model.safetensors")
-    write_atomic(folder / "config.json", json.dumps(timm_config(backbone), indent=1))
+    write_weights(folder / WEIGHTS, backbone.weights)
+    config = timm_config(features_spec(backbone), "moce")
+    write_atomic(folder / CONFIG, json.dumps(config, indent=1))
     write_atomic(folder / "README.md", card)
     return [folder / name for name in FILES]
 
@@ -72,10 +43,10 @@ def model_card(
         "tags: [image-feature-extraction, mae, moce]",
         "---",
         "",
-        f"# Dense ViT for the task {choice['task']}",
+        f"# Dense ViT: {choice['task']}",
         "",
         "One expert of every MoE layer of a Mixture of Cluster-conditional Experts "
-        "(arXiv 2402.05382), chosen for this task's images. A plain timm ViT:",
+        "(arXiv 2402.05382), chosen for the images below. A plain timm ViT:",
         "",
         "```python",
         'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)',

@@ -6,14 +6,12 @@ the same steps, images and draws.
 
 Letters: B images, C classes.
 
-Source: He et al. 2022, arXiv 2111.06377, table 9; facebookresearch/mae main_finetune.py and
-util/lr_sched.py @efb2a80. Without their RandAugment and random erasing.
+Source: He et al. 2022, arXiv 2111.06377, table 9; facebookresearch/mae main_finetune.py
+@efb2a80. Without their RandAugment and random erasing.
 """
 
-import math
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
@@ -22,29 +20,20 @@ from torch import Tensor, nn
 
 from moce_dist.config import FinetuneConfig
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.classify import accuracy
+from moce_dist.transfer.fit import Fitting, Kept, run_fit
 from moce_dist.transfer.loading import (
     Machine,
-    Progress,
     TaskImages,
     TrainingOrder,
-    backward_in_parts,
     eval_batches,
     training_batches,
 )
+from moce_dist.transfer.measure import Measures, measure, multi_label_loss
+from moce_dist.transfer.saved import classifier_spec
 from moce_dist.transfer.tasks import Task
 
-_MIN_LR = 1e-6
 _LABEL_SMOOTHING = 0.1
 _HEAD_STD = 2e-5
-
-
-def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
-    """Return the rate of a step counted from 0: linear to `peak`, then half a cosine."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
-    return _MIN_LR + (peak - _MIN_LR) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def make_optimizer(
@@ -60,88 +49,101 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=0.0)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every group to `lr` times its own scale."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+class _LabelMixup(Mixup):  # type: ignore[misc]
+    """Mixup and CutMix of images with several labels, (B, C); a label not counted stays so."""
+
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        share = self._mix_batch(images)
+        other = labels.flip(0)
+        mixed = labels * share + other * (1 - share)
+        return images, mixed.masked_fill((labels < 0) | (other < 0), -1)
 
 
-def _mixer(recipe: FinetuneConfig, num_classes: int) -> Mixup | None:
+def _mixer(recipe: FinetuneConfig, task: Task) -> Mixup | None:
     if recipe.mixup == 0 and recipe.cutmix == 0:
         return None
-    return Mixup(
+    return (_LabelMixup if task.is_multi_label else Mixup)(
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
         label_smoothing=_LABEL_SMOOTHING,
-        num_classes=num_classes,
+        num_classes=len(task.classes),
     )
 
 
-def check_loss(loss: Tensor, what: str, step: int) -> None:
-    """Stop a fit whose loss is no number.
+def _loss_of(
+    model: nn.Module, task: Task, *, is_smoothed: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def single(inputs: Tensor, targets: Tensor) -> Tensor:
+        smoothing = 0.0 if is_smoothed else _LABEL_SMOOTHING
+        return F.cross_entropy(model(inputs).float(), targets, label_smoothing=smoothing)
 
-    Raises:
-        FloatingPointError: naming the fit and the step.
-    """
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"{what}: loss is {loss.item()} in step {step}")
+    def several(inputs: Tensor, targets: Tensor) -> Tensor:
+        return multi_label_loss(model(inputs).float(), targets).mean()
+
+    return several if task.is_multi_label else single
 
 
 def finetune(
-    backbone: Backbone, task: Task, recipe: FinetuneConfig, machine: Machine, *, seed: int
-) -> float:
-    """Fine-tune on the training images; return the accuracy on the test images.
+    backbone: Backbone,
+    task: Task,
+    recipe: FinetuneConfig,
+    machine: Machine,
+    *,
+    seed: int,
+    kept: Kept | None = None,
+) -> Measures:
+    """Fine-tune on the training images; return the task's measures on the test images.
 
-    `seed` draws everything: the head, the order, crops, Mixup, stochastic depth.
+    `seed` draws everything: the head, the order, crops, Mixup, stochastic depth. With `kept` the
+    model is saved, and an interrupted fit goes on where it was.
     """
     model = backbone.classifier(len(task.classes), seed=seed, drop_path=recipe.drop_path)
     for name, parameter in model.named_parameters():
         if name == "head.weight":
             nn.init.trunc_normal_(parameter, std=_HEAD_STD)
     model.to(machine.device)
+    fitting = _fitting(model, backbone, task, recipe, machine, seed)
+    return run_fit(fitting, machine, kept)
+
+
+def _fitting(
+    model: nn.Module,
+    backbone: Backbone,
+    task: Task,
+    recipe: FinetuneConfig,
+    machine: Machine,
+    seed: int,
+) -> Fitting:
     images = TaskImages(task.train, backbone, augment=recipe, seed=seed)
-    _train(model, images, recipe, machine, seed=seed)
-    return evaluate(model.eval(), backbone, task, machine)
-
-
-def _train(
-    model: Any, images: TaskImages, recipe: FinetuneConfig, machine: Machine, *, seed: int
-) -> None:
     # Mixup swaps an image with its mirror position in the batch, so batches are even
     batch_size = min(recipe.batch_size, len(images)) // 2 * 2
     order = TrainingOrder(len(images), batch_size, recipe.epochs, seed)
-    warmup = round(recipe.warmup_epochs * len(order) / recipe.epochs)
-    peak = recipe.base_lr * batch_size / 256
-    optimizer = make_optimizer(
-        model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
+    mix = _mixer(recipe, task)
+    return Fitting(
+        name=f"{task.name} finetune {backbone.name} seed {seed}",
+        model=model,
+        optimizer=make_optimizer(
+            model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
+        ),
+        batches=lambda start: training_batches(images, order, machine, start),
+        loss=_loss_of(model, task, is_smoothed=mix is not None),
+        view=lambda: evaluate(model, backbone, task, machine),
+        spec=classifier_spec(
+            backbone, task.name, task.classes, is_multi_label=task.is_multi_label, fc_norm=True
+        ),
+        steps=len(order),
+        warmup=round(recipe.warmup_epochs * len(order) / recipe.epochs),
+        peak_lr=recipe.base_lr * batch_size / 256,
+        seed=seed,
+        prepare=mix,
     )
-    mix = _mixer(recipe, model.num_classes)
-    torch.manual_seed(seed)
-    np.random.seed(seed)  # timm's Mixup draws from numpy's global generator
-    name = f"finetune seed {seed}"
-    progress = Progress(name, len(order), "steps")
-
-    def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
-        smoothing = 0.0 if mix else _LABEL_SMOOTHING
-        return F.cross_entropy(model(inputs).float(), targets, label_smoothing=smoothing)
-
-    for step, (pixels, labels) in enumerate(training_batches(images, order, machine)):
-        rate = learning_rate(step, steps=len(order), warmup=warmup, peak=peak)
-        set_learning_rate(optimizer, rate)
-        inputs, targets = pixels.to(machine.device), labels.to(machine.device)
-        if mix is not None:
-            inputs, targets = mix(inputs, targets)
-        optimizer.zero_grad()
-        check_loss(backward_in_parts(inputs, targets, machine, loss_of), name, step)
-        optimizer.step()
-        progress.advance()
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, backbone: Backbone, task: Task, machine: Machine) -> float:
-    """Return the accuracy of a classifier in evaluation mode on a task's test images."""
-    predicted, labels = [], []
+def evaluate(model: nn.Module, backbone: Backbone, task: Task, machine: Machine) -> Measures:
+    """Measure a classifier in evaluation mode on a task's test images."""
+    scores, labels = [], []
     for images, batch_labels in eval_batches(task.test, backbone, machine):
-        predicted.append(model(images.to(machine.device)).argmax(dim=1).cpu())
+        scores.append(model(images.to(machine.device)).float().cpu())
         labels.append(batch_labels)
-    return accuracy(torch.cat(predicted), torch.cat(labels), len(task.classes))
+    return measure(task.metric, torch.cat(scores), torch.cat(labels))

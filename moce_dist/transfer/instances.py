@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -62,6 +62,7 @@ class Instances:
     test: Sequence[Picture]
     has_masks: bool
     annotations_sha256: tuple[str, ...]
+    metric: Literal["box AP"] = "box AP"
 
     def fingerprint(self) -> str:
         """Sha256 over the annotation files, and keys and sizes of the pictures' files."""

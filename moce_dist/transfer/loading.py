@@ -7,6 +7,7 @@ Letters: B images, S side in pixels.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import time
@@ -120,7 +121,7 @@ def renormalisation(backbone: Backbone) -> tuple[Statistics, Statistics]:
     return std / own_std, (mean - own_mean) / own_std
 
 
-class TaskImages(Dataset[tuple[np.ndarray, int]]):
+class TaskImages(Dataset[tuple[np.ndarray, NDArray[np.int64]]]):
     """Items as (3, S, S) float32 normalised for a backbone; with `augment` cropped and mirrored."""
 
     def __init__(
@@ -138,8 +139,10 @@ class TaskImages(Dataset[tuple[np.ndarray, int]]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, int]:
-        """Return item `index` as it looks in `epoch`, for a draw (epoch, index).
+    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, NDArray[np.int64]]:
+        """Return item `index` as it looks in `epoch` and its label, () or (C,), for a draw.
+
+        A draw is (epoch, index).
 
         Raises:
             ValueError: the image cannot be read.
@@ -150,7 +153,7 @@ class TaskImages(Dataset[tuple[np.ndarray, int]]):
             pixels = self._pixels(item, epoch)
         except (ValueError, OSError) as error:
             raise ValueError(f"{item.key}: unreadable image: {error}") from None
-        return pixels * self._factor + self._shift, item.label
+        return pixels * self._factor + self._shift, np.asarray(item.label, np.int64)
 
     def _pixels(self, item: Item, epoch: int) -> np.ndarray:
         if self._augment is None:
@@ -165,7 +168,7 @@ class TaskImages(Dataset[tuple[np.ndarray, int]]):
 
 
 def eval_batches(items: Sequence[Item], backbone: Backbone, machine: Machine) -> Batches:
-    """Yield (images (B, 3, S, S), labels (B,)) of all items in order, on the CPU."""
+    """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU."""
     size = machine.eval_batch_size
     order = [
         [(0, i) for i in range(a, min(a + size, len(items)))] for a in range(0, len(items), size)
@@ -191,6 +194,9 @@ class TrainingOrder:
                 yield [(epoch, int(i)) for i in permuted[start : start + self._batch_size]]
 
 
-def training_batches(images: TaskImages, order: TrainingOrder, machine: Machine) -> Batches:
-    """Yield (images (B, 3, S, S), labels (B,)) in the given order, on the CPU."""
-    yield from DataLoader(images, batch_sampler=order, num_workers=machine.loader_processes)
+def training_batches(
+    images: TaskImages, order: TrainingOrder, machine: Machine, start: int = 0
+) -> Batches:
+    """Yield (images (B, 3, S, S), labels (B,) or (B, C)) from step `start` of the order on."""
+    draws = itertools.islice(order, start, None)
+    yield from DataLoader(images, batch_sampler=draws, num_workers=machine.loader_processes)

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce_dist.config import Config, load_config
+from moce_dist.config import Config, SuiteEntry, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run import Run, differing_fields, load_run
 from moce_dist.settings import ConfigError, flatten, parse_yaml
-from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS, TASKS
+from moce_dist.transfer.catalog import TASKS
+from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS
 
 BACKBONES = ("moce", "mae", "random")
 CLASSIFICATION = ("finetune", "linear", "knn")
@@ -31,6 +32,12 @@ class Request:
     protocols: tuple[str, ...]
     num_seeds: int
     experts: tuple[int, ...] | None
+    name: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Name of the task's folder in the run: its own in a suite, else the task's."""
+        return self.name or self.task
 
     @property
     def is_segmentation(self) -> bool:
@@ -149,6 +156,22 @@ def check_experts(given: Sequence[int], num_layers: int, num_experts: int) -> No
             f"--experts {','.join(map(str, given))}: must name {num_layers} experts, one per MoE "
             f"layer, from 0 to {num_experts - 1}"
         )
+
+
+def check_suite(suite: Sequence[SuiteEntry]) -> None:
+    """Check the list of a suite's tasks; each one's request is checked by itself.
+
+    Raises:
+        ConfigError: there are none, or two lie in one folder.
+    """
+    if not suite:
+        raise ConfigError("--task all: the configuration lists no tasks in transfer.suite")
+    for number, entry in enumerate(suite):
+        name = entry.name or entry.task
+        if name in {other.name or other.task for other in suite[:number]} or name == "all":
+            raise ConfigError(f"transfer.suite.{number}.name = {name!r}: is taken; give it another")
+        if Path(name).name != name:
+            raise ConfigError(f"transfer.suite.{number}.name = {name!r}: must be a folder's name")
 
 
 def check_stages(request: Request, run: Run) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +52,7 @@ class Scenes:
     classes: Sequence[str]
     train: Sequence[Scene]
     test: Sequence[Scene]
+    metric: Literal["mIoU"] = "mIoU"
 
     def fingerprint(self) -> str:
         """Sha256 over classes, keys and file sizes."""

@@ -3,12 +3,13 @@
 Letters: B pictures, S side of a crop, H, W height and width, pixels; C classes.
 
 Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, crop and mirror, sliding
-evaluation), without its colour jitter; scores as in Long et al. 2015, arXiv 1411.4038, section 5.
+evaluation; several scales and mirrored as its aug_test, which averages probabilities), without its
+colour jitter; scores as in Long et al. 2015, arXiv 1411.4038, section 5.
 """
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,14 +25,10 @@ from moce_dist.config import TransferConfig
 from moce_dist.data.images import open_image, sample_generator
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.finetune import check_loss, learning_rate, set_learning_rate
-from moce_dist.transfer.loading import (
-    Machine,
-    Progress,
-    TrainingOrder,
-    backward_in_parts,
-    renormalisation,
-)
+from moce_dist.transfer.fit import Fitting, Kept, run_fit
+from moce_dist.transfer.loading import Machine, Progress, TrainingOrder, renormalisation
+from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.saved import segmenter_spec
 from moce_dist.transfer.scenes import (
     IGNORE,
     Scene,
@@ -91,17 +88,6 @@ class _Crops(Dataset[tuple[NDArray[np.float32], NDArray[np.int64]]]):
         return pixels * self._factor + self._shift, np.ascontiguousarray(labels)
 
 
-def _crop_batches(
-    scenes: Scenes, transfer: TransferConfig, backbone: Backbone, machine: Machine, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    batch_size = min(transfer.segment_batch_size, len(scenes.train))
-    epochs = -(-transfer.segment_steps // (len(scenes.train) // batch_size))
-    crops = _Crops(scenes.train, transfer.segment_crop, backbone, seed)
-    order = TrainingOrder(len(scenes.train), batch_size, epochs, seed)
-    first = itertools.islice(order, transfer.segment_steps)
-    yield from DataLoader(crops, batch_sampler=first, num_workers=machine.loader_processes)
-
-
 def segment(
     backbone: Backbone,
     scenes: Scenes,
@@ -110,52 +96,73 @@ def segment(
     *,
     seed: int,
     out: Path,
-) -> float:
-    """Train on a task's training scenes and return the mIoU on its test scenes.
+    kept: Kept | None = None,
+) -> Measures:
+    """Train on a task's training scenes and return mIoU, aAcc and mAcc on its test scenes.
 
-    Writes `out/scores.json` and a few predictions beside picture and truth as PNG.
+    Writes `out/scores.json` and a few predictions beside picture and truth as PNG. With `kept` the
+    model is saved, and an interrupted fit goes on where it was.
     """
     vit = backbone.dense_model(transfer.segment_crop, seed=seed, drop_path=_DROP_PATH)
     model = Segmenter(vit, len(scenes.classes), transfer.segment_channels).to(machine.device)
-    _train(model, _crop_batches(scenes, transfer, backbone, machine, seed), transfer, machine, seed)
-    found = _evaluate(model.eval(), scenes, backbone, transfer.segment_crop, machine, out)
-    document = {
-        "mIoU": found.miou,
-        "aAcc": found.aacc,
-        "mAcc": found.macc,
-        "IoU": {
-            name: None if np.isnan(iou) else iou
-            for name, iou in zip(scenes.classes, found.iou, strict=True)
-        },
-    }
-    write_atomic(out / "scores.json", json.dumps(document, indent=1))
-    return found.miou
+    window = Window(
+        transfer.segment_crop, tuple(transfer.segment_scales), flip=transfer.segment_flip
+    )
+
+    def view() -> Measures:
+        return _evaluate(model, scenes, backbone, window, machine, out)
+
+    return run_fit(_fitting(model, backbone, scenes, transfer, machine, seed, view), machine, kept)
 
 
-def _train(
+def _fitting(
     model: Segmenter,
-    batches: Iterator[tuple[Tensor, Tensor]],
+    backbone: Backbone,
+    scenes: Scenes,
     transfer: TransferConfig,
     machine: Machine,
     seed: int,
-) -> None:
-    steps = transfer.segment_steps
-    optimizer = model.optimizer()
-    torch.manual_seed(seed)
-    progress = Progress(f"segmentation seed {seed}", steps, "steps")
+    view: Callable[[], Measures],
+) -> Fitting:
+    steps, num_scenes = transfer.segment_steps, len(scenes.train)
+    batch_size = min(transfer.segment_batch_size, num_scenes)
+    crops = _Crops(scenes.train, transfer.segment_crop, backbone, seed)
+    order = TrainingOrder(num_scenes, batch_size, -(-steps // (num_scenes // batch_size)), seed)
+
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        draws = itertools.islice(order, start, steps)
+        yield from DataLoader(crops, batch_sampler=draws, num_workers=machine.loader_processes)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(model(images).float(), labels, ignore_index=IGNORE)
 
-    for step, (images, labels) in enumerate(batches):
-        warmup = round(_WARMUP_SHARE * steps)
-        rate = learning_rate(step, steps=steps, warmup=warmup, peak=transfer.segment_lr)
-        set_learning_rate(optimizer, rate)
-        optimizer.zero_grad()
-        inputs, targets = images.to(machine.device), labels.to(machine.device)
-        check_loss(backward_in_parts(inputs, targets, machine, loss_of), "segmentation", step)
-        optimizer.step()
-        progress.advance()
+    return Fitting(
+        name=f"{scenes.name} {backbone.name} seed {seed}",
+        model=model,
+        optimizer=model.optimizer(),
+        batches=batches,
+        loss=loss_of,
+        view=view,
+        spec=segmenter_spec(
+            backbone,
+            scenes.name,
+            scenes.classes,
+            crop=transfer.segment_crop,
+            channels=transfer.segment_channels,
+        ),
+        steps=steps,
+        warmup=round(_WARMUP_SHARE * steps),
+        peak_lr=transfer.segment_lr,
+        seed=seed,
+    )
+
+
+class Window(NamedTuple):
+    """How a whole picture is looked at: windows of side S at some scales, mirrored or not."""
+
+    size: int
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
 
 
 def windows(length: int, size: int) -> list[int]:
@@ -165,44 +172,75 @@ def windows(length: int, size: int) -> list[int]:
 
 
 def slide(model: nn.Module, pixels: Tensor, size: int, machine: Machine) -> Tensor:
-    """Average the logits of overlapping windows over a picture (3, H, W): (C, H, W) on the CPU."""
+    """Average the logits of overlapping windows over a picture (3, H, W): (C, H, W) on the CPU.
+
+    A picture smaller than a window is filled up with the mean colour.
+    """
     height, width = pixels.shape[1:]
+    pixels = F.pad(pixels, (0, max(0, size - width), 0, max(0, size - height)))
     total: Tensor | None = None
-    hits = torch.zeros(height, width)
-    for top, left in itertools.product(windows(height, size), windows(width, size)):
+    hits = torch.zeros(pixels.shape[1:])
+    for top, left in itertools.product(*(windows(side, size) for side in pixels.shape[1:])):
         window = (slice(top, top + size), slice(left, left + size))
         with machine.autocast():
             logits = model(pixels[:, *window][None].to(machine.device))[0].float().cpu()
         if total is None:
-            total = torch.zeros(logits.shape[0], height, width)
+            total = torch.zeros(logits.shape[0], *pixels.shape[1:])
         total[:, *window] += logits
         hits[window] += 1
     assert total is not None
-    return total / hits
+    return (total / hits)[:, :height, :width]
 
 
 @torch.no_grad()
-def _evaluate(
-    model: nn.Module, scenes: Scenes, backbone: Backbone, size: int, machine: Machine, out: Path
-) -> Scores:
-    num_classes = len(scenes.classes)
+def class_probabilities(
+    model: nn.Module, picture: Image.Image, backbone: Backbone, window: Window, machine: Machine
+) -> Tensor:
+    """Mean of the class probabilities (C, H, W) over all scales and mirrorings of a picture."""
     factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone))
+    size, looks = [picture.height, picture.width], []
+    for scale in window.scales:
+        resized = to_pixels(scaled(picture, max(1, round(window.size * scale))))
+        pixels = torch.from_numpy(np.ascontiguousarray(resized)) * factor + shift
+        for is_mirrored in (False, True)[: 1 + window.flip]:
+            look = pixels.flip(2) if is_mirrored else pixels
+            logits = slide(model, look, window.size, machine)
+            upright = logits.flip(2) if is_mirrored else logits
+            full = F.interpolate(upright[None], size=size, mode="bilinear", align_corners=False)
+            looks.append(full[0].softmax(dim=0))
+    return torch.stack(looks).mean(dim=0)
+
+
+def _evaluate(
+    model: nn.Module,
+    scenes: Scenes,
+    backbone: Backbone,
+    window: Window,
+    machine: Machine,
+    out: Path,
+) -> Measures:
+    num_classes = len(scenes.classes)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     progress = Progress("segmentation test", len(scenes.test), "pictures")
     for number, scene in enumerate(scenes.test):
         picture = open_image(scene.image.read_bytes())
-        pixels = torch.from_numpy(np.ascontiguousarray(to_pixels(scaled(picture, size))))
-        logits = slide(model, pixels * factor + shift, size, machine)
         labels = torch.from_numpy(read_mask(scene.mask))
-        full = F.interpolate(logits[None], size=labels.shape, mode="bilinear", align_corners=False)[
-            0
-        ]
-        predicted = full.argmax(dim=0)
+        predicted = class_probabilities(model, picture, backbone, window, machine).argmax(dim=0)
         confusion += count_pixels(labels, predicted, num_classes)
         if number < _NUM_PREVIEWS:
             _preview(out / f"{scene.image.stem}.png", picture, predicted, labels, num_classes)
         progress.advance()
-    return scores(confusion)
+    return _written(scores(confusion), scenes.classes, out)
+
+
+def _written(found: Scores, classes: Sequence[str], out: Path) -> Measures:
+    means = {"mIoU": found.miou, "aAcc": found.aacc, "mAcc": found.macc}
+    iou = {
+        name: None if np.isnan(value) else value
+        for name, value in zip(classes, found.iou, strict=True)
+    }
+    write_atomic(out / "scores.json", json.dumps({**means, "IoU": iou}, indent=1))
+    return means
 
 
 def palette(num_classes: int) -> NDArray[np.uint8]:

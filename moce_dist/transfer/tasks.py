@@ -1,58 +1,86 @@
 """The downstream tasks: labelled images under one name, checked before anything is trained.
 
-A task is two lists of items (an image's bytes or file, and its label). Three small tasks are cut
-from images that installed packages carry; `imagefolder` reads any data set laid out as
+A task is two lists of items (an image's bytes or where they lie, and its label). Three small tasks
+are cut from images that installed packages carry; `imagefolder` reads any data set laid out as
 
     DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)
 
-`ade20k` (pictures with masks) is read by `scenes.py`, `coco` (with boxes) by `instances.py`.
+Published sets are read by `official.py`, tars by `tars.py`; which name is read by whom stands in
+`catalog.py`. `ade20k` (pictures with masks) is read by `scenes.py`, `coco` (with boxes) by
+`instances.py`.
 
 Source: torchvision.datasets.ImageFolder for the layout.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from moce_dist.data import samples
 from moce_dist.data.images import ImageError, open_image
-from moce_dist.data.shards import IMAGE_EXTENSIONS
-from moce_dist.data.sources import TASKS as SAMPLE_TASKS
+from moce_dist.data.shards import IMAGE_EXTENSIONS, read_range
 from moce_dist.settings import ConfigError
 
 SCAN_LIMIT_BYTES = 10 * 10**9
 _TEST_NAMES = ("test", "val")
 
+Metric = Literal["accuracy", "mean_class_accuracy", "mAP"]
+
+
+class Range(NamedTuple):
+    """Bytes of a file: the picture of a sample in a tar."""
+
+    file: Path
+    start: int
+    size: int
+
 
 class Item(NamedTuple):
-    """A labelled image: its bytes, or the file that holds them."""
+    """A labelled image: its bytes, or the file or part of a file that holds them.
+
+    The label is a class, or with several labels an image one number a class: 1 there, 0 not there,
+    -1 not counted.
+    """
 
     key: str
-    content: bytes | Path
-    label: int
+    content: bytes | Path | Range
+    label: int | tuple[int, ...]
 
     def read(self) -> bytes:
         """Return the compressed image."""
+        if isinstance(self.content, Range):
+            return read_range(str(self.content.file), self.content.start, self.content.size)
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
     def size(self) -> int:
         """Return the size of the compressed image, bytes."""
+        if isinstance(self.content, Range):
+            return self.content.size
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task: class names and the items of its two splits."""
+    """A classification task: class names, the items of its two splits, and its metric.
+
+    With the metric `mAP` an image has several labels.
+    """
 
     name: str
     classes: Sequence[str]
     train: Sequence[Item]
     test: Sequence[Item]
+    metric: Metric = "accuracy"
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Tell whether an image has several labels."""
+        return self.metric == "mAP"
 
     def fingerprint(self) -> str:
         """Sha256 over keys, sizes and labels of all items, and the bytes of those in memory."""
@@ -132,28 +160,15 @@ def sample_task(name: str, data: Path | None) -> Task:
     if data is not None:
         raise ConfigError(f"--data {data}: task {name} has its own images; leave --data out")
     made = samples.task(name)
-    splits = (
+    train, test = (
         [Item(f"{split}/{i}", content, label) for i, (content, label) in enumerate(pairs)]
         for split, pairs in (("train", made.train), ("test", made.test))
     )
-    return Task(name, list(made.classes), *splits)
+    return Task(name, list(made.classes), train, test)
 
 
-TASKS: dict[str, Callable[[str, Path | None], Task]] = {
-    **dict.fromkeys(SAMPLE_TASKS, sample_task),
-    "imagefolder": image_folder,
-}
 SEGMENTATION_TASKS = ("ade20k",)
 DETECTION_TASKS = ("coco",)
-
-
-def load_task(name: str, data: Path | None) -> Task:
-    """Return a classification task, its folders and labels checked.
-
-    Raises:
-        ConfigError: see the task's reader.
-    """
-    return TASKS[name](name, data)
 
 
 def unreadable(items: Sequence[Item], *, threads: int) -> Iterator[tuple[Item, str]]:
@@ -178,11 +193,12 @@ def check_images(task: Task, *, threads: int) -> None:
     Raises:
         ConfigError: naming the first unreadable image and how many there are.
     """
-    items = [i for i in [*task.train, *task.test] if isinstance(i.content, Path)]
+    items = [i for i in [*task.train, *task.test] if not isinstance(i.content, bytes)]
     if sum(item.size() for item in items) > SCAN_LIMIT_BYTES:
         return
     bad = list(unreadable(items, threads=threads))
     if bad:
         item, reason = bad[0]
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        raise ConfigError(f"{item.content!s}: unreadable image: {reason}{more}")
+        where = item.content if isinstance(item.content, Path) else item.key
+        raise ConfigError(f"{where}: unreadable image: {reason}{more}")

@@ -144,6 +144,17 @@ def test_damaged_files_are_named_and_the_rest_is_shown(finished):
     assert "climate" in page.text and "task climate, accuracy:" in summary
 
 
+def test_differences_and_failures_of_tasks_are_shown(finished):
+    page = Page(write_report(finished))
+    assert "moce - mae, knn: +0.0200 ± 0.0010" in page.text
+    path = finished / "transfer" / "digits" / "metrics.json"
+    document = json.loads(path.read_text()) | {"failed": {"cars": "ConfigError: no folder"}}
+    del document["differences"]
+    path.write_text(json.dumps(document))
+    page = Page(write_report(finished))
+    assert "failed: cars: ConfigError: no folder" in page.text
+
+
 def test_experts_of_changing_number_are_a_damage(finished):
     line = '{"step": %d, "images_seen": 9, "loss": 1, "images_per_expert": %s}\n'
     (finished / "moce" / "metrics.jsonl").write_text(line % (1, "[[1]]") + line % (2, "[[1, 2]]"))

@@ -1,8 +1,13 @@
 """A small finished run on disk, made without training: real files in the formats that jobs read."""
 
+import importlib.util
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,7 +22,27 @@ from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import global_names, is_stacked
 from moce_dist.run import Run, file_sha256, fingerprint, mark_complete, open_run
 
+ROOT = Path(__file__).parents[3]
 NUM_EXPERTS, NUM_CLUSTERS, SIZE = 3, 6, 16
+
+
+def transfer(run: Run, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run the job as a user does."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "jobs" / "transfer.py"), "--run", str(run.root), *flags]
+    return subprocess.run(
+        command, cwd=run.root, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def job() -> ModuleType:
+    """The job as a module, for the tests that are about what it does, not how it ends."""
+    spec = importlib.util.spec_from_file_location("transfer_job", ROOT / "jobs" / "transfer.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")

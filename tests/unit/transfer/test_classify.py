@@ -12,20 +12,22 @@ from sklearn.preprocessing import StandardScaler
 from moce_dist.config import FinetuneConfig
 from moce_dist.model.customize import customize
 from moce_dist.transfer.backbone import run_backbone
-from moce_dist.transfer.classify import Features, accuracy, extract, knn_predict, linear_predict
-from moce_dist.transfer.finetune import (
-    finetune,
-    learning_rate,
-    make_optimizer,
-    set_learning_rate,
-)
+from moce_dist.transfer.catalog import load_task
+from moce_dist.transfer.classify import Features, extract, fit_linear, knn_scores
+from moce_dist.transfer.finetune import finetune, make_optimizer
 from moce_dist.transfer.loading import (
     TaskImages,
     TrainingOrder,
     backward_in_parts,
     machine_of,
 )
-from moce_dist.transfer.tasks import load_task
+from moce_dist.transfer.measure import accuracy
+from moce_dist.transfer.schedule import learning_rate, set_learning_rate
+
+
+def linear_predict(features: Features, **budget: object) -> torch.Tensor:
+    head = fit_linear(features, **budget)
+    return head.scores(features.test).argmax(dim=1)
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +58,14 @@ def test_knn_equals_scikit_learn_with_the_same_weights(features):
 
     reference = KNeighborsClassifier(7, metric="cosine", weights=weights)
     reference.fit(train, features.train_labels.numpy())
-    found = knn_predict(features, k=7, num_classes=4).numpy()
+    found = knn_scores(features, k=7, num_classes=4).argmax(dim=1).numpy()
     assert (found == reference.predict(test)).mean() > 0.99
 
 
 def test_more_neighbours_than_images_are_all_of_them(features):
     few = Features(features.train[:3], features.train_labels[:3], *features[2:])
-    assert knn_predict(few, k=10, num_classes=4).shape == (200,)
+    shares = knn_scores(few, k=10, num_classes=4)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(200))
 
 
 def test_linear_equals_scikit_learns_logistic_regression(features):
@@ -176,4 +179,5 @@ def test_finetuning_learns(config, models, image_folder):
         **{"epochs": 12, "batch_size": 16, "warmup_epochs": 2, "mixup": 0.0, "cutmix": 0.0},
         **{"base_lr": 0.03, "crop_scale_min": 0.5, "drop_path": 0.0, "layer_decay": 0.9},
     )
-    assert finetune(backbone, task, recipe, machine_of(config), seed=0) > 0.8
+    found = finetune(backbone, task, recipe, machine_of(config), seed=0)
+    assert found["accuracy"] > 0.8

@@ -1,42 +1,16 @@
 """The job from flags to metrics.json, on a small run made of real files."""
 
-import importlib.util
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from moce_dist.run import Run, read_marker
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.official import OFFICIAL
 
-from .conftest import by_global_name, write_checkpoint
-
-ROOT = Path(__file__).parents[3]
-
-
-def transfer(run: Run, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run the job as a user does."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "jobs" / "transfer.py"), "--run", str(run.root), *flags]
-    return subprocess.run(
-        command, cwd=run.root, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture(scope="module")
-def job() -> ModuleType:
-    """The job as a module, for the tests that are about what it does, not how it ends."""
-    spec = importlib.util.spec_from_file_location("transfer_job", ROOT / "jobs" / "transfer.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from .conftest import ROOT, by_global_name, transfer, write_checkpoint
 
 
 def metrics_of(run: Run, task: str) -> dict[str, Any]:
@@ -51,7 +25,11 @@ def test_comparison_is_written_skipped_and_extended(run, image_folder, job, capl
     assert "imagefolder: accuracy" in done.stdout
     folder = run.transfer("imagefolder")
     metrics = metrics_of(run, "imagefolder")
-    assert metrics.keys() == {"task", "metric", "results", "summary"}
+    assert metrics.keys() == {"task", "metric", "results", "summary", "differences"}
+    assert {(d["backbone"], d["reference"]) for d in metrics["differences"]} == {
+        ("moce", "mae"),
+        ("random", "mae"),
+    }
     assert [(r["backbone"], r["protocol"], r["seed"]) for r in metrics["results"]] == [
         (b, p, 0) for b in ("moce", "mae", "random") for p in ("knn", "linear")
     ]
@@ -196,6 +174,9 @@ def test_recipes_dry_run_without_a_run(
     job.main(["--config", str(recipe), "--dry-run"])
     plan = capsys.readouterr().out
     assert "--data is not given" in plan
+    if "task: all" in recipe.read_text():
+        assert plan.count("--data is not given") == len(OFFICIAL)
+        return
     own = {"ade20k": scene_folder, "coco": coco_folder, "imagefolder": image_folder}
     data = own[plan.split()[1]]
     job.main(["--config", str(recipe), "--dry-run", "--data", str(data)])

@@ -5,7 +5,15 @@ import json
 import pytest
 
 from moce_dist.config import TransferConfig
-from moce_dist.transfer.results import Fit, Ledger, budget, make_metrics, summarise
+from moce_dist.transfer.results import (
+    Fit,
+    Ledger,
+    budget,
+    differences,
+    make_metrics,
+    suite_metrics,
+    summarise,
+)
 
 
 def row(backbone: str, protocol: str, seed: int, value: float) -> dict[str, object]:
@@ -23,6 +31,37 @@ def test_summary_has_mean_and_sample_deviation():
         {"backbone": "moce", "protocol": "knn", "mean": 0.8, "std": 0.0},
     ]
     assert make_metrics("t", "mIoU", rows)["results"] == rows
+
+
+def test_differences_are_taken_seed_by_seed():
+    rows = [row("moce", "knn", s, v) for s, v in enumerate((0.52, 0.63, 0.74))]
+    rows += [row("mae", "knn", s, v) for s, v in enumerate((0.5, 0.6, 0.7))]
+    rows += [row("random", "knn", 0, 0.1), row("moce", "linear", 0, 0.9)]
+    moce, random = differences(rows)
+    assert (moce["reference"], moce["num_seeds"]) == ("mae", 3)
+    assert (moce["mean"], moce["std"]) == (pytest.approx(0.03), pytest.approx(0.01))
+    # its one seed is compared with that seed of mae
+    assert (random["mean"], random["std"], random["num_seeds"]) == (pytest.approx(-0.4), 0.0, 1)
+
+
+def test_without_mae_the_first_backbone_is_the_reference():
+    rows = [row("random", "knn", 0, 0.1), row("moce", "knn", 0, 0.4)]
+    assert [(d["backbone"], d["reference"]) for d in differences(rows)] == [("moce", "random")]
+    assert differences([]) == differences(rows[:1]) == []
+
+
+def test_means_over_tasks_and_their_deviation():
+    tables = []
+    for name, values in {"a": (0.5, 0.6, 0.7), "b": (0.2, 0.2, 0.2)}.items():
+        rows = [row("mae", "knn", s, v) for s, v in enumerate(values)]
+        rows += [row("moce", "knn", s, v + 0.1) for s, v in enumerate(values)]
+        tables.append(make_metrics(name, "accuracy", rows))
+    found = suite_metrics(tables, {"c": "ConfigError: nothing there"})
+    mae = found["summary"][0]
+    assert (mae["mean"], mae["std"]) == (pytest.approx(0.4), pytest.approx(0.05))
+    assert found["differences"][0]["mean"] == pytest.approx(0.1)
+    assert found["failed"].keys() == {"c"} and len(found["results"]) == 12
+    assert {r["task"] for r in found["results"]} == {"a", "b"}
 
 
 def test_only_rows_of_the_present_conditions_count(tmp_path):

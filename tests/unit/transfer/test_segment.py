@@ -17,6 +17,8 @@ from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.loading import machine_of
 from moce_dist.transfer.scenes import IGNORE, check_scenes, read_mask, read_scenes, training_crop
 from moce_dist.transfer.segment import (
+    Window,
+    class_probabilities,
     count_pixels,
     palette,
     scores,
@@ -144,6 +146,33 @@ def test_sliding_a_model_of_single_pixels_changes_nothing(config):
         torch.testing.assert_close(found, model(pixels[None])[0], rtol=1e-5, atol=1e-5)
 
 
+def test_picture_smaller_than_a_window_is_filled_up_and_cut_back(config):
+    model = torch.nn.Conv2d(3, 4, 1)
+    pixels = torch.randn(3, 20, 57)
+    with torch.no_grad():
+        found = slide(model, pixels, 32, machine_of(config))
+        torch.testing.assert_close(found, model(pixels[None])[0], rtol=1e-5, atol=1e-5)
+
+
+def test_scales_and_mirroring_average_probabilities(config):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+    backbone, machine = run_backbone("random", config, None), machine_of(config)
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(3, 4, 3, padding=1)
+
+    def look(*scales: float, flip: bool = False) -> torch.Tensor:
+        return class_probabilities(model, picture, backbone, Window(32, scales, flip), machine)
+
+    whole = look(0.5, 1.0, 1.5)
+    assert whole.shape == (4, 40, 60)
+    expected = (look(0.5) + look(1.0) + look(1.5)) / 3
+    torch.testing.assert_close(whole, expected)
+    torch.testing.assert_close(whole.sum(dim=0), torch.ones(40, 60))
+    upright, both = look(1.0), look(1.0, flip=True)
+    picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    torch.testing.assert_close(both, (upright + look(1.0).flip(2)) / 2, rtol=1e-4, atol=1e-5)
+
+
 def test_palette_has_distinct_colours_and_black_for_ignored():
     colours = palette(150)
     assert colours.shape == (151, 3) and colours[-1].tolist() == [0, 0, 0]
@@ -170,9 +199,13 @@ def test_training_separates_two_plain_areas(config, models, scene_folder, tmp_pa
     transfer = config.transfer.model_copy(
         update={"segment_steps": 60, "segment_lr": 3e-3, "segment_batch_size": 4}
     )
-    value = segment(backbone, scenes, transfer, machine_of(config), seed=0, out=tmp_path)
-    assert value > 0.7
+    found = segment(backbone, scenes, transfer, machine_of(config), seed=0, out=tmp_path)
+    assert found["mIoU"] > 0.7
     written = json.loads((tmp_path / "scores.json").read_text())
-    assert written["mIoU"] == value and written["IoU"].keys() == {"dark", "bright", "absent"}
+    assert written["mIoU"] == found["mIoU"] and written["IoU"].keys() == {
+        "dark",
+        "bright",
+        "absent",
+    }
     preview = np.asarray(Image.open(tmp_path / "1.png"))
     assert preview.shape == (43, 3 * 48, 3)

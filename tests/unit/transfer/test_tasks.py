@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.tasks import TASKS, check_images, load_task
+from moce_dist.transfer.catalog import TASKS, load_task
+from moce_dist.transfer.official import OFFICIAL
+from moce_dist.transfer.tasks import check_images
 
 from .conftest import png
 
@@ -93,4 +95,6 @@ def test_sample_tasks_have_every_class_in_both_splits(name):
 
 
 def test_table_names_the_tasks():
-    assert set(TASKS) == {"digits", "silhouettes", "climate", "imagefolder"}
+    samples = {"digits", "silhouettes", "climate"}
+    assert set(TASKS) == {*samples, "imagefolder", "webdataset", *OFFICIAL}
+    assert len(OFFICIAL) == 11

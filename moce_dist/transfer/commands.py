@@ -1,0 +1,206 @@
+"""The commands that use what was trained: `routes`, `predict`, `onnx` of `python -m moce_dist`.
+
+A MODEL is a task's folder in a run (RUN/transfer/TASK: its fits are chosen by flags), the folder of
+one fitted model, or an exported backbone (RUN/transfer/TASK/backbone, for `onnx`).
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moce_dist.cli import command_parser, quiet_libraries
+from moce_dist.config import load_config
+from moce_dist.data.shards import IMAGE_EXTENSIONS
+from moce_dist.run import load_run, resolve_run
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.request import parse_experts
+from moce_dist.transfer.tasks import Item
+
+_CONFIG = "config.json"
+
+
+def routes(argv: Sequence[str]) -> None:
+    """List the routes of a run's MoCE, or export the dense ViT of one.
+
+    Raises:
+        ConfigError: there is no such run, checkpoint or expert.
+    """
+    parser = command_parser(
+        "routes", routes.__doc__, "routes runs/quickstart --experts 3,1,0 --out vit"
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--experts", metavar="LIST", help="route to export, one expert a layer")
+    parser.add_argument("--out", metavar="DIR", help="folder for the exported ViT")
+    args = parser.parse_args(argv)
+    experts = parse_experts(args.experts)
+    if (experts is None) != (args.out is None):
+        raise ConfigError("--experts and --out: name both to export a route, none to list them")
+    is_here = (Path(args.run) / "config.yaml").is_file()
+    run, config = load_run(
+        Path(args.run).resolve() if is_here else resolve_run(args.run, load_config(None))
+    )
+    quiet_libraries()
+    from moce_dist.transfer.routes import export_route, list_routes, moce_stage, route_lines
+
+    if experts is None:
+        _say(*route_lines(list_routes(run, config, moce_stage(run))))
+    else:
+        _say(*map(str, export_route(run, config, experts, Path(args.out))))
+
+
+def predict(argv: Sequence[str]) -> None:
+    """Look at pictures with a fitted model; one line of JSON a picture, masks into --out.
+
+    Raises:
+        ConfigError: there is no such model or picture.
+        RuntimeError: some pictures could not be read; the others are done.
+    """
+    parser = command_parser(
+        "predict", predict.__doc__, "predict runs/quickstart/transfer/digits photo.png"
+    )
+    _add_model(parser)
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help="files or folders")
+    parser.add_argument("--top", metavar="N", type=int, default=5, help="classes of a line")
+    parser.add_argument("--batch-size", metavar="B", type=int, default=32, help="images at once")
+    parser.add_argument("--out", metavar="DIR", help="folder for the masks of segmentation")
+    args = parser.parse_args(argv)
+    if args.top < 1 or args.batch_size < 1:
+        raise ConfigError(f"--top {args.top}, --batch-size {args.batch_size}: must be 1 or more")
+    folder = find_model(args)
+    pictures = list_pictures(args.images)
+    bad = 0
+    for line in _lines(folder, pictures, args):
+        _say(json.dumps(line, ensure_ascii=False))
+        bad += "error" in line
+    if bad:
+        raise RuntimeError(f"{bad} of {len(pictures)} pictures could not be read")
+
+
+def _lines(folder: Path, pictures: Sequence[Item], args: Any) -> Any:
+    quiet_libraries()
+    from moce_dist.transfer import predict as predicting
+    from moce_dist.transfer.saved import load_model
+
+    model, spec = load_model(folder)
+    machine = predicting.any_machine(args.batch_size)
+    if spec.kind == "classify":
+        return predicting.predict(model, spec, pictures, machine, top=args.top)
+    if spec.kind != "segment":
+        raise ConfigError(f"{folder}: is a backbone without classes; fit it to a task first")
+    if args.out is None:
+        raise ConfigError("--out: name a folder for the masks")
+    masks = mask_paths(pictures, Path(args.out))
+    return predicting.paint(model, spec, list(zip(pictures, masks, strict=True)), machine)
+
+
+def onnx(argv: Sequence[str]) -> None:
+    """Write a fitted model or an exported backbone as ONNX, and beside it what its pixels are.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    parser = command_parser(
+        "onnx", onnx.__doc__, "onnx runs/quickstart/transfer/digits --out digits.onnx"
+    )
+    _add_model(parser)
+    parser.add_argument("--out", metavar="FILE", required=True, help="the .onnx file to write")
+    args = parser.parse_args(argv)
+    out = Path(args.out)
+    if out.suffix != ".onnx":
+        raise ConfigError(f"--out {out}: must end in .onnx")
+    folder = find_model(args)
+    quiet_libraries()
+    from moce_dist.transfer.onnx import export_onnx
+    from moce_dist.transfer.saved import load_model
+
+    _say(*map(str, export_onnx(*load_model(folder), out)))
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "routes": routes,
+    "predict": predict,
+    "onnx": onnx,
+}
+
+
+def _say(*lines: str) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="RUN/transfer/TASK, or a model's folder")
+    parser.add_argument("--backbone", metavar="NAME", help="whose fit (default moce)")
+    parser.add_argument("--protocol", metavar="NAME", help="which fit (default finetune)")
+    parser.add_argument("--seed", metavar="N", type=int, help="which fit (default the lowest)")
+    parser.add_argument(
+        "--best", action="store_true", help="the model of the best early view, not the last one"
+    )
+
+
+def find_model(args: Any) -> Path:
+    """Return the folder of the model that the flags mean.
+
+    Raises:
+        ConfigError: there is none; saying which there are.
+    """
+    folder, which = Path(args.model), "best" if args.best else "last"
+    if (folder / _CONFIG).is_file():
+        return folder
+    fits = {
+        path.parent.parent.name: path.parent
+        for path in (folder / "models").glob(f"*/{which}/{_CONFIG}")
+    }
+    if not fits:
+        raise ConfigError(
+            f"{folder}: holds no {which} model; jobs/transfer.py makes them with "
+            "transfer.save_models, by the protocols finetune and linear"
+        )
+    wanted = {"backbone": args.backbone, "protocol": args.protocol, "seed": args.seed}
+    given = {
+        key: str(value).replace("/", "_") for key, value in wanted.items() if value is not None
+    }
+    named = {name: dict(zip(wanted, name.rsplit("-", 2), strict=True)) for name in fits}
+    found = [name for name, parts in named.items() if given.items() <= parts.items()]
+    if not found:
+        raise ConfigError(f"{folder}: has no model of {given}, only {', '.join(sorted(fits))}")
+    return fits[min(found, key=lambda name: _preference(**named[name]))]
+
+
+def _preference(backbone: str, protocol: str, seed: str) -> tuple[bool, bool, int, str]:
+    return backbone != "moce", protocol != "finetune", int(seed), backbone
+
+
+def list_pictures(paths: Sequence[str]) -> list[Item]:
+    """List files, and the pictures of folders, each called by its path below its folder.
+
+    Raises:
+        ConfigError: a path is missing, or a folder holds no pictures.
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_file():
+            found.append(Item(path.name, path, 0))
+            continue
+        if not path.is_dir():
+            raise ConfigError(f"{path}: is neither a file nor a folder")
+        inside = sorted(p for p in path.rglob("*") if p.suffix[1:].lower() in IMAGE_EXTENSIONS)
+        if not inside:
+            raise ConfigError(f"{path}: holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
+        found += [Item(str(p.relative_to(path)), p, 0) for p in inside]
+    return found
+
+
+def mask_paths(pictures: Sequence[Item], out: Path) -> list[Path]:
+    """Say where the mask of every picture goes.
+
+    Raises:
+        ConfigError: two would go to one place.
+    """
+    masks = [(out / picture.key).with_suffix(".png") for picture in pictures]
+    if twice := [mask for mask, count in Counter(masks).items() if count > 1]:
+        raise ConfigError(f"{twice[0]}: would be the mask of two pictures; name their folder")
+    return masks

@@ -1,0 +1,321 @@
+"""The published classification sets of the paper, in the layout that their makers ship.
+
+    --task       DATA/                              training        test         metric
+    aircraft     fgvc-aircraft-2013b/               trainval        test         mean per class
+    caltech101   caltech101/101_ObjectCategories/   30 a class      the others   mean per class
+    cars         stanford_cars/                     train           test         accuracy
+    cifar10      cifar-10-batches-bin/              5 batches       test_batch   accuracy
+    cifar100     cifar-100-binary/                  train           test         accuracy
+    dtd          dtd/dtd/                           train1 + val1   test1        accuracy
+    flowers102   flowers-102/                       trnid + valid   tstid        mean per class
+    food101      food-101/                          train           test         accuracy
+    pets         oxford-iiit-pet/                   trainval        test         mean per class
+    sun397       SUN397/                            Training_01     Testing_01   accuracy
+    voc2007      VOCdevkit/VOC2007/                 trainval        test         mAP
+
+Lists are read by torchvision's dataset classes, pictures by this package. Nothing is downloaded,
+and nothing is unpickled: CIFAR is read in its binary version. Caltech-101 has no official split; 30
+images of every class are drawn with a fixed seed (of a smaller class half of them).
+
+Source: torchvision.datasets for the layouts; splits and metrics as in Ericsson et al. 2021, arXiv
+2011.13377, appendix A, whose suite the MoCE paper uses (they validate on parts of the training
+sets, which here all belong to training).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.tasks import Item, Metric, Task
+
+_CALTECH_TRAIN = 30
+_CIFAR_SIDE = 32
+_VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa"),
+    *("train", "tvmonitor"),
+)
+
+Labelled = tuple[Path, int | tuple[int, ...]]
+
+
+class Splits(NamedTuple):
+    """Class names and the labelled images of the two splits."""
+
+    classes: Sequence[str]
+    train: list[Item]
+    test: list[Item]
+
+
+class Official(NamedTuple):
+    """A published set: its reader, its metric, and what must lie below DATA."""
+
+    read: Callable[[Path], Splits]
+    metric: Metric
+    needs: Sequence[str]
+
+
+def _listed(pairs: Iterable[Labelled], data: Path) -> list[Item]:
+    """Make items of files and labels, each called by its path below DATA.
+
+    Raises:
+        ConfigError: naming the first file that is not there, and how many.
+    """
+    items = [Item(str(path.relative_to(data)), path, label) for path, label in pairs]
+    lacking = [item.key for item in items if not (data / item.key).is_file()]
+    if lacking:
+        raise ConfigError(f"{data / lacking[0]}: is listed but missing ({len(lacking)} such)")
+    return items
+
+
+def _pairs(dataset: Any, files: str = "_image_files") -> list[Labelled]:
+    paths = getattr(dataset, files)
+    return [(Path(p), int(y)) for p, y in zip(paths, dataset._labels, strict=True)]
+
+
+def _aircraft(data: Path) -> Splits:
+    from torchvision.datasets import FGVCAircraft
+
+    train, test = (FGVCAircraft(data, split) for split in ("trainval", "test"))
+    return Splits(train.classes, *(_listed(_pairs(part), data) for part in (train, test)))
+
+
+def _caltech(data: Path) -> Splits:
+    from torchvision.datasets import Caltech101
+
+    found = Caltech101(data)
+    folder = data / "caltech101" / "101_ObjectCategories"
+    files = [
+        folder / found.categories[y] / f"image_{i:04d}.jpg"
+        for y, i in zip(found.y, found.index, strict=True)
+    ]
+    items, draws = _listed(zip(files, found.y, strict=True), data), np.random.default_rng(0)
+    chosen: set[int] = set()
+    for label in range(len(found.categories)):
+        rows = np.flatnonzero(np.array(found.y) == label)
+        count = _CALTECH_TRAIN if len(rows) > _CALTECH_TRAIN else len(rows) // 2
+        chosen |= {int(row) for row in draws.permutation(rows)[:count]}
+    train, test = ([x for i, x in enumerate(items) if (i in chosen) == t] for t in (True, False))
+    return Splits(found.categories, train, test)
+
+
+def _cars(data: Path) -> Splits:
+    from torchvision.datasets import StanfordCars
+
+    parts = [StanfordCars(data, split) for split in ("train", "test")]
+    pairs = ([(Path(path), int(y)) for path, y in part._samples] for part in parts)
+    return Splits(list(parts[0].classes), *(_listed(part, data) for part in pairs))
+
+
+def _cifar_items(files: Sequence[Path], label_bytes: int) -> list[Item]:
+    """Read records of `label_bytes` labels (the last one counts) and 3 x 32 x 32 pixels."""
+    length, items = label_bytes + 3 * _CIFAR_SIDE**2, []
+    for path in files:
+        content = np.fromfile(path, np.uint8)
+        if len(content) == 0 or len(content) % length:
+            raise ConfigError(
+                f"{path}: has {len(content)} bytes, must be a multiple of {length} (the binary "
+                "version of CIFAR)"
+            )
+        for i, row in enumerate(content.reshape(-1, length)):
+            pixels = row[label_bytes:].reshape(3, -1).T.tobytes()
+            # a PPM is its pixels behind a line, so nothing is compressed in vain
+            picture = f"P6 {_CIFAR_SIDE} {_CIFAR_SIDE} 255\n".encode() + pixels
+            items.append(Item(f"{path.name}/{i}", picture, int(row[label_bytes - 1])))
+    return items
+
+
+def _cifar(folder: Path, names: str, train: Sequence[str], label_bytes: int) -> Splits:
+    test = "test_batch.bin" if label_bytes == 1 else "test.bin"
+    classes = [line.strip() for line in (folder / names).read_text().splitlines() if line.strip()]
+    splits = [_cifar_items([folder / f for f in files], label_bytes) for files in (train, [test])]
+    return Splits(classes, *splits)
+
+
+_CIFAR10_TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
+
+
+def _cifar10(data: Path) -> Splits:
+    return _cifar(data / "cifar-10-batches-bin", "batches.meta.txt", _CIFAR10_TRAIN, 1)
+
+
+def _cifar100(data: Path) -> Splits:
+    return _cifar(data / "cifar-100-binary", "fine_label_names.txt", ["train.bin"], 2)
+
+
+def _joined(dataset: Any, data: Path, train: Sequence[str]) -> list[list[Item]]:
+    made = [[_pairs(dataset(data, split)) for split in part] for part in (train, ["test"])]
+    return [_listed([pair for pairs in part for pair in pairs], data) for part in made]
+
+
+def _dtd(data: Path) -> Splits:
+    from torchvision.datasets import DTD
+
+    return Splits(DTD(data, "train").classes, *_joined(DTD, data, ["train", "val"]))
+
+
+def _flowers(data: Path) -> Splits:
+    from torchvision.datasets import Flowers102
+
+    class Flowers(Flowers102):  # type: ignore[misc]
+        """Flowers102 without comparing checksums: a part of the set is a set."""
+
+        def _check_integrity(self) -> bool:
+            return True
+
+    return Splits(Flowers102.classes, *_joined(Flowers, data, ["train", "val"]))
+
+
+def _food(data: Path) -> Splits:
+    from torchvision.datasets import Food101
+
+    return Splits(Food101(data, "train").classes, *_joined(Food101, data, ["train"]))
+
+
+def _pets(data: Path) -> Splits:
+    from torchvision.datasets import OxfordIIITPet
+
+    train, test = (OxfordIIITPet(data, split) for split in ("trainval", "test"))
+    parts = (_listed(_pairs(part, "_images"), data) for part in (train, test))
+    return Splits(train.classes, *parts)
+
+
+def _sun(data: Path) -> Splits:
+    from torchvision.datasets import SUN397
+
+    found, folder = SUN397(data), data / "SUN397"
+    labels = dict(_pairs(found))
+    parts = []
+    for name in ("Training_01.txt", "Testing_01.txt"):
+        lines = (folder / name).read_text().splitlines()
+        files = [folder / line.strip().lstrip("/") for line in lines if line.strip()]
+        if stray := [path for path in files if path not in labels]:
+            raise ConfigError(f"{stray[0]}: is listed but missing ({len(stray)} such)")
+        parts.append(_listed([(path, labels[path]) for path in files], data))
+    return Splits(found.classes, *parts)
+
+
+def _voc_label(annotation: Path) -> tuple[int, ...]:
+    """Read which classes a picture shows: 1, 0, or -1 where all objects of a class are difficult.
+
+    Source: the devkit's ImageSets/Main/CLASS_SPLIT.txt, which say the same.
+    """
+    labels = dict.fromkeys(_VOC_CLASSES, 0)
+    # expat bounds what entities may grow to
+    for found in ElementTree.parse(annotation).getroot().iter("object"):  # noqa: S314
+        name, difficult = found.findtext("name", "").strip(), found.findtext("difficult", "0")
+        if name not in labels:
+            raise ConfigError(f"{annotation}: object {name!r} is no class of VOC2007")
+        if difficult.strip() != "1":
+            labels[name] = 1
+        elif labels[name] == 0:
+            labels[name] = -1
+    return tuple(labels.values())
+
+
+def _voc(data: Path) -> Splits:
+    from torchvision.datasets import VOCDetection
+
+    parts = []
+    for split in ("trainval", "test"):
+        found = VOCDetection(data, "2007", split)
+        labels = [_voc_label(Path(path)) for path in found.annotations]
+        parts.append(_listed(zip(map(Path, found.images), labels, strict=True), data))
+    return Splits(_VOC_CLASSES, *parts)
+
+
+def _below(folder: str, *paths: str) -> list[str]:
+    return [f"{folder}/{path}" for path in paths]
+
+
+_AIRCRAFT_NEEDS = _below(
+    "fgvc-aircraft-2013b/data",
+    *("images", "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"),
+)
+_CALTECH_NEEDS = _below(
+    "caltech101", "101_ObjectCategories", "101_ObjectCategories/BACKGROUND_Google"
+)
+_CARS_NEEDS = _below(
+    "stanford_cars",
+    *("devkit/cars_train_annos.mat", "devkit/cars_meta.mat", "cars_test_annos_withlabels.mat"),
+    *("cars_train", "cars_test"),
+)
+_CIFAR10_NEEDS = _below(
+    "cifar-10-batches-bin", "batches.meta.txt", *_CIFAR10_TRAIN, "test_batch.bin"
+)
+_CIFAR100_NEEDS = _below("cifar-100-binary", "fine_label_names.txt", "train.bin", "test.bin")
+_DTD_NEEDS = _below("dtd/dtd", "images", "labels/train1.txt", "labels/val1.txt", "labels/test1.txt")
+_FLOWERS_NEEDS = _below("flowers-102", "jpg", "imagelabels.mat", "setid.mat")
+_FOOD_NEEDS = _below("food-101", "images", "meta/train.json", "meta/test.json")
+_PETS_NEEDS = _below(
+    "oxford-iiit-pet", "images", "annotations/trainval.txt", "annotations/test.txt"
+)
+_SUN_NEEDS = _below("SUN397", "ClassName.txt", "Training_01.txt", "Testing_01.txt")
+_VOC_NEEDS = _below(
+    "VOCdevkit/VOC2007",
+    *("JPEGImages", "Annotations", "ImageSets/Main/trainval.txt", "ImageSets/Main/test.txt"),
+)
+
+OFFICIAL = {
+    "aircraft": Official(_aircraft, "mean_class_accuracy", _AIRCRAFT_NEEDS),
+    "caltech101": Official(_caltech, "mean_class_accuracy", _CALTECH_NEEDS),
+    "cars": Official(_cars, "accuracy", _CARS_NEEDS),
+    "cifar10": Official(_cifar10, "accuracy", _CIFAR10_NEEDS),
+    "cifar100": Official(_cifar100, "accuracy", _CIFAR100_NEEDS),
+    "dtd": Official(_dtd, "accuracy", _DTD_NEEDS),
+    "flowers102": Official(_flowers, "mean_class_accuracy", _FLOWERS_NEEDS),
+    "food101": Official(_food, "accuracy", _FOOD_NEEDS),
+    "pets": Official(_pets, "mean_class_accuracy", _PETS_NEEDS),
+    "sun397": Official(_sun, "accuracy", _SUN_NEEDS),
+    "voc2007": Official(_voc, "mAP", _VOC_NEEDS),
+}
+
+
+def _check_layout(name: str, data: Path | None, needs: Sequence[str]) -> Path:
+    layout = f"expected DATA/{needs[0]}"
+    if data is None:
+        raise ConfigError(f"--task {name}: needs --data; {layout}")
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is not a folder; {layout}")
+    if lacking := [path for path in needs if not (data / path).exists()]:
+        pickled = "; the pickled version is not read" if name.startswith("cifar") else ""
+        raise ConfigError(
+            f"--data {data}: --task {name} expects {', '.join(lacking)} there{pickled}"
+        )
+    return data
+
+
+def official_task(name: str, data: Path | None) -> Task:
+    """Read a published set: official splits, class names and metric.
+
+    Raises:
+        ConfigError: a file or folder of the layout is missing, a list names what is not there, or
+            a list cannot be read.
+    """
+    official = OFFICIAL[name]
+    folder = _check_layout(name, data, official.needs)
+    try:
+        found = official.read(folder)
+    except ConfigError:
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever the readers of lists and .mat files meet
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"--data {folder}: --task {name} cannot be read: {reason}") from None
+    task = Task(name, list(found.classes), found.train, found.test, official.metric)
+    _check_labels(task, folder)
+    return task
+
+
+def _check_labels(task: Task, data: Path) -> None:
+    for split, items in (("training", task.train), ("test", task.test)):
+        if not items:
+            raise ConfigError(f"--data {data}: --task {task.name} lists no {split} images")
+        for item in items:
+            if isinstance(item.label, int) and not 0 <= item.label < len(task.classes):
+                raise ConfigError(
+                    f"{item.key}: label {item.label}, must be below {len(task.classes)} (classes)"
+                )

@@ -1,0 +1,125 @@
+"""The dense ViTs that lie in a MoCE checkpoint: which clusters take which experts.
+
+A route is one expert per MoE layer. The clusters of a run take some of the E^L routes; the ViT of
+any of them can be exported, by the same code as that of a task.
+
+Letters: L MoE layers, E experts, K clusters.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from moce_dist.cluster.assign import read_assignments
+from moce_dist.config import Config
+from moce_dist.model.customize import customize, moe_shape, routes
+from moce_dist.run import Run
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.backbone import run_backbone
+from moce_dist.transfer.compare import Stage, open_stage
+from moce_dist.transfer.export import export_backbone, model_card
+from moce_dist.transfer.request import check_experts
+from moce_dist.transfer.select import choose_experts
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One expert per MoE layer, and the images of every cluster that takes them."""
+
+    experts: tuple[int, ...]
+    clusters: dict[int, int]
+
+    @property
+    def num_images(self) -> int:
+        """Images of all clusters of the route."""
+        return sum(self.clusters.values())
+
+
+def moce_stage(run: Run) -> Stage:
+    """Return the newest MoCE checkpoint of a run.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = open_stage(run, "moce")
+    if found is None:
+        raise ConfigError(f"{run.stage('moce') / 'checkpoints'}: holds no whole checkpoint")
+    return found
+
+
+def cluster_sizes(run: Run, num_clusters: int) -> list[int]:
+    """Count the training images of every cluster.
+
+    Raises:
+        ConfigError: the assignments are missing.
+    """
+    clusters = list(read_assignments(run.clusters / "assignments.parquet").values())
+    return [int(n) for n in np.bincount(clusters, minlength=num_clusters)]
+
+
+def list_routes(run: Run, config: Config, stage: Stage) -> list[Route]:
+    """List the routes that clusters take, the one of most images first.
+
+    Raises:
+        ConfigError: the checkpoint has no experts, or the assignments are missing.
+    """
+    if not moe_shape(stage.weights)[0]:
+        raise ConfigError(f"{stage.checkpoint}: has no experts (moe.kind {config.moe.kind})")
+    table = routes(stage.weights, config.gate, num_groups=config.parallel.num_groups)
+    sizes = cluster_sizes(run, table.shape[1])
+    found: dict[tuple[int, ...], dict[int, int]] = {}
+    for cluster, experts in enumerate(table.T.tolist()):
+        found.setdefault(tuple(experts), {})[cluster] = sizes[cluster]
+    made = [Route(experts, clusters) for experts, clusters in found.items()]
+    return sorted(made, key=lambda route: (-route.num_images, route.experts))
+
+
+def route_lines(found: Sequence[Route]) -> list[str]:
+    """Write routes as a table: experts, images and their share, clusters with their images."""
+    total = sum(route.num_images for route in found)
+    rows = [("experts", "images", "share", "clusters (images)")]
+    for route in found:
+        clusters = ", ".join(f"{cluster} ({size})" for cluster, size in route.clusters.items())
+        share = f"{100 * route.num_images / max(1, total):.1f} %"
+        rows.append((",".join(map(str, route.experts)), str(route.num_images), share, clusters))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    return [
+        "   ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+        for row in rows
+    ]
+
+
+def export_route(run: Run, config: Config, experts: Sequence[int], out: Path) -> list[Path]:
+    """Write the dense ViT of a route, taken by a cluster or not; return its files.
+
+    The figures of its card, and with `gate.combine: prob` the p folded into it, are those of the
+    images that take the route; of all images when none does.
+
+    Raises:
+        ConfigError: the experts do not exist.
+    """
+    stage = moce_stage(run)
+    blocks, num_experts = moe_shape(stage.weights)
+    check_experts(experts, len(blocks), num_experts)
+    every = list_routes(run, config, stage)
+    taken = [route for route in every if route.experts == tuple(experts)]
+    if not taken:
+        logger.warning("experts %s: no cluster takes this route", list(experts))
+    sizes = {k: v for route in taken or every for k, v in route.clusters.items()}
+    ids = np.repeat(np.array(list(sizes), np.int64), list(sizes.values()))
+    name = f"route {','.join(map(str, experts))}"
+    choice = choose_experts(ids, stage.weights, config, task=name, given=experts)
+    weights = customize(stage.weights, list(experts), scale=choice["scale"])
+    about = {
+        "run": run.root.name,
+        "data": config.data.source,
+        "checkpoint": f"moce/{stage.checkpoint.name}",
+        "selection": "given" if taken else "given; no cluster takes this route",
+    }
+    card = model_card(choice, None, about)
+    return export_backbone(run_backbone("moce", config, weights), out, card)

@@ -1,0 +1,200 @@
+"""A fitted model on disk: weights as safetensors, everything else as JSON; nothing is pickled.
+
+    FOLDER/model.safetensors    weights
+    FOLDER/config.json          architecture, class names, pixels expected; a classifier's is in
+                                timm's local-dir format, so timm alone loads it too
+
+    model = timm.create_model("local-dir:FOLDER", pretrained=True)      # classifiers
+
+Letters: B images, S side in pixels, C classes.
+
+Source: timm's local-dir format, timm/models/_hub.py (load_model_config_from_path).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from moce_dist.run import write_atomic
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.backbone import Backbone
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FORMAT = "moce_dist.model.v1"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What it takes to build a fitted model again and to feed it.
+
+    `channels` is the width of a segmenter's decoder; `is_multi_label` tells whether an image may
+    have several classes.
+    """
+
+    kind: Literal["features", "classify", "segment"]
+    task: str
+    classes: Sequence[str]
+    architecture: str
+    arguments: Mapping[str, Any]
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    is_multi_label: bool = False
+    channels: int = 0
+
+    def build(self) -> nn.Module:
+        """Build the model with weights of its own: (B, 3, S, S) -> (B, C) or (B, C, S, S)."""
+        vit: nn.Module = timm.create_model(self.architecture, **self.arguments)
+        if self.kind != "segment":
+            return vit
+        from moce_dist.transfer.upernet import Segmenter
+
+        return Segmenter(vit, len(self.classes), self.channels)
+
+    def backbone(self) -> Backbone:
+        """Describe what pictures have to look like, as loaders want it."""
+        return Backbone(
+            self.task,
+            self.architecture,
+            self.arguments,
+            self.image_size,
+            mean=tuple(self.mean),
+            std=tuple(self.std),
+        )
+
+
+def features_spec(backbone: Backbone) -> Spec:
+    """Describe a backbone without a head, (B, 3, S, S) -> (B, D)."""
+    return Spec(
+        "features",
+        backbone.name,
+        [],
+        backbone.architecture,
+        backbone.arguments,
+        backbone.image_size,
+        backbone.mean,
+        backbone.std,
+    )
+
+
+def classifier_spec(
+    backbone: Backbone, task: str, classes: Sequence[str], *, is_multi_label: bool, fc_norm: bool
+) -> Spec:
+    """Describe a backbone with a head; `fc_norm` puts the last norm behind the mean."""
+    arguments = {**backbone.arguments, "num_classes": len(classes)}
+    if "fc_norm" in backbone.arguments:
+        arguments["fc_norm"] = fc_norm
+    return replace(
+        features_spec(backbone),
+        kind="classify",
+        task=task,
+        classes=list(classes),
+        arguments=arguments,
+        is_multi_label=is_multi_label,
+    )
+
+
+def segmenter_spec(
+    backbone: Backbone, task: str, classes: Sequence[str], *, crop: int, channels: int
+) -> Spec:
+    """Describe a backbone for pictures of side `crop` with a UPerNet decoder."""
+    return replace(
+        features_spec(backbone),
+        kind="segment",
+        task=task,
+        classes=list(classes),
+        arguments={**backbone.arguments, "img_size": crop, "num_classes": 0},
+        image_size=crop,
+        channels=channels,
+    )
+
+
+def timm_config(spec: Spec, tag: str) -> dict[str, Any]:
+    """Make timm's `config.json`: architecture, arguments, and the pictures that it expects."""
+    num_classes = 0 if spec.kind == "features" else len(spec.classes)
+    return {
+        "architecture": spec.architecture,
+        "num_classes": num_classes,
+        "global_pool": spec.arguments.get("global_pool", "avg"),
+        "model_args": dict(spec.arguments),
+        **({"label_names": list(spec.classes)} if num_classes else {}),
+        "pretrained_cfg": {
+            "tag": tag,
+            "custom_load": False,
+            "input_size": [3, spec.image_size, spec.image_size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "num_classes": num_classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, so that readers see the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    tensors = {k: t.detach().cpu().contiguous().clone() for k, t in weights.items()}
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def save_model(folder: Path, model: nn.Module, spec: Spec, about: Mapping[str, Any]) -> None:
+    """Write a fitted model; `about` (its step, what was measured) stands in config.json."""
+    write_weights(folder / WEIGHTS, model.state_dict())
+    ours = {"format": _FORMAT, **asdict(spec), "about": dict(about)}
+    theirs = timm_config(spec, spec.kind) if spec.kind == "classify" else {}
+    write_atomic(folder / CONFIG, json.dumps({**theirs, "moce_dist": ours}, indent=1))
+
+
+def load_model(folder: Path) -> tuple[nn.Module, Spec]:
+    """Load a fitted model, or an exported backbone, in evaluation mode on the CPU.
+
+    Raises:
+        ConfigError: the folder holds none, or one whose weights do not fit.
+    """
+    spec = _read_spec(folder)
+    model = spec.build()
+    try:
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{folder / WEIGHTS}: {' '.join(str(error).split())[:300]}") from None
+    return model.eval(), spec
+
+
+def _read_spec(folder: Path) -> Spec:
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        if "moce_dist" in config:
+            fields = {**config["moce_dist"]}
+            del fields["format"], fields["about"]
+            return Spec(**fields)
+        pixels = config["pretrained_cfg"]
+        return Spec(
+            "features",
+            folder.name,
+            [],
+            config["architecture"],
+            config["model_args"],
+            pixels["input_size"][-1],
+            pixels["mean"],
+            pixels["std"],
+        )
+    except FileNotFoundError:
+        raise ConfigError(f"{folder}: holds no model (no {CONFIG})") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{folder / CONFIG}: is no model of moce_dist ({reason})") from None

@@ -1,0 +1,35 @@
+"""The learning rate of a fit, and the stop when its loss is no number.
+
+Source: facebookresearch/mae util/lr_sched.py @efb2a80.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+_MIN_LR = 1e-6
+
+
+def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Return the rate of a step counted from 0: linear to `peak`, then half a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return _MIN_LR + (peak - _MIN_LR) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group to `lr` times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def check_loss(loss: Tensor, what: str, step: int) -> None:
+    """Stop a fit whose loss is no number.
+
+    Raises:
+        FloatingPointError: naming the fit and the step.
+    """
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"{what}: loss is {loss.item()} in step {step}")

@@ -1,0 +1,157 @@
+"""The loop of a fit: interrupted and resumed bit for bit, viewed early, kept on disk."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moce_dist.config import FinetuneConfig
+from moce_dist.model.customize import customize
+from moce_dist.transfer import fit
+from moce_dist.transfer.backbone import Backbone, run_backbone
+from moce_dist.transfer.catalog import load_task
+from moce_dist.transfer.finetune import _LabelMixup, finetune
+from moce_dist.transfer.fit import Kept
+from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.saved import load_model
+from moce_dist.transfer.scenes import read_scenes
+from moce_dist.transfer.segment import segment
+
+RECIPE = FinetuneConfig(epochs=4, batch_size=16, warmup_epochs=1)
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.fixture
+def backbone(config, models) -> Backbone:
+    return run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+
+
+def kill_before(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    whole = fit.seed_step
+
+    def seed_step(seed: int, number: int) -> None:
+        if number == step:
+            raise KilledError
+        whole(seed, number)
+
+    monkeypatch.setattr(fit, "seed_step", seed_step)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "last" / "model.safetensors")
+
+
+def test_interrupted_finetuning_ends_bit_equal(
+    config, backbone, image_folder, tmp_path, monkeypatch
+):
+    task, machine = load_task("imagefolder", image_folder), machine_of(config)
+    whole, parts = (Kept(tmp_path / name, "a", 4, None) for name in ("whole", "parts"))
+    expected = finetune(backbone, task, RECIPE, machine, seed=1, kept=whole)
+    with monkeypatch.context() as patched, pytest.raises(KilledError):
+        kill_before(patched, 7)
+        finetune(backbone, task, RECIPE, machine, seed=1, kept=parts)
+    assert [p.name for p in parts.folder.iterdir()] == ["state.safetensors"]
+    done = []
+    monkeypatch.setattr(fit, "seed_step", lambda s, n, f=fit.seed_step: (done.append(n), f(s, n)))
+    assert finetune(backbone, task, RECIPE, machine, seed=1, kept=parts) == expected
+    assert done == list(range(4, 12))
+    found, reference = weights(parts.folder), weights(whole.folder)
+    assert all(torch.equal(found[name], reference[name]) for name in reference)
+    assert not (parts.folder / "state.safetensors").exists()
+
+
+def test_interrupted_segmentation_ends_bit_equal(
+    config, backbone, scene_folder, tmp_path, monkeypatch
+):
+    scenes, machine = read_scenes("ade20k", scene_folder), machine_of(config)
+
+    def run(name: str) -> dict[str, float]:
+        kept = Kept(tmp_path / name, "a", 2, None)
+        out = tmp_path / "out"
+        return segment(backbone, scenes, config.transfer, machine, seed=0, out=out, kept=kept)
+
+    expected = run("whole")
+    with monkeypatch.context() as patched, pytest.raises(KilledError):
+        kill_before(patched, 3)
+        run("parts")
+    assert run("parts") == expected
+    found, reference = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(found[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("how", ["other conditions", "damaged"])
+def test_state_that_does_not_fit_is_passed_over(
+    how, config, backbone, image_folder, tmp_path, monkeypatch, caplog
+):
+    task, machine = load_task("imagefolder", image_folder), machine_of(config)
+    kept = Kept(tmp_path / "fit", "a", 2, None)
+    expected = finetune(backbone, task, RECIPE, machine, seed=1)
+    with monkeypatch.context() as patched, pytest.raises(KilledError):
+        kill_before(patched, 5)
+        finetune(backbone, task, RECIPE, machine, seed=1, kept=kept)
+    if how == "damaged":
+        state = kept.folder / "state.safetensors"
+        state.write_bytes(state.read_bytes()[:100])
+    else:
+        kept = replace(kept, identity="b")
+    assert finetune(backbone, task, RECIPE, machine, seed=1, kept=kept) == expected
+    assert "starting anew" in caplog.text
+
+
+def test_early_views_change_nothing_and_keep_the_best(config, backbone, image_folder, tmp_path):
+    task, machine = load_task("imagefolder", image_folder), machine_of(config)
+    plain = Kept(tmp_path / "plain", "a", 100, None)
+    viewed = Kept(tmp_path / "viewed", "a", 100, 3)
+    expected = finetune(backbone, task, RECIPE, machine, seed=2, kept=plain)
+    assert finetune(backbone, task, RECIPE, machine, seed=2, kept=viewed) == expected
+    lines = [json.loads(x) for x in (viewed.folder / "views.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert lines[-1]["value"] == expected["accuracy"]
+    found, reference = weights(viewed.folder), weights(plain.folder)
+    assert all(torch.equal(found[name], reference[name]) for name in reference)
+    best = json.loads((viewed.folder / "best" / "config.json").read_text())["moce_dist"]["about"]
+    assert best["accuracy"] == max(line["value"] for line in lines)
+    assert best["step"] == next(x["step"] for x in lines if x["value"] == best["accuracy"])
+
+
+def test_nothing_is_kept_when_models_are_not_wanted(config, backbone, image_folder, tmp_path):
+    task, machine = load_task("imagefolder", image_folder), machine_of(config)
+    kept = Kept(tmp_path / "fit", "a", 100, None, models=False)
+    finetune(backbone, task, RECIPE, machine, seed=2, kept=kept)
+    assert not (tmp_path / "fit" / "last").exists()
+
+
+def test_several_labels_are_learnt_and_mixed(config, backbone, image_folder, tmp_path):
+    single = load_task("imagefolder", image_folder)
+
+    def several(items):
+        return [item._replace(label=(item.label, 1 - item.label)) for item in items]
+
+    task = replace(single, train=several(single.train), test=several(single.test), metric="mAP")
+    recipe = FinetuneConfig(
+        **{"epochs": 12, "batch_size": 16, "warmup_epochs": 2, "mixup": 0.1, "cutmix": 0.0},
+        **{"base_lr": 0.03, "crop_scale_min": 0.5, "drop_path": 0.0, "layer_decay": 0.9},
+    )
+    kept = Kept(tmp_path / "fit", "a", 100, None)
+    found = finetune(backbone, task, recipe, machine_of(config), seed=0, kept=kept)
+    assert found["mAP"] > 0.8 and found.keys() >= {"mAP_all_points", "mAP_uninterpolated"}
+    assert load_model(kept.folder / "last")[1].is_multi_label
+
+
+def test_mixed_labels_are_weighted_and_those_not_counted_stay_so():
+    np.random.seed(0)
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    labels = torch.tensor([[1, 0, -1, 1], [0, 0, 1, 1]])
+    mixer = _LabelMixup(mixup_alpha=1.0, cutmix_alpha=0.0, num_classes=4)
+    mixed, targets = mixer(images.clone(), labels)
+    share = 1 - float(mixed[0, 0, 0, 0])
+    assert 0 < share < 1
+    torch.testing.assert_close(targets[0], torch.tensor([share, 0, -1, 1]))
+    torch.testing.assert_close(targets[1], torch.tensor([1 - share, 0, -1, 1]))

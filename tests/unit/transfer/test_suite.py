@@ -1,0 +1,113 @@
+"""A suite of tasks: each on its own, one table of all, and failures that stop nobody else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moce_dist.run import Run
+from moce_dist.settings import ConfigError
+
+from .conftest import transfer
+
+
+def write_suite(path: Path, *entries: dict[str, object], **transfer_fields: object) -> str:
+    tree = {"transfer": {"suite": list(entries), **transfer_fields}}
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return str(path)
+
+
+@pytest.fixture
+def entries(image_folder: Path, scene_folder: Path) -> list[dict[str, object]]:
+    return [
+        {"task": "imagefolder", "data": str(image_folder), "protocol": ["knn", "linear"]},
+        {"task": "imagefolder", "data": str(image_folder), "name": "few", "protocol": ["knn"]}
+        | {"set": ["transfer.max_train=8"]},
+        {"task": "ade20k", "data": str(scene_folder)},
+    ]
+
+
+def metrics_of(run: Run, task: str) -> dict[str, object]:
+    return json.loads((run.transfer(task) / "metrics.json").read_text())
+
+
+def test_suite_makes_every_task_and_one_table(run, entries, job, tmp_path, capsys):
+    suite = write_suite(tmp_path / "suite.yaml", *entries)
+    flags = ["--task", "all", "--config", suite, "--run", str(run.root)]
+    job.main([*flags, "--backbone", "moce,mae"])
+    shown = capsys.readouterr().out
+    assert "mean over 2 tasks" in shown and "few" in shown and "mIoU" in shown
+    found = metrics_of(run, "all")
+    assert [task["task"] for task in found["tasks"]] == ["imagefolder", "few", "ade20k"]
+    knn = [r["value"] for r in found["results"] if (r["backbone"], r["protocol"]) == ("mae", "knn")]
+    mean = next(r for r in found["summary"] if (r["backbone"], r["protocol"]) == ("mae", "knn"))
+    assert mean["mean"] == pytest.approx(sum(knn) / 2) and mean["num_tasks"] == 2
+    assert {(d["backbone"], d["reference"]) for d in found["differences"]} == {("moce", "mae")}
+    assert metrics_of(run, "few")["results"][0]["num_train"] == 8
+    assert metrics_of(run, "imagefolder")["results"][0]["num_train"] == 48
+
+
+def test_failing_task_stops_nobody_else(run, entries, tmp_path):
+    missing = {"task": "cars", "data": str(tmp_path / "nowhere")}
+    suite = write_suite(tmp_path / "suite.yaml", missing, entries[1], task="all")
+    done = transfer(run, "--config", suite, "--backbone", "mae")
+    assert done.returncode == 1
+    assert "1 of 2 tasks failed: cars (ConfigError: --data" in done.stderr.splitlines()[-1]
+    assert "few" in done.stdout
+    found = metrics_of(run, "all")
+    assert found["failed"].keys() == {"cars"} and len(found["tasks"]) == 1
+
+
+@pytest.mark.timeout(300)
+def test_suite_runs_in_parallel_on_ray(run, entries, tmp_path):
+    suite = write_suite(
+        tmp_path / "suite.yaml", *entries[:2], {"task": "pets", "data": str(tmp_path)}
+    )
+    flags = ["--task", "all", "--config", suite, "--backbone", "mae"]
+    done = transfer(run, *flags, "--set", "parallel.num_workers=2")
+    assert done.returncode == 1, done.stderr
+    assert "ray: starting an embedded cluster" in done.stderr
+    assert "pets (ConfigError: --data" in done.stderr
+    assert [task["task"] for task in metrics_of(run, "all")["tasks"]] == ["imagefolder", "few"]
+    alone = transfer(run, "--task", "imagefolder", *("--data", str(entries[0]["data"])))
+    assert alone.returncode == 0, alone.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "imagefolder"}, "transfer.suite.1.name = 'imagefolder': is taken"),
+        ({"name": "all"}, "transfer.suite.1.name = 'all': is taken"),
+        ({"name": "../x"}, "must be a folder's name"),
+        ({"task": "carz"}, "--task carz: must be one of"),
+        ({"protocol": ["svm"]}, "--protocol svm: must be one of"),
+        ({"set": ["transfer.knn=3"]}, "transfer.knn = 3: unknown key"),
+        ({"set": ["data.image_size=32"]}, "data.image_size: 16 -> 32"),
+    ],
+)
+def test_wrong_entry_is_refused_before_anything_runs(change, message, run, entries, job, tmp_path):
+    suite = write_suite(tmp_path / "suite.yaml", entries[0], entries[1] | change)
+    with pytest.raises(ConfigError, match=message):
+        job.main(["--task", "all", "--config", suite, "--run", str(run.root)])
+    assert not (run.root / "transfer").exists()
+
+
+def test_suite_without_tasks_is_refused(run, job):
+    with pytest.raises(ConfigError, match=r"lists no tasks in transfer\.suite"):
+        job.main(["--task", "all", "--run", str(run.root)])
+
+
+def test_entries_without_data_take_that_of_the_flag(run, job, tmp_path, image_folder, capsys):
+    suite = write_suite(tmp_path / "suite.yaml", {"task": "imagefolder"}, {"task": "digits"})
+    flags = ["--task", "all", "--run", str(run.root), "--config", suite, "--dry-run"]
+    job.main([*flags, "--data", str(image_folder)])
+    shown = capsys.readouterr().out
+    assert f"{image_folder}: 48 training" in shown and "own images: 1000 training" in shown
+
+
+def test_dry_run_prints_every_task(run, entries, job, tmp_path, capsys):
+    suite = write_suite(tmp_path / "suite.yaml", *entries)
+    job.main(["--task", "all", "--config", suite, "--run", str(run.root), "--dry-run"])
+    shown = capsys.readouterr().out
+    assert shown.count("task       ") == 3 and "called few" in shown
+    assert not (run.root / "transfer").exists()
