@@ -16,7 +16,7 @@ CONFIGURATIONS = [
     pytest.param((2, 4, 2), marks=pytest.mark.long),
     (4, 2, 0),
     pytest.param((4, 2, 1), marks=pytest.mark.long),
-    (4, 2, 2),
+    pytest.param((4, 2, 2), marks=pytest.mark.long),
     (4, 4, 0),
 ]
 

@@ -19,10 +19,7 @@ BEFORE = {
 STAGE = {"ingest": "mae", "mae": "mae", "features": "cluster", "moce": "moce"}
 WORKER = {"mae": "RayTrainWorker", "features": "extract_shard", "moce": "RayTrainWorker"}
 # (moment, what is killed, overrides); decoding processes must not outlive their worker either
-CHEAP = [
-    ("mae", "worker", ("data.loader_processes=1",)),
-    ("moce", "SIGINT", ()),
-]
+CHEAP = [("moce", "SIGINT", ())]
 FULL = [
     (moment, how, ("data.loader_processes=1",) if moment == "mae" else ())
     for moment in BEFORE

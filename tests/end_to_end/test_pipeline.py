@@ -140,6 +140,7 @@ def test_another_identity_is_refused_and_fresh_sets_it_aside(run_job, arguments,
     assert (run / "mae" / COMPLETE).exists()
 
 
+@pytest.mark.long
 def test_fewer_workers_may_take_a_run_up(run_job, arguments, part_of, read_metrics, finished):
     run = part_of("ingested", "mae", "features", "clusters", "shards")
     run_job("pretrain", *arguments(run, "parallel.num_workers=1")).assert_done()
