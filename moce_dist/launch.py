@@ -200,11 +200,14 @@ class Start:
     """One start of all workers, from the newest checkpoint until they are done or lost."""
 
     def __init__(self, job: StageJob, wanted: Wanted, labels: list[str]) -> None:
-        """Prepare a start of one worker for each label."""
-        self._job, self._wanted, self._labels = job, wanted, labels
+        """Begin a start of one worker for each label."""
+        self._wanted, self._labels = wanted, labels
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
-        self._endings: list[Ending] = []
+        # in a process of its own: here Ray Train would take over SIGINT, and a thread of it that is
+        # still waiting when Ray is shut down would end this process with the wrong exit status
+        fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        self._ending = fit.remote(job, wanted.resource, labels, self._desk)
         self._grow_at = time.monotonic() + _GROW_EVERY_S
         self.has_room_for_more = False
 
@@ -213,51 +216,16 @@ class Start:
         return set(ray.get(self._desk.nodes.remote()))
 
     def run(self, follower: Follower, is_terminated: Callable[[], bool]) -> Ending:
-        """Run the workers and wait for their end, however it comes."""
-        # not in the main thread, where Ray would take over SIGINT, for good and with exit status 0;
-        # a daemon, because after an interruption nobody waits for what Ray makes of it
-        thread = threading.Thread(target=self._fit, name="fit", daemon=True)
-        thread.start()
+        """Follow the workers to their end, however it comes."""
+        while not ray.wait([self._ending], timeout=_LOOK_EVERY_S)[0]:
+            if is_terminated() or self._is_draining() or self._can_grow():
+                self._desk.stop.remote()
+            follower.report()
+        follower.report_log()
         try:
-            while thread.is_alive():
-                thread.join(_LOOK_EVERY_S)
-                if is_terminated() or self._is_draining() or self._can_grow():
-                    self._desk.stop.remote()
-                follower.report()
-            follower.report_log()
-        except BaseException:
-            ray.shutdown()
-            raise
-        return self._endings[0]
-
-    def _fit(self) -> None:
-        try:
-            cause = self._trainer().fit().return_value
-            saved = Ending(is_saved=True, cause=cause or "")
-            self._endings.append(Ending(is_finished=True) if cause is None else saved)
-        except Exception as error:  # noqa: BLE001 - Ray's own, over whatever the workers met
-            self._endings.append(Ending(cause=cause_of(error)))
-
-    def _trainer(self) -> DataParallelTrainer:
-        parallel = self._job.config.parallel
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
-        # who drains is asked here; Ray's own watcher would end the workers while they save
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
-        selectors = [{GROUP_LABEL: label} for label in self._labels if label]
-        return DataParallelTrainer(
-            _train_worker,
-            train_loop_config={"job": self._job, "desk": self._desk},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=len(self._labels),
-                use_gpu=self._wanted.resource == "GPU",
-                label_selector=selectors or None,
-            ),
-            run_config=ray.train.RunConfig(
-                name=self._job.stage,
-                storage_path=str(self._job.run_root / "ray"),
-                failure_config=ray.train.FailureConfig(controller_failure_limit=0),
-            ),
-        )
+            return ray.get(self._ending)
+        except RayError as error:
+            return Ending(cause=cause_of(error))
 
     def _is_draining(self) -> bool:
         draining = cluster_state.get_draining_nodes()
@@ -276,6 +244,32 @@ class Start:
         best = self._wanted.best_seats(hosts)
         self.has_room_for_more = best is not None and len(best) > len(self._labels)
         return self.has_room_for_more
+
+
+def _fit(job: StageJob, resource: str, labels: list[str], desk: Any) -> Ending:
+    """Run Ray Train with one worker for each label; say how it ended."""
+    parallel = job.config.parallel
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
+    # the driver asks who drains; Ray's own watcher would end the workers while they save
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    selectors = [{GROUP_LABEL: label} for label in labels if label]
+    trainer = DataParallelTrainer(
+        _train_worker,
+        train_loop_config={"job": job, "desk": desk},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=len(labels), use_gpu=resource == "GPU", label_selector=selectors or None
+        ),
+        run_config=ray.train.RunConfig(
+            name=job.stage,
+            storage_path=str(job.run_root / "ray"),
+            failure_config=ray.train.FailureConfig(controller_failure_limit=0),
+        ),
+    )
+    try:
+        cause = trainer.fit().return_value
+    except Exception as error:  # noqa: BLE001 - Ray's own, over whatever the workers met
+        return Ending(cause=cause_of(error))
+    return Ending(is_finished=True) if cause is None else Ending(is_saved=True, cause=cause)
 
 
 def _join(timeout_s: float) -> None:

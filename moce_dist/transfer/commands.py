@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def onnx(argv: Sequence[str]) -> None:
     """Write a fitted model or an exported backbone as ONNX, and beside it what its pixels are.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or the package `onnx` is missing.
     """
     parser = command_parser(
         "onnx", onnx.__doc__, "onnx runs/quickstart/transfer/digits --out digits.onnx"
@@ -112,6 +113,8 @@ def onnx(argv: Sequence[str]) -> None:
     out = Path(args.out)
     if out.suffix != ".onnx":
         raise ConfigError(f"--out {out}: must end in .onnx")
+    if find_spec("onnx") is None:
+        raise ConfigError("onnx: the package is missing (pip install 'moce-dist[onnx]')")
     folder = find_model(args)
     quiet_libraries()
     from moce_dist.transfer.onnx import export_onnx

@@ -58,7 +58,7 @@ def export_onnx(model: nn.Module, spec: Spec, path: Path) -> list[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     output = "features" if spec.kind == "features" else "logits"
     temporary = path.with_name(f".{path.name}.tmp")
-    # the exporter that needs no package besides torch
+    # the exporter that needs no package besides torch and onnx
     torch.onnx.export(
         _traceable(model),
         (torch.zeros(2, 3, spec.image_size, spec.image_size),),

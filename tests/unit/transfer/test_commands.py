@@ -224,6 +224,12 @@ def test_onnx_segments_the_same(scenes_task, tmp_path, capsys):
     assert float((found - expected).abs().max()) <= 1e-4
 
 
+def test_onnx_without_its_package_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(ConfigError, match=r"moce-dist\[onnx\]"):
+        main(["onnx", str(tmp_path), "--out", str(tmp_path / "m.onnx")])
+
+
 @pytest.mark.parametrize(("length", "size"), [(16, 6), (4, 6), (12, 3), (7, 1), (5, 2)])
 def test_pooling_by_matrices_is_adaptive_pooling(length, size):
     x = torch.randn(2, 3, length)
