@@ -266,7 +266,10 @@ def main(argv: Sequence[str]) -> None:
         return
     parser = argparse.ArgumentParser(prog="python -m moce_dist", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", nargs="?", choices=("doctor", "schema"), default="doctor")
+    shown = f"{{{','.join(('doctor', 'schema', *_COMMANDS))}}}"
+    parser.add_argument(
+        "what", nargs="?", choices=("doctor", "schema"), default="doctor", metavar=shown
+    )
     parser.add_argument("--config", metavar="FILE", help="the request to check the machine for")
     args = parser.parse_args(argv)
     if args.what == "schema":
