@@ -406,7 +406,7 @@ class TransferConfig(Section):
 class BenchConfig(Section):
     """How `jobs/bench.py` measures."""
 
-    rounds: int = Field(8, ge=2)
+    rounds: int = Field(8, ge=1)
     """Measured rounds; every variant runs once a round."""
     warmup_rounds: int = Field(2, ge=0)
     """Rounds that are run and not counted."""

@@ -137,7 +137,9 @@ def litdata_variant(config: Config, contents: list[bytes], folder: Path) -> Call
         data = StreamingDataset(
             str(folder), shuffle=True, seed=config.seed, transform=lambda row: transform(row["jpg"])
         )
-        loader = StreamingDataLoader(data, size, num_workers=config.data.loader_processes)
+        loader = StreamingDataLoader(
+            data, batch_size=size, num_workers=config.data.loader_processes
+        )
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
         for images in itertools.islice(epochs, config.bench.batches):
             assert 0 < images.shape[0] <= size
