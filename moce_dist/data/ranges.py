@@ -2,8 +2,8 @@
 
 The samples of some steps lie scattered over the tars. Sorted by place, neighbours become one range
 when little between them is wasted; local ranges are announced to the kernel before the first is
-read, so that a disk sees them all; remote ranges are requested together, so that the latency of an
-object store counts once and not per sample.
+read, those of the next steps too, so that a disk always sees many; remote ranges are requested
+together, so that the latency of an object store counts once and not per sample.
 
     wanted     [a 0:5] [b 9:4] [a 6:3] [a 90:2]       url, offset:size
     ranges     a 0..9   a 90..92   b 9..13            the gap 5..6 is read and thrown away
@@ -95,9 +95,22 @@ class RangeReader:
     """How long requests are repeated."""
     _open: OrderedDict[str, int] = field(default_factory=OrderedDict)
 
-    def read(self, wanted: Sequence[Wanted]) -> list[Content]:
-        """Return the bytes of every sample, in the given order, or the error in their place."""
+    def announce(self, wanted: Sequence[Wanted]) -> list[Range]:
+        """Tell the kernel which local ranges will be read; return all ranges, for `read`."""
         ranges = coalesce(wanted)
+        for place in ranges:
+            if "://" not in place.url:
+                self._announce(place)
+        return ranges
+
+    def read(
+        self, wanted: Sequence[Wanted], ranges: Sequence[Range] | None = None
+    ) -> list[Content]:
+        """Return the bytes of every sample, in the given order, or the error in their place.
+
+        `ranges` are what `announce` returned for the same samples, if that was called before.
+        """
+        ranges = self.announce(wanted) if ranges is None else ranges
         contents = self._read_ranges(ranges)
         found: list[Content] = [OSError()] * len(wanted)
         for place, content in zip(ranges, contents, strict=True):
@@ -118,8 +131,6 @@ class RangeReader:
     def _read_ranges(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
         local = [place for place in ranges if "://" not in place.url]
         remote = [place for place in ranges if "://" in place.url]
-        for place in local:
-            self._announce(place)
         contents = dict(zip(map(id, local), map(self._read_local, local), strict=True))
         if remote:
             contents |= dict(zip(map(id, remote), self._read_remote(remote), strict=True))
