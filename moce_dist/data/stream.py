@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moce_dist.config import DataConfig
+from moce_dist.data.cache import SampleCache
 from moce_dist.data.images import ImageError, sample_generator, train_pixels
-from moce_dist.data.plan import PADDING, Ids, Plan
-from moce_dist.data.ranges import Content, Range, RangeReader, Wanted
+from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
+from moce_dist.data.ranges import Content, Range, RangeReader, Wanted, is_remote
 from moce_dist.run import record_fault
 
 GroupOf = Callable[[Ids], Ids]
@@ -97,6 +98,18 @@ class PlannedStep:
     """(b,) encoded pictures, None for padding."""
 
 
+def open_cache(data: DataConfig, table: SampleTable) -> SampleCache | None:
+    """Open the cache of a table's remote samples; None without one."""
+    if data.cache is None:
+        return None
+    versions = {
+        url: digest for url, digest in zip(table.urls, table.digests, strict=True) if is_remote(url)
+    }
+    is_kept = np.array([url in versions for url in table.urls])[table.shard]
+    share = data.cache_bytes / max(1, int(table.size[is_kept].sum()))
+    return SampleCache(Path(data.cache), versions, min(1.0, share))
+
+
 class _Announced(NamedTuple):
     """Steps whose samples will be read soon, and where these lie."""
 
@@ -125,7 +138,9 @@ class PlannedStream(IterableDataset[Batch]):
         """Yield the steps of this process with the bytes of their samples, not decoded."""
         worker = get_worker_info()
         steps = self._steps if worker is None else self._steps[worker.id :: worker.num_workers]
-        reader = RangeReader(self._spec.data.read_timeout_s, self._spec.data.read_deadline_s)
+        data = self._spec.data
+        cache = open_cache(data, self._spec.plan.table)
+        reader = RangeReader(data.read_timeout_s, data.read_deadline_s, cache)
         with ThreadPoolExecutor(1, "read-ahead") as thread:
             windows = self._read_windows(steps, reader)
             ahead: Future[list[PlannedStep]] = thread.submit(next, windows, [])
