@@ -42,7 +42,7 @@ class Detections(NamedTuple):
     def above(self, score: float) -> "Detections":
         """Keep the detections of this score or more."""
         kept = np.flatnonzero(self.scores >= score)
-        masks = None if self.masks is None else [self.masks[i] for i in kept]
+        masks = None if self.masks is None else [self.masks[i] for i in kept.tolist()]
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
 
     def sizes(self) -> NDArray[np.float64]:

