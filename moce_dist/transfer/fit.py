@@ -14,7 +14,7 @@ Letters: B images.
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moce_dist.run import read_jsonl, write_atomic
-from moce_dist.transfer.loading import Batches, Machine, Progress, backward_in_parts
+from moce_dist.transfer.loading import Machine, Progress, backward_in_parts
 from moce_dist.transfer.measure import Measures
 from moce_dist.transfer.saved import Spec, save_model
 from moce_dist.transfer.schedule import check_loss, learning_rate, set_learning_rate
@@ -51,15 +51,17 @@ class Kept:
 class Fitting:
     """A model on its way: how it is trained, viewed and described.
 
-    `batches(s)` yields (inputs, targets) from step s on, `prepare` changes a batch on the device,
-    `view` measures the model as it is; the first figure is the one that matters.
+    `batches(s)` yields (inputs, targets) from step s on: inputs (B, ...), and targets (B, ...) or,
+    where they differ in shape, a list of B that the loss takes to the device itself. `prepare`
+    changes a batch on the device; `schedule` gives the rate of a step; `view` measures the model as
+    it is, the first figure is the one that matters.
     """
 
     name: str
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    batches: Callable[[int], Batches]
-    loss: Callable[[Tensor, Tensor], Tensor]
+    batches: Callable[[int], Iterator[tuple[Tensor, Any]]]
+    loss: Callable[[Tensor, Any], Tensor]
     view: Callable[[], Measures]
     spec: Spec
     steps: int
@@ -67,6 +69,7 @@ class Fitting:
     peak_lr: float
     seed: int
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    schedule: Callable[..., float] = learning_rate
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -86,17 +89,19 @@ def run_fit(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
     progress = Progress(fitting.name, fitting.steps - start, "steps")
     fitting.model.train()
     for step, (inputs, targets) in enumerate(fitting.batches(start), start):
-        _step(fitting, machine, step, inputs.to(machine.device), targets.to(machine.device))
+        _step(fitting, machine, step, inputs.to(machine.device), targets)
         progress.advance()
         if kept and step + 1 < fitting.steps:
             _keep(fitting, kept, step + 1)
     return _finish(fitting, kept)
 
 
-def _step(fitting: Fitting, machine: Machine, step: int, inputs: Tensor, targets: Tensor) -> None:
+def _step(fitting: Fitting, machine: Machine, step: int, inputs: Tensor, targets: Any) -> None:
     seed_step(fitting.seed, step)
-    rate = learning_rate(step, steps=fitting.steps, warmup=fitting.warmup, peak=fitting.peak_lr)
+    rate = fitting.schedule(step, steps=fitting.steps, warmup=fitting.warmup, peak=fitting.peak_lr)
     set_learning_rate(fitting.optimizer, rate)
+    if isinstance(targets, Tensor):
+        targets = targets.to(machine.device)
     if fitting.prepare is not None:
         inputs, targets = fitting.prepare(inputs, targets)
     fitting.optimizer.zero_grad()

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,17 +73,19 @@ def machine_of(config: Config) -> Machine:
 
 
 def backward_in_parts(
-    inputs: Tensor, targets: Tensor, machine: Machine, loss_of: Callable[[Tensor, Tensor], Tensor]
+    inputs: Tensor, targets: Any, machine: Machine, loss_of: Callable[[Tensor, Any], Tensor]
 ) -> Tensor:
     """Add up the gradients of the mean of `loss_of(inputs, targets)` over the parts of a batch.
 
-    Returns the loss, detached. Parts weigh by their number of inputs (B, ...).
+    Returns the loss, detached. Parts weigh by their number of inputs (B, ...); targets are a
+    tensor (B, ...) or a list of B.
     """
     total = torch.zeros((), device=inputs.device)
-    parts = (torch.chunk(x, machine.micro_batches) for x in (inputs, targets))
-    for some, their_targets in zip(*parts, strict=True):
+    size = -(-len(inputs) // machine.micro_batches)
+    for start in range(0, len(inputs), size):
+        some = inputs[start : start + size]
         with machine.autocast():
-            loss = loss_of(some, their_targets) * (len(some) / len(inputs))
+            loss = loss_of(some, targets[start : start + size]) * (len(some) / len(inputs))
         torch.autograd.backward(loss)
         total += loss.detach()
     return total
