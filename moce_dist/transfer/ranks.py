@@ -6,6 +6,7 @@ nothing is sent, and but for `join` there need not be a process group.
 Letters: B images of a rank, C channels, H, W pixels.
 """
 
+import os
 from datetime import timedelta
 from functools import partial
 from typing import Any, TypeVar
@@ -24,10 +25,12 @@ _PREPARING = timedelta(hours=12)
 
 def join(config: Config) -> Machine:
     """Meet the other ranks, if a launcher started some; return what this one runs on."""
+    device = machine_of(config).device
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
     # DeepSpeed takes seconds to import, which protocols without training need not wait for
     from moce_dist.parallel.engine import init_distributed
 
-    init_distributed(machine_of(config).device, _PREPARING)
+    init_distributed(device, _PREPARING)
     return machine_of(config, rank=dist.get_rank(), num_ranks=dist.get_world_size())
 
 
@@ -90,10 +93,10 @@ def _normalise(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
         return nn.BatchNorm2d.forward(norm, images)
     values, shape = images.float(), (1, -1, 1, 1)
     number = values.new_tensor([values.numel() / values.shape[1]])
-    total: Tensor = _Sum.apply(torch.cat([values.sum((0, 2, 3)), number]))  # type: ignore[no-untyped-call]
+    total: Tensor = _Sum.apply(torch.cat([values.sum((0, 2, 3)), number]))
     count, mean = total[-1], total[:-1] / total[-1]
     centred = values - mean.view(shape)
-    squares: Tensor = _Sum.apply(centred.square().sum((0, 2, 3)))  # type: ignore[no-untyped-call]
+    squares: Tensor = _Sum.apply(centred.square().sum((0, 2, 3)))
     variance = squares / count
     _track(norm, mean.detach(), variance.detach() * count / (count - 1).clamp_min(1))
     scaled = centred * (variance + norm.eps).rsqrt().view(shape)

@@ -78,7 +78,7 @@ LAW = [
     ("classify", 2, ("parallel.zero_stage=1", CHECKPOINTED)),
     ("classify", 2, ("parallel.zero_stage=2", "parallel.micro_batches=2")),
     ("classify", 2, MIXED),
-    ("classify", 1, ("parallel.micro_batches=3", CHECKPOINTED)),
+    ("classify", 1, ("parallel.micro_batches=4", CHECKPOINTED)),
     ("segment", 2, ()),
     ("segment", 2, ("parallel.zero_stage=2", CHECKPOINTED)),
 ]
@@ -97,10 +97,10 @@ def test_law_weights_are_those_of_one_process(kind, ranks, overrides, pools, roo
     assert_close(weights(tmp_path / "many"), weights(tmp_path / "one"))
 
 
-@pytest.mark.parametrize("kind", ["classify", "segment"])
-def test_law_layers_keep_their_rates_in_adamw(kind, pools, roots, tmp_path):
-    common = call(roots, kind, adam=True)
-    small = ("transfer.finetune.base_lr=1e-3", "transfer.segment_lr=1e-4")
+def test_law_layers_keep_their_rates_in_adamw(pools, roots, tmp_path):
+    # not for segmentation: AdamW makes whole steps of the round-off of gradients that are zero,
+    # such as those of biases before a normalisation
+    common, small = call(roots, "classify", adam=True), ("transfer.finetune.base_lr=1e-3",)
     pools(1).run("fit", **common, out=tmp_path / "one", overrides=small)
     for zero_stage in (0, 1):
         options = on(2, *small, f"parallel.zero_stage={zero_stage}")
