@@ -25,6 +25,8 @@ RUNTIME_FIELDS = (
     "data.read_ahead_bytes",
     "data.read_timeout_s",
     "data.read_deadline_s",
+    "data.cache",
+    "data.cache_bytes",
     "data.max_fault_fraction",
     "data.shard_bytes",
     "parallel.num_workers",
@@ -78,6 +80,10 @@ class DataConfig(Section):
     """A request to remote storage that takes longer is repeated, seconds."""
     read_deadline_s: float = Field(240, gt=0)
     """Requests are repeated for so long; then the samples are faults. Less than the stall's."""
+    cache: str | None = None
+    """Folder on a node's own disk for samples of remote shards; all ranks of the node share it."""
+    cache_bytes: int = Field(100 * 2**30, ge=1)
+    """What it may take: as many samples as fit are kept, and always the same ones."""
     max_fault_fraction: float = Field(0.01, ge=0, le=1)
     """Share of unreadable images of a data set over which a job stops."""
 
@@ -409,7 +415,7 @@ class TransferConfig(Section):
 class BenchConfig(Section):
     """How `jobs/bench.py` measures."""
 
-    rounds: int = Field(8, ge=2)
+    rounds: int = Field(8, ge=1)
     """Measured rounds; every variant runs once a round."""
     warmup_rounds: int = Field(2, ge=0)
     """Rounds that are run and not counted."""
@@ -549,7 +555,13 @@ def _parallel_rules(config: Config) -> Iterable[str]:
 
 def cross_field_errors(config: Config) -> list[str]:
     """Every rule that ties two fields together and that `config` breaks."""
-    return [*_model_rules(config), *_parallel_rules(config)]
+    broken, data = [*_model_rules(config), *_parallel_rules(config)], config.data
+    if data.read_deadline_s >= (stall := data.stall_timeout_s):
+        broken.append(
+            f"data.read_deadline_s ({data.read_deadline_s:g}) must be below {stall:g}, "
+            "data.stall_timeout_s"
+        )
+    return broken
 
 
 def make_config(tree: dict[str, Any]) -> Config:

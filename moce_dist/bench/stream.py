@@ -1,17 +1,20 @@
-"""`jobs/bench.py stream`: from tars to batches, ours against plain webdataset; reading alone.
+"""`jobs/bench.py stream`: from tars to batches, ours against other libraries; reading alone.
 
-Both streams use the same number of loader processes and end with a batch in the training process:
-webdataset with Pillow, torchvision and its shuffle buffer, ours by plan and normalised there.
+All streams use the same number of loader processes and end with a batch in the training process:
+webdataset with Pillow, torchvision and its shuffle buffer, litdata (where it is installed) with the
+same transform on its own format, ours by plan and normalised there.
 Reading alone is measured without page cache: every tar from its first to its last byte, against the
 samples of the same tars in the order of the plan.
 """
 
+import itertools
 import os
 import tempfile
 import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +35,7 @@ from moce_dist.data.writer import ShardWriter
 _CLUSTERS, _TARS_OF_CLUSTER = 8, 2
 _EPOCH_TARS, _SMALL = 64, (32, 32)
 _READ_BYTES = 2**20
+_CHUNK_BYTES = 64 * 2**20
 _LATENCY_S = 0.03
 _S3_SAMPLES, _S3_USED = 4000, 1000
 
@@ -45,19 +49,26 @@ def run(config: Config) -> Report:
         contents = photographs(config, 500, 375, bench.images)
         index = make_shards(folder / "photographs", contents, bench.samples)
         spec = stream_spec(config, index, folder)
-        measured = {**stream_variants(spec, config, index), **reader_variants(spec, index)}
+        streams = stream_variants(spec, config, index)
+        if find_spec("litdata"):
+            streams["litdata"] = litdata_variant(config, contents, folder / "litdata")
+        else:
+            report.skipped["litdata"] = "is not installed (pip install litdata)"
+        measured = {**streams, **reader_variants(spec, index)}
         seconds = interleave(measured, rounds=bench.rounds, warmup=bench.warmup_rounds)
         images = bench.batches * spec.plan.batch_size
         amounts = {
-            "webdataset": images,
-            "moce_dist": images,
+            **dict.fromkeys(streams, images),
             "sequential_read": sum(shard.bytes for shard in index.shards) / 2**20,
             "planned_read": int(spec.plan.table.size.sum()) / 2**20,
         }
         rates = {name: [amounts[name] / s for s in series] for name, series in seconds.items()}
-        for name, unit in zip(rates, ("images/s", "images/s", "MiB/s", "MiB/s"), strict=True):
-            report.add_variants({name: rates[name]}, unit=unit)
-        report.add_ratio("moce_dist", "webdataset").add_ratio("planned_read", "sequential_read")
+        for name, values in rates.items():
+            unit = "images/s" if name in streams else "MiB/s"
+            report.add_variants({name: values}, unit=unit)
+        for baseline in streams.keys() - {"moce_dist"}:
+            report.add_ratio("moce_dist", baseline)
+        report.add_ratio("planned_read", "sequential_read")
         report.figures["resume_first_batch_s"] = resume_first_batch(config, folder / "small")
         _add_s3(report, config, make_shards(folder / "s3", contents, _S3_SAMPLES))
     return report
@@ -108,6 +119,32 @@ def stream_variants(
             assert images.shape[0] == size
 
     return {"webdataset": theirs, "moce_dist": ours}
+
+
+def litdata_variant(config: Config, contents: list[bytes], folder: Path) -> Callable[[], None]:
+    """Write the samples in litdata's format; a call takes as many batches as the other streams."""
+    from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    writer = BinaryWriter(str(folder), chunk_bytes=_CHUNK_BYTES)
+    for number in range(config.bench.samples):
+        writer[number] = {"jpg": contents[number % len(contents)]}
+    writer.done()
+    writer.merge()
+    transform, size = reference_pipeline(config), config.mae.batch_size
+
+    def theirs() -> None:
+        data = StreamingDataset(
+            str(folder), shuffle=True, seed=config.seed, transform=lambda row: transform(row["jpg"])
+        )
+        loader = StreamingDataLoader(
+            data, batch_size=size, num_workers=config.data.loader_processes
+        )
+        epochs = itertools.chain.from_iterable(itertools.repeat(loader))
+        for images in itertools.islice(epochs, config.bench.batches):
+            assert 0 < images.shape[0] <= size
+
+    return theirs
 
 
 def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[], float]]:

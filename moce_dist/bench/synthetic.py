@@ -8,6 +8,7 @@ gives halfway through its fall.
 Letters: B images of a step, E experts, K clusters, D width.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -80,11 +81,11 @@ def synthetic_state(config: Config, device: torch.device) -> TrainState:
 class _SyntheticStream(PlannedStream):
     """The plan's steps, every image made of stripes: only who reads what is real."""
 
-    def _read(self, window: range, reader: RangeReader) -> list[PlannedStep]:
-        steps = [self._planned(number) for number in window]
-        for step in steps:
+    def _read_windows(self, steps: range, _: RangeReader) -> Iterator[list[PlannedStep]]:
+        for number in steps:
+            step = self._planned(number)
             step.contents.extend([None] * len(step.ids))
-        return steps
+            yield [step]
 
     def _decode(
         self, step: PlannedStep, slot: int, draws: np.random.Generator, out: NDArray[np.uint8]

@@ -31,7 +31,7 @@ Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 SCAN_FIRST_BYTES = 10 * 10**9
-_MAX_GROUPS, _MIN_GROUPS = 256, 8
+_MAX_GROUPS, _MIN_GROUPS = 128, 8
 _GROUP_SUMS_BYTES = 2**30
 """What the results of a sweep may take together, unless that leaves too few groups."""
 _SCAN_ROWS = 8192
@@ -194,7 +194,7 @@ def read_block(block: Block, view: View) -> Float32:
 
 
 def group_blocks(blocks: Sequence[Block], result_bytes: int = 0) -> list[tuple[Block, ...]]:
-    """Consecutive blocks in at most 256 groups, by their number and the size of a result alone."""
+    """Consecutive blocks in at most 128 groups, by their number and the size of a result alone."""
     fitting = _GROUP_SUMS_BYTES // max(result_bytes, 1)
     size = -(-len(blocks) // min(max(fitting, _MIN_GROUPS), _MAX_GROUPS))
     return [tuple(blocks[i : i + size]) for i in range(0, len(blocks), size)]

@@ -29,6 +29,7 @@ from moce_dist.cluster.exact import Candidates, Search, dual_bound, finish
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.nearest import Int64, search
 from moce_dist.config import ClusterConfig
+from moce_dist.data.progress import track
 from moce_dist.run import fingerprint
 
 _log = logging.getLogger(__name__)
@@ -184,7 +185,10 @@ def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
     """
     request = state_request(lloyd.matrix, lloyd.config, seed)
     state = load_state(state_file, request) or lloyd.first_state(seed)
-    while not state.is_done and state.iteration < lloyd.config.iterations:
+    left = range(state.iteration, lloyd.config.iterations)
+    for _ in track(left, "k-means iterations at most", total=len(left)):
+        if state.is_done:
+            break
         state = lloyd.iterate(state)
         save_state(state_file, state, request)
     return state

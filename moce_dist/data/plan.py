@@ -12,7 +12,7 @@ cluster plus the step. Nothing here depends on ranks, loader processes or placem
 Letters: B images of a step, K clusters.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -34,6 +34,8 @@ class SampleTable:
     offset: Ids
     size: Ids
     cluster: Ids
+    digests: list[str] = field(default_factory=list)
+    """Sha256 of the shards at `urls`, where it is known."""
 
     @property
     def num_samples(self) -> int:
@@ -57,6 +59,7 @@ def sample_table(index: ShardIndex) -> SampleTable:
         offset=np.array([o for shard in shards for o in shard.offsets], np.int64),
         size=np.array([s for shard in shards for s in shard.sizes], np.int64),
         cluster=np.repeat(np.array([shard.cluster or 0 for shard in shards], np.int64), counts),
+        digests=[shard.sha256 for shard in shards],
     )
 
 

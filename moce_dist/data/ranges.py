@@ -2,8 +2,8 @@
 
 The samples of some steps lie scattered over the tars. Sorted by place, neighbours become one range
 when little between them is wasted; local ranges are announced to the kernel before the first is
-read, so that a disk sees them all; remote ranges are requested together, so that the latency of an
-object store counts once and not per sample.
+read, those of the next steps too, so that a disk always sees many; remote ranges are requested
+together, so that the latency of an object store counts once and not per sample.
 
     wanted     [a 0:5] [b 9:4] [a 6:3] [a 90:2]       url, offset:size
     ranges     a 0..9   a 90..92   b 9..13            the gap 5..6 is read and thrown away
@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
 import fsspec.asyn
@@ -30,6 +30,9 @@ from tenacity import (
     stop_after_delay,
     wait_random_exponential,
 )
+
+if TYPE_CHECKING:
+    from moce_dist.data.cache import SampleCache
 
 Content = memoryview | OSError
 """The bytes of a sample, or why they cannot be had."""
@@ -42,6 +45,11 @@ _PORTION_BYTES = 32 * 2**20
 _MAX_OPEN_FILES = 256
 _MAX_REQUESTS = 64
 _TRY_AGAIN = (408, 425, 429)
+
+
+def is_remote(url: str) -> bool:
+    """Tell whether a shard has to be asked for over a network."""
+    return "://" in url
 
 
 class Wanted(NamedTuple):
@@ -62,11 +70,14 @@ class Range(NamedTuple):
     """Which of the wanted samples lie in it."""
 
 
-def coalesce(wanted: Sequence[Wanted]) -> list[Range]:
-    """Join neighbours into ranges, by file and place; of a range at most a sixth is not wanted."""
+def coalesce(wanted: Sequence[Wanted], rows: Iterable[int] | None = None) -> list[Range]:
+    """Join neighbours into ranges, by file and place; of a range at most a sixth is not wanted.
+
+    `rows` are those of the wanted samples that count, all by default.
+    """
     ranges: list[Range] = []
     used = 0
-    for row in sorted(range(len(wanted)), key=lambda row: wanted[row]):
+    for row in sorted(range(len(wanted)) if rows is None else rows, key=lambda row: wanted[row]):
         url, offset, size = wanted[row]
         last, stop = (ranges[-1] if ranges else None), offset + size
         if last is not None and last.url == url and _is_worth_it(last, used, offset, stop):
@@ -93,17 +104,48 @@ class RangeReader:
     """A remote range that takes longer is requested again."""
     deadline_s: float = 240.0
     """How long requests are repeated."""
+    cache: "SampleCache | None" = None
+    """What is kept of remote shards."""
     _open: OrderedDict[str, int] = field(default_factory=OrderedDict)
 
-    def read(self, wanted: Sequence[Wanted]) -> list[Content]:
-        """Return the bytes of every sample, in the given order, or the error in their place."""
-        ranges = coalesce(wanted)
-        contents = self._read_ranges(ranges)
-        found: list[Content] = [OSError()] * len(wanted)
-        for place, content in zip(ranges, contents, strict=True):
+    def announce(self, wanted: Sequence[Wanted]) -> list[Range]:
+        """Tell the kernel which local ranges will be read; return all ranges, for `read`.
+
+        Samples that the cache has are in no range.
+        """
+        cache = self.cache
+        rows = None if cache is None else [i for i, w in enumerate(wanted) if not cache.has(w)]
+        ranges = coalesce(wanted, rows)
+        for place in ranges:
+            if not is_remote(place.url):
+                self._announce(place)
+        return ranges
+
+    def read(
+        self, wanted: Sequence[Wanted], ranges: Sequence[Range] | None = None
+    ) -> list[Content]:
+        """Return the bytes of every sample, in the given order, or the error in their place.
+
+        `ranges` are what `announce` returned for the same samples, if that was called before.
+        """
+        found: list[Content | None] = [None] * len(wanted)
+        self._fill(found, wanted, self.announce(wanted) if ranges is None else ranges)
+        if self.cache is not None:
+            kept = [row for row, content in enumerate(found) if content is None]
+            for row in kept:
+                found[row] = self.cache.get(wanted[row])
+            # what was damaged there is read again
+            self._fill(found, wanted, coalesce(wanted, [row for row in kept if found[row] is None]))
+        return [OSError() if content is None else content for content in found]
+
+    def _fill(
+        self, found: list[Content | None], wanted: Sequence[Wanted], ranges: Sequence[Range]
+    ) -> None:
+        for place, content in zip(ranges, self._read_ranges(ranges), strict=True):
             for row in place.rows:
-                found[row] = _part(content, place.start, wanted[row])
-        return found
+                part = found[row] = _part(content, place.start, wanted[row])
+                if self.cache is not None and not isinstance(part, OSError):
+                    self.cache.keep(wanted[row], part)
 
     def read_in_turn(self, wanted: Iterable[Wanted]) -> Iterator[Content]:
         """Yield the bytes of samples one by one, as `read` has them; memory holds a portion."""
@@ -116,10 +158,8 @@ class RangeReader:
             os.close(self._open.popitem()[1])
 
     def _read_ranges(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
-        local = [place for place in ranges if "://" not in place.url]
-        remote = [place for place in ranges if "://" in place.url]
-        for place in local:
-            self._announce(place)
+        local = [place for place in ranges if not is_remote(place.url)]
+        remote = [place for place in ranges if is_remote(place.url)]
         contents = dict(zip(map(id, local), map(self._read_local, local), strict=True))
         if remote:
             contents |= dict(zip(map(id, remote), self._read_remote(remote), strict=True))

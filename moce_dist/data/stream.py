@@ -29,9 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moce_dist.config import DataConfig
+from moce_dist.data.cache import SampleCache
 from moce_dist.data.images import ImageError, sample_generator, train_pixels
-from moce_dist.data.plan import PADDING, Ids, Plan
-from moce_dist.data.ranges import Content, RangeReader, Wanted
+from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
+from moce_dist.data.ranges import Content, Range, RangeReader, Wanted, is_remote
 from moce_dist.run import record_fault
 
 GroupOf = Callable[[Ids], Ids]
@@ -97,10 +98,30 @@ class PlannedStep:
     """(b,) encoded pictures, None for padding."""
 
 
+def open_cache(data: DataConfig, table: SampleTable) -> SampleCache | None:
+    """Open the cache of a table's remote samples; None without one."""
+    if data.cache is None:
+        return None
+    versions = {
+        url: digest for url, digest in zip(table.urls, table.digests, strict=True) if is_remote(url)
+    }
+    is_kept = np.array([url in versions for url in table.urls])[table.shard]
+    share = data.cache_bytes / max(1, int(table.size[is_kept].sum()))
+    return SampleCache(Path(data.cache), versions, min(1.0, share))
+
+
+class _Announced(NamedTuple):
+    """Steps whose samples will be read soon, and where these lie."""
+
+    steps: list[PlannedStep]
+    wanted: list[Wanted]
+    ranges: list[Range]
+
+
 class PlannedStream(IterableDataset[Batch]):
     """A rank's batches of some steps; of P loader processes, each makes every P-th one.
 
-    While the steps of a window are decoded, the bytes of the next window are read.
+    While the steps of a window are decoded, the bytes of the next one are read.
     """
 
     def __init__(self, spec: StreamSpec, group_of: GroupOf, steps: range) -> None:
@@ -117,17 +138,27 @@ class PlannedStream(IterableDataset[Batch]):
         """Yield the steps of this process with the bytes of their samples, not decoded."""
         worker = get_worker_info()
         steps = self._steps if worker is None else self._steps[worker.id :: worker.num_workers]
-        reader = RangeReader(self._spec.data.read_timeout_s, self._spec.data.read_deadline_s)
+        data = self._spec.data
+        cache = open_cache(data, self._spec.plan.table)
+        reader = RangeReader(data.read_timeout_s, data.read_deadline_s, cache)
         with ThreadPoolExecutor(1, "read-ahead") as thread:
-            ahead: Future[list[PlannedStep]] | None = None
-            for window in self._windows(steps):
-                coming = thread.submit(self._read, window, reader)
-                if ahead is not None:
-                    yield from ahead.result()
-                ahead = coming
-            if ahead is not None:
-                yield from ahead.result()
+            windows = self._read_windows(steps, reader)
+            ahead: Future[list[PlannedStep]] = thread.submit(next, windows, [])
+            while window := ahead.result():
+                ahead = thread.submit(next, windows, [])
+                yield from window
         reader.close()
+
+    def _read_windows(self, steps: range, reader: RangeReader) -> Iterator[list[PlannedStep]]:
+        announced: _Announced | None = None
+        for window in self._windows(steps):
+            # before the window ahead of it is read, so that a disk never waits for us
+            coming = self._announce(window, reader)
+            if announced is not None:
+                yield self._read(announced, reader)
+            announced = coming
+        if announced is not None:
+            yield self._read(announced, reader)
 
     def _windows(self, steps: range) -> Iterator[range]:
         spec, sizes = self._spec, self._spec.plan.table.size
@@ -139,21 +170,23 @@ class PlannedStream(IterableDataset[Batch]):
             yield steps[taken : taken + growing]
             taken, growing = taken + growing, min(2 * growing, length)
 
-    def _read(self, window: range, reader: RangeReader) -> list[PlannedStep]:
+    def _announce(self, window: range, reader: RangeReader) -> _Announced:
         table = self._spec.plan.table
         steps = [self._planned(number) for number in window]
-        ids = [int(i) for step in steps for i in step.ids if i != PADDING]
-        found = iter(
-            reader.read(
-                [
-                    Wanted(table.urls[table.shard[i]], int(table.offset[i]), int(table.size[i]))
-                    for i in ids
-                ]
-            )
-        )
-        for step in steps:
+        ids = np.concatenate([step.ids for step in steps])
+        ids = ids[ids != PADDING]
+        columns = (table.shard[ids].tolist(), table.offset[ids].tolist(), table.size[ids].tolist())
+        wanted = [
+            Wanted(table.urls[shard], offset, size)
+            for shard, offset, size in zip(*columns, strict=True)
+        ]
+        return _Announced(steps, wanted, reader.announce(wanted))
+
+    def _read(self, announced: _Announced, reader: RangeReader) -> list[PlannedStep]:
+        found = iter(reader.read(announced.wanted, announced.ranges))
+        for step in announced.steps:
             step.contents.extend(next(found) if i != PADDING else None for i in step.ids)
-        return steps
+        return announced.steps
 
     def _planned(self, number: int) -> PlannedStep:
         spec, table = self._spec, self._spec.plan.table

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def holdout_table(job: StageJob) -> SampleTable | None:
         return table
     clusters = read_assignments(Run(job.run_root).shards / HOLDOUT_TABLE)
     ids = np.array([clusters[key] for key in table.keys], np.int64)
-    return SampleTable(table.urls, table.keys, table.shard, table.offset, table.size, ids)
+    return replace(table, cluster=ids)
 
 
 def build_state(job: StageJob) -> TrainState:

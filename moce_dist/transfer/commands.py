@@ -22,6 +22,8 @@ from moce_dist.transfer.request import parse_experts
 from moce_dist.transfer.tasks import Item
 
 _CONFIG = "config.json"
+# as in the drawings of a detection fit
+_MIN_SCORE = 0.5
 
 
 def routes(argv: Sequence[str]) -> None:
@@ -54,7 +56,7 @@ def routes(argv: Sequence[str]) -> None:
 
 
 def predict(argv: Sequence[str]) -> None:
-    """Look at pictures with a fitted model; one line of JSON a picture, masks into --out.
+    """Look at pictures with a fitted model; one line of JSON a picture, drawings into --out.
 
     Raises:
         ConfigError: there is no such model or picture.
@@ -67,8 +69,18 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="files or folders")
     parser.add_argument("--top", metavar="N", type=int, default=5, help="classes of a line")
     parser.add_argument("--batch-size", metavar="B", type=int, default=32, help="images at once")
-    parser.add_argument("--out", metavar="DIR", help="folder for the masks of segmentation")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for segmentation's masks or pictures with boxes drawn"
+    )
+    parser.add_argument(
+        "--min-score",
+        metavar="P",
+        type=float,
+        help=f"least score of an object of detection, 0 to 1 (default {_MIN_SCORE})",
+    )
     args = parser.parse_args(argv)
+    if args.min_score is not None and not 0 <= args.min_score <= 1:
+        raise ConfigError(f"--min-score {args.min_score}: must be between 0 and 1")
     if args.top < 1 or args.batch_size < 1:
         raise ConfigError(f"--top {args.top}, --batch-size {args.batch_size}: must be 1 or more")
     folder = find_model(args)
@@ -88,13 +100,20 @@ def _lines(folder: Path, pictures: Sequence[Item], args: Any) -> Any:
 
     model, spec = load_model(folder)
     machine = predicting.any_machine(args.batch_size)
+    if spec.kind == "features":
+        raise ConfigError(f"{folder}: is a backbone without classes; fit it to a task first")
+    if spec.kind == "detect":
+        paths = drawing_paths(pictures, Path(args.out)) if args.out else len(pictures) * [None]
+        pairs = list(zip(pictures, paths, strict=True))
+        min_score = _MIN_SCORE if args.min_score is None else args.min_score
+        return predicting.locate(model, spec, pairs, machine, min_score=min_score)
+    if args.min_score is not None:
+        raise ConfigError(f"--min-score {args.min_score}: {folder} is no detector")
     if spec.kind == "classify":
         return predicting.predict(model, spec, pictures, machine, top=args.top)
-    if spec.kind != "segment":
-        raise ConfigError(f"{folder}: is a backbone without classes; fit it to a task first")
     if args.out is None:
         raise ConfigError("--out: name a folder for the masks")
-    masks = mask_paths(pictures, Path(args.out))
+    masks = drawing_paths(pictures, Path(args.out))
     return predicting.paint(model, spec, list(zip(pictures, masks, strict=True)), machine)
 
 
@@ -102,7 +121,7 @@ def onnx(argv: Sequence[str]) -> None:
     """Write a fitted model or an exported backbone as ONNX, and beside it what its pixels are.
 
     Raises:
-        ConfigError: there is no such model, or the package `onnx` is missing.
+        ConfigError: there is no such model, it is a detector, or the package `onnx` is missing.
     """
     parser = command_parser(
         "onnx", onnx.__doc__, "onnx runs/quickstart/transfer/digits --out digits.onnx"
@@ -120,7 +139,10 @@ def onnx(argv: Sequence[str]) -> None:
     from moce_dist.transfer.onnx import export_onnx
     from moce_dist.transfer.saved import load_model
 
-    _say(*map(str, export_onnx(*load_model(folder), out)))
+    model, spec = load_model(folder)
+    if spec.kind == "detect":
+        raise ConfigError(f"{folder}: is a detector, which onnx does not write; use predict")
+    _say(*map(str, export_onnx(model, spec, out)))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -197,13 +219,16 @@ def list_pictures(paths: Sequence[str]) -> list[Item]:
     return found
 
 
-def mask_paths(pictures: Sequence[Item], out: Path) -> list[Path]:
-    """Say where the mask of every picture goes.
+def drawing_paths(pictures: Sequence[Item], out: Path) -> list[Path]:
+    """Say where the drawing of every picture goes: its mask, or itself with boxes.
 
     Raises:
-        ConfigError: two would go to one place.
+        ConfigError: two would go to one place, or one to that of a picture.
     """
-    masks = [(out / picture.key).with_suffix(".png") for picture in pictures]
-    if twice := [mask for mask, count in Counter(masks).items() if count > 1]:
-        raise ConfigError(f"{twice[0]}: would be the mask of two pictures; name their folder")
-    return masks
+    paths = [(out / picture.key).with_suffix(".png") for picture in pictures]
+    if twice := [path for path, count in Counter(paths).items() if count > 1]:
+        raise ConfigError(f"{twice[0]}: would be drawn from two pictures; name their folder")
+    originals = {Path(str(picture.content)).resolve() for picture in pictures}
+    if over := [path for path in paths if path.resolve() in originals]:
+        raise ConfigError(f"--out {out}: {over[0]} is one of the pictures; name another folder")
+    return paths

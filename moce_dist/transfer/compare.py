@@ -207,7 +207,7 @@ class Comparison:
                 backbone, task, transfer, self.machine, seed=fit.seed, out=out, kept=kept
             )
         elif isinstance(task, Instances):
-            figures = self._detect(fit, backbone, task)
+            figures = self._detect(fit, backbone, task, kept)
             found = {task.metric: figures["box"]["AP"]}
         else:
             found = self._classify(fit, backbone, task, kept)
@@ -226,10 +226,10 @@ class Comparison:
     def _predictions(self, fit: Fit) -> Path:
         return self.folder / "predictions" / f"{fit.backbone.replace('/', '_')}-{fit.seed}"
 
-    def _detect(self, fit: Fit, backbone: Backbone, instances: Instances) -> Row:
+    def _detect(self, fit: Fit, backbone: Backbone, instances: Instances, kept: Kept) -> Row:
         detection = Detection(backbone, instances, self.config.transfer, self.machine)
         out, ledger = self._predictions(fit), self.run.faults
-        return dict(detect(detection, seed=fit.seed, out=out, ledger=ledger))
+        return dict(detect(detection, seed=fit.seed, out=out, ledger=ledger, kept=kept))
 
     def kept(self, fit: Fit, identity: str) -> Kept:
         """Say where a fit's state and models lie, and how often they are written."""

@@ -1,9 +1,10 @@
 """Detection: train on squares of random scale, find boxes and masks, average precision.
 
 A picture that cannot be read is skipped, counted and named in `faults.jsonl`; in the test nothing
-is found in it.
+is found in it. While a fit that is kept is under way, `FOLDER/skipped.jsonl` has its skips by step,
+so that a fit that goes on counts those of before.
 
-Letters: B pictures, S side of the square, H, W height and width of a picture, pixels; n detections.
+Letters: B pictures, S side of the square, pixels; n objects of a square.
 
 Source: recipe of ViTDet, Li et al. 2022, arXiv 2203.16527, appendix A.2.
 """
@@ -12,58 +13,34 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moce_dist.config import TransferConfig
 from moce_dist.data.images import ImageError, sample_generator
-from moce_dist.run import record_fault, write_atomic
+from moce_dist.run import read_jsonl, record_fault, write_atomic
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.drawing import draw_preview
-from moce_dist.transfer.instances import Instances, Picture, load_picture
+from moce_dist.transfer.finding import Fault, Scored, evaluate
+from moce_dist.transfer.fit import Fitting, Kept, run_fit
+from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.jitter import Sample, training_square
-from moce_dist.transfer.loading import Machine, Progress, TrainingOrder
-from moce_dist.transfer.precision import (
-    Detections,
-    average_precision,
-    box_results,
-    ground_truth,
-    mask_results,
-    pack_mask,
-)
-from moce_dist.transfer.schedule import check_loss, set_learning_rate
+from moce_dist.transfer.loading import Machine, TrainingOrder
+from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.saved import detector_spec
+from moce_dist.transfer.schedule import stepped_rate
 from moce_dist.transfer.vitdet import make_detector, make_optimizer
 
 logger = logging.getLogger(__name__)
 _WARMUP_STEPS, _WARMUP_SHARE = 250, 0.1
-# 163889 and 177546 of 184375 steps, there
-_MILESTONES = (8 / 9, 26 / 27)
-_NUM_PREVIEWS = 4
+_SKIPPED = "skipped.jsonl"
 
 Target = dict[str, Tensor]
-Figures = dict[str, dict[str, float]]
-
-
-class Fault(NamedTuple):
-    """A picture that cannot be used, and why."""
-
-    picture: Picture
-    reason: str
-
-
-def detection_rate(step: int, *, steps: int, peak: float) -> float:
-    """Return the rate of a step counted from 0: linear to `peak`, a tenth twice near the end."""
-    warmup = min(_WARMUP_STEPS, math.ceil(_WARMUP_SHARE * steps))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return float(peak * 0.1 ** sum(step >= share * steps for share in _MILESTONES))
+Written = dict[str, dict[str, float | None]]
 
 
 class _Squares(Dataset[Sample | Fault]):
@@ -91,32 +68,36 @@ def _as_list(items: list[Sample | Fault]) -> list[Sample | Fault]:
     return items
 
 
-def _batches(
-    instances: Instances, transfer: TransferConfig, machine: Machine, seed: int
-) -> Iterator[list[Sample | Fault]]:
-    batch_size = min(transfer.detect_batch_size, len(instances.train))
-    epochs = -(-transfer.detect_steps // (len(instances.train) // batch_size))
-    order = TrainingOrder(len(instances.train), batch_size, epochs, seed)
-    yield from DataLoader(
-        _Squares(instances, transfer, seed),
-        batch_sampler=itertools.islice(order, transfer.detect_steps),
-        num_workers=machine.loader_processes,
-        collate_fn=_as_list,
-    )
+class Skips:
+    """The training pictures that a fit passed over; on disk, too, if the fit is kept."""
+
+    def __init__(self, kept: Kept | None) -> None:
+        self._path = kept.folder / _SKIPPED if kept else None
+        self.lines: list[dict[str, Any]] = []
+
+    def start(self, step: int) -> None:
+        """Take up the skips before a step; what came later is met again."""
+        known = read_jsonl(self._path) if self._path else []
+        self.lines = [line for line in known if line["step"] < step]
+
+    def add(self, step: int, faults: Sequence[Fault]) -> None:
+        """Note the pictures that a step passes over."""
+        if not faults:
+            return
+        _warn(faults)
+        self.lines += [{"step": step, "key": f.picture.key, "reason": f.reason} for f in faults]
+        if self._path:
+            write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def close(self) -> None:
+        """Remove what is on disk, when the fit has come to its end."""
+        if self._path:
+            self._path.unlink(missing_ok=True)
 
 
-def _to_model(
-    sample: Sample, labels: dict[int, int], device: torch.device
-) -> tuple[Tensor, Target]:
-    # 0 is the background
-    classes = [labels[int(category)] + 1 for category in sample.categories]
-    target = {
-        "boxes": torch.from_numpy(sample.boxes).to(device),
-        "labels": torch.tensor(classes, dtype=torch.int64, device=device),
-    }
-    if sample.masks is not None:
-        target["masks"] = torch.from_numpy(sample.masks).to(device)
-    return torch.from_numpy(sample.pixels).to(device).float() / 255, target
+def _warn(faults: Sequence[Fault]) -> None:
+    for fault in faults:
+        logger.warning("%s: skipped: %s", fault.picture.image, fault.reason)
 
 
 class Detection:
@@ -127,8 +108,8 @@ class Detection:
     ) -> None:
         self.backbone, self.instances = backbone, instances
         self.transfer, self.machine = transfer, machine
-        self.labels = {number: i for i, number in enumerate(instances.category_ids)}
-        self.faults: list[Fault] = []
+        # class 0 is the background
+        self._classes = {number: i + 1 for i, number in enumerate(instances.category_ids)}
 
     def build(self, seed: int) -> Any:
         """Build the detector, in training mode; `seed` draws its new weights."""
@@ -145,112 +126,124 @@ class Detection:
             autocast=self.machine.autocast,
         ).to(self.machine.device)
 
-    def train(self, model: Any, seed: int) -> None:
-        """Train a detector for the steps of the configuration.
+    def batches(
+        self, seed: int, start: int, skips: Skips
+    ) -> Iterator[tuple[Tensor, Sequence[Target]]]:
+        """Yield squares (B, 3, S, S) in [0, 255] and their targets from step `start` on.
+
+        Pictures that cannot be read are missing in their batch.
 
         Raises:
             ValueError: no picture of a step can be read.
         """
-        steps, peak = self.transfer.detect_steps, self.transfer.detect_lr
-        optimizer = make_optimizer(model, self.transfer.detect_layer_decay)
-        torch.manual_seed(seed)
-        name = f"detection seed {seed}"
-        progress = Progress(name, steps, "steps")
-        batches = _batches(self.instances, self.transfer, self.machine, seed)
-        for step, items in enumerate(batches):
-            samples = self._readable(items)
-            set_learning_rate(optimizer, detection_rate(step, steps=steps, peak=peak))
-            optimizer.zero_grad()
-            check_loss(self._backward(model, samples), name, step)
-            optimizer.step()
-            progress.advance()
-
-    def _readable(self, items: Sequence[Sample | Fault]) -> list[Sample]:
-        samples = [item for item in items if isinstance(item, Sample)]
-        self._skip([item for item in items if isinstance(item, Fault)])
-        if not samples:
-            raise ValueError(f"{self.faults[-1].picture.image}: {self.faults[-1].reason}")
-        return samples
-
-    def _skip(self, faults: Sequence[Fault]) -> None:
-        for fault in faults:
-            logger.warning("%s: skipped: %s", fault.picture.image, fault.reason)
-        self.faults += faults
-
-    def _backward(self, model: Any, samples: list[Sample]) -> Tensor:
-        # gradients of the parts of a batch add up, weighted by their number of pictures
-        total = torch.zeros((), device=self.machine.device)
-        size = -(-len(samples) // self.machine.micro_batches)
-        for start in range(0, len(samples), size):
-            part = samples[start : start + size]
-            pairs = [_to_model(sample, self.labels, self.machine.device) for sample in part]
-            images, targets = zip(*pairs, strict=True)
-            losses: dict[str, Tensor] = model(list(images), list(targets))
-            loss = torch.stack(list(losses.values())).sum() * (len(part) / len(samples))
-            torch.autograd.backward(loss)
-            total += loss.detach()
-        return total
-
-    @torch.no_grad()
-    def find(self, model: Any, picture: Image.Image) -> Detections:
-        """Find the objects of a picture with a detector in evaluation mode."""
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        (found,) = model([pixels.to(self.machine.device).float() / 255])
-        masks = None
-        if self.instances.has_masks:
-            masks = [pack_mask(mask[0].cpu().numpy() > 0.5) for mask in found["masks"]]
-        return Detections(
-            found["boxes"].double().cpu().numpy(),
-            found["scores"].double().cpu().numpy(),
-            found["labels"].cpu().numpy() - 1,
-            masks,
+        transfer, train = self.transfer, self.instances.train
+        batch_size = min(transfer.detect_batch_size, len(train))
+        epochs = -(-transfer.detect_steps // (len(train) // batch_size))
+        order = TrainingOrder(len(train), batch_size, epochs, seed)
+        loader = DataLoader(
+            _Squares(self.instances, transfer, seed),
+            batch_sampler=itertools.islice(order, start, transfer.detect_steps),
+            num_workers=self.machine.loader_processes,
+            collate_fn=_as_list,
         )
+        skips.start(start)
+        for step, items in enumerate(loader, start):
+            faults = [item for item in items if isinstance(item, Fault)]
+            samples = [item for item in items if isinstance(item, Sample)]
+            skips.add(step, faults)
+            if not samples:
+                raise ValueError(f"{faults[-1].picture.image}: {faults[-1].reason}")
+            yield self.batch(samples)
 
-    def evaluate(self, model: Any, out: Path) -> Figures:
-        """Score a detector on the test pictures; draw the first few of them into `out`."""
-        boxes, masks = [], []
-        instances, test = self.instances, self.instances.test
-        progress = Progress("detection test", len(test), "pictures")
-        for number, picture in enumerate(test):
-            progress.advance()
-            try:
-                image = load_picture(picture)
-            except ImageError as error:
-                self._skip([Fault(picture, str(error))])
-                continue
-            found = self.find(model, image)
-            boxes += box_results(picture, found, instances.category_ids)
-            if instances.has_masks:
-                masks += mask_results(picture, found, instances.category_ids)
-            if number < _NUM_PREVIEWS:
-                draw_preview(out / f"{picture.image.stem}.png", image, picture, found, instances)
-        truth = ground_truth(test, instances)
-        figures = {"box": average_precision(truth, boxes, "bbox")}
-        if instances.has_masks:
-            figures["mask"] = average_precision(truth, masks, "segm")
-        return figures
+    def batch(self, samples: Sequence[Sample]) -> tuple[Tensor, list[Target]]:
+        """Bring samples to squares (B, 3, S, S) in [0, 255] and what is to be found in them."""
+        squares = torch.stack([torch.from_numpy(sample.pixels) for sample in samples])
+        return squares, [self._target(sample) for sample in samples]
+
+    def _target(self, sample: Sample) -> Target:
+        classes = [self._classes[int(category)] for category in sample.categories]
+        target = {
+            "boxes": torch.from_numpy(sample.boxes),
+            "labels": torch.tensor(classes, dtype=torch.int64),
+        }
+        if sample.masks is not None:
+            target["masks"] = torch.from_numpy(sample.masks)
+        return target
+
+    def loss(self, model: Any) -> Callable[[Tensor, Sequence[Target]], Tensor]:
+        """Return the sum of a detector's losses as a function of squares and targets."""
+        device = self.machine.device
+
+        def of(squares: Tensor, targets: Sequence[Target]) -> Tensor:
+            moved = [{name: x.to(device) for name, x in target.items()} for target in targets]
+            # the detector says itself which part of it runs in bfloat16
+            with torch.autocast(device.type, enabled=False):
+                losses: dict[str, Tensor] = model(list(squares.float() / 255), moved)
+            return torch.stack(list(losses.values())).sum()
+
+        return of
+
+    def fitting(self, model: Any, seed: int, skips: Skips, view: Callable[[], Measures]) -> Fitting:
+        """Describe the training of a detector."""
+        transfer, instances = self.transfer, self.instances
+        steps = transfer.detect_steps
+        return Fitting(
+            name=f"{instances.name} {self.backbone.name} seed {seed}",
+            model=model,
+            optimizer=make_optimizer(model, transfer.detect_layer_decay),
+            batches=lambda start: self.batches(seed, start, skips),
+            loss=self.loss(model),
+            view=view,
+            spec=detector_spec(
+                self.backbone,
+                instances.name,
+                instances.classes,
+                transfer,
+                has_masks=instances.has_masks,
+            ),
+            steps=steps,
+            warmup=min(_WARMUP_STEPS, math.ceil(_WARMUP_SHARE * steps)),
+            peak_lr=transfer.detect_lr,
+            seed=seed,
+            schedule=stepped_rate,
+        )
 
 
 def detect(
-    fit: Detection, *, seed: int, out: Path, ledger: Path
-) -> dict[str, dict[str, float | None]]:
+    fit: Detection, *, seed: int, out: Path, ledger: Path, kept: Kept | None = None
+) -> Written:
     """Train on a task's training pictures and return box (and mask) figures on its test pictures.
 
     Writes `out/scores.json` and a few predictions beside the truth as PNG; skipped pictures go to
-    `ledger`. A figure without objects to find is None.
+    `ledger`. A figure without objects to find is None. With `kept` the model is saved, and an
+    interrupted fit goes on where it was.
 
     Raises:
         ValueError: no picture of a step can be read.
     """
-    model = fit.build(seed)
-    fit.train(model, seed)
-    found = fit.evaluate(model.eval(), out)
-    figures = {
+    model, skips = fit.build(seed), Skips(kept)
+    scored: list[Scored] = []
+
+    def view() -> Measures:
+        scored.append(evaluate(model, fit.instances, fit.machine, out))
+        return scored[-1].measures()
+
+    run_fit(fit.fitting(model, seed, skips, view), fit.machine, kept)
+    figures = _written(scored[-1], skips, out, ledger)
+    skips.close()
+    return figures
+
+
+def _written(scored: Scored, skips: Skips, out: Path, ledger: Path) -> Written:
+    figures: Written = {
         kind: {name: None if math.isnan(v) else v for name, v in values.items()}
-        for kind, values in found.items()
+        for kind, values in scored.figures.items()
     }
-    for fault in fit.faults:
-        record_fault(ledger, stage="transfer", key=fault.picture.key, reason=fault.reason)
-    document = {**figures, "skipped_pictures": len(fit.faults)}
+    _warn(scored.faults)
+    faults = [(line["key"], line["reason"]) for line in skips.lines]
+    faults += [(fault.picture.key, fault.reason) for fault in scored.faults]
+    for key, reason in faults:
+        record_fault(ledger, stage="transfer", key=key, reason=reason)
+    document = {**figures, "skipped_pictures": len(faults)}
     write_atomic(out / "scores.json", json.dumps(document, indent=1))
     return figures

@@ -3,6 +3,7 @@
 Letters: H, W height and width of a picture, pixels.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from moce_dist.transfer.precision import Detections
 from moce_dist.transfer.segment import palette
 
 SHOWN_SCORE = 0.5
+"""Least score of a detection that is worth showing."""
 _OPACITY = 0.4
 _MIN_SIDE = 400
 
@@ -33,28 +35,34 @@ class Drawn(NamedTuple):
 def draw_preview(
     path: Path, image: Image.Image, picture: Picture, found: Detections, instances: Instances
 ) -> None:
-    """Write a picture with its detections of score 0.5 or more, beside it with its true objects."""
-    panels = [
-        _draw(image, objects) for objects in (_found(found, instances), _true(picture, instances))
-    ]
+    """Write a picture with its sure detections, beside it with its true objects."""
+    sure = _found(found.above(SHOWN_SCORE), instances.classes)
+    _write(path, [_draw(image, objects) for objects in (sure, _true(picture, instances))])
+
+
+def draw_found(path: Path, image: Image.Image, found: Detections, classes: Sequence[str]) -> None:
+    """Write a picture with its detections."""
+    _write(path, [_draw(image, _found(found, classes))])
+
+
+def _write(path: Path, panels: Sequence[NDArray[np.uint8]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(panels, axis=1)).save(path)
 
 
-def _colour(label: int, instances: Instances) -> tuple[int, int, int]:
-    red, green, blue = palette(len(instances.classes))[label].tolist()
+def _colour(label: int, num_classes: int) -> tuple[int, int, int]:
+    red, green, blue = palette(num_classes)[label].tolist()
     return red, green, blue
 
 
-def _found(found: Detections, instances: Instances) -> list[Drawn]:
+def _found(found: Detections, classes: Sequence[str]) -> list[Drawn]:
     drawn = []
     for i, (score, label) in enumerate(zip(found.scores, found.labels, strict=True)):
-        if score >= SHOWN_SCORE:
-            left, upper, right, lower = found.boxes[i].tolist()
-            text = f"{instances.classes[label]} {score:.2f}"
-            mask = None if found.masks is None else run_lengths.decode(found.masks[i])
-            colour = _colour(int(label), instances)
-            drawn.append(Drawn((left, upper, right, lower), text, colour, mask))
+        left, upper, right, lower = found.boxes[i].tolist()
+        text = f"{classes[label]} {score:.2f}"
+        mask = None if found.masks is None else run_lengths.decode(found.masks[i])
+        colour = _colour(int(label), len(classes))
+        drawn.append(Drawn((left, upper, right, lower), text, colour, mask))
     return drawn
 
 
@@ -66,7 +74,7 @@ def _true(picture: Picture, instances: Instances) -> list[Drawn]:
         mask: Any = None
         if instances.has_masks:
             mask = decode_mask(a.segmentation, picture.height, picture.width)
-        colour = _colour(label, instances)
+        colour = _colour(label, len(instances.classes))
         drawn.append(Drawn((x, y, x + width, y + height), instances.classes[label], colour, mask))
     return drawn
 

@@ -39,6 +39,17 @@ class Detections(NamedTuple):
     """(n,) class indices of the task."""
     masks: Sequence[Entry] | None
 
+    def above(self, score: float) -> "Detections":
+        """Keep the detections of this score or more."""
+        kept = np.flatnonzero(self.scores >= score)
+        masks = None if self.masks is None else [self.masks[i] for i in kept.tolist()]
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+
+    def sizes(self) -> NDArray[np.float64]:
+        """Return the boxes (n, 4) as left, upper, width, height."""
+        corners = np.asarray(self.boxes, np.float64).reshape(-1, 4)
+        return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+
 
 def pack_mask(mask: NDArray[np.bool_]) -> Entry:
     """Pack a mask (H, W) to run lengths."""
@@ -91,8 +102,6 @@ def _data_set(images: list[Entry], categories: list[Entry], annotations: list[En
 
 def box_results(picture: Picture, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
     """Bring the boxes of a picture to the evaluator's form."""
-    corners = np.asarray(found.boxes, np.float64).reshape(-1, 4)
-    sizes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
     return [
         {
             "image_id": picture.id,
@@ -101,7 +110,7 @@ def box_results(picture: Picture, found: Detections, category_ids: Sequence[int]
             "bbox": box.tolist(),
             "area": float(box[2] * box[3]),
         }
-        for box, score, label in zip(sizes, found.scores, found.labels, strict=True)
+        for box, score, label in zip(found.sizes(), found.scores, found.labels, strict=True)
     ]
 
 

@@ -1,12 +1,15 @@
-"""Use a fitted model on pictures: classes with their probabilities, or coloured masks.
+"""Use a fitted model on pictures: classes with their probabilities, coloured masks, or objects.
 
     {"image": "a.jpg", "classes": [{"name": "cat", "probability": 0.93}, ...]}
     {"image": "b.jpg", "mask": "OUT/b.png", "classes": [{"name": "sky", "share": 0.41}, ...]}
-    {"image": "c.jpg", "error": "image file is truncated"}
+    {"image": "c.jpg", "objects": [{"name": "cat", "score": 0.93, "box": [x, y, width, height],
+                                    "mask": {"size": [H, W], "counts": "..."}}, ...]}
+    {"image": "d.jpg", "error": "image file is truncated"}
 
+Boxes are in pixels of the picture (upright, as cameras mean it), masks are COCO's run lengths.
 Pictures go through the same steps as the test images of the fit, at one scale.
 
-Letters: B images, S side in pixels, C classes.
+Letters: B images, S side in pixels, C classes, H, W height and width of a picture.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +22,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moce_dist.data.images import eval_image, open_image
+from moce_dist.transfer.drawing import draw_found
+from moce_dist.transfer.finding import find
 from moce_dist.transfer.loading import Machine, renormalisation
+from moce_dist.transfer.precision import Detections
 from moce_dist.transfer.saved import Spec
 from moce_dist.transfer.segment import Window, class_probabilities, palette
 from moce_dist.transfer.tasks import Item
@@ -75,6 +81,13 @@ def _likeliest(probabilities: Tensor, classes: Sequence[str], top: int) -> list[
     ]
 
 
+def _opened(picture: Item) -> Image.Image | str:
+    try:
+        return open_image(picture.read())
+    except (ValueError, OSError) as error:
+        return " ".join(str(error).split())
+
+
 def paint(
     model: nn.Module, spec: Spec, pictures: Sequence[tuple[Item, Path]], machine: Machine
 ) -> Iterator[Line]:
@@ -83,10 +96,9 @@ def paint(
     backbone, window = spec.backbone(), Window(spec.image_size)
     colours = palette(len(spec.classes))
     for picture, mask in pictures:
-        try:
-            shown = open_image(picture.read())
-        except (ValueError, OSError) as error:
-            yield {"image": str(picture.content), "error": " ".join(str(error).split())}
+        shown = _opened(picture)
+        if isinstance(shown, str):
+            yield {"image": str(picture.content), "error": shown}
             continue
         classes = class_probabilities(model, shown, backbone, window, machine).argmax(dim=0)
         mask.parent.mkdir(parents=True, exist_ok=True)
@@ -102,3 +114,39 @@ def _shares(indices: Tensor, classes: Sequence[str]) -> list[Line]:
         for i in shares.argsort(descending=True).tolist()
         if shares[i] > 0
     ]
+
+
+def locate(
+    model: nn.Module,
+    spec: Spec,
+    pictures: Sequence[tuple[Item, Path | None]],
+    machine: Machine,
+    *,
+    min_score: float,
+) -> Iterator[Line]:
+    """Yield one line a picture: its objects of a score of `min_score` or more, best first.
+
+    Where a picture has a path it is written there with them, and the line has it as `drawn`.
+    """
+    model.to(machine.device)
+    for picture, path in pictures:
+        image = _opened(picture)
+        if isinstance(image, str):
+            yield {"image": str(picture.content), "error": image}
+            continue
+        found = find(model, image, machine).above(min_score)
+        line = {"image": str(picture.content), "objects": _objects(found, spec.classes)}
+        if path is not None:
+            draw_found(path, image, found, spec.classes)
+            line["drawn"] = str(path)
+        yield line
+
+
+def _objects(found: Detections, classes: Sequence[str]) -> list[Line]:
+    objects: list[Line] = [
+        {"name": classes[label], "score": float(score), "box": box.tolist()}
+        for label, score, box in zip(found.labels, found.scores, found.sizes(), strict=True)
+    ]
+    for entry, mask in zip(objects, found.masks or (), strict=False):
+        entry["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
+    return objects

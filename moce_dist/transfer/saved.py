@@ -11,17 +11,19 @@ Letters: B images, S side in pixels, C classes.
 Source: timm's local-dir format, timm/models/_hub.py (load_model_config_from_path).
 """
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import timm
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from moce_dist.config import TransferConfig
 from moce_dist.run import write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
@@ -29,16 +31,19 @@ from moce_dist.transfer.backbone import Backbone
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "moce_dist.model.v1"
 
+Kind = Literal["features", "classify", "segment", "detect"]
+
 
 @dataclass(frozen=True)
 class Spec:
     """What it takes to build a fitted model again and to feed it.
 
-    `channels` is the width of a segmenter's decoder; `is_multi_label` tells whether an image may
-    have several classes.
+    `is_multi_label` tells whether an image may have several classes; `channels` is the width of a
+    segmenter's decoder or a detector's pyramid. The rest is a detector's: whether it finds masks,
+    the side of its windows in patches, and that of its anchors in strides.
     """
 
-    kind: Literal["features", "classify", "segment"]
+    kind: Kind
     task: str
     classes: Sequence[str]
     architecture: str
@@ -48,15 +53,41 @@ class Spec:
     std: Sequence[float]
     is_multi_label: bool = False
     channels: int = 0
+    has_masks: bool = False
+    window: int = 0
+    anchor_strides: float = 0.0
 
     def build(self) -> nn.Module:
-        """Build the model with weights of its own: (B, 3, S, S) -> (B, C) or (B, C, S, S)."""
-        vit: nn.Module = timm.create_model(self.architecture, **self.arguments)
-        if self.kind != "segment":
-            return vit
-        from moce_dist.transfer.upernet import Segmenter
+        """Build the model with weights of its own.
 
-        return Segmenter(vit, len(self.classes), self.channels)
+        It maps (B, 3, S, S) to (B, C) or (B, C, S, S); a detector is torchvision's and takes a list
+        of pictures.
+        """
+        vit: nn.Module = timm.create_model(self.architecture, **self.arguments)
+        if self.kind == "segment":
+            from moce_dist.transfer.upernet import Segmenter
+
+            return Segmenter(vit, len(self.classes), self.channels)
+        return self._detector(vit) if self.kind == "detect" else vit
+
+    def _detector(self, vit: nn.Module) -> nn.Module:
+        from moce_dist.transfer.vitdet import make_detector
+
+        transfer = TransferConfig(
+            detect_size=self.image_size,
+            detect_channels=self.channels,
+            detect_window=self.window,
+            detect_anchor_strides=self.anchor_strides,
+        )
+        detector: nn.Module = make_detector(
+            vit,
+            self.backbone(),
+            transfer,
+            num_classes=len(self.classes),
+            has_masks=self.has_masks,
+            autocast=contextlib.nullcontext,
+        )
+        return detector
 
     def backbone(self) -> Backbone:
         """Describe what pictures have to look like, as loaders want it."""
@@ -116,6 +147,30 @@ def segmenter_spec(
     )
 
 
+def detector_spec(
+    backbone: Backbone,
+    task: str,
+    classes: Sequence[str],
+    transfer: TransferConfig,
+    *,
+    has_masks: bool,
+) -> Spec:
+    """Describe a backbone for squares of `transfer.detect_size` with pyramid and R-CNN."""
+    size = transfer.detect_size
+    return replace(
+        features_spec(backbone),
+        kind="detect",
+        task=task,
+        classes=list(classes),
+        arguments={**backbone.arguments, "img_size": size, "num_classes": 0},
+        image_size=size,
+        channels=transfer.detect_channels,
+        has_masks=has_masks,
+        window=transfer.detect_window,
+        anchor_strides=transfer.detect_anchor_strides,
+    )
+
+
 def timm_config(spec: Spec, tag: str) -> dict[str, Any]:
     """Make timm's `config.json`: architecture, arguments, and the pictures that it expects."""
     num_classes = 0 if spec.kind == "features" else len(spec.classes)
@@ -167,7 +222,11 @@ def load_model(folder: Path) -> tuple[nn.Module, Spec]:
         ConfigError: the folder holds none, or one whose weights do not fit.
     """
     spec = _read_spec(folder)
-    model = spec.build()
+    try:
+        model = spec.build()
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{folder / CONFIG}: describes no model ({reason})") from None
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -181,7 +240,10 @@ def _read_spec(folder: Path) -> Spec:
         if "moce_dist" in config:
             fields = {**config["moce_dist"]}
             del fields["format"], fields["about"]
-            return Spec(**fields)
+            spec = Spec(**fields)
+            if spec.kind not in get_args(Kind):
+                raise ValueError(f"unknown kind {spec.kind}")
+            return spec
         pixels = config["pretrained_cfg"]
         return Spec(
             "features",

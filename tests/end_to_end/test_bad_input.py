@@ -178,6 +178,7 @@ def damage_last(folder):
     return last
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_named_and_made_again(
     run_job, arguments, part_of, learned, finished
 ):
@@ -220,7 +221,11 @@ def small_files(folder, _spare):
 
 
 @pytest.mark.parametrize(
-    ("limit", "reason"), [(full_disk, "No space left"), (small_files, "File too large")]
+    ("limit", "reason"),
+    [
+        (small_files, "File too large"),
+        pytest.param(full_disk, "No space left", marks=pytest.mark.long),
+    ],
 )
 def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(
     run_job, arguments, part_of, limit, reason

@@ -96,6 +96,11 @@ def test_bounds_of_elastic_workers_must_be_in_order():
     assert message == "parallel.min_workers (4) must not be more than parallel.num_workers (2)"
 
 
+def test_requests_are_given_up_before_the_loader_is():
+    message = refused({"data": {"read_deadline_s": 50, "stall_timeout_s": 50}})
+    assert message == "data.read_deadline_s (50) must be below 50, data.stall_timeout_s"
+
+
 def test_balanced_gate_needs_clusters_that_divide():
     message = refused(
         {

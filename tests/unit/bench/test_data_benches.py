@@ -40,9 +40,11 @@ def test_decode_reports_every_figure():
 def test_stream_reports_every_figure_or_names_it_as_skipped():
     report = json.loads(stream.run(config(samples=256, batches=4, epoch_samples=4096)).to_json())
     assert set(report["variants"]) == {
-        "webdataset", "moce_dist", "sequential_read", "planned_read",
+        "webdataset", "litdata", "moce_dist", "sequential_read", "planned_read",
     }  # fmt: skip
-    assert set(report["ratios"]) == {"moce_dist/webdataset", "planned_read/sequential_read"}
+    assert set(report["ratios"]) == {
+        "moce_dist/webdataset", "moce_dist/litdata", "planned_read/sequential_read",
+    }  # fmt: skip
     assert report["figures"]["resume_first_batch_s"] > 0
     found = {**report["figures"], **report["skipped"]}
     assert "s3_bytes_read_over_used" in found

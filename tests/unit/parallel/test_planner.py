@@ -14,7 +14,7 @@ SIZES = [  # layers, clusters, experts, groups
     (2, 12, 4, 2),
     (3, 12, 4, 4),
     (2, 15, 6, 3),
-    (2, 16, 8, 4),
+    pytest.param((2, 16, 8, 4), marks=pytest.mark.long),
 ]
 SEEDS = range(6)
 
@@ -102,7 +102,9 @@ def assert_legal(plan, sizes, num_experts, num_groups):
         )
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize(
+    "seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(6, 12))]
+)
 def test_plans_are_legal_repeatable_and_blind_to_labels(seed):
     draws = np.random.default_rng(seed)
     groups = int(draws.integers(1, 6))

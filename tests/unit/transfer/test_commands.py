@@ -246,6 +246,7 @@ def test_model_that_is_not_there_is_named_with_those_that_are(task, tmp_path):
         ([str(task), str(tmp_path / "b.png")], "b.png: is neither a file nor a folder"),
         ([str(task), str(task / "models")], "holds no pictures"),
         ([str(task), str(image), "--top", "0"], "--top 0"),
+        ([str(task), str(image), "--min-score", "0.3"], "--min-score 0.3: .* is no detector"),
         ([str(task / "backbone"), str(image)], "is a backbone without classes"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -279,7 +280,7 @@ def test_wrong_command_line_ends_with_one_line_and_status_2(tmp_path):
 
 def test_masks_of_equal_names_are_refused(scenes_task, scene_folder, tmp_path):
     files = [str(scene_folder / "images" / split / "0.jpg") for split in ("training", "validation")]
-    with pytest.raises(ConfigError, match=r"0\.png: would be the mask of two pictures"):
+    with pytest.raises(ConfigError, match=r"0\.png: would be drawn from two pictures"):
         main(["predict", str(scenes_task), *files, "--out", str(tmp_path)])
     with pytest.raises(ConfigError, match="--out: name a folder"):
         main(["predict", str(scenes_task), files[0]])

@@ -1,4 +1,4 @@
-"""The detector: windows, pyramid, learning, and the job from flags to metrics.json."""
+"""The detector: windows, pyramid, and the job from flags to metrics.json and to predictions."""
 
 import contextlib
 import importlib.util
@@ -9,18 +9,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from moce_dist.model.customize import customize
-from moce_dist.run import Run, read_faults
+from moce_dist.run import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone
-from moce_dist.transfer.detect import Detection, detect, detection_rate
-from moce_dist.transfer.instances import read_instances
-from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.commands import predict
+from moce_dist.transfer.schedule import stepped_rate
 from moce_dist.transfer.vitdet import (
     WindowAttention,
     global_blocks,
@@ -184,96 +181,19 @@ def test_every_weight_is_optimised_once_and_deeper_blocks_slower(backbone, confi
 
 
 def test_rate_rises_stays_and_falls_twice():
-    rates = [detection_rate(step, steps=2700, peak=1.0) for step in range(2700)]
+    rates = [stepped_rate(step, steps=2700, warmup=250, peak=1.0) for step in range(2700)]
     assert rates[:250] == pytest.approx([(i + 1) / 250 for i in range(250)])
     assert set(rates[250:2400]) == {1.0}
     assert rates[2400:2600] == pytest.approx([0.1] * 200)
     assert rates[2600:] == pytest.approx([0.01] * 100)
-    assert detection_rate(0, steps=1, peak=1.0) == 1.0
-
-
-def fit_of(backbone, config, coco_folder, **changes):
-    transfer = config.transfer.model_copy(update=changes)
-    return Detection(backbone, read_instances("coco", coco_folder), transfer, machine_of(config))
-
-
-def test_training_finds_bright_objects(backbone, config, coco_folder, tmp_path):
-    fit = fit_of(
-        backbone,
-        config,
-        coco_folder,
-        **{"detect_steps": 90, "detect_batch_size": 4, "detect_lr": 3e-3, "detect_rois": 32},
-        **{
-            "detect_scale_min": 0.8,
-            "detect_scale_max": 1.25,
-            "detect_channels": 16,
-            "detect_drop_path": 0.0,
-        },
-    )
-    figures = detect(fit, seed=0, out=tmp_path / "out", ledger=tmp_path / "faults.jsonl")
-    assert figures["box"]["AP50"] > 0.4 and figures["mask"]["AP50"] > 0.3
-    # objects are smaller than 32 x 32
-    assert figures["box"]["AP large"] is None
-    written = json.loads((tmp_path / "out" / "scores.json").read_text())
-    assert written == {**figures, "skipped_pictures": 0}
-    preview = np.asarray(Image.open(tmp_path / "out" / "000000000000.png"))
-    assert preview.shape == (40 * 8, 2 * 56 * 8, 3)
-
-
-def losses(fit, seed):
-    model = fit.build(seed)
-    fit.train(model, seed)
-    return [float(p.detach().sum()) for p in model.parameters()]
-
-
-def test_same_seed_gives_the_same_weights_and_another_does_not(backbone, config, coco_folder):
-    torch.set_num_threads(1)
-    fit = fit_of(backbone, config, coco_folder, detect_steps=2)
-    assert losses(fit, 0) == losses(fit, 0) != losses(fit, 1)
-
-
-def test_parts_of_a_batch_add_up(backbone, config, coco_folder):
-    fit = fit_of(backbone, config, coco_folder, detect_batch_size=4, detect_drop_path=0.0)
-    model = fit.build(0)
-    samples = fit._readable([fit_sample(fit, i) for i in range(4)])
-    # with every proposal taken, nothing of the heads' draws is left to chance
-    model.rpn.fg_bg_sampler.batch_size_per_image = 10**6
-    model.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
-    parts = [fit._backward(model, [sample]) for sample in samples]
-    fit.machine = type(fit.machine)(**{**vars(fit.machine), "micro_batches": 4})
-    torch.testing.assert_close(fit._backward(model, samples), torch.stack(parts).mean())
-
-
-def fit_sample(fit, index):
-    from moce_dist.transfer.detect import _Squares
-
-    return _Squares(fit.instances, fit.transfer, 0)[0, index]
-
-
-def test_damaged_pictures_are_skipped_counted_and_named(backbone, config, coco_folder, tmp_path):
-    data = Path(shutil.copytree(coco_folder, tmp_path / "data"))
-    fit = fit_of(backbone, config, data, detect_steps=3, detect_batch_size=6)
-    (data / "train2017" / "000000000002.jpg").write_bytes(b"\xff\xd8 nothing")
-    (data / "val2017" / "000000000001.jpg").write_bytes(b"")
-    ledger = tmp_path / "faults.jsonl"
-    figures = detect(fit, seed=0, out=tmp_path / "out", ledger=ledger)
-    faults = read_faults(ledger)
-    assert [f["key"] for f in faults] == 3 * ["train2017/000000000002.jpg"] + [
-        "val2017/000000000001.jpg"
-    ]
-    assert json.loads((tmp_path / "out" / "scores.json").read_text())["skipped_pictures"] == 4
-    assert figures["box"]["AP"] is not None
-    for path in (data / "train2017").iterdir():
-        path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"train2017/.*: image is empty"):
-        detect(fit, seed=0, out=tmp_path / "out", ledger=ledger)
+    assert stepped_rate(0, steps=1, warmup=1, peak=1.0) == 1.0
 
 
 def metrics_of(run: Run) -> dict[str, Any]:
     return json.loads((run.transfer("coco") / "metrics.json").read_text())
 
 
-def test_job_compares_backbones_on_masks_and_boxes(run, coco_folder, job, tmp_path):
+def test_job_compares_backbones_on_masks_and_boxes(run, coco_folder, job, tmp_path, capsys):
     flags = ["--task", "coco", "--run", str(run.root), "--backbone", "moce,mae,random"]
     job.main([*flags, "--data", str(coco_folder)])
     metrics = metrics_of(run)
@@ -286,6 +206,10 @@ def test_job_compares_backbones_on_masks_and_boxes(run, coco_folder, job, tmp_pa
         assert (row["num_train"], row["num_test"]) == (6, 3)
     written = {p.name for p in (run.transfer("coco") / "predictions" / "moce-0").iterdir()}
     assert written == {"scores.json", *(f"{i:012d}.png" for i in range(3))}
+    capsys.readouterr()
+    predict([str(run.transfer("coco")), str(coco_folder / "val2017")])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.keys() for line in lines] == 3 * [{"image", "objects"}]
 
     # another budget repeats the fits; without outlines only boxes are compared
     data = Path(shutil.copytree(coco_folder, tmp_path / "boxes"))

@@ -1,0 +1,96 @@
+"""Find the objects of pictures with a detector, and score what was found.
+
+Letters: H, W height and width of a picture, pixels; n objects found.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from moce_dist.data.images import ImageError
+from moce_dist.transfer.drawing import draw_preview
+from moce_dist.transfer.instances import Instances, Picture, load_picture
+from moce_dist.transfer.loading import Machine, Progress
+from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.precision import (
+    Detections,
+    average_precision,
+    box_results,
+    ground_truth,
+    mask_results,
+    pack_mask,
+)
+
+_NUM_PREVIEWS = 4
+
+Figures = dict[str, dict[str, float]]
+
+
+class Fault(NamedTuple):
+    """A picture that cannot be used, and why."""
+
+    picture: Picture
+    reason: str
+
+
+class Scored(NamedTuple):
+    """Figures of boxes, and of masks where the task has them; pictures that cannot be read."""
+
+    figures: Figures
+    faults: list[Fault]
+
+    def measures(self) -> Measures:
+        """Return the figures in one row, box AP first, without those that have no objects."""
+        return {
+            f"{kind} {name}": value
+            for kind, values in self.figures.items()
+            for name, value in values.items()
+            if not math.isnan(value)
+        }
+
+
+@torch.no_grad()
+def find(model: Any, picture: Image.Image, machine: Machine) -> Detections:
+    """Find the objects of an RGB picture (H, W) with a detector in evaluation mode."""
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+    (found,) = model([pixels.to(machine.device).float() / 255])
+    masks = None
+    if "masks" in found:
+        masks = [pack_mask(mask[0].cpu().numpy() > 0.5) for mask in found["masks"]]
+    return Detections(
+        found["boxes"].double().cpu().numpy(),
+        found["scores"].double().cpu().numpy(),
+        found["labels"].cpu().numpy() - 1,
+        masks,
+    )
+
+
+def evaluate(model: Any, instances: Instances, machine: Machine, out: Path) -> Scored:
+    """Score a detector in evaluation mode on the test pictures; draw the first few into `out`.
+
+    In a picture that cannot be read nothing is found.
+    """
+    boxes, masks, faults = [], [], []
+    progress = Progress("detection test", len(instances.test), "pictures")
+    for number, picture in enumerate(instances.test):
+        progress.advance()
+        try:
+            image = load_picture(picture)
+        except ImageError as error:
+            faults.append(Fault(picture, str(error)))
+            continue
+        found = find(model, image, machine)
+        boxes += box_results(picture, found, instances.category_ids)
+        if instances.has_masks:
+            masks += mask_results(picture, found, instances.category_ids)
+        if number < _NUM_PREVIEWS:
+            draw_preview(out / f"{picture.image.stem}.png", image, picture, found, instances)
+    truth = ground_truth(instances.test, instances)
+    figures = {"box": average_precision(truth, boxes, "bbox")}
+    if instances.has_masks:
+        figures["mask"] = average_precision(truth, masks, "segm")
+    return Scored(figures, faults)
