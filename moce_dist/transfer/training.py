@@ -26,7 +26,7 @@ _PREFIX, _BUFFER = "model.", "buffer"
 Loss = Callable[[Tensor, Any], Tensor]
 
 
-class _Objective(nn.Module):
+class Objective(nn.Module):
     """Model and loss as one module, which is what the engine runs."""
 
     def __init__(self, model: nn.Module, loss: Loss, machine: Machine) -> None:
@@ -34,6 +34,7 @@ class _Objective(nn.Module):
         self.model, self._loss, self._machine = model, loss, machine
 
     def forward(self, inputs: Tensor, targets: Any) -> Tensor:
+        """Return the mean loss of inputs (n, ...)."""
         with self._machine.autocast():
             return self._loss(inputs, targets)
 
@@ -62,7 +63,7 @@ class Trainer:
         size = machine.num_ranks * machine.micro_batches
         topology = Topology(machine.num_ranks, 1)
         self._engine = Engine(
-            _Objective(model, loss, machine),
+            Objective(model, loss, machine),
             optimizer.param_groups,
             lambda _: optimizer,
             # parts differ in size: to the engine every micro-batch of a rank is one item
@@ -86,7 +87,7 @@ class Trainer:
         """
         machine = self._machine
         set_learning_rate(self._engine.optimizer, rate)
-        parts = list(_parts(batch, machine.micro_batches, weigh))
+        parts = list(cut_batch(batch, machine.micro_batches, weigh))
         weight = sum(weight for *_, weight in parts)
         divisor = max(1, int(add_up(torch.tensor(weight), machine)))
         # the engine averages over ranks and micro-batches
@@ -131,7 +132,7 @@ def _blocks(name: str, model: nn.Module, parallel: ParallelConfig) -> list[nn.Mo
     return blocks
 
 
-def _parts(
+def cut_batch(
     batch: tuple[Tensor, Any], count: int, weigh: Callable[[Any], int]
 ) -> Iterator[tuple[Tensor, Any, int]]:
     """Cut a rank's batch into `count` micro-batches, with the weights of their losses."""
