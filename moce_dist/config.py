@@ -243,10 +243,7 @@ class ParallelConfig(Section):
     """Ranks, expert groups and numerics."""
 
     num_workers: int = Field(1, ge=1)
-    """Training processes R, one per GPU; R is a multiple or a divisor of `num_groups`.
-
-    They share the steps of a task's fine-tuning and segmentation too; detection takes one.
-    """
+    """Training processes R, one per GPU; R is a multiple or a divisor of `num_groups`."""
     min_workers: int | None = Field(None, ge=1)
     """Fewest processes to start or go on with when nodes are missing; None: all `num_workers`."""
     num_groups: int = Field(1, ge=1)
