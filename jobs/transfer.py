@@ -1,5 +1,6 @@
 """Give a downstream task its own dense ViT and compare it with others."""
 
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -23,7 +24,15 @@ from moce_dist.transfer.request import (
     parse_names,
     protocols_of,
 )
-from moce_dist.transfer.suite import ALL, Order, attempt, carry_out, collect, list_task
+from moce_dist.transfer.suite import (
+    ALL,
+    FitsJob,
+    Order,
+    attempt,
+    carry_out,
+    collect,
+    list_task,
+)
 
 DEFAULT_RUN = "quickstart"
 
@@ -59,7 +68,8 @@ def make_request(args: Any, config: Config) -> Request:
         raise ConfigError("--task: is missing, and the configuration names no transfer.task")
     return Request(
         task,
-        Path(args.data) if args.data else None,
+        # a worker stands in a folder of its own
+        Path(args.data).absolute() if args.data else None,
         parse_names(args.backbone, "--backbone"),
         parse_names(args.protocol, "--protocol") if args.protocol else protocols_of(task),
         args.seeds,
@@ -91,10 +101,8 @@ def make_orders(args: Any, config: Config) -> list[Order]:
 def suite_order(args: Any, entry: SuiteEntry) -> Order:
     """Lay an entry of a suite over the flags."""
     _, config = open_configured(args, entry.set)
-    # a worker stands in a folder of its own
     given = entry.data or (None if entry.task in SAMPLE_TASKS else args.data)
-    data = str(Path(given).absolute()) if given else None
-    flags = {**vars(args), "task": entry.task, "data": data}
+    flags = {**vars(args), "task": entry.task, "data": given}
     if entry.protocol:
         flags["protocol"] = ",".join(entry.protocol)
     request = make_request(Namespace(**flags), config)
@@ -159,6 +167,29 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def check_torchrun(args: Any, config: Config, orders: Sequence[Order]) -> None:
+    """Check that processes which torchrun started have something to share.
+
+    Raises:
+        ConfigError: they have not.
+    """
+    if "RANK" not in os.environ:
+        return
+    if (args.task or config.transfer.task) == ALL:
+        raise ConfigError("--task all: not under torchrun; its tasks have one worker each")
+    if orders[0].request.is_detection:
+        raise ConfigError(
+            f"--task {orders[0].request.task}: not under torchrun; a detector has one worker"
+        )
+
+
+def train_on_workers(job: FitsJob) -> None:
+    """Train the fits of a task on as many workers as there are."""
+    from moce_dist.launch import train
+
+    train(job)
+
+
 def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
     """Carry out all tasks on as many workers as there are, and say what came of them.
 
@@ -182,6 +213,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     run, config = open_configured(args)
     orders = make_orders(args, config)
+    check_torchrun(args, config, orders)
     if run is not None:
         for order in orders:
             check_stages(order.request, run)
@@ -191,8 +223,9 @@ def main(argv: Sequence[str]) -> None:
     elif (args.task or config.transfer.task) == ALL:
         run_suite(run, config, orders)
     else:
-        metrics = carry_out(run.root, orders[0])
-        print_table([metrics], f"{metrics['task']}: {metrics['metric']}")
+        metrics = carry_out(run.root, orders[0], train_on_workers)
+        if metrics:
+            print_table([metrics], f"{metrics['task']}: {metrics['metric']}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Where workers go and what a loss costs: the driver's decisions, without Ray.
 
-A stage wants `parallel.num_workers` ranks and goes on with `parallel.min_workers` when nodes are
+A job wants `parallel.num_workers` ranks and goes on with `parallel.min_workers` when nodes are
 missing. At the start and after every loss the driver looks at the nodes that are alive, takes the
 largest legal number of ranks that they have room for, and starts all workers again from the newest
 checkpoint. Batches and routing do not change with that number, micro-batches do.
@@ -48,9 +48,9 @@ class Host:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a stage needs of the nodes."""
+    """What a job needs of the nodes."""
 
-    stage: str
+    name: str
     parallel: ParallelConfig
     batch_size: int
     resource: str
@@ -154,11 +154,11 @@ def wait_for_seats(
             return found
         if waited_s >= wanted.parallel.start_timeout_s:
             limit = f"parallel.start_timeout_s ({wanted.parallel.start_timeout_s:g} s)"
-            raise RuntimeError(f"{wanted.stage}: no room within {limit}: {wanted.missing(hosts)}")
+            raise RuntimeError(f"{wanted.name}: no room within {limit}: {wanted.missing(hosts)}")
         if should_stop():
-            raise StoppedError(f"{wanted.stage}: SIGTERM while waiting for nodes")
+            raise StoppedError(f"{wanted.name}: SIGTERM while waiting for nodes")
         if (missing := wanted.missing(hosts)) != last_said and waited_s >= settle_s:
-            log.info("%s: waiting for nodes: %s", wanted.stage, missing)
+            log.info("%s: waiting for nodes: %s", wanted.name, missing)
             last_said = missing
         time.sleep(_LOOK_EVERY_S)
 
@@ -167,7 +167,7 @@ def wait_for_seats(
 class Budgets:
     """Losses so far, counted by their kind."""
 
-    stage: str
+    name: str
     parallel: ParallelConfig
     failures: int = 0
     preemptions: int = 0
@@ -183,10 +183,10 @@ class Budgets:
         setattr(self, name, count)
         if count > limit:
             raise RuntimeError(
-                f"{self.stage}: {count} {name}, more than parallel.max_{name} ({limit}) allows; "
+                f"{self.name}: {count} {name}, more than parallel.max_{name} ({limit}) allows; "
                 f"the last one: {cause}"
             )
-        return f"{self.stage}: {name.removesuffix('s')} {count} of at most {limit}: {cause}"
+        return f"{self.name}: {name.removesuffix('s')} {count} of at most {limit}: {cause}"
 
 
 class Desk:
@@ -216,7 +216,7 @@ class Desk:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a start of the workers ended: at the end of the stage, or before, and why."""
+    """How a start of the workers ended: at the end of the job, or before, and why."""
 
     is_finished: bool = False
     is_saved: bool = False

@@ -1,27 +1,67 @@
-"""What the workers of a stage leave in files, and who reads it to tell a person how they get on."""
+"""A job of several workers, what they leave in files, and who tells a person how they get on."""
 
 import json
 import logging
 import time
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
 
-from moce_dist.run import read_jsonl, write_atomic
-from moce_dist.train.job import StageJob, TooManyFaultsError, plan_of, total_steps
+from moce_dist.config import ParallelConfig
+from moce_dist.run import write_atomic
+from moce_dist.train.job import TooManyFaultsError
 
 FAILED = "failed.json"
-"""In a stage's folder: the error that ended the training, and that trying again would not cure."""
+"""In a job's folder: the error that ended the training, and that trying again would not cure."""
 LOG = "log.txt"
-"""In a stage's folder: what workers have to say."""
+"""In a job's folder: what workers have to say."""
 log = logging.getLogger(__name__)
 
 
-def error_left(job: StageJob) -> str | None:
-    """Return the error that workers of a stage left, if any."""
+class Job(Protocol):
+    """Training that workers carry out together; it is sent to them, so it is small.
+
+    It may be started again on another number of workers, and goes on from what it has saved.
+    """
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def run_root(self) -> Path:
+        """The run that it belongs to."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How many workers there are to be, and in which groups."""
+
+    @property
+    def batch_size(self) -> int:
+        """What every number of workers below the full one must divide."""
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Carry it out on this rank.
+
+        Raises:
+            StoppedError: `should_stop` said so on one rank, and the state is saved.
+        """
+
+    def progress(self) -> str:
+        """Say in a line how far it is; "" when its log says that, or nobody knows."""
+
+
+def error_left(job: Job) -> str | None:
+    """Return the error that workers of a job left, if any."""
     failed = job.folder / FAILED
     return str(json.loads(failed.read_text())["error"]) if failed.exists() else None
 
 
-def leave_error(job: StageJob, error: Exception) -> None:
+def leave_error(job: Job, error: Exception) -> None:
     """Leave an error of the training itself, unless another try may be worth it."""
     if _is_final(error):
         write_atomic(job.folder / FAILED, json.dumps({"error": _one_line(error)}))
@@ -40,8 +80,8 @@ def _one_line(error: Exception) -> str:
     return text if says_enough else f"{type(error).__name__}: {text}"
 
 
-def log_to_file(job: StageJob, level: int) -> None:
-    """Write what this process logs into the stage's folder."""
+def log_to_file(job: Job, level: int) -> None:
+    """Write what this process logs into the job's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(job.folder / LOG)
     handler.setLevel(level)
@@ -51,14 +91,12 @@ def log_to_file(job: StageJob, level: int) -> None:
 
 
 class Follower:
-    """Tells a person how a stage gets on, from what its workers leave in files."""
+    """Tells a person how a job gets on, from what its workers leave in files."""
 
-    def __init__(self, job: StageJob, *, every_s: float = 10.0) -> None:
+    def __init__(self, job: Job, *, every_s: float = 10.0) -> None:
+        self._job, self._log = job, job.folder / LOG
         self._every_s, self._due = every_s, time.monotonic() + every_s
-        self._stage = job.stage
-        self._metrics, self._log = job.folder / "metrics.jsonl", job.folder / LOG
-        self._total = total_steps(job.stage_config, plan_of(job))
-        self._last = max((line["step"] for line in read_jsonl(self._metrics)), default=-1)
+        self._said = job.progress()
         self._position = self._log.stat().st_size if self._log.exists() else 0
 
     def report(self) -> None:
@@ -67,10 +105,9 @@ class Follower:
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + self._every_s
-        metrics = read_jsonl(self._metrics)
-        if metrics and metrics[-1]["step"] != self._last:
-            self._last = metrics[-1]["step"]
-            log.info("%s", self._line(metrics[-1]))
+        if (line := self._job.progress()) != self._said:
+            self._said = line
+            log.info("%s", line)
 
     def report_log(self) -> None:
         """Pass on new lines of the workers' log."""
@@ -85,12 +122,3 @@ class Follower:
             whole, newline, _ = file.read().rpartition(b"\n")
         self._position += len(whole) + len(newline)
         return whole.decode(errors="replace").splitlines()
-
-    def _line(self, metrics: dict[str, Any]) -> str:
-        left = (self._total - metrics["step"] - 1) * metrics["images_seen"] / (metrics["step"] + 1)
-        seconds = int(left / max(metrics["images_per_s"], 1e-9))
-        return (
-            f"{self._stage}: step {metrics['step'] + 1} of {self._total}, "
-            f"loss {metrics['loss']:.4f}, "
-            f"{metrics['images_per_s']:.0f} images/s, {seconds // 60}:{seconds % 60:02d} left"
-        )

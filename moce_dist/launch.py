@@ -1,8 +1,8 @@
-"""The only door to Ray: map a function over items, run a training stage on Ray Train.
+"""The only door to Ray: map a function over items, run a job on Ray Train's workers.
 
 A running cluster is used when there is one (RAY_ADDRESS, which `ray job submit` sets); else an
 embedded one is started in this process and ends with it. What runs on the workers knows nothing
-of Ray and reports through files of the run directory, so a stage looks the same under plain
+of Ray and reports through files of the run directory, so a job looks the same under plain
 torchrun.
 
 When a worker is lost, all start again from the newest checkpoint, on as many nodes as there are
@@ -47,11 +47,10 @@ from moce_dist.elastic import (
     heed_sigterm,
     wait_for_seats,
 )
-from moce_dist.follow import FAILED, Follower, error_left, leave_error, log_to_file
+from moce_dist.follow import FAILED, Follower, Job, error_left, leave_error, log_to_file
 from moce_dist.mapping import Item, Result, Shared
 from moce_dist.parallel.groups import Station, free_port, rank_order
 from moce_dist.run import StoppedError
-from moce_dist.train.job import StageJob
 
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -137,8 +136,8 @@ def map_shared(
     return map_tasks(function, items, parallel=parallel, shared=(shared,))
 
 
-def train(job: StageJob) -> None:
-    """Run a training stage to its end, on as many workers as there is room for.
+def train(job: Job) -> None:
+    """Run a job to its end, on as many workers as there is room for.
 
     Raises:
         ConfigError: the cluster's labels do not fit the groups.
@@ -147,25 +146,25 @@ def train(job: StageJob) -> None:
         StoppedError: this process got SIGTERM; the state is saved.
     """
     (job.folder / FAILED).unlink(missing_ok=True)
-    if "RANK" in os.environ or not needs_ray(job.config.parallel):
+    if "RANK" in os.environ or not needs_ray(job.parallel):
         with heed_sigterm() as is_terminated:
-            _pretrain(job, is_terminated)
+            job.run(is_terminated)
         return
-    connect(job.config.parallel)
+    connect(job.parallel)
     with heed_sigterm() as is_terminated:
         _supervise(job, is_terminated)
 
 
-def _supervise(job: StageJob, is_terminated: Callable[[], bool]) -> None:
-    parallel = job.config.parallel
+def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
+    parallel = job.parallel
     # known once: when the last node with a GPU is lost, training waits for one
     resource = "GPU" if uses_gpu(parallel) else "CPU"
-    wanted = Wanted(job.stage, parallel, job.stage_config.batch_size, resource)
+    wanted = Wanted(job.name, parallel, job.batch_size, resource)
     look = partial(live_hosts, resource)
-    budgets, follower = Budgets(job.stage, parallel), Follower(job)
+    budgets, follower = Budgets(job.name, parallel), Follower(job)
     while True:
         labels = wait_for_seats(wanted, look, is_terminated)
-        log.info("%s: %d of %d workers", job.stage, len(labels), parallel.num_workers)
+        log.info("%s: %d of %d workers", job.name, len(labels), parallel.num_workers)
         start = Start(job, wanted, labels)
         ending = start.run(follower, is_terminated)
         if error := error_left(job):
@@ -175,7 +174,7 @@ def _supervise(job: StageJob, is_terminated: Callable[[], bool]) -> None:
         if is_terminated():
             raise StoppedError(f"SIGTERM; {ending.cause}")
         if ending.is_saved and start.has_room_for_more:
-            log.info("%s: there is room for more workers", job.stage)
+            log.info("%s: there is room for more workers", job.name)
             continue
         lost = start.hosting() - {host.node for host in look()}
         log.warning("%s", budgets.charge(is_preemption=bool(lost), cause=ending.cause))
@@ -199,7 +198,7 @@ def live_hosts(resource: str) -> list[Host]:
 class Start:
     """One start of all workers, from the newest checkpoint until they are done or lost."""
 
-    def __init__(self, job: StageJob, wanted: Wanted, labels: list[str]) -> None:
+    def __init__(self, job: Job, wanted: Wanted, labels: list[str]) -> None:
         """Begin a start of one worker for each label."""
         self._wanted, self._labels = wanted, labels
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -246,9 +245,9 @@ class Start:
         return self.has_room_for_more
 
 
-def _fit(job: StageJob, resource: str, labels: list[str], desk: Any) -> Ending:
+def _fit(job: Job, resource: str, labels: list[str], desk: Any) -> Ending:
     """Run Ray Train with one worker for each label; say how it ended."""
-    parallel = job.config.parallel
+    parallel = job.parallel
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
     # the driver asks who drains; Ray's own watcher would end the workers while they save
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
@@ -260,7 +259,7 @@ def _fit(job: StageJob, resource: str, labels: list[str], desk: Any) -> Ending:
             num_workers=len(labels), use_gpu=resource == "GPU", label_selector=selectors or None
         ),
         run_config=ray.train.RunConfig(
-            name=job.stage,
+            name=job.name,
             storage_path=str(job.run_root / "ray"),
             failure_config=ray.train.FailureConfig(controller_failure_limit=0),
         ),
@@ -301,17 +300,17 @@ def _join(timeout_s: float) -> None:
 
 
 def _train_worker(config: dict[str, Any]) -> str | None:
-    """Train on one worker; None at the end of the stage, else what was said on leaving it early."""
+    """Train on one worker; None at the end of the job, else what was said on leaving it early."""
     job, desk = config["job"], config["desk"]
     if error_left(job):
         return None
     ray.get(desk.arrive.remote(ray.get_runtime_context().get_node_id()))
-    _join(job.config.parallel.start_timeout_s)
+    _join(job.parallel.start_timeout_s)
     is_first = ray.train.get_context().get_world_rank() == 0
     log_to_file(job, logging.INFO if is_first else logging.WARNING)
     try:
         # one rank that asks is enough: the ranks agree with every step
-        _pretrain(job, _watch(desk) if is_first else lambda: False)
+        job.run(_watch(desk) if is_first else lambda: False)
     except StoppedError as stopped:
         return str(stopped)
     except Exception as error:
@@ -333,9 +332,3 @@ def _watch(desk: Any) -> Callable[[], bool]:
 
     threading.Thread(target=ask, name="watch", daemon=True).start()
     return asked.is_set
-
-
-def _pretrain(job: StageJob, should_stop: Callable[[], bool]) -> None:
-    from moce_dist.train.loop import pretrain
-
-    pretrain(job, should_stop)

@@ -47,6 +47,7 @@ from moce_dist.run import (
     artefact_id,
     fingerprint,
     is_complete,
+    is_first_process,
     mark_complete,
     read_marker,
     set_aside,
@@ -229,11 +230,6 @@ class Pipeline:
         assert checkpoint is not None
         files = [*checkpoint.iterdir(), folder / "metrics.jsonl", *folder.glob("holdout.json")]
         mark_complete(folder, inputs, files)
-
-
-def is_first_process() -> bool:
-    """Tell whether this process speaks for all: always, unless torchrun started several."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def trained_id(folder: Path) -> str:

@@ -29,6 +29,11 @@ class StoppedError(RuntimeError):
     """A run was asked to stop and has saved its state; the same command goes on from there."""
 
 
+def is_first_process() -> bool:
+    """Tell whether this process speaks for all: always, unless torchrun started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def fingerprint(value: Any) -> str:
     """Sha256 of a JSON-able value; dictionaries compare by content, not by order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -17,6 +17,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -73,10 +74,11 @@ class EngineSpec:
         return self.parallel.micro_batches_on(self.topology.num_ranks, self.batch_size)
 
 
-def init_distributed(device: torch.device) -> None:
+def init_distributed(device: torch.device, timeout: timedelta | None = None) -> None:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, or one of a single process.
 
-    Does nothing when a launcher has made the process group already. Collective over all ranks.
+    Does nothing when a launcher has made the process group already. Collective over all ranks,
+    which wait for each other up to `timeout`; None: as long as torch thinks right.
     """
     os.environ.setdefault("LOCAL_RANK", "0")
     # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler
@@ -85,7 +87,7 @@ def init_distributed(device: torch.device) -> None:
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend)
+            dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

@@ -1,12 +1,15 @@
 """A training stage as it is sent to the workers: small, and everything else is read from disk."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from moce_dist.config import Config, StageConfig
+from moce_dist.config import Config, ParallelConfig, StageConfig
 from moce_dist.data.plan import Plan, sample_table
 from moce_dist.data.shards import read_index
+from moce_dist.run import read_jsonl
 
 HOLDOUT_TABLE = "holdout.parquet"
 
@@ -26,14 +29,54 @@ class StageJob:
     holdout: str | None = None
 
     @property
+    def name(self) -> str:
+        """What the job is called: its stage."""
+        return self.stage
+
+    @property
     def folder(self) -> Path:
         """Where the stage writes."""
         return self.run_root / self.stage
 
     @property
+    def parallel(self) -> ParallelConfig:
+        """How many workers there are to be, and in which groups."""
+        return self.config.parallel
+
+    @property
     def stage_config(self) -> StageConfig:
         """Optimisation of this stage."""
         return self.config.mae if self.stage == "mae" else self.config.moce
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, which all legal numbers of workers divide."""
+        return self.stage_config.batch_size
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Optimiser steps of the stage."""
+        return total_steps(self.stage_config, plan_of(self))
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Train the stage to its end; collective over all ranks."""
+        from moce_dist.train.loop import pretrain
+
+        pretrain(self, should_stop)
+
+    def progress(self) -> str:
+        """Say how far the training is, by the newest line of its metrics; "" before the first."""
+        metrics = read_jsonl(self.folder / "metrics.jsonl")
+        if not metrics:
+            return ""
+        last = metrics[-1]
+        left = (self.total_steps - last["step"] - 1) * last["images_seen"] / (last["step"] + 1)
+        seconds = int(left / max(last["images_per_s"], 1e-9))
+        return (
+            f"{self.stage}: step {last['step'] + 1} of {self.total_steps}, "
+            f"loss {last['loss']:.4f}, "
+            f"{last['images_per_s']:.0f} images/s, {seconds // 60}:{seconds % 60:02d} left"
+        )
 
 
 def plan_of(job: StageJob) -> Plan:

@@ -4,29 +4,27 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.layers import Mlp
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from moce_dist.cluster.assign import read_assignments
-from moce_dist.config import Config, ParallelConfig
+from moce_dist.config import Config
 from moce_dist.data.plan import Plan, SampleTable, sample_table
 from moce_dist.data.shards import read_index
 from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.model.moce import MoceBlock, experts_from_dense, is_stacked
+from moce_dist.model.moce import experts_from_dense, is_stacked
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.token import insert_token_experts
 from moce_dist.run import Run, forget_faults
 from moce_dist.settings import ConfigError
+from moce_dist.train.blocks import prepare_blocks
 from moce_dist.train.checkpoint import (
     Naming,
     latest_checkpoint,
@@ -157,7 +155,8 @@ def assemble(
     )
     if job.stage == "moce" and config.moe.kind == "token":
         insert_token_experts(model, config, topology.ep_size)
-    prepare_blocks(model.to(device), config.parallel)
+    model.to(device)
+    prepare_blocks([*model.blocks, *model.decoder_blocks], config.parallel)
     engine = Engine(
         model,
         parameter_groups(model, stage, config.gate.lr_scale),
@@ -169,28 +168,6 @@ def assemble(
     naming = Naming(config.moe_layers, router.experts, topology.place(rank))
     saver = Saver(job.folder / "checkpoints", topology, keep=config.checkpoint.keep)
     return TrainState(job, rank, topology, plan, router, engine, naming, saver)
-
-
-def prepare_blocks(model: MaskedAutoencoder, parallel: ParallelConfig) -> None:
-    """Checkpoint activations of the blocks and compile them, in place; names stay as they are.
-
-    Of blocks with experts this concerns the attention and the experts, never what routes between
-    them: its collectives run once, and its shapes follow the step's routing.
-    """
-    for block in [*model.blocks, *model.decoder_blocks]:
-        is_dense = isinstance(block.mlp, Mlp)
-        if parallel.activation_checkpointing:
-            for part in [block] if is_dense else [block.attn, *expert_modules(block)]:
-                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
-        if parallel.compile:
-            (block if is_dense else block.attn).compile(dynamic=False)
-
-
-def expert_modules(block: nn.Module) -> list[nn.Module]:
-    """Modules of a block that compute experts."""
-    if isinstance(block, MoceBlock):
-        return [block.mlp.experts]
-    return [module for module in block.get_submodule("mlp").modules() if isinstance(module, Mlp)]
 
 
 def _start_or_resume(state: TrainState, start: Path | None) -> None:

@@ -21,6 +21,7 @@ from moce_dist.config import TransferConfig
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.loading import Machine, Progress, eval_batches
 from moce_dist.transfer.measure import Measures, measure, multi_label_loss
+from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import classifier_spec, save_model
 from moce_dist.transfer.tasks import Item, Task
 
@@ -49,11 +50,11 @@ def extract(
     """
     model = backbone.features_model(seed).to(machine.device)
     progress = Progress(f"{backbone.name} features", len(items), "images")
-    features, labels = [], []
+    found = []
     for images, batch_labels in eval_batches(items, backbone, machine):
-        features.append(model(images.to(machine.device)).float().cpu())
-        labels.append(batch_labels)
+        found.append((model(images.to(machine.device)).float().cpu(), batch_labels))
         progress.advance(len(batch_labels))
+    features, labels = zip(*in_order(found, machine), strict=True)
     return torch.cat(features), torch.cat(labels)
 
 

@@ -3,13 +3,15 @@
     checkpoints --choose--> choice.json --customise--> backbone/ --fits--> results.jsonl -->
     metrics.json
 
-Every backbone meets the same images, budgets and seeds. A fit that was finished under the same
-conditions is not repeated.
+What trains a backbone may run on many ranks, all else is the work of one process. Every backbone
+meets the same images, budgets and seeds. A fit that was finished under the same conditions is not
+repeated.
 """
 
 import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +36,11 @@ from moce_dist.transfer.classify import (
 from moce_dist.transfer.detect import Detection, detect
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.finetune import finetune
-from moce_dist.transfer.fit import Kept
+from moce_dist.transfer.fit import Kept, never
 from moce_dist.transfer.instances import Instances
-from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.loading import Machine, machine_of
 from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.ranks import from_first
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
@@ -74,10 +77,19 @@ def open_stage(run: Run, name: str) -> Stage | None:
 class Comparison:
     """One request on one run: what it needs is loaded once, what is finished is kept."""
 
-    def __init__(self, request: Request, run: Run, config: Config, task: AnyTask) -> None:
+    def __init__(
+        self,
+        request: Request,
+        run: Run,
+        config: Config,
+        task: AnyTask,
+        machine: Machine | None = None,
+    ) -> None:
+        """Begin on a machine; without one on this process alone."""
         self.request, self.run, self.config, self.task = request, run, config, task
         self.folder = run.transfer(request.folder)
-        self.machine = machine_of(config)
+        self.machine = machine or machine_of(config)
+        self.should_stop: Callable[[], bool] = never
         self._stages = {name: open_stage(run, name) for name in ("mae", "moce")}
         self._features: tuple[tuple[str, int], Features] | None = None
 
@@ -229,6 +241,7 @@ class Comparison:
             transfer.save_every_steps,
             transfer.view_every_steps,
             transfer.save_models,
+            self.should_stop,
         )
 
     def _classify(self, fit: Fit, backbone: Backbone, task: Task, kept: Kept) -> Measures:
@@ -253,8 +266,34 @@ class Comparison:
         return self._features[1]
 
 
-def compare(comparison: Comparison) -> dict[str, Any]:
+def train_fits(comparison: Comparison, ledger: Ledger) -> None:
+    """Carry out the trained fits that the ledger does not have; collective over the machine.
+
+    Raises:
+        ValueError: an image cannot be read.
+        FloatingPointError: a loss is no number.
+        StoppedError: a rank was asked to stop, and the state is saved.
+    """
+    machine = comparison.machine
+    known = from_first(list(ledger.rows()), machine)
+    left = [fit for fit in comparison.fits() if fit.is_trained and fit not in known]
+    backbones = {fit.backbone: comparison.backbone(fit.backbone) for fit in left}
+    for fit in left:
+        row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
+        if machine.rank == 0:
+            _enter(ledger, fit, row)
+
+
+def _enter(ledger: Ledger, fit: Fit, row: Row) -> None:
+    ledger.add(row)
+    logger.info("%s %s seed %d: %.4f", *fit, row["value"])
+
+
+def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str, Any]:
     """Carry out a comparison, or take it up where it was left; return the content of metrics.json.
+
+    `train` has `train_fits` run on as many ranks as there are; other ranks that torchrun started
+    wait in it, so it is called even when nothing is left to train.
 
     Raises:
         ConfigError: a backbone cannot be made.
@@ -268,16 +307,17 @@ def compare(comparison: Comparison) -> dict[str, Any]:
         "common": dict(ledger.common),
         "own": dict(ledger.own),
     }
-    if is_complete(folder, inputs):
+    is_done = is_complete(folder, inputs)
+    left = [] if is_done else [fit for fit in comparison.fits() if fit not in ledger.rows()]
+    if "RANK" in os.environ or any(fit.is_trained for fit in left):
+        train(ledger)
+    if is_done:
         logger.info("%s: complete, nothing to do", folder)
         return dict(json.loads((folder / "metrics.json").read_text()))
-    for fit in comparison.fits():
-        known = ledger.rows()
-        if fit in known:
-            continue
-        row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
-        ledger.add(row)
-        logger.info("%s %s seed %d: %.4f", *fit, row["value"])
+    for fit in left:
+        if not fit.is_trained:
+            row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
+            _enter(ledger, fit, row)
     metrics = make_metrics(request.folder, comparison.task.metric, ledger.rows().values())
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
     files = [folder / "metrics.json"]

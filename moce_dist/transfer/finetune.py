@@ -29,6 +29,7 @@ from moce_dist.transfer.loading import (
     training_batches,
 )
 from moce_dist.transfer.measure import Measures, measure, multi_label_loss
+from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import classifier_spec
 from moce_dist.transfer.tasks import Task
 
@@ -95,7 +96,8 @@ def finetune(
     """Fine-tune on the training images; return the task's measures on the test images.
 
     `seed` draws everything: the head, the order, crops, Mixup, stochastic depth. With `kept` the
-    model is saved, and an interrupted fit goes on where it was.
+    model is saved, and an interrupted fit goes on where it was. Collective over the machine's
+    ranks.
     """
     model = backbone.classifier(len(task.classes), seed=seed, drop_path=recipe.drop_path)
     for name, parameter in model.named_parameters():
@@ -141,9 +143,9 @@ def _fitting(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, backbone: Backbone, task: Task, machine: Machine) -> Measures:
-    """Measure a classifier in evaluation mode on a task's test images."""
-    scores, labels = [], []
+    """Measure a classifier in evaluation mode on a task's test images; collective."""
+    found = []
     for images, batch_labels in eval_batches(task.test, backbone, machine):
-        scores.append(model(images.to(machine.device)).float().cpu())
-        labels.append(batch_labels)
+        found.append((model(images.to(machine.device)).float().cpu(), batch_labels))
+    scores, labels = zip(*in_order(found, machine), strict=True)
     return measure(task.metric, torch.cat(scores), torch.cat(labels))

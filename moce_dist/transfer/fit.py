@@ -5,11 +5,11 @@
     FOLDER/best/               the model of the best view
     FOLDER/last/               the model after the last step, which is the one that is measured
 
-Every step draws from generators seeded by (seed, step), so a fit that is taken up at a saved state
-gives the same weights bit for bit. The test images never choose the model: what a comparison
-reports is `last/`.
+Every step draws from generators seeded by (seed, step, rank), so a fit that is taken up at a saved
+state on equally many ranks gives the same weights bit for bit. The test images never choose the
+model: what a comparison reports is `last/`. All ranks run the loop, the first one writes.
 
-Letters: B images.
+Letters: B images of a rank.
 """
 
 import json
@@ -17,7 +17,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,36 +25,51 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moce_dist.run import read_jsonl, write_atomic
-from moce_dist.transfer.loading import Machine, Progress, backward_in_parts
+from moce_dist.run import StoppedError, read_jsonl, write_atomic
+from moce_dist.transfer.loading import Machine, Progress
 from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.ranks import from_first
 from moce_dist.transfer.saved import Spec, save_model
-from moce_dist.transfer.schedule import check_loss, learning_rate, set_learning_rate
+from moce_dist.transfer.schedule import learning_rate
+
+if TYPE_CHECKING:
+    from moce_dist.transfer.training import Trainer
 
 logger = logging.getLogger(__name__)
 _STATE = "state.safetensors"
+_FORMAT = "moce_dist.fit.v2"
 _VIEWS = "views.jsonl"
+
+
+def never() -> bool:
+    """Never ask a fit to stop."""
+    return False
 
 
 @dataclass(frozen=True)
 class Kept:
-    """Where a fit keeps what, and how often; `identity` is what its result depends on."""
+    """Where a fit keeps what, and how often; `identity` is what its result depends on.
+
+    `should_stop` is asked once a step; a yes on one rank is enough for the fit to save and leave.
+    """
 
     folder: Path
     identity: str
     save_every: int
     view_every: int | None
     models: bool = True
+    should_stop: Callable[[], bool] = never
 
 
 @dataclass(frozen=True)
 class Fitting:
     """A model on its way: how it is trained, viewed and described.
 
-    `batches(s)` yields (inputs, targets) from step s on: inputs (B, ...), and targets (B, ...) or,
-    where they differ in shape, a list of B that the loss takes to the device itself. `prepare`
-    changes a batch on the device; `schedule` gives the rate of a step; `view` measures the model as
-    it is, the first figure is the one that matters.
+    `batches(s)` yields this rank's (inputs, targets) from step s on: inputs (B, ...), and targets
+    (B, ...) or, where they differ in shape, a list of B that the loss takes to the device itself.
+    `loss` is a mean over `weigh(targets)` things, images unless said otherwise; `prepare` changes a
+    batch on the device; `schedule` gives the rate of a step; `view` measures the model as it is on
+    all ranks together, the first figure is the one that matters.
     """
 
     name: str
@@ -70,6 +85,7 @@ class Fitting:
     seed: int
     prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
     schedule: Callable[..., float] = learning_rate
+    weigh: Callable[[Any], int] = len
 
 
 def seed_step(seed: int, step: int) -> None:
@@ -82,31 +98,49 @@ def seed_step(seed: int, step: int) -> None:
 def run_fit(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
     """Train to the last step, from a saved state if there is one, and measure.
 
+    Collective over the ranks of the machine; the measures are the same on all.
+
     Raises:
         FloatingPointError: the loss is no number.
+        StoppedError: a rank was asked to stop, and the state is saved.
     """
-    start = resume(fitting, kept) if kept else 0
+    # DeepSpeed takes seconds to import, which protocols without training need not wait for
+    from moce_dist.transfer.training import Trainer
+
+    trainer = Trainer(fitting.name, fitting.model, fitting.loss, fitting.optimizer, machine)
+    try:
+        _train(fitting, trainer, machine, kept)
+        return _finish(fitting, machine, kept)
+    finally:
+        trainer.close()
+
+
+def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | None) -> None:
+    start = _resume(fitting, trainer, machine, kept) if kept else 0
     progress = Progress(fitting.name, fitting.steps - start, "steps")
+    should_stop = kept.should_stop if kept else never
     fitting.model.train()
-    for step, (inputs, targets) in enumerate(fitting.batches(start), start):
-        _step(fitting, machine, step, inputs.to(machine.device), targets)
+    for step, batch in enumerate(fitting.batches(start), start):
+        seed_step(fitting.seed, step)
+        # the draws of Mixup, numpy's, are for the whole batch, those of the model for a rank's part
+        torch.manual_seed(torch.initial_seed() + machine.rank)
+        rate = fitting.schedule(
+            step, steps=fitting.steps, warmup=fitting.warmup, peak=fitting.peak_lr
+        )
+        inputs, targets = _prepared(fitting, machine, *batch)
+        is_stopping = trainer.step(step, (inputs, targets), fitting.weigh, rate, should_stop)
         progress.advance()
         if kept and step + 1 < fitting.steps:
-            _keep(fitting, kept, step + 1)
-    return _finish(fitting, kept)
+            _keep(fitting, trainer, machine, kept, step + 1, is_stopping=is_stopping)
 
 
-def _step(fitting: Fitting, machine: Machine, step: int, inputs: Tensor, targets: Any) -> None:
-    seed_step(fitting.seed, step)
-    rate = fitting.schedule(step, steps=fitting.steps, warmup=fitting.warmup, peak=fitting.peak_lr)
-    set_learning_rate(fitting.optimizer, rate)
+def _prepared(
+    fitting: Fitting, machine: Machine, inputs: Tensor, targets: Any
+) -> tuple[Tensor, Any]:
+    inputs = inputs.to(machine.device)
     if isinstance(targets, Tensor):
         targets = targets.to(machine.device)
-    if fitting.prepare is not None:
-        inputs, targets = fitting.prepare(inputs, targets)
-    fitting.optimizer.zero_grad()
-    check_loss(backward_in_parts(inputs, targets, machine, fitting.loss), fitting.name, step)
-    fitting.optimizer.step()
+    return (inputs, targets) if fitting.prepare is None else fitting.prepare(inputs, targets)
 
 
 def _measured(fitting: Fitting) -> Measures:
@@ -116,11 +150,23 @@ def _measured(fitting: Fitting) -> Measures:
     return found
 
 
-def _keep(fitting: Fitting, kept: Kept, step: int) -> None:
+def _keep(
+    fitting: Fitting,
+    trainer: "Trainer",
+    machine: Machine,
+    kept: Kept,
+    step: int,
+    *,
+    is_stopping: bool,
+) -> None:
     if kept.view_every and step % kept.view_every == 0:
-        _view(fitting, kept, step, _measured(fitting))
-    if step % kept.save_every == 0:
-        _save_state(fitting, kept, step)
+        found = _measured(fitting)
+        if machine.rank == 0:
+            _view(fitting, kept, step, found)
+    if is_stopping or step % kept.save_every == 0:
+        _save_state(trainer, machine, kept, step)
+    if is_stopping:
+        raise StoppedError(f"{fitting.name}: state saved at step {step} of {fitting.steps}")
 
 
 def _view(fitting: Fitting, kept: Kept, step: int, found: Measures) -> None:
@@ -134,9 +180,9 @@ def _view(fitting: Fitting, kept: Kept, step: int, found: Measures) -> None:
     write_atomic(kept.folder / _VIEWS, "".join(json.dumps(line) + "\n" for line in views))
 
 
-def _finish(fitting: Fitting, kept: Kept | None) -> Measures:
+def _finish(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
     found = _measured(fitting)
-    if kept is None:
+    if kept is None or machine.rank > 0:
         return found
     if kept.view_every:
         _view(fitting, kept, fitting.steps, found)
@@ -147,37 +193,36 @@ def _finish(fitting: Fitting, kept: Kept | None) -> Measures:
     return found
 
 
-def _save_state(fitting: Fitting, kept: Kept, step: int) -> None:
-    tensors = {f"model/{k}": v for k, v in fitting.model.state_dict().items()}
-    for number, moments in fitting.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{number}/{k}": v for k, v in moments.items()}
+def _save_state(trainer: "Trainer", machine: Machine, kept: Kept, step: int) -> None:
+    copies = {}
+    for name, tensor in trainer.state():
+        if machine.rank == 0:
+            copies[name] = tensor.cpu().contiguous()
+    if machine.rank > 0:
+        return
     kept.folder.mkdir(parents=True, exist_ok=True)
     temporary = kept.folder / f".{_STATE}.tmp"
-    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(copies, temporary, metadata={"of": kept.identity, "step": str(step)})
+    about = {"format": _FORMAT, "of": kept.identity, "step": str(step)}
+    save_file(copies, temporary, metadata=about)
     temporary.replace(kept.folder / _STATE)
 
 
-def resume(fitting: Fitting, kept: Kept) -> int:
+def _resume(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept) -> int:
     """Put the saved state of the same fit into model and optimiser; return its step, or 0.
 
     A state of a fit under other conditions, or a damaged one, is passed over.
     """
     path = kept.folder / _STATE
-    found = _read_state(path, kept.identity) if path.exists() else None
-    if found is None:
-        (kept.folder / _VIEWS).unlink(missing_ok=True)
+    found = _read_state(path, kept.identity) if machine.rank == 0 and path.exists() else None
+    # one rank verifies; the others must not choose differently
+    step = from_first(found[0] if found else 0, machine)
+    if step == 0:
+        if machine.rank == 0:
+            (kept.folder / _VIEWS).unlink(missing_ok=True)
         return 0
-    step, tensors = found
-    model = {k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")}
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer/"):
-            _, number, key = name.split("/")
-            moments.setdefault(int(number), {})[key] = tensor
-    fitting.model.load_state_dict(model)
-    state: dict[str, Any] = fitting.optimizer.state_dict()
-    fitting.optimizer.load_state_dict({**state, "state": moments})
+    found = found or _read_state(path, kept.identity)
+    assert found is not None, path
+    trainer.load(found[1], step)
     logger.info("%s: goes on after step %d of %d", fitting.name, step, fitting.steps)
     return step
 
@@ -186,7 +231,7 @@ def _read_state(path: Path, identity: str) -> tuple[int, dict[str, Tensor]] | No
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("of") != identity:
+            if (metadata.get("format"), metadata.get("of")) != (_FORMAT, identity):
                 logger.warning("%s: is of a fit under other conditions; starting anew", path)
                 return None
             return int(metadata["step"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -1,9 +1,9 @@
 """Items of a task to batches of pixels, and the machine that works on them.
 
 A training draw depends on (seed, epoch, key of the item) alone, so a fit gives the same result with
-any number of loader processes.
+any number of loader processes. R ranks share the batch of a step and the batches of a test.
 
-Letters: B images, S side in pixels.
+Letters: B images of a step, S side in pixels, R ranks.
 """
 
 import contextlib
@@ -11,9 +11,8 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -21,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from moce_dist.config import Config, FinetuneConfig
+from moce_dist.config import Config, FinetuneConfig, ParallelConfig
 from moce_dist.data.images import MEAN, STD, eval_image, sample_generator, train_image
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.tasks import Item
 
@@ -38,7 +38,7 @@ Statistics = NDArray[np.float32]
 class Machine:
     """Where a fit runs: device, whether matrix products are bfloat16, decoding processes.
 
-    A step's batch is computed in `micro_batches` parts, whose gradients add up.
+    A rank's part of a step's batch is computed in `micro_batches` parts, whose gradients add up.
     """
 
     device: torch.device
@@ -46,6 +46,20 @@ class Machine:
     loader_processes: int
     eval_batch_size: int
     micro_batches: int
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    rank: int = 0
+    num_ranks: int = 1
+
+    def rows(self, batch_size: int, *, mirrored: bool = False) -> list[int]:
+        """Say which rows of a step's batch this rank computes.
+
+        With `mirrored`, of an even batch, they lie symmetrically: Mixup takes an image's partner
+        from its mirror position, so both are on one rank.
+        """
+        if not mirrored:
+            return list(range(self.rank, batch_size, self.num_ranks))
+        front = range(self.rank, batch_size // 2, self.num_ranks)
+        return [*front, *(batch_size - 1 - i for i in reversed(front))]
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which forward passes of a fit run."""
@@ -54,41 +68,32 @@ class Machine:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
 
-def machine_of(config: Config) -> Machine:
-    """Choose the device that the configuration allows; bfloat16 on a GPU, threads on a CPU."""
-    has_gpu = config.parallel.use_gpu is not False and torch.cuda.is_available()
+def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
+    """Choose what a rank of a fit runs on; bfloat16 on a GPU, threads on a CPU.
+
+    Fewer ranks than `parallel.num_workers` share out the micro-batches and threads of all.
+    """
+    parallel = config.parallel
+    has_gpu = parallel.use_gpu is not False and torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
-    bf16 = has_gpu and config.parallel.precision == "bf16"
-    if not has_gpu:
-        # one process does here what all workers do in training
-        threads = config.parallel.num_workers * config.parallel.threads_per_worker
-        torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    if has_gpu:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    else:
+        threads = parallel.num_workers * parallel.threads_per_worker // num_ranks
+        torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
+    micro_batches = -(-parallel.num_workers * parallel.micro_batches // num_ranks)
+    mine = {"num_workers": num_ranks, "micro_batches": micro_batches}
     return Machine(
         device,
-        bf16,
+        has_gpu and parallel.precision == "bf16",
         config.data.loader_processes,
         config.cluster.batch_size,
-        config.parallel.micro_batches,
+        micro_batches,
+        parallel.model_copy(update=mine),
+        rank,
+        num_ranks,
     )
-
-
-def backward_in_parts(
-    inputs: Tensor, targets: Any, machine: Machine, loss_of: Callable[[Tensor, Any], Tensor]
-) -> Tensor:
-    """Add up the gradients of the mean of `loss_of(inputs, targets)` over the parts of a batch.
-
-    Returns the loss, detached. Parts weigh by their number of inputs (B, ...); targets are a
-    tensor (B, ...) or a list of B.
-    """
-    total = torch.zeros((), device=inputs.device)
-    size = -(-len(inputs) // machine.micro_batches)
-    for start in range(0, len(inputs), size):
-        some = inputs[start : start + size]
-        with machine.autocast():
-            loss = loss_of(some, targets[start : start + size]) * (len(some) / len(inputs))
-        torch.autograd.backward(loss)
-        total += loss.detach()
-    return total
 
 
 class Progress:
@@ -171,35 +176,62 @@ class TaskImages(Dataset[tuple[np.ndarray, NDArray[np.int64]]]):
 
 
 def eval_batches(items: Sequence[Item], backbone: Backbone, machine: Machine) -> Batches:
-    """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU."""
+    """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU.
+
+    Of R ranks each gets every R-th batch: the batches do not depend on R, so neither do results.
+    """
     size = machine.eval_batch_size
     order = [
         [(0, i) for i in range(a, min(a + size, len(items)))] for a in range(0, len(items), size)
     ]
+    mine = order[machine.rank :: machine.num_ranks]
     dataset = TaskImages(items, backbone)
-    yield from DataLoader(dataset, batch_sampler=order, num_workers=machine.loader_processes)
+    yield from DataLoader(dataset, batch_sampler=mine, num_workers=machine.loader_processes)
 
 
 class TrainingOrder:
     """The draws of every step: each epoch is one permutation, whose remainder is left out."""
 
     def __init__(self, num_items: int, batch_size: int, epochs: int, seed: int) -> None:
-        self._num_items, self._batch_size = num_items, batch_size
+        self._num_items, self.batch_size = num_items, batch_size
         self._epochs, self._seed = epochs, seed
 
     def __len__(self) -> int:
-        return self._epochs * (self._num_items // self._batch_size)
+        return self._epochs * (self._num_items // self.batch_size)
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for epoch in range(self._epochs):
             permuted = np.random.default_rng([self._seed, epoch]).permutation(self._num_items)
-            for start in range(0, self._num_items - self._batch_size + 1, self._batch_size):
-                yield [(epoch, int(i)) for i in permuted[start : start + self._batch_size]]
+            for start in range(0, self._num_items - self.batch_size + 1, self.batch_size):
+                yield [(epoch, int(i)) for i in permuted[start : start + self.batch_size]]
+
+
+def rank_draws(
+    order: TrainingOrder,
+    machine: Machine,
+    start: int,
+    stop: int | None = None,
+    *,
+    mirrored: bool = False,
+) -> Iterator[list[Draw]]:
+    """Yield this rank's draws of the steps from `start` to `stop`.
+
+    Raises:
+        ConfigError: a step has too few images for so many ranks.
+    """
+    most = order.batch_size // (2 if mirrored else 1)
+    if machine.num_ranks > most:
+        raise ConfigError(
+            f"parallel.num_workers ({machine.num_ranks}) must be at most {most} for steps of "
+            f"{order.batch_size} images{', two on every worker' if mirrored else ''}"
+        )
+    for batch in itertools.islice(order, start, stop):
+        yield [batch[i] for i in machine.rows(len(batch), mirrored=mirrored)]
 
 
 def training_batches(
     images: TaskImages, order: TrainingOrder, machine: Machine, start: int = 0
 ) -> Batches:
-    """Yield (images (B, 3, S, S), labels (B,) or (B, C)) from step `start` of the order on."""
-    draws = itertools.islice(order, start, None)
+    """Yield this rank's part (images (n, 3, S, S), labels) of every batch from step `start` on."""
+    draws = rank_draws(order, machine, start, mirrored=True)
     yield from DataLoader(images, batch_sampler=draws, num_workers=machine.loader_processes)

@@ -33,6 +33,11 @@ class Fit(NamedTuple):
     protocol: str
     seed: int
 
+    @property
+    def is_trained(self) -> bool:
+        """Tell whether the backbone learns too, step by step."""
+        return self.protocol == "finetune"
+
 
 def budget(
     transfer: TransferConfig, protocol: str, *, is_segmentation: bool, is_detection: bool = False

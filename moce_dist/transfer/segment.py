@@ -26,8 +26,15 @@ from moce_dist.data.images import open_image, sample_generator
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.fit import Fitting, Kept, run_fit
-from moce_dist.transfer.loading import Machine, Progress, TrainingOrder, renormalisation
+from moce_dist.transfer.loading import (
+    Machine,
+    Progress,
+    TrainingOrder,
+    rank_draws,
+    renormalisation,
+)
 from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.ranks import add_up
 from moce_dist.transfer.saved import segmenter_spec
 from moce_dist.transfer.scenes import (
     IGNORE,
@@ -66,6 +73,11 @@ def scores(confusion: Tensor) -> Scores:
     return Scores(means[0], float(hit.sum() / counts.sum()), means[1], iou.tolist())
 
 
+def count_known(labels: Tensor) -> int:
+    """Count the pixels that have a class."""
+    return int((labels != IGNORE).sum())
+
+
 def count_pixels(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     """Count pixels by (truth, prediction), (C, C) int64; ignored ones are left out."""
     kept = labels != IGNORE
@@ -101,7 +113,8 @@ def segment(
     """Train on a task's training scenes and return mIoU, aAcc and mAcc on its test scenes.
 
     Writes `out/scores.json` and a few predictions beside picture and truth as PNG. With `kept` the
-    model is saved, and an interrupted fit goes on where it was.
+    model is saved, and an interrupted fit goes on where it was. Collective over the machine's
+    ranks.
     """
     vit = backbone.dense_model(transfer.segment_crop, seed=seed, drop_path=_DROP_PATH)
     model = Segmenter(vit, len(scenes.classes), transfer.segment_channels).to(machine.device)
@@ -130,11 +143,13 @@ def _fitting(
     order = TrainingOrder(num_scenes, batch_size, -(-steps // (num_scenes // batch_size)), seed)
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        draws = itertools.islice(order, start, steps)
+        draws = rank_draws(order, machine, start, steps)
         yield from DataLoader(crops, batch_sampler=draws, num_workers=machine.loader_processes)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(model(images).float(), labels, ignore_index=IGNORE)
+        logits = model(images).float()
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return total / max(1, count_known(labels))
 
     return Fitting(
         name=f"{scenes.name} {backbone.name} seed {seed}",
@@ -154,6 +169,7 @@ def _fitting(
         warmup=round(_WARMUP_SHARE * steps),
         peak_lr=transfer.segment_lr,
         seed=seed,
+        weigh=count_known,
     )
 
 
@@ -221,8 +237,10 @@ def _evaluate(
 ) -> Measures:
     num_classes = len(scenes.classes)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    progress = Progress("segmentation test", len(scenes.test), "pictures")
-    for number, scene in enumerate(scenes.test):
+    mine = machine.rows(len(scenes.test))
+    progress = Progress("segmentation test", len(mine), "pictures")
+    for number in mine:
+        scene = scenes.test[number]
         picture = open_image(scene.image.read_bytes())
         labels = torch.from_numpy(read_mask(scene.mask))
         predicted = class_probabilities(model, picture, backbone, window, machine).argmax(dim=0)
@@ -230,17 +248,18 @@ def _evaluate(
         if number < _NUM_PREVIEWS:
             _preview(out / f"{scene.image.stem}.png", picture, predicted, labels, num_classes)
         progress.advance()
-    return _written(scores(confusion), scenes.classes, out)
-
-
-def _written(found: Scores, classes: Sequence[str], out: Path) -> Measures:
+    found = scores(add_up(confusion, machine))
     means = {"mIoU": found.miou, "aAcc": found.aacc, "mAcc": found.macc}
+    if machine.rank == 0:
+        _write(means, found.iou, scenes.classes, out)
+    return means
+
+
+def _write(means: Measures, each: Sequence[float], classes: Sequence[str], out: Path) -> None:
     iou = {
-        name: None if np.isnan(value) else value
-        for name, value in zip(classes, found.iou, strict=True)
+        name: None if np.isnan(value) else value for name, value in zip(classes, each, strict=True)
     }
     write_atomic(out / "scores.json", json.dumps({**means, "IoU": iou}, indent=1))
-    return means
 
 
 def palette(num_classes: int) -> NDArray[np.uint8]:

@@ -2,23 +2,24 @@
 
     orders --carry_out, each on its own--> outcomes --collect--> RUN/transfer/all/metrics.json
 
-An order travels to whichever process has room for it, so it holds all that it needs.
+An order travels to whichever process has room for it, so it holds all that it needs. One that is
+alone may have its fits trained on many ranks: those are a job, which is sent to all of them.
 """
 
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import quiet_libraries
-from moce_dist.config import Config
-from moce_dist.run import Run, set_aside, write_atomic
+from moce_dist.config import Config, ParallelConfig
+from moce_dist.run import Run, is_first_process, set_aside, write_atomic
 from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.instances import Instances, check_instances, read_instances
 from moce_dist.transfer.request import Request
-from moce_dist.transfer.results import suite_metrics
+from moce_dist.transfer.results import Ledger, suite_metrics
 from moce_dist.transfer.scenes import Scenes, check_scenes, read_scenes
 from moce_dist.transfer.tasks import Task, check_images
 
@@ -71,29 +72,111 @@ def scan(task: Task | Scenes | Instances, config: Config) -> None:
         check_images(task, threads=config.data.loader_processes)
 
 
-def carry_out(root: Path, order: Order) -> dict[str, Any]:
-    """List, check, compare; return the content of metrics.json.
+@dataclass(frozen=True)
+class FitsJob:
+    """The trained fits of an order, as they are sent to the ranks.
+
+    Ranks that torchrun started know neither choice nor ledger; the first one tells them.
+    """
+
+    run_root: Path
+    order: Order
+    choice: dict[str, Any] | None = None
+    ledger: Ledger | None = None
+
+    @property
+    def name(self) -> str:
+        """What the job is called: its task."""
+        return f"transfer-{self.order.request.folder}"
+
+    @property
+    def folder(self) -> Path:
+        """Where the task's results go."""
+        return Run(self.run_root).transfer(self.order.request.folder)
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How many workers there are to be."""
+        return self.order.config.parallel
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, which every number of workers below the full one divides."""
+        transfer = self.order.config.transfer
+        if self.order.request.is_segmentation:
+            return transfer.segment_batch_size
+        return transfer.finetune.batch_size
+
+    def run(self, should_stop: Callable[[], bool]) -> None:
+        """Train what is left on this rank; collective over all ranks."""
+        from moce_dist.transfer.compare import Comparison, train_fits
+        from moce_dist.transfer.ranks import from_first, join
+
+        request, config = self.order.request, self.order.config
+        machine = join(config)
+        if machine.rank > 0:
+            logging.getLogger("moce_dist").setLevel(logging.WARNING)
+        choice, ledger = from_first((self.choice, self.ledger), machine)
+        comparison = Comparison(request, Run(self.run_root), config, list_task(request), machine)
+        if choice is not None:
+            comparison.choice = choice
+        comparison.should_stop = should_stop
+        assert ledger is not None
+        train_fits(comparison, ledger)
+
+    def progress(self) -> str:
+        """Say nothing: a fit logs how far it is."""
+        return ""
+
+
+def train_here(job: FitsJob) -> None:
+    """Train the fits of an order in this process, to their end."""
+    job.run(lambda: False)
+
+
+def carry_out(
+    root: Path, order: Order, train: Callable[[FitsJob], None] = train_here
+) -> dict[str, Any]:
+    """List, check, compare; return the content of metrics.json, or {} on ranks but the first.
 
     Raises:
         ConfigError: the task's files are not as they should be.
     """
+    if order.request.is_detection:
+        # a detector learns on one worker, which has the cores of all
+        order = _alone(order, threads=order.config.parallel.num_workers)
+    job = FitsJob(root, order)
+    quiet_libraries()
+    if not is_first_process():
+        train(job)
+        return {}
     run, task = Run(root), list_task(order.request)
     scan(task, order.config)
-    folder = run.transfer(order.request.folder)
-    if order.is_fresh and folder.exists():
-        set_aside(folder)
-    quiet_libraries()
+    if order.is_fresh and job.folder.exists():
+        set_aside(job.folder)
     from moce_dist.transfer.compare import Comparison, compare
 
-    return compare(Comparison(order.request, run, order.config, task))
+    comparison = Comparison(order.request, run, order.config, task)
+
+    def train_fits(ledger: Ledger) -> None:
+        choice = comparison.choice if "moce" in order.request.backbones else None
+        train(replace(job, choice=choice, ledger=ledger))
+
+    return compare(comparison, train_fits)
+
+
+def _alone(order: Order, threads: int = 1) -> Order:
+    parallel = order.config.parallel
+    threads *= parallel.threads_per_worker
+    changes = {"num_workers": 1, "min_workers": None, "threads_per_worker": threads}
+    alone = parallel.model_copy(update=changes)
+    return replace(order, config=order.config.model_copy(update={"parallel": alone}))
 
 
 def attempt(root: Path, order: Order) -> Outcome:
     """Carry out an order; a failure is an outcome too. The processor cores are for one worker."""
-    alone = order.config.parallel.model_copy(update={"num_workers": 1, "min_workers": None})
-    mine = Order(order.request, order.config.model_copy(update={"parallel": alone}), order.is_fresh)
     try:
-        return Outcome(order.request.folder, carry_out(root, mine))
+        return Outcome(order.request.folder, carry_out(root, _alone(order)))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other tasks go on
         text = " ".join(str(error).split())
         return Outcome(order.request.folder, None, f"{type(error).__name__}: {text}")

@@ -182,6 +182,13 @@ def train_until_asked(run, overrides, asked_rank, questions):
     raise AssertionError("nobody stopped")
 
 
+def fit(function, **arguments):
+    """Call a function of fits.py, whose imports take seconds."""
+    import fits
+
+    return getattr(fits, function)(**arguments)
+
+
 def stream_keys(run, overrides, start, stop):
     """Keys and noise of every step that this rank reads."""
     init_distributed(torch.device("cpu"))

@@ -164,12 +164,16 @@ def task(pictures, tmp_path_factory):
 
 def test_a_task_gets_its_model_and_the_report_shows_it(finished, task, run_job, config):
     named = ("--run", finished, "--task", "imagefolder", "--data", task)
-    chosen = ("--backbone", "moce,mae", "--protocol", "knn", "--config", config)
-    run_job("transfer", *named, *chosen).assert_done()
+    chosen = ("--backbone", "moce,mae", "--protocol", "knn,finetune", "--config", config)
+    budget = ("--set", "transfer.finetune.epochs=2", "--set", "transfer.finetune.batch_size=32")
+    done = run_job("transfer", *named, *chosen, *budget).assert_done()
+    assert "transfer-imagefolder: 2 of 2 workers" in done.err
     folder = finished / "transfer" / "imagefolder"
     metrics = json.loads((folder / "metrics.json").read_text())
-    values = {r["backbone"]: r["value"] for r in metrics["results"]}
+    assert len(metrics["results"]) == 4
+    values = {r["backbone"]: r["value"] for r in metrics["results"] if r["protocol"] == "knn"}
     assert values.keys() == {"moce", "mae"}
+    assert (folder / "models" / "moce-finetune-0" / "last" / "config.json").exists()
     # digits and silhouettes are easy to tell apart, by chance half would be right
     assert min(values.values()) > 0.7
     assert any((folder / "backbone").iterdir())

@@ -9,7 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from moce_dist.config import FinetuneConfig
+from moce_dist.config import FinetuneConfig, make_config
 from moce_dist.model.customize import customize
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.catalog import load_task
@@ -18,7 +18,6 @@ from moce_dist.transfer.finetune import finetune, make_optimizer
 from moce_dist.transfer.loading import (
     TaskImages,
     TrainingOrder,
-    backward_in_parts,
     machine_of,
 )
 from moce_dist.transfer.measure import accuracy
@@ -157,19 +156,18 @@ def test_finetuning_repeats_itself_for_a_seed(mixing, config, models, image_fold
     assert values[0] == values[1]
 
 
-def test_parts_of_a_batch_add_up_to_its_gradient(config):
-    model, machine = torch.nn.Linear(5, 3), machine_of(config)
-    inputs, targets = torch.randn(7, 5), torch.randint(3, (7,))
+def test_ranks_share_a_batch_and_keep_the_partners_of_mixup_together(config):
+    machine = machine_of(config)
+    assert machine.rows(6, mirrored=True) == list(range(6))
+    ranks = [replace(machine, rank=rank, num_ranks=3) for rank in range(3)]
+    assert [rank.rows(10, mirrored=True) for rank in ranks] == [[0, 3, 6, 9], [1, 4, 5, 8], [2, 7]]
+    assert [rank.rows(4) for rank in ranks] == [[0, 3], [1], [2]]
 
-    def loss_of(some: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(model(some), labels)
 
-    found = {}
-    for parts in (1, 3):
-        model.zero_grad()
-        loss = backward_in_parts(inputs, targets, replace(machine, micro_batches=parts), loss_of)
-        found[parts] = (loss, model.weight.grad.clone())
-    torch.testing.assert_close(found[1], found[3])
+def test_micro_batches_of_all_workers_are_shared_out_among_fewer_ranks():
+    config = make_config({"parallel": {"num_workers": 4, "micro_batches": 2}})
+    assert [machine_of(config, num_ranks=ranks).micro_batches for ranks in (4, 3, 1)] == [2, 3, 8]
+    assert machine_of(config, num_ranks=4).parallel.micro_batches_on(4, 8) == 2
 
 
 def test_finetuning_learns(config, models, image_folder):

@@ -23,9 +23,10 @@ from moce_dist.transfer.detect import Detection, _Squares, detect
 from moce_dist.transfer.finding import evaluate
 from moce_dist.transfer.fit import Kept
 from moce_dist.transfer.instances import read_instances
-from moce_dist.transfer.loading import backward_in_parts, machine_of
+from moce_dist.transfer.loading import machine_of
 from moce_dist.transfer.precision import average_precision, ground_truth
 from moce_dist.transfer.saved import load_model
+from moce_dist.transfer.training import Objective, cut_batch
 
 MakeFit = Callable[..., Detection]
 
@@ -196,8 +197,8 @@ def test_parts_of_a_batch_add_up(make_fit):
     model.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
     loss_of = fit.loss(model)
     parts = [loss_of(images[i : i + 1], targets[i : i + 1]).detach() for i in range(4)]
-    machine = replace(fit.machine, micro_batches=4)
-    whole = backward_in_parts(images, targets, machine, loss_of)
+    cut = list(cut_batch((images, targets), 4, len))
+    whole = torch.stack([loss_of(*part).detach() * weight / 4 for *part, weight in cut]).sum()
     torch.testing.assert_close(whole, torch.stack(parts).mean())
 
 
@@ -212,7 +213,7 @@ def test_only_the_pyramid_runs_in_bfloat16(make_fit):
 
     model.backbone.vit.blocks[0].mlp.fc1.register_forward_hook(note("vit"))
     model.roi_heads.box_head.register_forward_hook(note("head"))
-    backward_in_parts(*fit.batch([squares[0, 0]]), fit.machine, fit.loss(model))
+    Objective(model, fit.loss(model), fit.machine)(*fit.batch([squares[0, 0]]))
     assert kinds == {"vit": torch.bfloat16, "head": torch.float32}
 
 

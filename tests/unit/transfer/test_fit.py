@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from moce_dist.config import FinetuneConfig
 from moce_dist.model.customize import customize
+from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.catalog import load_task
@@ -20,6 +21,7 @@ from moce_dist.transfer.loading import machine_of
 from moce_dist.transfer.saved import load_model
 from moce_dist.transfer.scenes import read_scenes
 from moce_dist.transfer.segment import segment
+from moce_dist.transfer.training import Trainer, cut_batch
 
 RECIPE = FinetuneConfig(epochs=4, batch_size=16, warmup_epochs=1)
 
@@ -155,3 +157,20 @@ def test_mixed_labels_are_weighted_and_those_not_counted_stay_so():
     assert 0 < share < 1
     torch.testing.assert_close(targets[0], torch.tensor([share, 0, -1, 1]))
     torch.testing.assert_close(targets[1], torch.tensor([1 - share, 0, -1, 1]))
+
+
+def test_batch_is_cut_into_as_many_parts_as_all_ranks_take():
+    inputs, targets = torch.arange(5), list("abcde")
+    cut = [(x.tolist(), y, n) for x, y, n in cut_batch((inputs, targets), 3, len)]
+    assert cut == [([0], ["a"], 1), ([1, 2], ["b", "c"], 2), ([3, 4], ["d", "e"], 2)]
+    repeated = [(x.tolist(), n) for x, _, n in cut_batch((inputs[:1], targets[:1]), 2, len)]
+    assert repeated == [([0], 0), ([0], 1)]
+
+
+def test_blocks_cannot_be_prepared_where_there_are_none(config):
+    parallel = config.parallel.model_copy(update={"activation_checkpointing": True})
+    machine = replace(machine_of(config), parallel=parallel)
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters())
+    with pytest.raises(ConfigError, match=r"parallel\.activation_checkpointing .* no ViT blocks"):
+        Trainer("a fit", net, torch.nn.functional.mse_loss, optimizer, machine)

@@ -1,0 +1,34 @@
+"""What becomes of a transformer's blocks before training: recomputed activations, compilation."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from timm.layers import Mlp
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from moce_dist.config import ParallelConfig
+from moce_dist.model.moce import MoceBlock
+
+
+def prepare_blocks(blocks: Iterable[Any], parallel: ParallelConfig) -> None:
+    """Checkpoint activations of blocks and compile them, in place; names stay as they are.
+
+    Of blocks with experts this concerns the attention and the experts, never what routes between
+    them: its collectives run once, and its shapes follow the step's routing.
+    """
+    for block in blocks:
+        is_dense = isinstance(block.mlp, Mlp)
+        if parallel.activation_checkpointing:
+            for part in [block] if is_dense else [block.attn, *expert_modules(block)]:
+                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        if parallel.compile:
+            (block if is_dense else block.attn).compile(dynamic=False)
+
+
+def expert_modules(block: nn.Module) -> list[nn.Module]:
+    """Modules of a block that compute experts."""
+    if isinstance(block, MoceBlock):
+        return [block.mlp.experts]
+    return [module for module in block.get_submodule("mlp").modules() if isinstance(module, Mlp)]

@@ -1,0 +1,113 @@
+"""What the ranks of a fit send each other: sums, lists, and the statistics of a batch.
+
+All functions but `share_batch_norm` are collective over the ranks of a machine; with one rank
+nothing is sent, and but for `join` there need not be a process group.
+
+Letters: B images of a rank, C channels, H, W pixels.
+"""
+
+import os
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moce_dist.config import Config
+from moce_dist.transfer.loading import Machine, machine_of
+
+T = TypeVar("T")
+_PREPARING = timedelta(hours=12)
+"""Ranks under torchrun wait for the first one, which reads a whole data set before."""
+
+
+def join(config: Config) -> Machine:
+    """Meet the other ranks, if a launcher started some; return what this one runs on."""
+    device = machine_of(config).device
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # DeepSpeed takes seconds to import, which protocols without training need not wait for
+    from moce_dist.parallel.engine import init_distributed
+
+    init_distributed(device, _PREPARING)
+    return machine_of(config, rank=dist.get_rank(), num_ranks=dist.get_world_size())
+
+
+def add_up(values: Tensor, machine: Machine) -> Tensor:
+    """Sum a tensor over the ranks; the result is the same on all, on the CPU."""
+    if machine.num_ranks == 1:
+        return values.cpu()
+    total = values.detach().to(machine.device, copy=True)
+    dist.all_reduce(total)
+    return total.cpu()
+
+
+def from_first(value: T, machine: Machine) -> T:
+    """Return what the first rank has."""
+    sent = [value]
+    if machine.num_ranks > 1:
+        dist.broadcast_object_list(sent, 0, device=machine.device)
+    return sent[0]
+
+
+def in_order(mine: list[T], machine: Machine) -> list[T]:
+    """Join results of items that the ranks took in turn (rank, rank + R, ...), on all ranks."""
+    if machine.num_ranks == 1:
+        return mine
+    found: list[list[T]] = [[] for _ in range(machine.num_ranks)]
+    dist.all_gather_object(found, mine)
+    count = sum(len(each) for each in found)
+    return [found[i % machine.num_ranks][i // machine.num_ranks] for i in range(count)]
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over all ranks, in which the gradients of all ranks' losses come together."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def share_batch_norm(model: nn.Module) -> None:
+    """Let batch normalisation see the images of all ranks, in place; names stay as they are.
+
+    torch's own SyncBatchNorm refuses CPUs.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = partial(_normalise, module)  # type: ignore[method-assign]
+
+
+def _normalise(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
+    """Normalise (B, C, H, W) by mean and variance over all ranks' images and pixels."""
+    if not norm.training:
+        return nn.BatchNorm2d.forward(norm, images)
+    values, shape = images.float(), (1, -1, 1, 1)
+    number = values.new_tensor([values.numel() / values.shape[1]])
+    total: Tensor = _Sum.apply(torch.cat([values.sum((0, 2, 3)), number]))
+    count, mean = total[-1], total[:-1] / total[-1]
+    centred = values - mean.view(shape)
+    squares: Tensor = _Sum.apply(centred.square().sum((0, 2, 3)))
+    variance = squares / count
+    _track(norm, mean.detach(), variance.detach() * count / (count - 1).clamp_min(1))
+    scaled = centred * (variance + norm.eps).rsqrt().view(shape)
+    return (scaled * norm.weight.view(shape) + norm.bias.view(shape)).to(images.dtype)
+
+
+def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    norm.running_mean.lerp_(mean, norm.momentum)
+    norm.running_var.lerp_(variance, norm.momentum)
+    norm.num_batches_tracked += 1

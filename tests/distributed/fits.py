@@ -1,0 +1,109 @@
+"""Fits on a pool's processes: tiny backbones, tasks from real files, laws without draws."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+from moce_dist.config import load_config
+from moce_dist.run import StoppedError
+from moce_dist.transfer import finetune, fit, segment, upernet
+from moce_dist.transfer.backbone import run_backbone
+from moce_dist.transfer.catalog import load_task
+from moce_dist.transfer.ranks import join
+from moce_dist.transfer.saved import load_model
+from moce_dist.transfer.scenes import read_scenes
+
+TINY = (
+    "model.size=tiny", "model.width=32", "model.num_heads=2", "model.depth=4",
+    "data.image_size=32", "model.patch_size=8", "data.loader_processes=0",
+    "parallel.precision=fp32", "cluster.batch_size=3",
+    "transfer.finetune.epochs=2", "transfer.finetune.warmup_epochs=1",
+    "transfer.finetune.batch_size=12", "transfer.finetune.drop_path=0",
+    "transfer.finetune.mixup=0", "transfer.finetune.cutmix=0", "transfer.finetune.base_lr=1",
+    "transfer.segment_crop=32", "transfer.segment_steps=6", "transfer.segment_batch_size=5",
+    "transfer.segment_channels=8", "transfer.segment_lr=0.05",
+)  # fmt: skip
+
+
+class KilledError(Exception):
+    """Stands for the end of the process."""
+
+
+def _sgd(model, **_):
+    return torch.optim.SGD(
+        [
+            {"params": [p], "lr_scale": 1 / (1 + i % 3), "weight_decay": 0.0}
+            for i, p in enumerate(model.parameters())
+        ],
+        lr=0.0,
+    )
+
+
+def _kill_before(step):
+    whole = fit.seed_step
+
+    def seed_step(seed, number):
+        if number == step:
+            raise KilledError
+        whole(seed, number)
+
+    return patch.object(fit, "seed_step", seed_step)
+
+
+def _run(kind, root, config, machine, kept, out):
+    backbone = run_backbone("random", config, None)
+    if kind == "segment":
+        scenes = read_scenes("ade20k", root)
+        return segment.segment(
+            backbone, scenes, config.transfer, machine, seed=3, out=out, kept=kept
+        )
+    task = load_task("imagefolder", root)
+    return finetune.finetune(backbone, task, config.transfer.finetune, machine, seed=3, kept=kept)
+
+
+def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_every=2, views=None):
+    """Fit a tiny ViT; return the measures, or what ended the fit early.
+
+    Without `adam` by SGD, whose steps are linear in the gradient. The last rank alone says stop
+    when it is asked for the `ask`th time.
+    """
+    config = load_config(None, [*TINY, *overrides])
+    machine, asked = join(config), []
+
+    def should_stop():
+        asked.append(None)
+        return machine.rank == machine.num_ranks - 1 and len(asked) == ask
+
+    out = Path(out)
+    kept = fit.Kept(out, "a", save_every, views, should_stop=should_stop)
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(segment, "_DROP_PATH", 0.0))
+        patches.enter_context(patch.object(upernet, "_DROPOUT", 0.0))
+        if not adam:
+            patches.enter_context(patch.object(finetune, "make_optimizer", _sgd))
+            patches.enter_context(patch.object(upernet.Segmenter, "optimizer", _sgd))
+        if kill is not None:
+            patches.enter_context(_kill_before(kill))
+        try:
+            return _run(kind, Path(root), config, machine, kept, out / "seen")
+        except (KilledError, StoppedError, ValueError, FloatingPointError) as error:
+            return f"{type(error).__name__}: {error}"
+        finally:
+            # what rank 0 wrote is there when any rank says that it is done
+            dist.barrier()
+
+
+def measure_saved(kind, root, folder, overrides):
+    """Measure a saved model on the ranks together; return its measures and scores.json."""
+    config = load_config(None, [*TINY, *overrides])
+    machine = join(config)
+    model, _ = load_model(Path(folder))
+    backbone = run_backbone("random", config, None)
+    if kind == "classify":
+        return finetune.evaluate(model, backbone, load_task("imagefolder", Path(root)), machine)
+    window = segment.Window(config.transfer.segment_crop)
+    scenes, out = read_scenes("ade20k", Path(root)), Path(folder).parent / f"by{machine.num_ranks}"
+    return segment._evaluate(model, scenes, backbone, window, machine, out)
