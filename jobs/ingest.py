@@ -15,6 +15,7 @@ from moce_dist.data.packing import HOLDOUT
 from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
 from moce_dist.data.sources import (
     COMPOSITED,
+    PIPE,
     PRETRAIN,
     SAMPLE_SETS,
     SEGMENTATION,
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str]) -> Any:
     return parser.parse_args(argv)
 
 
-def plan(source: str) -> str:
+def plan(source: str, *, allow_pipes: bool) -> str:
     """Say what would be read.
 
     Raises:
@@ -76,9 +77,11 @@ def plan(source: str) -> str:
             f"{len(folder.faults)} unusable files"
         )
     if kind == "shards":
-        urls = expand_shards(rest)
-        local = sum(os.path.getsize(url) for url in urls if "://" not in url)
-        return f"{len(urls)} shards, {local} bytes on local disks, indexed where they lie"
+        urls = expand_shards(rest, allow_pipes=allow_pipes)
+        pipes = [url for url in urls if url.startswith(PIPE)]
+        local = sum(os.path.getsize(url) for url in urls if "://" not in url and url not in pipes)
+        stored = f"; {len(pipes)} written by commands and stored" if pipes else ""
+        return f"{len(urls)} shards, {local} bytes on local disks, indexed where they lie{stored}"
     from moce_dist.data import carriers, desktop
 
     (desktop if rest == COMPOSITED else carriers).check_installed()
@@ -208,7 +211,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--against {args.against}: is not a folder")
     if is_task and (args.verify or args.against):
         raise ConfigError(f"--verify, --against: are for pre-training data, not for {source}")
-    reads = plan(source)
+    reads = plan(source, allow_pipes=config.data.allow_pipes)
     out, ledger = place(args, config)
     if args.dry_run:
         form = "class folders" if is_task else f"tars of {config.data.shard_bytes} bytes"

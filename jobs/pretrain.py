@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, elastic_worker_counts, load_config
+from moce_dist.config import Config, DataConfig, load_config
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
+from moce_dist.rules import elastic_worker_counts
 from moce_dist.run import COMPLETE, Run, open_run, resolve_run
 from moce_dist.settings import ConfigError
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         print("\n".join(plan_lines(config, root, arguments.stage)))
         return
-    check_source(config.data.source, root)
+    check_source(config.data, root)
     quiet_libraries()
     run = open_run(root, config, fresh=arguments.fresh)
     run_stage(run, config, arguments.stage)
@@ -62,19 +63,19 @@ def check_request(config: Config, stage: str) -> None:
             )
 
 
-def check_source(source: str, root: Path) -> None:
+def check_source(data: DataConfig, root: Path) -> None:
     """Refuse a source that holds nothing to train on, unless it was ingested before."""
     if (root / "ingested" / COMPLETE).exists():
         return
-    kind, _, rest = source.partition(":")
+    kind, _, rest = data.source.partition(":")
     if kind == "index":
         read_index(rest)
         return
-    kind, rest = parse_source(source)
+    kind, rest = parse_source(data.source)
     if kind == "folder":
         list_folder(Path(rest))
     if kind == "shards":
-        expand_shards(rest)
+        expand_shards(rest, allow_pipes=data.allow_pipes)
 
 
 def plan_lines(config: Config, root: Path, stage: str) -> list[str]:

@@ -23,13 +23,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moce_dist.cli import quiet_libraries, run_job
-from moce_dist.config import (
-    Config,
-    elastic_worker_counts,
-    json_schema,
-    legal_worker_counts,
-    load_config,
-)
+from moce_dist.config import Config, json_schema, load_config
+from moce_dist.rules import elastic_worker_counts, legal_worker_counts
 
 _GIB = 2**30
 _COMMANDS = ("routes", "predict", "onnx")

@@ -24,8 +24,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from moce_dist.config import ParallelConfig, elastic_worker_counts
+from moce_dist.config import ParallelConfig
 from moce_dist.parallel.groups import Topology, natural_key
+from moce_dist.rules import elastic_worker_counts
 from moce_dist.run import StoppedError
 from moce_dist.settings import ConfigError
 

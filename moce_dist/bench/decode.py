@@ -22,16 +22,18 @@ from torchvision.transforms import functional
 from moce_dist.bench.harness import Report, interleave
 from moce_dist.bench.photographs import photographs
 from moce_dist.config import Config
+from moce_dist.data.device import DeviceDecoder, Waiting
 from moce_dist.data.images import (
     MEAN,
     STD,
     Box,
-    Pixels,
     open_picture,
     random_box,
     sample_generator,
+    train_cut,
     train_image,
 )
+from moce_dist.data.resize import Pixels
 
 SIZES = {"500": (500, 375), "2000": (2000, 1500)}
 
@@ -53,6 +55,12 @@ def run(config: Config) -> Report:
         process.close()
     rates = {name: [bench.images / s for s in series] for name, series in seconds.items()}
     report = Report("decode", config).add_variants(rates, unit="images/s")
+    for name, encoded in contents.items():
+        if torch.cuda.is_available():
+            rates = {f"device_{name}": device_rates(config, encoded)}
+            report.add_variants(rates, unit="images/s")
+        else:
+            report.skipped[f"device_{name}"] = "no GPU (data.decode_on)"
     for name, encoded in contents.items():
         report.add_ratio(f"moce_dist_{name}", f"pil_torchvision_{name}")
         report.figures[f"bytes_per_image_{name}"] = int(np.mean([len(c) for c in encoded]))
@@ -117,6 +125,24 @@ def reference_pipeline(config: Config) -> Callable[[bytes], torch.Tensor]:
         return sample
 
     return decode
+
+
+def device_rates(config: Config, contents: Sequence[bytes]) -> list[float]:
+    """Measure `data.decode_on: device`, drawing included: images a second of one thread's time."""
+    data, rates = config.data, []
+    decoder = DeviceDecoder(data.image_size, torch.device("cuda"))
+    for _ in range(config.bench.warmup_rounds + config.bench.rounds):
+        begin, waiting = time.perf_counter(), Waiting()
+        for number, content in enumerate(contents):
+            draws = sample_generator(config.seed, 0, str(number))
+            cut = train_cut(content, scale_min=data.crop_scale_min, hflip=True, draws=draws)
+            assert waiting.take(number, number, content, cut)
+        crops = waiting.collect()
+        assert crops is not None
+        assert all(isinstance(square, torch.Tensor) for square in decoder.decode(crops))
+        torch.cuda.synchronize()
+        rates.append(len(contents) / (time.perf_counter() - begin))
+    return rates[config.bench.warmup_rounds :]
 
 
 def our_pipeline(config: Config) -> Callable[[bytes], object]:

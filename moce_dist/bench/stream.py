@@ -138,11 +138,11 @@ def litdata_variant(config: Config, contents: list[bytes], folder: Path) -> Call
             str(folder), shuffle=True, seed=config.seed, transform=lambda row: transform(row["jpg"])
         )
         loader = StreamingDataLoader(
-            data, batch_size=size, num_workers=config.data.loader_processes
+            data, batch_size=size, num_workers=config.data.loader_processes, drop_last=True
         )
         epochs = itertools.chain.from_iterable(itertools.repeat(loader))
         for images in itertools.islice(epochs, config.bench.batches):
-            assert 0 < images.shape[0] <= size
+            assert images.shape[0] == size
 
     return theirs
 

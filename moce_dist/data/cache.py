@@ -3,15 +3,16 @@
     CACHE/3f/3f1c...    one sample and its checksum; named by shard content, offset and size
 
 Every sample is used once an epoch, so the least recently used one is the worst to drop. Which ones
-are kept therefore follows from their name alone, as many as fit, and none is ever replaced: all
-processes of a node share a folder without knowing of each other, and it stays as large as it may.
+are kept therefore follows from their name alone, as many of a data set as fit, and none is ever
+replaced: all processes of a node share a folder without knowing of each other, and it stays as
+large as it may be.
 """
 
 import hashlib
 import logging
-import os
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +57,16 @@ class SampleCache:
         path = self._path(wanted)
         if path is None or not self._is_writable:
             return
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        # processes that write the same sample at once write the same bytes: one name serves all,
+        # and what a killed one left is written over by the next
+        temporary = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.write(sample)
                 file.write(_checksum(sample))
-            temporary.replace(path)
+            with suppress(FileNotFoundError):  # another one has renamed it
+                temporary.replace(path)
         except OSError as error:
             self._is_writable = False
             temporary.unlink(missing_ok=True)

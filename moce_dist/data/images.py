@@ -28,6 +28,8 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from moce_dist.data.resize import Pixels, resize
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,15 +38,12 @@ STD = (0.229, 0.224, 0.225)
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 256 * 2**20
 _ASPECT = (math.log(3 / 4), math.log(4 / 3))
-_JPEG = b"\xff\xd8\xff"
+_JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 _EXIF = b"Exif\0\0"
 _EXIF_WITHIN = 2**16
 _ORIENTATION = 0x0112
 # libjpeg-turbo has vectorised inverse DCTs for these only
 _REDUCTIONS = (8, 4, 2)
-_MAX_DROPPED = 16
-# pixels of the sample
-_MAX_SHIFT = 0.1
 # what makes a stored picture upright: flip its rows, flip its columns, then swap both
 _UPRIGHT = {
     2: (False, True, False),
@@ -58,7 +57,6 @@ _UPRIGHT = {
 _AS_STORED = (False, False, False)
 
 Encoded = bytes | memoryview
-Pixels = NDArray[np.uint8]
 Sample = NDArray[np.float32]
 
 
@@ -138,7 +136,7 @@ class Picture(Protocol):
 
 
 @dataclass(frozen=True)
-class _Jpeg:
+class Jpeg:
     """A JPEG that is decoded, scaled, when its crop is known."""
 
     content: Encoded
@@ -147,14 +145,26 @@ class _Jpeg:
     upright: tuple[bool, bool, bool]
 
     @property
+    def is_plain(self) -> bool:
+        """Whether any decoder gives the same picture: stored upright and with its end mark."""
+        return self.upright == _AS_STORED and bytes(self.content[-2:]) == _JPEG_END
+
+    @property
     def width(self) -> int:
+        """Pixels of a row of the upright picture."""
         return self.stored_height if self.upright[2] else self.stored_width
 
     @property
     def height(self) -> int:
+        """Pixels of a column of the upright picture."""
         return self.stored_width if self.upright[2] else self.stored_height
 
     def crop(self, box: Box, size: int) -> Pixels:
+        """See `Picture`.
+
+        Raises:
+            ImageError: see `open_image`.
+        """
         side = min(box.right - box.left, box.lower - box.upper)
         reduction = next((r for r in _REDUCTIONS if side >= r * size), 1)
         try:
@@ -172,7 +182,7 @@ class _Jpeg:
             return _Pillow(open_image(self.content)).crop(box, size)
         flip_rows, flip_columns, swap = self.upright
         left, upper, right, lower = (edge / reduction for edge in self._stored(box))
-        square = _resize(pixels, (left, upper, right, lower), size)
+        square = resize(pixels, (left, upper, right, lower), size)
         square = square[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
         return square.swapaxes(0, 1) if swap else square
 
@@ -201,7 +211,7 @@ class _Pillow:
         return self.image.height
 
     def crop(self, box: Box, size: int) -> Pixels:
-        return _resize(np.asarray(self.image), box, size)
+        return resize(np.asarray(self.image), box, size)
 
 
 def open_picture(content: Encoded) -> Picture:
@@ -218,7 +228,7 @@ def open_picture(content: Encoded) -> Picture:
             return _Pillow(open_image(content))
         if space not in ("CMYK", "YCCK"):
             _check_pixels(width, height)
-            return _Jpeg(content, width, height, _UPRIGHT.get(_orientation(content), _AS_STORED))
+            return Jpeg(content, width, height, _UPRIGHT.get(_orientation(content), _AS_STORED))
     return _Pillow(open_image(content))
 
 
@@ -227,49 +237,6 @@ def _orientation(content: Encoded) -> int:
         return 1
     with Image.open(io.BytesIO(content)) as image:
         return int(image.getexif().get(_ORIENTATION, 1))
-
-
-class _Axis(NamedTuple):
-    """One direction of a resize: which pixels are read, how many of the result are dropped."""
-
-    start: int
-    stop: int
-    dropped: int
-    scale: float
-
-
-def _resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
-    left, upper, right, lower = box
-    down, across = _axis(upper, lower, size), _axis(left, right, size)
-    if down is None or across is None:
-        image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box)
-        return np.asarray(image)
-    import torch
-
-    crop = pixels[down.start : down.stop, across.start : across.stop]
-    # Pillow's filter, but vectorised; rows of RGB are what torch calls "channels last"
-    resized = torch.ops.aten._upsample_bicubic2d_aa(
-        torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1).unsqueeze(0),
-        [size + down.dropped, size + across.dropped],
-        False,
-        1 / down.scale,
-        1 / across.scale,
-    )
-    square: Pixels = resized[0].permute(1, 2, 0).numpy()[down.dropped :, across.dropped :]
-    return square
-
-
-def _axis(low: float, high: float, size: int) -> _Axis | None:
-    # torch starts at whole pixels only. A crop that starts between two is started some pixels of
-    # the result earlier, where that falls on a whole pixel nearly, and they are dropped again
-    scale = (high - low) / size
-    dropped = np.arange(min(_MAX_DROPPED, int(low / scale)) + 1)
-    starts = low - dropped * scale
-    shifts = np.abs(starts - starts.round()) / scale
-    best = int(shifts.argmin())
-    if shifts[best] > _MAX_SHIFT:
-        return None
-    return _Axis(round(starts[best]), math.ceil(high), best, scale)
 
 
 def decode_image(content: Encoded) -> Pixels:
@@ -312,29 +279,44 @@ def random_box(width: int, height: int, scale_min: float, draws: np.random.Gener
     return Box(left, upper, left + w, upper + h)
 
 
-def train_pixels(
-    content: Encoded, *, size: int, scale_min: float, hflip: bool, draws: np.random.Generator
-) -> Pixels:
-    """Make a training sample's pixels (S, S, 3): random crop, bicubic resize, mirror.
+class Cut(NamedTuple):
+    """What a training sample takes of a picture."""
+
+    picture: Picture
+    box: Box
+    is_mirrored: bool
+
+    def pixels(self, size: int) -> Pixels:
+        """Make the sample's pixels, (S, S, 3): crop, bicubic resize, mirror.
+
+        Raises:
+            ImageError: see `open_image`.
+        """
+        return self.picture.crop(self.box, size)[:, :: -1 if self.is_mirrored else 1]
+
+
+def train_cut(
+    content: Encoded, *, scale_min: float, hflip: bool, draws: np.random.Generator
+) -> Cut:
+    """Draw the random crop of a training sample.
 
     Raises:
-        ImageError: see `open_image`.
+        ImageError: see `open_picture`.
     """
     picture = open_picture(content)
     box = random_box(picture.width, picture.height, scale_min, draws)
-    mirror = hflip and draws.random() < 0.5
-    return picture.crop(box, size)[:, :: -1 if mirror else 1]
+    return Cut(picture, box, bool(hflip and draws.random() < 0.5))
 
 
 def train_image(
     content: Encoded, *, size: int, scale_min: float, hflip: bool, draws: np.random.Generator
 ) -> Sample:
-    """Make a training sample (3, S, S): `train_pixels`, normalised.
+    """Make a training sample (3, S, S): the pixels of `train_cut`, normalised.
 
     Raises:
         ImageError: see `open_image`.
     """
-    return _sample(train_pixels(content, size=size, scale_min=scale_min, hflip=hflip, draws=draws))
+    return _sample(train_cut(content, scale_min=scale_min, hflip=hflip, draws=draws).pixels(size))
 
 
 def eval_image(content: Encoded, size: int) -> Sample:

@@ -4,7 +4,7 @@ Folders and sample sets are packed into tars with the original bytes; existing t
 where they lie. Part of the images is held out by the hash of the key (of tars, by the hash of the
 file name), so that the choice depends on nothing else:
 
-    OUT/index.json    OUT/train-000000.tar ...
+    OUT/index.json    OUT/train-000000.tar ...    or OUT/pipe-000000.tar ..., what commands wrote
     OUT/holdout/index.json    OUT/holdout/holdout-000000.tar ...
     OUT/COMPLETE      written last
 
@@ -18,12 +18,13 @@ import math
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moce_dist.config import DataConfig
 from moce_dist.data.packing import HOLDOUT, member_bytes, plan_files, plan_id, share, write_files
+from moce_dist.data.pipes import PipedTar, write_piped
 from moce_dist.data.progress import track
 from moce_dist.data.shards import (
     INDEX_NAME,
@@ -35,9 +36,9 @@ from moce_dist.data.shards import (
     write_index,
 )
 from moce_dist.data.sources import (
+    PIPE,
     PRETRAIN,
     Folder,
-    Kind,
     expand_shards,
     header_problem,
     list_folder,
@@ -46,6 +47,7 @@ from moce_dist.data.sources import (
 from moce_dist.data.writer import ShardSeries, all_or_nothing
 from moce_dist.mapping import MapTasks, map_here
 from moce_dist.run import (
+    fingerprint,
     is_complete,
     mark_complete,
     read_faults,
@@ -56,7 +58,9 @@ from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_FILES = (INDEX_NAME, "train-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar")
+_FILES = (
+    INDEX_NAME, "train-*.tar", "pipe-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar"
+)  # fmt: skip
 _SCAN_FIRST_BYTES = 10 * 10**9
 _Sample = tuple[str, dict[str, bytes]]
 
@@ -121,8 +125,10 @@ def ingest(
     request = _Request(out, config, ledger, map_tasks)
     if kind == "folder":
         return _pack_folder(list_folder(Path(rest)), request, inputs)
-    with all_or_nothing(out, _FILES):
-        index = _make(kind, rest, request)
+    urls = expand_shards(rest, allow_pipes=config.allow_pipes) if kind == "shards" else []
+    has_pipes = any(url.startswith(PIPE) for url in urls)
+    with all_or_nothing(out, _FILES, fingerprint({"urls": urls}) if has_pipes else None):
+        index = _index_in_place(urls, request) if urls else _pack_sample(rest, request)
         mark_complete(out, inputs, _files(out))
     return index
 
@@ -141,11 +147,9 @@ def _files(out: Path) -> list[Path]:
     return [path for pattern in _FILES for path in out.glob(pattern)]
 
 
-def _make(kind: Kind, rest: str, request: _Request) -> ShardIndex:
-    if kind == "shards":
-        return _index_in_place(expand_shards(rest), request)
-    if rest != PRETRAIN:
-        raise ConfigError(f"sample:{rest}: is a downstream task; train on sample:{PRETRAIN}")
+def _pack_sample(name: str, request: _Request) -> ShardIndex:
+    if name != PRETRAIN:
+        raise ConfigError(f"sample:{name}: is a downstream task; train on sample:{PRETRAIN}")
     from moce_dist.data import samples
 
     return _pack(track(samples.pretrain(), "images"), request)
@@ -226,7 +230,13 @@ def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) 
 
 
 def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
-    shards, faults = _scan(urls)
+    shards, faults = _scan([url for url in urls if not url.startswith(PIPE)])
+    pipes = (url for url in urls if url.startswith(PIPE))
+    tars = [PipedTar(f"pipe-{number:06d}.tar", url) for number, url in enumerate(pipes)]
+    written = request.map_tasks(write_piped, request.out, tars)
+    for shard, found in track(written, "commands", total=len(tars)) if tars else ():
+        shards.append(replace(shard, path=str(request.out / shard.path)))
+        faults += found
     keys: set[str] = set()
     unique = [_without_repeats(shard, keys, faults) for shard in shards]
     gate = request.gate(len(keys) + len(faults))

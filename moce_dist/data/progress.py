@@ -27,5 +27,6 @@ def _line(done: int, seconds: float, what: str, total: int | None) -> str:
     rate = done / seconds
     if total is None:
         return f"{done} {what}, {rate:.1f}/s"
-    left_s = (total - done) / rate if rate else float("inf")
-    return f"{done} of {total} {what}, {rate:.1f}/s, {left_s:.0f} s left"
+    if done == 0:
+        return f"0 of {total} {what}, after {seconds:.0f} s"
+    return f"{done} of {total} {what}, {rate:.1f}/s, {(total - done) / rate:.0f} s left"

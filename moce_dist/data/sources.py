@@ -24,7 +24,10 @@ from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 
+PIPE = "pipe:"
+"""What a shard begins with that a shell command writes."""
 _SECRETS = ("signature=", "credential=", "token=", "sig=", "key=")
+_COMMAND_SECRETS = (*_SECRETS, "authorization", "password", "--user")
 
 Kind = Literal["folder", "shards", "sample"]
 PRETRAIN = "pretrain"
@@ -87,7 +90,7 @@ def _absolute(kind: Kind, rest: str) -> str:
 
 
 def _is_url(name: str) -> bool:
-    return "://" in name or name.startswith("pipe:")
+    return "://" in name or name.startswith(PIPE)
 
 
 def list_folder(root: Path) -> Folder:
@@ -182,13 +185,16 @@ def read_picture(file: ImageFile) -> bytes | Fault:
     return Fault(str(file.path), file.key, problem) if problem else content
 
 
-def expand_shards(pattern: str) -> list[str]:
+def expand_shards(pattern: str, *, allow_pipes: bool = False) -> list[str]:
     """Expand a comma list of brace patterns, globs, paths and URLs into absolute paths and URLs.
 
+    Commands (`pipe:`) have their braces expanded, nothing is run.
+
     Raises:
-        ConfigError: unbalanced braces, a pipe, a pattern without a match, or a shard named twice.
+        ConfigError: unbalanced braces, a command that is not allowed, a pattern without a match, a
+            shard named twice.
     """
-    urls = [url for part in _split_commas(pattern) for url in _expand(part)]
+    urls = [url for part in _split_commas(pattern) for url in _expand(part, allow_pipes)]
     for url, count in Counter(urls).items():
         if count > 1:
             raise ConfigError(f"shards:{pattern}: names {url} {count} times")
@@ -205,30 +211,32 @@ def _split_commas(pattern: str) -> Iterator[str]:
     yield pattern[start:]
 
 
-def _expand(part: str) -> Iterator[str]:
+def _expand(part: str, allow_pipes: bool) -> Iterator[str]:
     if _has_credentials(part):
         # the URL would end up in the index, the ledger and the report
+        what = "a command" if part.startswith(PIPE) else f"a URL of {part.partition('://')[0]}"
         raise ConfigError(
-            f"shards: a URL of {part.partition('://')[0]} carries credentials; give them by the "
-            "environment or the files that its library reads"
+            f"shards: {what} carries credentials; give them by the environment or the files that "
+            "its library reads"
         )
-    if part.startswith("pipe:"):
-        raise ConfigError(
-            f"shards:{part}: pipes are not read; name files or URLs, samples are read by range"
-        )
+    if part.startswith(PIPE) and not allow_pipes:
+        raise ConfigError(f"shards:{part}: commands run only with data.allow_pipes=true")
     try:
         names = list(braceexpand(part))
     except ValueError:
         raise ConfigError(f"shards:{part}: braces are not balanced") from None
     for name in names:
         is_remote = _is_url(name)
-        found = _glob(name) if any(letter in name for letter in "*?[") else [name]
+        is_pattern = not part.startswith(PIPE) and any(letter in name for letter in "*?[")
+        found = _glob(name) if is_pattern else [name]
         if not found or (not is_remote and not all(os.path.isfile(path) for path in found)):
             raise ConfigError(f"shards:{name}: no such file")
         yield from found
 
 
 def _has_credentials(name: str) -> bool:
+    if name.startswith(PIPE):
+        return any(mark in name.lower() for mark in _COMMAND_SECRETS)
     scheme, _, rest = name.partition("://")
     if not rest or scheme == "file":
         return False

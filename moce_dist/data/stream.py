@@ -24,13 +24,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moce_dist.config import DataConfig
 from moce_dist.data.cache import SampleCache
-from moce_dist.data.images import ImageError, sample_generator, train_pixels
+from moce_dist.data.device import DeviceDecoder, Undecoded, Waiting
+from moce_dist.data.images import Cut, Encoded, ImageError, sample_generator, train_cut
 from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
 from moce_dist.data.ranges import Content, Range, RangeReader, Wanted, is_remote
 from moce_dist.run import record_fault
@@ -38,6 +38,7 @@ from moce_dist.run import record_fault
 GroupOf = Callable[[Ids], Ids]
 
 _PR_SET_PDEATHSIG = 1
+_CPU = torch.device("cpu")
 
 
 class Batch(NamedTuple):
@@ -56,6 +57,8 @@ class Batch(NamedTuple):
     """(K,) int64: planned images per cluster, padding left out."""
     keys: list[str]
     """(b,) sample keys, empty for padding."""
+    waiting: Undecoded | None = None
+    """Crops that `stream` has decoded by the time that the batch leaves it."""
 
 
 @dataclass(frozen=True)
@@ -204,13 +207,22 @@ class PlannedStream(IterableDataset[Batch]):
         images = np.zeros((slots, side, side, 3), np.uint8)
         noise = np.empty((slots, spec.num_patches), np.float32)
         weights = np.zeros(slots, np.float32)
+        waiting, on_device = Waiting(), spec.data.decode_on == "device"
         for slot, sample_id in enumerate(step.ids):
             key = "" if sample_id == PADDING else table.keys[sample_id]
             # the mask is drawn before the crop: it must not depend on how often the crop tries
             draws = sample_generator(spec.plan.seed, spec.plan.epoch_of(step.number), key)
             noise[slot] = draws.random(spec.num_patches, np.float32)
-            if sample_id != PADDING:
-                weights[slot] = self._decode(step, slot, draws, images[slot])
+            if sample_id == PADDING:
+                continue
+            try:
+                content, cut = self._cut(step, slot, draws)
+                if not on_device or not waiting.take(slot, int(sample_id), content, cut):
+                    images[slot] = cut.pixels(side)
+            except (ImageError, OSError) as error:
+                _record(spec, step.number, int(sample_id), str(error))
+            else:
+                weights[slot] = 1.0
         return Batch(
             step=step.number,
             images=torch.from_numpy(images).permute(0, 3, 1, 2),
@@ -219,49 +231,51 @@ class PlannedStream(IterableDataset[Batch]):
             clusters=torch.from_numpy(step.clusters),
             cluster_counts=torch.from_numpy(step.cluster_counts),
             keys=["" if i == PADDING else table.keys[i] for i in step.ids],
+            waiting=waiting.collect(),
         )
 
-    def _decode(
-        self, step: PlannedStep, slot: int, draws: np.random.Generator, out: NDArray[np.uint8]
-    ) -> float:
+    def _cut(self, step: PlannedStep, slot: int, draws: np.random.Generator) -> tuple[Encoded, Cut]:
         data, content = self._spec.data, step.contents[slot]
         step.contents[slot] = None
-        try:
-            if content is None or isinstance(content, OSError):
-                raise content or AssertionError("a planned slot was not read")
-            out[:] = train_pixels(
-                content,
-                size=data.image_size,
-                scale_min=data.crop_scale_min,
-                hflip=data.hflip,
-                draws=draws,
-            )
-        except (ImageError, OSError) as error:
-            self._record(step.number, int(step.ids[slot]), str(error))
-            return 0.0
-        return 1.0
-
-    def _record(self, step: int, sample_id: int, reason: str) -> None:
-        spec, table = self._spec, self._spec.plan.table
-        record_fault(
-            spec.ledger,
-            stage=spec.stage,
-            epoch=spec.plan.epoch_of(step),
-            step=step,
-            shard=table.urls[table.shard[sample_id]],
-            key=table.keys[sample_id],
-            offset=int(table.offset[sample_id]),
-            reason=reason,
-        )
+        if content is None or isinstance(content, OSError):
+            raise content or AssertionError("a planned slot was not read")
+        cut = train_cut(content, scale_min=data.crop_scale_min, hflip=data.hflip, draws=draws)
+        return content, cut
 
 
-def stream(spec: StreamSpec, group_of: GroupOf, *, start: int, stop: int) -> Iterator[Batch]:
+def _record(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:
+    table = spec.plan.table
+    record_fault(
+        spec.ledger,
+        stage=spec.stage,
+        epoch=spec.plan.epoch_of(step),
+        step=step,
+        shard=table.urls[table.shard[sample_id]],
+        key=table.keys[sample_id],
+        offset=int(table.offset[sample_id]),
+        reason=reason,
+    )
+
+
+def stream(
+    spec: StreamSpec,
+    group_of: GroupOf,
+    *,
+    start: int,
+    stop: int,
+    device: torch.device = _CPU,
+) -> Iterator[Batch]:
     """Yield this rank's batches of steps [start, stop), decoded ahead by `loader_processes`.
 
+    With `data.decode_on: device` their images lie on `device`, else in memory.
+
     Raises:
+        ConfigError: nothing is installed that decodes on a device.
         RuntimeError: the loader delivered nothing for `data.stall_timeout_s`, or a process died.
     """
     processes = spec.data.loader_processes
+    on_device = spec.data.decode_on == "device"
+    decoder = DeviceDecoder(spec.data.image_size, device) if on_device else None
     loader = DataLoader(
         PlannedStream(spec, group_of, range(start, stop)),
         batch_size=None,
@@ -270,7 +284,21 @@ def stream(spec: StreamSpec, group_of: GroupOf, *, start: int, stop: int) -> Ite
         timeout=spec.data.stall_timeout_s if processes else 0,
         worker_init_fn=_die_with_parent if processes else None,
     )
-    yield from loader
+    for batch in loader:
+        yield batch if decoder is None else _decoded(batch, decoder, spec)
+
+
+def _decoded(batch: Batch, decoder: DeviceDecoder, spec: StreamSpec) -> Batch:
+    images = batch.images.to(decoder.device)
+    if batch.waiting is not None:
+        places = batch.waiting.places[:, :2].tolist()
+        for (slot, sample_id), square in zip(places, decoder.decode(batch.waiting), strict=True):
+            if isinstance(square, Tensor):
+                images[slot] = square
+            else:
+                batch.weights[slot] = 0.0
+                _record(spec, batch.step, sample_id, str(square))
+    return batch._replace(images=images, waiting=None)
 
 
 def _die_with_parent(_: int) -> None:

@@ -192,7 +192,10 @@ def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
         end = state.total_steps if gate is None else (begin // interval + 1) * interval
         spec = state.stream_spec(state.plan)
         group_of = router.placement.readers
-        segment = stream(spec, group_of, start=begin, stop=min(end, state.total_steps))
+        device = state.engine.device
+        segment = stream(
+            spec, group_of, start=begin, stop=min(end, state.total_steps), device=device
+        )
         while (batch := timed_next(segment, clock)) is not None:
             if gate is not None:
                 if state.step > begin:
@@ -281,7 +284,8 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
     sums = torch.zeros(2, dtype=torch.float64)
     spec = replace(state.stream_spec(plan), stage=f"{state.job.stage}-holdout")
     readers = state.router.placement.readers
-    for batch in stream(spec, readers, start=0, stop=plan.steps_per_epoch):
+    device, steps = state.engine.device, plan.steps_per_epoch
+    for batch in stream(spec, readers, start=0, stop=steps, device=device):
         for micro in range(state.micro_batches):
             losses, weights, *_ = forward(state, batch, micro)
             sums += torch.stack([(losses * weights).sum(), weights.sum()]).double().cpu()

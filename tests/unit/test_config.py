@@ -8,11 +8,11 @@ from moce_dist.config import (
     Config,
     identity,
     json_schema,
-    legal_worker_counts,
     load_config,
     make_config,
     to_yaml,
 )
+from moce_dist.rules import legal_worker_counts
 from moce_dist.settings import ConfigError, flatten, parse_yaml
 
 

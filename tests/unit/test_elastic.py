@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moce_dist.config import ParallelConfig, elastic_worker_counts
+from moce_dist.config import ParallelConfig
 from moce_dist.elastic import (
     Budgets,
     Host,
@@ -17,6 +17,7 @@ from moce_dist.elastic import (
     wait_for_seats,
 )
 from moce_dist.parallel.groups import Topology
+from moce_dist.rules import elastic_worker_counts
 from moce_dist.run import StoppedError
 from moce_dist.settings import ConfigError
 

@@ -1,0 +1,143 @@
+"""Decoding on the accelerator (`data.decode_on: device`).
+
+Loader processes read and draw as always, but leave a plain JPEG encoded; the training process hands
+all of a batch to nvImageCodec, which decodes only the crops, on a GPU with its JPEG engines, and
+resizes them where they lie. All else (PNG, turned or damaged pictures) is decoded by the loader,
+and what the device refuses by this process on its CPU.
+
+    loader process    bytes a, b, c     -> a, c plain: bytes and boxes    b: (3, S, S)
+    training process                    -> a, c: (3, S, S) on the device
+
+Without a GPU nvImageCodec decodes on the CPU: the same calls, slower than a loader process.
+
+Letters: c crops, S side of the square sample in pixels.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moce_dist.data.images import Box, Cut, Encoded, ImageError, Jpeg, open_picture
+from moce_dist.settings import ConfigError
+
+
+class Undecoded(NamedTuple):
+    """Crops that are still encoded: tensors, so that they cross processes in shared memory."""
+
+    content: Tensor
+    """Bytes of all pictures, one after the other, uint8."""
+    places: Tensor
+    """(c, 4) int64: slot in the batch, sample id, first byte, end."""
+    boxes: Tensor
+    """(c, 4) int64: left, upper, right, lower, pixels."""
+    is_mirrored: Tensor
+    """(c,) bool."""
+
+
+@dataclass
+class Waiting:
+    """Collects the crops of a batch that are left to the device."""
+
+    _pictures: list[Encoded] = field(default_factory=list)
+    _places: list[tuple[int, ...]] = field(default_factory=list)
+    _cuts: list[Cut] = field(default_factory=list)
+    _bytes: int = 0
+
+    def take(self, slot: int, sample_id: int, content: Encoded, cut: Cut) -> bool:
+        """Take a crop if it may wait; else it is to be decoded now."""
+        if not isinstance(cut.picture, Jpeg) or not cut.picture.is_plain:
+            return False
+        first, self._bytes = self._bytes, self._bytes + len(content)
+        self._pictures.append(content)
+        self._places.append((slot, sample_id, first, self._bytes))
+        self._cuts.append(cut)
+        return True
+
+    def collect(self) -> Undecoded | None:
+        """Return what waits, None when nothing does."""
+        if not self._cuts:
+            return None
+        return Undecoded(
+            torch.frombuffer(bytearray().join(self._pictures), dtype=torch.uint8),
+            torch.tensor(self._places),
+            torch.tensor([cut.box for cut in self._cuts]),
+            torch.tensor([cut.is_mirrored for cut in self._cuts]),
+        )
+
+
+class DeviceDecoder:
+    """nvImageCodec for crops of JPEG pictures.
+
+    Raises:
+        ConfigError: the package is not installed.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        try:
+            from nvidia import nvimgcodec
+        except ImportError:
+            raise ConfigError(
+                "data.decode_on = 'device': package nvidia-nvimgcodec-cu13 is not installed; "
+                "pip install 'moce_dist[device]'"
+            ) from None
+        self.device, self._size, self._codec = device, size, nvimgcodec
+        on_cpu = device.type == "cpu"
+        number = device.index if device.index is not None else nvimgcodec.NVIMGCODEC_DEVICE_CURRENT
+        self._decoder = nvimgcodec.Decoder(
+            device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY if on_cpu else number,
+            max_num_cpu_threads=1,
+            backends=[nvimgcodec.Backend(nvimgcodec.CPU_ONLY)] if on_cpu else None,
+        )
+        self._params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
+
+    def decode(self, crops: Undecoded) -> list[Tensor | ImageError]:
+        """Decode and resize; (3, S, S) uint8 each on the device, or why a picture is no image."""
+        content, places = crops.content.numpy(), crops.places.tolist()
+        boxes = [Box(*box) for box in crops.boxes.tolist()]
+        encoded = [content[first:end] for *_, first, end in places]
+        parts = [
+            self._codec.CodeStream(picture).get_sub_code_stream(
+                region=self._codec.Region(box.upper, box.left, box.lower, box.right)
+            )
+            for picture, box in zip(encoded, boxes, strict=True)
+        ]
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self._is_cuda else 0
+        decoded = self._decoder.decode(parts, params=self._params, cuda_stream=stream)
+        squares: list[Tensor | ImageError] = []
+        for pixels, picture, box in zip(decoded, encoded, boxes, strict=True):
+            if pixels is None:
+                squares.append(self._decode_here(picture.tobytes(), box))
+            else:
+                squares.append(self._resize(self._tensor(pixels)))
+        for row in torch.nonzero(crops.is_mirrored).flatten().tolist():
+            if isinstance(square := squares[row], Tensor):
+                squares[row] = square.flip(-1)
+        return squares
+
+    @property
+    def _is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _tensor(self, pixels: Any) -> Tensor:
+        return (
+            torch.utils.dlpack.from_dlpack(pixels)
+            if self._is_cuda
+            else torch.from_numpy(np.asarray(pixels))
+        )
+
+    def _resize(self, crop: Tensor) -> Tensor:
+        planes = crop.permute(2, 0, 1)[None].to(torch.float32)
+        square = torch.nn.functional.interpolate(
+            planes, (self._size, self._size), mode="bicubic", antialias=True
+        )
+        return square[0].round_().clamp_(0, 255).to(torch.uint8)
+
+    def _decode_here(self, picture: bytes, box: Box) -> Tensor | ImageError:
+        try:
+            square = open_picture(picture).crop(box, self._size)
+        except ImageError as error:
+            return error
+        return torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1).to(self.device)

@@ -1,0 +1,116 @@
+"""Shards that commands write: same data as the tars, nothing run unasked, nothing run twice."""
+
+import tarfile
+
+import pytest
+
+from moce_dist.config import DataConfig
+from moce_dist.data.ingest import ingest
+from moce_dist.data.packing import HOLDOUT
+from moce_dist.data.shards import read_index, read_members
+from moce_dist.settings import ConfigError
+
+CONFIG = DataConfig(holdout_fraction=0.0, allow_pipes=True)
+
+
+@pytest.fixture
+def tars(tmp_path, picture):
+    """Two tars of six samples, and their folder."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number in range(2):
+        with tarfile.open(folder / f"part-{number}.tar", "w") as tar:
+            for row in range(6):
+                path = tmp_path / f"{number}-{row}.png"
+                path.write_bytes(picture(10 * number + row))
+                tar.add(path, path.name)
+    return folder
+
+
+def run(source, out, config=CONFIG):
+    return ingest(source, out, config, out / "faults.jsonl")
+
+
+def contents(*indices):
+    return {
+        key: read_members(index.url(shard), start, end)
+        for index in indices
+        for shard in index.shards
+        for key, start, end in zip(shard.keys, shard.starts, shard.ends, strict=True)
+    }
+
+
+def test_commands_give_what_their_tars_hold(tmp_path, tars):
+    piped = run(f"shards:pipe:cat {tars}/part-{{0..1}}.tar", tmp_path / "piped")
+    assert [shard.num_samples for shard in piped.shards] == [6, 6]
+    assert contents(piped) == contents(run(f"shards:{tars}/*.tar", tmp_path / "direct"))
+    # the tars may go: what was written is kept
+    for path in tars.iterdir():
+        path.unlink()
+    assert len(contents(read_index(tmp_path / "piped"))) == 12
+
+
+def test_braces_pipelines_files_and_a_held_out_part_go_together(tmp_path, tars):
+    out, half = tmp_path / "out", DataConfig(holdout_fraction=0.4, allow_pipes=True)
+    run(f"shards:{tars}/part-0.tar,pipe:gzip -c {tars}/part-1.tar | gunzip", out, half)
+    parts = [read_index(out), read_index(out / HOLDOUT)]
+    assert [len(part.shards) for part in parts] == [1, 1]
+    assert contents(*parts) == contents(run(f"shards:{tars}/*.tar", tmp_path / "direct"))
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "message"),
+    [
+        ("cat {d}/none.tar", RuntimeError, "ended with status 1"),
+        ("cat {d}/none.tar | cat", RuntimeError, "ended with status 1"),
+        ("head -c 700 {d}/part-0.tar; exit 3", RuntimeError, "ended with status 3"),
+        ("echo no tar", ConfigError, r"pipe-000000\.tar: is not an uncompressed tar file"),
+        ("curl -H 'Authorization: Bearer abc'", ConfigError, "a command carries credentials"),
+        ("aws --password abc", ConfigError, "a command carries credentials"),
+    ],
+)
+def test_failing_command_is_an_error_and_nothing_is_left(
+    tmp_path, tars, capfd, command, error, message
+):
+    source = f"shards:pipe:{command.format(d=tars)}"
+    with pytest.raises(error, match=message) as raised:
+        run(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert "abc" not in str(raised.value)
+
+
+def test_cut_off_tar_is_a_fault_like_any_other(tmp_path, tars):
+    config = DataConfig(holdout_fraction=0.0, allow_pipes=True, max_fault_fraction=0.5)
+    index = run(f"shards:pipe:head -c 5000 {tars}/part-0.tar", tmp_path / "out", config)
+    assert 0 < index.num_samples < 6
+    assert "cut off" in (tmp_path / "out" / "faults.jsonl").read_text()
+
+
+def test_commands_are_not_run_unless_allowed(tmp_path):
+    trace = tmp_path / "trace"
+    with pytest.raises(ConfigError, match=r"commands run only with data\.allow_pipes=true"):
+        run(f"shards:pipe:touch {trace}", tmp_path / "out", DataConfig())
+    assert not trace.exists()
+
+
+def test_interrupted_ingest_runs_only_the_commands_that_had_not_ended(tmp_path, tars):
+    trace, out = tmp_path / "trace", tmp_path / "out"
+    source = f"shards:pipe:echo {{0..1}} >> {trace}; cat {tars}/part-{{0..1}}.tar"
+    # every number with every tar: four commands, of which two give keys that are known
+    config = DataConfig(holdout_fraction=0.0, allow_pipes=True, max_fault_fraction=0.9)
+
+    def interrupted(function, shared, items):
+        for number, item in enumerate(items):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield function(shared, item)
+
+    with pytest.raises(KeyboardInterrupt):
+        ingest(source, out, config, out / "faults.jsonl", interrupted)
+    assert trace.read_text().split() == ["0", "0"]
+    index = run(source, out, config)
+    assert trace.read_text().split() == ["0", "0", "1", "1"]
+    assert index.num_samples == 12
+    # and a complete one runs none
+    run(source, out, config)
+    assert len(trace.read_text().split()) == 4
