@@ -27,7 +27,7 @@ from moce_dist.cluster.balance import ascend, largest_size
 from moce_dist.cluster.blocks import Float32, Float64
 from moce_dist.cluster.exact import Candidates, Search, dual_bound, finish
 from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.nearest import Int64, search
+from moce_dist.cluster.nearest import Int64, measure_index, search
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
 from moce_dist.run import fingerprint
@@ -38,6 +38,7 @@ _PRICE_ROUNDS, _PRICE_SEARCHES, _PRICE_CANDIDATES = 10, 4, 32
 _CLOSE, _FINAL_EXCESS = 0.01, 0.001
 """Shares of rows beyond the sizes at which prices are good enough: of the sample, of all rows."""
 _SPLIT = 1 / 1024
+_MEASURED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -207,7 +208,8 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     """Turn the centroids of k-means into labels of the wanted sizes at the least cost."""
     matrix, config, centroids = lloyd.matrix, lloyd.config, state.centroids
     if config.balance == "off":
-        return Settled(matrix.labels(centroids, state.prices), None, {})
+        figures = _index_figures(lloyd, centroids, state.prices)
+        return Settled(matrix.labels(centroids, state.prices), None, figures)
     free = matrix.sums(centroids, np.zeros(len(centroids))).counts
     largest = largest_size(matrix.files.num_rows, config.num_clusters, config)
 
@@ -220,10 +222,11 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     done = finish(found, prices, nearest, largest=largest, is_exact=config.balance == "exact")
     cost = matrix.objective(matrix.sums(centroids, prices, done.labels), centroids)
     num_rows = matrix.files.num_rows
-    figures: dict[str, Any] = {
+    figures = {
         "cost": cost / num_rows,
         "num_moves": done.num_moves,
         "sizes_without_balance": free.astype(int).tolist(),
+        **_index_figures(lloyd, centroids, done.prices),
     }
     # an index may miss the best cluster, and then there is no bound
     if config.balance != "exact" or config.num_clusters >= config.index_from:
@@ -233,6 +236,16 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     bounds = [_lower_bound(matrix, centroids, at) for at in tried]
     figures["cost_lower_bound"] = max(bounds) / num_rows
     return Settled(done.labels, tried[int(np.argmax(bounds))], figures)
+
+
+def _index_figures(lloyd: Lloyd, centroids: Float64, prices: Float64) -> dict[str, Any]:
+    """Measure on a part of the sample what the index misses; nothing where none is used."""
+    index = lloyd.matrix.sweep(centroids, prices).index
+    if index is None:
+        return {}
+    rows = lloyd.sample[:: -(-len(lloyd.sample) // _MEASURED_ROWS)]
+    missed = measure_index(rows, index, centroids, prices)
+    return {"index_recall": missed.recall, "index_excess": missed.excess}
 
 
 def _balance_all(

@@ -30,6 +30,8 @@ Int64 = NDArray[np.int64]
 _CACHED_ROWS = 128
 """Rows that stay in the processor's cache while all their candidates are looked at."""
 _LIST_ITERATIONS, _LISTS_PER_ROOT = 4, 2
+_TIE = 1e-6
+"""Loss, in mean squared distances, at which two clusters are equally good."""
 
 
 @contextmanager
@@ -75,6 +77,7 @@ def build_index(centroids: Float64, prices: Float64, num_probes: int) -> NDArray
     width, num_lists = base.shape[1], int(_LISTS_PER_ROOT * np.sqrt(len(base)))
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, num_lists)
     index.cp.niter, index.nprobe = _LIST_ITERATIONS, min(num_probes, num_lists)
+    index.cp.min_points_per_centroid = 1
     with _one_thread():
         index.train(base)
         index.add(base)
@@ -93,6 +96,30 @@ def search_index(augmented: Float32, index: NDArray[np.uint8], *, num: int) -> N
     is_missing = ids < 0
     ids = np.where(is_missing, ids[:, :1], ids)
     return Nearest(ids, np.where(is_missing, found[:, :1], found))
+
+
+class Missed(NamedTuple):
+    """What an index costs: the share of rows that get a best cluster, and what the others lose.
+
+    `excess` is the sum of their losses, |x - c|^2 - g, over that of all squared distances.
+    """
+
+    recall: float
+    excess: float
+
+
+def measure_index(
+    augmented: Float32, index: NDArray[np.uint8], centroids: Float64, prices: Float64
+) -> Missed:
+    """Compare on rows (x, 1) what an index finds with what the search over all clusters finds."""
+    rows = augmented[:, :-1]
+    theirs = search_index(augmented, index, num=1).ids[:, 0]
+    best = search(augmented, centroids, prices, num=1).ids[:, 0]
+    squares = squared_distances(rows, centroids, best)
+    losses = squared_distances(rows, centroids, theirs) - prices[theirs] - squares + prices[best]
+    # under the prices of a balance rows stand between two clusters, and either one is right
+    recall = (losses <= _TIE * squares.mean()).mean()
+    return Missed(float(recall), float(losses.sum() / squares.sum()))
 
 
 def squared_distances(rows: NDArray[Any], centroids: Float64, labels: Int64) -> Float64:

@@ -1,12 +1,14 @@
 """Sweeps against NumPy: priced search, sums, objective, blocks; off mode against FAISS itself."""
 
+from dataclasses import replace
+
 import faiss
 import numpy as np
 import pytest
 
 from moce_dist.cluster.blocks import View, column_mean, group_blocks, open_features
 from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, split_empty
+from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, settle, split_empty
 from moce_dist.cluster.nearest import (
     build_index,
     search,
@@ -137,3 +139,31 @@ def test_empty_clusters_take_half_of_the_largest():
     step = split[1] - centroids[2]
     assert (split[2] == centroids[2] - step).all()
     assert 0 < np.abs(step).max() < 0.05 and step[0] == -step[1]
+
+
+@pytest.mark.parametrize("balance", ["off", "exact"])
+def test_what_an_index_misses_is_measured(tmp_path, balance):
+    rows = mixture(3000, 6, 90)
+    figures, assigned = {}, {}
+    for probes in (1, 10**6):
+        config = ClusterConfig(
+            num_clusters=90, iterations=3, balance=balance, index_from=90, index_probes=probes
+        )
+        matrix = replace(
+            matrix_of(tmp_path / "f", rows), index_from=90, index_probes=config.index_probes
+        )
+        lloyd = Lloyd(matrix, draw_sample(matrix, 90, 0), config)
+        state = kmeans(lloyd, seed=0, state_file=tmp_path / f"{probes}.npz")
+        settled = settle(lloyd, state)
+        figures[probes], assigned[probes] = settled.figures, (state.centroids, settled)
+    assert figures[10**6]["index_recall"] > 0.999 and abs(figures[10**6]["index_excess"]) < 1e-6
+    assert figures[1]["index_recall"] < 0.98 and figures[1]["index_excess"] > 1e-4
+    if balance == "off":
+        # the sample is the whole matrix here, and without prices labels are the nearest clusters
+        centroids, settled = assigned[1]
+        distances = brute_force(rows - rows.mean(axis=0), centroids)
+        right = settled.labels == distances.argmin(axis=1)
+        assert figures[1]["index_recall"] == pytest.approx(right.mean(), abs=0.002)
+        found = distances[np.arange(len(rows)), settled.labels].sum()
+        best = distances.min(axis=1).sum()
+        assert figures[1]["index_excess"] == pytest.approx(found / best - 1, rel=0.05)
