@@ -54,7 +54,8 @@ imports: $(READY)
 check: lint types imports ## Lint, types and import rules, without tests
 
 test: check ## Check, then all tests except the long ones
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -m "not long" --ignore tests/unit
 
 test-long: $(READY) ## The full matrices
 	$(BIN)/python -m pytest -m long

@@ -196,11 +196,17 @@ class Desk:
     def __init__(self) -> None:
         """Begin with nobody there."""
         self._nodes: list[str] = []
+        self._seats: Any = None
         self._is_stopping = False
 
-    def arrive(self, node: str) -> None:
-        """Note that a worker runs on a node."""
+    def arrive(self, node: str, seats: Any) -> None:
+        """Note that a worker runs on a node, in a placement group that all share."""
         self._nodes.append(node)
+        self._seats = seats
+
+    def seats(self) -> Any:
+        """Return the placement group of the workers, None before the first has arrived."""
+        return self._seats
 
     def nodes(self) -> list[str]:
         """List the nodes of the workers, one entry a worker."""

@@ -32,6 +32,7 @@ from ray._private.state import state as cluster_state
 from ray.exceptions import RayError, RayTaskError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.util.placement_group import get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moce_dist.config import ParallelConfig
@@ -176,6 +177,7 @@ def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
         if ending.is_saved and start.has_room_for_more:
             log.info("%s: there is room for more workers", job.name)
             continue
+        start.free_seats()
         lost = start.hosting() - {host.node for host in look()}
         log.warning("%s", budgets.charge(is_preemption=bool(lost), cause=ending.cause))
 
@@ -213,6 +215,14 @@ class Start:
     def hosting(self) -> set[str]:
         """Return the nodes on which workers arrived."""
         return set(ray.get(self._desk.nodes.remote()))
+
+    def free_seats(self) -> None:
+        """Give back what the workers held, when whoever does that for Ray Train is gone as well.
+
+        Ray's own cleaner asks the dashboard, which an embedded cluster has not.
+        """
+        if (seats := ray.get(self._desk.seats.remote())) is not None:
+            remove_placement_group(seats)
 
     def run(self, follower: Follower, is_terminated: Callable[[], bool]) -> Ending:
         """Follow the workers to their end, however it comes."""
@@ -304,7 +314,8 @@ def _train_worker(config: dict[str, Any]) -> str | None:
     job, desk = config["job"], config["desk"]
     if error_left(job):
         return None
-    ray.get(desk.arrive.remote(ray.get_runtime_context().get_node_id()))
+    seats = get_current_placement_group()
+    ray.get(desk.arrive.remote(ray.get_runtime_context().get_node_id(), seats))
     _join(job.parallel.start_timeout_s)
     is_first = ray.train.get_context().get_world_rank() == 0
     log_to_file(job, logging.INFO if is_first else logging.WARNING)

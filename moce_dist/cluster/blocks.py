@@ -32,6 +32,8 @@ Float64 = NDArray[np.float64]
 
 SCAN_FIRST_BYTES = 10 * 10**9
 _MAX_GROUPS, _MIN_GROUPS = 128, 8
+_MANY_GROUPS, _FULL_GROUP = 32, 4
+"""Groups from which on they grow to so many blocks: what each returns takes time, too."""
 _GROUP_SUMS_BYTES = 2**30
 """What the results of a sweep may take together, unless that leaves too few groups."""
 _SCAN_ROWS = 8192
@@ -197,6 +199,7 @@ def group_blocks(blocks: Sequence[Block], result_bytes: int = 0) -> list[tuple[B
     """Consecutive blocks in at most 128 groups, by their number and the size of a result alone."""
     fitting = _GROUP_SUMS_BYTES // max(result_bytes, 1)
     size = -(-len(blocks) // min(max(fitting, _MIN_GROUPS), _MAX_GROUPS))
+    size = max(size, min(len(blocks) // _MANY_GROUPS, _FULL_GROUP), 1)
     return [tuple(blocks[i : i + size]) for i in range(0, len(blocks), size)]
 
 

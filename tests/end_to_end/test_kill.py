@@ -17,6 +17,7 @@ BEFORE = {
     "moce": ("ingested", "mae", "features", "clusters", "shards"),
 }
 STAGE = {"ingest": "mae", "mae": "mae", "features": "cluster", "moce": "moce"}
+CONTROLLER = "TrainController"
 WORKER = {"mae": "RayTrainWorker", "features": "extract_shard", "moce": "RayTrainWorker"}
 # (moment, what is killed, overrides); decoding processes must not outlive their worker either
 CHEAP = [("moce", "SIGINT", ())]
@@ -25,7 +26,7 @@ FULL = [
     for moment in BEFORE
     for how in ("SIGINT", "SIGKILL", "worker")
     if (moment, how) not in {("ingest", "worker"), *(case[:2] for case in CHEAP)}
-]
+] + [("moce", "controller", ())]
 
 
 def has_come(run, moment):
@@ -39,9 +40,9 @@ def has_come(run, moment):
 
 def strike(job, moment, how):
     """Kill a worker, or send the driver a signal."""
-    if how == "worker":
-        victims = job.workers(WORKER[moment])
-        assert victims, "there was no worker to kill"
+    if how in ("worker", "controller"):
+        victims = job.workers(CONTROLLER if how == "controller" else WORKER[moment])
+        assert victims, f"there was no {how} to kill"
         victims[0].kill()
     else:
         job.process.send_signal(signal.Signals[how])
@@ -71,11 +72,11 @@ def check(moment, how, overrides, *, start, arguments, part_of, learned, finishe
     strike(job, moment, how)
     result = job.finish()
     job.assert_nothing_stays()
-    expected = {"SIGINT": 130, "SIGKILL": -signal.SIGKILL, "worker": 0}[how]
+    expected = {"SIGINT": 130, "SIGKILL": -signal.SIGKILL}.get(how, 0)
     assert result.status == expected, result.err
     if how == "SIGINT":
         assert result.error.startswith("interrupted; the same command continues")
-    if how != "worker":
+    if expected:
         again = start("pretrain", *command)
         result = again.finish().assert_done()
         again.assert_nothing_stays()
