@@ -4,9 +4,10 @@ A picture that cannot be read is skipped, counted and named in `faults.jsonl`; i
 is found in it. While a fit that is kept is under way, `FOLDER/skipped.jsonl` has its skips by step,
 so that a fit that goes on counts those of before.
 
-R ranks share the pictures of a step, and those of a test. Which pictures a step has does not depend
-on R, but what is learnt from them is equal only in distribution: torchvision draws anchors and
-proposals from the generator of each rank, and its losses are means over what was drawn there.
+R ranks share the pictures of a step, and those of a test. Squares, and the figures of a model, do
+not depend on R, but what is learnt is equal only in distribution: torchvision draws anchors and
+proposals from the generator of each rank, and its losses are means over those of a rank (of a
+micro-batch), the mask's over the objects among them.
 
 Letters: B pictures of a rank, S side of the square, pixels; n objects of a square; R ranks.
 
