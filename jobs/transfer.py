@@ -167,20 +167,14 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def check_torchrun(args: Any, config: Config, orders: Sequence[Order]) -> None:
+def check_torchrun(args: Any, config: Config) -> None:
     """Check that processes which torchrun started have something to share.
 
     Raises:
         ConfigError: they have not.
     """
-    if "RANK" not in os.environ:
-        return
-    if (args.task or config.transfer.task) == ALL:
+    if "RANK" in os.environ and (args.task or config.transfer.task) == ALL:
         raise ConfigError("--task all: not under torchrun; its tasks have one worker each")
-    if orders[0].request.is_detection:
-        raise ConfigError(
-            f"--task {orders[0].request.task}: not under torchrun; a detector has one worker"
-        )
 
 
 def train_on_workers(job: FitsJob) -> None:
@@ -213,7 +207,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     run, config = open_configured(args)
     orders = make_orders(args, config)
-    check_torchrun(args, config, orders)
+    check_torchrun(args, config)
     if run is not None:
         for order in orders:
             check_stages(order.request, run)

@@ -4,12 +4,16 @@ A picture that cannot be read is skipped, counted and named in `faults.jsonl`; i
 is found in it. While a fit that is kept is under way, `FOLDER/skipped.jsonl` has its skips by step,
 so that a fit that goes on counts those of before.
 
-Letters: B pictures, S side of the square, pixels; n objects of a square.
+R ranks share the pictures of a step, and those of a test. Squares, and the figures of a model, do
+not depend on R, but what is learnt is equal only in distribution: torchvision draws anchors and
+proposals from the generator of each rank, and its losses are means over those of a rank (of a
+micro-batch), the mask's over the objects among them.
+
+Letters: B pictures of a rank, S side of the square, pixels; n objects of a square; R ranks.
 
 Source: recipe of ViTDet, Li et al. 2022, arXiv 2203.16527, appendix A.2.
 """
 
-import itertools
 import json
 import logging
 import math
@@ -29,8 +33,9 @@ from moce_dist.transfer.finding import Fault, Scored, evaluate
 from moce_dist.transfer.fit import Fitting, Kept, run_fit
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.jitter import Sample, training_square
-from moce_dist.transfer.loading import Machine, TrainingOrder
+from moce_dist.transfer.loading import Machine, TrainingOrder, rank_draws
 from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.ranks import add_up, in_order
 from moce_dist.transfer.saved import detector_spec
 from moce_dist.transfer.schedule import stepped_rate
 from moce_dist.transfer.vitdet import make_detector, make_optimizer
@@ -40,6 +45,8 @@ _WARMUP_STEPS, _WARMUP_SHARE = 250, 0.1
 _SKIPPED = "skipped.jsonl"
 
 Target = dict[str, Tensor]
+Targets = Sequence[Target | None]
+"""What is to be found in the squares of a batch; None of a blank one, which weighs nothing."""
 Written = dict[str, dict[str, float | None]]
 
 
@@ -69,7 +76,10 @@ def _as_list(items: list[Sample | Fault]) -> list[Sample | Fault]:
 
 
 class Skips:
-    """The training pictures that a fit passed over; on disk, too, if the fit is kept."""
+    """The training pictures that a fit passed over; on disk, too, if the fit is kept.
+
+    Those of all ranks are the first one's to note.
+    """
 
     def __init__(self, kept: Kept | None) -> None:
         self._path = kept.folder / _SKIPPED if kept else None
@@ -93,6 +103,11 @@ class Skips:
         """Remove what is on disk, when the fit has come to its end."""
         if self._path:
             self._path.unlink(missing_ok=True)
+
+
+def count_pictures(targets: Targets) -> int:
+    """Count the squares that show a picture."""
+    return sum(target is not None for target in targets)
 
 
 def _warn(faults: Sequence[Fault]) -> None:
@@ -126,15 +141,14 @@ class Detection:
             autocast=self.machine.autocast,
         ).to(self.machine.device)
 
-    def batches(
-        self, seed: int, start: int, skips: Skips
-    ) -> Iterator[tuple[Tensor, Sequence[Target]]]:
-        """Yield squares (B, 3, S, S) in [0, 255] and their targets from step `start` on.
+    def batches(self, seed: int, start: int, skips: Skips) -> Iterator[tuple[Tensor, Targets]]:
+        """Yield this rank's squares (B, 3, S, S) in [0, 255] and targets from step `start` on.
 
-        Pictures that cannot be read are missing in their batch.
+        Pictures that cannot be read are missing in their batch. Collective over the ranks.
 
         Raises:
-            ValueError: no picture of a step can be read.
+            ConfigError: a step has too few pictures for so many ranks.
+            ValueError: no picture of a step can be read; on all ranks.
         """
         transfer, train = self.transfer, self.instances.train
         batch_size = min(transfer.detect_batch_size, len(train))
@@ -142,21 +156,34 @@ class Detection:
         order = TrainingOrder(len(train), batch_size, epochs, seed)
         loader = DataLoader(
             _Squares(self.instances, transfer, seed),
-            batch_sampler=itertools.islice(order, start, transfer.detect_steps),
+            batch_sampler=rank_draws(order, self.machine, start, transfer.detect_steps),
             num_workers=self.machine.loader_processes,
             collate_fn=_as_list,
         )
         skips.start(start)
         for step, items in enumerate(loader, start):
-            faults = [item for item in items if isinstance(item, Fault)]
-            samples = [item for item in items if isinstance(item, Sample)]
-            skips.add(step, faults)
-            if not samples:
+            faults = self._all_faults(items)
+            if self.machine.rank == 0:
+                skips.add(step, faults)
+            if len(faults) == batch_size:
                 raise ValueError(f"{faults[-1].picture.image}: {faults[-1].reason}")
-            yield self.batch(samples)
+            yield self.batch([item for item in items if isinstance(item, Sample)])
 
-    def batch(self, samples: Sequence[Sample]) -> tuple[Tensor, list[Target]]:
-        """Bring samples to squares (B, 3, S, S) in [0, 255] and what is to be found in them."""
+    def _all_faults(self, items: Sequence[Sample | Fault]) -> list[Fault]:
+        # of all ranks in the order of the step; objects are sent only where there are some
+        mine = [item if isinstance(item, Fault) else None for item in items]
+        count = add_up(torch.tensor(sum(fault is not None for fault in mine)), self.machine)
+        return [fault for fault in in_order(mine, self.machine) if fault] if count else []
+
+    def batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Targets]:
+        """Bring samples to squares (B, 3, S, S) in [0, 255] and what is to be found in them.
+
+        Without samples there is one blank square: a rank whose pictures cannot be read has to go
+        through the model's collectives like the others.
+        """
+        if not samples:
+            size = self.transfer.detect_size
+            return torch.zeros(1, 3, size, size, dtype=torch.uint8), [None]
         squares = torch.stack([torch.from_numpy(sample.pixels) for sample in samples])
         return squares, [self._target(sample) for sample in samples]
 
@@ -170,12 +197,20 @@ class Detection:
             target["masks"] = torch.from_numpy(sample.masks)
         return target
 
-    def loss(self, model: Any) -> Callable[[Tensor, Sequence[Target]], Tensor]:
+    def _nothing(self) -> Target:
+        size = self.transfer.detect_size
+        target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        if self.instances.has_masks:
+            target["masks"] = torch.zeros(0, size, size, dtype=torch.uint8)
+        return target
+
+    def loss(self, model: Any) -> Callable[[Tensor, Targets], Tensor]:
         """Return the sum of a detector's losses as a function of squares and targets."""
         device = self.machine.device
 
-        def of(squares: Tensor, targets: Sequence[Target]) -> Tensor:
-            moved = [{name: x.to(device) for name, x in target.items()} for target in targets]
+        def of(squares: Tensor, targets: Targets) -> Tensor:
+            known = [self._nothing() if target is None else target for target in targets]
+            moved = [{name: x.to(device) for name, x in target.items()} for target in known]
             # the detector says itself which part of it runs in bfloat16
             with torch.autocast(device.type, enabled=False):
                 losses: dict[str, Tensor] = model(list(squares.float() / 255), moved)
@@ -206,6 +241,7 @@ class Detection:
             peak_lr=transfer.detect_lr,
             seed=seed,
             schedule=stepped_rate,
+            weigh=count_pictures,
         )
 
 
@@ -216,12 +252,15 @@ def detect(
 
     Writes `out/scores.json` and a few predictions beside the truth as PNG; skipped pictures go to
     `ledger`. A figure without objects to find is None. With `kept` the model is saved, and an
-    interrupted fit goes on where it was.
+    interrupted fit goes on where it was. Collective over the machine's ranks, of which the first
+    one writes.
 
     Raises:
+        ConfigError: a step has too few pictures for so many ranks.
         ValueError: no picture of a step can be read.
     """
-    model, skips = fit.build(seed), Skips(kept)
+    is_first = fit.machine.rank == 0
+    model, skips = fit.build(seed), Skips(kept if is_first else None)
     scored: list[Scored] = []
 
     def view() -> Measures:
@@ -229,21 +268,23 @@ def detect(
         return scored[-1].measures()
 
     run_fit(fit.fitting(model, seed, skips, view), fit.machine, kept)
-    figures = _written(scored[-1], skips, out, ledger)
+    figures: Written = {
+        kind: {name: None if math.isnan(v) else v for name, v in values.items()}
+        for kind, values in scored[-1].figures.items()
+    }
+    if is_first:
+        _write(figures, scored[-1].faults, skips, out, ledger)
     skips.close()
     return figures
 
 
-def _written(scored: Scored, skips: Skips, out: Path, ledger: Path) -> Written:
-    figures: Written = {
-        kind: {name: None if math.isnan(v) else v for name, v in values.items()}
-        for kind, values in scored.figures.items()
-    }
-    _warn(scored.faults)
+def _write(
+    figures: Written, test_faults: Sequence[Fault], skips: Skips, out: Path, ledger: Path
+) -> None:
+    _warn(test_faults)
     faults = [(line["key"], line["reason"]) for line in skips.lines]
-    faults += [(fault.picture.key, fault.reason) for fault in scored.faults]
+    faults += [(fault.picture.key, fault.reason) for fault in test_faults]
     for key, reason in faults:
         record_fault(ledger, stage="transfer", key=key, reason=reason)
     document = {**figures, "skipped_pictures": len(faults)}
     write_atomic(out / "scores.json", json.dumps(document, indent=1))
-    return figures

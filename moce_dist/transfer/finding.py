@@ -4,6 +4,7 @@ Letters: H, W height and width of a picture, pixels; n objects found.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from moce_dist.transfer.precision import (
     mask_results,
     pack_mask,
 )
+from moce_dist.transfer.ranks import from_first, in_order
 
 _NUM_PREVIEWS = 4
 
@@ -72,25 +74,42 @@ def find(model: Any, picture: Image.Image, machine: Machine) -> Detections:
 def evaluate(model: Any, instances: Instances, machine: Machine, out: Path) -> Scored:
     """Score a detector in evaluation mode on the test pictures; draw the first few into `out`.
 
-    In a picture that cannot be read nothing is found.
+    In a picture that cannot be read nothing is found. Collective over the machine's ranks, which
+    take the pictures in turn; the first one scores and draws, and all return the same.
     """
-    boxes, masks, faults = [], [], []
-    progress = Progress("detection test", len(instances.test), "pictures")
-    for number, picture in enumerate(instances.test):
+    mine = machine.rows(len(instances.test))
+    progress = Progress("detection test", len(mine), "pictures")
+    looks = []
+    for number in mine:
+        looks.append(_look(model, instances.test[number], machine))
         progress.advance()
-        try:
-            image = load_picture(picture)
-        except ImageError as error:
-            faults.append(Fault(picture, str(error)))
+    looks = in_order(looks, machine)
+    figures = _score(looks, instances, out) if machine.rank == 0 else {}
+    faults = [look for look in looks if isinstance(look, Fault)]
+    return Scored(from_first(figures, machine), faults)
+
+
+def _look(model: Any, picture: Picture, machine: Machine) -> Detections | Fault:
+    try:
+        image = load_picture(picture)
+    except ImageError as error:
+        return Fault(picture, str(error))
+    return find(model, image, machine)
+
+
+def _score(looks: Sequence[Detections | Fault], instances: Instances, out: Path) -> Figures:
+    boxes, masks = [], []
+    for number, (picture, found) in enumerate(zip(instances.test, looks, strict=True)):
+        if isinstance(found, Fault):
             continue
-        found = find(model, image, machine)
         boxes += box_results(picture, found, instances.category_ids)
         if instances.has_masks:
             masks += mask_results(picture, found, instances.category_ids)
         if number < _NUM_PREVIEWS:
-            draw_preview(out / f"{picture.image.stem}.png", image, picture, found, instances)
+            path = out / f"{picture.image.stem}.png"
+            draw_preview(path, load_picture(picture), picture, found, instances)
     truth = ground_truth(instances.test, instances)
     figures = {"box": average_precision(truth, boxes, "bbox")}
     if instances.has_masks:
         figures["mask"] = average_precision(truth, masks, "segm")
-    return Scored(figures, faults)
+    return figures

@@ -105,6 +105,8 @@ class FitsJob:
         transfer = self.order.config.transfer
         if self.order.request.is_segmentation:
             return transfer.segment_batch_size
+        if self.order.request.is_detection:
+            return transfer.detect_batch_size
         return transfer.finetune.batch_size
 
     def run(self, should_stop: Callable[[], bool]) -> None:
@@ -142,9 +144,6 @@ def carry_out(
     Raises:
         ConfigError: the task's files are not as they should be.
     """
-    if order.request.is_detection:
-        # a detector learns on one worker, which has the cores of all
-        order = _alone(order, threads=order.config.parallel.num_workers)
     job = FitsJob(root, order)
     quiet_libraries()
     if not is_first_process():
@@ -165,11 +164,8 @@ def carry_out(
     return compare(comparison, train_fits)
 
 
-def _alone(order: Order, threads: int = 1) -> Order:
-    parallel = order.config.parallel
-    threads *= parallel.threads_per_worker
-    changes = {"num_workers": 1, "min_workers": None, "threads_per_worker": threads}
-    alone = parallel.model_copy(update=changes)
+def _alone(order: Order) -> Order:
+    alone = order.config.parallel.model_copy(update={"num_workers": 1, "min_workers": None})
     return replace(order, config=order.config.model_copy(update={"parallel": alone}))
 
 

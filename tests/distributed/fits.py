@@ -9,9 +9,10 @@ import torch.distributed as dist
 
 from moce_dist.config import load_config
 from moce_dist.run import StoppedError
-from moce_dist.transfer import finetune, fit, segment, upernet
+from moce_dist.transfer import detect, finding, finetune, fit, segment, upernet
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.catalog import load_task
+from moce_dist.transfer.instances import read_instances
 from moce_dist.transfer.ranks import join
 from moce_dist.transfer.saved import load_model
 from moce_dist.transfer.scenes import read_scenes
@@ -25,6 +26,8 @@ TINY = (
     "transfer.finetune.mixup=0", "transfer.finetune.cutmix=0", "transfer.finetune.base_lr=1",
     "transfer.segment_crop=32", "transfer.segment_steps=6", "transfer.segment_batch_size=5",
     "transfer.segment_channels=8", "transfer.segment_lr=0.05",
+    "transfer.detect_size=64", "transfer.detect_channels=8", "transfer.detect_rois=8",
+    "transfer.detect_window=5", "transfer.detect_drop_path=0", "transfer.detect_lr=0.01",
 )  # fmt: skip
 
 
@@ -32,7 +35,7 @@ class KilledError(Exception):
     """Stands for the end of the process."""
 
 
-def _sgd(model, **_):
+def _sgd(model, *_, **__):
     return torch.optim.SGD(
         [
             {"params": [p], "lr_scale": 1 / (1 + i % 3), "weight_decay": 0.0}
@@ -40,6 +43,26 @@ def _sgd(model, **_):
         ],
         lr=0.0,
     )
+
+
+class _Settled(detect.Detection):
+    """A detector that draws nothing, and whose loss is a mean over pictures whatever the parts."""
+
+    def build(self, seed):
+        model = super().build(seed)
+        for part in (model.rpn, model.roi_heads):
+            # every anchor and proposal is taken
+            part.fg_bg_sampler.batch_size_per_image = 10**6
+        return model
+
+    def loss(self, model):
+        loss_of = super().loss(model)
+
+        def of(squares, targets):
+            each = [loss_of(squares[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
+            return torch.stack(each).mean()
+
+        return of
 
 
 def _kill_before(step):
@@ -60,6 +83,10 @@ def _run(kind, root, config, machine, kept, out):
         return segment.segment(
             backbone, scenes, config.transfer, machine, seed=3, out=out, kept=kept
         )
+    if kind == "detect":
+        learner = detect.Detection(backbone, read_instances("coco", root), config.transfer, machine)
+        ledger = kept.folder / "faults.jsonl"
+        return detect.detect(learner, seed=3, out=out, ledger=ledger, kept=kept)
     task = load_task("imagefolder", root)
     return finetune.finetune(backbone, task, config.transfer.finetune, machine, seed=3, kept=kept)
 
@@ -67,8 +94,8 @@ def _run(kind, root, config, machine, kept, out):
 def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_every=2, views=None):
     """Fit a tiny ViT; return the measures, or what ended the fit early.
 
-    Without `adam` by SGD, whose steps are linear in the gradient. The last rank alone says stop
-    when it is asked for the `ask`th time.
+    Without `adam` by SGD, whose steps are linear in the gradient, and a detector without its draws.
+    The last rank alone says stop when it is asked for the `ask`th time.
     """
     config = load_config(None, [*TINY, *overrides])
     machine, asked = join(config), []
@@ -85,6 +112,8 @@ def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_e
         if not adam:
             patches.enter_context(patch.object(finetune, "make_optimizer", _sgd))
             patches.enter_context(patch.object(upernet.Segmenter, "optimizer", _sgd))
+            patches.enter_context(patch.object(detect, "make_optimizer", _sgd))
+            patches.enter_context(patch.object(detect, "Detection", _Settled))
         if kill is not None:
             patches.enter_context(_kill_before(kill))
         try:
@@ -96,14 +125,49 @@ def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_e
             dist.barrier()
 
 
+def _noting(module, name, notes):
+    """Have a function of a module note its arguments."""
+    whole = getattr(module, name)
+
+    def function(*arguments, **named):
+        notes.append(arguments)
+        return whole(*arguments, **named)
+
+    return patch.object(module, name, function)
+
+
+def pictures_used(**options):
+    """Fit a detector; return its figures and the keys of what this rank learnt, saw and scored."""
+    learnt, seen, scored = [], [], []
+    with (
+        _noting(detect, "training_square", learnt),
+        _noting(finding, "_look", seen),
+        _noting(finding, "box_results", scored),
+    ):
+        figures = fit_task("detect", **options, adam=True)
+    keys = [[a[0].key for a in learnt], [a[1].key for a in seen], [a[0].key for a in scored]]
+    return figures, *keys
+
+
+def _measure_detector(model, instances, machine, out):
+    entries = []
+    with _noting(finding, "average_precision", entries):
+        found = finding.evaluate(model, instances, machine, out)
+    faults = [(fault.picture.key, fault.reason) for fault in found.faults]
+    return found.measures(), faults, [(kind, results) for _, results, kind in entries]
+
+
 def measure_saved(kind, root, folder, overrides):
-    """Measure a saved model on the ranks together; return its measures and scores.json."""
+    """Measure a saved model on the ranks together; of a detector also what the first one scored."""
     config = load_config(None, [*TINY, *overrides])
     machine = join(config)
     model, _ = load_model(Path(folder))
+    out = Path(folder).parent / f"by{machine.num_ranks}"
+    if kind == "detect":
+        return _measure_detector(model, read_instances("coco", Path(root)), machine, out)
     backbone = run_backbone("random", config, None)
     if kind == "classify":
         return finetune.evaluate(model, backbone, load_task("imagefolder", Path(root)), machine)
     window = segment.Window(config.transfer.segment_crop)
-    scenes, out = read_scenes("ade20k", Path(root)), Path(folder).parent / f"by{machine.num_ranks}"
+    scenes = read_scenes("ade20k", Path(root))
     return segment._evaluate(model, scenes, backbone, window, machine, out)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,10 +27,13 @@ ROOT = Path(__file__).parents[3]
 NUM_EXPERTS, NUM_CLUSTERS, SIZE = 3, 6, 16
 
 
-def transfer(run: Run, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run the job as a user does."""
+def transfer(
+    run: Run, *flags: str, launcher: Sequence[str] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run the job as a user does, or have a launcher's module run it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(ROOT / "jobs" / "transfer.py"), "--run", str(run.root), *flags]
+    job = [str(ROOT / "jobs" / "transfer.py"), "--run", str(run.root)]
+    command = [sys.executable, *launcher, *job, *flags]
     return subprocess.run(
         command, cwd=run.root, env=environment, capture_output=True, text=True, check=False
     )

@@ -7,6 +7,8 @@ import pytest
 
 from moce_dist.run import Run
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.request import Request
+from moce_dist.transfer.suite import FitsJob, Order
 
 from .conftest import transfer
 
@@ -71,6 +73,29 @@ def test_suite_runs_in_parallel_on_ray(run, entries, tmp_path):
     assert [task["task"] for task in metrics_of(run, "all")["tasks"]] == ["imagefolder", "few"]
     alone = transfer(run, "--task", "imagefolder", *("--data", str(entries[0]["data"])))
     assert alone.returncode == 0, alone.stderr
+
+
+@pytest.mark.timeout(300)
+def test_detector_is_fitted_by_two_processes_of_torchrun(run, coco_folder):
+    done = transfer(
+        run,
+        *("--task", "coco", "--data", str(coco_folder), "--backbone", "mae"),
+        *("--set", "parallel.num_workers=2"),
+        launcher=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"],
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = metrics_of(run, "coco")["results"]
+    assert (row["num_train"], row["num_test"]) == (6, 3) and 0 <= row["box"]["AP"] <= 1
+
+
+@pytest.mark.parametrize(("task", "expected"), [("coco", 6), ("ade20k", 2), ("digits", 16)])
+def test_workers_share_the_pictures_of_a_step(task, expected, config, tmp_path):
+    budget = config.transfer.model_copy(update={"detect_batch_size": 6})
+    order = Order(
+        Request(task, None, ("mae",), ("finetune",), 1, None),
+        config.model_copy(update={"transfer": budget}),
+    )
+    assert FitsJob(tmp_path, order).batch_size == expected
 
 
 @pytest.mark.parametrize(
