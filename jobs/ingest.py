@@ -80,8 +80,9 @@ def plan(source: str, *, allow_pipes: bool) -> str:
         urls = expand_shards(rest, allow_pipes=allow_pipes)
         pipes = [url for url in urls if url.startswith(PIPE)]
         local = sum(os.path.getsize(url) for url in urls if "://" not in url and url not in pipes)
-        stored = f"; {len(pipes)} written by commands and stored" if pipes else ""
-        return f"{len(urls)} shards, {local} bytes on local disks, indexed where they lie{stored}"
+        stored = f"; {len(pipes)} more that commands write, stored" if pipes else ""
+        lying = f"{len(urls) - len(pipes)} shards, {local} bytes on local disks"
+        return f"{lying}, indexed where they lie{stored}"
     from moce_dist.data import carriers, desktop
 
     (desktop if rest == COMPOSITED else carriers).check_installed()

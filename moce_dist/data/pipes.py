@@ -17,6 +17,7 @@ from typing import NamedTuple
 from moce_dist.data.shards import Fault, Shard, scan_shard
 from moce_dist.data.sources import PIPE
 from moce_dist.data.writer import finished_tar, note_finished
+from moce_dist.settings import ConfigError
 
 
 class PipedTar(NamedTuple):
@@ -48,6 +49,9 @@ def write_piped(out: Path, tar: PipedTar) -> tuple[Shard, list[Fault]]:
     if process.returncode:
         raise RuntimeError(f"shards:{tar.url}: ended with status {process.returncode}")
     temporary.replace(path)
-    shard, faults = scan_shard(str(path), path=tar.name)
+    try:
+        shard, faults = scan_shard(str(path), path=tar.name)
+    except ConfigError:
+        raise ConfigError(f"shards:{tar.url}: writes no uncompressed tar") from None
     note_finished(out, shard, faults)
     return shard, faults

@@ -221,6 +221,8 @@ def _expand(part: str, allow_pipes: bool) -> Iterator[str]:
         )
     if part.startswith(PIPE) and not allow_pipes:
         raise ConfigError(f"shards:{part}: commands run only with data.allow_pipes=true")
+    if not part.removeprefix(PIPE).strip():
+        raise ConfigError(f"shards:{part}: names nothing")
     try:
         names = list(braceexpand(part))
     except ValueError:
