@@ -9,15 +9,17 @@ Letters: B images of a step, E experts, K clusters, D width.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from moce_dist.config import Config
+from moce_dist.data.images import Box, Cut, Encoded
 from moce_dist.data.plan import Plan, SampleTable
 from moce_dist.data.ranges import RangeReader
+from moce_dist.data.resize import Pixels
 from moce_dist.data.stream import Batch, PlannedStep, PlannedStream
 from moce_dist.model.gate import Gate, balance_loss, confidence_loss
 from moce_dist.train.job import StageJob
@@ -78,6 +80,20 @@ def synthetic_state(config: Config, device: torch.device) -> TrainState:
     return state
 
 
+@dataclass(frozen=True)
+class _Stripes:
+    """A picture of stripes, whatever is cut out of it."""
+
+    draws: np.random.Generator
+    width: int = 1
+    height: int = 1
+
+    def crop(self, _: Box, size: int) -> Pixels:
+        """Draw (S, S, 3)."""
+        column = self.draws.integers(0, 256, (size, 1, 3), np.uint8)
+        return np.broadcast_to(column, (size, size, 3))
+
+
 class _SyntheticStream(PlannedStream):
     """The plan's steps, every image made of stripes: only who reads what is real."""
 
@@ -87,11 +103,8 @@ class _SyntheticStream(PlannedStream):
             step.contents.extend([None] * len(step.ids))
             yield [step]
 
-    def _decode(
-        self, step: PlannedStep, slot: int, draws: np.random.Generator, out: NDArray[np.uint8]
-    ) -> float:
-        out[:] = draws.integers(0, 256, (out.shape[0], 1, 3), np.uint8)
-        return 1.0
+    def _cut(self, step: PlannedStep, slot: int, draws: np.random.Generator) -> tuple[Encoded, Cut]:
+        return b"", Cut(_Stripes(draws), Box(0, 0, 1, 1), is_mirrored=False)
 
 
 def synthetic_batches(state: TrainState, count: int) -> list[Batch]:
