@@ -125,6 +125,19 @@ def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_e
             dist.barrier()
 
 
+def graphs_left(kind, root, out, overrides):
+    """Name the buffers that hold a graph after the steps of a fit: memory would grow with them."""
+    whole, found = fit._finish, []
+
+    def finish(fitting, machine, kept):
+        found.extend(name for name, buffer in fitting.model.named_buffers() if buffer.requires_grad)
+        return whole(fitting, machine, kept)
+
+    with patch.object(fit, "_finish", finish):
+        fit_task(kind, root, out, overrides)
+    return found
+
+
 def _noting(module, name, notes):
     """Have a function of a module note its arguments."""
     whole = getattr(module, name)

@@ -109,6 +109,11 @@ def test_law_layers_keep_their_rates_in_adamw(pools, roots, tmp_path):
         assert_close(weights(out), weights(tmp_path / "one"))
 
 
+def test_statistics_of_all_ranks_hold_no_graph(pools, roots, tmp_path):
+    options = {**call(roots, "segment", overrides=on(2)), "function": "graphs_left"}
+    assert pools(2).run("fit", **options, out=tmp_path) == [[], []]
+
+
 @pytest.mark.parametrize("kind", ["classify", "segment"])
 def test_law_figures_are_those_of_one_process(kind, pools, roots, tmp_path):
     common = call(roots, kind)
