@@ -11,7 +11,8 @@ sample that depends on the seed alone, so no result depends on the number of wor
 
 Letters: n rows, s sampled rows, D width, K clusters, m candidates.
 
-Source: splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters).
+Source: seeding by parts, Ailon, Jaiswal, Monteleoni, "Streaming k-means approximation" (2009);
+splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters).
 """
 
 import logging
@@ -34,6 +35,9 @@ from moce_dist.run import fingerprint
 
 _log = logging.getLogger(__name__)
 _SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 64, 16_384, 65_536
+_FEWEST_PER_CLUSTER = 4
+_TRIED_CLUSTERS, _SEEDED_OF_PART = 4096, 1024
+"""Most clusters whose first centroids are the best of trials; how many a part of a sample gives."""
 _PRICE_ROUNDS, _PRICE_SEARCHES, _PRICE_CANDIDATES = 10, 4, 32
 _CLOSE, _FINAL_EXCESS = 0.01, 0.001
 """Shares of rows beyond the sizes at which prices are good enough: of the sample, of all rows."""
@@ -105,16 +109,29 @@ class Lloyd:
     config: ClusterConfig
 
     def first_state(self, seed: int) -> State:
-        """Choose k-means++ centroids from the sample; prices are 0."""
+        """Choose k-means++ centroids from the sample; prices are 0.
+
+        Its time grows with K times the rows: very many centroids are drawn once each, not the best
+        of some trials, and come from parts of the sample.
+        """
         # a second to import, and training only reads clusters
         from sklearn.cluster import kmeans_plusplus
 
         num_clusters = self.config.num_clusters
+        is_large = num_clusters > _TRIED_CLUSTERS
+        parts = -(-num_clusters // _SEEDED_OF_PART) if is_large else 1
         with threadpool_limits(1):
-            chosen, _ = kmeans_plusplus(
-                self.sample[:, :-1], num_clusters, random_state=seed % 2**32
-            )
-        return State(chosen.astype(np.float64), np.zeros(num_clusters))
+            chosen = [
+                kmeans_plusplus(
+                    self.sample[part::parts, :-1],
+                    len(ids),
+                    random_state=seed % 2**32,
+                    n_local_trials=1 if is_large else None,
+                )
+                for part, ids in enumerate(np.array_split(np.arange(num_clusters), parts))
+            ]
+        centroids = np.concatenate([rows for rows, _ in chosen]).astype(np.float64)
+        return State(centroids, np.zeros(num_clusters))
 
     def prices(self, centroids: Float64, prices: Float64) -> Float64:
         """Find prices (K,) that balance the sample between the centroids, from `prices` on."""
@@ -155,7 +172,7 @@ def draw_sample(matrix: Matrix, num_clusters: int, seed: int) -> Float32:
     """Draw rows by the seed, with a column of ones, (s, D + 1); all rows when they are few."""
     num_rows = matrix.files.num_rows
     wanted = np.clip(_SAMPLE_PER_CLUSTER * num_clusters, _MIN_SAMPLE, _MAX_SAMPLE)
-    size = min(num_rows, max(int(wanted), num_clusters))
+    size = min(num_rows, max(int(wanted), _FEWEST_PER_CLUSTER * num_clusters))
     rows = np.random.default_rng(seed).choice(num_rows, size, replace=False)
     return matrix.files.take(np.sort(rows), matrix.view)
 

@@ -167,3 +167,23 @@ def test_what_an_index_misses_is_measured(tmp_path, balance):
         found = distances[np.arange(len(rows)), settled.labels].sum()
         best = distances.min(axis=1).sum()
         assert figures[1]["index_excess"] == pytest.approx(found / best - 1, rel=0.05)
+
+
+def test_centroids_chosen_part_by_part_are_rows_and_nearly_as_good(tmp_path, monkeypatch):
+    rows = mixture(4000, 6, 40, spread=0.3)
+    matrix = matrix_of(tmp_path / "features", rows, block_rows=1024)
+    lloyd = Lloyd(matrix, draw_sample(matrix, 41, 0), ClusterConfig(num_clusters=41))
+    costs = {}
+    for tried in (4096, 8):
+        monkeypatch.setattr("moce_dist.cluster.lloyd._TRIED_CLUSTERS", tried)
+        monkeypatch.setattr("moce_dist.cluster.lloyd._SEEDED_OF_PART", 21)
+        first = lloyd.first_state(3).centroids
+        assert (first == lloyd.first_state(3).centroids).all()
+        known = {row.tobytes() for row in lloyd.sample[:, :-1]}
+        chosen = {row.astype(np.float32).tobytes() for row in first}
+        assert len(chosen) == 41 and chosen <= known
+        distances = brute_force(rows - matrix.view.mean, first)
+        costs[tried] = distances.min(axis=1).sum()
+    chance = rows[:41] - matrix.view.mean
+    by_chance = brute_force(rows - matrix.view.mean, chance).min(axis=1).sum()
+    assert costs[8] < 3 * costs[4096] and costs[8] < 0.7 * by_chance
