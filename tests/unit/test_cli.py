@@ -80,6 +80,8 @@ def test_interrupt_is_130(job):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        # a shell has its background jobs ignore it, and what they start as well
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
