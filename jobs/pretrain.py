@@ -13,7 +13,6 @@ from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, DataConfig, load_config
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
-from moce_dist.rules import elastic_worker_counts
 from moce_dist.run import COMPLETE, Run, open_run, resolve_run
 from moce_dist.settings import ConfigError
 
@@ -55,7 +54,7 @@ def check_request(config: Config, stage: str) -> None:
         if stage not in ("mae", "moce"):
             raise ConfigError(f"--stage {stage}: under torchrun only mae or moce")
         batch_size = getattr(config, stage).batch_size
-        legal = elastic_worker_counts(config.parallel, batch_size)
+        legal = config.parallel.worker_counts(batch_size)
         if int(world_size) not in legal:
             raise ConfigError(
                 f"parallel.num_workers ({config.parallel.num_workers}) must be the number of "

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 from moce_dist.cli import quiet_libraries, run_job
 from moce_dist.config import Config, json_schema, load_config
-from moce_dist.rules import elastic_worker_counts, legal_worker_counts
+from moce_dist.workers import legal_worker_counts
 
 _GIB = 2**30
 _COMMANDS = ("routes", "predict", "onnx")
@@ -233,7 +233,7 @@ def _smaller_starts(config: Config) -> Iterator[str]:
         for name, stage in (("mae", config.mae), ("moce", config.moce)):
             starts = ", ".join(
                 f"{ranks} (micro-batches {parallel.micro_batches_on(ranks, stage.batch_size)})"
-                for ranks in elastic_worker_counts(parallel, stage.batch_size)[1:]
+                for ranks in parallel.worker_counts(stage.batch_size)[1:]
             )
             yield f"  {name} with nodes missing: {starts or 'no legal number of ranks'}"
 

@@ -26,7 +26,6 @@ from typing import Any
 
 from moce_dist.config import ParallelConfig
 from moce_dist.parallel.groups import Topology, natural_key
-from moce_dist.rules import elastic_worker_counts
 from moce_dist.run import StoppedError
 from moce_dist.settings import ConfigError
 
@@ -68,7 +67,7 @@ class Wanted:
             ConfigError: there are more labels than a full start has places for.
         """
         self._refuse_too_many_labels(hosts)
-        for count in elastic_worker_counts(self.parallel, self.batch_size):
+        for count in self.parallel.worker_counts(self.batch_size):
             is_full = count == self.parallel.num_workers
             found = seats(hosts, self.topology(count), one_place_a_label=is_full)
             if found is not None:

@@ -12,8 +12,8 @@ from moce_dist.config import (
     make_config,
     to_yaml,
 )
-from moce_dist.rules import legal_worker_counts
 from moce_dist.settings import ConfigError, flatten, parse_yaml
+from moce_dist.workers import legal_worker_counts
 
 
 def refused(tree):

@@ -17,7 +17,6 @@ from moce_dist.elastic import (
     wait_for_seats,
 )
 from moce_dist.parallel.groups import Topology
-from moce_dist.rules import elastic_worker_counts
 from moce_dist.run import StoppedError
 from moce_dist.settings import ConfigError
 
@@ -85,9 +84,9 @@ def test_labels_without_a_place_are_refused_not_ignored():
 
 def test_counts_follow_batch_groups_and_bounds():
     parallel = ParallelConfig(num_workers=64, num_groups=4, min_workers=4)
-    assert elastic_worker_counts(parallel, 4096) == [64, 32, 16, 8, 4]
-    assert elastic_worker_counts(parallel, 48 * 64) == [64, 48, 32, 24, 16, 12, 8, 4]
-    assert elastic_worker_counts(ParallelConfig(num_workers=8, num_groups=4), 4096) == [8]
+    assert parallel.worker_counts(4096) == [64, 32, 16, 8, 4]
+    assert parallel.worker_counts(48 * 64) == [64, 48, 32, 24, 16, 12, 8, 4]
+    assert ParallelConfig(num_workers=8, num_groups=4).worker_counts(4096) == [8]
 
 
 def test_fewer_ranks_hold_no_more_images_at_a_time():
