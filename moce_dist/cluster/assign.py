@@ -43,7 +43,7 @@ from moce_dist.cluster.lloyd import (
     settle,
     state_request,
 )
-from moce_dist.cluster.nearest import Int64, search, squared_distances
+from moce_dist.cluster.nearest import Int64, make_base, search, squared_distances
 from moce_dist.config import ClusterConfig
 from moce_dist.mapping import MapTasks, map_here
 from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
@@ -70,7 +70,7 @@ def assign_features(
     augmented = np.ones((len(features), centres.shape[1] + 1), np.float32)
     view.apply(np.asarray(features), augmented[:, :-1])
     charged = np.zeros(len(centres)) if prices is None else np.asarray(prices, np.float64)
-    labels = search(augmented, centres, charged, num=1).ids[:, 0]
+    labels = search(augmented, make_base(centres, charged), num=1).ids[:, 0]
     return labels, squared_distances(augmented[:, :-1], centres, labels)
 
 

@@ -12,6 +12,9 @@ prices follow the distances, so every assignment on the way is optimal among tho
 and so is the last one, for the given candidates. Where these lead to no cluster with room, a search
 under the prices of the moment adds some that lead further.
 
+Twins, images with equal candidates at equal distances, move together: as many in one step as the
+path has of them on every edge, as its first cluster has too many, and as its last one has room for.
+
 When n = q K + r, all clusters have q + 1 places and K - r of them hold a blank, which moves like an
 image at no cost, at most one to a cluster: which clusters are the larger ones is part of the
 optimum. Ties go to the lower row.
@@ -56,16 +59,43 @@ def choose(nearest: Candidates, prices: Float64) -> Int64:
     return np.take_along_axis(nearest.ids, columns[:, None], axis=1)[:, 0].astype(np.int64)
 
 
+class _Twins:
+    """Rows with equal candidates; `of` (n,) holds the lowest row that is like a row."""
+
+    def __init__(self, nearest: Candidates) -> None:
+        ids, distances = nearest.ids, np.ascontiguousarray(nearest.distances)
+        columns = [*ids.T, *distances.view(np.int32).T]
+        factors = np.random.default_rng(0).integers(1, 2**63, len(columns), np.uint64) | 1
+        hashed = np.zeros(len(ids), np.uint64)
+        for column, factor in zip(columns, factors, strict=True):
+            hashed += column.astype(np.uint32) * factor
+        _, firsts, groups = np.unique(hashed, return_index=True, return_inverse=True)
+        self.of = firsts[groups]
+        others = np.flatnonzero(self.of != np.arange(len(ids)))
+        likes = self.of[others]
+        is_like = (ids[others] == ids[likes]) & (distances[others] == distances[likes])
+        unlike = others[~is_like.all(axis=1)]
+        self.of[unlike] = unlike
+        self._order = np.argsort(self.of, kind="stable")
+        self._sorted = self.of[self._order]
+
+    def rows(self, row: int) -> Int64:
+        """Return all rows like a row, itself included, in order."""
+        low, high = np.searchsorted(self._sorted, (self.of[row], self.of[row] + 1))
+        return self._order[low:high]
+
+
 class _Edges:
     """Cheapest move between any two clusters, kept while rows move.
 
     Moves of the first assignment are sorted once and read from the front; those of rows that arrive
-    later, or that are added later, are on small heaps. Entries of rows that have left are skipped
-    when they come up.
+    later, or that are added later, are on small heaps, where a row stands for its twins, too.
+    Entries of rows that have left are skipped when they come up.
     """
 
     def __init__(self, labels: Int64, nearest: Candidates, num_clusters: int) -> None:
         self.labels, self._nearest, self._num = labels, nearest, num_clusters
+        self._twins = _Twins(nearest)
         self._added: dict[int, list[tuple[int, float]]] = {}
         self._heaps: dict[int, list[tuple[float, int]]] = {}
         ids, distances = nearest
@@ -85,7 +115,12 @@ class _Edges:
 
     def add(self, is_inside: NDArray[np.bool_], found: Candidates, limit: int) -> None:
         """Add moves out of some clusters to the candidates outside, the cheapest of each pair."""
-        rows, columns = np.nonzero(is_inside[self.labels][:, None] & ~is_inside[found.ids])
+        # one row stands for its twins in the same cluster
+        _, alone = np.unique(self.labels * len(self.labels) + self._twins.of, return_index=True)
+        alone = np.sort(alone)
+        is_way = is_inside[self.labels[alone]][:, None] & ~is_inside[found.ids[alone]]
+        places, columns = np.nonzero(is_way)
+        rows = alone[places]
         targets, distances = found.ids[rows, columns], found.distances[rows, columns]
         pairs = self.labels[rows] * self._num + targets
         order = np.lexsort((distances - self._own[rows], pairs))
@@ -93,20 +128,31 @@ class _Edges:
         places = np.arange(len(order)) - np.repeat(firsts, sizes)
         for at in order[places < limit]:
             row, target, distance = int(rows[at]), int(targets[at]), float(distances[at])
-            self._added.setdefault(row, []).append((target, distance))
+            self._added.setdefault(int(self._twins.of[row]), []).append((target, distance))
             self._offer(row, int(self.labels[row]), target, distance - float(self._own[row]))
 
-    def move(self, row: int, target: int) -> None:
-        """Give `row` to cluster `target` and bring the edges up to date."""
-        source = int(self.labels[row])
-        ids, distances = self._nearest.ids[row].tolist(), self._nearest.distances[row].tolist()
-        moves = dict([*zip(ids, distances, strict=True), *self._added.get(row, [])])
-        self.labels[row], self._own[row] = target, moves[target]
+    def alike(self, source: int, target: int, limit: int) -> Int64:
+        """Return the row of the cheapest move and its twins beside it, at most `limit`."""
+        return self._twins_in(int(self.row[source, target]), source)[:limit]
+
+    def _twins_in(self, row: int, cluster: int) -> Int64:
+        rows = self._twins.rows(row)
+        return rows[self.labels[rows] == cluster]
+
+    def move(self, rows: Int64, target: int) -> None:
+        """Give twins of one cluster to cluster `target` and bring the edges up to date."""
+        first = int(rows[0])
+        source = int(self.labels[first])
+        ids, distances = self._nearest.ids[first].tolist(), self._nearest.distances[first].tolist()
+        added = self._added.get(int(self._twins.of[first]), [])
+        moves = dict([*zip(ids, distances, strict=True), *added])
+        self.labels[rows], self._own[rows] = target, moves[target]
         for cluster, distance in moves.items():
-            if self.row[source, cluster] == row:
+            best = self.row[source, cluster]
+            if best != _NO_ROW and self.labels[best] != source:
                 self._refresh(source, cluster)
             if cluster != target:
-                self._offer(row, target, cluster, distance - moves[target])
+                self._offer(first, target, cluster, distance - moves[target])
 
     def _offer(self, row: int, source: int, target: int, cost: float) -> None:
         heappush(self._heaps.setdefault(source * self._num + target, []), (cost, row))
@@ -119,9 +165,14 @@ class _Edges:
         while head < end and self.labels[self._rows[head]] != source:
             head += 1
         self._heads[pair] = head
-        heap = self._heaps.get(pair, [])
+        heap, renewed = self._heaps.get(pair, []), set()
         while heap and self.labels[heap[0][1]] != source:
-            heappop(heap)
+            cost, row = heappop(heap)
+            twin = int(self._twins.of[row])
+            # one entry is enough for all twins
+            if twin not in renewed and len(left := self._twins_in(row, source)):
+                heappush(heap, (cost, int(left[0])))
+            renewed.add(twin)
         best = heap[0] if heap else (np.inf, _NO_ROW)
         if head < end:
             best = min(best, (float(self._costs[head]), int(self._rows[head])))
@@ -133,7 +184,7 @@ class _Flow:
 
     def __init__(self, edges: _Edges, prices: Float64, search: Search, *, largest: int) -> None:
         self.edges, self.prices, self._search = edges, prices.copy(), search
-        self.num_moves = self.num_searches = 0
+        self.num_moves = self.num_paths = self.num_searches = 0
         self._has_blank = np.zeros(len(prices), bool)
         self.surplus = np.bincount(edges.labels, minlength=len(prices)) - largest
 
@@ -143,7 +194,7 @@ class _Flow:
         self.surplus += self._has_blank
 
     def run(self) -> None:
-        """Move all surplus; equal images follow on a path at its cost without a new search."""
+        """Move all surplus; what is at the cost of a path follows on it without a new search."""
         for source in range(len(self.surplus)):
             while self.surplus[source] > 0:
                 path = self._shortest_path(source)
@@ -162,15 +213,23 @@ class _Flow:
         return can and self.edges.cost[source, target] > 0
 
     def _augment(self, path: list[Edge], blanks: list[bool]) -> None:
+        limit = 1 if any(blanks) else int(min(self.surplus[path[0][0]], -self.surplus[path[-1][1]]))
+        rows = [
+            np.empty(0, np.int64) if is_blank else self.edges.alike(*edge, limit)
+            for edge, is_blank in zip(path, blanks, strict=True)
+        ]
+        num = 1 if any(blanks) else min(map(len, rows))
         # the far end first: an image must not move on in the step that it arrives in
-        for (source, target), is_blank in reversed(list(zip(path, blanks, strict=True))):
-            if is_blank:
+        for at in reversed(range(len(path))):
+            source, target = path[at]
+            if blanks[at]:
                 self._has_blank[source], self._has_blank[target] = False, True
             else:
-                self.edges.move(int(self.edges.row[source, target]), target)
-        self.surplus[path[0][0]] -= 1
-        self.surplus[path[-1][1]] += 1
-        self.num_moves += 1
+                self.edges.move(rows[at][:num], target)
+        self.surplus[path[0][0]] -= num
+        self.surplus[path[-1][1]] += num
+        self.num_moves += num
+        self.num_paths += 1
 
     def _shortest_path(self, source: int) -> list[Edge]:
         while True:
@@ -225,6 +284,7 @@ class Finish(NamedTuple):
     labels: Int64
     prices: Float64
     num_moves: int
+    num_paths: int
     num_searches: int
 
 
@@ -242,7 +302,7 @@ def finish(
     if is_exact:
         flow.place_blanks(largest * num_clusters - num_rows)
     flow.run()
-    return Finish(edges.labels, flow.prices, flow.num_moves, flow.num_searches)
+    return Finish(edges.labels, flow.prices, flow.num_moves, flow.num_paths, flow.num_searches)
 
 
 def dual_bound(prices: Float64, priced_cost: float, num_rows: int) -> float:

@@ -17,9 +17,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moce_dist.cluster.blocks import (
+    CACHED_ROWS,
     Block,
     FeatureFiles,
     Float32,
@@ -34,6 +36,7 @@ from moce_dist.cluster.nearest import (
     Nearest,
     build_index,
     candidate_distances,
+    make_base,
     search,
     search_index,
     squared_distances,
@@ -64,28 +67,32 @@ class Sums(NamedTuple):
 
 
 def _add_rows(total: Float64, augmented: Float32, labels: Int64) -> None:
-    """Add rows with their column of ones to `total` (K, D + 1), cluster by cluster."""
-    order = np.argsort(labels, kind="stable")
-    clusters, firsts = np.unique(labels[order], return_index=True)
-    for cluster, (first, end) in zip(clusters, pairwise([*firsts, len(order)]), strict=True):
-        total[cluster] += augmented[order[first:end]].sum(axis=0, dtype=np.float64)
+    """Add rows with their column of ones to `total` (K, D + 1), one after the other."""
+    sums, rows, clusters = (torch.from_numpy(each) for each in (total, augmented, labels))
+    for start in range(0, len(rows), CACHED_ROWS):
+        part = slice(start, start + CACHED_ROWS)
+        sums.index_add_(0, clusters[part], rows[part].double())
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What all tasks of a sweep share: the view, centroids (K, D), prices (K,), candidates m."""
+    """What all tasks of a sweep share: the view, centroids (K, D), candidates m.
+
+    A sweep that searches has either the base of its search or an index.
+    """
 
     view: View
     centroids: Float64
-    prices: Float64
     num: int = 1
+    base: Float32 | None = None
     index: NDArray[np.uint8] | None = None
 
     def search(self, augmented: Float32) -> Nearest:
         """Find the best clusters of some rows."""
-        if self.index is None:
-            return search(augmented, self.centroids, self.prices, num=self.num)
-        return search_index(augmented, self.index, num=self.num)
+        if self.index is not None:
+            return search_index(augmented, self.index, num=self.num)
+        assert self.base is not None
+        return search(augmented, self.base, num=self.num)
 
 
 @dataclass(frozen=True)
@@ -173,10 +180,10 @@ class Matrix:
 
     def sweep(self, centroids: Float64, prices: Float64, num: int = 1) -> Sweep:
         """Prepare a search for the best `num` clusters."""
-        index = None
-        if len(centroids) >= self.index_from:
-            index = build_index(centroids, prices, self.index_probes)
-        return Sweep(self.view, centroids, prices, num, index)
+        if len(centroids) < self.index_from:
+            return Sweep(self.view, centroids, num, base=make_base(centroids, prices))
+        index = build_index(centroids, prices, self.index_probes)
+        return Sweep(self.view, centroids, num, index=index)
 
     @cached_property
     def squares(self) -> float:
@@ -185,8 +192,7 @@ class Matrix:
 
     def sums(self, centroids: Float64, prices: Float64, labels: Int64 | None = None) -> Sums:
         """Add up all rows per cluster, in block order."""
-        # fixed labels need no search, and so no index
-        fixed = Sweep(self.view, centroids, prices)
+        fixed = Sweep(self.view, centroids)
         sweep = self.sweep(centroids, prices) if labels is None else fixed
         tasks = self._tasks(labels, centroids.nbytes)
         total: Sums | None = None
@@ -218,5 +224,5 @@ class Matrix:
 
     def distances(self, centroids: Float64, labels: Int64) -> Float64:
         """Return the squared distances of all rows to the centroids of their labels, (n,)."""
-        sweep = Sweep(self.view, centroids, np.zeros(len(centroids)))
+        sweep = Sweep(self.view, centroids)
         return np.concatenate(list(self.map_blocks(distances_of_group, sweep, self._tasks(labels))))

@@ -56,10 +56,14 @@ class Nearest(NamedTuple):
     priced: Float32
 
 
-def search(augmented: Float32, centroids: Float64, prices: Float64, *, num: int) -> Nearest:
-    """Find the `num` clusters of least |x - c|^2 - g for rows (x, 1) of `augmented` (n, D + 1)."""
+def make_base(centroids: Float64, prices: Float64) -> Float32:
+    """Return the rows (2 c, g - |c|^2), (K, D + 1), whose products with (x, 1) are compared."""
     bias = prices - np.square(centroids).sum(axis=1)
-    base = np.hstack([2 * centroids, bias[:, None]]).astype(np.float32)
+    return np.hstack([2 * centroids, bias[:, None]]).astype(np.float32)
+
+
+def search(augmented: Float32, base: Float32, *, num: int) -> Nearest:
+    """Find the `num` clusters of least |x - c|^2 - g for rows (x, 1) of `augmented` (n, D + 1)."""
     if faiss.get_num_gpus():
         found, ids = faiss.knn_gpu(
             _gpu_resources(), augmented, base, num, metric=faiss.METRIC_INNER_PRODUCT
@@ -114,7 +118,7 @@ def measure_index(
     """Compare on rows (x, 1) what an index finds with what the search over all clusters finds."""
     rows = augmented[:, :-1]
     theirs = search_index(augmented, index, num=1).ids[:, 0]
-    best = search(augmented, centroids, prices, num=1).ids[:, 0]
+    best = search(augmented, make_base(centroids, prices), num=1).ids[:, 0]
     squares = squared_distances(rows, centroids, best)
     losses = squared_distances(rows, centroids, theirs) - prices[theirs] - squares + prices[best]
     # under the prices of a balance rows stand between two clusters, and either one is right

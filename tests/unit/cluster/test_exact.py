@@ -104,6 +104,30 @@ def test_equal_images_end_soon_and_in_equal_sizes():
     assert (counts.min(), counts.max()) == (2857, 2858)
 
 
+@pytest.mark.parametrize("num", [5, 24])
+def test_masses_of_identical_images_move_in_bulk(num):
+    # nine of ten images are one point; with few candidates further ones are searched
+    draws = np.random.default_rng(3)
+    centroids, points = draws.standard_normal((24, 4)), draws.standard_normal((2000, 4))
+    points[draws.permutation(2000)[:1800]] = points[0]
+    distances = np.square(points[:, None] - centroids).sum(axis=2)
+    done = finished(distances, num)
+    counts = np.bincount(done.labels, minlength=24)
+    assert counts.max() - counts.min() <= 1
+    assert done.num_moves > 1600 and done.num_paths < done.num_moves / 3
+    assert done.num_searches < 24
+    if num == 24:
+        expected = cost_by_scipy(distances)
+        assert cost_of(distances, done.labels) == pytest.approx(expected, rel=1e-12)
+
+
+def test_twins_that_are_not_quite_alike_do_not_move_together():
+    # the last bit of a distance decides which one goes
+    distances = np.tile([[0.0, 1.0]], (4, 1))
+    distances[2, 1] = distances[3, 1] = np.nextafter(1.0, 0)
+    assert finished(distances, 2).labels.tolist() == [0, 0, 1, 1]
+
+
 def test_soft_sizes_stay_within_the_bound_and_leave_the_rest_alone():
     distances = np.array([[0.0, 1.0, 3.0]] * 6 + [[3.0, 0.0, 1.0]] * 2)
     search = candidates_of(distances, 3)

@@ -11,6 +11,7 @@ from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, settle, split_empty
 from moce_dist.cluster.nearest import (
     build_index,
+    make_base,
     search,
     search_index,
     squared_distances,
@@ -46,7 +47,7 @@ def test_priced_search_is_brute_force_argmin(shift):
     rows = draws.standard_normal((500, 9)).astype(np.float32) + np.float32(shift)
     centroids, prices = draws.standard_normal((11, 9)) + shift, draws.standard_normal(11) * 3
     augmented = np.hstack([rows, np.ones((500, 1), np.float32)])
-    found = search(augmented, centroids, prices, num=11)
+    found = search(augmented, make_base(centroids, prices), num=11)
     expected = brute_force(rows, centroids) - prices
     order = np.sort(expected, axis=1)
     taken = np.take_along_axis(expected, found.ids, axis=1)
@@ -60,7 +61,7 @@ def test_index_with_all_lists_finds_what_the_search_over_all_clusters_finds():
     rows = draws.standard_normal((300, 9)).astype(np.float32)
     centroids, prices = draws.standard_normal((500, 9)), draws.standard_normal(500)
     augmented = np.hstack([rows, np.ones((300, 1), np.float32)])
-    whole = search(augmented, centroids, prices, num=4).ids
+    whole = search(augmented, make_base(centroids, prices), num=4).ids
     all_lists = search_index(augmented, build_index(centroids, prices, 10**6), num=4).ids
     assert (whole == all_lists).mean() > 0.999
     few = search_index(augmented, build_index(centroids, prices, 4), num=4).ids
@@ -69,7 +70,7 @@ def test_index_with_all_lists_finds_what_the_search_over_all_clusters_finds():
 
 def test_search_leaves_the_number_of_threads_as_it_was():
     before = faiss.omp_get_max_threads()
-    search(np.ones((3, 3), np.float32), np.zeros((2, 2)), np.zeros(2), num=1)
+    search(np.ones((3, 3), np.float32), np.zeros((2, 3), np.float32), num=1)
     assert faiss.omp_get_max_threads() == before
 
 
