@@ -10,6 +10,7 @@ Source: weighted k-NN as in Wu et al. 2018, arXiv 1805.01978, section 3.4 (tempe
 features minus their mean as in the clustering of this package.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.loading import Machine, Progress, eval_batches
+from moce_dist.transfer.loading import Fault, Machine, Progress, eval_batches
 from moce_dist.transfer.measure import Measures, measure, multi_label_loss
 from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import classifier_spec, save_model
@@ -31,31 +32,41 @@ _PENALTY = 1.0
 
 
 class Features(NamedTuple):
-    """Features (n, D) float32 and labels int64 of the two splits, on the CPU."""
+    """Features (n, D) float32 and labels int64 of the two splits, on the CPU.
+
+    Images that cannot be read are missing from them.
+    """
 
     train: Tensor
     train_labels: Tensor
+    train_faults: list[Fault]
     test: Tensor
     test_labels: Tensor
+    test_faults: list[Fault]
 
 
 @torch.no_grad()
 def extract(
     backbone: Backbone, items: list[Item], machine: Machine, *, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, list[Fault]]:
     """Compute features (n, D) float32 and labels (n,) of items, in their order, on the CPU.
 
+    Images that cannot be read are missing, and named beside the rest.
+
     Raises:
-        ValueError: an image cannot be read.
+        ValueError: none can be read.
     """
     model = backbone.features_model(seed).to(machine.device)
     progress = Progress(f"{backbone.name} features", len(items), "images")
     found = []
-    for images, batch_labels in eval_batches(items, backbone, machine):
-        found.append((model(images.to(machine.device)).float().cpu(), batch_labels))
+    for images, batch_labels, unread in eval_batches(items, backbone, machine):
+        found.append((model(images.to(machine.device)).float().cpu(), batch_labels, unread))
         progress.advance(len(batch_labels))
-    features, labels = zip(*in_order(found, machine), strict=True)
-    return torch.cat(features), torch.cat(labels)
+    features, labels, faults = zip(*in_order(found, machine), strict=True)
+    missing = [*itertools.chain(*faults)]
+    if len(missing) == len(items):
+        raise ValueError(f"{missing[-1].where}: {missing[-1].reason}; nor can any other be read")
+    return torch.cat(features), torch.cat(labels), missing
 
 
 def task_features(backbone: Backbone, task: Task, machine: Machine, *, seed: int) -> Features:

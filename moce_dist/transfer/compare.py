@@ -39,13 +39,13 @@ from moce_dist.transfer.finetune import finetune
 from moce_dist.transfer.fit import Kept, never
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine, machine_of
-from moce_dist.transfer.measure import Measures
 from moce_dist.transfer.ranks import from_first
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.segment import segment
 from moce_dist.transfer.select import choose_experts, task_clusters
+from moce_dist.transfer.skips import Fitted, Skips, record_skips
 from moce_dist.transfer.tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class Comparison:
             return dict(known)
         encoder = run_backbone("mae", self.config, customize(mae.weights, ()))
         images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
-        features, _ = extract(encoder, images, self.machine)
+        features, *_ = extract(encoder, images, self.machine)
         ids = task_clusters(features, self.run.clusters)
         choice = choose_experts(
             ids, moce.weights, self.config, task=self.request.folder, given=self.request.experts
@@ -203,14 +203,18 @@ class Comparison:
         figures: Row = {}
         if isinstance(task, Scenes):
             out, transfer = self._predictions(fit), self.config.transfer
-            found = segment(
+            fitted = segment(
                 backbone, task, transfer, self.machine, seed=fit.seed, out=out, kept=kept
             )
         elif isinstance(task, Instances):
             figures = self._detect(fit, backbone, task, kept)
-            found = {task.metric: figures["box"]["AP"]}
+            fitted = Fitted({task.metric: figures["box"]["AP"]}, [])
         else:
-            found = self._classify(fit, backbone, task, kept)
+            fitted = self._classify(fit, backbone, task, kept)
+        found, skipped = fitted
+        if skipped and self.machine.rank == 0:
+            record_skips(self.run.faults, skipped)
+            figures = {"skipped_images": len(skipped)}
         return {
             "backbone": fit.backbone,
             "protocol": fit.protocol,
@@ -244,19 +248,21 @@ class Comparison:
             self.should_stop,
         )
 
-    def _classify(self, fit: Fit, backbone: Backbone, task: Task, kept: Kept) -> Measures:
+    def _classify(self, fit: Fit, backbone: Backbone, task: Task, kept: Kept) -> Fitted:
         transfer = self.config.transfer
         if fit.protocol == "finetune":
             return finetune(
                 backbone, task, transfer.finetune, self.machine, seed=fit.seed, kept=kept
             )
         features = self._frozen_features(fit, backbone, task)
+        skips = Skips(self.machine)
+        skips.test = [*features.train_faults, *features.test_faults]
         if fit.protocol == "knn":
-            return knn(features, task, transfer)
+            return Fitted(knn(features, task, transfer), skips.close())
         found, head = linear(features, task, transfer, device=self.machine.device)
         if kept.models:
             save_linear(kept.folder / "last", backbone, task, head, found, seed=fit.seed)
-        return found
+        return Fitted(found, skips.close())
 
     def _frozen_features(self, fit: Fit, backbone: Backbone, task: Task) -> Features:
         is_drawn = fit.backbone == "random" or len(task.train) < len(self.task.train)
@@ -270,7 +276,7 @@ def train_fits(comparison: Comparison, ledger: Ledger) -> None:
     """Carry out the trained fits that the ledger does not have; collective over the machine.
 
     Raises:
-        ValueError: an image cannot be read.
+        ValueError: no image can be read.
         FloatingPointError: a loss is no number.
         StoppedError: a rank was asked to stop, and the state is saved.
     """
@@ -297,7 +303,7 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
 
     Raises:
         ConfigError: a backbone cannot be made.
-        ValueError: an image cannot be read.
+        ValueError: no image can be read.
     """
     request, folder = comparison.request, comparison.folder
     backbones = {name: comparison.backbone(name) for name in request.backbones}

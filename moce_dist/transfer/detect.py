@@ -1,8 +1,7 @@
 """Detection: train on squares of random scale, find boxes and masks, average precision.
 
 A picture that cannot be read is skipped, counted and named in `faults.jsonl`; in the test nothing
-is found in it. While a fit that is kept is under way, `FOLDER/skipped.jsonl` has its skips by step,
-so that a fit that goes on counts those of before.
+is found in it (`skips.py`).
 
 R ranks share the pictures of a step, and those of a test. Squares, and the figures of a model, do
 not depend on R, but what is learnt is equal only in distribution: torchvision draws anchors and
@@ -15,7 +14,6 @@ Source: recipe of ViTDet, Li et al. 2022, arXiv 2203.16527, appendix A.2.
 """
 
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,22 +25,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from moce_dist.config import TransferConfig
 from moce_dist.data.images import ImageError, sample_generator
-from moce_dist.run import read_jsonl, record_fault, write_atomic
+from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.finding import Fault, Scored, evaluate
+from moce_dist.transfer.finding import Scored, evaluate
 from moce_dist.transfer.fit import Fitting, Kept, run_fit
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.jitter import Sample, training_square
-from moce_dist.transfer.loading import Machine, TrainingOrder, rank_draws
+from moce_dist.transfer.loading import Fault, Machine, TrainingOrder, rank_draws
 from moce_dist.transfer.measure import Measures
-from moce_dist.transfer.ranks import add_up, in_order
 from moce_dist.transfer.saved import detector_spec
 from moce_dist.transfer.schedule import stepped_rate
+from moce_dist.transfer.skips import Skips, record_skips
 from moce_dist.transfer.vitdet import make_detector, make_optimizer
 
-logger = logging.getLogger(__name__)
 _WARMUP_STEPS, _WARMUP_SHARE = 250, 0.1
-_SKIPPED = "skipped.jsonl"
 
 Target = dict[str, Tensor]
 Targets = Sequence[Target | None]
@@ -68,51 +64,16 @@ class _Squares(Dataset[Sample | Fault]):
                 draws=sample_generator(self._seed, epoch, picture.key),
             )
         except ImageError as error:
-            return Fault(picture, str(error))
+            return Fault(picture.key, str(picture.image), str(error))
 
 
 def _as_list(items: list[Sample | Fault]) -> list[Sample | Fault]:
     return items
 
 
-class Skips:
-    """The training pictures that a fit passed over; on disk, too, if the fit is kept.
-
-    Those of all ranks are the first one's to note.
-    """
-
-    def __init__(self, kept: Kept | None) -> None:
-        self._path = kept.folder / _SKIPPED if kept else None
-        self.lines: list[dict[str, Any]] = []
-
-    def start(self, step: int) -> None:
-        """Take up the skips before a step; what came later is met again."""
-        known = read_jsonl(self._path) if self._path else []
-        self.lines = [line for line in known if line["step"] < step]
-
-    def add(self, step: int, faults: Sequence[Fault]) -> None:
-        """Note the pictures that a step passes over."""
-        if not faults:
-            return
-        _warn(faults)
-        self.lines += [{"step": step, "key": f.picture.key, "reason": f.reason} for f in faults]
-        if self._path:
-            write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
-
-    def close(self) -> None:
-        """Remove what is on disk, when the fit has come to its end."""
-        if self._path:
-            self._path.unlink(missing_ok=True)
-
-
 def count_pictures(targets: Targets) -> int:
     """Count the squares that show a picture."""
     return sum(target is not None for target in targets)
-
-
-def _warn(faults: Sequence[Fault]) -> None:
-    for fault in faults:
-        logger.warning("%s: skipped: %s", fault.picture.image, fault.reason)
 
 
 class Detection:
@@ -162,18 +123,11 @@ class Detection:
         )
         skips.start(start)
         for step, items in enumerate(loader, start):
-            faults = self._all_faults(items)
-            if self.machine.rank == 0:
-                skips.add(step, faults)
+            mine = [item if isinstance(item, Fault) else None for item in items]
+            faults = skips.note(step, mine)
             if len(faults) == batch_size:
-                raise ValueError(f"{faults[-1].picture.image}: {faults[-1].reason}")
+                raise ValueError(f"{faults[-1].where}: {faults[-1].reason}")
             yield self.batch([item for item in items if isinstance(item, Sample)])
-
-    def _all_faults(self, items: Sequence[Sample | Fault]) -> list[Fault]:
-        # of all ranks in the order of the step; objects are sent only where there are some
-        mine = [item if isinstance(item, Fault) else None for item in items]
-        count = add_up(torch.tensor(sum(fault is not None for fault in mine)), self.machine)
-        return [fault for fault in in_order(mine, self.machine) if fault] if count else []
 
     def batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Targets]:
         """Bring samples to squares (B, 3, S, S) in [0, 255] and what is to be found in them.
@@ -259,12 +213,12 @@ def detect(
         ConfigError: a step has too few pictures for so many ranks.
         ValueError: no picture of a step can be read.
     """
-    is_first = fit.machine.rank == 0
-    model, skips = fit.build(seed), Skips(kept if is_first else None)
+    model, skips = fit.build(seed), Skips(fit.machine, kept)
     scored: list[Scored] = []
 
     def view() -> Measures:
         scored.append(evaluate(model, fit.instances, fit.machine, out))
+        skips.test = scored[-1].faults
         return scored[-1].measures()
 
     run_fit(fit.fitting(model, seed, skips, view), fit.machine, kept)
@@ -272,19 +226,9 @@ def detect(
         kind: {name: None if math.isnan(v) else v for name, v in values.items()}
         for kind, values in scored[-1].figures.items()
     }
-    if is_first:
-        _write(figures, scored[-1].faults, skips, out, ledger)
-    skips.close()
+    skipped = skips.close()
+    if fit.machine.rank == 0:
+        record_skips(ledger, skipped)
+        document = {**figures, "skipped_pictures": len(skipped)}
+        write_atomic(out / "scores.json", json.dumps(document, indent=1))
     return figures
-
-
-def _write(
-    figures: Written, test_faults: Sequence[Fault], skips: Skips, out: Path, ledger: Path
-) -> None:
-    _warn(test_faults)
-    faults = [(line["key"], line["reason"]) for line in skips.lines]
-    faults += [(fault.picture.key, fault.reason) for fault in test_faults]
-    for key, reason in faults:
-        record_fault(ledger, stage="transfer", key=key, reason=reason)
-    document = {**figures, "skipped_pictures": len(faults)}
-    write_atomic(out / "scores.json", json.dumps(document, indent=1))

@@ -15,7 +15,7 @@ from PIL import Image
 from moce_dist.data.images import ImageError
 from moce_dist.transfer.drawing import draw_preview
 from moce_dist.transfer.instances import Instances, Picture, load_picture
-from moce_dist.transfer.loading import Machine, Progress
+from moce_dist.transfer.loading import Fault, Machine, Progress
 from moce_dist.transfer.measure import Measures
 from moce_dist.transfer.precision import (
     Detections,
@@ -30,13 +30,6 @@ from moce_dist.transfer.ranks import from_first, in_order
 _NUM_PREVIEWS = 4
 
 Figures = dict[str, dict[str, float]]
-
-
-class Fault(NamedTuple):
-    """A picture that cannot be used, and why."""
-
-    picture: Picture
-    reason: str
 
 
 class Scored(NamedTuple):
@@ -93,7 +86,7 @@ def _look(model: Any, picture: Picture, machine: Machine) -> Detections | Fault:
     try:
         image = load_picture(picture)
     except ImageError as error:
-        return Fault(picture, str(error))
+        return Fault(picture.key, str(picture.image), str(error))
     return find(model, image, machine)
 
 

@@ -10,7 +10,8 @@ Source: He et al. 2022, arXiv 2111.06377, table 9; facebookresearch/mae main_fin
 @efb2a80. Without their RandAugment and random erasing.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,17 @@ from moce_dist.config import FinetuneConfig
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.fit import Fitting, Kept, run_fit
 from moce_dist.transfer.loading import (
+    Fault,
     Machine,
     TaskImages,
     TrainingOrder,
     eval_batches,
-    training_batches,
+    rank_draws,
 )
 from moce_dist.transfer.measure import Measures, measure, multi_label_loss
 from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import classifier_spec
+from moce_dist.transfer.skips import Fitted, Skips, training_batches
 from moce_dist.transfer.tasks import Task
 
 _LABEL_SMOOTHING = 0.1
@@ -92,7 +95,7 @@ def finetune(
     *,
     seed: int,
     kept: Kept | None = None,
-) -> Measures:
+) -> Fitted:
     """Fine-tune on the training images; return the task's measures on the test images.
 
     `seed` draws everything: the head, the order, crops, Mixup, stochastic depth. With `kept` the
@@ -104,8 +107,9 @@ def finetune(
         if name == "head.weight":
             nn.init.trunc_normal_(parameter, std=_HEAD_STD)
     model.to(machine.device)
-    fitting = _fitting(model, backbone, task, recipe, machine, seed)
-    return run_fit(fitting, machine, kept)
+    skips = Skips(machine, kept)
+    fitting = _fitting(model, backbone, task, recipe, seed, skips)
+    return Fitted(run_fit(fitting, machine, kept), skips.close())
 
 
 def _fitting(
@@ -113,23 +117,33 @@ def _fitting(
     backbone: Backbone,
     task: Task,
     recipe: FinetuneConfig,
-    machine: Machine,
     seed: int,
+    skips: Skips,
 ) -> Fitting:
+    machine = skips.machine
     images = TaskImages(task.train, backbone, augment=recipe, seed=seed)
     # Mixup swaps an image with its mirror position in the batch, so batches are even
     batch_size = min(recipe.batch_size, len(images)) // 2 * 2
     order = TrainingOrder(len(images), batch_size, recipe.epochs, seed)
     mix = _mixer(recipe, task)
+
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        draws = rank_draws(order, machine, start, mirrored=True)
+        yield from training_batches(images, draws, machine, start, skips)
+
+    def view() -> Measures:
+        found, skips.test = evaluate(model, backbone, task, machine)
+        return found
+
     return Fitting(
         name=f"{task.name} finetune {backbone.name} seed {seed}",
         model=model,
         optimizer=make_optimizer(
             model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
         ),
-        batches=lambda start: training_batches(images, order, machine, start),
+        batches=batches,
         loss=_loss_of(model, task, is_smoothed=mix is not None),
-        view=lambda: evaluate(model, backbone, task, machine),
+        view=view,
         spec=classifier_spec(
             backbone, task.name, task.classes, is_multi_label=task.is_multi_label, fc_norm=True
         ),
@@ -142,10 +156,16 @@ def _fitting(
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, backbone: Backbone, task: Task, machine: Machine) -> Measures:
-    """Measure a classifier in evaluation mode on a task's test images; collective."""
+def evaluate(
+    model: nn.Module, backbone: Backbone, task: Task, machine: Machine
+) -> tuple[Measures, list[Fault]]:
+    """Measure a classifier in evaluation mode on the test images that can be read; collective.
+
+    Returns also the images that cannot.
+    """
     found = []
-    for images, batch_labels in eval_batches(task.test, backbone, machine):
-        found.append((model(images.to(machine.device)).float().cpu(), batch_labels))
-    scores, labels = zip(*in_order(found, machine), strict=True)
-    return measure(task.metric, torch.cat(scores), torch.cat(labels))
+    for images, labels, faults in eval_batches(task.test, backbone, machine):
+        found.append((model(images.to(machine.device)).float().cpu(), labels, faults))
+    scores, truth, unread = zip(*in_order(found, machine), strict=True)
+    measures = measure(task.metric, torch.cat(scores), torch.cat(truth))
+    return measures, [*itertools.chain(*unread)]

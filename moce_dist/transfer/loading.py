@@ -11,8 +11,9 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,9 +30,51 @@ from moce_dist.transfer.tasks import Item
 logger = logging.getLogger(__name__)
 _REPORT_S = 5.0
 
-Batches = Iterator[tuple[Tensor, Tensor]]
 Draw = tuple[int, int]
 Statistics = NDArray[np.float32]
+
+
+class Fault(NamedTuple):
+    """An image that cannot be used: its key, where it lies, and why not."""
+
+    key: str
+    where: str
+    reason: str
+
+
+class Look(NamedTuple):
+    """What a data set gives of an image (3, S, S), or a loader of a batch (B, 3, S, S), of them.
+
+    `label` is () or (C,) of classes, (S, S) of scenes. Where `reason` is not empty, `key` could
+    not be read.
+    """
+
+    pixels: Any
+    label: Any
+    key: Any
+    reason: Any
+
+    def faults(self) -> list[Fault | None]:
+        """Tell for every image of a batch what is wrong with it, None if nothing."""
+        pairs = zip(self.key, self.reason, strict=True)
+        return [Fault(key, key, reason) if reason else None for key, reason in pairs]
+
+
+def stand_in(
+    read: Callable[[int], tuple[Any, Any]], keys: Callable[[int], str], index: int, count: int
+) -> Look:
+    """Read an image and label by number, or the next one of `count` that can be read in its place.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    reason = ""
+    for number in (*range(index, count), *range(index)):
+        try:
+            return Look(*read(number), keys(index), reason)
+        except (ValueError, OSError) as error:
+            reason = reason or f"unreadable image: {error}"
+    raise ValueError(f"{keys(index)}: {reason}; nor can any other be read")
 
 
 @dataclass(frozen=True)
@@ -129,8 +172,12 @@ def renormalisation(backbone: Backbone) -> tuple[Statistics, Statistics]:
     return std / own_std, (mean - own_mean) / own_std
 
 
-class TaskImages(Dataset[tuple[np.ndarray, NDArray[np.int64]]]):
-    """Items as (3, S, S) float32 normalised for a backbone; with `augment` cropped and mirrored."""
+class TaskImages(Dataset[Look]):
+    """Items as (3, S, S) float32 normalised for a backbone; with `augment` cropped and mirrored.
+
+    For training, an item that cannot be read is replaced by the next one that can; without
+    `augment` it is blank.
+    """
 
     def __init__(
         self,
@@ -147,21 +194,32 @@ class TaskImages(Dataset[tuple[np.ndarray, NDArray[np.int64]]]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, draw: Draw) -> tuple[np.ndarray, NDArray[np.int64]]:
-        """Return item `index` as it looks in `epoch` and its label, () or (C,), for a draw.
-
-        A draw is (epoch, index).
+    def __getitem__(self, draw: Draw) -> Look:
+        """Return item `index` as it looks in `epoch`, for a draw (epoch, index).
 
         Raises:
-            ValueError: the image cannot be read.
+            ValueError: it is for training, and no image can be read.
         """
         epoch, index = draw
+        if self._augment is not None:
+            return stand_in(
+                lambda number: self._read(number, epoch),
+                lambda number: self._items[number].key,
+                index,
+                len(self),
+            )
         item = self._items[index]
         try:
-            pixels = self._pixels(item, epoch)
+            return Look(*self._read(index, epoch), item.key, "")
         except (ValueError, OSError) as error:
-            raise ValueError(f"{item.key}: unreadable image: {error}") from None
-        return pixels * self._factor + self._shift, np.asarray(item.label, np.int64)
+            blank = np.zeros((3, self._size, self._size), np.float32)
+            label = np.asarray(item.label, np.int64)
+            return Look(blank, label, item.key, f"unreadable image: {error}")
+
+    def _read(self, index: int, epoch: int) -> tuple[np.ndarray, NDArray[np.int64]]:
+        item = self._items[index]
+        pixels = self._pixels(item, epoch) * self._factor + self._shift
+        return pixels, np.asarray(item.label, np.int64)
 
     def _pixels(self, item: Item, epoch: int) -> np.ndarray:
         if self._augment is None:
@@ -175,10 +233,13 @@ class TaskImages(Dataset[tuple[np.ndarray, NDArray[np.int64]]]):
         )
 
 
-def eval_batches(items: Sequence[Item], backbone: Backbone, machine: Machine) -> Batches:
+def eval_batches(
+    items: Sequence[Item], backbone: Backbone, machine: Machine
+) -> Iterator[tuple[Tensor, Tensor, list[Fault]]]:
     """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU.
 
     Of R ranks each gets every R-th batch: the batches do not depend on R, so neither do results.
+    Images that cannot be read are missing from their batch, and named beside it.
     """
     size = machine.eval_batch_size
     order = [
@@ -186,7 +247,13 @@ def eval_batches(items: Sequence[Item], backbone: Backbone, machine: Machine) ->
     ]
     mine = order[machine.rank :: machine.num_ranks]
     dataset = TaskImages(items, backbone)
-    yield from DataLoader(dataset, batch_sampler=mine, num_workers=machine.loader_processes)
+    for look in DataLoader(dataset, batch_sampler=mine, num_workers=machine.loader_processes):
+        faults = look.faults()
+        if not any(faults):
+            yield look.pixels, look.label, []
+            continue
+        is_read = torch.tensor([fault is None for fault in faults])
+        yield look.pixels[is_read], look.label[is_read], [fault for fault in faults if fault]
 
 
 class TrainingOrder:
@@ -227,11 +294,3 @@ def rank_draws(
         )
     for batch in itertools.islice(order, start, stop):
         yield [batch[i] for i in machine.rows(len(batch), mirrored=mirrored)]
-
-
-def training_batches(
-    images: TaskImages, order: TrainingOrder, machine: Machine, start: int = 0
-) -> Batches:
-    """Yield this rank's part (images (n, 3, S, S), labels) of every batch from step `start` on."""
-    draws = rank_draws(order, machine, start, mirrored=True)
-    yield from DataLoader(images, batch_sampler=draws, num_workers=machine.loader_processes)

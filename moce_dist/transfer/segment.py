@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from moce_dist.config import TransferConfig
 from moce_dist.data.images import open_image, sample_generator
@@ -27,14 +27,18 @@ from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.fit import Fitting, Kept, run_fit
 from moce_dist.transfer.loading import (
+    Draw,
+    Fault,
+    Look,
     Machine,
     Progress,
     TrainingOrder,
     rank_draws,
     renormalisation,
+    stand_in,
 )
 from moce_dist.transfer.measure import Measures
-from moce_dist.transfer.ranks import add_up
+from moce_dist.transfer.ranks import add_up, in_order
 from moce_dist.transfer.saved import segmenter_spec
 from moce_dist.transfer.scenes import (
     IGNORE,
@@ -45,6 +49,7 @@ from moce_dist.transfer.scenes import (
     to_pixels,
     training_crop,
 )
+from moce_dist.transfer.skips import Fitted, Skips, training_batches
 from moce_dist.transfer.upernet import Segmenter
 
 _DROP_PATH = 0.1
@@ -85,16 +90,23 @@ def count_pixels(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
-class _Crops(Dataset[tuple[NDArray[np.float32], NDArray[np.int64]]]):
+class _Crops(Dataset[Look]):
     """Training crops of scenes, drawn by (seed, epoch, key)."""
 
     def __init__(self, scenes: Sequence[Scene], size: int, backbone: Backbone, seed: int) -> None:
         self._scenes, self._size, self._seed = scenes, size, seed
         self._factor, self._shift = renormalisation(backbone)
 
-    def __getitem__(self, draw: tuple[int, int]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def __getitem__(self, draw: Draw) -> Look:
         epoch, index = draw
-        scene = self._scenes[index]
+        return stand_in(
+            lambda number: self._read(self._scenes[number], epoch),
+            lambda number: self._scenes[number].key,
+            index,
+            len(self._scenes),
+        )
+
+    def _read(self, scene: Scene, epoch: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         draws = sample_generator(self._seed, epoch, scene.key)
         pixels, labels = training_crop(scene, self._size, draws)
         return pixels * self._factor + self._shift, np.ascontiguousarray(labels)
@@ -109,7 +121,7 @@ def segment(
     seed: int,
     out: Path,
     kept: Kept | None = None,
-) -> Measures:
+) -> Fitted:
     """Train on a task's training scenes and return mIoU, aAcc and mAcc on its test scenes.
 
     Writes `out/scores.json` and a few predictions beside picture and truth as PNG. With `kept` the
@@ -122,10 +134,14 @@ def segment(
         transfer.segment_crop, tuple(transfer.segment_scales), flip=transfer.segment_flip
     )
 
-    def view() -> Measures:
-        return _evaluate(model, scenes, backbone, window, machine, out)
+    skips = Skips(machine, kept)
 
-    return run_fit(_fitting(model, backbone, scenes, transfer, machine, seed, view), machine, kept)
+    def view() -> Measures:
+        found, skips.test = _evaluate(model, scenes, backbone, window, machine, out)
+        return found
+
+    fitting = _fitting(model, backbone, scenes, transfer, seed, skips, view)
+    return Fitted(run_fit(fitting, machine, kept), skips.close())
 
 
 def _fitting(
@@ -133,10 +149,11 @@ def _fitting(
     backbone: Backbone,
     scenes: Scenes,
     transfer: TransferConfig,
-    machine: Machine,
     seed: int,
+    skips: Skips,
     view: Callable[[], Measures],
 ) -> Fitting:
+    machine = skips.machine
     steps, num_scenes = transfer.segment_steps, len(scenes.train)
     batch_size = min(transfer.segment_batch_size, num_scenes)
     crops = _Crops(scenes.train, transfer.segment_crop, backbone, seed)
@@ -144,7 +161,7 @@ def _fitting(
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         draws = rank_draws(order, machine, start, steps)
-        yield from DataLoader(crops, batch_sampler=draws, num_workers=machine.loader_processes)
+        yield from training_batches(crops, draws, machine, start, skips)
 
     def loss_of(images: Tensor, labels: Tensor) -> Tensor:
         logits = model(images).float()
@@ -234,15 +251,22 @@ def _evaluate(
     window: Window,
     machine: Machine,
     out: Path,
-) -> Measures:
+) -> tuple[Measures, list[Fault]]:
+    """Measure on the test scenes that can be read; return also those that cannot."""
     num_classes = len(scenes.classes)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     mine = machine.rows(len(scenes.test))
     progress = Progress("segmentation test", len(mine), "pictures")
+    faults: list[Fault | None] = []
     for number in mine:
         scene = scenes.test[number]
-        picture = open_image(scene.image.read_bytes())
-        labels = torch.from_numpy(read_mask(scene.mask))
+        try:
+            picture = open_image(scene.image.read_bytes())
+            labels = torch.from_numpy(read_mask(scene.mask))
+        except (ValueError, OSError) as error:
+            faults.append(Fault(scene.key, str(scene.image), f"unreadable scene: {error}"))
+            continue
+        faults.append(None)
         predicted = class_probabilities(model, picture, backbone, window, machine).argmax(dim=0)
         confusion += count_pixels(labels, predicted, num_classes)
         if number < _NUM_PREVIEWS:
@@ -252,7 +276,7 @@ def _evaluate(
     means = {"mIoU": found.miou, "aAcc": found.aacc, "mAcc": found.macc}
     if machine.rank == 0:
         _write(means, found.iou, scenes.classes, out)
-    return means
+    return means, [fault for fault in in_order(faults, machine) if fault]
 
 
 def _write(means: Measures, each: Sequence[float], classes: Sequence[str], out: Path) -> None:

@@ -76,19 +76,27 @@ def _kill_before(step):
     return patch.object(fit, "seed_step", seed_step)
 
 
+def _figures(fitted):
+    """Measures; on the first rank also step (None in the test) and key of skipped images."""
+    skipped = [(each.get("step"), each["key"]) for each in fitted.skipped]
+    return {**fitted.measures, **({"skipped": skipped} if skipped else {})}
+
+
 def _run(kind, root, config, machine, kept, out):
     backbone = run_backbone("random", config, None)
     if kind == "segment":
         scenes = read_scenes("ade20k", root)
-        return segment.segment(
+        fitted = segment.segment(
             backbone, scenes, config.transfer, machine, seed=3, out=out, kept=kept
         )
+        return _figures(fitted)
     if kind == "detect":
         learner = detect.Detection(backbone, read_instances("coco", root), config.transfer, machine)
         ledger = kept.folder / "faults.jsonl"
         return detect.detect(learner, seed=3, out=out, ledger=ledger, kept=kept)
     task = load_task("imagefolder", root)
-    return finetune.finetune(backbone, task, config.transfer.finetune, machine, seed=3, kept=kept)
+    recipe = config.transfer.finetune
+    return _figures(finetune.finetune(backbone, task, recipe, machine, seed=3, kept=kept))
 
 
 def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_every=2, views=None):
@@ -166,7 +174,7 @@ def _measure_detector(model, instances, machine, out):
     entries = []
     with _noting(finding, "average_precision", entries):
         found = finding.evaluate(model, instances, machine, out)
-    faults = [(fault.picture.key, fault.reason) for fault in found.faults]
+    faults = [(fault.key, fault.reason) for fault in found.faults]
     return found.measures(), faults, [(kind, results) for _, results, kind in entries]
 
 

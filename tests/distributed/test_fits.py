@@ -6,6 +6,7 @@ draws for whole batches, so it may stay on.
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -127,6 +128,52 @@ def test_law_figures_are_those_of_one_process(kind, pools, roots, tmp_path):
         names = [sorted(path.name for path in folder.iterdir()) for folder in shown]
         assert names[0] == names[1] == ["0.png", "1.png", "2.png", "3.png", "scores.json"]
         assert len({(folder / "scores.json").read_text() for folder in shown}) == 1
+
+
+@pytest.fixture(scope="module")
+def damaged(images, scenes, tmp_path_factory):
+    """The same with some files cut off: two of each training split, one of each test split."""
+    top = tmp_path_factory.mktemp("damaged")
+    roots = {"classify": images, "segment": scenes}
+    files = {
+        "classify": ["train/dark/03.png", "train/bright/16.png", "test/dark/05.png"],
+        "segment": [f"images/{name}.png" for name in ("training/0", "training/4", "validation/2")],
+    }
+    for kind, root in roots.items():
+        shutil.copytree(root, top / kind)
+        for name in files[kind]:
+            path = top / kind / name
+            path.write_bytes(path.read_bytes()[:40])
+    return {kind: top / kind for kind in roots}
+
+
+@pytest.mark.parametrize("kind", ["classify", "segment"])
+def test_images_damaged_under_way_are_skipped_and_counted_on_any_ranks(
+    kind, pools, damaged, tmp_path
+):
+    common = call(damaged, kind)
+    (one,) = pools(1).run("fit", **common, out=tmp_path / "one", overrides=[])
+    first, second = pools(2).run("fit", **common, out=tmp_path / "many", overrides=on(2))
+    assert first == one and second.keys() - {"skipped"} == one.keys() - {"skipped"}
+    assert_close(weights(tmp_path / "many"), weights(tmp_path / "one"))
+    steps, keys = zip(*one["skipped"], strict=True)
+    expected = {
+        "classify": {"train/dark/03.png", "train/bright/16.png", "test/dark/05.png"},
+        "segment": {"training/0", "training/4", "validation/2"},
+    }
+    assert {key.removeprefix(str(damaged[kind]) + "/") for key in keys} == expected[kind]
+    assert steps.count(None) == 1 and None not in steps[:-1]
+
+
+@pytest.mark.parametrize("kind", ["classify", "segment"])
+def test_interrupted_fit_counts_what_it_skipped_before(kind, pools, damaged, tmp_path):
+    common = call(damaged, kind, overrides=on(2), adam=True)
+    whole = pools(2).run("fit", **common, out=tmp_path / "whole")
+    killed = pools(2).run("fit", **common, out=tmp_path / "parts", kill=3)
+    assert killed == ["KilledError: "] * 2
+    assert pools(2).run("fit", **common, out=tmp_path / "parts") == whole
+    assert any(step is not None and step < 2 for step, _ in whole[0]["skipped"])
+    assert not (tmp_path / "parts" / "skipped.jsonl").exists()
 
 
 @pytest.mark.parametrize(("kind", "zero_stage"), [("classify", 0), ("classify", 2), ("segment", 1)])

@@ -5,6 +5,8 @@ from the uninterrupted run of two workers by rounding only.
 """
 
 import contextlib
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,3 +202,30 @@ def test_sigterm_under_torchrun_saves_and_the_same_command_goes_on(
     assert result.status != 0 and result.err.splitlines().count(said) == 2, result.err
     torchrun(2, *command).assert_done()
     assert learned(run / "moce") == learned(finished / "moce")
+
+
+@pytest.mark.long
+def test_a_lost_node_leaves_a_smaller_fit_that_goes_on(nodes, start, part_of, pictures, tmp_path):
+    for path in pictures.glob("*/*.png"):
+        folder = tmp_path / ("val" if int(path.stem) % 3 == 0 else "train") / path.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder)
+    nodes.add("g0")
+    victim, run = nodes.add("g1"), part_of(*READY, "moce")
+    overrides = (
+        "parallel.min_workers=1", "parallel.max_failures=0", "transfer.save_every_steps=20",
+        "transfer.finetune.epochs=12", "transfer.finetune.batch_size=16",
+    )  # fmt: skip
+    flags = ["--run", run, "--task", "imagefolder", "--data", tmp_path, "--protocol", "finetune"]
+    flags += ["--backbone", "moce", *(x for o in overrides for x in ("--set", o))]
+    job = start("transfer", *flags, env={"RAY_ADDRESS": nodes.cluster.address})
+    folder = run / "transfer" / "imagefolder"
+    state = folder / "models" / "moce-finetune-0" / "state.safetensors"
+    job.wait_until(state.exists, "a saved state")
+    assert len(workers_on(victim)) == 1
+    lose(victim)
+    result = job.finish().assert_done()
+    assert "2 of 2 workers" in result.err and "1 of 2 workers" in result.err
+    assert "preemption 1 of at most 1000" in result.err and "goes on after step" in result.err
+    (row,) = json.loads((folder / "metrics.json").read_text())["results"]
+    assert row["value"] > 0.5

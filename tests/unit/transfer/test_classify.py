@@ -16,6 +16,7 @@ from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.classify import Features, extract, fit_linear, knn_scores
 from moce_dist.transfer.finetune import finetune, make_optimizer
 from moce_dist.transfer.loading import (
+    Fault,
     TaskImages,
     TrainingOrder,
     machine_of,
@@ -34,10 +35,10 @@ def features() -> Features:
     draws = np.random.default_rng(0)
     centres = draws.normal(0, 1.2, (4, 10))
 
-    def part(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def part(n: int) -> tuple[torch.Tensor, torch.Tensor, list[Fault]]:
         labels = draws.integers(0, 4, n)
         rows = centres[labels] + draws.normal(0, 1.5, (n, 10)) + 7
-        return torch.from_numpy(rows).float(), torch.from_numpy(labels)
+        return torch.from_numpy(rows).float(), torch.from_numpy(labels), []
 
     return Features(*part(300), *part(200))
 
@@ -62,7 +63,7 @@ def test_knn_equals_scikit_learn_with_the_same_weights(features):
 
 
 def test_more_neighbours_than_images_are_all_of_them(features):
-    few = Features(features.train[:3], features.train_labels[:3], *features[2:])
+    few = features._replace(train=features.train[:3], train_labels=features.train_labels[:3])
     shares = knn_scores(few, k=10, num_classes=4)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(200))
 
@@ -88,9 +89,10 @@ def test_shuffled_labels_are_not_learnt(features):
 def test_features_come_in_the_order_of_the_items(config, models, image_folder):
     task = load_task("imagefolder", image_folder)
     backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
-    found, labels = extract(backbone, list(task.train), machine_of(config))
+    found, labels, faults = extract(backbone, list(task.train), machine_of(config))
+    assert not faults
     assert labels.tolist() == [item.label for item in task.train]
-    pixels, _ = TaskImages(task.train, backbone)[(0, 17)]
+    pixels = TaskImages(task.train, backbone)[(0, 17)].pixels
     with torch.no_grad():
         expected = models["mae"].features(torch.from_numpy(pixels)[None])
     torch.testing.assert_close(found[17:18], expected, rtol=1e-4, atol=1e-5)
@@ -178,4 +180,4 @@ def test_finetuning_learns(config, models, image_folder):
         **{"base_lr": 0.03, "crop_scale_min": 0.5, "drop_path": 0.0, "layer_decay": 0.9},
     )
     found = finetune(backbone, task, recipe, machine_of(config), seed=0)
-    assert found["accuracy"] > 0.8
+    assert found.measures["accuracy"] > 0.8

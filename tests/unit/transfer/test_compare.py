@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moce_dist.run import Run, read_marker
+from moce_dist.run import Run, read_faults, read_marker
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.official import OFFICIAL
 
@@ -212,3 +212,33 @@ def test_unreadable_image_is_found_by_the_scan(run, image_folder, tmp_path):
     done = transfer(run, "--task", "imagefolder", "--data", str(data))
     assert done.returncode == 2
     assert f"{bad}: unreadable image" in done.stderr
+
+
+def test_images_of_a_set_too_large_to_scan_are_skipped_and_counted(
+    run, image_folder, tmp_path, job, monkeypatch
+):
+    damaged, without = tmp_path / "damaged", tmp_path / "without"
+    for data in (damaged, without):
+        shutil.copytree(image_folder, data)
+    for name in ("train/rows/002.png", "test/rows/005.png"):
+        (damaged / name).write_bytes(b"\x89PNG nothing")
+        (without / name).unlink()
+    monkeypatch.setattr("moce_dist.transfer.tasks.SCAN_LIMIT_BYTES", 0)
+
+    def rows(data, *flags):
+        command = ["--run", str(run.root), "--task", "imagefolder", "--data", str(data), "--fresh"]
+        job.main([*command, *flags])
+        return metrics_of(run, "imagefolder")["results"]
+
+    frozen = ("--backbone", "moce,mae", "--protocol", "knn,linear")
+    results = [rows(data, *frozen) for data in (damaged, without)]
+    (fit,) = rows(damaged, "--backbone", "mae", "--protocol", "finetune")
+    # one in each split; the fit draws its training images once an epoch, some left out
+    assert [row.pop("skipped_images") for row in results[0]] == [2] * 4
+    assert 1 <= fit["skipped_images"] <= 1 + 2
+    for row in results[0] + results[1]:
+        del row["num_train"], row["num_test"]
+    assert results[0] == results[1]
+    named = {line["key"] for line in read_faults(run.faults)}
+    assert {key.rpartition("/")[2] for key in named} >= {"005.png"}
+    assert all(key.endswith(("train/rows/002.png", "test/rows/005.png")) for key in named)

@@ -21,6 +21,7 @@ from moce_dist.transfer.loading import machine_of
 from moce_dist.transfer.saved import load_model
 from moce_dist.transfer.scenes import read_scenes
 from moce_dist.transfer.segment import segment
+from moce_dist.transfer.skips import Fitted
 from moce_dist.transfer.training import Trainer, cut_batch
 
 RECIPE = FinetuneConfig(epochs=4, batch_size=16, warmup_epochs=1)
@@ -74,7 +75,7 @@ def test_interrupted_segmentation_ends_bit_equal(
 ):
     scenes, machine = read_scenes("ade20k", scene_folder), machine_of(config)
 
-    def run(name: str) -> dict[str, float]:
+    def run(name: str) -> Fitted:
         kept = Kept(tmp_path / name, "a", 2, None)
         out = tmp_path / "out"
         return segment(backbone, scenes, config.transfer, machine, seed=0, out=out, kept=kept)
@@ -115,7 +116,7 @@ def test_early_views_change_nothing_and_keep_the_best(config, backbone, image_fo
     assert finetune(backbone, task, RECIPE, machine, seed=2, kept=viewed) == expected
     lines = [json.loads(x) for x in (viewed.folder / "views.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
-    assert lines[-1]["value"] == expected["accuracy"]
+    assert lines[-1]["value"] == expected.measures["accuracy"]
     found, reference = weights(viewed.folder), weights(plain.folder)
     assert all(torch.equal(found[name], reference[name]) for name in reference)
     best = json.loads((viewed.folder / "best" / "config.json").read_text())["moce_dist"]["about"]
@@ -142,7 +143,7 @@ def test_several_labels_are_learnt_and_mixed(config, backbone, image_folder, tmp
         **{"base_lr": 0.03, "crop_scale_min": 0.5, "drop_path": 0.0, "layer_decay": 0.9},
     )
     kept = Kept(tmp_path / "fit", "a", 100, None)
-    found = finetune(backbone, task, recipe, machine_of(config), seed=0, kept=kept)
+    found = finetune(backbone, task, recipe, machine_of(config), seed=0, kept=kept).measures
     assert found["mAP"] > 0.8 and found.keys() >= {"mAP_all_points", "mAP_uninterpolated"}
     assert load_model(kept.folder / "last")[1].is_multi_label
 

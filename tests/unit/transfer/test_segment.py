@@ -199,7 +199,8 @@ def test_training_separates_two_plain_areas(config, models, scene_folder, tmp_pa
     transfer = config.transfer.model_copy(
         update={"segment_steps": 60, "segment_lr": 3e-3, "segment_batch_size": 4}
     )
-    found = segment(backbone, scenes, transfer, machine_of(config), seed=0, out=tmp_path)
+    machine = machine_of(config)
+    found = segment(backbone, scenes, transfer, machine, seed=0, out=tmp_path).measures
     assert found["mIoU"] > 0.7
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["mIoU"] == found["mIoU"] and written["IoU"].keys() == {

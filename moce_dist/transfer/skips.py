@@ -1,0 +1,103 @@
+"""Images that cannot be read while a fit is under way: passed over, counted and named.
+
+In training the next image that can be read stands in (classes, scenes), or the picture is missing
+from its batch (detection); in a test it does not count (in a detection's, nothing is found in it).
+While a fit that is kept is under way, `FOLDER/skipped.jsonl` has its skips by step, so that a fit
+that goes on counts those of before; in the end they are in the run's `faults.jsonl`.
+
+Letters: n images of a rank, S side in pixels.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from moce_dist.run import read_jsonl, record_fault, write_atomic
+from moce_dist.transfer.fit import Kept
+from moce_dist.transfer.loading import Draw, Fault, Look, Machine
+from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.ranks import add_up, in_order
+
+logger = logging.getLogger(__name__)
+_FILE = "skipped.jsonl"
+
+Skipped = dict[str, Any]
+"""Key of an image, the reason, and in training the step."""
+
+
+class Fitted(NamedTuple):
+    """What a fit measures on its test images, and the images that it passed over."""
+
+    measures: Measures
+    skipped: list[Skipped]
+
+
+class Skips:
+    """The images that a fit passed over; the first rank notes those of all."""
+
+    def __init__(self, machine: Machine, kept: Kept | None = None) -> None:
+        self.machine, self._is_first = machine, machine.rank == 0
+        self._path = kept.folder / _FILE if kept and self._is_first else None
+        self.lines: list[Skipped] = []
+        self.test: Sequence[Fault] = ()
+
+    def start(self, step: int) -> None:
+        """Take up the skips before a step; what came later is met again."""
+        known = read_jsonl(self._path) if self._path else []
+        self.lines = [line for line in known if line["step"] < step]
+
+    def note(self, step: int, mine: Sequence[Fault | None]) -> list[Fault]:
+        """Note what a step passes over, and return it; `mine` has one entry an image of this rank.
+
+        Collective over the ranks.
+        """
+        # objects are sent only where there are some
+        count = add_up(torch.tensor(sum(fault is not None for fault in mine)), self.machine)
+        if not count:
+            return []
+        faults = [fault for fault in in_order(list(mine), self.machine) if fault]
+        if self._is_first:
+            _warn(faults)
+            self.lines += [{"step": step, "key": f.key, "reason": f.reason} for f in faults]
+        if self._path:
+            write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+        return faults
+
+    def close(self) -> list[Skipped]:
+        """Return the skips of training and of the last test, and end their keeping on disk."""
+        if self._path:
+            self._path.unlink(missing_ok=True)
+        if self._is_first:
+            _warn(self.test)
+        return self.lines + [{"key": f.key, "reason": f.reason} for f in self.test]
+
+
+def record_skips(ledger: Path, skipped: Sequence[Skipped]) -> None:
+    """Write skips into a run's `faults.jsonl`."""
+    for each in skipped:
+        record_fault(ledger, stage="transfer", key=each["key"], reason=each["reason"])
+
+
+def training_batches(
+    images: Dataset[Look], draws: Iterator[list[Draw]], machine: Machine, start: int, skips: Skips
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's part (images (n, 3, S, S), labels) of every batch from step `start` on.
+
+    Notes the images that others stand in for. Collective over the ranks.
+    """
+    skips.start(start)
+    loader = DataLoader(images, batch_sampler=draws, num_workers=machine.loader_processes)
+    for step, look in enumerate(loader, start):
+        skips.note(step, look.faults())
+        yield look.pixels, look.label
+
+
+def _warn(faults: Sequence[Fault]) -> None:
+    for fault in faults:
+        logger.warning("%s: skipped: %s", fault.where, fault.reason)
