@@ -55,7 +55,7 @@ check: lint types imports ## Lint, types and import rules, without tests
 
 test: check ## Check, then all tests except the long ones
 	$(BIN)/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist loadfile tests/unit
-	$(BIN)/python -m pytest -m "not long" --ignore tests/unit
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup --ignore tests/unit
 
 test-long: $(READY) ## The full matrices
 	$(BIN)/python -m pytest -m long

@@ -90,7 +90,8 @@ class _Edges:
 
     Moves of the first assignment are sorted once and read from the front; those of rows that arrive
     later, or that are added later, are on small heaps, where a row stands for its twins, too.
-    Entries of rows that have left are skipped when they come up.
+    Entries of rows that have left are skipped when they come up. Only pairs that some row can move
+    between are held: edges of the first assignment by (source, target), further ones behind them.
     """
 
     def __init__(self, labels: Int64, nearest: Candidates, num_clusters: int) -> None:
@@ -105,13 +106,43 @@ class _Edges:
         costs = distances[rows, columns] - self._own[rows]
         order = np.lexsort((costs, pairs))
         self._rows, self._costs = rows[order], costs[order]
-        bounds = np.searchsorted(pairs[order], np.arange(num_clusters**2 + 1))
-        self._heads, self._ends = bounds[:-1].copy(), bounds[1:]
-        self.cost = np.full((num_clusters, num_clusters), np.inf)
-        self.row = np.full((num_clusters, num_clusters), _NO_ROW)
-        filled = np.flatnonzero(self._heads < self._ends)
-        self.cost.flat[filled] = self._costs[self._heads[filled]]
-        self.row.flat[filled] = self._rows[self._heads[filled]]
+        self._pairs, self._heads, sizes = np.unique(
+            pairs[order], return_index=True, return_counts=True
+        )
+        self._ends = self._heads + sizes
+        self._firsts = np.searchsorted(self._pairs, np.arange(num_clusters + 1) * num_clusters)
+        self._targets = self._pairs % num_clusters
+        self._cost = self._costs[self._heads].astype(np.float64)
+        self._row = self._rows[self._heads]
+        self._further: dict[int, dict[int, tuple[float, int]]] = {}
+
+    def out(self, source: int) -> tuple[Int64, Float64]:
+        """Return the clusters that rows of one can move to, and the costs of the cheapest moves."""
+        edges = slice(self._firsts[source], self._firsts[source + 1])
+        targets, costs = self._targets[edges], self._cost[edges]
+        if further := self._further.get(source):
+            targets = np.append(targets, list(further))
+            costs = np.append(costs, [cost for cost, _ in further.values()])
+        return targets, costs
+
+    def best(self, source: int, target: int) -> tuple[float, int]:
+        """Return cost and row of the cheapest move; infinity where there is none."""
+        edge = self._find(source, target)
+        if edge is not None:
+            return float(self._cost[edge]), int(self._row[edge])
+        return self._further.get(source, {}).get(target, (np.inf, _NO_ROW))
+
+    def _find(self, source: int, target: int) -> int | None:
+        pair = source * self._num + target
+        edge = int(self._pairs.searchsorted(pair))
+        return edge if edge < len(self._pairs) and self._pairs[edge] == pair else None
+
+    def _set(self, source: int, target: int, best: tuple[float, int]) -> None:
+        edge = self._find(source, target)
+        if edge is not None:
+            self._cost[edge], self._row[edge] = best
+        else:
+            self._further.setdefault(source, {})[target] = best
 
     def add(self, is_inside: NDArray[np.bool_], found: Candidates, limit: int) -> None:
         """Add moves out of some clusters to the candidates outside, the cheapest of each pair."""
@@ -133,7 +164,7 @@ class _Edges:
 
     def alike(self, source: int, target: int, limit: int) -> Int64:
         """Return the row of the cheapest move and its twins beside it, at most `limit`."""
-        return self._twins_in(int(self.row[source, target]), source)[:limit]
+        return self._twins_in(self.best(source, target)[1], source)[:limit]
 
     def _twins_in(self, row: int, cluster: int) -> Int64:
         rows = self._twins.rows(row)
@@ -148,7 +179,7 @@ class _Edges:
         moves = dict([*zip(ids, distances, strict=True), *added])
         self.labels[rows], self._own[rows] = target, moves[target]
         for cluster, distance in moves.items():
-            best = self.row[source, cluster]
+            _, best = self.best(source, cluster)
             if best != _NO_ROW and self.labels[best] != source:
                 self._refresh(source, cluster)
             if cluster != target:
@@ -156,16 +187,10 @@ class _Edges:
 
     def _offer(self, row: int, source: int, target: int, cost: float) -> None:
         heappush(self._heaps.setdefault(source * self._num + target, []), (cost, row))
-        best = min((self.cost[source, target], self.row[source, target]), (cost, row))
-        self.cost[source, target], self.row[source, target] = best
+        self._set(source, target, min(self.best(source, target), (cost, row)))
 
     def _refresh(self, source: int, target: int) -> None:
-        pair = source * self._num + target
-        head, end = int(self._heads[pair]), int(self._ends[pair])
-        while head < end and self.labels[self._rows[head]] != source:
-            head += 1
-        self._heads[pair] = head
-        heap, renewed = self._heaps.get(pair, []), set()
+        heap, renewed = self._heaps.get(source * self._num + target, []), set()
         while heap and self.labels[heap[0][1]] != source:
             cost, row = heappop(heap)
             twin = int(self._twins.of[row])
@@ -174,9 +199,15 @@ class _Edges:
                 heappush(heap, (cost, int(left[0])))
             renewed.add(twin)
         best = heap[0] if heap else (np.inf, _NO_ROW)
-        if head < end:
-            best = min(best, (float(self._costs[head]), int(self._rows[head])))
-        self.cost[source, target], self.row[source, target] = best
+        edge = self._find(source, target)
+        if edge is not None:
+            head, end = int(self._heads[edge]), int(self._ends[edge])
+            while head < end and self.labels[self._rows[head]] != source:
+                head += 1
+            self._heads[edge] = head
+            if head < end:
+                best = min(best, (float(self._costs[head]), int(self._rows[head])))
+        self._set(source, target, best)
 
 
 class _Flow:
@@ -199,18 +230,18 @@ class _Flow:
             while self.surplus[source] > 0:
                 path = self._shortest_path(source)
                 blanks = [self._is_blank_move(*edge) for edge in path]
-                costs = [self.edges.cost[edge] for edge in path]
+                costs = [self.edges.best(*edge)[0] for edge in path]
                 self._augment(path, blanks)
                 while not any(blanks) and self._can_repeat(path, costs):
                     self._augment(path, blanks)
 
     def _can_repeat(self, path: list[Edge], costs: list[float]) -> bool:
         is_open = self.surplus[path[0][0]] > 0 and self.surplus[path[-1][1]] < 0
-        return bool(is_open) and [self.edges.cost[edge] for edge in path] == costs
+        return bool(is_open) and [self.edges.best(*edge)[0] for edge in path] == costs
 
     def _is_blank_move(self, source: int, target: int) -> bool:
         can = bool(self._has_blank[source] and not self._has_blank[target])
-        return can and self.edges.cost[source, target] > 0
+        return can and self.edges.best(source, target)[0] > 0
 
     def _augment(self, path: list[Edge], blanks: list[bool]) -> None:
         limit = 1 if any(blanks) else int(min(self.surplus[path[0][0]], -self.surplus[path[-1][1]]))
@@ -254,13 +285,17 @@ class _Flow:
             if self.surplus[nearest] < 0:
                 return nearest, distance, previous
             unsettled[nearest] = np.inf
-            costs = self.edges.cost[nearest]
+            ways = [self.edges.out(nearest)]
             if self._has_blank[nearest]:
-                costs = np.where(self._has_blank, costs, np.minimum(costs, 0))
-            reduced = np.maximum(costs + self.prices[nearest] - self.prices, 0) + reach
-            nearer = np.flatnonzero(reduced < distance)
-            distance[nearer] = unsettled[nearer] = reduced[nearer]
-            previous[nearer] = nearest
+                free = np.flatnonzero(~self._has_blank)
+                ways.append((free, np.zeros(len(free))))
+            for targets, costs in ways:
+                reduced = costs + self.prices[nearest] - self.prices[targets]
+                reduced = np.maximum(reduced, 0) + reach
+                is_nearer = reduced < distance[targets]
+                nearer = targets[is_nearer]
+                distance[nearer] = unsettled[nearer] = reduced[is_nearer]
+                previous[nearer] = nearest
 
     def _leave(self, is_inside: NDArray[np.bool_]) -> None:
         """Find moves out of clusters that no candidate leads out of."""
