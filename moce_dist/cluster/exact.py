@@ -100,7 +100,9 @@ class _Edges:
         self._added: dict[int, list[tuple[int, float]]] = {}
         self._heaps: dict[int, list[tuple[float, int]]] = {}
         ids, distances = nearest
-        self._own = distances[ids == labels[:, None]]
+        # an index may name a cluster twice
+        columns = (ids == labels[:, None]).argmax(axis=1)
+        self._own = np.take_along_axis(distances, columns[:, None], axis=1)[:, 0]
         rows, columns = np.nonzero(ids != labels[:, None])
         pairs = labels[rows] * num_clusters + ids[rows, columns]
         costs = distances[rows, columns] - self._own[rows]

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from moce_dist.cluster.nearest import (
     build_index,
     candidate_distances,
     make_base,
+    open_index,
     search,
     search_index,
     squared_distances,
@@ -87,10 +88,15 @@ class Sweep:
     base: Float32 | None = None
     index: NDArray[np.uint8] | None = None
 
+    @cached_property
+    def _opened(self) -> Any:
+        assert self.index is not None
+        return open_index(self.index)
+
     def search(self, augmented: Float32) -> Nearest:
         """Find the best clusters of some rows."""
         if self.index is not None:
-            return search_index(augmented, self.index, num=self.num)
+            return search_index(augmented, self._opened, num=self.num)
         assert self.base is not None
         return search(augmented, self.base, num=self.num)
 

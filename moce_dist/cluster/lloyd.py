@@ -28,7 +28,7 @@ from moce_dist.cluster.balance import ascend, largest_size
 from moce_dist.cluster.blocks import Float32, Float64
 from moce_dist.cluster.exact import Candidates, Search, dual_bound, finish
 from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.nearest import Int64, make_base, measure_index, search
+from moce_dist.cluster.nearest import Int64, measure_index
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
 from moce_dist.run import fingerprint
@@ -140,7 +140,7 @@ class Lloyd:
         num = min(len(centroids), _PRICE_CANDIDATES)
         largest = largest_size(len(self.sample), len(centroids), self.config)
         for _ in range(_PRICE_SEARCHES):
-            ids, priced = search(self.sample, make_base(centroids, prices), num=num)
+            ids, priced = self.matrix.sweep(centroids, prices, num).search(self.sample)
             distances = priced + prices[ids].astype(np.float32)
             found = Candidates(ids.astype(np.int32), distances)
             prices, excess = ascend(found, prices, largest=largest, rounds=_PRICE_ROUNDS)

@@ -75,7 +75,7 @@ def search(augmented: Float32, base: Float32, *, num: int) -> Nearest:
 
 
 def build_index(centroids: Float64, prices: Float64, num_probes: int) -> NDArray[np.uint8]:
-    """Return an inverted file over the priced clusters as bytes, for `search_index`."""
+    """Return an inverted file over the priced clusters as bytes, for `open_index`."""
     last = np.sqrt(prices.max() - prices)
     base = np.hstack([centroids, last[:, None]]).astype(np.float32)
     width, num_lists = base.shape[1], int(_LISTS_PER_ROOT * np.sqrt(len(base)))
@@ -88,7 +88,12 @@ def build_index(centroids: Float64, prices: Float64, num_probes: int) -> NDArray
     return np.asarray(faiss.serialize_index(index))
 
 
-def search_index(augmented: Float32, index: NDArray[np.uint8], *, num: int) -> Nearest:
+def open_index(index: NDArray[np.uint8]) -> Any:
+    """Make the bytes of an index into what `search_index` looks into: a copy of all clusters."""
+    return faiss.deserialize_index(index)
+
+
+def search_index(augmented: Float32, index: Any, *, num: int) -> Nearest:
     """Find clusters like `search`, but only in the lists nearest to a row.
 
     Where the lists hold fewer than `num`, the best one stands in for those that are missing.
@@ -96,7 +101,7 @@ def search_index(augmented: Float32, index: NDArray[np.uint8], *, num: int) -> N
     queries = augmented.copy()
     queries[:, -1] = 0
     with _one_thread():
-        found, ids = faiss.deserialize_index(index).search(queries, num)
+        found, ids = index.search(queries, num)
     is_missing = ids < 0
     ids = np.where(is_missing, ids[:, :1], ids)
     return Nearest(ids, np.where(is_missing, found[:, :1], found))
@@ -117,7 +122,7 @@ def measure_index(
 ) -> Missed:
     """Compare on rows (x, 1) what an index finds with what the search over all clusters finds."""
     rows = augmented[:, :-1]
-    theirs = search_index(augmented, index, num=1).ids[:, 0]
+    theirs = search_index(augmented, open_index(index), num=1).ids[:, 0]
     best = search(augmented, make_base(centroids, prices), num=1).ids[:, 0]
     squares = squared_distances(rows, centroids, best)
     losses = squared_distances(rows, centroids, theirs) - prices[theirs] - squares + prices[best]

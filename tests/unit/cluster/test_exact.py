@@ -128,6 +128,20 @@ def test_twins_that_are_not_quite_alike_do_not_move_together():
     assert finished(distances, 2).labels.tolist() == [0, 0, 1, 1]
 
 
+def test_a_cluster_that_candidates_name_twice_counts_once():
+    # as an index does whose lists hold too few
+    distances = np.random.default_rng(4).random((90, 6))
+
+    def search(prices):
+        found = candidates_of(distances, 6)(prices)
+        again = [np.repeat(part[:, :1], 3, axis=1) for part in found]
+        return Candidates(*(np.hstack([a, part]) for a, part in zip(again, found, strict=True)))
+
+    done = finish(search(np.zeros(6)), np.zeros(6), search, largest=15, is_exact=True)
+    assert np.bincount(done.labels).tolist() == [15] * 6
+    assert cost_of(distances, done.labels) == pytest.approx(cost_by_scipy(distances), abs=1e-9)
+
+
 def test_soft_sizes_stay_within_the_bound_and_leave_the_rest_alone():
     distances = np.array([[0.0, 1.0, 3.0]] * 6 + [[3.0, 0.0, 1.0]] * 2)
     search = candidates_of(distances, 3)

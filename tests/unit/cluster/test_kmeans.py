@@ -12,6 +12,7 @@ from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, settle, split_em
 from moce_dist.cluster.nearest import (
     build_index,
     make_base,
+    open_index,
     search,
     search_index,
     squared_distances,
@@ -62,9 +63,9 @@ def test_index_with_all_lists_finds_what_the_search_over_all_clusters_finds():
     centroids, prices = draws.standard_normal((500, 9)), draws.standard_normal(500)
     augmented = np.hstack([rows, np.ones((300, 1), np.float32)])
     whole = search(augmented, make_base(centroids, prices), num=4).ids
-    all_lists = search_index(augmented, build_index(centroids, prices, 10**6), num=4).ids
+    opened = [open_index(build_index(centroids, prices, probes)) for probes in (10**6, 4)]
+    all_lists, few = (search_index(augmented, index, num=4).ids for index in opened)
     assert (whole == all_lists).mean() > 0.999
-    few = search_index(augmented, build_index(centroids, prices, 4), num=4).ids
     assert (few[:, 0] == whole[:, 0]).mean() > 0.5 and few.min() >= 0
 
 
