@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.exact import Candidates
+from moce_dist.cluster.edges import Candidates
 from moce_dist.config import ClusterConfig
 
 Float32 = NDArray[np.float32]

@@ -26,27 +26,18 @@ section 9.7.
 """
 
 from collections.abc import Callable
-from heapq import heappop, heappush
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
+from moce_dist.cluster.edges import Candidates, Edges, Float64, Int64
+
 Edge = tuple[int, int]
-_NO_ROW = -1
 _MAX_ADDED = 100
 """Moves between two clusters that one search adds at most."""
 _CLOSED = -1e30
 """Price at which nothing goes to a cluster."""
-
-
-class Candidates(NamedTuple):
-    """The m best clusters of every row, int32, and the squared distances to them: (n, m)."""
-
-    ids: NDArray[np.int32]
-    distances: NDArray[Any]
 
 
 Search = Callable[[Float64], Candidates]
@@ -59,163 +50,10 @@ def choose(nearest: Candidates, prices: Float64) -> Int64:
     return np.take_along_axis(nearest.ids, columns[:, None], axis=1)[:, 0].astype(np.int64)
 
 
-class _Twins:
-    """Rows with equal candidates; `of` (n,) holds the lowest row that is like a row."""
-
-    def __init__(self, nearest: Candidates) -> None:
-        ids, distances = nearest.ids, np.ascontiguousarray(nearest.distances)
-        columns = [*ids.T, *distances.view(np.int32).T]
-        factors = np.random.default_rng(0).integers(1, 2**63, len(columns), np.uint64) | 1
-        hashed = np.zeros(len(ids), np.uint64)
-        for column, factor in zip(columns, factors, strict=True):
-            hashed += column.astype(np.uint32) * factor
-        _, firsts, groups = np.unique(hashed, return_index=True, return_inverse=True)
-        self.of = firsts[groups]
-        others = np.flatnonzero(self.of != np.arange(len(ids)))
-        likes = self.of[others]
-        is_like = (ids[others] == ids[likes]) & (distances[others] == distances[likes])
-        unlike = others[~is_like.all(axis=1)]
-        self.of[unlike] = unlike
-        self._order = np.argsort(self.of, kind="stable")
-        self._sorted = self.of[self._order]
-
-    def rows(self, row: int) -> Int64:
-        """Return all rows like a row, itself included, in order."""
-        low, high = np.searchsorted(self._sorted, (self.of[row], self.of[row] + 1))
-        return self._order[low:high]
-
-
-class _Edges:
-    """Cheapest move between any two clusters, kept while rows move.
-
-    Moves of the first assignment are sorted once and read from the front; those of rows that arrive
-    later, or that are added later, are on small heaps, where a row stands for its twins, too.
-    Entries of rows that have left are skipped when they come up. Only pairs that some row can move
-    between are held: edges of the first assignment by (source, target), further ones behind them.
-    """
-
-    def __init__(self, labels: Int64, nearest: Candidates, num_clusters: int) -> None:
-        self.labels, self._nearest, self._num = labels, nearest, num_clusters
-        self._twins = _Twins(nearest)
-        self._added: dict[int, list[tuple[int, float]]] = {}
-        self._heaps: dict[int, list[tuple[float, int]]] = {}
-        ids, distances = nearest
-        # an index may name a cluster twice
-        columns = (ids == labels[:, None]).argmax(axis=1)
-        self._own = np.take_along_axis(distances, columns[:, None], axis=1)[:, 0]
-        rows, columns = np.nonzero(ids != labels[:, None])
-        pairs = labels[rows] * num_clusters + ids[rows, columns]
-        costs = distances[rows, columns] - self._own[rows]
-        order = np.lexsort((costs, pairs))
-        self._rows, self._costs = rows[order], costs[order]
-        self._pairs, self._heads, sizes = np.unique(
-            pairs[order], return_index=True, return_counts=True
-        )
-        self._ends = self._heads + sizes
-        self._firsts = np.searchsorted(self._pairs, np.arange(num_clusters + 1) * num_clusters)
-        self._targets = self._pairs % num_clusters
-        self._cost = self._costs[self._heads].astype(np.float64)
-        self._row = self._rows[self._heads]
-        self._further: dict[int, dict[int, tuple[float, int]]] = {}
-
-    def out(self, source: int) -> tuple[Int64, Float64]:
-        """Return the clusters that rows of one can move to, and the costs of the cheapest moves."""
-        edges = slice(self._firsts[source], self._firsts[source + 1])
-        targets, costs = self._targets[edges], self._cost[edges]
-        if further := self._further.get(source):
-            targets = np.append(targets, list(further))
-            costs = np.append(costs, [cost for cost, _ in further.values()])
-        return targets, costs
-
-    def best(self, source: int, target: int) -> tuple[float, int]:
-        """Return cost and row of the cheapest move; infinity where there is none."""
-        edge = self._find(source, target)
-        if edge is not None:
-            return float(self._cost[edge]), int(self._row[edge])
-        return self._further.get(source, {}).get(target, (np.inf, _NO_ROW))
-
-    def _find(self, source: int, target: int) -> int | None:
-        pair = source * self._num + target
-        edge = int(self._pairs.searchsorted(pair))
-        return edge if edge < len(self._pairs) and self._pairs[edge] == pair else None
-
-    def _set(self, source: int, target: int, best: tuple[float, int]) -> None:
-        edge = self._find(source, target)
-        if edge is not None:
-            self._cost[edge], self._row[edge] = best
-        else:
-            self._further.setdefault(source, {})[target] = best
-
-    def add(self, is_inside: NDArray[np.bool_], found: Candidates, limit: int) -> None:
-        """Add moves out of some clusters to the candidates outside, the cheapest of each pair."""
-        # one row stands for its twins in the same cluster
-        _, alone = np.unique(self.labels * len(self.labels) + self._twins.of, return_index=True)
-        alone = np.sort(alone)
-        is_way = is_inside[self.labels[alone]][:, None] & ~is_inside[found.ids[alone]]
-        places, columns = np.nonzero(is_way)
-        rows = alone[places]
-        targets, distances = found.ids[rows, columns], found.distances[rows, columns]
-        pairs = self.labels[rows] * self._num + targets
-        order = np.lexsort((distances - self._own[rows], pairs))
-        _, firsts, sizes = np.unique(pairs[order], return_index=True, return_counts=True)
-        places = np.arange(len(order)) - np.repeat(firsts, sizes)
-        for at in order[places < limit]:
-            row, target, distance = int(rows[at]), int(targets[at]), float(distances[at])
-            self._added.setdefault(int(self._twins.of[row]), []).append((target, distance))
-            self._offer(row, int(self.labels[row]), target, distance - float(self._own[row]))
-
-    def alike(self, source: int, target: int, limit: int) -> Int64:
-        """Return the row of the cheapest move and its twins beside it, at most `limit`."""
-        return self._twins_in(self.best(source, target)[1], source)[:limit]
-
-    def _twins_in(self, row: int, cluster: int) -> Int64:
-        rows = self._twins.rows(row)
-        return rows[self.labels[rows] == cluster]
-
-    def move(self, rows: Int64, target: int) -> None:
-        """Give twins of one cluster to cluster `target` and bring the edges up to date."""
-        first = int(rows[0])
-        source = int(self.labels[first])
-        ids, distances = self._nearest.ids[first].tolist(), self._nearest.distances[first].tolist()
-        added = self._added.get(int(self._twins.of[first]), [])
-        moves = dict([*zip(ids, distances, strict=True), *added])
-        self.labels[rows], self._own[rows] = target, moves[target]
-        for cluster, distance in moves.items():
-            _, best = self.best(source, cluster)
-            if best != _NO_ROW and self.labels[best] != source:
-                self._refresh(source, cluster)
-            if cluster != target:
-                self._offer(first, target, cluster, distance - moves[target])
-
-    def _offer(self, row: int, source: int, target: int, cost: float) -> None:
-        heappush(self._heaps.setdefault(source * self._num + target, []), (cost, row))
-        self._set(source, target, min(self.best(source, target), (cost, row)))
-
-    def _refresh(self, source: int, target: int) -> None:
-        heap, renewed = self._heaps.get(source * self._num + target, []), set()
-        while heap and self.labels[heap[0][1]] != source:
-            cost, row = heappop(heap)
-            twin = int(self._twins.of[row])
-            # one entry is enough for all twins
-            if twin not in renewed and len(left := self._twins_in(row, source)):
-                heappush(heap, (cost, int(left[0])))
-            renewed.add(twin)
-        best = heap[0] if heap else (np.inf, _NO_ROW)
-        edge = self._find(source, target)
-        if edge is not None:
-            head, end = int(self._heads[edge]), int(self._ends[edge])
-            while head < end and self.labels[self._rows[head]] != source:
-                head += 1
-            self._heads[edge] = head
-            if head < end:
-                best = min(best, (float(self._costs[head]), int(self._rows[head])))
-        self._set(source, target, best)
-
-
 class _Flow:
     """Sizes, blanks, prices and edges; moves surplus until no cluster is too large."""
 
-    def __init__(self, edges: _Edges, prices: Float64, search: Search, *, largest: int) -> None:
+    def __init__(self, edges: Edges, prices: Float64, search: Search, *, largest: int) -> None:
         self.edges, self.prices, self._search = edges, prices.copy(), search
         self.num_moves = self.num_paths = self.num_searches = 0
         self._has_blank = np.zeros(len(prices), bool)
@@ -334,7 +172,7 @@ def finish(
     candidates under given prices; it is asked when those at hand do not connect.
     """
     num_rows, num_clusters = len(nearest.ids), len(prices)
-    edges = _Edges(choose(nearest, prices), nearest, num_clusters)
+    edges = Edges(choose(nearest, prices), nearest, num_clusters)
     flow = _Flow(edges, prices, search, largest=largest)
     if is_exact:
         flow.place_blanks(largest * num_clusters - num_rows)

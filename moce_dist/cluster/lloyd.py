@@ -26,7 +26,8 @@ from threadpoolctl import threadpool_limits
 
 from moce_dist.cluster.balance import ascend, largest_size
 from moce_dist.cluster.blocks import Float32, Float64
-from moce_dist.cluster.exact import Candidates, Search, dual_bound, finish
+from moce_dist.cluster.edges import Candidates
+from moce_dist.cluster.exact import Search, dual_bound, finish
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.nearest import Int64, measure_index
 from moce_dist.config import ClusterConfig

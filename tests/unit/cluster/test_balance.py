@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moce_dist.cluster.balance import ascend, largest_size
-from moce_dist.cluster.exact import Candidates
+from moce_dist.cluster.edges import Candidates
 from moce_dist.config import ClusterConfig
 
 

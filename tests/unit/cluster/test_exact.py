@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from moce_dist.cluster.exact import Candidates, choose, dual_bound, finish
+from moce_dist.cluster.edges import Candidates
+from moce_dist.cluster.exact import choose, dual_bound, finish
 
 FAR = 1e9
 
