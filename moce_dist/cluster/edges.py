@@ -41,8 +41,23 @@ class _Twins:
         is_like = (ids[others] == ids[likes]) & (distances[others] == distances[likes])
         unlike = others[~is_like.all(axis=1)]
         self.of[unlike] = unlike
+        self._sort()
+
+    def _sort(self) -> None:
         self._order = np.argsort(self.of, kind="stable")
         self._sorted = self.of[self._order]
+
+    def part(self, found: Candidates) -> Int64:
+        """Part rows from twins that found something else in a further search; return them."""
+        others = np.flatnonzero(self.of != np.arange(len(self.of)))
+        likes = self.of[others]
+        is_like = (found.ids[others] == found.ids[likes]).all(axis=1)
+        is_like &= (found.distances[others] == found.distances[likes]).all(axis=1)
+        parted = others[~is_like]
+        self.of[parted] = parted
+        if len(parted):
+            self._sort()
+        return parted
 
     def rows(self, row: int) -> Int64:
         """Return all rows like a row, itself included, in order."""
@@ -113,6 +128,7 @@ class Edges:
 
     def add(self, is_inside: NDArray[np.bool_], found: Candidates, limit: int) -> None:
         """Add moves out of some clusters to the candidates outside, the cheapest of each pair."""
+        self._part(found)
         # one row stands for its twins in the same cluster
         _, alone = np.unique(self.labels * len(self.labels) + self._twins.of, return_index=True)
         alone = np.sort(alone)
@@ -129,6 +145,21 @@ class Edges:
             self._added.setdefault(int(self._twins.of[row]), []).append((target, distance))
             self._offer(row, int(self.labels[row]), target, distance - float(self._own[row]))
 
+    def _part(self, found: Candidates) -> None:
+        before = self._twins.of.copy()
+        for row in self._twins.part(found).tolist():
+            self._added[row] = list(self._added.get(int(before[row]), []))
+            source, own = int(self.labels[row]), float(self._own[row])
+            for target, distance in self._moves(row).items():
+                if target != source:
+                    self._offer(row, source, target, distance - own)
+
+    def _moves(self, row: int) -> dict[int, float]:
+        """Return the clusters that a row can be in, and its distances to them."""
+        ids, distances = self._nearest.ids[row].tolist(), self._nearest.distances[row].tolist()
+        added = self._added.get(int(self._twins.of[row]), [])
+        return dict([*zip(ids, distances, strict=True), *added])
+
     def alike(self, source: int, target: int, limit: int) -> Int64:
         """Return the row of the cheapest move and its twins beside it, at most `limit`."""
         return self._twins_in(self.best(source, target)[1], source)[:limit]
@@ -141,9 +172,7 @@ class Edges:
         """Give twins of one cluster to cluster `target` and bring the edges up to date."""
         first = int(rows[0])
         source = int(self.labels[first])
-        ids, distances = self._nearest.ids[first].tolist(), self._nearest.distances[first].tolist()
-        added = self._added.get(int(self._twins.of[first]), [])
-        moves = dict([*zip(ids, distances, strict=True), *added])
+        moves = self._moves(first)
         self.labels[rows], self._own[rows] = target, moves[target]
         for cluster, distance in moves.items():
             _, best = self.best(source, cluster)

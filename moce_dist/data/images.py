@@ -20,6 +20,7 @@ recipe (scale 0.2 to 1, bicubic, mirror) from He et al. 2022, appendix A.1.
 import hashlib
 import io
 import math
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -58,6 +59,10 @@ _AS_STORED = (False, False, False)
 
 Encoded = bytes | memoryview
 Sample = NDArray[np.float32]
+
+
+DAMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises of damaged files."""
 
 
 class ImageError(ValueError):
@@ -104,7 +109,7 @@ def open_image(content: Encoded) -> Image.Image:
             _check_pixels(*image.size)
             image.load()
             return _to_rgb(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except DAMAGE as error:
         raise ImageError(str(error)) from None
 
 
@@ -235,8 +240,12 @@ def open_picture(content: Encoded) -> Picture:
 def _orientation(content: Encoded) -> int:
     if _EXIF not in bytes(content[:_EXIF_WITHIN]):
         return 1
-    with Image.open(io.BytesIO(content)) as image:
-        return int(image.getexif().get(_ORIENTATION, 1))
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            return int(image.getexif().get(_ORIENTATION, 1))
+    except (*DAMAGE, TypeError):
+        # the picture itself may be whole
+        return 1
 
 
 def decode_image(content: Encoded) -> Pixels:

@@ -10,7 +10,6 @@ Source: weighted k-NN as in Wu et al. 2018, arXiv 1805.01978, section 3.4 (tempe
 features minus their mean as in the clustering of this package.
 """
 
-import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from moce_dist.transfer.loading import Fault, Machine, Progress, eval_batches
 from moce_dist.transfer.measure import Measures, measure, multi_label_loss
 from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import classifier_spec, save_model
+from moce_dist.transfer.skips import readable
 from moce_dist.transfer.tasks import Item, Task
 
 _TEMPERATURE = 0.07
@@ -59,14 +59,10 @@ def extract(
     model = backbone.features_model(seed).to(machine.device)
     progress = Progress(f"{backbone.name} features", len(items), "images")
     found = []
-    for images, batch_labels, unread in eval_batches(items, backbone, machine):
-        found.append((model(images.to(machine.device)).float().cpu(), batch_labels, unread))
+    for images, batch_labels, faults in eval_batches(items, backbone, machine):
+        found.append((model(images.to(machine.device)).float().cpu(), batch_labels, faults))
         progress.advance(len(batch_labels))
-    features, labels, faults = zip(*in_order(found, machine), strict=True)
-    missing = [*itertools.chain(*faults)]
-    if len(missing) == len(items):
-        raise ValueError(f"{missing[-1].where}: {missing[-1].reason}; nor can any other be read")
-    return torch.cat(features), torch.cat(labels), missing
+    return readable(in_order(found, machine))
 
 
 def task_features(backbone: Backbone, task: Task, machine: Machine, *, seed: int) -> Features:

@@ -129,7 +129,10 @@ class Comparison:
             return dict(known)
         encoder = run_backbone("mae", self.config, customize(mae.weights, ()))
         images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
-        features, *_ = extract(encoder, images, self.machine)
+        features, _, faults = extract(encoder, images, self.machine)
+        skips = Skips(self.machine)
+        skips.test = faults
+        record_skips(self.run.faults, skips.close())
         ids = task_clusters(features, self.run.clusters)
         choice = choose_experts(
             ids, moce.weights, self.config, task=self.request.folder, given=self.request.experts
@@ -213,8 +216,7 @@ class Comparison:
             fitted = self._classify(fit, backbone, task, kept)
         found, skipped = fitted
         if skipped and self.machine.rank == 0:
-            record_skips(self.run.faults, skipped)
-            figures = {"skipped_images": len(skipped)}
+            figures = {"skipped_images": record_skips(self.run.faults, skipped)}
         return {
             "backbone": fit.backbone,
             "protocol": fit.protocol,

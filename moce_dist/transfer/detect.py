@@ -64,7 +64,7 @@ class _Squares(Dataset[Sample | Fault]):
                 draws=sample_generator(self._seed, epoch, picture.key),
             )
         except ImageError as error:
-            return Fault(picture.key, str(picture.image), str(error))
+            return Fault(picture.key, f"{picture.image}: {error}")
 
 
 def _as_list(items: list[Sample | Fault]) -> list[Sample | Fault]:
@@ -126,7 +126,7 @@ class Detection:
             mine = [item if isinstance(item, Fault) else None for item in items]
             faults = skips.note(step, mine)
             if len(faults) == batch_size:
-                raise ValueError(f"{faults[-1].where}: {faults[-1].reason}")
+                raise ValueError(faults[-1].reason)
             yield self.batch([item for item in items if isinstance(item, Sample)])
 
     def batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Targets]:

@@ -86,7 +86,7 @@ def _look(model: Any, picture: Picture, machine: Machine) -> Detections | Fault:
     try:
         image = load_picture(picture)
     except ImageError as error:
-        return Fault(picture.key, str(picture.image), str(error))
+        return Fault(picture.key, f"{picture.image}: {error}")
     return find(model, image, machine)
 
 

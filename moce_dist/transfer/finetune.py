@@ -10,7 +10,6 @@ Source: He et al. 2022, arXiv 2111.06377, table 9; facebookresearch/mae main_fin
 @efb2a80. Without their RandAugment and random erasing.
 """
 
-import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -33,7 +32,7 @@ from moce_dist.transfer.loading import (
 from moce_dist.transfer.measure import Measures, measure, multi_label_loss
 from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import classifier_spec
-from moce_dist.transfer.skips import Fitted, Skips, training_batches
+from moce_dist.transfer.skips import Fitted, Skips, readable, training_batches
 from moce_dist.transfer.tasks import Task
 
 _LABEL_SMOOTHING = 0.1
@@ -162,10 +161,12 @@ def evaluate(
     """Measure a classifier in evaluation mode on the test images that can be read; collective.
 
     Returns also the images that cannot.
+
+    Raises:
+        ValueError: none can.
     """
     found = []
     for images, labels, faults in eval_batches(task.test, backbone, machine):
         found.append((model(images.to(machine.device)).float().cpu(), labels, faults))
-    scores, truth, unread = zip(*in_order(found, machine), strict=True)
-    measures = measure(task.metric, torch.cat(scores), torch.cat(truth))
-    return measures, [*itertools.chain(*unread)]
+    scores, truth, unread = readable(in_order(found, machine))
+    return measure(task.metric, scores, truth), unread

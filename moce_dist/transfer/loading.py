@@ -35,10 +35,9 @@ Statistics = NDArray[np.float32]
 
 
 class Fault(NamedTuple):
-    """An image that cannot be used: its key, where it lies, and why not."""
+    """An image that cannot be used: its key, and why not."""
 
     key: str
-    where: str
     reason: str
 
 
@@ -57,7 +56,7 @@ class Look(NamedTuple):
     def faults(self) -> list[Fault | None]:
         """Tell for every image of a batch what is wrong with it, None if nothing."""
         pairs = zip(self.key, self.reason, strict=True)
-        return [Fault(key, key, reason) if reason else None for key, reason in pairs]
+        return [Fault(key, reason) if reason else None for key, reason in pairs]
 
 
 def stand_in(
@@ -69,11 +68,11 @@ def stand_in(
         ValueError: none can be read.
     """
     reason = ""
-    for number in (*range(index, count), *range(index)):
+    for number in itertools.chain(range(index, count), range(index)):
         try:
             return Look(*read(number), keys(index), reason)
         except (ValueError, OSError) as error:
-            reason = reason or f"unreadable image: {error}"
+            reason = reason or str(error)
     raise ValueError(f"{keys(index)}: {reason}; nor can any other be read")
 
 
@@ -214,7 +213,7 @@ class TaskImages(Dataset[Look]):
         except (ValueError, OSError) as error:
             blank = np.zeros((3, self._size, self._size), np.float32)
             label = np.asarray(item.label, np.int64)
-            return Look(blank, label, item.key, f"unreadable image: {error}")
+            return Look(blank, label, item.key, str(error))
 
     def _read(self, index: int, epoch: int) -> tuple[np.ndarray, NDArray[np.int64]]:
         item = self._items[index]
@@ -235,11 +234,11 @@ class TaskImages(Dataset[Look]):
 
 def eval_batches(
     items: Sequence[Item], backbone: Backbone, machine: Machine
-) -> Iterator[tuple[Tensor, Tensor, list[Fault]]]:
+) -> Iterator[tuple[Tensor, Tensor, list[Fault | None]]]:
     """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU.
 
     Of R ranks each gets every R-th batch: the batches do not depend on R, so neither do results.
-    Images that cannot be read are missing from their batch, and named beside it.
+    Images that cannot be read are blank; the last part says for each what is wrong with it.
     """
     size = machine.eval_batch_size
     order = [
@@ -248,12 +247,7 @@ def eval_batches(
     mine = order[machine.rank :: machine.num_ranks]
     dataset = TaskImages(items, backbone)
     for look in DataLoader(dataset, batch_sampler=mine, num_workers=machine.loader_processes):
-        faults = look.faults()
-        if not any(faults):
-            yield look.pixels, look.label, []
-            continue
-        is_read = torch.tensor([fault is None for fault in faults])
-        yield look.pixels[is_read], look.label[is_read], [fault for fault in faults if fault]
+        yield look.pixels, look.label, look.faults()
 
 
 class TrainingOrder:

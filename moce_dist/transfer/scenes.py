@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_dist.data.images import MEAN, STD, ImageError, open_image
+from moce_dist.data.images import DAMAGE, MEAN, STD, ImageError, open_image
 from moce_dist.data.shards import IMAGE_EXTENSIONS
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item
@@ -122,21 +122,42 @@ def read_mask(path: Path) -> Labels:
     """Read a mask as class indices (H, W) int64; ignored pixels are `IGNORE`.
 
     Raises:
-        ValueError: the file is no image of one channel.
+        ImageError: the file is no image of one channel.
     """
-    with Image.open(path) as image:
-        if image.mode not in ("L", "P", "I", "I;16"):
-            raise ValueError(f"mask has mode {image.mode}, must have one channel of class numbers")
-        return np.asarray(image).astype(np.int64) - 1
+    try:
+        with Image.open(path) as image:
+            if image.mode in ("L", "P", "I", "I;16"):
+                return np.asarray(image).astype(np.int64) - 1
+            raise ImageError(f"has mode {image.mode}, must have one channel of class numbers")
+    except DAMAGE as error:
+        raise ImageError(f"{path}: unreadable mask: {error}") from None
+
+
+def load_scene(scene: Scene, num_classes: int) -> tuple[Image.Image, Labels]:
+    """Read picture and class indices (H, W).
+
+    Raises:
+        ImageError: one of them is unreadable, or the mask has another size or holds a class that
+            the task does not have; names the file.
+    """
+    try:
+        picture = open_image(scene.image.read_bytes())
+    except (ImageError, OSError) as error:
+        raise ImageError(f"{scene.image}: unreadable image: {error}") from None
+    mask = read_mask(scene.mask)
+    if mask.shape != (picture.height, picture.width):
+        raise ImageError(f"{scene.mask}: has shape {mask.shape}, its picture {picture.size[::-1]}")
+    if mask.max() >= num_classes:
+        most = f"must be at most {num_classes} (classes)"
+        raise ImageError(f"{scene.mask}: holds {mask.max() + 1}, {most}")
+    return picture, mask
 
 
 def check_scenes(scenes: Scenes, *, threads: int) -> None:
     """Decode all pictures and masks of a task below `SCAN_LIMIT_BYTES` and compare them.
 
     Raises:
-        ConfigError: naming the first scene that is unreadable, whose mask has another size or holds
-        a class
-            that the task does not have, and how many there are.
+        ConfigError: naming the first scene that `load_scene` refuses, and how many there are.
     """
     every = [*scenes.train, *scenes.test]
     if sum(scene.image.stat().st_size for scene in every) > SCAN_LIMIT_BYTES:
@@ -150,17 +171,9 @@ def check_scenes(scenes: Scenes, *, threads: int) -> None:
 
 def _fault(scene: Scene, num_classes: int) -> str:
     try:
-        picture = open_image(scene.image.read_bytes())
-    except (ImageError, OSError) as error:
-        return f"{scene.image}: unreadable image: {error}"
-    try:
-        mask = read_mask(scene.mask)
-    except (ValueError, OSError) as error:
-        return f"{scene.mask}: unreadable mask: {error}"
-    if mask.shape != (picture.height, picture.width):
-        return f"{scene.mask}: has shape {mask.shape}, its picture {picture.size[::-1]}"
-    if mask.max() >= num_classes:
-        return f"{scene.mask}: holds {mask.max() + 1}, must be at most {num_classes} (classes)"
+        load_scene(scene, num_classes)
+    except ImageError as error:
+        return str(error)
     return ""
 
 
@@ -177,15 +190,15 @@ def to_pixels(picture: Image.Image) -> NDArray[np.float32]:
 
 
 def training_crop(
-    scene: Scene, size: int, draws: np.random.Generator
+    picture: Image.Image, mask: Labels, size: int, draws: np.random.Generator
 ) -> tuple[NDArray[np.float32], Labels]:
     """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
 
     Returns pixels (3, S, S) and class indices (S, S); what lies outside the picture is ignored.
     """
     factor = draws.uniform(*_SCALES)
-    picture = scaled(open_image(scene.image.read_bytes()), max(1, round(size * factor)))
-    labels = Image.fromarray(read_mask(scene.mask).astype(np.int32))
+    picture = scaled(picture, max(1, round(size * factor)))
+    labels = Image.fromarray(mask.astype(np.int32))
     mask = np.asarray(labels.resize(picture.size, Image.Resampling.NEAREST), np.int64)
     pixels = to_pixels(picture)
     top, left = (int(draws.integers(max(1, side - size + 1))) for side in mask.shape)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moce_dist.config import TransferConfig
-from moce_dist.data.images import open_image, sample_generator
+from moce_dist.data.images import ImageError, sample_generator
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.fit import Fitting, Kept, run_fit
@@ -44,12 +44,12 @@ from moce_dist.transfer.scenes import (
     IGNORE,
     Scene,
     Scenes,
-    read_mask,
+    load_scene,
     scaled,
     to_pixels,
     training_crop,
 )
-from moce_dist.transfer.skips import Fitted, Skips, training_batches
+from moce_dist.transfer.skips import Fitted, Skips, refuse_all, training_batches
 from moce_dist.transfer.upernet import Segmenter
 
 _DROP_PATH = 0.1
@@ -93,22 +93,23 @@ def count_pixels(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
 class _Crops(Dataset[Look]):
     """Training crops of scenes, drawn by (seed, epoch, key)."""
 
-    def __init__(self, scenes: Sequence[Scene], size: int, backbone: Backbone, seed: int) -> None:
+    def __init__(self, scenes: Scenes, size: int, backbone: Backbone, seed: int) -> None:
         self._scenes, self._size, self._seed = scenes, size, seed
         self._factor, self._shift = renormalisation(backbone)
 
     def __getitem__(self, draw: Draw) -> Look:
         epoch, index = draw
         return stand_in(
-            lambda number: self._read(self._scenes[number], epoch),
-            lambda number: self._scenes[number].key,
+            lambda number: self._read(self._scenes.train[number], epoch),
+            lambda number: self._scenes.train[number].key,
             index,
-            len(self._scenes),
+            len(self._scenes.train),
         )
 
     def _read(self, scene: Scene, epoch: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         draws = sample_generator(self._seed, epoch, scene.key)
-        pixels, labels = training_crop(scene, self._size, draws)
+        picture, mask = load_scene(scene, len(self._scenes.classes))
+        pixels, labels = training_crop(picture, mask, self._size, draws)
         return pixels * self._factor + self._shift, np.ascontiguousarray(labels)
 
 
@@ -156,7 +157,7 @@ def _fitting(
     machine = skips.machine
     steps, num_scenes = transfer.segment_steps, len(scenes.train)
     batch_size = min(transfer.segment_batch_size, num_scenes)
-    crops = _Crops(scenes.train, transfer.segment_crop, backbone, seed)
+    crops = _Crops(scenes, transfer.segment_crop, backbone, seed)
     order = TrainingOrder(num_scenes, batch_size, -(-steps // (num_scenes // batch_size)), seed)
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -259,24 +260,26 @@ def _evaluate(
     progress = Progress("segmentation test", len(mine), "pictures")
     faults: list[Fault | None] = []
     for number in mine:
+        progress.advance()
         scene = scenes.test[number]
         try:
-            picture = open_image(scene.image.read_bytes())
-            labels = torch.from_numpy(read_mask(scene.mask))
-        except (ValueError, OSError) as error:
-            faults.append(Fault(scene.key, str(scene.image), f"unreadable scene: {error}"))
+            picture, mask = load_scene(scene, num_classes)
+        except ImageError as error:
+            faults.append(Fault(scene.key, str(error)))
             continue
         faults.append(None)
+        labels = torch.from_numpy(mask)
         predicted = class_probabilities(model, picture, backbone, window, machine).argmax(dim=0)
         confusion += count_pixels(labels, predicted, num_classes)
         if number < _NUM_PREVIEWS:
             _preview(out / f"{scene.image.stem}.png", picture, predicted, labels, num_classes)
-        progress.advance()
+    unread = [fault for fault in in_order(faults, machine) if fault]
+    refuse_all(unread, len(scenes.test))
     found = scores(add_up(confusion, machine))
     means = {"mIoU": found.miou, "aAcc": found.aacc, "mAcc": found.macc}
     if machine.rank == 0:
         _write(means, found.iou, scenes.classes, out)
-    return means, [fault for fault in in_order(faults, machine) if fault]
+    return means, unread
 
 
 def _write(means: Measures, each: Sequence[float], classes: Sequence[str], out: Path) -> None:

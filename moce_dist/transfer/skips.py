@@ -51,6 +51,8 @@ class Skips:
         """Take up the skips before a step; what came later is met again."""
         known = read_jsonl(self._path) if self._path else []
         self.lines = [line for line in known if line["step"] < step]
+        if len(self.lines) < len(known):
+            self._write()
 
     def note(self, step: int, mine: Sequence[Fault | None]) -> list[Fault]:
         """Note what a step passes over, and return it; `mine` has one entry an image of this rank.
@@ -65,9 +67,12 @@ class Skips:
         if self._is_first:
             _warn(faults)
             self.lines += [{"step": step, "key": f.key, "reason": f.reason} for f in faults]
+            self._write()
+        return faults
+
+    def _write(self) -> None:
         if self._path:
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
-        return faults
 
     def close(self) -> list[Skipped]:
         """Return the skips of training and of the last test, and end their keeping on disk."""
@@ -78,10 +83,37 @@ class Skips:
         return self.lines + [{"key": f.key, "reason": f.reason} for f in self.test]
 
 
-def record_skips(ledger: Path, skipped: Sequence[Skipped]) -> None:
-    """Write skips into a run's `faults.jsonl`."""
+def record_skips(ledger: Path, skipped: Sequence[Skipped]) -> int:
+    """Write a line for every skip into a run's `faults.jsonl`; return the number of images."""
     for each in skipped:
         record_fault(ledger, stage="transfer", key=each["key"], reason=each["reason"])
+    return len({each["key"] for each in skipped})
+
+
+def refuse_all(faults: Sequence[Fault], count: int) -> None:
+    """Check that some of `count` images could be read.
+
+    Raises:
+        ValueError: none could.
+    """
+    if faults and len(faults) == count:
+        raise ValueError(f"{faults[-1].key}: {faults[-1].reason}; nor can any other be read")
+
+
+def readable(
+    found: Sequence[tuple[Tensor, Tensor, list[Fault | None]]],
+) -> tuple[Tensor, Tensor, list[Fault]]:
+    """Join (outputs, labels, faults) of batches, without the images that could not be read.
+
+    Raises:
+        ValueError: none could.
+    """
+    faults = [fault for *_, each in found for fault in each]
+    unread = [fault for fault in faults if fault]
+    refuse_all(unread, len(faults))
+    is_read = torch.tensor([fault is None for fault in faults])
+    outputs, labels = (torch.cat(parts) for parts in ([f[0] for f in found], [f[1] for f in found]))
+    return outputs[is_read], labels[is_read], unread
 
 
 def training_batches(
@@ -100,4 +132,4 @@ def training_batches(
 
 def _warn(faults: Sequence[Fault]) -> None:
     for fault in faults:
-        logger.warning("%s: skipped: %s", fault.where, fault.reason)
+        logger.warning("%s: skipped: %s", fault.key, fault.reason)

@@ -129,6 +129,20 @@ def test_twins_that_are_not_quite_alike_do_not_move_together():
     assert finished(distances, 2).labels.tolist() == [0, 0, 1, 1]
 
 
+def test_twins_by_their_candidates_alone_part_when_a_search_tells_them_apart():
+    # clusters 0 and 1 are equally far from all rows; only 2 and 3, which are searched, differ
+    draws = np.random.default_rng(5)
+    distances = np.hstack([np.tile([[0.0, 0.5]], (80, 1)), 10 + draws.random((80, 2))])
+    done = finished(distances, 2)
+    assert done.num_searches > 0
+    assert np.bincount(done.labels).tolist() == [20] * 4
+    assert cost_of(distances, done.labels) == pytest.approx(cost_by_scipy(distances), rel=0.01)
+    rows = np.arange(80)
+    chosen = [rows[done.labels == cluster] for cluster in (2, 3)]
+    assert distances[chosen[0], 2].mean() < distances[:, 2].mean() - 0.1
+    assert distances[chosen[1], 3].mean() < distances[:, 3].mean() - 0.1
+
+
 def test_a_cluster_that_candidates_name_twice_counts_once():
     # as an index does whose lists hold too few
     distances = np.random.default_rng(4).random((90, 6))

@@ -235,7 +235,7 @@ def test_images_of_a_set_too_large_to_scan_are_skipped_and_counted(
     (fit,) = rows(damaged, "--backbone", "mae", "--protocol", "finetune")
     # one in each split; the fit draws its training images once an epoch, some left out
     assert [row.pop("skipped_images") for row in results[0]] == [2] * 4
-    assert 1 <= fit["skipped_images"] <= 1 + 2
+    assert 1 <= fit["skipped_images"] <= 2
     for row in results[0] + results[1]:
         del row["num_train"], row["num_test"]
     assert results[0] == results[1]

@@ -17,11 +17,11 @@ from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.finetune import _LabelMixup, finetune
 from moce_dist.transfer.fit import Kept
-from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.loading import Fault, machine_of
 from moce_dist.transfer.saved import load_model
 from moce_dist.transfer.scenes import read_scenes
 from moce_dist.transfer.segment import segment
-from moce_dist.transfer.skips import Fitted
+from moce_dist.transfer.skips import Fitted, Skips
 from moce_dist.transfer.training import Trainer, cut_batch
 
 RECIPE = FinetuneConfig(epochs=4, batch_size=16, warmup_epochs=1)
@@ -129,6 +129,28 @@ def test_nothing_is_kept_when_models_are_not_wanted(config, backbone, image_fold
     kept = Kept(tmp_path / "fit", "a", 100, None, models=False)
     finetune(backbone, task, RECIPE, machine, seed=2, kept=kept)
     assert not (tmp_path / "fit" / "last").exists()
+
+
+def test_test_images_of_which_none_can_be_read_end_the_fit(config, backbone, image_folder):
+    task = load_task("imagefolder", image_folder)
+    lost = [item._replace(content=Path("gone.png")) for item in task.test]
+    with pytest.raises(ValueError, match="nor can any other be read"):
+        finetune(backbone, replace(task, test=lost), RECIPE, machine_of(config), seed=1)
+
+
+def test_skips_behind_a_state_are_met_again(config, tmp_path):
+    machine, kept = machine_of(config), Kept(tmp_path, "a", 4, None)
+    skips = Skips(machine, kept)
+    for step in range(6):
+        skips.note(step, [None, Fault(f"{step}.png", "empty")])
+    again = Skips(machine, kept)
+    again.start(4)
+    assert [line["step"] for line in again.lines] == [0, 1, 2, 3]
+    # what a repaired image was skipped for is no longer known to a third start
+    third = Skips(machine, kept)
+    third.start(6)
+    assert third.lines == again.lines == third.close()
+    assert not (tmp_path / "skipped.jsonl").exists()
 
 
 def test_several_labels_are_learnt_and_mixed(config, backbone, image_folder, tmp_path):

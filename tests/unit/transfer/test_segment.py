@@ -10,12 +10,19 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from moce_dist.data.images import sample_generator
+from moce_dist.data.images import ImageError, sample_generator
 from moce_dist.model.customize import customize
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.loading import machine_of
-from moce_dist.transfer.scenes import IGNORE, check_scenes, read_mask, read_scenes, training_crop
+from moce_dist.transfer.scenes import (
+    IGNORE,
+    check_scenes,
+    load_scene,
+    read_mask,
+    read_scenes,
+    training_crop,
+)
 from moce_dist.transfer.segment import (
     Window,
     class_probabilities,
@@ -93,10 +100,21 @@ def test_unreadable_picture_is_found_by_the_scan(data):
         check_scenes(read_scenes("ade20k", data), threads=2)
 
 
+def test_damage_inside_a_mask_is_named(tmp_path):
+    path = tmp_path / "mask.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 3, (900, 900), np.uint8)).save(path)
+    content = path.read_bytes()
+    second = content.index(b"IDAT", content.index(b"IDAT") + 4)
+    path.write_bytes(content[:second] + bytes(4) + content[second + 4 :])
+    with pytest.raises(ImageError, match=r"mask\.png: unreadable mask: broken PNG"):
+        read_mask(path)
+
+
 def test_crop_keeps_picture_and_mask_together(scene_folder):
     scene = read_scenes("ade20k", scene_folder).train[0]
     for epoch in range(20):
-        pixels, mask = training_crop(scene, 32, sample_generator(0, epoch, scene.key))
+        draws = sample_generator(0, epoch, scene.key)
+        pixels, mask = training_crop(*load_scene(scene, 3), 32, draws)
         assert pixels.shape == (3, 32, 32) and mask.shape == (32, 32)
         bright = pixels.mean(axis=0) > 0
         kept = mask != IGNORE
