@@ -84,6 +84,16 @@ class Job:
         """Ray's processes that do the work, by the name that Ray gives them."""
         return [p for p in self.descendants() if name in " ".join(_command(p))]
 
+    def helpers(self):
+        """Command lines of Ray's processes and of Python processes that the job started.
+
+        Libraries look for others at import (`ldconfig`): such short processes are not meant, nor
+        is a fork of the job itself on its way to one.
+        """
+        own = tuple(self.process.args)
+        commands = {tuple(_command(p)) for p in self.descendants()} - {own, ()}
+        return {c for c in commands if Path(c[0]).name.startswith(("python", "ray", "gcs_server"))}
+
     def wait_until(self, condition, what, timeout_s=TIMEOUT_S):
         """Wait for a moment in the job's life."""
         end = time.monotonic() + timeout_s

@@ -97,10 +97,10 @@ def test_a_second_start_only_finds_everything_done(finished, start, arguments):
     before = written(finished)
     job = start("pretrain", *arguments(finished))
     seen = set()
-    job.wait_until(lambda: seen.update(job.descendants()) or job.process.poll() is not None, "end")
+    job.wait_until(lambda: seen.update(job.helpers()) or job.process.poll() is not None, "end")
     result = job.finish().assert_done()
-    assert "training on" not in result.err
     assert not seen, "started processes though nothing was left to do"
+    assert "training on" not in result.err
     after = written(finished)
     changed = {str(p) for p in before if before[p] != after[p]}
     # the resolved configuration and its provenance belong to the newest start
