@@ -26,16 +26,19 @@ section 9.7.
 """
 
 from collections.abc import Callable
+from heapq import heappop, heappush
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moce_dist.cluster.edges import Candidates, Edges, Float64, Int64
 
-Edge = tuple[int, int]
+NO_NODE = -1
 _MAX_ADDED = 100
 """Moves between two clusters that one search adds at most."""
+_MAX_STALE = 8
+"""Entries of a heap per cluster, outdated ones included, before it is made anew."""
 _CLOSED = -1e30
 """Price at which nothing goes to a cluster."""
 
@@ -50,107 +53,203 @@ def choose(nearest: Candidates, prices: Float64) -> Int64:
     return np.take_along_axis(nearest.ids, columns[:, None], axis=1)[:, 0].astype(np.int64)
 
 
+class _Path(NamedTuple):
+    """A way from surplus to room: where images move, and from and to which cluster a blank does."""
+
+    source: int
+    target: int
+    moves: list[tuple[int, int]]
+    blank: tuple[int, int] | None
+
+
+class _Frontier:
+    """What Dijkstra has reached: nodes by distance, and the nearest cluster with room so far."""
+
+    def __init__(self, num_nodes: int) -> None:
+        self.distance = np.full(num_nodes, np.inf)
+        self._previous = np.full(num_nodes, NO_NODE)
+        self._heap: list[tuple[float, int]] = []
+        self._reached: list[int] = []
+        self.room, self.bound = NO_NODE, np.inf
+
+    def clear(self) -> None:
+        """Forget everything, in the time that it took to reach it."""
+        self.distance[self._reached] = np.inf
+        self._previous[self._reached] = NO_NODE
+        self._heap, self._reached, self.room, self.bound = [], [], NO_NODE, np.inf
+
+    def reach(self, node: int, distance: float, previous: int, *, has_room: bool = False) -> None:
+        """Note a nearer way to a node; one that is no nearer than the room is of no use."""
+        if distance >= self.bound or distance >= self.distance[node]:
+            return
+        self.distance[node], self._previous[node] = distance, previous
+        self._reached.append(node)
+        if has_room:
+            self.room, self.bound = node, distance
+        else:
+            heappush(self._heap, (distance, node))
+
+    def look_again(self, distance: float) -> None:
+        """Have `NO_NODE` come up at a distance."""
+        if distance < self.bound:
+            heappush(self._heap, (distance, NO_NODE))
+
+    def pop(self) -> tuple[float, int] | None:
+        """Take out the nearest node; None when none is nearer than the room."""
+        while self._heap and self._heap[0][0] < self.bound:
+            distance, node = heappop(self._heap)
+            if node == NO_NODE or distance == self.distance[node]:
+                return distance, node
+        return None
+
+    def inside(self) -> Int64:
+        """Return the nodes that are nearer than the room."""
+        nodes = np.unique(np.array(self._reached, np.int64))
+        return nodes[self.distance[nodes] < self.bound]
+
+    def nodes_to(self, target: int) -> list[int]:
+        """Return the nodes on the shortest path to `target`."""
+        nodes = [target]
+        while (node := int(self._previous[nodes[-1]])) != NO_NODE:
+            nodes.append(node)
+        return nodes[::-1]
+
+
 class _Flow:
-    """Sizes, blanks, prices and edges; moves surplus until no cluster is too large."""
+    """Sizes, blanks, prices and edges; moves surplus until no cluster is too large.
+
+    Blanks go through a pool, node K: from any cluster that has one, to any that has none.
+    """
 
     def __init__(self, edges: Edges, prices: Float64, search: Search, *, largest: int) -> None:
-        self.edges, self.prices, self._search = edges, prices.copy(), search
+        self.edges, self._search = edges, search
         self.num_moves = self.num_paths = self.num_searches = 0
+        self._prices, self._pool = np.append(prices, 0.0), len(prices)
         self._has_blank = np.zeros(len(prices), bool)
+        self._places: list[tuple[float, int]] = []
+        self._held: list[tuple[float, int]] = []
+        self._frontier = _Frontier(len(self._prices))
         self.surplus = np.bincount(edges.labels, minlength=len(prices)) - largest
+
+    @property
+    def prices(self) -> Float64:
+        """Prices (K,) at which the assignment is optimal for its sizes."""
+        return self._prices[:-1]
 
     def place_blanks(self, num_blanks: int) -> None:
         """Put blanks where, under the prices, a place is least wanted: at the greatest g."""
-        self._has_blank[np.argsort(-self.prices, kind="stable")[:num_blanks]] = True
+        order = np.argsort(-self.prices, kind="stable")
+        self._has_blank[order[:num_blanks]] = True
         self.surplus += self._has_blank
+        self._prices[self._pool] = self.prices[order[num_blanks]]
+        self._offer(order[num_blanks:].tolist())
 
     def run(self) -> None:
         """Move all surplus; what is at the cost of a path follows on it without a new search."""
-        for source in range(len(self.surplus)):
+        for source in np.flatnonzero(self.surplus > 0).tolist():
             while self.surplus[source] > 0:
                 path = self._shortest_path(source)
-                blanks = [self._is_blank_move(*edge) for edge in path]
-                costs = [self.edges.best(*edge)[0] for edge in path]
-                self._augment(path, blanks)
-                while not any(blanks) and self._can_repeat(path, costs):
-                    self._augment(path, blanks)
+                costs = [self.edges.best(*move)[0] for move in path.moves]
+                self._augment(path)
+                while path.blank is None and self._can_repeat(path, costs):
+                    self._augment(path)
 
-    def _can_repeat(self, path: list[Edge], costs: list[float]) -> bool:
-        is_open = self.surplus[path[0][0]] > 0 and self.surplus[path[-1][1]] < 0
-        return bool(is_open) and [self.edges.best(*edge)[0] for edge in path] == costs
+    def _can_repeat(self, path: _Path, costs: list[float]) -> bool:
+        is_open = self.surplus[path.source] > 0 and self.surplus[path.target] < 0
+        return bool(is_open) and [self.edges.best(*move)[0] for move in path.moves] == costs
 
-    def _is_blank_move(self, source: int, target: int) -> bool:
-        can = bool(self._has_blank[source] and not self._has_blank[target])
-        return can and self.edges.best(source, target)[0] > 0
-
-    def _augment(self, path: list[Edge], blanks: list[bool]) -> None:
-        limit = 1 if any(blanks) else int(min(self.surplus[path[0][0]], -self.surplus[path[-1][1]]))
-        rows = [
-            np.empty(0, np.int64) if is_blank else self.edges.alike(*edge, limit)
-            for edge, is_blank in zip(path, blanks, strict=True)
-        ]
-        num = 1 if any(blanks) else min(map(len, rows))
+    def _augment(self, path: _Path) -> None:
+        num = int(min(self.surplus[path.source], -self.surplus[path.target]))
+        if path.blank is not None:
+            num = 1
+            giver, taker = path.blank
+            self._has_blank[giver], self._has_blank[taker] = False, True
+            self._offer([giver])
+        rows = [self.edges.alike(*move, num) for move in path.moves]
+        num = min([num, *map(len, rows)])
         # the far end first: an image must not move on in the step that it arrives in
-        for at in reversed(range(len(path))):
-            source, target = path[at]
-            if blanks[at]:
-                self._has_blank[source], self._has_blank[target] = False, True
-            else:
-                self.edges.move(rows[at][:num], target)
-        self.surplus[path[0][0]] -= num
-        self.surplus[path[-1][1]] += num
+        for (_, target), leaving in zip(reversed(path.moves), reversed(rows), strict=True):
+            self.edges.move(leaving[:num], target)
+        self.surplus[path.source] -= num
+        self.surplus[path.target] += num
         self.num_moves += num
         self.num_paths += 1
 
-    def _shortest_path(self, source: int) -> list[Edge]:
-        while True:
-            target, distance, previous = self._dijkstra(source)
-            if target is not None:
-                break
-            self._leave(np.isfinite(distance))
-        self.prices += np.minimum(distance, distance[target]) - distance[target]
-        return _edges_to(target, previous)
+    def _shortest_path(self, source: int) -> _Path:
+        frontier = self._frontier
+        while not self._reach_room(source):
+            self._leave(frontier.inside())
+            frontier.clear()
+        nodes, inside = frontier.nodes_to(frontier.room), frontier.inside()
+        self._prices[inside] += frontier.distance[inside] - frontier.bound
+        frontier.clear()
+        self._offer(inside[inside != self._pool].tolist())
+        moves = list(pairwise(nodes))
+        if self._pool not in nodes:
+            return _Path(source, nodes[-1], moves, None)
+        at = nodes.index(self._pool)
+        return _Path(
+            source, nodes[-1], moves[: at - 1] + moves[at + 1 :], (nodes[at - 1], nodes[at + 1])
+        )
 
-    def _dijkstra(self, source: int) -> tuple[int | None, Float64, Int64]:
-        """Reduced distances from `source`, up to the nearest cluster with room (None: no path)."""
-        num_clusters = len(self.surplus)
-        distance = np.full(num_clusters, np.inf)
-        distance[source] = 0
-        unsettled, previous = distance.copy(), np.full(num_clusters, -1)
-        while True:
-            nearest = int(unsettled.argmin())
-            reach = unsettled[nearest]
-            if np.isinf(reach):
-                return None, distance, previous
-            if self.surplus[nearest] < 0:
-                return nearest, distance, previous
-            unsettled[nearest] = np.inf
-            ways = [self.edges.out(nearest)]
-            if self._has_blank[nearest]:
-                free = np.flatnonzero(~self._has_blank)
-                ways.append((free, np.zeros(len(free))))
-            for targets, costs in ways:
-                reduced = costs + self.prices[nearest] - self.prices[targets]
-                reduced = np.maximum(reduced, 0) + reach
-                is_nearer = reduced < distance[targets]
-                nearer = targets[is_nearer]
-                distance[nearer] = unsettled[nearer] = reduced[is_nearer]
-                previous[nearer] = nearest
+    def _reach_room(self, source: int) -> bool:
+        """Grow the frontier from `source` up to the nearest cluster with room, if there is one."""
+        frontier, prices = self._frontier, self._prices
+        frontier.reach(source, 0.0, NO_NODE)
+        while (nearest := frontier.pop()) is not None:
+            distance, node = nearest
+            if node == NO_NODE:
+                self._held.append(heappop(self._places))
+                _, place = self._held[-1]
+                has_room = bool(self.surplus[place] < 0)
+                frontier.reach(place, distance, self._pool, has_room=has_room)
+            elif node != self._pool:
+                self._relax(node, distance)
+            if node in (NO_NODE, self._pool) and (best := self._next_place()) is not None:
+                ahead = max(prices[self._pool] - prices[best], 0.0)
+                frontier.look_again(frontier.distance[self._pool] + ahead)
+        for held in self._held:
+            heappush(self._places, held)
+        self._held = []
+        return frontier.room != NO_NODE
 
-    def _leave(self, is_inside: NDArray[np.bool_]) -> None:
+    def _relax(self, node: int, distance: float) -> None:
+        frontier, prices = self._frontier, self._prices
+        if self._has_blank[node]:
+            ahead = max(prices[node] - prices[self._pool], 0.0)
+            frontier.reach(self._pool, distance + ahead, node)
+        targets, costs = self.edges.out(node)
+        reached = np.maximum(costs + (prices[node] - prices[targets]), 0) + distance
+        has_room = self.surplus[targets] < 0
+        bound = min(frontier.bound, reached[has_room].min(initial=np.inf))
+        nearer = np.flatnonzero((reached <= bound) & (reached < frontier.distance[targets]))
+        for at in nearer.tolist():
+            frontier.reach(int(targets[at]), float(reached[at]), node, has_room=bool(has_room[at]))
+
+    def _offer(self, clusters: list[int]) -> None:
+        if len(self._places) > _MAX_STALE * len(self._has_blank):
+            self._places, clusters = [], np.flatnonzero(~self._has_blank).tolist()
+        for cluster in clusters:
+            if not self._has_blank[cluster]:
+                heappush(self._places, (-float(self._prices[cluster]), cluster))
+
+    def _next_place(self) -> int | None:
+        """Return the cluster of the greatest price that has no blank."""
+        while self._places:
+            price, cluster = self._places[0]
+            if not self._has_blank[cluster] and price == -self._prices[cluster]:
+                return cluster
+            heappop(self._places)
+        return None
+
+    def _leave(self, nodes: Int64) -> None:
         """Find moves out of clusters that no candidate leads out of."""
-        outside = self._search(np.where(is_inside, _CLOSED, self.prices))
+        is_inside = np.zeros(len(self._prices), bool)
+        is_inside[nodes] = True
+        outside = self._search(np.where(is_inside, _CLOSED, self._prices)[:-1])
         surplus = int(np.maximum(self.surplus, 0).sum())
-        self.edges.add(is_inside, outside, limit=min(surplus, _MAX_ADDED))
+        self.edges.add(is_inside[:-1], outside, limit=min(surplus, _MAX_ADDED))
         self.num_searches += 1
-
-
-def _edges_to(target: int, previous: Int64) -> list[Edge]:
-    path: list[Edge] = []
-    while previous[target] >= 0:
-        path.append((int(previous[target]), target))
-        target = int(previous[target])
-    return path[::-1]
 
 
 class Finish(NamedTuple):
