@@ -210,9 +210,9 @@ class ClusterConfig(Section):
     num_candidates: int = Field(16, ge=2)
     """Nearest clusters per image that the exact finish may move it to."""
     index_from: int = Field(16_384, ge=2)
-    """Clusters from which on the search uses an index over them instead of all of them."""
-    index_probes: int = Field(32, ge=1)
-    """Lists of that index that a search looks into; more are slower and miss less."""
+    """Clusters from which on the search uses an index over them where that is faster."""
+    index_recall: float = Field(0.98, gt=0, le=1)
+    """Share of the best clusters that the index finds at least; more is slower."""
     batch_size: int = Field(256, ge=1)
     """Images per forward pass when features are computed."""
 

@@ -106,7 +106,7 @@ def run_clustering(
         config.block_rows,
         map_blocks,
         config.index_from,
-        config.index_probes,
+        config.index_recall,
     )
     given = inputs or {"request": state_request(matrix, config, seed)}
     if is_complete(out_dir, given):

@@ -1,20 +1,21 @@
-"""Prices that keep clusters from growing beyond their size.
+"""Prices that keep the sizes of clusters between bounds.
 
 The assignment argmin_k |x - c_k|^2 - g_k is the best one among those with its own sizes, whatever
-the prices g are; prices at which no cluster is too large give the best assignment within the sizes.
+the prices g are; prices at which all sizes are within the bounds give the best such assignment.
 They maximise a concave dual, here one price at a time: row i takes cluster k when g_k exceeds
 
     limit_ik = d_ik - min over the other clusters j of (d_ij - g_j),
 
-so with the others fixed the best g_k lies just above the s-th smallest limit, s being the largest
-size, but at 0 where there is room. Prices are only ever charged: a cluster never draws rows that
-are nearer to another one at no charge, which keeps the search stable far from balance. Clusters
-that share the same rows underbid each other in small steps; a line search along the change of a
-whole round takes many of those steps at once.
+so with the others fixed the best g_k lies just above the s-th smallest limit: s is the largest size
+where g_k is negative (the cluster charges), the smallest size where g_k is positive (it pays), and
+where neither is needed g_k = 0. Clusters that share the same rows underbid each other in small
+steps; a line search along the change of a whole round takes many of those steps at once.
 
 Every row brings its m best clusters only. What it would pay for any other is at least what it pays
 for the last of these, at the prices of the search that found them; that value stands for all others
 as a cluster of its own, number K, which is never full. Rows that end there wait for a next search.
+A cluster that pays draws rows that do not list it, too. So its price rises no further in one call
+than lets nearly all lists stand, and whether sizes are right only a next search tells.
 
 Letters: s rows, K clusters, m candidates of a row.
 
@@ -36,35 +37,56 @@ _CACHED_ROWS = 16_384
 """Rows whose candidates stay in the processor's cache."""
 _LONGEST = 2**20
 """Longest step of the line search, in changes of a round."""
+_OUTDATED = 0.1
+"""Share of rows whose lists may miss a cluster that pays as much as one call allows."""
 
 
-def largest_size(num_rows: int, num_clusters: int, config: ClusterConfig) -> int:
-    """Return the greatest size that a cluster may have under `config.balance`."""
+class Sizes(NamedTuple):
+    """Least and greatest number of rows that a cluster may have."""
+
+    smallest: int
+    largest: int
+
+
+def allowed_sizes(num_rows: int, num_clusters: int, config: ClusterConfig) -> Sizes:
+    """Return the bounds of `config.balance`: sizes that differ by at most 1, a largest, none."""
     fair = -(-num_rows // num_clusters)
+    if config.balance == "exact":
+        return Sizes(num_rows // num_clusters, fair)
     if config.balance == "soft":
-        return min(max(fair, int(config.soft_bound * num_rows / num_clusters)), num_rows)
-    return fair if config.balance == "exact" else num_rows
+        largest = max(fair, int(config.soft_bound * num_rows / num_clusters))
+        return Sizes(0, min(largest, num_rows))
+    return Sizes(0, num_rows)
 
 
 class Ascended(NamedTuple):
-    """Prices (K,), none above 0, and how many rows are still beyond the sizes or wait."""
+    """Prices (K,), and how many rows were beyond the sizes at first and are in the end.
+
+    Rows that wait count; so do those that too small clusters lack, where they are more.
+    """
 
     prices: Float64
+    excess_before: int
     excess: int
 
 
 def ascend(
-    found: Candidates, prices: Float64, *, largest: int, rounds: int, close: float = 0.01
+    found: Candidates, prices: Float64, sizes: Sizes, *, rounds: int, close: float = 0.01
 ) -> Ascended:
     """Improve the prices (K,) under which rows found their candidates. The dual never falls.
 
     Distances need only be right up to a constant per row. Stops when the share of rows beyond the
-    sizes is at most `close`.
+    sizes is at most `close`. Prices mean the same when all of them move alike: here at least one is
+    0, and none is above where there is no smallest size.
     """
     num_clusters, num_rows = len(prices), len(found.ids)
-    if num_clusters == 1 or largest >= num_rows:
-        return Ascended(np.zeros(num_clusters), 0)
-    ascent = _Ascent(_with_outside(found, prices), prices - prices.max(), largest)
+    if num_clusters == 1 or sizes.largest >= num_rows:
+        return Ascended(np.zeros(num_clusters), 0, 0)
+    # with a smallest size q, n - q K clusters have room for one more and may charge
+    num_charging = num_rows - sizes.smallest * num_clusters
+    free = np.sort(prices)[num_charging] if sizes.smallest else prices.max()
+    ascent = _Ascent(_with_outside(found, prices - free), prices - free, sizes)
+    excess_before = ascent.excess()
     for _ in range(rounds):
         if ascent.excess() <= close * num_rows:
             break
@@ -72,27 +94,34 @@ def ascend(
         for cluster in range(num_clusters):
             ascent.reprice(cluster)
         ascent.follow(ascent.prices - before)
-    return Ascended(ascent.prices[:-1].astype(np.float64), ascent.excess())
+    return Ascended(ascent.prices[:-1].astype(np.float64), excess_before, ascent.excess())
 
 
 def _with_outside(found: Candidates, prices: Float64) -> Candidates:
     num_rows, num = found.ids.shape
     if num == len(prices):
         return found
-    paid = found.distances - (prices - prices.max()).astype(np.float32)[found.ids]
+    paid = found.distances - prices.astype(np.float32)[found.ids]
     outside = np.full((num_rows, 1), len(prices), np.int32)
     return Candidates(
         np.hstack([found.ids, outside]), np.hstack([found.distances, paid.max(1, keepdims=True)])
     )
 
 
+def _between(limits: Float32, size: int) -> Any:
+    """Return a price that is above `size` of the limits."""
+    low, high = np.partition(limits, (size - 1, size))[size - 1 : size + 1]
+    return (low + high) / 2
+
+
 class _Ascent:
     """Prices, the last one that of the outside, and every row's best and second best cluster."""
 
-    def __init__(self, found: Candidates, prices: Float64, largest: int) -> None:
+    def __init__(self, found: Candidates, prices: Float64, sizes: Sizes) -> None:
         self.prices = np.append(prices, 0).astype(np.float32)
         self._ids, self._distances = found
-        self._largest = largest
+        self._smallest, self._largest = sizes
+        self._highest = self._highest_prices(found)
         num_rows, num = found.ids.shape
         entries = np.argsort(found.ids, axis=None, kind="stable")
         bounds = np.searchsorted(found.ids.ravel()[entries], np.arange(len(prices) + 1))
@@ -103,13 +132,27 @@ class _Ascent:
         self._values = np.zeros((2, num_rows), np.float32)
         self._rank(np.arange(num_rows))
 
+    def _highest_prices(self, found: Candidates) -> Float32:
+        highest = np.zeros(len(self.prices), np.float32)
+        lists_all = found.ids[0, -1] != len(highest) - 1
+        if self._smallest and lists_all:
+            highest[:-1] = np.inf
+        elif self._smallest:
+            paid = found.distances - self.prices[found.ids]
+            reach = np.quantile(paid.max(axis=1) - paid.min(axis=1), _OUTDATED)
+            highest[:-1] = np.maximum(self.prices[:-1], 0) + reach
+        return highest
+
     def excess(self) -> int:
-        """Count the rows beyond the largest size, and those that wait outside."""
+        """Count the rows beyond the largest size and those that wait, or those that are lacking."""
         *counts, outside = np.bincount(self._best[0], minlength=len(self.prices))
-        return int(np.maximum(np.array(counts) - self._largest, 0).sum() + outside)
+        sizes = np.array(counts)
+        beyond = np.maximum(sizes - self._largest, 0).sum() + outside
+        return int(max(beyond, np.maximum(self._smallest - sizes, 0).sum()))
 
     def _dual(self, prices: Float32) -> float:
-        total = self._largest * prices.sum(dtype=np.float64)
+        total = self._largest * np.minimum(prices, 0).sum(dtype=np.float64)
+        total += self._smallest * np.maximum(prices, 0).sum(dtype=np.float64)
         for start in range(0, len(self._ids), _CACHED_ROWS):
             part = slice(start, start + _CACHED_ROWS)
             priced = self._distances[part] - prices[self._ids[part]]
@@ -120,7 +163,7 @@ class _Ascent:
         """Go on along the change of a round while the dual rises, doubling the step."""
         best, taken, step = self._dual(self.prices), self.prices, 1
         while step <= _LONGEST:
-            prices = np.minimum(self.prices + step * change, np.float32(0))
+            prices = np.minimum(self.prices + step * change, self._highest)
             dual = self._dual(prices)
             if dual <= best:
                 break
@@ -130,15 +173,12 @@ class _Ascent:
             self._rank(np.arange(len(self._ids)))
 
     def reprice(self, cluster: int) -> None:
-        """Set one price to the level at which `largest` rows take the cluster, or to 0."""
+        """Set one price to the level at which the size is right, to 0 where it is right there."""
         entries = slice(self._bounds[cluster], self._bounds[cluster + 1])
-        rows, distances, size = self._rows[entries], self._of_cluster[entries], self._largest
+        rows, distances = self._rows[entries], self._of_cluster[entries]
         best, second = self._best[:, rows]
-        price = np.float32(0)
-        if len(rows) > size:
-            others = np.where(best == cluster, self._values[1, rows], self._values[0, rows])
-            low, high = np.partition(distances - others, (size - 1, size))[size - 1 : size + 1]
-            price = np.minimum((low + high) / 2, price)
+        others = np.where(best == cluster, self._values[1, rows], self._values[0, rows])
+        price = self._level(distances - others, self._highest[cluster])
         if price == self.prices[cluster]:
             return
         self.prices[cluster] = price
@@ -147,6 +187,15 @@ class _Ascent:
         priced = distances - price
         is_better = ~is_ranked & (priced < self._values[1, rows])
         self._insert(rows[is_better], cluster, priced[is_better])
+
+    def _level(self, limits: Float32, highest: Any) -> Any:
+        if len(limits) > self._largest and (price := _between(limits, self._largest)) < 0:
+            return price
+        if len(limits) <= self._smallest:
+            # all rows that list the cluster are not enough
+            return highest
+        price = _between(limits, self._smallest) if self._smallest else np.float32(0)
+        return np.clip(price, 0, highest)
 
     def _rank(self, rows: NDArray[np.integer[Any]]) -> None:
         for start in range(0, len(rows), _CACHED_ROWS):

@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moce_dist.cluster.balance import Sizes
 from moce_dist.cluster.edges import Candidates, Edges, Float64, Int64
 
 NO_NODE = -1
@@ -262,19 +263,18 @@ class Finish(NamedTuple):
     num_searches: int
 
 
-def finish(
-    nearest: Candidates, prices: Float64, search: Search, *, largest: int, is_exact: bool
-) -> Finish:
-    """Move rows at the least cost until no cluster has more than `largest`.
+def finish(nearest: Candidates, prices: Float64, search: Search, sizes: Sizes) -> Finish:
+    """Move rows at the least cost until all sizes are within the bounds.
 
-    With `is_exact` that is ceil(n / K), and sizes differ by at most one in the end. `search` finds
-    candidates under given prices; it is asked when those at hand do not connect.
+    Without a smallest size that is until none is too large; otherwise the two bounds differ by at
+    most one. `search` finds candidates under given prices; it is asked when those at hand do not
+    connect.
     """
     num_rows, num_clusters = len(nearest.ids), len(prices)
     edges = Edges(choose(nearest, prices), nearest, num_clusters)
-    flow = _Flow(edges, prices, search, largest=largest)
-    if is_exact:
-        flow.place_blanks(largest * num_clusters - num_rows)
+    flow = _Flow(edges, prices, search, largest=sizes.largest)
+    if sizes.smallest:
+        flow.place_blanks(sizes.largest * num_clusters - num_rows)
     flow.run()
     return Finish(edges.labels, flow.prices, flow.num_moves, flow.num_paths, flow.num_searches)
 

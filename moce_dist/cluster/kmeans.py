@@ -44,6 +44,9 @@ from moce_dist.cluster.nearest import (
 )
 from moce_dist.mapping import MapTasks
 
+_TRIAL_ROWS = 512
+"""Rows, spread over all files, that an index is tried on."""
+
 
 class Sums(NamedTuple):
     """What a sweep knows of the clusters: member sums (K, D) and counts (K,)."""
@@ -164,7 +167,8 @@ def squares_of_group(view: View, task: Task) -> float:
 class Matrix:
     """The features of a request, cut into groups of blocks, and who computes on them.
 
-    From `index_from` clusters on, a search looks at `index_probes` lists of an index only.
+    From `index_from` clusters on, a search may use an index that finds the share `index_recall` of
+    the best clusters.
     """
 
     files: FeatureFiles
@@ -172,7 +176,7 @@ class Matrix:
     block_rows: int
     map_blocks: MapTasks
     index_from: int = 2**31
-    index_probes: int = 1
+    index_recall: float = 1.0
 
     def _tasks(self, labels: Int64 | None = None, result_bytes: int = 0) -> list[Task]:
         groups = group_blocks(self.files.blocks(self.block_rows), result_bytes)
@@ -186,10 +190,16 @@ class Matrix:
 
     def sweep(self, centroids: Float64, prices: Float64, num: int = 1) -> Sweep:
         """Prepare a search for the best `num` clusters."""
-        if len(centroids) < self.index_from:
-            return Sweep(self.view, centroids, num, base=make_base(centroids, prices))
-        index = build_index(centroids, prices, self.index_probes)
-        return Sweep(self.view, centroids, num, index=index)
+        if len(centroids) >= self.index_from:
+            index = build_index(self._trial, centroids, prices, num=num, recall=self.index_recall)
+            if index is not None:
+                return Sweep(self.view, centroids, num, index=index)
+        return Sweep(self.view, centroids, num, base=make_base(centroids, prices))
+
+    @cached_property
+    def _trial(self) -> Float32:
+        num = min(_TRIAL_ROWS, self.files.num_rows)
+        return self.files.take(np.linspace(0, self.files.num_rows - 1, num).astype(int), self.view)
 
     @cached_property
     def squares(self) -> float:

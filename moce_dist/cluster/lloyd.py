@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from moce_dist.cluster.balance import ascend, largest_size
+from moce_dist.cluster.balance import Sizes, allowed_sizes, ascend
 from moce_dist.cluster.blocks import Float32, Float64
 from moce_dist.cluster.edges import Candidates
 from moce_dist.cluster.exact import Search, dual_bound, finish
@@ -36,7 +36,8 @@ from moce_dist.run import fingerprint
 
 _log = logging.getLogger(__name__)
 _SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 64, 16_384, 65_536
-_FEWEST_PER_CLUSTER = 4
+_FEWEST_PER_CLUSTER = 3.5
+"""Not a whole number: sizes of the sample need some room."""
 _TRIED_CLUSTERS, _SEEDED_OF_PART = 4096, 1024
 """Most clusters whose first centroids are the best of trials; how many a part of a sample gives."""
 _PRICE_ROUNDS, _PRICE_SEARCHES, _PRICE_CANDIDATES = 10, 4, 32
@@ -139,12 +140,13 @@ class Lloyd:
         if self.config.balance == "off":
             return prices
         num = min(len(centroids), _PRICE_CANDIDATES)
-        largest = largest_size(len(self.sample), len(centroids), self.config)
+        sizes = allowed_sizes(len(self.sample), len(centroids), self.config)
         for _ in range(_PRICE_SEARCHES):
             ids, priced = self.matrix.sweep(centroids, prices, num).search(self.sample)
             distances = priced + prices[ids].astype(np.float32)
             found = Candidates(ids.astype(np.int32), distances)
-            prices, excess = ascend(found, prices, largest=largest, rounds=_PRICE_ROUNDS)
+            prices, excess, _ = ascend(found, prices, sizes, rounds=_PRICE_ROUNDS, close=_CLOSE)
+            # sizes under the new prices are known for sure after a search under them
             if excess <= _CLOSE * len(self.sample):
                 break
         return prices
@@ -173,7 +175,7 @@ def draw_sample(matrix: Matrix, num_clusters: int, seed: int) -> Float32:
     """Draw rows by the seed, with a column of ones, (s, D + 1); all rows when they are few."""
     num_rows = matrix.files.num_rows
     wanted = np.clip(_SAMPLE_PER_CLUSTER * num_clusters, _MIN_SAMPLE, _MAX_SAMPLE)
-    size = min(num_rows, max(int(wanted), _FEWEST_PER_CLUSTER * num_clusters))
+    size = min(num_rows, max(int(wanted), int(_FEWEST_PER_CLUSTER * num_clusters)))
     rows = np.random.default_rng(seed).choice(num_rows, size, replace=False)
     return matrix.files.take(np.sort(rows), matrix.view)
 
@@ -229,15 +231,15 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
         figures = _index_figures(lloyd, centroids, state.prices)
         return Settled(matrix.labels(centroids, state.prices), None, figures)
     free = matrix.sums(centroids, np.zeros(len(centroids))).counts
-    largest = largest_size(matrix.files.num_rows, config.num_clusters, config)
+    sizes = allowed_sizes(matrix.files.num_rows, config.num_clusters, config)
 
     def nearest(charged: Float64) -> Candidates:
         return matrix.candidates(
             centroids, charged, min(config.num_candidates, config.num_clusters)
         )
 
-    prices, found = _balance_all(lloyd, state, nearest, largest)
-    done = finish(found, prices, nearest, largest=largest, is_exact=config.balance == "exact")
+    prices, found = _balance_all(lloyd, state, nearest, sizes)
+    done = finish(found, prices, nearest, sizes)
     cost = matrix.objective(matrix.sums(centroids, prices, done.labels), centroids)
     num_rows = matrix.files.num_rows
     figures = {
@@ -246,11 +248,12 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
         "sizes_without_balance": free.astype(int).tolist(),
         **_index_figures(lloyd, centroids, done.prices),
     }
-    # an index may miss the best cluster, and then there is no bound
-    if config.balance != "exact" or config.num_clusters >= config.index_from:
-        return Settled(done.labels, done.prices, figures)
     # a bound holds at any prices; where candidates were too few the first ones may be better
     tried = (done.prices, prices)
+    # an index may miss the best cluster, and then there is no bound
+    has_index = any(matrix.sweep(centroids, at).index is not None for at in tried)
+    if config.balance != "exact" or has_index:
+        return Settled(done.labels, done.prices, figures)
     bounds = [_lower_bound(matrix, centroids, at) for at in tried]
     figures["cost_lower_bound"] = max(bounds) / num_rows
     return Settled(done.labels, tried[int(np.argmax(bounds))], figures)
@@ -267,14 +270,14 @@ def _index_figures(lloyd: Lloyd, centroids: Float64, prices: Float64) -> dict[st
 
 
 def _balance_all(
-    lloyd: Lloyd, state: State, nearest: Search, largest: int
+    lloyd: Lloyd, state: State, nearest: Search, sizes: Sizes
 ) -> tuple[Float64, Candidates]:
     """Find prices that balance all rows nearly, and the candidates of all rows under them."""
     prices = lloyd.prices(state.centroids, state.prices)
     for attempt in range(_PRICE_SEARCHES):
         found = nearest(prices)
-        prices, excess = ascend(
-            found, prices, largest=largest, rounds=2 * _PRICE_ROUNDS, close=_FINAL_EXCESS
+        prices, _, excess = ascend(
+            found, prices, sizes, rounds=2 * _PRICE_ROUNDS, close=_FINAL_EXCESS
         )
         _log.info("prices of all rows, search %d: %d rows beyond the sizes", attempt + 1, excess)
         if excess <= 2 * _FINAL_EXCESS * len(found.ids):

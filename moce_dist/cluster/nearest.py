@@ -10,6 +10,10 @@ one more coordinate, for with G = max g
 
     |x - c|^2 + (G - g) = |(x, 0) - (c, sqrt(G - g))|^2.
 
+How many of its lists a search must look into depends on the features and on the prices, so every
+index is tried on some rows first. Where a search would look into so many that comparing with all
+clusters takes no longer, there is no index.
+
 Searches run on one thread, so that what a block finds depends on the block alone.
 
 Letters: n rows, D width, K clusters, m candidates.
@@ -30,6 +34,8 @@ Int64 = NDArray[np.int64]
 _CACHED_ROWS = 128
 """Rows that stay in the processor's cache while all their candidates are looked at."""
 _LIST_ITERATIONS, _LISTS_PER_ROOT = 4, 2
+_FEWEST_PROBES, _MOST_PROBED = 16, 1 / 4
+"""Lists that a search looks into at least; the share of all lists from which on none is used."""
 _TIE = 1e-6
 """Loss, in mean squared distances, at which two clusters are equally good."""
 
@@ -74,18 +80,41 @@ def search(augmented: Float32, base: Float32, *, num: int) -> Nearest:
     return Nearest(ids, -found)
 
 
-def build_index(centroids: Float64, prices: Float64, num_probes: int) -> NDArray[np.uint8]:
-    """Return an inverted file over the priced clusters as bytes, for `open_index`."""
+def build_index(
+    trial: Float32, centroids: Float64, prices: Float64, *, num: int, recall: float
+) -> NDArray[np.uint8] | None:
+    """Return an inverted file over the priced clusters as bytes, for `open_index`.
+
+    It looks into as many lists as it takes to find the share `recall` of the `num` best clusters of
+    the rows (x, 1) of `trial`; None where these are so many that an index gains nothing.
+    """
     last = np.sqrt(prices.max() - prices)
     base = np.hstack([centroids, last[:, None]]).astype(np.float32)
     width, num_lists = base.shape[1], int(_LISTS_PER_ROOT * np.sqrt(len(base)))
     index = faiss.IndexIVFFlat(faiss.IndexFlatL2(width), width, num_lists)
-    index.cp.niter, index.nprobe = _LIST_ITERATIONS, min(num_probes, num_lists)
-    index.cp.min_points_per_centroid = 1
+    index.cp.niter, index.cp.min_points_per_centroid = _LIST_ITERATIONS, 1
     with _one_thread():
         index.train(base)
         index.add(base)
-    return np.asarray(faiss.serialize_index(index))
+    best = search(trial, make_base(centroids, prices), num=num).ids
+    index.nprobe = _FEWEST_PROBES
+    while index.nprobe <= _MOST_PROBED * num_lists:
+        theirs = search_index(trial, index, num=num).ids
+        if _share_found(trial, centroids, prices, theirs, best) >= recall:
+            return np.asarray(faiss.serialize_index(index))
+        index.nprobe *= 2
+    return None
+
+
+def _share_found(
+    trial: Float32, centroids: Float64, prices: Float64, theirs: Int64, best: Int64
+) -> float:
+    # by value, place by place: under the prices of a balance rows stand between two clusters
+    rows, points = trial[:, :-1], centroids.astype(np.float32)
+    distances = candidate_distances(rows, points, best)
+    expected = np.sort(distances - prices[best], axis=1)
+    values = np.sort(candidate_distances(rows, points, theirs) - prices[theirs], axis=1)
+    return float((np.abs(values - expected) <= _TIE * distances.mean()).mean())
 
 
 def open_index(index: NDArray[np.uint8]) -> Any:

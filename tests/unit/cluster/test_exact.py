@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
 
+from moce_dist.cluster.balance import Sizes, allowed_sizes
 from moce_dist.cluster.edges import Candidates
 from moce_dist.cluster.exact import choose, dual_bound, finish
+from moce_dist.config import ClusterConfig
 
 FAR = 1e9
 
@@ -37,8 +39,8 @@ def candidates_of(distances, num):
 def finished(distances, num, prices=None):
     prices = np.zeros(distances.shape[1]) if prices is None else prices
     search = candidates_of(distances, num)
-    largest = -(-len(distances) // distances.shape[1])
-    return finish(search(prices), prices, search, largest=largest, is_exact=True)
+    sizes = allowed_sizes(*distances.shape, ClusterConfig(balance="exact"))
+    return finish(search(prices), prices, search, sizes)
 
 
 def cost_of(distances, labels):
@@ -152,7 +154,7 @@ def test_a_cluster_that_candidates_name_twice_counts_once():
         again = [np.repeat(part[:, :1], 3, axis=1) for part in found]
         return Candidates(*(np.hstack([a, part]) for a, part in zip(again, found, strict=True)))
 
-    done = finish(search(np.zeros(6)), np.zeros(6), search, largest=15, is_exact=True)
+    done = finish(search(np.zeros(6)), np.zeros(6), search, Sizes(15, 15))
     assert np.bincount(done.labels).tolist() == [15] * 6
     assert cost_of(distances, done.labels) == pytest.approx(cost_by_scipy(distances), abs=1e-9)
 
@@ -160,7 +162,7 @@ def test_a_cluster_that_candidates_name_twice_counts_once():
 def test_soft_sizes_stay_within_the_bound_and_leave_the_rest_alone():
     distances = np.array([[0.0, 1.0, 3.0]] * 6 + [[3.0, 0.0, 1.0]] * 2)
     search = candidates_of(distances, 3)
-    done = finish(search(np.zeros(3)), np.zeros(3), search, largest=4, is_exact=False)
+    done = finish(search(np.zeros(3)), np.zeros(3), search, Sizes(0, 4))
     assert np.bincount(done.labels, minlength=3).tolist() == [4, 4, 0]
 
 
