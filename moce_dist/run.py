@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.config import Config, identity, to_yaml
-from moce_dist.settings import ConfigError, parse_yaml
+from moce_dist.settings import ConfigError, parse_yaml, validate
 
 COMPLETE = "COMPLETE"
 _PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "moce-dist")
@@ -211,14 +211,14 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
     """Create a run directory, or take up an existing one of the same identity.
 
     Raises:
-        ConfigError: the directory belongs to another identity, or holds files but no run.
+        ConfigError: the directory belongs to another identity or to another version's settings, or
+            holds files but no run.
     """
     resolved = root / "config.yaml"
     if fresh and resolved.exists():
         set_aside(root)
     if resolved.exists():
-        tree = parse_yaml(resolved.read_text(), str(resolved))
-        differing = differing_fields(config, Config.model_validate(tree))
+        differing = differing_fields(config, _read_resolved(resolved))
         if differing:
             raise ConfigError(
                 f"{root}: belongs to another run: {'; '.join(differing)}; "
@@ -246,12 +246,19 @@ def load_run(root: Path) -> tuple[Run, Config]:
     """Read an existing run directory and the configuration that it was made with.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, or one with settings that this version does not know.
     """
     resolved = root / "config.yaml"
     if not resolved.is_file():
         raise ConfigError(f"--run {root}: is not a run directory (no config.yaml)")
-    return Run(root), Config.model_validate(parse_yaml(resolved.read_text(), str(resolved)))
+    return Run(root), _read_resolved(resolved)
+
+
+def _read_resolved(path: Path) -> Config:
+    try:
+        return validate(Config, parse_yaml(path.read_text(), str(path)))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: does not fit this version of moce_dist: {error}") from None
 
 
 def set_aside(root: Path) -> None:

@@ -52,7 +52,10 @@ def measure(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as own:
         shared = [own]
         dist.broadcast_object_list(shared, 0)
-        return _measure(_Training(config, Path(shared[0])), config)
+        measured = _measure(_Training(config, Path(shared[0])), config)
+        # rank 0 removes the folder, and others may not have read it yet
+        dist.barrier()
+        return measured
 
 
 def _measure(training: "_Training", config: Config) -> dict[str, Any]:

@@ -80,6 +80,16 @@ def test_folder_with_other_files_is_never_taken(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_run_of_another_version_is_refused_with_the_setting_and_the_file(tmp_path):
+    root = open_run(tmp_path / "run", SMALL).root
+    resolved = root / "config.yaml"
+    resolved.write_text(resolved.read_text() + "gone: {old_setting: 3}\n")
+    for read in (lambda: open_run(root, SMALL), lambda: load_run(root)):
+        with pytest.raises(ConfigError, match=r"config.yaml: does not fit .*gone = .*unknown key"):
+            read()
+    assert resolved.read_text().endswith("gone: {old_setting: 3}\n")
+
+
 def test_missing_run_is_named(tmp_path):
     with pytest.raises(ConfigError, match="is not a run directory"):
         load_run(tmp_path / "none")
