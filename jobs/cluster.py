@@ -96,7 +96,7 @@ def cluster_folder(arguments: Namespace) -> None:
         config.cluster,
         seed=config.seed,
         subtract_mean=False,
-        map_blocks=partial(map_shared, config.parallel),
+        map_blocks=partial(map_shared, config.parallel, gpu=True),
     )
     print_summary(summary, out)
 

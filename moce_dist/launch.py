@@ -132,9 +132,11 @@ def map_shared(
     shared: Shared,
     items: Sequence[Item],
     /,
+    *,
+    gpu: bool = False,
 ) -> Iterator[Result]:
     """`map_tasks` in the form that chapters ask for (`mapping.MapTasks`)."""
-    return map_tasks(function, items, parallel=parallel, shared=(shared,))
+    return map_tasks(function, items, parallel=parallel, gpu=gpu, shared=(shared,))
 
 
 def train(job: Job) -> None:

@@ -164,7 +164,7 @@ class Pipeline:
             self.config.cluster,
             seed=self.config.seed,
             subtract_mean=True,
-            map_blocks=self._map_tasks,
+            map_blocks=partial(map_shared, self.config.parallel, gpu=True),
             inputs=inputs,
         )
 

@@ -69,10 +69,12 @@ class Bench:
     def lloyd(self) -> Lloyd:
         """Our request without balance."""
         files = open_features(self.folder / "features")
-        map_blocks = partial(map_shared, self.config.parallel)
+        map_blocks = partial(map_shared, self.config.parallel, gpu=True)
         view = View(column_mean(files, map_blocks).astype(np.float32), normalise=False)
         matrix = Matrix(files, view, self.off.block_rows, map_blocks)
-        sample = draw_sample(matrix, self.off.num_clusters, self.config.seed)
+        sample = draw_sample(
+            matrix, self.off.num_clusters, self.config.seed, self.folder / "sample.npy"
+        )
         return Lloyd(matrix, sample, self.off)
 
     @cached_property
@@ -126,7 +128,7 @@ class Bench:
                 self.off.model_copy(update={"balance": "exact"}),
                 seed=self.config.seed,
                 subtract_mean=False,
-                map_blocks=partial(map_shared, self.config.parallel),
+                map_blocks=partial(map_shared, self.config.parallel, gpu=True),
             )
 
 

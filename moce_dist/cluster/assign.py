@@ -5,7 +5,7 @@
     OUT/prices.npy           (K,) float64, under which the balanced assignment is the nearest one
     OUT/assignments.parquet  key, shard, cluster, distance (squared)
     OUT/summary.json         figures
-    OUT/state.npz            iterations in progress; gone when COMPLETE is there
+    OUT/state.npz, sample.npy  iterations in progress; gone when COMPLETE is there
 
 Letters: n rows, D width, K clusters.
 """
@@ -117,8 +117,9 @@ def run_clustering(
         )
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / COMPLETE).unlink(missing_ok=True)
-    lloyd = Lloyd(matrix, draw_sample(matrix, config.num_clusters, seed), config)
-    state = kmeans(lloyd, seed=seed, state_file=out_dir / "state.npz")
+    state_file, sample_file = out_dir / "state.npz", out_dir / "sample.npy"
+    lloyd = Lloyd(matrix, draw_sample(matrix, config.num_clusters, seed, sample_file), config)
+    state = kmeans(lloyd, seed=seed, state_file=state_file)
     settled = settle(lloyd, state)
     figures = _write_result(out_dir, lloyd, state, settled)
     summary = {
@@ -130,7 +131,8 @@ def run_clustering(
     }
     write_atomic(out_dir / "summary.json", json.dumps(summary, indent=1))
     mark_complete(out_dir, given, [p for p in _artefacts(out_dir) if p.is_file()])
-    (out_dir / "state.npz").unlink()
+    state_file.unlink()
+    sample_file.unlink()
     return summary
 
 

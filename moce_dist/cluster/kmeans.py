@@ -10,7 +10,7 @@ The unit of work is a fixed block of rows on one thread, and sums are float64 in
 Letters: n rows, D width, K clusters, m candidates.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -140,10 +140,11 @@ def candidates_of_group(sweep: Sweep, task: Task) -> Candidates:
     return Candidates(np.concatenate(ids), np.concatenate(distances))
 
 
-def labels_of_group(sweep: Sweep, task: Task) -> NDArray[np.int32]:
-    """Find the best cluster of each of a group's rows."""
-    parts = [sweep.search(rows).ids[:, 0] for rows, _ in task.read(sweep.view)]
-    return np.concatenate(parts).astype(np.int32)
+def nearest_of_group(sweep: Sweep, task: Task) -> Candidates:
+    """Find the best clusters of a group's rows and what the search compares them by."""
+    found = [sweep.search(rows) for rows, _ in task.read(sweep.view)]
+    ids = np.concatenate([each.ids for each in found])
+    return Candidates(ids.astype(np.int32), np.concatenate([each.priced for each in found]))
 
 
 def distances_of_group(sweep: Sweep, task: Task) -> Float64:
@@ -198,8 +199,13 @@ class Matrix:
 
     @cached_property
     def _trial(self) -> Float32:
-        num = min(_TRIAL_ROWS, self.files.num_rows)
-        return self.files.take(np.linspace(0, self.files.num_rows - 1, num).astype(int), self.view)
+        return self.spread_rows(_TRIAL_ROWS)
+
+    def spread_rows(self, num: int) -> Float32:
+        """Read at most `num` rows, spread over all files, with a column of ones, (num, D + 1)."""
+        last = self.files.num_rows - 1
+        rows = np.linspace(0, last, min(num, last + 1)).astype(int)
+        return self.files.take(rows, self.view)
 
     @cached_property
     def squares(self) -> float:
@@ -223,16 +229,22 @@ class Matrix:
 
     def labels(self, centroids: Float64, prices: Float64) -> Int64:
         """Find the best cluster of all rows, (n,)."""
-        sweep = self.sweep(centroids, prices)
-        parts = list(self.map_blocks(labels_of_group, sweep, self._tasks()))
-        return np.concatenate(parts).astype(np.int64)
+        return self.nearest(centroids, prices, 1).ids[:, 0].astype(np.int64)
+
+    def nearest(self, centroids: Float64, prices: Float64, num: int) -> Candidates:
+        """Find the best `num` clusters of all rows; distances as searched, less |x|^2 or so."""
+        found = self._collect(nearest_of_group, self.sweep(centroids, prices, num))
+        found.distances[...] += prices.astype(np.float32)[found.ids]
+        return found
 
     def candidates(self, centroids: Float64, prices: Float64, num: int) -> Candidates:
-        """Find the best `num` clusters of all rows."""
-        sweep, shape = self.sweep(centroids, prices, num), (self.files.num_rows, num)
+        """Find the best `num` clusters of all rows and the distances to them, in all digits."""
+        return self._collect(candidates_of_group, self.sweep(centroids, prices, num))
+
+    def _collect(self, find: Callable[[Sweep, Task], Candidates], sweep: Sweep) -> Candidates:
+        shape, first = (self.files.num_rows, sweep.num), 0
         found = Candidates(np.empty(shape, np.int32), np.empty(shape, np.float32))
-        first = 0
-        for part in self.map_blocks(candidates_of_group, sweep, self._tasks()):
+        for part in self.map_blocks(find, sweep, self._tasks()):
             rows = slice(first, first + len(part.ids))
             found.ids[rows], found.distances[rows] = part
             first = rows.stop

@@ -17,7 +17,7 @@ splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_c
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from moce_dist.cluster.balance import Sizes, allowed_sizes, ascend
-from moce_dist.cluster.blocks import Float32, Float64
+from moce_dist.cluster.blocks import FeatureFiles, Float64, View, open_array
 from moce_dist.cluster.edges import Candidates
 from moce_dist.cluster.exact import Search, dual_bound, finish
 from moce_dist.cluster.kmeans import Matrix
@@ -38,6 +38,8 @@ _log = logging.getLogger(__name__)
 _SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 64, 16_384, 65_536
 _FEWEST_PER_CLUSTER = 3.5
 """Not a whole number: sizes of the sample need some room."""
+_SAMPLE_BLOCK_ROWS = 2048
+"""Small, for a sample is few rows and all workers search it."""
 _TRIED_CLUSTERS, _SEEDED_OF_PART = 4096, 1024
 """Most clusters whose first centroids are the best of trials; how many a part of a sample gives."""
 _PRICE_ROUNDS, _PRICE_SEARCHES, _PRICE_CANDIDATES = 10, 4, 32
@@ -104,10 +106,10 @@ def load_state(path: Path, request: str) -> State | None:
 
 @dataclass(frozen=True)
 class Lloyd:
-    """One request: the matrix, the seeded sample (s, D + 1) with a column of ones, the settings."""
+    """One request: the matrix of all rows, that of the seeded sample, the settings."""
 
     matrix: Matrix
-    sample: Float32
+    sample: Matrix
     config: ClusterConfig
 
     def first_state(self, seed: int) -> State:
@@ -119,13 +121,14 @@ class Lloyd:
         # a second to import, and training only reads clusters
         from sklearn.cluster import kmeans_plusplus
 
+        rows = open_array(self.sample.files.paths[0])
         num_clusters = self.config.num_clusters
         is_large = num_clusters > _TRIED_CLUSTERS
         parts = -(-num_clusters // _SEEDED_OF_PART) if is_large else 1
         with threadpool_limits(1):
             chosen = [
                 kmeans_plusplus(
-                    self.sample[part::parts, :-1],
+                    rows[part::parts],
                     len(ids),
                     random_state=seed % 2**32,
                     n_local_trials=1 if is_large else None,
@@ -140,14 +143,13 @@ class Lloyd:
         if self.config.balance == "off":
             return prices
         num = min(len(centroids), _PRICE_CANDIDATES)
-        sizes = allowed_sizes(len(self.sample), len(centroids), self.config)
+        num_rows = self.sample.files.num_rows
+        sizes = allowed_sizes(num_rows, len(centroids), self.config)
         for _ in range(_PRICE_SEARCHES):
-            ids, priced = self.matrix.sweep(centroids, prices, num).search(self.sample)
-            distances = priced + prices[ids].astype(np.float32)
-            found = Candidates(ids.astype(np.int32), distances)
+            found = self.sample.nearest(centroids, prices, num)
             prices, excess, _ = ascend(found, prices, sizes, rounds=_PRICE_ROUNDS, close=_CLOSE)
             # sizes under the new prices are known for sure after a search under them
-            if excess <= _CLOSE * len(self.sample):
+            if excess <= _CLOSE * num_rows:
                 break
         return prices
 
@@ -171,13 +173,23 @@ class Lloyd:
         return State(centroids, prices, state.iteration + 1, objective, is_done)
 
 
-def draw_sample(matrix: Matrix, num_clusters: int, seed: int) -> Float32:
-    """Draw rows by the seed, with a column of ones, (s, D + 1); all rows when they are few."""
+def draw_sample(matrix: Matrix, num_clusters: int, seed: int, file: Path) -> Matrix:
+    """Write rows drawn by the seed to `file`, as clustering sees them; all rows when they are few.
+
+    Workers read them there, like those of all files.
+    """
     num_rows = matrix.files.num_rows
     wanted = np.clip(_SAMPLE_PER_CLUSTER * num_clusters, _MIN_SAMPLE, _MAX_SAMPLE)
     size = min(num_rows, max(int(wanted), int(_FEWEST_PER_CLUSTER * num_clusters)))
-    rows = np.random.default_rng(seed).choice(num_rows, size, replace=False)
-    return matrix.files.take(np.sort(rows), matrix.view)
+    chosen = np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False))
+    rows = matrix.files.take(chosen, matrix.view)[:, :-1]
+    np.save(file, rows, allow_pickle=False)
+    return replace(
+        matrix,
+        files=FeatureFiles((file,), (size,), matrix.files.dim, rows.nbytes),
+        view=View(np.zeros(matrix.files.dim, np.float32), normalise=False),
+        block_rows=min(matrix.block_rows, _SAMPLE_BLOCK_ROWS),
+    )
 
 
 def directions(centroids: Float64) -> Float64:
@@ -264,7 +276,7 @@ def _index_figures(lloyd: Lloyd, centroids: Float64, prices: Float64) -> dict[st
     index = lloyd.matrix.sweep(centroids, prices).index
     if index is None:
         return {}
-    rows = lloyd.sample[:: -(-len(lloyd.sample) // _MEASURED_ROWS)]
+    rows = lloyd.matrix.spread_rows(_MEASURED_ROWS)
     missed = measure_index(rows, index, centroids, prices)
     return {"index_recall": missed.recall, "index_excess": missed.excess}
 

@@ -26,7 +26,7 @@ def data(tmp_path_factory):
     view = View(column_mean(files).astype(np.float32), normalise=False)
     matrix = Matrix(files, view, 1024, map_here)
     config = ClusterConfig(num_clusters=CLUSTERS, iterations=25, tolerance=0)
-    lloyd = Lloyd(matrix, draw_sample(matrix, CLUSTERS, 0), config)
+    lloyd = Lloyd(matrix, draw_sample(matrix, CLUSTERS, 0, folder / "sample.npy"), config)
     return lloyd, rows.astype(np.float32) - view.mean
 
 

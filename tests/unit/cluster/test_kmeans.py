@@ -129,7 +129,7 @@ def test_off_mode_is_as_good_as_faiss_from_the_same_centroids(tmp_path):
     rows = mixture(6000, 16, 30, spread=1.5)
     matrix = matrix_of(tmp_path / "features", rows, block_rows=1024)
     config = ClusterConfig(num_clusters=12, balance="off", iterations=10, tolerance=0)
-    lloyd = Lloyd(matrix, draw_sample(matrix, 12, 0), config)
+    lloyd = Lloyd(matrix, draw_sample(matrix, 12, 0, tmp_path / "sample.npy"), config)
     first = lloyd.first_state(0).centroids + matrix.view.mean
     judge = faiss.Kmeans(16, 12, niter=10, max_points_per_centroid=10**6, min_points_per_centroid=1)
     judge.train(rows, init_centroids=first.astype(np.float32))
@@ -144,7 +144,7 @@ def test_balance_costs_little_and_iterations_keep_sizes_near(tmp_path):
     rows = mixture(8000, 8, 12, seed=3, spread=2.0)
     matrix = matrix_of(tmp_path / "features", rows, block_rows=1024)
     config = ClusterConfig(num_clusters=8, balance="exact", iterations=10)
-    lloyd = Lloyd(matrix, draw_sample(matrix, 8, 0), config)
+    lloyd = Lloyd(matrix, draw_sample(matrix, 8, 0, tmp_path / "sample.npy"), config)
     state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
     counts = matrix.sums(state.centroids, lloyd.prices(state.centroids, state.prices)).counts
     assert counts.max() <= 1.1 * counts.mean()
@@ -169,7 +169,7 @@ def test_what_an_index_misses_is_measured(tmp_path, balance, monkeypatch):
             num_clusters=600, iterations=2, balance=balance, index_from=90, index_recall=recall
         )
         matrix = replace(matrix_of(tmp_path / "f", rows), index_from=90, index_recall=recall)
-        lloyd = Lloyd(matrix, draw_sample(matrix, 600, 0), config)
+        lloyd = Lloyd(matrix, draw_sample(matrix, 600, 0, tmp_path / "sample.npy"), config)
         state = kmeans(lloyd, seed=0, state_file=tmp_path / f"{recall}.npz")
         settled = settle(lloyd, state)
         figures[recall], assigned[recall] = settled.figures, (state.centroids, settled)
@@ -193,14 +193,16 @@ def test_what_an_index_misses_is_measured(tmp_path, balance, monkeypatch):
 def test_centroids_chosen_part_by_part_are_rows_and_nearly_as_good(tmp_path, monkeypatch):
     rows = mixture(4000, 6, 40, spread=0.3)
     matrix = matrix_of(tmp_path / "features", rows, block_rows=1024)
-    lloyd = Lloyd(matrix, draw_sample(matrix, 41, 0), ClusterConfig(num_clusters=41))
+    lloyd = Lloyd(
+        matrix, draw_sample(matrix, 41, 0, tmp_path / "sample.npy"), ClusterConfig(num_clusters=41)
+    )
     costs = {}
     for tried in (4096, 8):
         monkeypatch.setattr("moce_dist.cluster.lloyd._TRIED_CLUSTERS", tried)
         monkeypatch.setattr("moce_dist.cluster.lloyd._SEEDED_OF_PART", 21)
         first = lloyd.first_state(3).centroids
         assert (first == lloyd.first_state(3).centroids).all()
-        known = {row.tobytes() for row in lloyd.sample[:, :-1]}
+        known = {row.tobytes() for row in np.load(tmp_path / "sample.npy")}
         chosen = {row.astype(np.float32).tobytes() for row in first}
         assert len(chosen) == 41 and chosen <= known
         distances = brute_force(rows - matrix.view.mean, first)
