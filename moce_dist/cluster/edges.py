@@ -83,9 +83,11 @@ class Edges:
         # an index may name a cluster twice
         columns = (ids == labels[:, None]).argmax(axis=1)
         self._own = np.take_along_axis(distances, columns[:, None], axis=1)[:, 0]
-        rows, columns = np.nonzero(ids != labels[:, None])
-        pairs = labels[rows] * num_clusters + ids[rows, columns]
-        costs = distances[rows, columns] - self._own[rows]
+        moves = np.flatnonzero(ids != labels[:, None])
+        rows = (moves // ids.shape[1]).astype(np.int32)
+        pairs = labels[rows] * num_clusters + ids.ravel()[moves]
+        costs = distances.ravel()[moves] - self._own[rows]
+        del moves
         order = np.lexsort((costs, pairs))
         self._rows, self._costs = rows[order], costs[order]
         self._pairs, self._heads, sizes = np.unique(

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moce_dist.cluster.balance import Sizes, allowed_sizes, ascend
+from moce_dist.cluster.balance import Sizes, _Ascent, allowed_sizes, ascend
 from moce_dist.cluster.edges import Candidates
 from moce_dist.config import ClusterConfig
 
@@ -112,3 +112,16 @@ def test_excess_is_that_of_the_rows_found_and_that_of_the_new_prices():
 )
 def test_sizes_that_a_balance_allows(balance, rows, sizes):
     assert allowed_sizes(rows, 3, ClusterConfig(balance=balance, soft_bound=1.1)) == sizes
+
+
+def test_ascent_ends_when_only_a_next_search_can_help(monkeypatch):
+    # nobody lists the last cluster, which pays as much as it may at once; all others are right
+    distances = np.random.default_rng(0).random((4, 900)).astype(np.float32)
+    distances[3] = 100
+    ids = np.tile(np.arange(3, dtype=np.int32), (900, 1))
+    found = Candidates(ids, distances[:3].T.copy())
+    rounds, follow = [], _Ascent.follow
+    monkeypatch.setattr(_Ascent, "follow", lambda *given: [rounds.append(1), follow(*given)])
+    done = ascend(found, np.zeros(4), Sizes(225, 225), rounds=1000)
+    assert 0 < len(rounds) < 30
+    assert done.excess == pytest.approx(225, abs=9)
