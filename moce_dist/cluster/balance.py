@@ -23,18 +23,17 @@ Source: dual coordinate ascent for assignment, Bertsekas, "Network Optimization"
 pattern moves: Hooke and Jeeves 1961.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.edges import Candidates, Int64
+from moce_dist.cluster.ascent import Bounds, Ranks, dual, make_lists, rank_rows, reprice
+from moce_dist.cluster.candidates import Candidates, Int64
 from moce_dist.config import ClusterConfig
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
-_CACHED_ROWS = 16_384
-"""Rows whose candidates stay in the processor's cache."""
 _LONGEST = 2**20
 """Longest step of the line search, in changes of a round."""
 _OUTDATED = 0.1
@@ -90,10 +89,7 @@ def ascend(
     for _ in range(rounds):
         if ascent.open_excess() <= close * num_rows:
             break
-        before = ascent.prices.copy()
-        for cluster in range(num_clusters):
-            ascent.reprice(cluster)
-        ascent.follow(ascent.prices - before)
+        ascent.step()
     return Ascended(ascent.prices[:-1].astype(np.float64), excess_before, ascent.excess())
 
 
@@ -108,39 +104,24 @@ def _with_outside(found: Candidates, prices: Float64) -> Candidates:
     )
 
 
-def _between(limits: Float32, size: int) -> Any:
-    """Return a price that is above `size` of the limits."""
-    low, high = np.partition(limits, (size - 1, size))[size - 1 : size + 1]
-    return (low + high) / 2
-
-
 class _Ascent:
     """Prices, the last one that of the outside, and every row's best and second best cluster."""
 
     def __init__(self, found: Candidates, prices: Float64, sizes: Sizes) -> None:
         self.prices = np.append(prices, 0).astype(np.float32)
-        self._ids, self._distances = found
-        self._smallest, self._largest = sizes
-        self._highest = self._highest_prices(found)
-        num_rows, num = found.ids.shape
-        # NumPy sorts integers of 16 bits four times as fast
-        is_narrow = len(prices) < np.iinfo(np.uint16).max
-        ids = found.ids.astype(np.uint16) if is_narrow else found.ids
-        entries = np.argsort(ids, axis=None, kind="stable")
-        bounds = np.searchsorted(found.ids.ravel()[entries], np.arange(len(prices) + 1))
-        self._bounds = bounds.tolist()
-        self._rows = (entries // num).astype(np.int32)
-        self._of_cluster = found.distances.ravel()[entries]
-        self._best = np.zeros((2, num_rows), np.int32)
-        self._values = np.zeros((2, num_rows), np.float32)
-        self._rank(np.arange(num_rows))
+        highest = self._highest_prices(found, pays=sizes.smallest > 0)
+        self._bounds = Bounds(sizes.smallest, sizes.largest, highest)
+        self._lists = make_lists(found, len(self.prices))
+        pair = (len(found.ids), 2)
+        self._ranks = Ranks(np.zeros(pair, np.int32), np.zeros(pair, np.float32))
+        rank_rows(self._lists, self.prices, self._ranks)
 
-    def _highest_prices(self, found: Candidates) -> Float32:
+    def _highest_prices(self, found: Candidates, *, pays: bool) -> Float32:
         highest = np.zeros(len(self.prices), np.float32)
         lists_all = found.ids[0, -1] != len(highest) - 1
-        if self._smallest and lists_all:
+        if pays and lists_all:
             highest[:-1] = np.inf
-        elif self._smallest:
+        elif pays:
             paid = found.distances - self.prices[found.ids]
             reach = np.quantile(paid.max(axis=1) - paid.min(axis=1), _OUTDATED)
             highest[:-1] = np.maximum(self.prices[:-1], 0) + reach
@@ -149,84 +130,36 @@ class _Ascent:
     def excess(self) -> int:
         """Count the rows beyond the largest size and those that wait, or those that are lacking."""
         sizes, num_waiting = self._sizes()
-        beyond = np.maximum(sizes - self._largest, 0).sum() + num_waiting
-        return int(max(beyond, np.maximum(self._smallest - sizes, 0).sum()))
+        beyond = np.maximum(sizes - self._bounds.largest, 0).sum() + num_waiting
+        return int(max(beyond, np.maximum(self._bounds.smallest - sizes, 0).sum()))
 
     def open_excess(self) -> int:
         """Count the same less what clusters lack that already pay as much as they may."""
-        lacking = np.maximum(self._smallest - self._sizes()[0], 0)
-        return self.excess() - int(lacking[(self.prices >= self._highest)[:-1]].sum())
+        lacking = np.maximum(self._bounds.smallest - self._sizes()[0], 0)
+        return self.excess() - int(lacking[(self.prices >= self._bounds.highest)[:-1]].sum())
 
     def _sizes(self) -> tuple[Int64, int]:
-        *sizes, outside = np.bincount(self._best[0], minlength=len(self.prices))
+        *sizes, outside = np.bincount(self._ranks.ids[:, 0], minlength=len(self.prices))
         return np.array(sizes), int(outside)
 
-    def _dual(self, prices: Float32) -> float:
-        total = self._largest * np.minimum(prices, 0).sum(dtype=np.float64)
-        total += self._smallest * np.maximum(prices, 0).sum(dtype=np.float64)
-        for start in range(0, len(self._ids), _CACHED_ROWS):
-            part = slice(start, start + _CACHED_ROWS)
-            priced = self._distances[part] - prices[self._ids[part]]
-            total += priced.min(axis=1).sum(dtype=np.float64)
-        return float(total)
+    def step(self) -> None:
+        """Set the prices one after the other, then go on along their change while the dual rises.
 
-    def follow(self, change: Float32) -> None:
-        """Go on along the change of a round while the dual rises, doubling the step."""
+        The step doubles as long as it does.
+        """
+        before = self.prices.copy()
+        reprice(self._lists, self.prices, self._ranks, self._bounds)
+        change = self.prices - before
         best, taken, step = self._dual(self.prices), self.prices, 1
         while step <= _LONGEST:
-            prices = np.minimum(self.prices + step * change, self._highest)
-            dual = self._dual(prices)
-            if dual <= best:
+            prices = np.minimum(self.prices + step * change, self._bounds.highest)
+            value = self._dual(prices)
+            if value <= best:
                 break
-            best, taken, step = dual, prices, 2 * step
+            best, taken, step = value, prices, 2 * step
         if step > 1:
             self.prices = taken
-            self._rank(np.arange(len(self._ids)))
+            rank_rows(self._lists, self.prices, self._ranks)
 
-    def reprice(self, cluster: int) -> None:
-        """Set one price to the level at which the size is right, to 0 where it is right there."""
-        entries = slice(self._bounds[cluster], self._bounds[cluster + 1])
-        rows, distances = self._rows[entries], self._of_cluster[entries]
-        best, second = self._best[:, rows]
-        others = np.where(best == cluster, self._values[1, rows], self._values[0, rows])
-        price = self._level(distances - others, self._highest[cluster])
-        if price == self.prices[cluster]:
-            return
-        self.prices[cluster] = price
-        is_ranked = (best == cluster) | (second == cluster)
-        self._rank(rows[is_ranked])
-        priced = distances - price
-        is_better = ~is_ranked & (priced < self._values[1, rows])
-        self._insert(rows[is_better], cluster, priced[is_better])
-
-    def _level(self, limits: Float32, highest: Any) -> Any:
-        if len(limits) > self._largest and (price := _between(limits, self._largest)) < 0:
-            return price
-        if len(limits) <= self._smallest:
-            # all rows that list the cluster are not enough
-            return highest
-        price = _between(limits, self._smallest) if self._smallest else np.float32(0)
-        return np.clip(price, 0, highest)
-
-    def _rank(self, rows: NDArray[np.integer[Any]]) -> None:
-        for start in range(0, len(rows), _CACHED_ROWS):
-            part = rows[start : start + _CACHED_ROWS]
-            ids = self._ids[part]
-            priced = self._distances[part] - self.prices[ids]
-            at = np.arange(len(part))
-            for place in (0, 1):
-                column = priced.argmin(axis=1)
-                self._best[place, part] = ids[at, column]
-                self._values[place, part] = priced[at, column]
-                priced[at, column] = np.inf
-
-    def _insert(self, rows: NDArray[np.int32], cluster: int, priced: Float32) -> None:
-        # the cluster is better than the second of these rows, for some better than the first
-        is_first = priced < self._values[0, rows]
-        firsts, seconds = rows[is_first], rows[~is_first]
-        self._best[1, firsts], self._values[1, firsts] = (
-            self._best[0, firsts],
-            self._values[0, firsts],
-        )
-        self._best[0, firsts], self._values[0, firsts] = cluster, priced[is_first]
-        self._best[1, seconds], self._values[1, seconds] = cluster, priced[~is_first]
+    def _dual(self, prices: Float32) -> float:
+        return float(dual(self._lists, prices, self._bounds))

@@ -30,7 +30,7 @@ from moce_dist.cluster.blocks import (
     group_blocks,
     read_block,
 )
-from moce_dist.cluster.edges import Candidates
+from moce_dist.cluster.candidates import Candidates
 from moce_dist.cluster.nearest import (
     Int64,
     Nearest,

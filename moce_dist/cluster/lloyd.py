@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from moce_dist.cluster.balance import Sizes, allowed_sizes, ascend
 from moce_dist.cluster.blocks import FeatureFiles, Float64, View, open_array
-from moce_dist.cluster.edges import Candidates
+from moce_dist.cluster.candidates import Candidates
 from moce_dist.cluster.exact import Search, dual_bound, finish
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.nearest import Int64, measure_index

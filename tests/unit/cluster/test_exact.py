@@ -5,8 +5,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from moce_dist.cluster.balance import Sizes, allowed_sizes
-from moce_dist.cluster.edges import Candidates
-from moce_dist.cluster.exact import choose, dual_bound, finish
+from moce_dist.cluster.candidates import Candidates, choose
+from moce_dist.cluster.exact import dual_bound, finish
 from moce_dist.config import ClusterConfig
 
 FAR = 1e9

@@ -1,0 +1,199 @@
+"""Prices by coordinate ascent, row by row: the loops of `balance.py`, compiled.
+
+All functions work in place on arrays of one process and thread, in a fixed order, so that equal
+input gives equal bits. They are compiled once per machine and kept beside the package (or in the
+user's cache where that cannot be written).
+
+Letters: s rows, K clusters, m candidates of a row.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_dist.cluster.candidates import Candidates
+from moce_dist.cluster.compiled import compiled
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+Int64 = NDArray[np.int64]
+
+
+_SAMPLED_FROM = 600
+"""Numbers from which on the search for one of them begins in a sample."""
+
+
+class Lists(NamedTuple):
+    """Candidates by row, (s, m), and the same by cluster: entries `bounds[k]` to `bounds[k + 1]`.
+
+    An entry has a row and the distance of that row to the cluster, rows in order: (s m) each.
+    """
+
+    ids: Int32
+    distances: Float32
+    bounds: Int64
+    rows: Int32
+    of_cluster: Float32
+
+
+class Ranks(NamedTuple):
+    """Best and second best cluster of every row under the prices, and distance less price: (s, 2).
+
+    One array holds what belongs to a row, for rows are looked up in no order.
+    """
+
+    ids: Int32
+    values: Float32
+
+
+class Bounds(NamedTuple):
+    """Least and greatest size of a cluster, and the highest price of each, (K,)."""
+
+    smallest: int
+    largest: int
+    highest: Float32
+
+
+def make_lists(found: Candidates, num_clusters: int) -> Lists:
+    """Sort candidates by cluster."""
+    distances = np.ascontiguousarray(found.distances, np.float32)
+    ids = np.ascontiguousarray(found.ids, np.int32)
+    return Lists(ids, distances, *_by_cluster(ids, distances, num_clusters))
+
+
+@compiled
+def _by_cluster(ids: Any, distances: Any, num_clusters: Any) -> Any:
+    num_rows, num = ids.shape
+    bounds = np.zeros(num_clusters + 1, np.int64)
+    for row in range(num_rows):
+        for place in range(num):
+            bounds[ids[row, place] + 1] += 1
+    bounds = np.cumsum(bounds)
+    ends = bounds[:-1].copy()
+    rows = np.empty(num_rows * num, np.int32)
+    of_cluster = np.empty(num_rows * num, np.float32)
+    for row in range(num_rows):
+        for place in range(num):
+            cluster = ids[row, place]
+            rows[ends[cluster]] = row
+            of_cluster[ends[cluster]] = distances[row, place]
+            ends[cluster] += 1
+    return bounds, rows, of_cluster
+
+
+@compiled
+def _rank_row(lists: Any, prices: Any, ranks: Any, row: Any) -> None:
+    first = second = np.float32(np.inf)
+    first_id = second_id = np.int32(0)
+    for place in range(lists.ids.shape[1]):
+        cluster = lists.ids[row, place]
+        value = lists.distances[row, place] - prices[cluster]
+        if value < first:
+            second, second_id = first, first_id
+            first, first_id = value, cluster
+        elif value < second:
+            second, second_id = value, cluster
+    ranks.ids[row, 0], ranks.ids[row, 1] = first_id, second_id
+    ranks.values[row, 0], ranks.values[row, 1] = first, second
+
+
+@compiled
+def rank_rows(lists: Any, prices: Any, ranks: Any) -> None:
+    """Write the best and second best cluster of every row into `ranks`; the first wins a tie."""
+    for row in range(len(lists.ids)):
+        _rank_row(lists, prices, ranks, row)
+
+
+@compiled
+def dual(lists: Any, prices: Any, bounds: Any) -> Any:
+    """Return the value of the dual at `prices`: what the best assignment costs at least."""
+    total: Any = 0.0
+    for price in prices:
+        total += bounds.largest * min(price, 0.0) + bounds.smallest * max(price, 0.0)
+    for row in range(len(lists.ids)):
+        best = np.float32(np.inf)
+        for place in range(lists.ids.shape[1]):
+            value = lists.distances[row, place] - prices[lists.ids[row, place]]
+            best = min(best, value)
+        total += best
+    return total
+
+
+@compiled
+def _select(values: Any, low: Any, high: Any, place: Any) -> None:
+    # Hoare's: reorder from `low` to `high` so that values[place] is as if sorted, none before it
+    # greater
+    while low < high:
+        pivot, left, right = values[place], low, high
+        while left <= right:
+            while values[left] < pivot:
+                left += 1
+            while values[right] > pivot:
+                right -= 1
+            if left <= right:
+                values[left], values[right] = values[right], values[left]
+                left += 1
+                right -= 1
+        if right < place:
+            low = left
+        if place < left:
+            high = right
+
+
+@compiled
+def _between(limits: Any, size: Any) -> Any:
+    # a price above `size` of the limits
+    num = len(limits)
+    if num > _SAMPLED_FROM:
+        # Floyd and Rivest's: the right one of a sample splits all of them next to the place
+        sample = 0.5 * num ** (2 / 3)
+        shift = 0.5 * np.sqrt(np.log(num) * sample * (1 - sample / num)) * np.sign(2 * size - num)
+        low = max(0, int(size - size * sample / num + shift))
+        high = min(num - 1, int(size + (num - size) * sample / num + shift))
+        _select(limits, low, high, size)
+    _select(limits, 0, num - 1, size)
+    below = limits[0]
+    for place in range(1, size):
+        below = max(below, limits[place])
+    return (below + limits[size]) / np.float32(2)
+
+
+@compiled
+def _level(limits: Any, bounds: Any, highest: Any) -> Any:
+    if len(limits) > bounds.largest:
+        price = _between(limits, bounds.largest)
+        if price < 0:
+            return price
+    if len(limits) <= bounds.smallest:
+        # all rows that list the cluster are not enough
+        return highest
+    price = _between(limits, bounds.smallest) if bounds.smallest else np.float32(0)
+    return min(max(price, np.float32(0)), highest)
+
+
+@compiled
+def reprice(lists: Any, prices: Any, ranks: Any, bounds: Any) -> None:
+    """Set every price to the level at which the size is right, to 0 where it is right there."""
+    ids, values = ranks
+    limits = np.empty(np.diff(lists.bounds).max(), np.float32)
+    for cluster in range(len(prices) - 1):
+        begin, end = lists.bounds[cluster], lists.bounds[cluster + 1]
+        for entry in range(begin, end):
+            row = lists.rows[entry]
+            other = values[row, 1] if ids[row, 0] == cluster else values[row, 0]
+            limits[entry - begin] = lists.of_cluster[entry] - other
+        price = _level(limits[: end - begin], bounds, bounds.highest[cluster])
+        if price == prices[cluster]:
+            continue
+        prices[cluster] = price
+        for entry in range(begin, end):
+            row = lists.rows[entry]
+            value = lists.of_cluster[entry] - price
+            if ids[row, 0] == cluster or ids[row, 1] == cluster:
+                _rank_row(lists, prices, ranks, row)
+            elif value < values[row, 0]:
+                ids[row, 1], values[row, 1] = ids[row, 0], values[row, 0]
+                ids[row, 0], values[row, 0] = cluster, value
+            elif value < values[row, 1]:
+                ids[row, 1], values[row, 1] = cluster, value

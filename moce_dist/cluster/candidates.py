@@ -1,0 +1,51 @@
+"""The best clusters of every row, and which rows are alike in them.
+
+Letters: n rows, m candidates per row.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+
+
+class Candidates(NamedTuple):
+    """The m best clusters of every row, int32, and the squared distances to them: (n, m)."""
+
+    ids: NDArray[np.int32]
+    distances: NDArray[Any]
+
+
+def choose(found: Candidates, prices: NDArray[np.float64]) -> Int64:
+    """Return the cluster of least distance - price among the candidates of every row, (n,)."""
+    columns = (found.distances - prices[found.ids]).argmin(axis=1)
+    return np.take_along_axis(found.ids, columns[:, None], axis=1)[:, 0].astype(np.int64)
+
+
+def find_twins(found: Candidates, among: Int64 | None = None) -> Int64:
+    """Return the lowest row with equal candidates at equal distances, for every row, (n,).
+
+    With `among`, twins found before by other candidates, only those of them count.
+    """
+    distances = np.ascontiguousarray(found.distances)
+    columns = [*found.ids.T, *distances.view(np.int32).reshape(len(distances), -1).T]
+    if among is not None:
+        columns.append(among)
+    factors = np.random.default_rng(0).integers(1, 2**63, len(columns), np.uint64) | 1
+    hashed = np.zeros(len(distances), np.uint64)
+    for column, factor in zip(columns, factors, strict=True):
+        hashed += column.astype(np.uint64) * factor
+    _, firsts, groups = np.unique(hashed, return_index=True, return_inverse=True)
+    twins = firsts[groups]
+    others = np.flatnonzero(twins != np.arange(len(twins)))
+    likes = twins[others]
+    is_like = (found.ids[others] == found.ids[likes]) & (distances[others] == distances[likes])
+    is_like = is_like.all(axis=1)
+    if among is not None:
+        is_like &= among[others] == among[likes]
+    # rows that only share a hash stand alone
+    unlike = others[~is_like]
+    twins[unlike] = unlike
+    return twins
