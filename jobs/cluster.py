@@ -11,7 +11,6 @@ With --run: features, clusters and cluster-sharded tars of that run.
 import json
 from argparse import Namespace
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,16 +87,17 @@ def cluster_folder(arguments: Namespace) -> None:
     if arguments.fresh and out.exists():
         set_aside(out)
     from moce_dist.cluster.assign import run_clustering
-    from moce_dist.launch import map_shared
+    from moce_dist.crew import hold_crew
 
-    summary = run_clustering(
-        Path(arguments.features),
-        out,
-        config.cluster,
-        seed=config.seed,
-        subtract_mean=False,
-        map_blocks=partial(map_shared, config.parallel, gpu=True),
-    )
+    with hold_crew(config.parallel, gpu=True) as workers:
+        summary = run_clustering(
+            Path(arguments.features),
+            out,
+            config.cluster,
+            seed=config.seed,
+            subtract_mean=False,
+            workers=workers,
+        )
     print_summary(summary, out)
 
 

@@ -132,11 +132,17 @@ def map_shared(
     shared: Shared,
     items: Sequence[Item],
     /,
-    *,
-    gpu: bool = False,
 ) -> Iterator[Result]:
     """`map_tasks` in the form that chapters ask for (`mapping.MapTasks`)."""
-    return map_tasks(function, items, parallel=parallel, gpu=gpu, shared=(shared,))
+    return map_tasks(function, items, parallel=parallel, shared=(shared,))
+
+
+def own_device(parallel: ParallelConfig) -> str:
+    """Tell what this process computes on without Ray: cuda, or cpu where there is none."""
+    # a second to import, and not every job needs it
+    import torch
+
+    return "cuda" if parallel.use_gpu and torch.cuda.is_available() else "cpu"
 
 
 def train(job: Job) -> None:

@@ -4,7 +4,7 @@ What gives out tasks need not know which, as results come back in the order of t
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 Shared = TypeVar("Shared")
 Item = TypeVar("Item")
@@ -26,3 +26,14 @@ def map_here(
 ) -> Iterable[Result]:
     """Apply the function in this process, one item after the other."""
     return (function(shared, item) for item in items)
+
+
+class Workers(NamedTuple):
+    """Who computes: how tasks are handed out to them, and the device of each, cpu or cuda."""
+
+    map_tasks: MapTasks = map_here
+    device: str = "cpu"
+
+
+HERE = Workers()
+"""This process, without a GPU."""

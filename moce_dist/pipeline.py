@@ -35,6 +35,7 @@ from moce_dist.cluster.features import (
 )
 from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
+from moce_dist.crew import hold_crew
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
@@ -158,15 +159,16 @@ class Pipeline:
         if is_complete(self.run.clusters, inputs):
             log.info("clusters: complete")
             return read_summary(self.run.clusters)
-        return run_clustering(
-            self.run.features,
-            self.run.clusters,
-            self.config.cluster,
-            seed=self.config.seed,
-            subtract_mean=True,
-            map_blocks=partial(map_shared, self.config.parallel, gpu=True),
-            inputs=inputs,
-        )
+        with hold_crew(self.config.parallel, gpu=True) as workers:
+            return run_clustering(
+                self.run.features,
+                self.run.clusters,
+                self.config.cluster,
+                seed=self.config.seed,
+                subtract_mean=True,
+                workers=workers,
+                inputs=inputs,
+            )
 
     def gallery(self) -> None:
         """Show what the clusters look like."""

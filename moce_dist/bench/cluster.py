@@ -28,7 +28,8 @@ from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_f
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, save_state, state_request
 from moce_dist.config import ClusterConfig, Config
-from moce_dist.launch import map_shared
+from moce_dist.crew import hold_crew
+from moce_dist.mapping import Workers
 
 _ROWS_AT_ONCE, _NUM_FILES, _GROUPS_PER_CLUSTER = 16_384, 10, 2
 _SPREAD = 0.5
@@ -57,6 +58,7 @@ class Bench:
 
     config: Config
     folder: Path
+    workers: Workers
     objectives: dict[str, float] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
 
@@ -69,9 +71,14 @@ class Bench:
     def lloyd(self) -> Lloyd:
         """Our request without balance."""
         files = open_features(self.folder / "features")
-        map_blocks = partial(map_shared, self.config.parallel, gpu=True)
-        view = View(column_mean(files, map_blocks).astype(np.float32), normalise=False)
-        matrix = Matrix(files, view, self.off.block_rows, map_blocks)
+        mean = column_mean(files, self.workers.map_tasks).astype(np.float32)
+        matrix = Matrix(
+            files,
+            View(mean, normalise=False),
+            self.off.block_rows,
+            self.workers.map_tasks,
+            device=self.workers.device,
+        )
         sample = draw_sample(
             matrix, self.off.num_clusters, self.config.seed, self.folder / "sample.npy"
         )
@@ -128,7 +135,7 @@ class Bench:
                 self.off.model_copy(update={"balance": "exact"}),
                 seed=self.config.seed,
                 subtract_mean=False,
-                map_blocks=partial(map_shared, self.config.parallel, gpu=True),
+                workers=self.workers,
             )
 
 
@@ -171,8 +178,8 @@ _OWN = ("RssAnon:", "RssShmem:")
 def run(config: Config) -> Report:
     """Measure all variants, interleaved."""
     report = Report("cluster", config)
-    with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(config, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, hold_crew(config.parallel, gpu=True) as workers:
+        bench = Bench(config, Path(folder), workers)
         (bench.folder / "features").mkdir()
         write_mixture(bench.folder / "features", config)
         last: dict[str, Float64] = {}

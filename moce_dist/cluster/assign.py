@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
 
 from moce_dist.cluster.blocks import (
@@ -32,6 +33,7 @@ from moce_dist.cluster.blocks import (
     column_mean,
     open_features,
 )
+from moce_dist.cluster.candidates import Int64
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import (
     Lloyd,
@@ -43,9 +45,9 @@ from moce_dist.cluster.lloyd import (
     settle,
     state_request,
 )
-from moce_dist.cluster.nearest import Int64, make_base, search, squared_distances
+from moce_dist.cluster.nearest import make_base, search, squared_distances
 from moce_dist.config import ClusterConfig
-from moce_dist.mapping import MapTasks, map_here
+from moce_dist.mapping import HERE, Workers
 from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
 from moce_dist.settings import ConfigError
 
@@ -67,11 +69,14 @@ def assign_features(
     origin = np.zeros(centres.shape[1]) if mean is not None else centres.mean(axis=0)
     view = View(np.asarray(origin if mean is None else mean, np.float32), mean is not None)
     centres = centres - (view.mean.astype(np.float64) if mean is None else 0)
-    augmented = np.ones((len(features), centres.shape[1] + 1), np.float32)
-    view.apply(np.asarray(features), augmented[:, :-1])
+    augmented = torch.ones(len(features), centres.shape[1] + 1)
+    rows = torch.from_numpy(np.require(features, requirements=["C", "W"]))
+    view.apply(rows, augmented[:, :-1])
     charged = np.zeros(len(centres)) if prices is None else np.asarray(prices, np.float64)
-    labels = search(augmented, make_base(centres, charged), num=1).ids[:, 0]
-    return labels, squared_distances(augmented[:, :-1], centres, labels)
+    base = torch.from_numpy(make_base(centres, charged))
+    labels = search(augmented, base, num=1).ids[:, 0]
+    distances = squared_distances(augmented[:, :-1], torch.from_numpy(centres), labels)
+    return labels.numpy(), distances.numpy()
 
 
 def run_clustering(
@@ -81,7 +86,7 @@ def run_clustering(
     *,
     seed: int,
     subtract_mean: bool,
-    map_blocks: MapTasks = map_here,
+    workers: Workers = HERE,
     inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Cluster a folder of features and write the result; return its summary.
@@ -99,14 +104,15 @@ def run_clustering(
     files = open_features(features_dir)
     check_count(files, config.num_clusters)
     is_spherical = config.spherical and not subtract_mean
-    mean = column_mean(files, map_blocks, refuse_zeros=is_spherical).astype(np.float32)
+    mean = column_mean(files, workers.map_tasks, refuse_zeros=is_spherical).astype(np.float32)
     matrix = Matrix(
         files,
         View(mean, subtract_mean or is_spherical, centre=not is_spherical),
         config.block_rows,
-        map_blocks,
+        workers.map_tasks,
         config.index_from,
         config.index_recall,
+        workers.device,
     )
     given = inputs or {"request": state_request(matrix, config, seed)}
     if is_complete(out_dir, given):

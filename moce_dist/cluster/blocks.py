@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from moce_dist.cluster.residents import residents
 from moce_dist.mapping import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
@@ -39,6 +41,8 @@ _GROUP_SUMS_BYTES = 2**30
 _SCAN_ROWS = 8192
 CACHED_ROWS = 256
 """Rows that stay in the processor's cache while more than one thing is done to them."""
+_SHORTEST = 1e-12
+"""Length below which a row is not scaled to 1."""
 
 
 class Block(NamedTuple):
@@ -66,20 +70,19 @@ class View:
         """What is taken off every feature, (D,)."""
         return self.mean if self.centre else np.zeros_like(self.mean)
 
-    def apply(self, features: NDArray[Any], out: Float32) -> None:
-        """Write the transformed `features` (n, D) into `out` (n, D)."""
-        if features.dtype == np.float16:
-            # NumPy takes six times as long to widen half precision
-            rows = torch.from_numpy(np.require(features, requirements=["C", "W"]))
-            origin, widened = torch.from_numpy(self.origin), torch.from_numpy(out)
-            for start in range(0, len(rows), CACHED_ROWS):
-                part = slice(start, start + CACHED_ROWS)
-                torch.sub(rows[part].float(), origin, out=widened[part])
-        else:
-            np.subtract(features, self.origin, out=out, dtype=np.float32)
-        if self.normalise:
-            norms = np.sqrt(np.einsum("nd,nd->n", out, out))
-            out /= np.maximum(norms, np.float32(1e-12))[:, None]
+    def apply(self, features: Tensor, out: Tensor) -> None:
+        """Write the transformed `features` (n, D), of any float type, into `out` (n, D) float32.
+
+        Both are on the same device.
+        """
+        origin = torch.from_numpy(self.origin).to(out.device)
+        at_once = CACHED_ROWS if out.device.type == "cpu" else len(out)
+        for start in range(0, len(out), max(at_once, 1)):
+            part = slice(start, start + at_once)
+            torch.sub(features[part].float(), origin, out=out[part])
+            if self.normalise:
+                norms = torch.linalg.vector_norm(out[part], dim=1, keepdim=True)
+                out[part] /= norms.clamp_(min=_SHORTEST)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,8 @@ class FeatureFiles:
         for path, (first, end) in zip(self.paths, pairwise(firsts), strict=True):
             low, high = np.searchsorted(rows, (first, end))
             if low < high:
-                view.apply(open_array(path)[rows[low:high] - first], taken[low:high, :-1])
+                part = open_array(path)[rows[low:high] - first]
+                view.apply(torch.from_numpy(part), torch.from_numpy(taken[low:high, :-1]))
         return taken
 
 
@@ -189,11 +193,21 @@ def check_count(files: FeatureFiles, num_clusters: int) -> None:
         )
 
 
-def read_block(block: Block, view: View) -> Float32:
-    """Read the transformed rows of a block with a last column of ones, (n, D + 1)."""
-    array = open_array(Path(block.path))[block.start : block.stop]
-    augmented = np.empty((len(array), array.shape[1] + 1), np.float32)
-    view.apply(array, augmented[:, :-1])
+def read_block(block: Block, view: View, device: str = "cpu") -> Tensor:
+    """Read the transformed rows of a block with a last column of ones, (n, D + 1) float32."""
+    path = Path(block.path)
+
+    def read() -> Tensor:
+        array = open_array(path)[block.start : block.stop]
+        return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
+
+    if device == "cpu":
+        raw = read()
+    else:
+        key = (block.path, block.start, block.stop, path.stat().st_mtime_ns)
+        raw = residents().rows(key, read)
+    augmented = torch.empty(len(raw), raw.shape[1] + 1, device=device)
+    view.apply(raw, augmented[:, :-1])
     augmented[:, -1] = 1
     return augmented
 
@@ -239,7 +253,7 @@ def scan_group(scan: _Scan, group: tuple[Block, ...]) -> _Scanned:
     view = View(np.zeros(scan.dim, np.float32), normalise=False)
     sums: Float64 | None = None
     for block in group:
-        rows = read_block(block, view)[:, :-1]
+        rows = read_block(block, view)[:, :-1].numpy()
         if problem := _problem(block, rows, scan):
             return _Scanned(np.zeros(0), problem)
         part = rows.sum(axis=0, dtype=np.float64)

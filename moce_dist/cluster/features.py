@@ -161,5 +161,7 @@ def features_mean(folder: Path) -> Float64:
 def transform(features: NDArray[Any], mean: NDArray[Any]) -> Float32:
     """Subtract the mean (D,) from `features` (n, D) and scale every row to length 1."""
     transformed = np.empty(features.shape, np.float32)
-    View(np.asarray(mean, np.float32), normalise=True).apply(features, transformed)
+    rows = torch.from_numpy(np.require(features, requirements=["C", "W"]))
+    view = View(np.asarray(mean, np.float32), normalise=True)
+    view.apply(rows, torch.from_numpy(transformed))
     return transformed

@@ -1,46 +1,33 @@
-"""Sweeps of balanced k-means over a matrix of features: nearest clusters, sums, distances.
+"""Sweeps of balanced k-means over a matrix of features that lies in files.
 
-A sweep gives every row to its nearest cluster under prices (`nearest.py`). K centroids and K prices
-are all that couples the rows: a sweep returns sums and counts per cluster, from which the objective
-and the means follow.
-
-The unit of work is a fixed block of rows on one thread, and sums are float64 in block order
-(`blocks.py`), so a result has the same bits on any number of workers.
+K centroids and K prices are all that couples the rows: a sweep over all of them returns sums and
+counts per cluster, from which the objective and the means follow, or the best clusters of each row.
+What a worker does in one is in `sweeps.py`; here tasks are handed out and results put together.
 
 Letters: n rows, D width, K clusters, m candidates.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from moce_dist.cluster.blocks import (
-    CACHED_ROWS,
-    Block,
-    FeatureFiles,
-    Float32,
-    Float64,
-    View,
-    group_blocks,
-    read_block,
-)
-from moce_dist.cluster.candidates import Candidates
-from moce_dist.cluster.nearest import (
-    Int64,
-    Nearest,
-    build_index,
-    candidate_distances,
-    make_base,
-    open_index,
-    search,
-    search_index,
-    squared_distances,
+from moce_dist.cluster.blocks import FeatureFiles, Float64, View, group_blocks
+from moce_dist.cluster.candidates import Candidates, Int64
+from moce_dist.cluster.nearest import build_index, make_base
+from moce_dist.cluster.sweeps import (
+    Sums,
+    Sweep,
+    Task,
+    candidates_of_group,
+    distances_of_group,
+    nearest_of_group,
+    squares_of_group,
+    sum_group,
 )
 from moce_dist.mapping import MapTasks
 
@@ -48,128 +35,12 @@ _TRIAL_ROWS = 512
 """Rows, spread over all files, that an index is tried on."""
 
 
-class Sums(NamedTuple):
-    """What a sweep knows of the clusters: member sums (K, D) and counts (K,)."""
-
-    sums: Float64
-    counts: Float64
-
-    def __add__(self, other: "Sums") -> "Sums":  # type: ignore[override]
-        """Add the parts of two sets of rows."""
-        return Sums(self.sums + other.sums, self.counts + other.counts)
-
-    def objective(self, centroids: Float64, squares: float) -> float:
-        """Return the sum over the rows of |x - c|^2; `squares` is their sum of |x|^2."""
-        cross = np.einsum("kd,kd->", centroids, self.sums)
-        own = np.einsum("k,kd,kd->", self.counts, centroids, centroids)
-        return float(squares - 2 * cross + own)
-
-    def means(self, empty: Float64) -> Float64:
-        """Return the mean of every cluster's members; the row of `empty` where there is none."""
-        divisor = np.maximum(self.counts, 1)[:, None]
-        return np.where(self.counts[:, None] > 0, self.sums / divisor, empty)
-
-
-def _add_rows(total: Float64, augmented: Float32, labels: Int64) -> None:
-    """Add rows with their column of ones to `total` (K, D + 1), one after the other."""
-    sums, rows, clusters = (torch.from_numpy(each) for each in (total, augmented, labels))
-    for start in range(0, len(rows), CACHED_ROWS):
-        part = slice(start, start + CACHED_ROWS)
-        sums.index_add_(0, clusters[part], rows[part].double())
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What all tasks of a sweep share: the view, centroids (K, D), candidates m.
-
-    A sweep that searches has either the base of its search or an index.
-    """
-
-    view: View
-    centroids: Float64
-    num: int = 1
-    base: Float32 | None = None
-    index: NDArray[np.uint8] | None = None
-
-    @cached_property
-    def _opened(self) -> Any:
-        assert self.index is not None
-        return open_index(self.index)
-
-    def search(self, augmented: Float32) -> Nearest:
-        """Find the best clusters of some rows."""
-        if self.index is not None:
-            return search_index(augmented, self._opened, num=self.num)
-        assert self.base is not None
-        return search(augmented, self.base, num=self.num)
-
-
-@dataclass(frozen=True)
-class Task:
-    """A group of blocks, and the labels of their rows where these are fixed."""
-
-    blocks: tuple[Block, ...]
-    labels: Int64 | None = None
-
-    def read(self, view: View) -> Iterator[tuple[Float32, Int64 | None]]:
-        """Yield the augmented rows and the fixed labels of every block."""
-        first = self.blocks[0].row
-        for block in self.blocks:
-            stop = block.row + block.stop - block.start - first
-            labels = None if self.labels is None else self.labels[block.row - first : stop]
-            yield read_block(block, view), labels
-
-
-def sum_group(sweep: Sweep, task: Task) -> Sums:
-    """Sum up a group's clusters, under its fixed labels or the best ones."""
-    num_clusters, dim = sweep.centroids.shape
-    total = np.zeros((num_clusters, dim + 1))
-    for rows, fixed in task.read(sweep.view):
-        _add_rows(total, rows, sweep.search(rows).ids[:, 0] if fixed is None else fixed)
-    return Sums(total[:, :-1], total[:, -1])
-
-
-def candidates_of_group(sweep: Sweep, task: Task) -> Candidates:
-    """Find the best clusters of a group's rows and their squared distances."""
-    ids, distances = [], []
-    centroids = sweep.centroids.astype(np.float32)
-    for rows, _ in task.read(sweep.view):
-        best = sweep.search(rows).ids
-        ids.append(best.astype(np.int32))
-        distances.append(candidate_distances(rows[:, :-1], centroids, best))
-    return Candidates(np.concatenate(ids), np.concatenate(distances))
-
-
-def nearest_of_group(sweep: Sweep, task: Task) -> Candidates:
-    """Find the best clusters of a group's rows and what the search compares them by."""
-    found = [sweep.search(rows) for rows, _ in task.read(sweep.view)]
-    ids = np.concatenate([each.ids for each in found])
-    return Candidates(ids.astype(np.int32), np.concatenate([each.priced for each in found]))
-
-
-def distances_of_group(sweep: Sweep, task: Task) -> Float64:
-    """Return the squared distances of the rows to the centroids of their fixed labels."""
-    parts = []
-    for rows, labels in task.read(sweep.view):
-        assert labels is not None
-        parts.append(squared_distances(rows[:, :-1], sweep.centroids, labels))
-    return np.concatenate(parts)
-
-
-def squares_of_group(view: View, task: Task) -> float:
-    """Return the sum of |x|^2 over a group's rows, in their order."""
-    total = 0.0
-    for rows, _ in task.read(view):
-        total += float(np.einsum("nd,nd->", rows[:, :-1], rows[:, :-1], dtype=np.float64))
-    return total
-
-
 @dataclass(frozen=True)
 class Matrix:
     """The features of a request, cut into groups of blocks, and who computes on them.
 
-    From `index_from` clusters on, a search may use an index that finds the share `index_recall` of
-    the best clusters.
+    From `index_from` clusters on, a search on CPUs may use an index that finds the share
+    `index_recall` of the best clusters. `device` is the workers': cpu, or cuda.
     """
 
     files: FeatureFiles
@@ -178,6 +49,7 @@ class Matrix:
     map_blocks: MapTasks
     index_from: int = 2**31
     index_recall: float = 1.0
+    device: str = "cpu"
 
     def _tasks(self, labels: Int64 | None = None, result_bytes: int = 0) -> list[Task]:
         groups = group_blocks(self.files.blocks(self.block_rows), result_bytes)
@@ -191,30 +63,32 @@ class Matrix:
 
     def sweep(self, centroids: Float64, prices: Float64, num: int = 1) -> Sweep:
         """Prepare a search for the best `num` clusters."""
-        if len(centroids) >= self.index_from:
+        if len(centroids) >= self.index_from and self.device == "cpu":
             index = build_index(self._trial, centroids, prices, num=num, recall=self.index_recall)
             if index is not None:
                 return Sweep(self.view, centroids, num, index=index)
-        return Sweep(self.view, centroids, num, base=make_base(centroids, prices))
+        base = make_base(centroids, prices)
+        return Sweep(self.view, centroids, num, base=base, device=self.device)
 
     @cached_property
-    def _trial(self) -> Float32:
+    def _trial(self) -> Tensor:
         return self.spread_rows(_TRIAL_ROWS)
 
-    def spread_rows(self, num: int) -> Float32:
+    def spread_rows(self, num: int) -> Tensor:
         """Read at most `num` rows, spread over all files, with a column of ones, (num, D + 1)."""
         last = self.files.num_rows - 1
         rows = np.linspace(0, last, min(num, last + 1)).astype(int)
-        return self.files.take(rows, self.view)
+        return torch.from_numpy(self.files.take(rows, self.view))
 
     @cached_property
     def squares(self) -> float:
         """Sum of |x|^2 over all rows."""
-        return sum(self.map_blocks(squares_of_group, self.view, self._tasks()))
+        sweep = Sweep(self.view, np.zeros((0, self.files.dim)), device=self.device)
+        return sum(self.map_blocks(squares_of_group, sweep, self._tasks()))
 
     def sums(self, centroids: Float64, prices: Float64, labels: Int64 | None = None) -> Sums:
         """Add up all rows per cluster, in block order."""
-        fixed = Sweep(self.view, centroids)
+        fixed = Sweep(self.view, centroids, device=self.device)
         sweep = self.sweep(centroids, prices) if labels is None else fixed
         tasks = self._tasks(labels, centroids.nbytes)
         total: Sums | None = None
@@ -252,5 +126,5 @@ class Matrix:
 
     def distances(self, centroids: Float64, labels: Int64) -> Float64:
         """Return the squared distances of all rows to the centroids of their labels, (n,)."""
-        sweep = Sweep(self.view, centroids)
+        sweep = Sweep(self.view, centroids, device=self.device)
         return np.concatenate(list(self.map_blocks(distances_of_group, sweep, self._tasks(labels))))

@@ -26,10 +26,10 @@ from threadpoolctl import threadpool_limits
 
 from moce_dist.cluster.balance import Sizes, allowed_sizes, ascend
 from moce_dist.cluster.blocks import FeatureFiles, Float64, View, open_array
-from moce_dist.cluster.candidates import Candidates
+from moce_dist.cluster.candidates import Candidates, Int64
 from moce_dist.cluster.exact import Search, dual_bound, finish
 from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.nearest import Int64, measure_index
+from moce_dist.cluster.nearest import measure_index
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
 from moce_dist.run import fingerprint

@@ -22,17 +22,20 @@ Letters: n rows, D width, K clusters, m candidates.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import faiss
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moce_dist.cluster.blocks import Float32, Float64
 
-Int64 = NDArray[np.int64]
-_CACHED_ROWS = 128
-"""Rows that stay in the processor's cache while all their candidates are looked at."""
+_CACHED_ROWS, _DEVICE_ROWS = 128, 65_536
+"""Rows whose candidates are looked at together: those that stay in a processor's cache; on a GPU.
+"""
 _LIST_ITERATIONS, _LISTS_PER_ROOT = 4, 2
 _FEWEST_PROBES, _MOST_PROBED = 16, 1 / 4
 """Lists that a search looks into at least; the share of all lists from which on none is used."""
@@ -52,14 +55,16 @@ def _one_thread() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _gpu_resources() -> Any:
+    # lets FAISS take tensors, on the stream of torch
+    import_module("faiss.contrib.torch_utils")
     return faiss.StandardGpuResources()
 
 
 class Nearest(NamedTuple):
     """Best clusters of rows, best first, and |x - c|^2 - g - |x|^2 (float32): (n, m) each."""
 
-    ids: Int64
-    priced: Float32
+    ids: Tensor
+    priced: Tensor
 
 
 def make_base(centroids: Float64, prices: Float64) -> Float32:
@@ -68,20 +73,22 @@ def make_base(centroids: Float64, prices: Float64) -> Float32:
     return np.hstack([2 * centroids, bias[:, None]]).astype(np.float32)
 
 
-def search(augmented: Float32, base: Float32, *, num: int) -> Nearest:
-    """Find the `num` clusters of least |x - c|^2 - g for rows (x, 1) of `augmented` (n, D + 1)."""
-    if faiss.get_num_gpus():
-        found, ids = faiss.knn_gpu(
-            _gpu_resources(), augmented, base, num, metric=faiss.METRIC_INNER_PRODUCT
-        )
-    else:
-        with _one_thread():
-            found, ids = faiss.knn(augmented, base, num, metric=faiss.METRIC_INNER_PRODUCT)
-    return Nearest(ids, -found)
+def search(augmented: Tensor, base: Tensor, *, num: int) -> Nearest:
+    """Find the `num` clusters of least |x - c|^2 - g for rows (x, 1) of `augmented` (n, D + 1).
+
+    Both are on the device that does it; so is the result.
+    """
+    metric = faiss.METRIC_INNER_PRODUCT
+    if augmented.is_cuda:
+        found, ids = faiss.knn_gpu(_gpu_resources(), augmented, base, num, metric=metric)
+        return Nearest(ids, -found)
+    with _one_thread():
+        products, labels = faiss.knn(augmented.numpy(), base.numpy(), num, metric=metric)
+    return Nearest(torch.from_numpy(labels), torch.from_numpy(products).neg_())
 
 
 def build_index(
-    trial: Float32, centroids: Float64, prices: Float64, *, num: int, recall: float
+    trial: Tensor, centroids: Float64, prices: Float64, *, num: int, recall: float
 ) -> NDArray[np.uint8] | None:
     """Return an inverted file over the priced clusters as bytes, for `open_index`.
 
@@ -96,7 +103,7 @@ def build_index(
     with _one_thread():
         index.train(base)
         index.add(base)
-    best = search(trial, make_base(centroids, prices), num=num).ids
+    best = search(trial, torch.from_numpy(make_base(centroids, prices)), num=num).ids
     index.nprobe = _FEWEST_PROBES
     while index.nprobe <= _MOST_PROBED * num_lists:
         theirs = search_index(trial, index, num=num).ids
@@ -107,14 +114,16 @@ def build_index(
 
 
 def _share_found(
-    trial: Float32, centroids: Float64, prices: Float64, theirs: Int64, best: Int64
+    trial: Tensor, centroids: Float64, prices: Float64, theirs: Tensor, best: Tensor
 ) -> float:
     # by value, place by place: under the prices of a balance rows stand between two clusters
-    rows, points = trial[:, :-1], centroids.astype(np.float32)
+    rows, points = trial[:, :-1], torch.from_numpy(centroids).float()
+    charged = torch.from_numpy(prices)
     distances = candidate_distances(rows, points, best)
-    expected = np.sort(distances - prices[best], axis=1)
-    values = np.sort(candidate_distances(rows, points, theirs) - prices[theirs], axis=1)
-    return float((np.abs(values - expected) <= _TIE * distances.mean()).mean())
+    expected = (distances - charged[best]).sort(dim=1).values
+    values = (candidate_distances(rows, points, theirs) - charged[theirs]).sort(dim=1).values
+    is_found = (values - expected).abs() <= _TIE * distances.mean()
+    return float(is_found.double().mean())
 
 
 def open_index(index: NDArray[np.uint8]) -> Any:
@@ -122,18 +131,18 @@ def open_index(index: NDArray[np.uint8]) -> Any:
     return faiss.deserialize_index(index)
 
 
-def search_index(augmented: Float32, index: Any, *, num: int) -> Nearest:
+def search_index(augmented: Tensor, index: Any, *, num: int) -> Nearest:
     """Find clusters like `search`, but only in the lists nearest to a row.
 
     Where the lists hold fewer than `num`, the best one stands in for those that are missing.
     """
-    queries = augmented.copy()
+    queries = augmented.numpy().copy()
     queries[:, -1] = 0
     with _one_thread():
-        found, ids = index.search(queries, num)
+        found, ids = map(torch.from_numpy, index.search(queries, num))
     is_missing = ids < 0
-    ids = np.where(is_missing, ids[:, :1], ids)
-    return Nearest(ids, np.where(is_missing, found[:, :1], found))
+    ids = torch.where(is_missing, ids[:, :1], ids)
+    return Nearest(ids, torch.where(is_missing, found[:, :1], found))
 
 
 class Missed(NamedTuple):
@@ -147,35 +156,36 @@ class Missed(NamedTuple):
 
 
 def measure_index(
-    augmented: Float32, index: NDArray[np.uint8], centroids: Float64, prices: Float64
+    augmented: Tensor, index: NDArray[np.uint8], centroids: Float64, prices: Float64
 ) -> Missed:
     """Compare on rows (x, 1) what an index finds with what the search over all clusters finds."""
-    rows = augmented[:, :-1]
+    rows, points, charged = augmented[:, :-1], *map(torch.from_numpy, (centroids, prices))
     theirs = search_index(augmented, open_index(index), num=1).ids[:, 0]
-    best = search(augmented, make_base(centroids, prices), num=1).ids[:, 0]
-    squares = squared_distances(rows, centroids, best)
-    losses = squared_distances(rows, centroids, theirs) - prices[theirs] - squares + prices[best]
+    base = torch.from_numpy(make_base(centroids, prices))
+    best = search(augmented, base, num=1).ids[:, 0]
+    squares = squared_distances(rows, points, best)
+    losses = squared_distances(rows, points, theirs) - charged[theirs] - squares + charged[best]
     # under the prices of a balance rows stand between two clusters, and either one is right
-    recall = (losses <= _TIE * squares.mean()).mean()
-    return Missed(float(recall), float(losses.sum() / squares.sum()))
+    is_found = losses <= _TIE * squares.mean()
+    return Missed(float(is_found.double().mean()), float(losses.sum() / squares.sum()))
 
 
-def squared_distances(rows: NDArray[Any], centroids: Float64, labels: Int64) -> Float64:
-    """Compute |x_i - c_{labels_i}|^2 without cancellation, (n,) float64."""
-    distances = np.empty(len(rows))
-    for start in range(0, len(rows), _CACHED_ROWS):
-        part = slice(start, start + _CACHED_ROWS)
-        difference = rows[part].astype(np.float64) - centroids[labels[part]]
-        distances[part] = np.einsum("nd,nd->n", difference, difference)
-    return distances
+def squared_distances(rows: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
+    """Compute |x_i - c_{labels_i}|^2 without cancellation from float64 centroids, (n,) float64."""
+    return _distances(rows, centroids, labels[:, None])[:, 0]
 
 
-def candidate_distances(rows: Float32, centroids: Float32, ids: Int64) -> Float32:
-    """Compute |x_i - c_{ids_ij}|^2 without cancellation from float32 centroids, (n, m)."""
-    distances = np.empty(ids.shape, np.float32)
-    for start in range(0, len(rows), _CACHED_ROWS):
-        part = slice(start, start + _CACHED_ROWS)
+def candidate_distances(rows: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
+    """Compute |x_i - c_{ids_ij}|^2 without cancellation from float32 centroids, (n, m) float32."""
+    return _distances(rows, centroids, ids)
+
+
+def _distances(rows: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
+    distances = torch.empty(ids.shape, dtype=centroids.dtype, device=rows.device)
+    at_once = _CACHED_ROWS if rows.device.type == "cpu" else _DEVICE_ROWS
+    for start in range(0, len(rows), at_once):
+        part = slice(start, start + at_once)
         for place in range(ids.shape[1]):
-            difference = rows[part] - centroids[ids[part, place]]
-            distances[part, place] = np.einsum("nd,nd->n", difference, difference)
+            differences = centroids[ids[part, place]].sub_(rows[part])
+            torch.sum(differences.square_(), dim=1, out=distances[part, place])
     return distances

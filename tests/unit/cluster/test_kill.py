@@ -80,7 +80,7 @@ def workers_of(process):
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if child.cmdline()[0].startswith("ray::sum_group"):
+            if child.cmdline()[0].startswith("ray::_Worker.do"):
                 found.append(child)
         except (psutil.Error, IndexError):
             continue

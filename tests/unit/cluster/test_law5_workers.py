@@ -11,6 +11,7 @@ import pytest
 
 from moce_dist.cluster.assign import read_assignments, run_clustering
 from moce_dist.config import ClusterConfig
+from moce_dist.mapping import Workers
 from moce_dist.settings import ConfigError
 
 FILES = ("centroids.npy", "assignments.parquet", "prices.npy")
@@ -36,7 +37,7 @@ def on(pool):
     def map_blocks(function, shared, items):
         return pool.map(partial(function, shared), items)
 
-    return map_blocks
+    return Workers(map_blocks)
 
 
 def run(folder, out, cluster, **more):
@@ -51,7 +52,7 @@ def test_same_bits_on_1_2_and_4_workers(tmp_path, balance):
     for workers in (2, 4):
         out = tmp_path / str(workers)
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            run(tmp_path / "features", out, config(balance=balance), map_blocks=on(pool))
+            run(tmp_path / "features", out, config(balance=balance), workers=on(pool))
         for name in FILES[: 3 if balance == "exact" else 2]:
             assert (out / name).read_bytes() == (tmp_path / "here" / name).read_bytes(), name
 
@@ -91,7 +92,7 @@ def test_interrupted_run_ends_with_the_same_bits(tmp_path):
         return map(partial(function, shared), items)
 
     with pytest.raises(InterruptedError):
-        run(tmp_path / "features", tmp_path / "parts", config(), map_blocks=failing)
+        run(tmp_path / "features", tmp_path / "parts", config(), workers=Workers(failing))
     assert not (tmp_path / "parts" / "COMPLETE").exists()
     run(tmp_path / "features", tmp_path / "parts", config())
     for name in FILES:
