@@ -13,6 +13,7 @@ from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -39,7 +40,10 @@ def read_weights(source: str, field: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise ConfigError(f"{field} ({source}): no such file")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(f"{field} ({source}): is damaged ({error})") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
