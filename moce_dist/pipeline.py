@@ -115,7 +115,7 @@ class Pipeline:
             return
         for source, out in self._feature_folders():
             begin_features(out, inputs)
-            self._extract(source, self._feature_jobs(source, out))
+            self._extract(source, self._feature_jobs(source, out, fingerprint(inputs)))
         files = [
             f for pattern in ("*.npy", "*.keys.json") for f in self.run.features.rglob(pattern)
         ]
@@ -150,10 +150,11 @@ class Pipeline:
     def _has_holdout(self) -> bool:
         return (self.data / HOLDOUT / INDEX_NAME).is_file()
 
-    def _feature_jobs(self, source: Path, out: Path) -> list[FeatureJob]:
+    def _feature_jobs(self, source: Path, out: Path, identity: str) -> list[FeatureJob]:
         is_own, index = self.config.cluster.encoder == OWN, read_index(source)
         mae = latest_checkpoint(self.run.stage("mae") / "checkpoints") if is_own else None
-        encoder, side = encoder_spec(self.config, mae), encoder_side(self.config)
+        encoder = encoder_spec(self.config, mae, identity=identity)
+        side = encoder_side(self.config)
         return [
             FeatureJob(
                 shard=shard,

@@ -39,10 +39,14 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """How a process builds its encoder: `factory(*arguments)`, a module-level function."""
+    """How a process builds its encoder: `factory(*arguments)`, a module-level function.
+
+    A process keeps the last one: `identity` differs where equal arguments name other weights.
+    """
 
     factory: Callable[..., Encode]
     arguments: tuple[str, ...] = ()
+    identity: str = ""
 
 
 @dataclass(frozen=True)

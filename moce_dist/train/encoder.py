@@ -194,14 +194,18 @@ def encoder_id(config: Config) -> str:
         raise ConfigError(f"{_FIELD} ({encoder}): {error.strerror}") from None
 
 
-def encoder_spec(config: Config, checkpoint: Path | None) -> EncoderSpec:
-    """Say in strings how a worker builds the encoder; it stands in a folder of its own."""
+def encoder_spec(config: Config, checkpoint: Path | None, *, identity: str = "") -> EncoderSpec:
+    """Say in strings how a worker builds the encoder; it stands in a folder of its own.
+
+    `identity` is what the weights are known by.
+    """
     cluster = config.cluster
     if cluster.encoder != OWN and not cluster.encoder.startswith(_TIMM):
         path = str(Path(cluster.encoder).absolute())
         cluster = cluster.model_copy(update={"encoder": path})
     resolved = config.model_copy(update={"cluster": cluster})
-    return EncoderSpec(load_encoder, (resolved.model_dump_json(), str(checkpoint or "")))
+    arguments = (resolved.model_dump_json(), str(checkpoint or ""))
+    return EncoderSpec(load_encoder, arguments, identity)
 
 
 def load_encoder(config_json: str, checkpoint: str) -> Encoder:
