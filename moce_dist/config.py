@@ -102,9 +102,6 @@ class ViTShape(NamedTuple):
     num_heads: int
 
 
-WEIGHT_FILES = (".pth", ".pt", ".safetensors")
-"""Endings of files of weights."""
-
 VIT_SIZES = {
     "tiny": ViTShape(192, 12, 3),
     "small": ViTShape(384, 12, 6),
@@ -198,7 +195,7 @@ class ClusterConfig(Section):
 
     num_clusters: int = Field(256, ge=1)
     """Number of clusters, K."""
-    encoder: str = "mae"
+    encoder: str = Field("mae", pattern=r"^(mae|timm:.+|.+[.](pth|pt|safetensors))$")
     """Whose features: `mae` (the run's own), `timm:NAME`, or a file of published MAE weights."""
     balance: Literal["exact", "soft", "off"] = "exact"
     """Sizes differ by at most one; sizes within `soft_bound` of the mean; plain k-means."""
@@ -512,16 +509,6 @@ def _model_rules(config: Config) -> Iterable[str]:
         yield f"moe.layers ({list(config.moe_layers)}) must be distinct blocks below {shape.depth}"
 
 
-def _encoder_rules(config: Config) -> Iterable[str]:
-    encoder = config.cluster.encoder
-    is_timm = encoder.startswith("timm:") and encoder != "timm:"
-    if encoder != "mae" and not is_timm and not encoder.endswith(WEIGHT_FILES):
-        yield (
-            f"cluster.encoder ({encoder}) must be mae, timm:NAME, or a file of weights "
-            f"({', '.join(WEIGHT_FILES)})"
-        )
-
-
 def _parallel_rules(config: Config) -> Iterable[str]:
     parallel, groups = config.parallel, config.parallel.num_groups
     workers = parallel.num_workers
@@ -559,8 +546,7 @@ def _parallel_rules(config: Config) -> Iterable[str]:
 
 def cross_field_errors(config: Config) -> list[str]:
     """Every rule that ties two fields together and that `config` breaks."""
-    broken = [*_model_rules(config), *_encoder_rules(config), *_parallel_rules(config)]
-    data = config.data
+    broken, data = [*_model_rules(config), *_parallel_rules(config)], config.data
     if data.read_deadline_s >= (stall := data.stall_timeout_s):
         broken.append(
             f"data.read_deadline_s ({data.read_deadline_s:g}) must be below {stall:g}, "

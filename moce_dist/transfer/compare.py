@@ -115,10 +115,11 @@ class Comparison:
     def choice(self) -> dict[str, Any]:
         """Return the content of choice.json, chosen now unless that was done before."""
         moce, path = self.stage("moce"), self.folder / "choice.json"
+        mae = self.stage("mae") if self.config.cluster.encoder == OWN else None
         inputs = {
             "task": self.task_fingerprint,
             "moce": moce.identity,
-            **self._encoder_inputs(),
+            "encoder": mae.identity if mae else same_encoder(self.run, self.config),
             "clusters": artefact_id(self.run.clusters),
             "select": self.config.transfer.select,
             "max_train": self.config.transfer.max_train,
@@ -128,8 +129,7 @@ class Comparison:
         of = fingerprint(inputs)
         if path.exists() and (known := json.loads(path.read_text())).get("of") == of:
             return dict(known)
-        checkpoint = self.stage("mae").checkpoint if "mae" in inputs else None
-        encoder = build_encoder(self.config, checkpoint, self.machine.device)
+        encoder = build_encoder(self.config, mae.checkpoint if mae else None, self.machine.device)
         images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
         features, _, faults = encode(encoder, encoder.pixels, images, self.machine, name="encoder")
         skips = Skips(self.machine)
@@ -143,11 +143,6 @@ class Comparison:
             logger.warning("%s: %s", self.request.folder, choice["warning"])
         write_atomic(path, json.dumps({**choice, "of": of}, indent=1))
         return {**choice, "of": of}
-
-    def _encoder_inputs(self) -> dict[str, str]:
-        if self.config.cluster.encoder == OWN:
-            return {"mae": self.stage("mae").identity}
-        return {"encoder": same_encoder(self.run, self.config)}
 
     def backbone(self, name: str) -> Backbone:
         """Make one of the requested backbones.
