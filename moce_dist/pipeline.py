@@ -139,7 +139,8 @@ class Pipeline:
         sizes = (job.num_images for job, _ in zip(left, done, strict=True))
         for _ in track(sizes, "images encoded", total=total, size=int):
             pass
-        log.info("features: %.1f images/s", total / (time.monotonic() - start))
+        if total:
+            log.info("features: %.1f images/s", total / (time.monotonic() - start))
 
     def _feature_folders(self) -> Iterator[tuple[Path, Path]]:
         yield self.data, self.run.features
