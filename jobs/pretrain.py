@@ -60,6 +60,11 @@ def check_request(config: Config, stage: str) -> None:
                 f"parallel.num_workers ({config.parallel.num_workers}) must be the number of "
                 f"processes that torchrun started ({world_size}); legal here: {legal}"
             )
+    if stage in ("all", "cluster") and config.cluster.encoder != "mae":
+        # only the library that a name belongs to knows it
+        from moce_dist.train.encoder import check_encoder
+
+        check_encoder(config)
 
 
 def check_source(data: DataConfig, root: Path) -> None:
@@ -95,7 +100,8 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"encoder    width {shape.width}, depth {shape.depth}, heads {shape.num_heads}, "
         f"{visible} of {config.num_patches + 1} tokens visible",
         f"experts    {config.moe.num_experts} in each of blocks {list(config.moe_layers)}",
-        f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}",
+        f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}, "
+        f"features of {config.cluster.encoder}",
         f"ranks      {parallel.num_workers}{fewest} in {ep_size} places, "
         f"{parallel.num_groups} groups, "
         f"{config.moe.num_experts // ep_size} experts of a layer on each rank",

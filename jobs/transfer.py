@@ -122,6 +122,7 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
     print(f"run        {run.root if run else 'none given: the plan is that of the configuration'}")
     print(f"backbones  {', '.join(request.backbones)}, ViT {tuple(config.model.shape)}")
     print(f"experts    {request.experts or transfer.select}, MoE blocks {config.moe_layers}")
+    print(f"clusters   features of cluster.encoder {config.cluster.encoder}")
     print(f"protocols  {', '.join(request.protocols)}, {request.num_seeds} seeds")
     if request.is_segmentation:
         print(
@@ -210,7 +211,7 @@ def main(argv: Sequence[str]) -> None:
     check_torchrun(args, config)
     if run is not None:
         for order in orders:
-            check_stages(order.request, run)
+            check_stages(order.request, run, order.config)
     if args.dry_run or run is None:
         for order in orders:
             print_plan(order.request, order.config, run)

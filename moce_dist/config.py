@@ -195,6 +195,8 @@ class ClusterConfig(Section):
 
     num_clusters: int = Field(256, ge=1)
     """Number of clusters, K."""
+    encoder: str = Field("mae", pattern=r"^(mae|timm:.+|.+[.](pth|pt|safetensors))$")
+    """Whose features: `mae` (the run's own), `timm:NAME`, or a file of published MAE weights."""
     balance: Literal["exact", "soft", "off"] = "exact"
     """Sizes differ by at most one; sizes within `soft_bound` of the mean; plain k-means."""
     spherical: bool = False

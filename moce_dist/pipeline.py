@@ -9,6 +9,7 @@ made, or taken up where it stopped. This module only wires chapters to `launch`.
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -27,7 +28,6 @@ from moce_dist.cluster.assign import (
 )
 from moce_dist.cluster.blocks import open_features
 from moce_dist.cluster.features import (
-    EncoderSpec,
     FeatureJob,
     begin_features,
     extract_shard,
@@ -56,8 +56,8 @@ from moce_dist.run import (
 )
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
+from moce_dist.train.encoder import OWN, encoder_id, encoder_side, encoder_spec
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob
-from moce_dist.train.pretrained import load_encoder
 
 log = logging.getLogger(__name__)
 HOLDOUT = "holdout"
@@ -109,22 +109,39 @@ class Pipeline:
         return summary
 
     def features(self) -> None:
-        """Encode all images, held-out ones too, with the trained encoder."""
-        inputs = {"mae": trained_id(self.run.stage("mae")), "data": data_id(self.data)}
+        """Encode all images, held-out ones too, with the frozen encoder."""
+        inputs = {**self._encoder_inputs(), "data": data_id(self.data)}
         if is_complete(self.run.features, inputs):
             log.info("features: complete")
             return
         for source, out in self._feature_folders():
             begin_features(out, inputs)
-            jobs = self._feature_jobs(source, out)
-            log.info("features: encoding %d shards of %s", len(jobs), source)
-            done = map_tasks(extract_shard, jobs, parallel=self.config.parallel, gpu=True)
-            for _ in track(done, "shards encoded", total=len(jobs)):
-                pass
+            self._extract(source, self._feature_jobs(source, out, fingerprint(inputs)))
         files = [
             f for pattern in ("*.npy", "*.keys.json") for f in self.run.features.rglob(pattern)
         ]
         mark_complete(self.run.features, inputs, files)
+
+    def _encoder_inputs(self) -> dict[str, str]:
+        # features of another encoder do not depend on the MAE, nor do the clusters
+        if self.config.cluster.encoder == OWN:
+            return {"mae": trained_id(self.run.stage("mae"))}
+        return {"encoder": encoder_id(self.config)}
+
+    def _extract(self, source: Path, jobs: list[FeatureJob]) -> None:
+        left = [job for job in jobs if not job.target.is_file()]
+        total = sum(job.num_images for job in left)
+        log.info(
+            "features: encoding %d images in %d of %d shards of %s with %s",
+            *(total, len(left), len(jobs), source, self.config.cluster.encoder),
+        )
+        start = time.monotonic()
+        done = map_tasks(extract_shard, left, parallel=self.config.parallel, gpu=True)
+        sizes = (job.num_images for job, _ in zip(left, done, strict=True))
+        for _ in track(sizes, "images encoded", total=total, size=int):
+            pass
+        if total:
+            log.info("features: %.1f images/s", total / (time.monotonic() - start))
 
     def _feature_folders(self) -> Iterator[tuple[Path, Path]]:
         yield self.data, self.run.features
@@ -135,10 +152,11 @@ class Pipeline:
     def _has_holdout(self) -> bool:
         return (self.data / HOLDOUT / INDEX_NAME).is_file()
 
-    def _feature_jobs(self, source: Path, out: Path) -> list[FeatureJob]:
-        checkpoint = latest_checkpoint(self.run.stage("mae") / "checkpoints")
-        index = read_index(source)
-        encoder = EncoderSpec(load_encoder, (str(checkpoint), self.config.model_dump_json()))
+    def _feature_jobs(self, source: Path, out: Path, identity: str) -> list[FeatureJob]:
+        is_own, index = self.config.cluster.encoder == OWN, read_index(source)
+        mae = latest_checkpoint(self.run.stage("mae") / "checkpoints") if is_own else None
+        encoder = encoder_spec(self.config, mae, identity=identity)
+        side = encoder_side(self.config)
         return [
             FeatureJob(
                 shard=shard,
@@ -147,7 +165,7 @@ class Pipeline:
                 out=out,
                 ledger=self.run.faults,
                 encoder=encoder,
-                image_size=self.config.data.image_size,
+                image_size=side,
                 batch_size=self.config.cluster.batch_size,
             )
             for shard, name in zip(index.shards, feature_names(index), strict=True)

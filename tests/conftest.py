@@ -26,3 +26,30 @@ def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in on_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def timm_hub(tmp_path_factory):
+    """A copy of timm's hub (HF_HOME) that holds one small ViT, its weights drawn at random."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    home = tmp_path_factory.mktemp("hub")
+    repository = home / "hub" / "models--timm--test_vit.r160_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    torch.manual_seed(3)
+    weights = timm.create_model("test_vit").state_dict()
+    save_file(weights, repository / "snapshots" / ("0" * 40) / "model.safetensors")
+    return home
+
+
+@pytest.fixture
+def timm_offline(timm_hub, monkeypatch):
+    """Let this process find the models of `timm_hub`, and nothing on the network."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(timm_hub / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
 from moce_dist.data.images import ImageError, eval_image
 from moce_dist.data.shards import Shard, ShardIndex
-from moce_dist.run import record_fault, write_atomic
+from moce_dist.run import read_faults, record_fault, write_atomic
 
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """(B, 3, S, S) normalised images -> (B, D) features."""
@@ -39,10 +39,14 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """How a process builds its encoder: `factory(*arguments)`, a module-level function."""
+    """How a process builds its encoder: `factory(*arguments)`, a module-level function.
+
+    A process keeps the last one: `identity` differs where equal arguments name other weights.
+    """
 
     factory: Callable[..., Encode]
     arguments: tuple[str, ...] = ()
+    identity: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,16 @@ class FeatureJob:
     encoder: EncoderSpec
     image_size: int
     batch_size: int
+
+    @property
+    def target(self) -> Path:
+        """The file of the features, there when it is whole."""
+        return self.out / f"{self.name}.npy"
+
+    @property
+    def num_images(self) -> int:
+        """Images of the shard, unreadable ones too."""
+        return len(self.shard.keys)
 
 
 @lru_cache(maxsize=1)
@@ -79,6 +93,8 @@ def feature_names(index: ShardIndex) -> list[str]:
 def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Make a folder ready for features made from `inputs`; files made from others are removed."""
     note, text = folder / "inputs.json", json.dumps(dict(inputs), sort_keys=True)
+    for torn in folder.glob(".*.tmp"):
+        torn.unlink(missing_ok=True)
     if note.is_file() and note.read_text() == text:
         return
     for stale in (*folder.glob("*.npy"), *folder.glob("*.keys.json"), folder / "COMPLETE"):
@@ -92,19 +108,28 @@ def extract_shard(job: FeatureJob) -> int:
     Raises:
         FileNotFoundError: the shard is gone.
     """
-    target = job.out / f"{job.name}.npy"
-    if target.is_file():
+    if job.target.is_file():
         return 0
     faults: dict[int, str] = {}
     batches = [_encode(job, batch) for batch in _batches(job, faults)]
     features = np.concatenate(batches)
     features[list(faults)] = 0
     write_atomic(job.out / f"{job.name}.keys.json", json.dumps(job.shard.keys))
-    for row, reason in faults.items():
-        key = job.shard.keys[row]
-        record_fault(job.ledger, stage="features", shard=job.url, key=key, reason=reason)
-    _write_array(target, features.astype(np.float16))
+    _record(job, faults)
+    _write_array(job.target, features.astype(np.float16))
     return len(faults)
+
+
+def _record(job: FeatureJob, faults: Mapping[int, str]) -> None:
+    if not faults:
+        return
+    # a worker that died between these lines and the features has left them
+    lines = read_faults(job.ledger)
+    known = {(line.get("stage"), line.get("shard"), line.get("key")) for line in lines}
+    for row, reason in faults.items():
+        place = {"stage": "features", "shard": job.url, "key": job.shard.keys[row]}
+        if tuple(place.values()) not in known:
+            record_fault(job.ledger, **place, reason=reason)
 
 
 def _contents(job: FeatureJob) -> Iterator[bytes]:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
@@ -11,22 +11,33 @@ Item = TypeVar("Item")
 
 
 def track(
-    items: Iterable[Item], what: str, *, total: int | None = None, every_s: float = 10
+    items: Iterable[Item],
+    what: str,
+    *,
+    total: int | None = None,
+    every_s: float = 10,
+    size: Callable[[Item], int] = lambda _: 1,
 ) -> Iterator[Item]:
-    """Yield the items; log every `every_s` seconds how many are done and how long is left."""
+    """Yield the items; log every `every_s` seconds how many are done and how long is left.
+
+    `what` begins with the unit. Where items differ in size, `size` says how many units of `total`
+    each of them is.
+    """
     start = said = time.monotonic()
-    for number, item in enumerate(items):
+    done = 0
+    for item in items:
+        yield item
+        done += size(item)
         now = time.monotonic()
         if now - said >= every_s:
             said = now
-            logger.info("%s", _line(number, now - start, what, total))
-        yield item
+            logger.info("%s", _line(done, now - start, what, total))
 
 
 def _line(done: int, seconds: float, what: str, total: int | None) -> str:
-    rate = done / seconds
+    rate, unit = done / seconds, what.partition(" ")[0]
     if total is None:
-        return f"{done} {what}, {rate:.1f}/s"
+        return f"{done} {what}, {rate:.1f} {unit}/s"
     if done == 0:
         return f"0 of {total} {what}, after {seconds:.0f} s"
-    return f"{done} of {total} {what}, {rate:.1f}/s, {(total - done) / rate:.0f} s left"
+    return f"{done} of {total} {what}, {rate:.1f} {unit}/s, {(total - done) / rate:.0f} s left"

@@ -8,7 +8,7 @@ Letters: K clusters, L MoE layers, E experts per layer, T logged steps.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from matplotlib import rc_context
@@ -16,12 +16,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from moce_dist.cluster.spread import nearest_others
 from moce_dist.report.record import Clusters, Record, Stage
 
 COLOURS = {"mae": "#4477aa", "moce": "#cc6677"}
 _GREY = "#667085"
 _MAX_POINTS = 800
-_MAX_CENTROIDS = 512
+_MAX_CLUSTERS = 512
+# Paul Tol's muted scheme, readable for colour-blind eyes
+_MUTED = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255")
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -175,28 +178,50 @@ def routing_changes(record: Record) -> tuple[list[int], list[int]]:
 
 
 def cluster_sizes(clusters: Clusters | None) -> str | None:
-    """Draw cluster sizes, largest first, split by domain: what every cluster holds."""
+    """Draw cluster sizes, with and without balance; of up to `_MAX_CLUSTERS` what each holds."""
     if clusters is None or not len(clusters.sizes):
         return None
-    order = _by_domain(clusters)
-    bottom = np.zeros(len(order))
-    palette = _domain_colours(len(clusters.domains))
     with rc_context(_STYLE):
         figure, (axes,) = _canvas(1, 1, 2.8)
-        for column, domain in enumerate(clusters.domains):
-            counts = clusters.counts[order, column]
-            axes.bar(range(len(order)), counts, 0.9, bottom, color=palette[column], label=domain)
-            bottom += counts
-        if clusters.free_sizes is not None:
-            free = clusters.free_sizes[order]
-            axes.plot(range(len(order)), free, "k_", markersize=8, label="without balance")
-        axes.set(title="images per cluster, by domain", xlabel="clusters, by main domain")
-        axes.set_xticks(range(len(order)) if len(order) <= 32 else [])
-        if len(order) <= 32:
-            axes.set_xticklabels(order)
-        axes.grid(visible=False, axis="x")
+        if len(clusters.sizes) <= _MAX_CLUSTERS:
+            _size_bars(axes, clusters)
+        else:
+            _size_curves(axes, clusters)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
         return _svg(figure, "clusters")
+
+
+def _size_bars(axes: Axes, clusters: Clusters) -> None:
+    order = _by_domain(clusters)
+    bottom = np.zeros(len(order))
+    for domain, counts, colour in _stacked_domains(clusters):
+        axes.bar(range(len(order)), counts[order], 0.9, bottom, color=colour, label=domain)
+        bottom += counts[order]
+    if clusters.free_sizes is not None:
+        free = clusters.free_sizes[order]
+        axes.plot(range(len(order)), free, "k_", markersize=8, label="without balance")
+    axes.set(title="images per cluster, by domain", xlabel="clusters, by main domain")
+    axes.set_xticks(range(len(order)) if len(order) <= 32 else [])
+    if len(order) <= 32:
+        axes.set_xticklabels(order)
+    axes.grid(visible=False, axis="x")
+
+
+def _size_curves(axes: Axes, clusters: Clusters) -> None:
+    sizes = {"images": clusters.sizes, "without balance": clusters.free_sizes}
+    for (label, values), colour in zip(sizes.items(), (COLOURS["moce"], "black"), strict=True):
+        if values is not None:
+            ranks, sorted_sizes = _thin(range(len(values)), np.sort(values)[::-1].tolist())
+            axes.plot(ranks, sorted_sizes, color=colour, linewidth=1.4, label=label)
+    axes.set(title="images per cluster", xlabel="clusters, largest first", ylim=(0, None))
+
+
+def _stacked_domains(clusters: Clusters) -> Iterator[tuple[str, NDArray[np.int64], str]]:
+    """Name, images per cluster (K,) and colour of the most frequent domains, then of the rest."""
+    for column, colour in enumerate(_MUTED[: len(clusters.domains)]):
+        yield clusters.domains[column], clusters.counts[:, column], colour
+    if (others := len(clusters.domains) - len(_MUTED)) > 0:
+        yield f"{others} others", clusters.counts[:, len(_MUTED) :].sum(axis=1), "#bbbbbb"
 
 
 def _by_domain(clusters: Clusters) -> NDArray[np.int64]:
@@ -206,24 +231,26 @@ def _by_domain(clusters: Clusters) -> NDArray[np.int64]:
 def centroid_distances(clusters: Clusters | None) -> str | None:
     """Draw the distances between centroids, (K, K), clusters in the order of their sizes' figure.
 
-    None from `_MAX_CENTROIDS` clusters on: their squares would be smaller than a pixel.
+    Of more than `_MAX_CLUSTERS` only so many, evenly spaced in that order, are drawn: squares
+    would be smaller than a pixel.
     """
     if clusters is None or clusters.centroids is None:
         return None
-    centroids = clusters.centroids.astype(np.float64)
-    if not 1 < len(centroids) == len(clusters.sizes) <= _MAX_CENTROIDS:
+    if not 1 < len(clusters.centroids) == len(clusters.sizes):
         return None
-    centroids = centroids[_by_domain(clusters)]
+    shown = np.array(evenly(_by_domain(clusters).tolist(), _MAX_CLUSTERS))
+    centroids = clusters.centroids[shown].astype(np.float64)
     squares = np.square(centroids).sum(axis=1)
     distances = squares[:, None] + squares - 2 * centroids @ centroids.T
     distances = np.sqrt(np.maximum(distances, 0))
-    others = np.where(np.eye(len(distances), dtype=bool), np.inf, distances).min(axis=1)
-    ticks = list(range(len(centroids))) if len(centroids) <= 32 else []
-    names = _by_domain(clusters)[: len(ticks)]
+    others = nearest_others(clusters.centroids, shown)
+    names = shown if len(shown) <= 32 else shown[:0]
+    ticks = range(len(names))
+    of_all = f" ({len(shown)} of {len(clusters.sizes)})" if len(shown) < len(clusters.sizes) else ""
     with rc_context(_STYLE | {"axes.grid": False}):
         figure, (axes, beside) = _canvas(1, 2, 3.4)
         image = axes.imshow(distances, cmap="viridis")
-        axes.set(title="distance between centroids", xlabel="clusters, by main domain")
+        axes.set(title="distance between centroids", xlabel=f"clusters, by main domain{of_all}")
         axes.set_xticks(ticks, names, rotation=90)
         axes.set_yticks(ticks, names)
         figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
@@ -233,7 +260,7 @@ def centroid_distances(clusters: Clusters | None) -> str | None:
         return _svg(figure, "centroids")
 
 
-def _domain_colours(count: int) -> list[str]:
-    # Paul Tol's muted scheme, readable for colour-blind eyes
-    muted = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255")
-    return [muted[i] if i < len(muted) else "#bbbbbb" for i in range(count)]
+def evenly(items: Sequence[int], most: int) -> list[int]:
+    """Take at most so many of the items, evenly spaced, the first one included."""
+    count = min(len(items), most)
+    return [items[i * len(items) // count] for i in range(count)]

@@ -10,8 +10,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moce_dist.config import Config, to_yaml
 from moce_dist.report import figures
+from moce_dist.report.figures import evenly
 from moce_dist.report.record import Line, Record, read_record
-from moce_dist.report.summary import domain_mix
+from moce_dist.report.summary import cluster_notes, domain_mix
 from moce_dist.run import write_atomic
 from moce_dist.settings import flatten
 
@@ -46,6 +47,7 @@ def render(record: Record) -> str:
         tiles=_tiles(record),
         figures=_figures(record),
         tasks=[_task(metrics) for metrics in record.transfers],
+        notes=cluster_notes(record.clusters) if record.clusters else [],
         mix=_mix(record),
         faults=_fault_rows(record.faults),
         fault_count=len(record.faults),
@@ -128,25 +130,27 @@ def _task(metrics: Line) -> dict[str, Any]:
 
 
 def _mix(record: Record) -> list[dict[str, Any]]:
-    if record.clusters is None:
+    clusters = record.clusters
+    if clusters is None:
         return []
+    # of very many clusters those are listed that have a sheet
+    ids = list(range(len(clusters.sizes)))
+    listed = ids if len(ids) <= _MAX_CLUSTERS else sorted(clusters.sheets) or ids
+    listed = evenly(listed, _MAX_CLUSTERS)
+    pictured = set(evenly([c for c in listed if c in clusters.sheets], _MAX_SHEETS))
     return [
         {
             "cluster": cluster,
-            "size": int(counts.sum()),
-            "domains": domain_mix(counts, record.clusters.domains),
-            "sheet": _sheet(record, cluster),
+            "size": int(clusters.sizes[cluster]),
+            "domains": domain_mix(clusters.counts[cluster], clusters.domains),
+            "sheet": _inline(record, clusters.sheets[cluster]) if cluster in pictured else "",
         }
-        for cluster, counts in enumerate(record.clusters.counts[:_MAX_CLUSTERS])
+        for cluster in listed
+        if cluster < len(ids)
     ]
 
 
-def _sheet(record: Record, cluster: int) -> str:
-    """Inline the sheet of a cluster as base64, "" without one or beyond the first of many."""
-    assert record.clusters is not None
-    path = record.clusters.sheets.get(cluster)
-    if path is None or cluster >= _MAX_SHEETS:
-        return ""
+def _inline(record: Record, path: Path) -> str:
     content = record.attempt(Path.read_bytes, path)
     return base64.b64encode(content).decode() if content else ""
 

@@ -47,13 +47,13 @@ class Stage:
 class Clusters:
     """Sizes (K,) and domain mix (K, domains) of the clusters; a domain is a key's first folder.
 
-    `free_sizes` (K,) are those without balance, `centroids` is (K, D), `sheets` are the files of
-    the gallery by cluster: each is None or empty where it is not there.
+    `summary` is the content of summary.json, `centroids` is (K, D), `sheets` are the files of the
+    gallery by cluster: each is None or empty where it is not there.
     """
 
     domains: list[str]
     counts: NDArray[np.int64]
-    free_sizes: NDArray[np.int64] | None = None
+    summary: Line = field(default_factory=dict)
     centroids: NDArray[np.float32] | None = None
     sheets: dict[int, Path] = field(default_factory=dict)
 
@@ -62,6 +62,12 @@ class Clusters:
         """Images per cluster, (K,)."""
         sizes: NDArray[np.int64] = self.counts.sum(axis=1)
         return sizes
+
+    @property
+    def free_sizes(self) -> NDArray[np.int64] | None:
+        """Images per cluster if each were in the nearest, (K,); None where that was not taken."""
+        sizes = self.summary.get("sizes_without_balance")
+        return None if sizes is None else np.array(sizes, np.int64)
 
 
 @dataclass(frozen=True)
@@ -156,9 +162,12 @@ def _read_clusters(path: Path) -> Clusters:
     return Clusters(domains, counts)
 
 
-def _read_free_sizes(path: Path) -> NDArray[np.int64] | None:
-    sizes = _read_object(path).get("sizes_without_balance")
-    return None if sizes is None else np.array(sizes, np.int64)
+def _read_summary(path: Path) -> Line:
+    summary = _read_object(path)
+    np.array(summary.get("sizes_without_balance", []), np.int64)
+    for name in ("nmi", "centroid_distance_min", "centroid_distance_median"):
+        float(summary.get(name, 0))
+    return summary
 
 
 def _read_sheets(folder: Path) -> dict[int, Path]:
@@ -171,7 +180,7 @@ def _read_all_clusters(record: Record, folder: Path) -> Clusters | None:
         return None
     return replace(
         found,
-        free_sizes=record.attempt(_read_free_sizes, folder / "summary.json"),
+        summary=record.attempt(_read_summary, folder / "summary.json") or {},
         centroids=record.attempt(
             lambda path: np.load(path, allow_pickle=False), folder / "centroids.npy"
         ),

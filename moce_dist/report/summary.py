@@ -55,6 +55,23 @@ def purity(clusters: Clusters) -> float:
     return float(clusters.counts.max(axis=1).sum() / max(1, clusters.counts.sum()))
 
 
+def cluster_notes(clusters: Clusters) -> list[str]:
+    """Say in figures how the clusters stand to domains, to balance and to each other."""
+    known, free = clusters.summary, clusters.free_sizes
+    notes = []
+    if "nmi" in known:
+        notes.append(f"normalised mutual information of clusters and domains: {known['nmi']:.3f}")
+    if free is not None:
+        notes.append(f"without balance they would have {free.min()} to {free.max()} images")
+    if "centroid_distance_median" in known:
+        median, least = known["centroid_distance_median"], known["centroid_distance_min"]
+        notes.append(
+            f"distance of a centroid to the nearest other: {median:.3f} (median), {least:.3f} "
+            "(least)"
+        )
+    return notes
+
+
 def _clusters(clusters: Clusters | None) -> Iterator[str]:
     if clusters is None:
         yield "clusters: missing"
@@ -64,6 +81,7 @@ def _clusters(clusters: Clusters | None) -> Iterator[str]:
         f"clusters: {len(sizes)} of {sizes.min()} to {sizes.max()} images; "
         f"{100 * purity(clusters):.0f} % of the images lie with their cluster's main domain"
     )
+    yield from (f"  {note}" for note in cluster_notes(clusters))
     for cluster, counts in enumerate(clusters.counts[:_MAX_CLUSTERS]):
         yield f"  cluster {cluster:4}: {domain_mix(counts, clusters.domains)}"
     if len(sizes) > _MAX_CLUSTERS:

@@ -9,11 +9,11 @@ Source: the layout of mae_pretrain_vit_*.pth, arXiv 2111.06377; timm's `vit_*_pa
 import argparse
 import logging
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
@@ -21,13 +21,14 @@ from torch import Tensor
 from moce_dist.config import Config
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
-from moce_dist.train.checkpoint import load_weights
 
 log = logging.getLogger(__name__)
 
 
-def read_weights(source: str) -> dict[str, Tensor]:
+def read_weights(source: str, field: str) -> dict[str, Tensor]:
     """Read a state dict: a local `.pth`, `.pt` or `.safetensors`, or a timm name of the hub.
+
+    `field` is the setting that named it, for errors.
 
     Raises:
         ConfigError: the file is missing or is no state dict; nothing in it is unpickled but
@@ -37,19 +38,22 @@ def read_weights(source: str) -> dict[str, Tensor]:
     if path.suffix not in (".pth", ".pt", ".safetensors"):
         return dict(timm.create_model(source, pretrained=True, num_classes=0).state_dict())
     if not path.is_file():
-        raise ConfigError(f"model.init ({source}): no such file")
+        raise ConfigError(f"{field} ({source}): no such file")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ConfigError(f"{field} ({source}): is damaged ({error})") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError):
         raise ConfigError(
-            f"model.init ({source}): is no checkpoint of tensors; nothing else is unpickled"
+            f"{field} ({source}): is no checkpoint of tensors; nothing else is unpickled"
         ) from None
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not weights or not all(isinstance(tensor, Tensor) for tensor in weights.values()):
-        raise ConfigError(f"model.init ({source}): holds no state dict")
+        raise ConfigError(f"{field} ({source}): holds no state dict")
     return dict(weights)
 
 
@@ -59,25 +63,37 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     Raises:
         ConfigError: a tensor of `model.init` has another shape than the configured model's.
     """
+    if config.model.init is not None:
+        return dense_weights(config, config.model.init, "model.init")
+    return _new_weights(config)
+
+
+def _new_weights(config: Config) -> dict[str, Tensor]:
     torch.manual_seed(config.seed)
-    weights = dict(MaskedAutoencoder(config).state_dict())
-    if config.model.init is None:
-        return weights
-    found = read_weights(config.model.init)
+    return dict(MaskedAutoencoder(config).state_dict())
+
+
+def dense_weights(config: Config, source: str, field: str) -> dict[str, Tensor]:
+    """Lay the weights of `source` over new ones of the configured MAE; `field` named them.
+
+    Raises:
+        ConfigError: the encoder is not all there, or a tensor has another shape than the model's.
+    """
+    weights, found = _new_weights(config), read_weights(source, field)
     _resample_positions(found, config)
     taken = {name: tensor.float() for name, tensor in found.items() if name in weights}
     for name, tensor in taken.items():
         if tensor.shape != weights[name].shape:
             raise ConfigError(
-                f"model.init ({config.model.init}): {name} is {tuple(tensor.shape)}, "
+                f"{field} ({source}): {name} is {tuple(tensor.shape)}, "
                 f"the configured model needs {tuple(weights[name].shape)}"
             )
     missing = weights.keys() - taken.keys()
     encoder = [name for name in missing if not name.startswith(("decoder", "mask_token"))]
     if encoder:
-        raise ConfigError(f"model.init ({config.model.init}): lacks {sorted(encoder)[0]}")
+        raise ConfigError(f"{field} ({source}): lacks {sorted(encoder)[0]}")
     if missing:
-        log.info("model.init: %d tensors; no decoder in it, the decoder starts new", len(taken))
+        log.info("%s: %d tensors; no decoder in it, the decoder starts new", field, len(taken))
     return weights | taken
 
 
@@ -87,17 +103,3 @@ def _resample_positions(weights: dict[str, Tensor], config: Config) -> None:
         positions = weights.get(name)
         if positions is not None and positions.shape[1] != side**2 + 1:
             weights[name] = resample_abs_pos_embed(positions, [side, side])
-
-
-def load_encoder(checkpoint: str, config_json: str) -> Callable[[Tensor], Tensor]:
-    """Build a frozen encoder in this process: images (B, 3, S, S) to features (B, D).
-
-    Arguments are strings, so that a job for a worker can name its encoder.
-    """
-    config = Config.model_validate_json(config_json)
-    torch.set_num_threads(config.parallel.threads_per_worker)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = MaskedAutoencoder(config)
-    model.load_state_dict(load_weights(Path(checkpoint)))
-    model.to(device).eval().requires_grad_(requires_grad=False)
-    return lambda images: model.features(images.to(device))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moce_dist.config import Config
 from moce_dist.data.images import MEAN, STD
 from moce_dist.settings import ConfigError
+from moce_dist.train.encoder import describe_timm
 
 _ARCHITECTURES = {
     "tiny": "vit_tiny_patch16_224",
@@ -144,16 +145,14 @@ def timm_backbone(name: str) -> Backbone:
         ConfigError: timm has no such model, or no weights for it.
     """
     known = name.removeprefix("timm:")
-    if not timm.is_model(known) or not timm.is_model_pretrained(known):
-        raise ConfigError(f"--backbone {name}: is no model of timm's with weights")
-    given = timm.get_pretrained_cfg(known)
+    given = describe_timm(known, f"--backbone {name}")
     return Backbone(
         name,
         known,
         {},
-        given.input_size[-1],
+        given.image_size,
         pretrained=True,
-        mean=tuple(given.mean),
-        std=tuple(given.std),
+        mean=given.mean,
+        std=given.std,
         identity={"timm": timm.__version__},
     )

@@ -10,6 +10,7 @@ Source: weighted k-NN as in Wu et al. 2018, arXiv 1805.01978, section 3.4 (tempe
 features minus their mean as in the clustering of this package.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
+from moce_dist.train.encoder import Pixels
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.loading import Fault, Machine, Progress, eval_batches
 from moce_dist.transfer.measure import Measures, measure, multi_label_loss
@@ -45,21 +47,38 @@ class Features(NamedTuple):
     test_faults: list[Fault]
 
 
-@torch.no_grad()
 def extract(
     backbone: Backbone, items: list[Item], machine: Machine, *, seed: int = 0
 ) -> tuple[Tensor, Tensor, list[Fault]]:
+    """Compute a backbone's features of items: see `encode`; `seed` draws what has no weights.
+
+    Raises:
+        ValueError: no item can be read.
+    """
+    model = backbone.features_model(seed).to(machine.device)
+    return encode(model, backbone, items, machine, name=backbone.name)
+
+
+@torch.no_grad()
+def encode(
+    model: Callable[[Tensor], Tensor],
+    takes: Backbone | Pixels,
+    items: list[Item],
+    machine: Machine,
+    *,
+    name: str,
+) -> tuple[Tensor, Tensor, list[Fault]]:
     """Compute features (n, D) float32 and labels (n,) of items, in their order, on the CPU.
 
-    Images that cannot be read are missing, and named beside the rest.
+    `takes` says what images (B, 3, S, S) the model takes. Images that cannot be read are missing,
+    and named beside the rest.
 
     Raises:
         ValueError: none can be read.
     """
-    model = backbone.features_model(seed).to(machine.device)
-    progress = Progress(f"{backbone.name} features", len(items), "images")
+    progress = Progress(f"{name} features", len(items), "images")
     found = []
-    for images, batch_labels, faults in eval_batches(items, backbone, machine):
+    for images, batch_labels, faults in eval_batches(items, takes, machine):
         found.append((model(images.to(machine.device)).float().cpu(), batch_labels, faults))
         progress.advance(len(batch_labels))
     return readable(in_order(found, machine))

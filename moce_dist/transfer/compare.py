@@ -24,10 +24,11 @@ from moce_dist.model.customize import customize
 from moce_dist.run import Run, artefact_id, fingerprint, is_complete, mark_complete, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
+from moce_dist.train.encoder import OWN, build_encoder
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.classify import (
     Features,
-    extract,
+    encode,
     knn,
     linear,
     save_linear,
@@ -44,7 +45,7 @@ from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.segment import segment
-from moce_dist.transfer.select import choose_experts, task_clusters
+from moce_dist.transfer.select import choose_experts, same_encoder, task_clusters
 from moce_dist.transfer.skips import Fitted, Skips, record_skips
 from moce_dist.transfer.tasks import Task
 
@@ -113,11 +114,12 @@ class Comparison:
     @cached_property
     def choice(self) -> dict[str, Any]:
         """Return the content of choice.json, chosen now unless that was done before."""
-        moce, mae, path = self.stage("moce"), self.stage("mae"), self.folder / "choice.json"
+        moce, path = self.stage("moce"), self.folder / "choice.json"
+        mae = self.stage("mae") if self.config.cluster.encoder == OWN else None
         inputs = {
             "task": self.task_fingerprint,
             "moce": moce.identity,
-            "mae": mae.identity,
+            "encoder": mae.identity if mae else same_encoder(self.run, self.config),
             "clusters": artefact_id(self.run.clusters),
             "select": self.config.transfer.select,
             "max_train": self.config.transfer.max_train,
@@ -127,9 +129,9 @@ class Comparison:
         of = fingerprint(inputs)
         if path.exists() and (known := json.loads(path.read_text())).get("of") == of:
             return dict(known)
-        encoder = run_backbone("mae", self.config, customize(mae.weights, ()))
+        encoder = build_encoder(self.config, mae.checkpoint if mae else None, self.machine.device)
         images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
-        features, _, faults = extract(encoder, images, self.machine)
+        features, _, faults = encode(encoder, encoder.pixels, images, self.machine, name="encoder")
         skips = Skips(self.machine)
         skips.test = faults
         record_skips(self.run.faults, skips.close())

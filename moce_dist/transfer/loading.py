@@ -22,8 +22,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moce_dist.config import Config, FinetuneConfig, ParallelConfig
-from moce_dist.data.images import MEAN, STD, eval_image, sample_generator, train_image
+from moce_dist.data.images import eval_image, sample_generator, train_image
 from moce_dist.settings import ConfigError
+from moce_dist.train.encoder import Pixels, renormalisation
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.tasks import Item
 
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 _REPORT_S = 5.0
 
 Draw = tuple[int, int]
-Statistics = NDArray[np.float32]
 
 
 class Fault(NamedTuple):
@@ -162,17 +162,8 @@ class Progress:
         )
 
 
-def renormalisation(backbone: Backbone) -> tuple[Statistics, Statistics]:
-    """Return factor and shift, (3, 1, 1) each, from ImageNet's statistics to a backbone's own."""
-    mean, std, own_mean, own_std = (
-        np.array(values, np.float32).reshape(3, 1, 1)
-        for values in (MEAN, STD, backbone.mean, backbone.std)
-    )
-    return std / own_std, (mean - own_mean) / own_std
-
-
 class TaskImages(Dataset[Look]):
-    """Items as (3, S, S) float32 normalised for a backbone; with `augment` cropped and mirrored.
+    """Items as (3, S, S) float32 normalised for a model; with `augment` cropped and mirrored.
 
     For training, an item that cannot be read is replaced by the next one that can; without
     `augment` it is blank.
@@ -181,14 +172,14 @@ class TaskImages(Dataset[Look]):
     def __init__(
         self,
         items: Sequence[Item],
-        backbone: Backbone,
+        model: Backbone | Pixels,
         *,
         augment: FinetuneConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self._items, self._size = items, backbone.image_size
+        self._items, self._size = items, model.image_size
         self._augment, self._seed = augment, seed
-        self._factor, self._shift = renormalisation(backbone)
+        self._factor, self._shift = renormalisation(model.mean, model.std)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -233,7 +224,7 @@ class TaskImages(Dataset[Look]):
 
 
 def eval_batches(
-    items: Sequence[Item], backbone: Backbone, machine: Machine
+    items: Sequence[Item], model: Backbone | Pixels, machine: Machine
 ) -> Iterator[tuple[Tensor, Tensor, list[Fault | None]]]:
     """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU.
 
@@ -245,7 +236,7 @@ def eval_batches(
         [(0, i) for i in range(a, min(a + size, len(items)))] for a in range(0, len(items), size)
     ]
     mine = order[machine.rank :: machine.num_ranks]
-    dataset = TaskImages(items, backbone)
+    dataset = TaskImages(items, model)
     for look in DataLoader(dataset, batch_sampler=mine, num_workers=machine.loader_processes):
         yield look.pixels, look.label, look.faults()
 

@@ -22,9 +22,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moce_dist.data.images import eval_image, open_image
+from moce_dist.train.encoder import renormalisation
 from moce_dist.transfer.drawing import draw_found
 from moce_dist.transfer.finding import find
-from moce_dist.transfer.loading import Machine, renormalisation
+from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.precision import Detections
 from moce_dist.transfer.saved import Spec
 from moce_dist.transfer.segment import Window, class_probabilities, palette
@@ -44,7 +45,8 @@ def predict(
 ) -> Iterator[Line]:
     """Yield one line a picture, its `top` likeliest classes; unreadable ones have an `error`."""
     model.to(machine.device)
-    factor, shift = renormalisation(spec.backbone())
+    backbone = spec.backbone()
+    factor, shift = renormalisation(backbone.mean, backbone.std)
     for start in range(0, len(pictures), machine.eval_batch_size):
         some = pictures[start : start + machine.eval_batch_size]
         read = [_pixels(picture, spec.image_size) for picture in some]

@@ -174,7 +174,7 @@ def check_suite(suite: Sequence[SuiteEntry]) -> None:
             raise ConfigError(f"transfer.suite.{number}.name = {name!r}: must be a folder's name")
 
 
-def check_stages(request: Request, run: Run) -> None:
+def check_stages(request: Request, run: Run, config: Config) -> None:
     """Check that a run has finished the stages that the backbones come from.
 
     Raises:
@@ -183,7 +183,8 @@ def check_stages(request: Request, run: Run) -> None:
     needed = []
     if "moce" in request.backbones:
         needed += [run.stage("moce") / "checkpoints", run.clusters]
-    if "moce" in request.backbones or "mae" in request.backbones:
+    is_encoder = "moce" in request.backbones and config.cluster.encoder == "mae"
+    if is_encoder or "mae" in request.backbones:
         needed.append(run.stage("mae") / "checkpoints")
     for folder in needed:
         if not folder.is_dir():

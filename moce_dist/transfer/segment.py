@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from moce_dist.config import TransferConfig
 from moce_dist.data.images import ImageError, sample_generator
 from moce_dist.run import write_atomic
+from moce_dist.train.encoder import renormalisation
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.fit import Fitting, Kept, run_fit
 from moce_dist.transfer.loading import (
@@ -34,7 +35,6 @@ from moce_dist.transfer.loading import (
     Progress,
     TrainingOrder,
     rank_draws,
-    renormalisation,
     stand_in,
 )
 from moce_dist.transfer.measure import Measures
@@ -95,7 +95,7 @@ class _Crops(Dataset[Look]):
 
     def __init__(self, scenes: Scenes, size: int, backbone: Backbone, seed: int) -> None:
         self._scenes, self._size, self._seed = scenes, size, seed
-        self._factor, self._shift = renormalisation(backbone)
+        self._factor, self._shift = renormalisation(backbone.mean, backbone.std)
 
     def __getitem__(self, draw: Draw) -> Look:
         epoch, index = draw
@@ -231,7 +231,7 @@ def class_probabilities(
     model: nn.Module, picture: Image.Image, backbone: Backbone, window: Window, machine: Machine
 ) -> Tensor:
     """Mean of the class probabilities (C, H, W) over all scales and mirrorings of a picture."""
-    factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone))
+    factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone.mean, backbone.std))
     size, looks = [picture.height, picture.width], []
     for scale in window.scales:
         resized = to_pixels(scaled(picture, max(1, round(window.size * scale))))

@@ -91,6 +91,14 @@ def test_batch_must_divide_over_ranks_groups_and_micro_batches():
     assert "(8)" in message and "mae.batch_size" not in message
 
 
+@pytest.mark.parametrize("name", ["", "dino", "timm:", "folder/weights.npz"])
+def test_encoder_is_our_own_a_timm_name_or_a_file_of_weights(name):
+    message = refused({"cluster": {"encoder": name}})
+    assert message.startswith(f"cluster.encoder = {name!r}: string should match pattern '^(mae|")
+    for legal in ("mae", "timm:vit_base_patch14_dinov2", "a/b.pth", "b.safetensors"):
+        assert make_config({"cluster": {"encoder": legal}}).cluster.encoder == legal
+
+
 def test_bounds_of_elastic_workers_must_be_in_order():
     message = refused({"parallel": {"num_workers": 2, "min_workers": 4}})
     assert message == "parallel.min_workers (4) must not be more than parallel.num_workers (2)"
@@ -189,7 +197,7 @@ def test_runtime_fields_exist_and_are_no_part_of_the_identity():
         assert [path for path in flat if f"{path}.".startswith(f"{field}.")], field
     mine = identity(Config())
     assert "parallel.num_workers" not in mine and "transfer.finetune.epochs" not in mine
-    for path in ("seed", "data.source", "mae.batch_size", "parallel.num_groups", "gate.noise"):
+    for path in ("seed", "data.source", "mae.batch_size", "cluster.encoder", "gate.noise"):
         assert path in mine
 
 

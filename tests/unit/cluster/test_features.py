@@ -3,12 +3,18 @@
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from moce_dist.cluster import features
 from moce_dist.cluster.assign import assign_features
 from moce_dist.cluster.blocks import open_features
 from moce_dist.cluster.features import (
@@ -21,10 +27,12 @@ from moce_dist.cluster.features import (
     transform,
 )
 from moce_dist.data.images import eval_image
-from moce_dist.data.shards import Shard, ShardIndex
+from moce_dist.data.shards import Shard, ShardIndex, write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run import read_faults
+from moce_dist.train.encoder import Pixels, timm_encoder
 
+ROOT = Path(__file__).parents[3]
 SIZE = 16
 
 
@@ -40,6 +48,24 @@ def broken_encoder(images):
 
 def build_broken(*arguments):
     return broken_encoder
+
+
+def build_recording(path):
+    """The same, but it notes the shape of every batch."""
+    inner = build_encoder("8")
+
+    def recording(images):
+        with open(path, "a") as file:
+            file.write(f"{list(images.shape)}\n")
+        return inner(images)
+
+    return recording
+
+
+def build_vit():
+    """A real ViT, whose arithmetic depends on the shape of a batch."""
+    torch.manual_seed(0)
+    return timm_encoder("test_vit", Pixels(160), torch.device("cpu"), pretrained=False)
 
 
 def png(seed):
@@ -106,15 +132,127 @@ def test_finished_shard_is_skipped_and_unfinished_one_is_not(tmp_path):
     assert not list((tmp_path / "features").glob("*.npy"))
 
 
-def test_neighbours_in_a_batch_and_writers_do_not_matter(tmp_path):
-    contents = [png(seed) for seed in range(9)]
-    digests = set()
-    for writer in ("a", "b"):
-        folder = tmp_path / writer
-        extract_shard(job_of(folder, shard_of(folder, contents)))
-        content = (folder / "features" / "train-000000.npy").read_bytes()
-        digests.add(hashlib.sha256(content).hexdigest())
-    assert len(digests) == 1
+def digests(folder):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def test_every_batch_has_the_same_shape_and_the_tail_is_padded(tmp_path):
+    shard = shard_of(tmp_path, [png(seed) for seed in range(9)])
+    recording = EncoderSpec(build_recording, (str(tmp_path / "shapes"),))
+    extract_shard(job_of(tmp_path, shard, encoder=recording))
+    shapes = (tmp_path / "shapes").read_text().splitlines()
+    assert shapes == [f"[4, 3, {SIZE}, {SIZE}]"] * 3
+    assert np.load(tmp_path / "features" / "train-000000.npy").shape == (9, 8)
+
+
+def test_file_does_not_depend_on_other_shards_nor_on_who_writes_it(tmp_path):
+    spec = {"encoder": EncoderSpec(build_vit), "image_size": 160}
+    shards = [
+        shard_of(tmp_path, [png(10 * n + i) for i in range(count)], f"train-{n:06d}.tar")
+        for n, count in enumerate((5, 9, 3))
+    ]
+    jobs = [job_of(tmp_path, s, name=s.path.removesuffix(".tar"), **spec) for s in shards]
+    for folder, order in (("forwards", jobs), ("backwards", jobs[::-1]), ("alone", jobs[1:2])):
+        # a process that begins anew draws nothing from what came before
+        features._build_encoder.cache_clear()
+        for job in order:
+            extract_shard(replace(job, out=tmp_path / folder))
+    assert len(digests(tmp_path / "forwards")) == 6
+    assert digests(tmp_path / "backwards") == digests(tmp_path / "forwards")
+    alone = digests(tmp_path / "alone")
+    assert alone.items() <= digests(tmp_path / "forwards").items() and len(alone) == 2
+
+
+def test_interrupted_shards_are_made_and_finished_ones_are_left(tmp_path, monkeypatch):
+    shards = [
+        shard_of(tmp_path, [png(n), b"no picture", png(n + 9)], f"train-{n:06d}.tar")
+        for n in range(3)
+    ]
+    jobs = [job_of(tmp_path, s, name=s.path.removesuffix(".tar")) for s in shards]
+    for job in jobs:
+        extract_shard(replace(job, out=tmp_path / "whole", ledger=tmp_path / "whole.jsonl"))
+    folder = tmp_path / "features"
+    begin_features(folder, {"mae": "a"})
+    extract_shard(jobs[0])
+    written = (folder / "train-000000.npy").stat().st_mtime_ns
+
+    def killed(path, array):
+        path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
+        raise InterruptedError
+
+    with monkeypatch.context() as patched, pytest.raises(InterruptedError):
+        patched.setattr(features, "_write_array", killed)
+        extract_shard(jobs[1])
+    assert not jobs[1].target.exists()
+    begin_features(folder, {"mae": "a"})
+    assert [extract_shard(job) for job in jobs] == [0, 1, 1]
+    assert (folder / "train-000000.npy").stat().st_mtime_ns == written
+    (folder / "inputs.json").unlink()
+    assert digests(folder) == digests(tmp_path / "whole")
+    faults = read_faults(tmp_path / "faults.jsonl")
+    assert [Path(fault["shard"]).name for fault in faults] == [s.path for s in shards]
+
+
+KILLED = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moce_dist.cluster.features import EncoderSpec, FeatureJob, extract_shard, feature_names
+from moce_dist.config import ParallelConfig
+from moce_dist.data.shards import read_index
+from moce_dist.launch import map_tasks
+
+root = Path(sys.argv[1])
+
+def build(root):
+    def encode(images):
+        try:
+            Path(root, "killed").touch(exist_ok=False)
+        except FileExistsError:
+            return images.flatten(1)[:, :5]
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encode
+
+index = read_index(root)
+jobs = [
+    FeatureJob(s, index.url(s), n, root / "features", root / "faults.jsonl",
+               EncoderSpec(build, (str(root),)), 16, 4)
+    for s, n in zip(index.shards, feature_names(index), strict=True)
+]
+done = map_tasks(extract_shard, jobs, parallel=ParallelConfig(num_workers=2), gpu=True)
+assert list(done) == [1] * 4
+"""
+
+
+@pytest.mark.long
+def test_shard_of_a_killed_worker_is_made_by_another(tmp_path):
+    shards = [
+        shard_of(tmp_path, [png(n), b"no picture", png(n + 9)], f"train-{n:06d}.tar")
+        for n in range(4)
+    ]
+    write_index(tmp_path, shards)
+    (tmp_path / "script.py").write_text(KILLED)
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, tmp_path / "script.py", tmp_path],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(ROOT), "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "killed").exists()
+    for n, shard in enumerate(shards):
+        rows = np.load(tmp_path / "features" / f"train-{n:06d}.npy")
+        assert (rows == 0).all(axis=1).tolist() == [False, True, False]
+        keys = json.loads((tmp_path / "features" / f"train-{n:06d}.keys.json").read_text())
+        assert keys == shard.keys
+    assert len(read_faults(tmp_path / "faults.jsonl")) == 4
+    assert not list((tmp_path / "features").glob(".*"))
 
 
 def test_empty_shard_gives_no_rows_of_the_right_width(tmp_path):

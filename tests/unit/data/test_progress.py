@@ -1,6 +1,7 @@
 """Progress lines."""
 
 import logging
+import re
 import time
 
 from moce_dist.data.progress import track
@@ -13,8 +14,21 @@ def test_long_loops_say_rate_and_time_left(caplog):
         time.sleep(0.06)
         done.append(item)
     assert done == [0, 1, 2, 3]
-    assert "1 of 4 images, " in caplog.messages[0]
-    assert caplog.messages[0].endswith(" s left")
+    assert re.fullmatch(r"1 of 4 images, \d+\.\d images/s, 0 s left", caplog.messages[0])
+
+
+def test_items_of_different_sizes_count_by_their_size(caplog):
+    caplog.set_level(logging.INFO)
+    sizes = [3000, 1000, 0]
+    for _ in track(sizes, "images encoded", total=4000, every_s=0.01, size=int):
+        time.sleep(0.02)
+    done = [
+        re.match(r"(\d+) of 4000 images encoded, ([\d.]+) images/s", m) for m in caplog.messages
+    ]
+    assert [int(match[1]) for match in done] == [3000, 4000, 4000]
+    # 3000 in at least 0.02 s, and the rest as fast
+    assert 10_000 < float(done[0][2]) <= 150_000
+    assert caplog.messages[-1].endswith(" 0 s left")
 
 
 def test_unknown_length_has_no_time_left(caplog):

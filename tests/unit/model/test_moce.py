@@ -5,6 +5,8 @@ import torch
 from timm.layers import Mlp
 
 from moce_dist.config import load_config
+from moce_dist.model.customize import cluster_probabilities
+from moce_dist.model.gate import output_scales, routing_table
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import (
     Experts,
@@ -86,6 +88,23 @@ def test_experts_start_as_the_dense_mlp():
     routes = torch.randint(0, 3, (len(config.moe_layers), 4))
     loss = sparse(images, noise, LocalDispatcher(routes, 3), torch.ones(routes.shape))
     assert torch.allclose(loss, dense(images, noise), atol=1e-6)
+
+
+def test_clusters_may_be_of_features_wider_than_the_model():
+    config = load_config(None, SMALL)
+    torch.manual_seed(0)
+    model = MaskedAutoencoder(config, centroids=torch.randn(6, 80), num_local_experts=3)
+    assert model.gate.weight.shape == (len(config.moe_layers), 3, 80)
+    assert model.gate.cluster_embedding.shape == (6, 80)
+    p = model.gate.logits().softmax(dim=-1)
+    routes = torch.from_numpy(routing_table(model.gate.logits(), config.gate))
+    ids = torch.tensor([0, 2, 5, 5])
+    scales = output_scales(p, routes, ids, "straight_through")
+    dispatcher = LocalDispatcher(routes[:, ids], 3)
+    model(torch.randn(4, 3, 32, 32), torch.rand(4, 16), dispatcher, scales).mean().backward()
+    assert model.gate.weight.grad.abs().sum() > 0
+    names = {n: t for n, t in model.state_dict().items() if n.startswith("gate.")}
+    assert cluster_probabilities(names).allclose(p)
 
 
 def test_global_names_follow_residents_not_slots():

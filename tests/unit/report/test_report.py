@@ -10,13 +10,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from moce_dist.config import make_config
-from moce_dist.report.figures import routing_changes
+from moce_dist.report.figures import cluster_sizes, routing_changes
 from moce_dist.report.page import write_report
-from moce_dist.report.record import read_record
+from moce_dist.report.record import Clusters, read_record
 from moce_dist.report.summary import summary_lines
 from moce_dist.run import open_run
 from moce_dist.settings import ConfigError
@@ -208,6 +210,59 @@ def test_clusters_are_shown_by_their_images_centroids_and_sizes(finished):
     assert page.tags.count("svg") == 7 and page.tags.count("img") == 1
     assert "without balance" in page.text and "distance between centroids" in page.text
     assert page.fetched == []
+
+
+def test_figures_of_the_clusters_are_told(finished):
+    figures = {
+        **{"nmi": 0.4321, "sizes_without_balance": [7] * 11 + [523]},
+        **{"centroid_distance_min": 0.25, "centroid_distance_median": 0.5},
+    }
+    (finished / "clusters" / "summary.json").write_text(json.dumps(figures))
+    page, summary = Page(write_report(finished)).text, "\n".join(summary_lines(finished))
+    for part in (
+        "mutual information of clusters and domains: 0.432",
+        "without balance they would have 7 to 523 images",
+        "distance of a centroid to the nearest other: 0.500 (median), 0.250 (least)",
+    ):
+        assert part in page and part in summary
+
+
+def test_pictures_of_very_many_clusters_and_domains_stay_small(finished):
+    folder, count = finished / "clusters", 3000
+    draws = np.random.default_rng(0)
+    cluster = np.repeat(np.arange(count), 4)
+    table = {
+        "key": [f"domain-{i % 40}/{i:06d}" for i in range(len(cluster))],
+        "shard": ["000000.tar"] * len(cluster),
+        "cluster": cluster.astype(np.int32),
+        "distance": np.zeros(len(cluster), np.float32),
+    }
+    pq.write_table(pa.table(table), folder / "assignments.parquet")
+    np.save(folder / "centroids.npy", draws.standard_normal((count, 16)).astype(np.float32))
+    free = draws.multinomial(len(cluster), draws.dirichlet(np.ones(count)))
+    (folder / "summary.json").write_text(json.dumps({"sizes_without_balance": free.tolist()}))
+    (folder / "gallery").mkdir()
+    for shown in range(0, count, 12):
+        sheet = folder / "gallery" / f"cluster-{shown:05d}.jpg"
+        Image.new("RGB", (20, 10), (200, 10, 10)).save(sheet)
+    path = write_report(finished)
+    page = Page(path)
+    assert read_record(finished).problems == []
+    listed = re.findall(r"<tr><td>(\d+)</td>", path.read_text())
+    assert [int(cluster) for cluster in listed] == list(range(0, count, 12))
+    assert page.tags.count("img") == 64
+    assert page.tags.count("svg") == 7
+    assert "without balance" in page.text and "512 of 3000" in page.text
+    assert path.stat().st_size < 2 * 2**20
+
+
+def test_many_domains_are_few_colours(finished):
+    record = read_record(finished)
+    counts = np.arange(12 * 40).reshape(12, 40)
+    clusters = Clusters([f"domain-{i}" for i in range(40)], counts)
+    drawn = cluster_sizes(clusters)
+    assert "domain-7<" in drawn and "domain-8<" not in drawn and "32 others" in drawn
+    assert "others" not in cluster_sizes(record.clusters)
 
 
 def test_damaged_pictures_of_clusters_are_named(finished):

@@ -2,15 +2,29 @@
 
 import json
 import shutil
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
+import torch
 
-from moce_dist.run import Run, read_faults, read_marker
+from moce_dist.config import Config, to_yaml
+from moce_dist.data.images import MEAN, STD, eval_image
+from moce_dist.run import (
+    Run,
+    file_sha256,
+    mark_complete,
+    read_faults,
+    read_marker,
+    write_atomic,
+)
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.official import OFFICIAL
 
-from .conftest import ROOT, by_global_name, transfer, write_checkpoint
+from .conftest import NUM_CLUSTERS, ROOT, by_global_name, transfer, write_checkpoint
 
 
 def metrics_of(run: Run, task: str) -> dict[str, Any]:
@@ -70,6 +84,60 @@ def test_other_experts_replace_the_rows_of_the_moce_alone(run, image_folder, job
         assert chosen == {"moce": [int(e) for e in experts.split(",")], "mae": None}
     assert json.loads((folder / "choice.json").read_text())["select"] == "given"
     assert len((folder / "results.jsonl").read_text().splitlines()) == 3
+
+
+def with_encoder(run: Run, config: Config, name: str, made_with: dict[str, str]) -> Run:
+    """The run as if its clusters were made of another encoder's features; without its MAE."""
+    cluster = config.cluster.model_copy(update={"encoder": name})
+    write_atomic(run.root / "config.yaml", to_yaml(config.model_copy(update={"cluster": cluster})))
+    shutil.rmtree(run.stage("mae"))
+    mark_complete(run.features, made_with, [])
+    return run
+
+
+def clusters_of(features: torch.Tensor, run: Run, seeds: list[int]) -> dict[str, int]:
+    """Make some images' directions the centroids of a run; count the images nearest to each."""
+    rows = features.double().numpy()
+    mean = rows.mean(axis=0)
+    unit = (rows - mean) / np.linalg.norm(rows - mean, axis=1, keepdims=True)
+    np.save(run.clusters / "centroids.npy", unit[seeds].astype(np.float32))
+    np.save(run.clusters / "mean.npy", mean.astype(np.float32))
+    nearest = ((unit[:, None] - unit[seeds]) ** 2).sum(axis=2).argmin(axis=1)
+    return {str(c): int(n) for c, n in Counter(nearest.tolist()).items()}
+
+
+@pytest.mark.usefixtures("timm_offline")
+def test_task_meets_the_encoder_that_the_clusters_were_made_with(run, config, image_folder, job):
+    name = "timm:test_vit.r160_in1k"
+    with_encoder(run, config, name, {"encoder": name})
+    model = timm.create_model(name.removeprefix("timm:"), pretrained=True).eval()
+    task = load_task("imagefolder", image_folder)
+    pixels = np.stack([eval_image(item.read(), 160) for item in task.train])
+    # of ImageNet's statistics, while the model's are 0.5
+    shown = torch.from_numpy(pixels) * torch.tensor(STD).view(3, 1, 1)
+    shown = (shown + torch.tensor(MEAN).view(3, 1, 1) - 0.5) / 0.5
+    with torch.no_grad():
+        features = model.forward_features(shown)[:, 1:].mean(dim=1)
+    expected = clusters_of(features, run, [0, 3, 7, 30, 35, 47])
+    assert len(expected) == NUM_CLUSTERS and features.shape == (48, 64)
+    flags = ["--task", "imagefolder", "--data", str(image_folder), "--run", str(run.root)]
+    job.main([*flags, "--backbone", "moce", "--protocol", "knn"])
+    choice = json.loads((run.transfer("imagefolder") / "choice.json").read_text())
+    assert choice["clusters"] == expected
+
+
+def test_weights_that_changed_since_the_clusters_are_refused(
+    run, config, models, image_folder, job, tmp_path
+):
+    path = tmp_path / "published.pth"
+    torch.save({"model": models["mae"].state_dict()}, path)
+    with_encoder(run, config, str(path), {"encoder": f"sha256:{file_sha256(path)}"})
+    flags = ["--task", "imagefolder", "--data", str(image_folder), "--run", str(run.root)]
+    flags += ["--backbone", "moce", "--protocol", "knn"]
+    job.main(flags)
+    torch.save({"model": models["moce"].state_dict()}, path)
+    with pytest.raises(ConfigError, match=rf"cluster\.encoder \({path}\): is not what"):
+        job.main(flags)
 
 
 def test_changed_budget_repeats_only_its_protocol(run, image_folder, job, caplog):

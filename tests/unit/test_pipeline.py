@@ -1,0 +1,142 @@
+"""Stage features in one process: what it depends on, what a restart makes again, what it says."""
+
+import hashlib
+import io
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from moce_dist.cluster.assign import read_summary
+from moce_dist.config import make_config
+from moce_dist.data.shards import read_index
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.pipeline import Pipeline
+from moce_dist.run import COMPLETE, open_run, read_marker
+from moce_dist.settings import ConfigError
+
+TIMM = "timm:test_vit.r160_in1k"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """60 noisy pictures in two folders, too big for one shard of 64 KiB."""
+    root, draws = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(60):
+        pixels = draws.integers(0, 256, (48, 48, 3), dtype=np.uint8) // (1 + number % 2)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        folder = root / f"class-{number % 2}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number:02d}.png").write_bytes(buffer.getvalue())
+    return root
+
+
+def config_of(pictures, encoder):
+    return make_config(
+        {
+            "data": {
+                **{"source": f"folder:{pictures}", "image_size": 32, "shard_bytes": 2**16},
+                **{"holdout_fraction": 0.1, "loader_processes": 0},
+            },
+            "model": {
+                **{"width": 24, "depth": 2, "num_heads": 2, "patch_size": 8},
+                **{"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+            },
+            "moe": {"num_experts": 2},
+            "cluster": {"num_clusters": 4, "batch_size": 8, "encoder": str(encoder)},
+        }
+    )
+
+
+@pytest.fixture
+def pipeline(tmp_path, pictures):
+    def make(encoder):
+        config = config_of(pictures, encoder)
+        return Pipeline(open_run(tmp_path / "run", config), config)
+
+    return make
+
+
+@pytest.fixture
+def publish(tmp_path, pictures):
+    def write(seed):
+        torch.manual_seed(seed)
+        model = MaskedAutoencoder(config_of(pictures, "mae"))
+        torch.save({"model": model.state_dict()}, tmp_path / "published.pth")
+        return tmp_path / "published.pth"
+
+    return write
+
+
+def digests(folder):
+    return {
+        str(p.relative_to(folder)): (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_ino)
+        for p in [*folder.rglob("*.npy"), *folder.rglob("*.keys.json")]
+    }
+
+
+@pytest.mark.usefixtures("timm_offline")
+def test_features_of_timm_are_clustered_without_an_mae(pipeline):
+    made = pipeline(TIMM)
+    summary = made.cluster()
+    assert not made.run.stage("mae").exists()
+    inputs = read_marker(made.run.features)["inputs"]
+    assert inputs.keys() == {"encoder", "data"} and inputs["encoder"] == TIMM
+    assert summary["dim"] == 64 and summary == read_summary(made.run.clusters)
+    index = read_index(made.data)
+    assert len(index.shards) > 2
+    files = {p.stem: np.load(p) for p in made.run.features.glob("*.npy")}
+    assert sum(map(len, files.values())) == index.num_samples
+    assert all((np.abs(rows).sum(axis=1) > 0).all() for rows in files.values())
+    assert (made.run.features / "holdout").is_dir()
+
+
+def test_restart_makes_the_files_that_are_missing_and_no_others(pipeline, publish, caplog):
+    caplog.set_level("INFO")
+    made = pipeline(publish(0))
+    made.features()
+    whole = digests(made.run.features)
+    count = len(read_index(made.data).shards)
+    marker = (made.run.features / COMPLETE).read_text()
+    victim = min(made.run.features.glob("*.npy"))
+    lost = np.load(victim)
+    victim.unlink()
+    caplog.clear()
+    made.features()
+    said = rf"features: encoding {len(lost)} images in 1 of {count} shards of .* with /.*\.pth"
+    assert re.search(said, caplog.text) and "images/s" in caplog.text
+    after = digests(made.run.features)
+    assert {n: d for n, (d, _) in after.items()} == {n: d for n, (d, _) in whole.items()}
+    # the file and its keys were written anew, at other places of the disk
+    moved = {name for name in whole if whole[name] != after[name]}
+    assert moved <= {victim.name, f"{victim.stem}.keys.json"}
+    assert (made.run.features / COMPLETE).read_text() == marker
+    caplog.clear()
+    made.features()
+    assert "features: complete" in caplog.text
+
+
+def test_features_are_made_again_from_other_weights(pipeline, publish):
+    made = pipeline(publish(0))
+    made.features()
+    first = digests(made.run.features)
+    publish(1)
+    made.features()
+    second = digests(made.run.features)
+    assert first.keys() == second.keys()
+    changed = {name for name in first if first[name][0] != second[name][0]}
+    assert changed == {name for name in first if name.endswith(".npy")}
+
+
+def test_features_of_the_mae_need_a_trained_one(pipeline):
+    with pytest.raises(ConfigError, match="mae: is not complete"):
+        pipeline("mae").features()
+
+
+def test_a_run_belongs_to_its_encoder(pipeline, publish):
+    pipeline(publish(0))
+    with pytest.raises(ConfigError, match=r"belongs to another run: cluster\.encoder"):
+        pipeline("mae")

@@ -1,0 +1,180 @@
+"""The frozen encoder: which model it is, what its images are, what is refused."""
+
+import os
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from moce_dist.config import load_config
+from moce_dist.model.customize import customize
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.settings import ConfigError
+from moce_dist.train.encoder import (
+    Pixels,
+    build_encoder,
+    check_encoder,
+    describe_timm,
+    encoder_id,
+    encoder_side,
+    encoder_spec,
+    load_encoder,
+    timm_encoder,
+)
+
+CPU = torch.device("cpu")
+SMALL = [
+    "model.width=48", "model.depth=2", "model.num_heads=4", "model.decoder_width=32",
+    "model.decoder_depth=1", "model.decoder_num_heads=4", "data.image_size=32",
+    "model.patch_size=8", "moe.layers=[1]",
+]  # fmt: skip
+
+
+def configure(*overrides):
+    return load_config(None, [*SMALL, *overrides])
+
+
+@pytest.fixture
+def mae():
+    torch.manual_seed(4)
+    return MaskedAutoencoder(configure("parallel.precision=fp32")).eval()
+
+
+@pytest.fixture
+def published(mae, tmp_path):
+    path = tmp_path / "published.pth"
+    torch.save({"model": mae.state_dict()}, path)
+    return path
+
+
+def images(side, count=3):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_published_weights_give_the_features_of_our_mae_in_float32(mae, published):
+    config = configure(f"cluster.encoder={published}", "parallel.precision=bf16")
+    encoder = build_encoder(config, None, CPU)
+    assert encoder.pixels == Pixels(32)
+    found = encoder(images(32))
+    assert found.dtype == torch.float32
+    with torch.no_grad():
+        assert found.equal(mae.features(images(32)))
+
+
+def test_weights_without_decoder_are_an_encoder(mae, tmp_path):
+    path = tmp_path / "vit.safetensors"
+    save_file(customize(mae.state_dict(), ()), path)
+    found = build_encoder(configure(f"cluster.encoder={path}"), None, CPU)(images(32))
+    with torch.no_grad():
+        assert found.equal(mae.features(images(32)))
+
+
+def own_images(given, ours):
+    """Images normalised by ImageNet's statistics, as the model wants them."""
+    as_column = [torch.tensor(x)[:, None, None] for x in (*ours, *given)]
+    mean, std, own_mean, own_std = as_column
+    return (images(160) * std + mean - own_mean) / own_std
+
+
+def both(name):
+    """An encoder with statistics of its own and the bare model, of the same drawn weights."""
+    own = Pixels(160, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
+    torch.manual_seed(1)
+    encoder = timm_encoder(name, own, CPU, pretrained=False)
+    torch.manual_seed(1)
+    model = timm.create_model(name, num_classes=0).eval()
+    return encoder, model, own_images(own[1:], encoder.pixels[1:])
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_vit3"])
+@torch.no_grad()
+def test_vit_gives_the_mean_of_its_patch_tokens_on_its_own_statistics(name):
+    encoder, model, shown = both(name)
+    tokens = model.forward_features(shown)
+    # one class token, and none in the mean
+    assert tokens.shape[1] == 101
+    expected = tokens[:, 1:].mean(dim=1)
+    torch.testing.assert_close(encoder(images(160)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit2", "test_resnet", "test_convnext"])
+@torch.no_grad()
+def test_other_models_give_their_own_pooled_features(name):
+    encoder, model, shown = both(name)
+    expected = model.forward_head(model.forward_features(shown), pre_logits=True)
+    torch.testing.assert_close(encoder(images(160)), expected, rtol=1e-4, atol=1e-5)
+    assert expected.ndim == 2
+
+
+def test_timm_model_is_described_by_its_data_config():
+    assert describe_timm("test_vit", "x") == Pixels(160, (0.5,) * 3, (0.5,) * 3)
+    given = configure("cluster.encoder=timm:vit_small_patch14_dinov2.lvd142m")
+    assert encoder_side(given) == 518
+    assert encoder_side(configure()) == 32
+
+
+@pytest.mark.usefixtures("timm_offline")
+def test_named_timm_model_has_its_weights():
+    config = configure("cluster.encoder=timm:test_vit.r160_in1k")
+    check_encoder(config)
+    spec = encoder_spec(config, None)
+    encoder = spec.factory(*spec.arguments)
+    torch.manual_seed(3)
+    model = timm.create_model("test_vit").eval()
+    half = Pixels(160, (0.5,) * 3, (0.5,) * 3)
+    with torch.no_grad():
+        tokens = model.forward_features(own_images(half[1:], encoder.pixels[1:]))
+    expected = tokens[:, 1:].mean(dim=1)
+    torch.testing.assert_close(encoder(images(160)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_worker_finds_a_relative_file_from_anywhere(mae, published, tmp_path, monkeypatch):
+    monkeypatch.chdir(published.parent)
+    spec = encoder_spec(configure(f"cluster.encoder={published.name}"), None)
+    monkeypatch.chdir(os.sep)
+    with torch.no_grad():
+        assert load_encoder(*spec.arguments)(images(32)).equal(mae.features(images(32)))
+
+
+def test_encoder_is_known_by_what_it_computes(mae, published):
+    config = configure(f"cluster.encoder={published}")
+    before = encoder_id(config)
+    os.utime(published, (0, 0))
+    assert encoder_id(config) == before
+    torch.save({"model": {n: t + 1 for n, t in mae.state_dict().items()}}, published)
+    assert encoder_id(config) != before
+    assert encoder_id(configure("cluster.encoder=timm:test_vit")) == "timm:test_vit"
+    published.unlink()
+    with pytest.raises(ConfigError, match=rf"cluster\.encoder \({published}\): No such file"):
+        encoder_id(config)
+
+
+@pytest.mark.parametrize("name", ["timm:no_such_model", "timm:test_vit.nothing", "timm:test_vit4"])
+def test_names_that_timm_has_no_weights_for_are_refused(name):
+    config = configure(f"cluster.encoder={name}")
+    for refusing in (check_encoder, encoder_side):
+        with pytest.raises(ConfigError, match=rf"^cluster\.encoder \({name}\): is no model"):
+            refusing(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "message"),
+    [
+        ([], "none.pth", "no such file"),
+        ([], "text.safetensors", "is damaged"),
+        ([], "text.pth", "no checkpoint of tensors"),
+        (["model.width=96"], "published.pth", "the configured model needs"),
+        (["model.depth=3"], "published.pth", "lacks blocks.2"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(published, overrides, name, message):
+    for text in ("text.safetensors", "text.pth"):
+        (published.parent / text).write_text("no weights")
+    path = published.parent / name
+    with pytest.raises(ConfigError, match=rf"^cluster\.encoder \({path}\).*{message}"):
+        check_encoder(configure(f"cluster.encoder={path}", *overrides))
+
+
+def test_own_encoder_needs_no_check():
+    check_encoder(configure())
