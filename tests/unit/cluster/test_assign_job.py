@@ -92,7 +92,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, old):
     features = str(tmp_path / "features")
     with pytest.raises(ConfigError, match="--prices: is of --assign-to only"):
         main(["--features", features, "--out", str(tmp_path / "out"), "--prices"])
-    with pytest.raises(ConfigError, match="--assign-to: is of --features; .*base_run"):
+    with pytest.raises(ConfigError, match=r"--assign-to: is of --features; .*base_run"):
         main(["--run", str(tmp_path / "run"), "--assign-to", str(old)])
     with pytest.raises(ConfigError, match="holds the clusters themselves"):
         ask(features, old, old)
