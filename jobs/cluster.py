@@ -4,8 +4,10 @@ Without Ray for one worker; the result is the same on any number of them.
 
     python jobs/cluster.py --features DIR --num-clusters 256 --out OUT
     python jobs/cluster.py --run quickstart
+    python jobs/cluster.py --features NEW --assign-to OUT --out ASSIGNED
 
-With --run: features, clusters and cluster-sharded tars of that run.
+With --run: features, clusters and cluster-sharded tars of that run. With --assign-to: no new
+clusters, but new features assigned to those of an earlier request.
 """
 
 import json
@@ -20,6 +22,7 @@ from moce_dist.run import load_run, open_run, resolve_run, set_aside
 from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:
+    from moce_dist.cluster.assign import Clusters
     from moce_dist.cluster.blocks import FeatureFiles
 
 
@@ -33,13 +36,43 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--num-clusters", metavar="K", type=int, help="cluster.num_clusters")
     parser.add_argument("--balance", choices=("exact", "soft", "off"), help="cluster.balance")
     parser.add_argument("--out", metavar="DIR", help="where the clusters of --features go")
+    parser.add_argument(
+        "--assign-to",
+        metavar="CLUSTERS",
+        help="make no clusters, assign --features to these: an earlier --out, or RUN/clusters",
+    )
+    parser.add_argument(
+        "--prices", action="store_true", help="assign under the prices that balanced the clusters"
+    )
     arguments = parser.parse_args(argv)
-    if (arguments.features is None) == (arguments.run is None):
-        raise ConfigError("--features, --run: exactly one of them must be given")
+    check_flags(arguments)
     if arguments.run is not None:
         cluster_run(arguments)
+    elif arguments.assign_to is not None:
+        assign_new(arguments)
     else:
         cluster_folder(arguments)
+
+
+def check_flags(arguments: Namespace) -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    if (arguments.features is None) == (arguments.run is None):
+        raise ConfigError("--features, --run: exactly one of them must be given")
+    if arguments.assign_to is None:
+        if arguments.prices:
+            raise ConfigError(
+                "--prices: is of --assign-to only; clusters are balanced by --balance"
+            )
+        return
+    if arguments.run is not None:
+        raise ConfigError("--assign-to: is of --features; a run goes on from another by base_run")
+    for flag in ("num_clusters", "balance"):
+        if getattr(arguments, flag) is not None:
+            raise ConfigError(f"--{flag.replace('_', '-')}: the clusters of --assign-to stay as is")
 
 
 def read_config(arguments: Namespace, base: str | Path | None) -> Config:
@@ -74,12 +107,24 @@ def cluster_run(arguments: Namespace) -> None:
     print_summary(Pipeline(run, config).cluster(), run.clusters)
 
 
-def cluster_folder(arguments: Namespace) -> None:
-    """Cluster anyone's features, taken as they are."""
+def read_out(arguments: Namespace) -> Path:
+    """Return the folder of the result.
+
+    Raises:
+        ConfigError: none is named, or it is a file.
+    """
     if arguments.out is None:
         raise ConfigError("--out: must name the folder of the result")
-    config, out = read_config(arguments, arguments.config), Path(arguments.out).resolve()
-    files = check_folder(Path(arguments.features), out, config)
+    out = Path(arguments.out).resolve()
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file, must be a folder")
+    return out
+
+
+def cluster_folder(arguments: Namespace) -> None:
+    """Cluster anyone's features, taken as they are."""
+    out, config = read_out(arguments), read_config(arguments, arguments.config)
+    files = check_folder(Path(arguments.features), config)
     if arguments.dry_run:
         print("\n".join(plan_lines(files, out, config)))
         return
@@ -101,7 +146,37 @@ def cluster_folder(arguments: Namespace) -> None:
     print_summary(summary, out)
 
 
-def check_folder(features: Path, out: Path, config: Config) -> "FeatureFiles":
+def assign_new(arguments: Namespace) -> None:
+    """Assign anyone's features to clusters that are there."""
+    out, config = read_out(arguments), read_config(arguments, arguments.config)
+    features, named = Path(arguments.features), Path(arguments.assign_to)
+    from moce_dist.cluster.existing import assign_folder, open_new_features, read_clusters
+
+    clusters = read_clusters(named, with_prices=arguments.prices)
+    if out == named.resolve():
+        raise ConfigError(f"--out {out}: holds the clusters themselves; choose another one")
+    files = open_new_features(features, clusters)
+    if arguments.dry_run:
+        print("\n".join(assignment_lines(files, clusters, arguments, config)))
+        return
+    quiet_libraries()
+    if arguments.fresh and out.exists():
+        set_aside(out)
+    from moce_dist.crew import hold_crew
+
+    with hold_crew(config.parallel, gpu=True) as workers:
+        summary = assign_folder(
+            features,
+            named,
+            out,
+            block_rows=config.cluster.block_rows,
+            with_prices=arguments.prices,
+            workers=workers,
+        )
+    print_summary(summary, out)
+
+
+def check_folder(features: Path, config: Config) -> "FeatureFiles":
     """Read the headers of the features and refuse what cannot be clustered.
 
     Raises:
@@ -111,22 +186,42 @@ def check_folder(features: Path, out: Path, config: Config) -> "FeatureFiles":
 
     files = open_features(features)
     check_count(files, config.cluster.num_clusters)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file, must be a folder")
     return files
 
 
 def plan_lines(files: "FeatureFiles", out: Path, config: Config) -> list[str]:
     """Describe what would be done."""
     cluster = config.cluster
-    blocks = len(files.blocks(cluster.block_rows))
+    return [
+        *work_lines(files, config),
+        f"clusters   {cluster.num_clusters} of {files.num_rows / cluster.num_clusters:.1f} rows, "
+        f"balance {cluster.balance}, at most {cluster.iterations} iterations",
+        f"out        {out}",
+    ]
+
+
+def assignment_lines(
+    files: "FeatureFiles", clusters: "Clusters", arguments: Namespace, config: Config
+) -> list[str]:
+    """Describe what would be assigned to what."""
+    rows = "centred and normalised" if clusters.view.normalise else "as they are"
+    how = "under their prices" if arguments.prices else "to the nearest centroid"
+    return [
+        *work_lines(files, config),
+        f"clusters   {len(clusters.centroids)} of {Path(arguments.assign_to).resolve()}, {how}; "
+        f"rows are taken {rows}",
+        f"out        {Path(arguments.out).resolve()}",
+    ]
+
+
+def work_lines(files: "FeatureFiles", config: Config) -> list[str]:
+    """Describe the features and who reads them."""
+    block_rows = config.cluster.block_rows
     return [
         f"features   {files.num_rows} rows of width {files.dim} in {len(files.paths)} files, "
         f"{files.num_bytes} bytes",
-        f"clusters   {cluster.num_clusters} of {files.num_rows / cluster.num_clusters:.1f} rows, "
-        f"balance {cluster.balance}, at most {cluster.iterations} iterations",
-        f"workers    {config.parallel.num_workers}, {blocks} blocks of {cluster.block_rows} rows",
-        f"out        {out}",
+        f"workers    {config.parallel.num_workers}, {len(files.blocks(block_rows))} blocks of "
+        f"{block_rows} rows",
     ]
 
 

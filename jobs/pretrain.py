@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, DataConfig, load_config
+from moce_dist.continued import base_of, check_base
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run import COMPLETE, Run, open_run, resolve_run
@@ -32,6 +33,7 @@ def main(argv: Sequence[str]) -> None:
     config = load_config(path, arguments.overrides)
     root = resolve_run(arguments.run or path.stem, config)
     check_request(config, arguments.stage)
+    check_base(config, root)
     if arguments.fresh and "RANK" in os.environ:
         raise ConfigError("--fresh: not under torchrun, whose processes would all set it aside")
     if arguments.dry_run:
@@ -96,6 +98,7 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
     return [
         f"run        {root}",
         f"stages     {'mae, cluster, moce' if stage == 'all' else stage}",
+        *base_lines(config),
         f"data       {config.data.source}, {config.data.image_size} px",
         f"encoder    width {shape.width}, depth {shape.depth}, heads {shape.num_heads}, "
         f"{visible} of {config.num_patches + 1} tokens visible",
@@ -110,6 +113,19 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"state      about {16 * (shared + experts / ep_size) / 2**30:.2f} GiB a rank "
         "(weights, gradients, moments; encoder)",
         f"exchange   {visible * shape.width * width} bytes an image and transfer",
+    ]
+
+
+def base_lines(config: Config) -> list[str]:
+    """Describe what is taken from another run, where one is continued."""
+    base = base_of(config)
+    if base is None:
+        return []
+    is_priced = config.cluster.with_prices and (base.clusters / "prices.npy").is_file()
+    how = "under their prices" if is_priced else "to the nearest centroid"
+    return [
+        f"goes on    from {base.root}: its encoder (stage mae trains nothing), its "
+        f"{config.cluster.num_clusters} clusters (images are assigned {how}), its experts and gate",
     ]
 
 

@@ -217,6 +217,8 @@ class ClusterConfig(Section):
     """Share of the best clusters that the index finds at least; more is slower."""
     batch_size: int = Field(256, ge=1)
     """Images per forward pass when features are computed."""
+    with_prices: bool = True
+    """With `base_run`: assign under the prices that balanced its clusters, where it has any."""
 
 
 class StageConfig(Section):
@@ -460,6 +462,8 @@ class Config(Section):
 
     seed: int = Field(0, ge=0)
     """Every random draw of a run is keyed by it."""
+    base_run: str | None = None
+    """A finished run whose encoder, clusters and experts this run goes on from, on data.source."""
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()

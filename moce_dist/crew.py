@@ -19,7 +19,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from moce_dist.config import ParallelConfig
-from moce_dist.launch import connect, needs_ray, own_device, uses_gpu
+from moce_dist.launch import connect, needs_ray, uses_gpu
 from moce_dist.mapping import Item, Result, Shared, Workers, map_here
 
 _IN_HAND = 2
@@ -37,7 +37,7 @@ def hold_crew(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Worker
     With `gpu` each has one of the cluster's GPUs, where it has any and `parallel` allows.
     """
     if not needs_ray(parallel):
-        yield Workers(map_here, own_device(parallel) if gpu else "cpu")
+        yield Workers(map_here, _own_device(parallel) if gpu else "cpu")
         return
     connect(parallel)
     has_gpu = gpu and uses_gpu(parallel)
@@ -46,6 +46,13 @@ def hold_crew(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Worker
         yield Workers(crew, "cuda" if has_gpu else "cpu")
     finally:
         crew.dismiss()
+
+
+def _own_device(parallel: ParallelConfig) -> str:
+    # seconds to import, and nothing else here needs it
+    import torch
+
+    return "cuda" if parallel.use_gpu and torch.cuda.is_available() else "cpu"
 
 
 class _Worker:

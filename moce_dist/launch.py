@@ -137,14 +137,6 @@ def map_shared(
     return map_tasks(function, items, parallel=parallel, shared=(shared,))
 
 
-def own_device(parallel: ParallelConfig) -> str:
-    """Tell what this process computes on without Ray: cuda, or cpu where there is none."""
-    # a second to import, and not every job needs it
-    import torch
-
-    return "cuda" if parallel.use_gpu and torch.cuda.is_available() else "cpu"
-
-
 def train(job: Job) -> None:
     """Run a job to its end, on as many workers as there is room for.
 

@@ -4,9 +4,11 @@
 
 A stage is skipped when its artefact is complete and was made from the same inputs; otherwise it is
 made, or taken up where it stopped. This module only wires chapters to `launch`.
+
+A run with `base_run` (continued.py) trains no stage mae and makes no clusters: it takes those of
+that run.
 """
 
-import json
 import logging
 import os
 import time
@@ -16,17 +18,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from moce_dist.cluster.assign import (
-    assign_features,
-    read_assignments,
-    read_centroids,
-    read_summary,
-    run_clustering,
-    write_assignments,
-)
-from moce_dist.cluster.blocks import open_features
+from moce_dist.cluster.assign import read_assignments, read_summary, run_clustering
+from moce_dist.cluster.existing import assign_folder, assign_table
 from moce_dist.cluster.features import (
     FeatureJob,
     begin_features,
@@ -35,15 +28,15 @@ from moce_dist.cluster.features import (
 )
 from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
+from moce_dist.continued import check_base
 from moce_dist.crew import hold_crew
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import INDEX_NAME, read_index
 from moce_dist.launch import map_shared, map_tasks, train
-from moce_dist.mapping import MapTasks
+from moce_dist.mapping import MapTasks, Workers
 from moce_dist.run import (
-    COMPLETE,
     Run,
     artefact_id,
     fingerprint,
@@ -51,12 +44,11 @@ from moce_dist.run import (
     is_first_process,
     mark_complete,
     read_marker,
-    set_aside,
-    write_atomic,
 )
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
 from moce_dist.train.encoder import OWN, encoder_id, encoder_side, encoder_spec
+from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob
 
 log = logging.getLogger(__name__)
@@ -96,8 +88,16 @@ class Pipeline:
         ingest(source, self.run.ingested, self.config.data, self.run.faults, self._map_tasks)
         return self.run.ingested
 
+    @cached_property
+    def base(self) -> Run | None:
+        """The run that this one goes on from."""
+        return check_base(self.config, self.run.root)
+
     def mae(self) -> None:
-        """Train the dense masked autoencoder."""
+        """Train the dense masked autoencoder, or take that of the base run."""
+        if self.base is not None:
+            link_stage(self.base.stage("mae"), self.run.stage("mae"))
+            return
         self._train("mae", self.data, {"data": data_id(self.data)})
 
     def cluster(self) -> dict[str, Any]:
@@ -172,12 +172,16 @@ class Pipeline:
         ]
 
     def clusters(self) -> dict[str, Any]:
-        """Cluster the features of the training images."""
+        """Cluster the features of the training images, or assign them to the base's clusters."""
         inputs = {"features": artefact_id(self.run.features)}
+        if self.base is not None:
+            inputs["base"] = artefact_id(self.base.clusters)
         if is_complete(self.run.clusters, inputs):
             log.info("clusters: complete")
             return read_summary(self.run.clusters)
         with hold_crew(self.config.parallel, gpu=True) as workers:
+            if self.base is not None:
+                return self._assign(self.base.clusters, inputs, workers)
             return run_clustering(
                 self.run.features,
                 self.run.clusters,
@@ -187,6 +191,19 @@ class Pipeline:
                 workers=workers,
                 inputs=inputs,
             )
+
+    def _assign(self, clusters: Path, inputs: dict[str, Any], workers: Workers) -> dict[str, Any]:
+        log.info("clusters: assigning the images to those of %s", clusters)
+        config = self.config.cluster
+        return assign_folder(
+            self.run.features,
+            clusters,
+            self.run.clusters,
+            block_rows=config.block_rows,
+            with_prices=config.with_prices and (clusters / "prices.npy").is_file(),
+            workers=workers,
+            inputs=inputs,
+        )
 
     def gallery(self) -> None:
         """Show what the clusters look like."""
@@ -218,12 +235,12 @@ class Pipeline:
         folder = self.run.features / HOLDOUT
         if not folder.is_dir():
             return
-        files = open_features(folder)
-        centroids, mean = read_centroids(self.run.clusters)
-        rows = np.concatenate([np.load(path, allow_pickle=False) for path in files.paths])
-        labels, distances = assign_features(rows, centroids, mean=mean)
-        self.run.shards.mkdir(parents=True, exist_ok=True)
-        write_assignments(self.run.shards / HOLDOUT_TABLE, files, labels, distances)
+        assign_table(
+            folder,
+            self.run.clusters,
+            self.run.shards / HOLDOUT_TABLE,
+            block_rows=self.config.cluster.block_rows,
+        )
 
     def moce(self) -> None:
         """Train the experts on the cluster-sharded tars."""
@@ -232,16 +249,27 @@ class Pipeline:
             "clusters": artefact_id(self.run.clusters),
             "mae": trained_id(self.run.stage("mae")),
         }
-        self._train("moce", self.run.shards, inputs)
+        start = None
+        if self.base is not None:
+            folder = self.base.stage("moce")
+            inputs["base"] = trained_id(folder)
+            start = str(latest_checkpoint(folder / "checkpoints"))
+        self._train("moce", self.run.shards, inputs, start)
 
-    def _train(self, stage: Literal["mae", "moce"], data: Path, inputs: dict[str, Any]) -> None:
+    def _train(
+        self,
+        stage: Literal["mae", "moce"],
+        data: Path,
+        inputs: dict[str, Any],
+        start: str | None = None,
+    ) -> None:
         folder = self.run.stage(stage)
-        if is_complete(folder, inputs) and _has_last_checkpoint(folder):
+        if is_complete(folder, inputs) and has_last_checkpoint(folder):
             log.info("%s: complete", stage)
             return
-        _begin(folder, inputs)
+        begin_stage(folder, inputs)
         holdout = str(self.data / HOLDOUT) if self._has_holdout else None
-        job = StageJob(self.config, self.run.root, stage, str(data), holdout)
+        job = StageJob(self.config, self.run.root, stage, str(data), holdout, start)
         log.info("%s: training on %d workers", stage, self.config.parallel.num_workers)
         train(job)
         if not is_first_process():
@@ -250,37 +278,6 @@ class Pipeline:
         assert checkpoint is not None
         files = [*checkpoint.iterdir(), folder / "metrics.jsonl", *folder.glob("holdout.json")]
         mark_complete(folder, inputs, files)
-
-
-def trained_id(folder: Path) -> str:
-    """Fingerprint of a finished training stage.
-
-    Raises:
-        ConfigError: it is not finished, or its last checkpoint is damaged.
-    """
-    identity = artefact_id(folder)
-    if not _has_last_checkpoint(folder):
-        raise ConfigError(f"{folder}: the last checkpoint is damaged; run --stage {folder.name}")
-    return identity
-
-
-def _has_last_checkpoint(folder: Path) -> bool:
-    marker = read_marker(folder)
-    assert marker is not None
-    last = {Path(name).parent for name in marker["files"] if name.endswith(".safetensors")}
-    return {latest_checkpoint(folder / "checkpoints")} == {folder / path for path in last}
-
-
-def _begin(folder: Path, inputs: dict[str, Any]) -> None:
-    if not is_first_process():
-        return
-    note, text = folder / "inputs.json", json.dumps(inputs, sort_keys=True)
-    if folder.exists() and not (note.is_file() and note.read_text() == text):
-        # its checkpoints must not be taken up
-        log.warning("%s: was made from other inputs; it is set aside", folder)
-        set_aside(folder)
-    write_atomic(note, text)
-    (folder / COMPLETE).unlink(missing_ok=True)
 
 
 def data_id(folder: Path) -> str:

@@ -190,8 +190,10 @@ class Run:
         return self.root / "transfer" / task
 
 
-def resolve_run(path: str, config: Config) -> Path:
+def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
     """Absolute path of a run directory; a relative one lies in `run.root`.
+
+    `named` is what an error calls it.
 
     Raises:
         ConfigError: inside a submitted job both are relative: the run would be in a temporary copy.
@@ -201,7 +203,7 @@ def resolve_run(path: str, config: Config) -> Path:
         run = Path(config.run.root) / run
     if not run.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise ConfigError(
-            f"--run {path}: a submitted job needs an absolute --run or run.root; "
+            f"{named} {path}: a submitted job needs an absolute {named} or run.root; "
             "relative paths end up in the job's temporary copy on one node"
         )
     return run.resolve()
@@ -242,15 +244,17 @@ def differing_fields(config: Config, other: Config) -> list[str]:
     return [f"{k}: {theirs.get(k)!r} -> {mine[k]!r}" for k in mine if mine[k] != theirs.get(k)]
 
 
-def load_run(root: Path) -> tuple[Run, Config]:
+def load_run(root: Path, named: str = "--run") -> tuple[Run, Config]:
     """Read an existing run directory and the configuration that it was made with.
+
+    `named` is what an error calls it.
 
     Raises:
         ConfigError: there is no run, or one with settings that this version does not know.
     """
     resolved = root / "config.yaml"
     if not resolved.is_file():
-        raise ConfigError(f"--run {root}: is not a run directory (no config.yaml)")
+        raise ConfigError(f"{named} {root}: is not a run directory (no config.yaml)")
     return Run(root), _read_resolved(resolved)
 
 

@@ -1,5 +1,7 @@
 """Clusters of a data set, of new features, and the files that say so.
 
+How a folder of new features meets clusters that are there: existing.py.
+
     OUT/centroids.npy        (K, D) float32, means of the final assignment
     OUT/mean.npy             (D,) float32, subtracted before normalising (features of a run only)
     OUT/prices.npy           (K,) float64, under which the balanced assignment is the nearest one
@@ -13,8 +15,11 @@ Letters: n rows, D width, K clusters.
 import json
 import os
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from moce_dist.cluster.blocks import (
     FeatureFiles,
@@ -34,6 +40,7 @@ from moce_dist.cluster.blocks import (
     open_features,
 )
 from moce_dist.cluster.candidates import Int64
+from moce_dist.cluster.domains import domain_figures
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import (
     Lloyd,
@@ -46,10 +53,63 @@ from moce_dist.cluster.lloyd import (
     state_request,
 )
 from moce_dist.cluster.nearest import make_base, search, squared_distances
+from moce_dist.cluster.spread import centroid_figures
+from moce_dist.cluster.sweeps import as_tensor
 from moce_dist.config import ClusterConfig
 from moce_dist.mapping import HERE, Workers
 from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
 from moce_dist.settings import ConfigError
+
+_TABLE_ROWS = 2**20
+"""Rows of the table of assignments that are in memory as keys at a time."""
+_SCHEMA = pa.schema(
+    {
+        "key": pa.string(),
+        "shard": pa.dictionary(pa.int32(), pa.string()),
+        "cluster": pa.int32(),
+        "distance": pa.float32(),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Clusters as rows on a device meet them: centroids (K, D) seen through `view`, prices (K,)."""
+
+    view: View
+    centroids: Float64
+    prices: Float64
+    device: str = "cpu"
+
+    @cached_property
+    def _base(self) -> Tensor:
+        return torch.from_numpy(make_base(self.centroids, self.prices)).to(self.device)
+
+    @cached_property
+    def _points(self) -> Tensor:
+        return as_tensor(self.centroids, self.device)
+
+    def assign(self, augmented: Tensor) -> tuple[Int64, Float64]:
+        """Return cluster and squared distance, (n,) each, of rows (x, 1) seen through the view."""
+        labels = search(augmented, self._base, num=1).ids[:, 0]
+        distances = squared_distances(augmented[:, :-1], self._points, labels)
+        return labels.cpu().numpy(), distances.cpu().numpy()
+
+
+def make_clusters(
+    centroids: NDArray[Any], mean: NDArray[Any] | None, prices: NDArray[Any] | None
+) -> Clusters:
+    """Prepare centroids (K, D) with the mean (D,) that comes off raw features, and prices (K,).
+
+    Without `mean` features are compared as they are, without `prices` by distance alone.
+    """
+    centres = np.asarray(centroids, np.float64)
+    # distances do not depend on the origin, and near the centroids they lose no digits
+    origin = np.zeros(centres.shape[1]) if mean is not None else centres.mean(axis=0)
+    view = View(np.asarray(origin if mean is None else mean, np.float32), mean is not None)
+    centres = centres - (view.mean.astype(np.float64) if mean is None else 0)
+    charged = np.zeros(len(centres)) if prices is None else np.asarray(prices, np.float64)
+    return Clusters(view, centres, charged)
 
 
 def assign_features(
@@ -64,19 +124,10 @@ def assign_features(
     With `mean` (D,) the features are raw: the mean is subtracted and rows are scaled to length 1.
     Without, they are compared as they are.
     """
-    centres = np.asarray(centroids, np.float64)
-    # distances do not depend on the origin, and near the centroids they lose no digits
-    origin = np.zeros(centres.shape[1]) if mean is not None else centres.mean(axis=0)
-    view = View(np.asarray(origin if mean is None else mean, np.float32), mean is not None)
-    centres = centres - (view.mean.astype(np.float64) if mean is None else 0)
-    augmented = torch.ones(len(features), centres.shape[1] + 1)
-    rows = torch.from_numpy(np.require(features, requirements=["C", "W"]))
-    view.apply(rows, augmented[:, :-1])
-    charged = np.zeros(len(centres)) if prices is None else np.asarray(prices, np.float64)
-    base = torch.from_numpy(make_base(centres, charged))
-    labels = search(augmented, base, num=1).ids[:, 0]
-    distances = squared_distances(augmented[:, :-1], torch.from_numpy(centres), labels)
-    return labels.numpy(), distances.numpy()
+    clusters = make_clusters(centroids, mean, prices)
+    augmented = torch.ones(len(features), clusters.centroids.shape[1] + 1)
+    clusters.view.apply(as_tensor(features), augmented[:, :-1])
+    return clusters.assign(augmented)
 
 
 def run_clustering(
@@ -103,17 +154,7 @@ def run_clustering(
     started = time.monotonic()
     files = open_features(features_dir)
     check_count(files, config.num_clusters)
-    is_spherical = config.spherical and not subtract_mean
-    mean = column_mean(files, workers.map_tasks, refuse_zeros=is_spherical).astype(np.float32)
-    matrix = Matrix(
-        files,
-        View(mean, subtract_mean or is_spherical, centre=not is_spherical),
-        config.block_rows,
-        workers.map_tasks,
-        config.index_from,
-        config.index_recall,
-        workers.device,
-    )
+    matrix = _open_matrix(files, config, workers, subtract_mean=subtract_mean)
     given = inputs or {"request": state_request(matrix, config, seed)}
     if is_complete(out_dir, given):
         return read_summary(out_dir)
@@ -136,13 +177,30 @@ def run_clustering(
         "balance": config.balance,
     }
     write_atomic(out_dir / "summary.json", json.dumps(summary, indent=1))
-    mark_complete(out_dir, given, [p for p in _artefacts(out_dir) if p.is_file()])
+    mark_complete(out_dir, given, [p for p in artefacts(out_dir) if p.is_file()])
     state_file.unlink()
     sample_file.unlink()
     return summary
 
 
-def _artefacts(out_dir: Path) -> list[Path]:
+def _open_matrix(
+    files: FeatureFiles, config: ClusterConfig, workers: Workers, *, subtract_mean: bool
+) -> Matrix:
+    is_spherical = config.spherical and not subtract_mean
+    mean = column_mean(files, workers.map_tasks, refuse_zeros=is_spherical).astype(np.float32)
+    return Matrix(
+        files,
+        View(mean, subtract_mean or is_spherical, centre=not is_spherical),
+        config.block_rows,
+        workers.map_tasks,
+        config.index_from,
+        config.index_recall,
+        workers.device,
+    )
+
+
+def artefacts(out_dir: Path) -> list[Path]:
+    """List the files that a finished folder may hold, `COMPLETE` left out."""
     names = ("centroids.npy", "mean.npy", "prices.npy", "assignments.parquet", "summary.json")
     return [out_dir / name for name in names]
 
@@ -150,7 +208,7 @@ def _artefacts(out_dir: Path) -> list[Path]:
 def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -> dict[str, Any]:
     """Write centroids, mean, prices and assignments; return the figures of the summary."""
     matrix = lloyd.matrix
-    for stale in _artefacts(out_dir):
+    for stale in artefacts(out_dir):
         stale.unlink(missing_ok=True)
     zero = np.zeros(len(state.centroids))
     sums = matrix.sums(state.centroids, zero, settled.labels)
@@ -165,9 +223,7 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
         np.save(out_dir / "mean.npy", matrix.view.origin, allow_pickle=False)
     if settled.prices is not None:
         np.save(out_dir / "prices.npy", settled.prices, allow_pickle=False)
-    keys = write_assignments(
-        out_dir / "assignments.parquet", matrix.files, settled.labels, distances
-    )
+    write_assignments(out_dir / "assignments.parquet", matrix.files, settled.labels, distances)
     return {
         "num_images": len(distances),
         "num_clusters": len(centroids),
@@ -176,27 +232,30 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
         "size_min": int(sums.counts.min()),
         "size_max": int(sums.counts.max()),
         **settled.figures,
-        **domain_figures(keys, settled.labels),
+        **centroid_figures(centroids),
+        **domain_figures(map(itemgetter(1), matrix.files.keys()), settled.labels),
     }
 
 
-def write_assignments(
-    path: Path, files: FeatureFiles, labels: Int64, distances: Float64
-) -> list[str]:
-    """Write one line per row (key, shard, cluster, squared distance); return the keys."""
-    shards, keys = zip(*files.keys(), strict=True)
-    table = pa.table(
-        {
-            "key": pa.array(keys, pa.string()),
-            "shard": pa.array(shards, pa.string()).dictionary_encode(),
-            "cluster": pa.array(labels, pa.int32()),
-            "distance": pa.array(distances.astype(np.float32), pa.float32()),
-        }
-    )
+def write_assignments(path: Path, files: FeatureFiles, labels: Int64, distances: Float64) -> None:
+    """Write one line per row: key, shard, cluster, squared distance."""
+    named = files.keys()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    pq.write_table(table, temporary)
-    temporary.replace(path)
-    return list(keys)
+    try:
+        with pq.ParquetWriter(temporary, _SCHEMA) as writer:
+            for first in range(0, len(labels), _TABLE_ROWS):
+                part = slice(first, first + _TABLE_ROWS)
+                shards, keys = zip(*islice(named, _TABLE_ROWS), strict=True)
+                columns = [
+                    pa.array(keys, pa.string()),
+                    pa.array(shards, pa.string()).dictionary_encode(),
+                    pa.array(labels[part], pa.int32()),
+                    pa.array(distances[part].astype(np.float32), pa.float32()),
+                ]
+                writer.write_table(pa.table(columns, schema=_SCHEMA))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_assignments(path: Path) -> dict[str, int]:
@@ -237,21 +296,3 @@ def read_centroids(out_dir: Path) -> tuple[Float32, Float32 | None]:
         raise ConfigError(f"{out_dir}/centroids.npy: is not readable ({error})") from None
     mean = out_dir / "mean.npy"
     return centroids, np.load(mean, allow_pickle=False) if mean.is_file() else None
-
-
-def domain_figures(keys: Sequence[str], labels: Int64) -> dict[str, Any]:
-    """Compare clusters with domains (the first folder of a key); nothing where there are none.
-
-    `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster.
-    """
-    # a second to import, and training only reads clusters
-    from sklearn.metrics import normalized_mutual_info_score
-
-    domains = [key.partition("/")[0] if "/" in key else "" for key in keys]
-    if len(set(domains)) < 2:
-        return {}
-    mixes: list[Counter[str]] = [Counter() for _ in range(int(labels.max()) + 1)]
-    for domain, label in zip(domains, labels, strict=True):
-        mixes[label][domain] += 1
-    nmi = normalized_mutual_info_score(domains, labels)
-    return {"nmi": float(nmi), "domains": [dict(mix.most_common()) for mix in mixes]}

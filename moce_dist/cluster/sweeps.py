@@ -75,12 +75,12 @@ class Sweep:
     @cached_property
     def _base(self) -> Tensor:
         assert self.base is not None
-        return _tensor(self.base, self.device)
+        return as_tensor(self.base, self.device)
 
     @cached_property
     def points(self) -> Tensor:
         """The centroids, (K, D) float64."""
-        return _tensor(self.centroids, self.device)
+        return as_tensor(self.centroids, self.device)
 
     @cached_property
     def narrow_points(self) -> Tensor:
@@ -94,7 +94,8 @@ class Sweep:
         return search(augmented, self._base, num=self.num)
 
 
-def _tensor(array: NDArray[Any], device: str) -> Tensor:
+def as_tensor(array: NDArray[Any], device: str = "cpu") -> Tensor:
+    """Bring an array to a device; where it lies on the CPU already it stays where it is."""
     # what came from another process cannot be written, of which torch warns
     return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
 
@@ -115,7 +116,7 @@ class Task:
             if self.labels is None:
                 yield rows, None
             else:
-                yield rows, _tensor(self.labels[block.row - first : stop], device)
+                yield rows, as_tensor(self.labels[block.row - first : stop], device)
 
 
 def add_rows(total: Tensor, augmented: Tensor, labels: Tensor) -> None:

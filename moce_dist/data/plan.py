@@ -36,6 +36,8 @@ class SampleTable:
     cluster: Ids
     digests: list[str] = field(default_factory=list)
     """Sha256 of the shards at `urls`, where it is known."""
+    num_clusters: int = 1
+    """Clusters K that there are at least; the last ones may hold no sample."""
 
     @property
     def num_samples(self) -> int:
@@ -45,10 +47,10 @@ class SampleTable:
     @cached_property
     def cluster_sizes(self) -> Ids:
         """Samples per cluster, (K,)."""
-        return np.bincount(self.cluster, minlength=1)
+        return np.bincount(self.cluster, minlength=self.num_clusters)
 
 
-def sample_table(index: ShardIndex) -> SampleTable:
+def sample_table(index: ShardIndex, num_clusters: int = 1) -> SampleTable:
     """Flatten an index; samples without a cluster are of cluster 0."""
     shards = index.shards
     counts = [shard.num_samples for shard in shards]
@@ -60,6 +62,7 @@ def sample_table(index: ShardIndex) -> SampleTable:
         size=np.array([s for shard in shards for s in shard.sizes], np.int64),
         cluster=np.repeat(np.array([shard.cluster or 0 for shard in shards], np.int64), counts),
         digests=[shard.sha256 for shard in shards],
+        num_clusters=num_clusters,
     )
 
 

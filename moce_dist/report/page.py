@@ -40,6 +40,7 @@ def render(record: Record) -> str:
     )
     return environment.get_template("page.html.jinja").render(
         name=record.root.name,
+        base=record.base or "",
         started=record.provenance.get("time", ""),
         command=shlex.join(map(str, record.provenance.get("command", []))),
         versions=record.provenance.get("versions", {}),
@@ -79,7 +80,10 @@ def _tile(label: str, value: str | None) -> dict[str, str]:
 
 def _tiles(record: Record) -> list[dict[str, str]]:
     tiles = []
-    for name, title in (("mae", "MAE"), ("moce", "MoCE")):
+    titles = {"mae": "MAE", "moce": "MoCE"}
+    if record.base is not None:
+        del titles["mae"]
+    for name, title in titles.items():
         holdout = record.stages[name].holdout
         tiles.append(_tile(f"{title} held-out loss", f"{holdout['loss']:.4f}" if holdout else None))
     clusters = record.clusters

@@ -94,6 +94,11 @@ class Record:
     artefacts: list[Artefact] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def base(self) -> str | None:
+        """The run whose encoder, clusters and experts this one goes on from."""
+        return None if self.config is None else self.config.base_run
+
     def attempt(self, read: Callable[[Path], T], path: Path) -> T | None:
         """Read a file that may be missing (None) or damaged (None, and a problem)."""
         if not path.exists():
@@ -178,12 +183,16 @@ def _read_all_clusters(record: Record, folder: Path) -> Clusters | None:
     found = record.attempt(_read_clusters, folder / "assignments.parquet")
     if found is None:
         return None
+    centroids = record.attempt(
+        lambda path: np.load(path, allow_pickle=False), folder / "centroids.npy"
+    )
+    # new images may leave the last clusters of another run empty
+    missing = 0 if centroids is None else max(0, len(centroids) - len(found.counts))
     return replace(
         found,
+        counts=np.pad(found.counts, ((0, missing), (0, 0))),
         summary=record.attempt(_read_summary, folder / "summary.json") or {},
-        centroids=record.attempt(
-            lambda path: np.load(path, allow_pickle=False), folder / "centroids.npy"
-        ),
+        centroids=centroids,
         sheets=_read_sheets(folder / "gallery"),
     )
 

@@ -20,7 +20,7 @@ def summary_lines(run_root: Path) -> list[str]:
     record = read_record(run_root)
     return [
         f"run {record.root}",
-        *_losses(record.stages),
+        *_losses(record.stages, record.base),
         *_clusters(record.clusters),
         *_experts(record.stages["moce"]),
         *_routing(record.routing),
@@ -32,9 +32,13 @@ def summary_lines(run_root: Path) -> list[str]:
     ]
 
 
-def _losses(stages: Mapping[str, Stage]) -> Iterator[str]:
+def _losses(stages: Mapping[str, Stage], base: str | None) -> Iterator[str]:
+    if base is not None:
+        yield f"goes on from the encoder, clusters and experts of {base}"
     for name, stage in stages.items():
         _, losses = stage.column("loss")
+        if base is not None and name == "mae":
+            continue
         if not losses:
             yield f"{_TITLES[name]} loss: not trained yet"
             continue
@@ -45,6 +49,8 @@ def _losses(stages: Mapping[str, Stage]) -> Iterator[str]:
 
 def domain_mix(counts: np.ndarray, domains: list[str]) -> str:
     """Write one cluster's domains from half a percent on: `digits 97 %, relief 3 %`."""
+    if not counts.any():
+        return "no images"
     total = max(1, int(counts.sum()))
     order = [i for i in np.argsort(-counts, kind="stable") if counts[i] >= total / 200]
     return ", ".join(f"{domains[i]} {100 * counts[i] / total:.0f} %" for i in order)

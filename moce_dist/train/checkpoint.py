@@ -19,7 +19,7 @@ cluster, follows from it and is compared when a stage resumes.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from torch import Tensor
 from moce_dist.model.moce import global_names, is_expert, is_stacked
 from moce_dist.parallel.groups import ExpertMap
 from moce_dist.run import file_sha256, fingerprint
+from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:  # who only reads checkpoints need not wait for deepspeed
     from moce_dist.parallel.engine import Engine
@@ -116,12 +117,8 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     return weights
 
 
-def load_checkpoint(checkpoint: Path, engine: "Engine", naming: Naming) -> dict[str, Any]:
-    """Load this rank's part of a checkpoint and return its manifest.
-
-    Weights and moments are bit-equal to what was saved, whatever the number of ranks then and now.
-    """
-    manifest = read_manifest(checkpoint)
+def tensor_reader(checkpoint: Path) -> Callable[[str], Tensor | None]:
+    """Return a function that reads one tensor by kind and global name; None where there is none."""
     where = dict(_tensors(checkpoint))
 
     def read(key: str) -> Tensor | None:
@@ -131,15 +128,50 @@ def load_checkpoint(checkpoint: Path, engine: "Engine", naming: Naming) -> dict[
             tensor: Tensor = file.get_tensor(key)
         return tensor
 
+    return read
+
+
+def part_reader(checkpoint: Path, naming: Naming) -> Callable[[str, str], Tensor | None]:
+    """Return a function that reads this rank's part of a parameter's tensor by name and kind."""
+    read = tensor_reader(checkpoint)
+
     def lookup(name: str, kind: str) -> Tensor | None:
         parts = [read(f"{kind}/{g}") for g in naming.global_names(name)]
-        if any(part is None for part in parts):
-            return None
         found = [part for part in parts if part is not None]
+        if len(found) < len(parts):
+            return None
         return torch.stack(found) if is_stacked(name) else found[0]
 
+    return lookup
+
+
+def load_checkpoint(checkpoint: Path, engine: "Engine", naming: Naming) -> dict[str, Any]:
+    """Load this rank's part of a checkpoint and return its manifest.
+
+    Weights and moments are bit-equal to what was saved, whatever the number of ranks then and now.
+    """
+    manifest, read = read_manifest(checkpoint), tensor_reader(checkpoint)
     for name, buffer in engine.module.named_buffers():
         if (saved := read(f"weight/{name}")) is not None:
             buffer.copy_(saved)
-    engine.load_state(lookup, step=manifest["step"])
+    engine.load_state(part_reader(checkpoint, naming), step=manifest["step"])
     return manifest
+
+
+def start_from(checkpoint: Path, engine: "Engine", naming: Naming) -> None:
+    """Load this rank's part of another run's weights; moments and position are not taken.
+
+    Raises:
+        ConfigError: the checkpoint lacks a weight of the model.
+    """
+    read = part_reader(checkpoint, naming)
+
+    def lookup(name: str, kind: str) -> Tensor | None:
+        if kind != "weight":
+            return None
+        weight = read(name, kind)
+        if weight is None:
+            raise ConfigError(f"{checkpoint}: has no weight {naming.global_names(name)[0]}")
+        return weight
+
+    engine.load_state(lookup, step=0)

@@ -20,13 +20,17 @@ class TooManyFaultsError(RuntimeError):
 
 @dataclass(frozen=True)
 class StageJob:
-    """Which stage of which run, on which shards."""
+    """Which stage of which run, on which shards.
+
+    `start` is the checkpoint of another run whose weights the stage starts from.
+    """
 
     config: Config
     run_root: Path
     stage: Literal["mae", "moce"]
     index: str
     holdout: str | None = None
+    start: str | None = None
 
     @property
     def name(self) -> str:
@@ -47,6 +51,11 @@ class StageJob:
     def stage_config(self) -> StageConfig:
         """Optimisation of this stage."""
         return self.config.mae if self.stage == "mae" else self.config.moce
+
+    @property
+    def num_clusters(self) -> int:
+        """Clusters K that the images are told apart by; stage mae knows none."""
+        return self.config.cluster.num_clusters if self.stage == "moce" else 1
 
     @property
     def batch_size(self) -> int:
@@ -85,7 +94,7 @@ def plan_of(job: StageJob) -> Plan:
     Raises:
         ConfigError: there is no index.
     """
-    table = sample_table(read_index(job.index))
+    table = sample_table(read_index(job.index), job.num_clusters)
     return Plan(table, job.stage_config.batch_size, job.config.seed)
 
 

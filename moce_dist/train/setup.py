@@ -31,6 +31,8 @@ from moce_dist.train.checkpoint import (
     load_checkpoint,
     load_weights,
     read_manifest,
+    start_from,
+    tensor_reader,
 )
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob, plan_of, total_steps
 from moce_dist.train.optim import optimizer_factory, parameter_groups
@@ -114,7 +116,7 @@ def holdout_table(job: StageJob) -> SampleTable | None:
     """Read the held-out images; in stage moce with the clusters that they were assigned to."""
     if job.holdout is None:
         return None
-    table = sample_table(read_index(job.holdout))
+    table = sample_table(read_index(job.holdout), job.num_clusters)
     if job.stage == "mae":
         return table
     clusters = read_assignments(Run(job.run_root).shards / HOLDOUT_TABLE)
@@ -177,6 +179,9 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
         manifest = read_manifest(start)
         router.restore(manifest)
     elif gate is not None:
+        if job.start is not None:
+            # what the first table and the placement of the experts follow from
+            gate.weight.data.copy_(_gate_weight(Path(job.start)))
         router.regroup(gate, 0)
         router.refresh(gate, 0)
         router.replan()
@@ -188,8 +193,19 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
         assert manifest["cursors"] == expected, "the plan of the stream changed under a checkpoint"
         log.info("%s: resuming at step %d of %d", job.stage, state.step, state.total_steps)
         return
+    if job.start is not None:
+        log.info("%s: starting from the experts of %s", job.stage, job.start)
+        start_from(Path(job.start), state.engine, state.naming)
+        return
     weights = _first_weights(job)
     state.engine.load_state(lambda name, kind: _lookup(weights, state.naming, name, kind), step=0)
+
+
+def _gate_weight(checkpoint: Path) -> Tensor:
+    weight = tensor_reader(checkpoint)("weight/gate.weight")
+    if weight is None:
+        raise ConfigError(f"{checkpoint}: has no gate to go on from")
+    return weight
 
 
 def _lookup(weights: dict[str, Tensor], naming: Naming, name: str, kind: str) -> Tensor | None:

@@ -98,7 +98,7 @@ def export_route(run: Run, config: Config, experts: Sequence[int], out: Path) ->
     """Write the dense ViT of a route, taken by a cluster or not; return its files.
 
     The figures of its card, and with `gate.combine: prob` the p folded into it, are those of the
-    images that take the route; of all images when none does.
+    images that take the route; of all images when none does (a cluster may hold none).
 
     Raises:
         ConfigError: the experts do not exist.
@@ -107,9 +107,9 @@ def export_route(run: Run, config: Config, experts: Sequence[int], out: Path) ->
     blocks, num_experts = moe_shape(stage.weights)
     check_experts(experts, len(blocks), num_experts)
     every = list_routes(run, config, stage)
-    taken = [route for route in every if route.experts == tuple(experts)]
+    taken = [route for route in every if route.experts == tuple(experts) and route.num_images]
     if not taken:
-        logger.warning("experts %s: no cluster takes this route", list(experts))
+        logger.warning("experts %s: no image takes this route", list(experts))
     sizes = {k: v for route in taken or every for k, v in route.clusters.items()}
     ids = np.repeat(np.array(list(sizes), np.int64), list(sizes.values()))
     name = f"route {','.join(map(str, experts))}"
@@ -119,7 +119,7 @@ def export_route(run: Run, config: Config, experts: Sequence[int], out: Path) ->
         "run": run.root.name,
         "data": config.data.source,
         "checkpoint": f"moce/{stage.checkpoint.name}",
-        "selection": "given" if taken else "given; no cluster takes this route",
+        "selection": "given" if taken else "given; no image takes this route",
     }
     card = model_card(choice, None, about)
     return export_backbone(run_backbone("moce", config, weights), out, card)

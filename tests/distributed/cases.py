@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -347,3 +348,26 @@ def train_replanning(run, overrides, moves, stop=None):
         routing.Router._plan, migrate.move_experts = plan, move
         loop.train_step, routing.Router.move_cost = step, cost
     return {"keys": keys, "snapshots": snapshots}
+
+
+def start_of(run, overrides, start):
+    """Begin a stage from the weights of another run's checkpoint; what it begins with."""
+    init_distributed(torch.device("cpu"))
+    state = setup.build_state(replace(make_job(run, overrides), start=start))
+    weights = by_global_name(state, ((n, t) for n, k, t in state.engine.state() if k == "weight"))
+    kinds = {kind for _, kind, _ in state.engine.state()}
+    result = {
+        "weights": weights,
+        "kinds": kinds,
+        "table": state.router.table,
+        "logits": state.model.gate.logits().detach().numpy(),
+        "counts": state.plan.table.cluster_sizes.tolist(),
+    }
+    state.engine.destroy()
+    return result
+
+
+def continue_to_end(run, overrides, start):
+    """Run the stage with the real loop from another run's checkpoint."""
+    init_distributed(torch.device("cpu"))
+    return loop.pretrain(replace(make_job(run, overrides), start=start))

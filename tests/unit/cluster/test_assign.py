@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from sklearn.metrics import normalized_mutual_info_score
 
 from moce_dist.cluster.assign import (
     assign_features,
-    domain_figures,
     read_assignments,
     read_centroids,
     run_clustering,
 )
+from moce_dist.cluster.domains import domain_figures
 from moce_dist.cluster.features import transform
 from moce_dist.config import ClusterConfig
 from moce_dist.run import is_complete
@@ -119,6 +120,17 @@ def test_keys_that_do_not_fit_their_file_are_named(tmp_path):
     (tmp_path / "features" / "s1.keys.json").write_text('["one"]')
     with pytest.raises(ConfigError, match=r"s1\.keys\.json: holds 1 keys for 40 rows"):
         clustered(tmp_path)
+
+
+def test_agreement_with_domains_is_that_of_scikit_learn():
+    draws = np.random.default_rng(0)
+    labels = draws.integers(0, 7, 500)
+    domains = (labels + draws.integers(0, 3, 500)) % 5
+    figures = domain_figures([f"{domain}/{i}" for i, domain in enumerate(domains)], labels)
+    assert figures["nmi"] == pytest.approx(normalized_mutual_info_score(domains, labels))
+    for cluster, mix in enumerate(figures["domains"]):
+        names, counts = np.unique(domains[labels == cluster], return_counts=True)
+        assert mix == {str(name): count for name, count in zip(names, counts, strict=True)}
 
 
 def test_keys_without_folders_have_no_domains():

@@ -1,6 +1,7 @@
 """One order of images: exactly once, even paces, independent of everything but seed and epoch."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,3 +69,12 @@ def test_cursors_count_what_was_used():
     steps = epoch_steps(plan, 1)
     used = np.bincount(plan.table.cluster[np.concatenate(steps[:2])], minlength=2)
     assert plan.cursors(plan.steps_per_epoch + 2) == used.tolist()
+
+
+def test_clusters_without_samples_count_0_and_change_no_order():
+    some = table([6, 0, 4])
+    more = replace(some, num_clusters=6)
+    assert more.cluster_sizes.tolist() == [6, 0, 4, 0, 0, 0]
+    plan = Plan(more, batch_size=4, seed=0)
+    assert Counter(plan.epoch_order(1).tolist()) == Counter(range(10))
+    assert plan.cursors(2)[3:] == [0, 0, 0] and sum(plan.cursors(2)) == 8

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -56,6 +57,22 @@ def test_page_of_a_finished_run_has_every_part(rendered):
         assert part in page.text, part
     assert page.tags.count("svg") == 7
     assert "missing" not in page.text.split("Artefacts")[0]
+
+
+def test_run_that_goes_on_from_another_says_so_and_shows_its_empty_clusters(finished):
+    text = (finished / "config.yaml").read_text()
+    (finished / "config.yaml").write_text(text.replace("base_run: null", "base_run: /runs/old"))
+    table = pq.read_table(finished / "clusters" / "assignments.parquet")
+    kept = table.filter(pc.less(table["cluster"], 9))
+    pq.write_table(kept, finished / "clusters" / "assignments.parquet")
+    lines = summary_lines(finished)
+    assert lines[1] == "goes on from the encoder, clusters and experts of /runs/old"
+    assert not [line for line in lines if line.startswith("MAE loss")]
+    assert "clusters: 12 of 0 to 50 images" in "\n".join(lines)
+    assert [line for line in lines if line.startswith("  cluster   11: no images")]
+    page = Page(write_report(finished))
+    assert "Goes on from the encoder, clusters and experts of /runs/old" in page.text
+    assert "MAE held-out loss" not in page.text and "no images" in page.text
 
 
 def test_page_fetches_nothing_and_runs_nothing(rendered):

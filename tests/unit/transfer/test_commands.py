@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from moce_dist.__main__ import main
@@ -34,8 +35,11 @@ SIZES = [5, 0, 7, 1, 2, 4]
 @pytest.fixture
 def assigned(run: Run) -> Run:
     """A run whose assignments say that cluster c has SIZES[c] images."""
-    labels = np.repeat(np.arange(NUM_CLUSTERS), SIZES)
-    run.features.mkdir()
+    return assign(run, np.repeat(np.arange(NUM_CLUSTERS), SIZES))
+
+
+def assign(run: Run, labels: np.ndarray) -> Run:
+    run.features.mkdir(exist_ok=True)
     np.save(run.features / "train.npy", np.zeros((len(labels), 24), np.float32))
     keys = [f"k{i}" for i in range(len(labels))]
     (run.features / "train.keys.json").write_text(json.dumps(keys))
@@ -106,7 +110,22 @@ def test_any_route_is_exported_as_timm_loads_it(
         assert same == (combine == "straight_through")
         card = (out / "README.md").read_text()
         assert f"# Dense ViT: route {given}" in card
-        assert ("no cluster takes this route" in card) == (experts == free)
+        assert ("no image takes this route" in card) == (experts == free)
+
+
+def test_route_of_empty_clusters_alone_is_exported_with_the_figures_of_all_images(
+    run, config, models, tmp_path, capsys
+):
+    path = run.root / "config.yaml"
+    path.write_text(path.read_text().replace("combine: straight_through", "combine: prob"))
+    table = routes(by_global_name(models["moce"], config), config.gate)
+    experts = table[:, 1]
+    assign(run, np.repeat([k for k in range(NUM_CLUSTERS) if (table[:, k] != experts).any()], 3))
+    given, out = ",".join(map(str, experts.tolist())), tmp_path / "vit"
+    said(capsys, "routes", str(run.root), "--experts", given, "--out", str(out))
+    card = (out / "README.md").read_text()
+    assert "no image takes this route" in card and "nan" not in card
+    assert all(t.isfinite().all() for t in load_file(out / "model.safetensors").values())
 
 
 @pytest.mark.parametrize(

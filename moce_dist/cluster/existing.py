@@ -1,0 +1,256 @@
+"""New features meet clusters that are there: a folder of any size, block by block.
+
+The unit of work is a block of rows, as for k-means (`blocks.py`), so the result has the same bits
+on any number of workers; what is held of a row is its label and its distance. All clusters are
+compared with (no index), so a row gets its nearest one: argmin_k |x - c_k|^2 - g_k, with the prices
+g that balanced the clusters or without. New data of the same distribution then has sizes near those
+of the clustering; of another one it has the sizes that it has, and a cluster may stay empty.
+
+    OUT/  what a clustering leaves (assign.py), with the centroids, mean and prices of that one
+
+Letters: n rows, D width, K clusters.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_dist.cluster.assign import (
+    Clusters,
+    artefacts,
+    make_clusters,
+    read_centroids,
+    read_summary,
+    write_assignments,
+)
+from moce_dist.cluster.blocks import (
+    Block,
+    FeatureFiles,
+    Float64,
+    column_mean,
+    group_blocks,
+    open_features,
+    read_block,
+)
+from moce_dist.cluster.candidates import Int64
+from moce_dist.cluster.domains import domain_figures
+from moce_dist.mapping import HERE, Workers
+from moce_dist.run import (
+    COMPLETE,
+    artefact_id,
+    fingerprint,
+    is_complete,
+    mark_complete,
+    read_marker,
+    write_atomic,
+)
+from moce_dist.settings import ConfigError
+
+_COPIED = ("centroids.npy", "mean.npy", "prices.npy")
+
+
+def read_clusters(folder: Path, *, with_prices: bool = False) -> Clusters:
+    """Read the clusters that a finished clustering left in a folder.
+
+    Raises:
+        ConfigError: it is no such folder, or one of its files is missing or of another shape.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder of clusters")
+    if read_marker(folder) is None:
+        raise ConfigError(
+            f"{folder}: holds no finished clustering (no {COMPLETE}); name what jobs/cluster.py "
+            "wrote to --out, of a run its clusters/"
+        )
+    centroids, mean = read_centroids(folder)
+    _check_array(folder / "centroids.npy", centroids, (None, None))
+    if mean is not None:
+        _check_array(folder / "mean.npy", mean, (centroids.shape[1],))
+    return make_clusters(
+        centroids, mean, _read_prices(folder, len(centroids)) if with_prices else None
+    )
+
+
+def _read_prices(folder: Path, num_clusters: int) -> Float64:
+    path = folder / "prices.npy"
+    if not path.is_file():
+        raise ConfigError(f"{path}: is missing; clusters made with cluster.balance off have none")
+    try:
+        prices: Float64 = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{path}: is not readable ({error})") from None
+    _check_array(path, prices, (num_clusters,))
+    return prices
+
+
+def _check_array(path: Path, array: NDArray[Any], shape: tuple[int | None, ...]) -> None:
+    is_right = len(shape) == array.ndim and all(
+        want in (None, size) for want, size in zip(shape, array.shape, strict=True)
+    )
+    if not is_right or array.dtype.kind != "f" or not np.isfinite(array).all():
+        wanted = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ConfigError(
+            f"{path}: holds {array.dtype} {array.shape}, must be finite numbers of shape ({wanted})"
+        )
+
+
+def open_new_features(folder: Path, clusters: Clusters) -> FeatureFiles:
+    """Read the headers of features that clusters are to be assigned to.
+
+    Raises:
+        ConfigError: the folder cannot be used, holds no rows, or they have another width.
+    """
+    files, dim = open_features(folder), clusters.centroids.shape[1]
+    if files.dim != dim:
+        raise ConfigError(f"{files.paths[0]}: has width {files.dim}, the centroids have {dim}")
+    if not files.num_rows:
+        raise ConfigError(f"{folder}: holds no rows")
+    return files
+
+
+def scan_features(files: FeatureFiles, clusters: Clusters, workers: Workers = HERE) -> Float64:
+    """Look at every value of new features; return their mean, (D,).
+
+    Raises:
+        ConfigError: naming file and row of the first one that cannot be assigned (a ValueError
+            beyond 10 GB, as for a clustering).
+    """
+    # spherical clusters have a mean of zeros: a row of zeros has no direction then
+    is_spherical = clusters.view.normalise and not clusters.view.mean.any()
+    return column_mean(files, workers.map_tasks, refuse_zeros=is_spherical)
+
+
+class Assigned(NamedTuple):
+    """Clusters of rows and the squared distances to their centroids, (n,) each."""
+
+    labels: Int64
+    distances: Float64
+
+
+def assign_group(clusters: Clusters, group: tuple[Block, ...]) -> Assigned:
+    """Assign the rows of some blocks, one block in memory at a time."""
+    blocks = (read_block(block, clusters.view, clusters.device) for block in group)
+    found = [clusters.assign(rows) for rows in blocks]
+    labels, distances = zip(*found, strict=True)
+    return Assigned(np.concatenate(labels), np.concatenate(distances))
+
+
+def assign_files(
+    files: FeatureFiles, clusters: Clusters, *, block_rows: int, workers: Workers = HERE
+) -> Assigned:
+    """Assign all rows of a folder of features, whose values were looked at before."""
+    done = Assigned(np.empty(files.num_rows, np.int64), np.empty(files.num_rows))
+    shared, groups = replace(clusters, device=workers.device), files.blocks(block_rows)
+    first = 0
+    for part in workers.map_tasks(assign_group, shared, group_blocks(groups)):
+        rows = slice(first, first + len(part.labels))
+        done.labels[rows], done.distances[rows] = part
+        first = rows.stop
+    return done
+
+
+def assign_table(
+    features_dir: Path,
+    clusters_dir: Path,
+    table: Path,
+    *,
+    block_rows: int,
+    workers: Workers = HERE,
+) -> None:
+    """Write the table of a folder's rows and their nearest clusters alone.
+
+    Raises:
+        ConfigError: clusters or features cannot be used (which file, which row).
+    """
+    clusters = read_clusters(clusters_dir)
+    files = open_new_features(features_dir, clusters)
+    scan_features(files, clusters, workers)
+    done = assign_files(files, clusters, block_rows=block_rows, workers=workers)
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_assignments(table, files, *done)
+
+
+def assign_folder(
+    features_dir: Path,
+    clusters_dir: Path,
+    out_dir: Path,
+    *,
+    block_rows: int,
+    with_prices: bool = False,
+    workers: Workers = HERE,
+    inputs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Assign a folder of features to the clusters of another one; write the result, return figures.
+
+    Where the clusters have a mean, rows are f -> normalise(f - mean), else they are taken as they
+    are. `inputs` are as in `run_clustering`.
+
+    Raises:
+        ConfigError: clusters or features cannot be used (which file, which row), or, without
+            `inputs`, the folder holds the result of another request.
+    """
+    started = time.monotonic()
+    if out_dir.resolve() == clusters_dir.resolve():
+        raise ConfigError(f"{out_dir}: holds the clusters themselves; choose another --out")
+    clusters = read_clusters(clusters_dir, with_prices=with_prices)
+    files = open_new_features(features_dir, clusters)
+    mean = scan_features(files, clusters, workers)
+    request = {
+        "files": [(path.name, rows) for path, rows in zip(files.paths, files.rows, strict=True)],
+        "mean": mean.tobytes().hex(),
+        "clusters": artefact_id(clusters_dir),
+        "with_prices": with_prices,
+        "block_rows": block_rows,
+    }
+    given = inputs or {"request": fingerprint(request)}
+    if is_complete(out_dir, given):
+        return read_summary(out_dir)
+    if inputs is None and (out_dir / COMPLETE).is_file():
+        raise ConfigError(
+            f"{out_dir}: holds the result of another request; choose another --out, or --fresh"
+        )
+    done = assign_files(files, clusters, block_rows=block_rows, workers=workers)
+    summary = {
+        **_figures(files, clusters, done),
+        "seconds": round(time.monotonic() - started, 3),
+        "balance": "assigned",
+        "prices": with_prices,
+        "assigned_to": str(clusters_dir.resolve()),
+    }
+    _write(out_dir, clusters_dir, files, done, summary)
+    mark_complete(out_dir, given, [path for path in artefacts(out_dir) if path.is_file()])
+    return summary
+
+
+def _figures(files: FeatureFiles, clusters: Clusters, done: Assigned) -> dict[str, Any]:
+    sizes = np.bincount(done.labels, minlength=len(clusters.centroids))
+    return {
+        "num_images": files.num_rows,
+        "num_clusters": len(sizes),
+        "dim": files.dim,
+        "mean_squared_distance": float(done.distances.mean()),
+        "size_min": int(sizes.min()),
+        "size_max": int(sizes.max()),
+        **domain_figures(map(itemgetter(1), files.keys()), done.labels),
+    }
+
+
+def _write(
+    out_dir: Path, clusters_dir: Path, files: FeatureFiles, done: Assigned, summary: dict[str, Any]
+) -> None:
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for stale in (out_dir / COMPLETE, *artefacts(out_dir)):
+        stale.unlink(missing_ok=True)
+    for name in _COPIED:
+        if (clusters_dir / name).is_file():
+            shutil.copyfile(clusters_dir / name, out_dir / name)
+    write_assignments(out_dir / "assignments.parquet", files, *done)
+    write_atomic(out_dir / "summary.json", json.dumps(summary, indent=1))

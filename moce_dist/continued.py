@@ -1,0 +1,93 @@
+"""A run that goes on from a finished one, on other images: where that is, whether the two fit.
+
+With `base_run` nothing is learnt anew that is there already:
+
+    BASE/mae       its last checkpoint is linked to RUN/mae: the encoder of all features
+    BASE/clusters  the images of data.source are assigned to them: RUN/clusters
+    BASE/moce      the experts and the gate that stage moce starts from
+
+Optimiser, learning rate, routing and the gate's noise begin as for any stage. Weights and clusters
+mean something only under the settings that they were made with, so those must be the same.
+"""
+
+from pathlib import Path
+
+from moce_dist.config import Config, identity
+from moce_dist.run import Run, load_run, read_marker, resolve_run
+from moce_dist.settings import ConfigError
+
+KEPT = ("data.image_size", "model", "moe", "gate.combine", "gate.groups", "cluster")
+"""Fields and sections that must be the base run's."""
+FREE = (
+    "model.mask_ratio",
+    "model.init",
+    "moe.capacity_factor",
+    "cluster.balance",
+    "cluster.spherical",
+    "cluster.soft_bound",
+    "cluster.iterations",
+    "cluster.tolerance",
+    "cluster.block_rows",
+    "cluster.num_candidates",
+    "cluster.index_from",
+    "cluster.index_recall",
+    "cluster.batch_size",
+    "cluster.with_prices",
+)
+"""Fields among them that say how something was made, or how it goes on."""
+_SHARED = "parallel.num_groups"
+_ARTEFACTS = ("mae", "clusters", "moce")
+
+
+def base_of(config: Config) -> Run | None:
+    """Return the run that `base_run` names; None without one.
+
+    Raises:
+        ConfigError: in a submitted job it must be an absolute path.
+    """
+    if config.base_run is None:
+        return None
+    return Run(resolve_run(config.base_run, config, "base_run"))
+
+
+def check_base(config: Config, root: Path) -> Run | None:
+    """Check that the run in `root` can go on from its base run; return that, None without one.
+
+    Raises:
+        ConfigError: there is no such run, it is not finished, or it was made with other settings.
+    """
+    base = base_of(config)
+    if base is None:
+        return None
+    if base.root == root:
+        raise ConfigError(f"base_run = {config.base_run!r}: is this run itself")
+    if config.model.init is not None:
+        raise ConfigError(
+            f"model.init ({config.model.init}) must be null with base_run, which has the weights"
+        )
+    if config.moe.kind != "cluster":
+        raise ConfigError(f"moe.kind ({config.moe.kind}) must be cluster with base_run")
+    _, made_with = load_run(base.root, "base_run")
+    if differing := unlike(config, made_with):
+        raise ConfigError(
+            f"base_run {base.root}: its weights and clusters need its settings: "
+            f"{'; '.join(differing)}"
+        )
+    for name in _ARTEFACTS:
+        if read_marker(base.root / name) is None:
+            raise ConfigError(f"base_run {base.root}: is not finished, {name} is not complete")
+    return base
+
+
+def unlike(config: Config, base: Config) -> list[str]:
+    """List what must be the base run's and is not, as `path: base -> config`."""
+    mine, theirs = identity(config), identity(base)
+    # groups that experts learnt in are a matter of the weights only where the gate keeps to them
+    kept = (*KEPT, _SHARED) if config.gate.groups == "shared" else KEPT
+    return [
+        f"{field}: {theirs.get(field)!r} -> {mine[field]!r}"
+        for field in mine
+        if field not in FREE
+        and any(f"{field}.".startswith(f"{part}.") for part in kept)
+        and mine[field] != theirs.get(field)
+    ]

@@ -1,0 +1,102 @@
+"""The folder of a training stage: how it begins, and when it counts as finished.
+
+A stage is finished when it is `COMPLETE` and its newest undamaged checkpoint is the one that the
+marker lists. What it was made from is noted before the first step: checkpoints of other inputs must
+not be taken up.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from moce_dist.run import (
+    COMPLETE,
+    artefact_id,
+    is_complete,
+    is_first_process,
+    mark_complete,
+    read_marker,
+    set_aside,
+    write_atomic,
+)
+from moce_dist.settings import ConfigError
+from moce_dist.train.checkpoint import latest_checkpoint
+
+log = logging.getLogger(__name__)
+
+
+def trained_id(folder: Path) -> str:
+    """Fingerprint of a finished training stage.
+
+    Raises:
+        ConfigError: it is not finished, or its last checkpoint is damaged.
+    """
+    identity = artefact_id(folder)
+    if not has_last_checkpoint(folder):
+        raise ConfigError(f"{folder}: the last checkpoint is damaged; run --stage {folder.name}")
+    return identity
+
+
+def has_last_checkpoint(folder: Path) -> bool:
+    """Tell whether the newest undamaged checkpoint of a complete stage is its last one."""
+    marker = read_marker(folder)
+    assert marker is not None
+    last = {Path(name).parent for name in marker["files"] if name.endswith(".safetensors")}
+    return {latest_checkpoint(folder / "checkpoints")} == {folder / path for path in last}
+
+
+def begin_stage(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Make a folder ready for a stage made from `inputs`; one made from others is set aside."""
+    if not is_first_process():
+        return
+    note, text = folder / "inputs.json", json.dumps(dict(inputs), sort_keys=True)
+    if folder.exists() and not (note.is_file() and note.read_text() == text):
+        # its checkpoints must not be taken up
+        log.warning("%s: was made from other inputs; it is set aside", folder)
+        set_aside(folder)
+    write_atomic(note, text)
+    (folder / COMPLETE).unlink(missing_ok=True)
+
+
+def link_stage(source: Path, folder: Path) -> None:
+    """Make a stage out of the last checkpoint of another run's finished one, without training.
+
+    Raises:
+        ConfigError: that one is not finished, or its last checkpoint is damaged.
+    """
+    inputs = {"base": trained_id(source)}
+    if is_complete(folder, inputs) and has_last_checkpoint(folder):
+        log.info("%s: complete", folder.name)
+        return
+    begin_stage(folder, inputs)
+    if not is_first_process():
+        return
+    checkpoint = latest_checkpoint(source / "checkpoints")
+    assert checkpoint is not None
+    log.info("%s: taken from %s", folder.name, checkpoint)
+    linked = link_checkpoint(checkpoint, folder / "checkpoints")
+    mark_complete(folder, inputs, linked.iterdir())
+
+
+def link_checkpoint(checkpoint: Path, folder: Path) -> Path:
+    """Put another run's checkpoint into `folder`: hard links, copies where these cannot be.
+
+    Files of a checkpoint are never changed, so both runs may hold them. Returns the new folder,
+    which has its name when it is whole.
+    """
+    target = folder / checkpoint.name
+    temporary = folder / f".{checkpoint.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        try:
+            os.link(file, temporary / file.name)
+        except OSError:
+            shutil.copyfile(file, temporary / file.name)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return target

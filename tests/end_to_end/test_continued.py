@@ -1,0 +1,148 @@
+"""A run on other pictures goes on from a finished one: its encoder, clusters and experts."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from moce_dist.cluster.blocks import View, open_features
+from moce_dist.config import load_config
+from moce_dist.data.shards import read_index
+from moce_dist.pipeline import Pipeline
+from moce_dist.run import COMPLETE, is_complete, open_run, read_marker
+from moce_dist.train.checkpoint import latest_checkpoint, load_weights
+
+STAGES = ("ingested", "mae", "features", "clusters", "shards", "moce")
+# its own number of workers: without Ray, which is quicker
+CHANGED = ("parallel.num_workers=1", "moce.epochs=2", "moce.warmup_epochs=0", "gate.noise=0")
+
+
+@pytest.fixture(scope="module")
+def other_pictures(tmp_path_factory):
+    """70 digits that the finished run has not seen; it has seen silhouettes too."""
+    from moce_dist.data import samples
+
+    root, images = tmp_path_factory.mktemp("other") / "pictures", samples.task("digits").train
+    (root / "new").mkdir(parents=True)
+    for number in range(70):
+        image = images[number * len(images) // 150 + 1]
+        (root / "new" / f"{number:04d}.png").write_bytes(image.content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def command(arguments, finished, other_pictures):
+    """Arguments of jobs/pretrain.py for a run that goes on from the finished one."""
+    return lambda run, *more: arguments(
+        run, *CHANGED, f"base_run={finished}", *more, source=f"folder:{other_pictures}"
+    )
+
+
+@pytest.fixture(scope="module")
+def continued(tmp_path_factory, run_job, command):
+    """The continued run, images at their nearest centroids: digits alone leave clusters empty."""
+    root = tmp_path_factory.mktemp("continued") / "run"
+    result = run_job("pretrain", *command(root, "cluster.with_prices=false")).assert_done()
+    assert "mae: training on" not in result.err and "k-means" not in result.err
+    return root
+
+
+def test_encoder_clusters_and_experts_are_those_of_the_base(continued, finished):
+    for name in STAGES:
+        assert is_complete(continued / name, read_marker(continued / name)["inputs"]), name
+    for name in ("mae", "clusters", "moce"):
+        assert "base" in read_marker(continued / name)["inputs"], name
+    ours, theirs = (latest_checkpoint(run / "mae" / "checkpoints") for run in (continued, finished))
+    assert ours.name == theirs.name and {p.name for p in (continued / "mae").iterdir()} == {
+        "checkpoints", "inputs.json", COMPLETE,
+    }  # fmt: skip
+    for name in ("centroids.npy", "mean.npy", "prices.npy"):
+        old, new = (run / "clusters" / name for run in (finished, continued))
+        assert old.read_bytes() == new.read_bytes()
+    summary = json.loads((continued / "clusters" / "summary.json").read_text())
+    num_images = read_index(continued / "ingested").num_samples
+    assert summary["num_images"] == num_images < 70 and summary["num_clusters"] == 8
+    assert (summary["balance"], summary["prices"]) == ("assigned", False)
+    # a few small steps away from where the base ended, not from copies of the dense MLPs
+    old, new = (
+        load_weights(latest_checkpoint(run / "moce" / "checkpoints"))
+        for run in (finished, continued)
+    )
+    name = "blocks.3.mlp.experts.{}.fc1.weight"
+    for expert in range(4):
+        moved = (new[name.format(expert)] - old[name.format(expert)]).norm()
+        others = [(old[name.format(expert)] - old[name.format(e)]).norm() for e in range(4)]
+        assert moved < 0.5 * sorted(others)[1]
+
+
+def nearest(folder, run):
+    files, mean = open_features(folder), np.load(run / "clusters" / "mean.npy")
+    rows = np.concatenate([np.load(path) for path in files.paths])
+    seen = np.empty(rows.shape, np.float32)
+    View(mean, normalise=True).apply(rows, seen)
+    centroids = np.load(run / "clusters" / "centroids.npy")
+    squares = np.square(seen[:, None].astype(np.float64) - centroids).sum(axis=2)
+    return {key: int(c) for (_, key), c in zip(files.keys(), squares.argmin(axis=1), strict=True)}
+
+
+def table(path):
+    read = pq.read_table(path).to_pydict()
+    return dict(zip(read["key"], read["cluster"], strict=True))
+
+
+def test_empty_clusters_go_all_the_way(continued, read_metrics):
+    clusters = table(continued / "clusters" / "assignments.parquet")
+    assert clusters == nearest(continued / "features", continued)
+    held_out = table(continued / "shards" / "holdout.parquet")
+    assert held_out == nearest(continued / "features" / "holdout", continued)
+    sizes = np.bincount(list(clusters.values()), minlength=8)
+    assert sizes.min() == 0, "no cluster is empty: the case is not tested"
+    tars = read_index(continued / "shards").shards
+    assert {tar.cluster for tar in tars} == set(np.flatnonzero(sizes).tolist())
+    metrics = read_metrics(continued / "moce")
+    assert metrics[-1]["images_seen"] == 2 * len(clusters)
+    assert np.isfinite([line["loss"] for line in metrics]).all()
+    assert json.loads((continued / "moce" / "holdout.json").read_text())["images"] == len(held_out)
+    for path in (continued / "moce" / "routing").iterdir():
+        assert np.shape(json.loads(path.read_text())) == (2, 8)
+
+
+def test_transfer_and_report_work_on_it(continued, finished, run_job, pictures, tmp_path):
+    for number, path in enumerate(sorted(pictures.rglob("*.png"))[::5]):
+        target = tmp_path / ("train", "test")[number % 2] / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    named = ("--run", continued, "--task", "imagefolder", "--data", tmp_path)
+    run_job("transfer", *named, "--protocol", "knn").assert_done()
+    metrics = json.loads((continued / "transfer" / "imagefolder" / "metrics.json").read_text())
+    assert {row["backbone"] for row in metrics["results"]} == {"moce", "mae"}
+    shown = run_job("report", continued).assert_done()
+    assert f"goes on from the encoder, clusters and experts of {finished}" in shown.out
+    assert "MAE loss" not in shown.out and "MoCE loss" in shown.out
+    assert str(finished) in (continued / "report.html").read_text()
+
+
+def test_with_prices_the_same_pictures_spread_otherwise(continued, run_job, command, tmp_path):
+    request = command(tmp_path / "run")
+    plan = run_job("pretrain", *request, "--dry-run").assert_done().out
+    assert "goes on    from" in plan and "under their prices" in plan
+    assert not list(tmp_path.iterdir())
+    config = load_config(request[1], [word for word in request[4:] if word != "--set"])
+    run = open_run(tmp_path / "run", config)
+    run.features.symlink_to(continued / "features")
+    assert Pipeline(run, config).clusters()["prices"]
+    priced, nearest = (
+        np.bincount(list(table(root / "clusters" / "assignments.parquet").values()), minlength=8)
+        for root in (run.root, continued)
+    )
+    assert priced.sum() == nearest.sum() and priced.tolist() != nearest.tolist()
+
+
+def test_what_does_not_fit_the_base_is_refused(run_job, command, arguments, finished, tmp_path):
+    run = tmp_path / "run"
+    refused = run_job("pretrain", *command(run, "moe.num_experts=2", "cluster.num_clusters=16"))
+    refused.assert_refused(2, finished, "moe.num_experts: 4 -> 2", "cluster.num_clusters: 8 -> 16")
+    missing = run_job("pretrain", *arguments(run, f"base_run={tmp_path / 'none'}"))
+    missing.assert_refused(2, "base_run", tmp_path / "none", "is not a run directory")
+    assert not run.exists()
