@@ -26,6 +26,8 @@ _IN_HAND = 2
 """Items that a worker has at a time, so that it need not wait for the next one."""
 _AHEAD = 16
 """Items for each worker that may be done before the first one that is not."""
+_START_S = 60
+"""How long the work waits for all workers; then those that are there begin, seconds."""
 _MAX_LOSSES = 3
 """Losses of workers, for each of them, after which the work is given up."""
 
@@ -78,6 +80,7 @@ class Crew:
 
     def __init__(self, parallel: ParallelConfig, *, gpu: bool) -> None:
         self.num_workers, self._gpu = parallel.num_workers, gpu
+        self._start_timeout_s = parallel.start_timeout_s
         self._workers: list[Any] = []
         self._greetings: dict[Any, int] = {}
         self._sweeps = self._losses = 0
@@ -89,7 +92,7 @@ class Crew:
 
         Raises:
             Exception: the first error of the function, as it was raised.
-            RuntimeError: workers died again and again.
+            RuntimeError: workers died again and again, or none has started.
         """
         self._start()
         self._sweeps += 1
@@ -100,6 +103,7 @@ class Crew:
             self._workers = [None] * self.num_workers
             for number in range(self.num_workers):
                 self._hire(number)
+            self._wait()
 
     def _hire(self, number: int) -> None:
         hired = ray.remote(_Worker).options(
@@ -107,6 +111,18 @@ class Crew:
         )
         self._workers[number] = hired.remote()
         self._greetings[self._workers[number].greet.remote()] = number
+
+    def _wait(self) -> None:
+        # else the first one to come would take the blocks of all others
+        expected, longest = self.greetings, self._start_timeout_s
+        come, _ = ray.wait(expected, num_returns=len(expected), timeout=min(_START_S, longest))
+        if not come:
+            come, _ = ray.wait(expected, timeout=max(longest - _START_S, 0))
+        if not come:
+            needs = "a CPU and a GPU" if self._gpu else "a CPU"
+            raise RuntimeError(f"no worker has started in {longest:g} s; each needs {needs}")
+        for greeting in come:
+            self.hear(greeting)
 
     @property
     def greetings(self) -> list[Any]:

@@ -44,15 +44,14 @@ from moce_dist.cluster.domains import domain_figures
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import (
     Lloyd,
-    Settled,
     State,
     directions,
     draw_sample,
     kmeans,
-    settle,
     state_request,
 )
 from moce_dist.cluster.nearest import make_base, search, squared_distances
+from moce_dist.cluster.settle import Settled, settle
 from moce_dist.cluster.spread import centroid_figures
 from moce_dist.cluster.sweeps import as_tensor
 from moce_dist.config import ClusterConfig

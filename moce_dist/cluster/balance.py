@@ -59,7 +59,7 @@ def allowed_sizes(num_rows: int, num_clusters: int, config: ClusterConfig) -> Si
 
 
 class Ascended(NamedTuple):
-    """Prices (K,), and how many rows were beyond the sizes at first and are in the end.
+    """Prices (K,), how many rows were beyond the sizes at first and are in the end, the least size.
 
     Rows that wait count; so do those that too small clusters lack, where they are more.
     """
@@ -67,6 +67,7 @@ class Ascended(NamedTuple):
     prices: Float64
     excess_before: int
     excess: int
+    least: int
 
 
 def ascend(
@@ -80,7 +81,7 @@ def ascend(
     """
     num_clusters, num_rows = len(prices), len(found.ids)
     if num_clusters == 1 or sizes.largest >= num_rows:
-        return Ascended(np.zeros(num_clusters), 0, 0)
+        return Ascended(np.zeros(num_clusters), 0, 0, num_rows // num_clusters)
     # with a smallest size q, n - q K clusters have room for one more and may charge
     num_charging = num_rows - sizes.smallest * num_clusters
     free = np.sort(prices)[num_charging] if sizes.smallest else prices.max()
@@ -90,7 +91,8 @@ def ascend(
         if ascent.open_excess() <= close * num_rows:
             break
         ascent.step()
-    return Ascended(ascent.prices[:-1].astype(np.float64), excess_before, ascent.excess())
+    done = ascent.prices[:-1].astype(np.float64)
+    return Ascended(done, excess_before, ascent.excess(), ascent.least())
 
 
 def _with_outside(found: Candidates, prices: Float64) -> Candidates:
@@ -137,6 +139,10 @@ class _Ascent:
         """Count the same less what clusters lack that already pay as much as they may."""
         lacking = np.maximum(self._bounds.smallest - self._sizes()[0], 0)
         return self.excess() - int(lacking[(self.prices >= self._bounds.highest)[:-1]].sum())
+
+    def least(self) -> int:
+        """Return the size of the smallest cluster."""
+        return int(self._sizes()[0].min())
 
     def _sizes(self) -> tuple[Int64, int]:
         *sizes, outside = np.bincount(self._ranks.ids[:, 0], minlength=len(self.prices))

@@ -37,6 +37,7 @@ from moce_dist.cluster.flow import (
     DONE,
     FULL,
     NONE,
+    Edges,
     Float64,
     Frontier,
     Graph,
@@ -53,6 +54,8 @@ _MAX_ADDED = 100
 """Moves between two clusters that one search adds at most."""
 _CLOSED = -1e30
 """Price at which nothing goes to a cluster."""
+_POOL = 2**22
+"""Edges between clusters that are remembered at a time."""
 _SPARE = 4096
 """Room for lots, arrivals and twins' moves that memory is taken for at first."""
 
@@ -113,8 +116,7 @@ class _Flow:
             has_blank[order[:num_blanks]] = True
             surplus += has_blank
             pool_price = prices[order[num_blanks]]
-        ordered = np.append(prices, pool_price).astype(np.float64)
-        self._sides = Sides(ordered, ordered.copy(), surplus.astype(np.int64), has_blank)
+        self._sides = Sides(np.append(prices, pool_price), surplus, has_blank)
         self._frontier = _new_frontier(num_clusters + 1)
 
     @property
@@ -125,9 +127,9 @@ class _Flow:
     def run(self) -> bool:
         """Move surplus; tell whether all of it was moved, else candidates lead no further."""
         moves, lots, log = self._moves(), self._lots(_SPARE), _new_log(_SPARE)
-        lists = self._lists(lots, measure_lots(moves, lots, self._sides.prices))
-        self._sides.first_prices[:] = self._sides.prices
-        graph = Graph(moves, lots, lists, self._sides, self._frontier, log)
+        measure_lots(moves, lots)
+        lists, edges = self._lists(lots), _new_edges(len(self.prices))
+        graph = Graph(moves, lots, lists, edges, self._sides, self._frontier, log)
         while (ending := move_surplus(graph)) == FULL:
             graph = graph._replace(lots=_grown_lots(graph.lots), log=_grown_log(graph.log))
         self._write_back(graph.lots, graph.log)
@@ -157,11 +159,11 @@ class _Flow:
             used=np.array([len(keys), 0]),
         )
 
-    def _lists(self, lots: Lots, margins: Float64) -> Lists:
-        clusters = lots.cluster[: len(margins)]
-        order = np.lexsort((margins, clusters))
+    def _lists(self, lots: Lots) -> Lists:
+        clusters = lots.cluster[: lots.used[0]]
+        order = np.argsort(clusters, kind="stable")
         bounds = np.searchsorted(clusters[order], np.arange(len(self.prices) + 1))
-        return Lists(bounds, order, margins[order], np.full(len(self.prices), NONE))
+        return Lists(bounds, order, np.full(len(self.prices), NONE))
 
     def _write_back(self, lots: Lots, log: Log) -> None:
         num_entries, num_moves, num_paths = log.counts.tolist()
@@ -188,7 +190,7 @@ class _Flow:
         self._twins = find_twins(found, before)
         self._further = self._further.inherited(before, self._twins)
         moves, lots = self._moves(), self._lots(0)
-        measure_lots(moves, lots, self._sides.prices)
+        measure_lots(moves, lots)
         targets = found.ids[lots.row]
         places, columns = np.nonzero(is_inside[lots.cluster][:, None] & ~is_inside[targets])
         rows, targets = lots.row[places], targets[places, columns]
@@ -230,6 +232,13 @@ def _new_frontier(num_nodes: int) -> Frontier:
     previous, lots, reached = (np.zeros(num_nodes, np.int64) for _ in range(3))
     distance, nearest = np.full(num_nodes, np.inf), np.full(1, np.inf)
     return Frontier(distance, previous, lots, reached, nearest, np.array([NONE, 0]))
+
+
+def _new_edges(num_clusters: int) -> Edges:
+    target, lot = (np.zeros(_POOL + num_clusters, np.int64) for _ in range(2))
+    begin, end, best_lot = (np.full(num_clusters, NONE) for _ in range(3))
+    best = np.full(num_clusters, np.inf)
+    return Edges(target, np.zeros(len(target)), lot, begin, end, best, best_lot, np.zeros(1, int))
 
 
 def _new_log(spare: int) -> Log:

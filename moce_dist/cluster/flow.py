@@ -1,14 +1,12 @@
 """Shortest paths on the graph of clusters, and what moves along them: the loops of `exact.py`.
 
 Twins that lie in one cluster are a lot; they move together, and a row without twins is a lot of its
-own. A cluster knows its lots in two lists: those that it began with, by their margin (what the
-cheapest move costs at the prices of that time), and those that arrived later. Prices only fall
-while surplus moves, so a move out of cluster a costs at least its margin less the fall of a's
-price: the first list is read up to the point from where on nothing can lead nearer than the cluster
-with room that is already known.
+own. An edge of the graph is the lot that is cheapest to move from one cluster to another. Edges of
+a cluster are found when a path gets there, and hold until a lot comes or goes: what they cost does
+not depend on prices. They lie one after the other in a pool that is emptied when it is full.
 
-    cluster 3   began with   lot 17 (margin 0.02)  lot 4 (0.05)  lot 92 (0.31) ...
-                arrived      lot 55, lot 8
+    cluster 3   began with lots 17, 4, 92     edges  -> 8  by lot 17, +0.02
+                arrived    lots 55, 8                -> 11 by lot 55, +0.07
 
 All functions run in one thread in a fixed order: equal input gives equal bits.
 
@@ -60,22 +58,37 @@ class Lots(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """The lots that clusters began with, by margin, and the last arrival of each.
+    """The lots that clusters began with, and the last arrival of each, (K,).
 
     Those of cluster k are `lots[bounds[k]:bounds[k + 1]]`.
     """
 
     bounds: Int64
     lots: Int64
-    margins: Float64
     last_arrival: Int64
 
 
+class Edges(NamedTuple):
+    """The pool of edges, and those of each cluster in it, `begin[k]` to `end[k]`; -1: not found.
+
+    `best` and `best_lot` (K,) are where a cluster's edges are put together, `used` (1,) is where
+    the pool ends.
+    """
+
+    target: Int64
+    cost: Float64
+    lot: Int64
+    begin: Int64
+    end: Int64
+    best: Float64
+    best_lot: Int64
+    used: Int64
+
+
 class Sides(NamedTuple):
-    """Prices (K + 1,) and what they were first; images too many and blanks of clusters, (K,)."""
+    """Prices (K + 1,); images too many and blanks of clusters, (K,)."""
 
     prices: Float64
-    first_prices: Float64
     surplus: Int64
     has_blank: NDArray[np.bool_]
 
@@ -108,6 +121,7 @@ class Graph(NamedTuple):
     moves: Moves
     lots: Lots
     lists: Lists
+    edges: Edges
     sides: Sides
     frontier: Frontier
     log: Log
@@ -126,26 +140,10 @@ def own_distance(moves: Any, row: Any, cluster: Any) -> Any:
 
 
 @compiled
-def measure_lots(moves: Any, lots: Any, prices: Any) -> Any:
-    """Write the lots' distances; return what the cheapest move of each costs under `prices`.
-
-    That is infinity where there is none.
-    """
-    margins = np.full(lots.used[0], np.inf)
+def measure_lots(moves: Any, lots: Any) -> None:
+    """Write the distance of every lot to its cluster."""
     for lot in range(lots.used[0]):
-        row, source = lots.row[lot], lots.cluster[lot]
-        lots.own[lot] = own_distance(moves, row, source)
-        base = prices[source] - lots.own[lot]
-        for place in range(moves.ids.shape[1]):
-            target = moves.ids[row, place]
-            if target != source:
-                cost = moves.distances[row, place] - prices[target] + base
-                margins[lot] = min(margins[lot], cost)
-        for at in range(moves.bounds[row], moves.bounds[row + 1]):
-            if moves.further_ids[at] != source:
-                cost = moves.further_distances[at] - prices[moves.further_ids[at]] + base
-                margins[lot] = min(margins[lot], cost)
-    return margins
+        lots.own[lot] = own_distance(moves, lots.row[lot], lots.cluster[lot])
 
 
 @compiled
@@ -220,53 +218,67 @@ def _reach(graph: Any, heap: Any, step: Any, distance: Any) -> None:
 
 @compiled
 def _leave_cluster(graph: Any, heap: Any, node: Any) -> None:
-    lots, lists, sides, frontier = graph.lots, graph.lists, graph.sides, graph.frontier
+    edges, sides, frontier = graph.edges, graph.sides, graph.frontier
     pool, distance = len(sides.surplus), frontier.distance[node]
     if sides.has_blank[node]:
         ahead = max(sides.prices[node] - sides.prices[pool], 0.0)
         _reach(graph, heap, (np.int64(pool), node, np.int64(NONE)), distance + ahead)
-    fallen = sides.prices[node] - sides.first_prices[node]
-    for at in range(lists.bounds[node], lists.bounds[node + 1]):
-        if distance + lists.margins[at] + fallen > frontier.nearest[0]:
-            break
-        lot = lists.lots[at]
-        if lots.cluster[lot] == node and lots.size[lot] > 0:
-            _offer_lot(graph, heap, lot)
-    arrival = lists.last_arrival[node]
-    while arrival != NONE:
-        lot = lots.arrived_lot[arrival]
-        if lots.cluster[lot] == node and lots.size[lot] > 0:
-            _offer_lot(graph, heap, lot)
-        arrival = lots.arrived_next[arrival]
+    if edges.begin[node] == NONE:
+        _find_edges(graph, node)
+    targets, prices, reached = edges.target, sides.prices, frontier.distance
+    for at in range(edges.begin[node], edges.end[node]):
+        target = targets[at]
+        ahead = max(edges.cost[at] - prices[target] + prices[node], 0.0)
+        if distance + ahead < min(reached[target], frontier.nearest[0]):
+            _reach(graph, heap, (target, node, edges.lot[at]), distance + ahead)
 
 
 @compiled
-def _offer_lot(graph: Any, heap: Any, lot: Any) -> None:
-    moves, lots, prices = graph.moves, graph.lots, graph.sides.prices
-    row, source = lots.row[lot], lots.cluster[lot]
-    base = prices[source] - lots.own[lot]
-    for place in range(moves.ids.shape[1]):
-        target = np.int64(moves.ids[row, place])
-        if target != source:
-            cost = moves.distances[row, place] - prices[target] + base
-            _offer(graph, heap, (target, source, lot), cost)
-    for at in range(moves.bounds[row], moves.bounds[row + 1]):
-        target = moves.further_ids[at]
-        if target != source:
-            cost = moves.further_distances[at] - prices[target] + base
-            _offer(graph, heap, (target, source, lot), cost)
+def _find_edges(graph: Any, node: Any) -> None:
+    lots, lists, edges = graph.lots, graph.lists, graph.edges
+    # as many as there can be
+    if edges.used[0] + len(edges.best) > len(edges.target):
+        edges.begin[:] = NONE
+        edges.used[0] = 0
+    edges.begin[node] = edges.used[0]
+    at, arrival = lists.bounds[node], lists.last_arrival[node]
+    while at < lists.bounds[node + 1] or arrival != NONE:
+        if at < lists.bounds[node + 1]:
+            lot = lists.lots[at]
+            at += 1
+        else:
+            lot = lots.arrived_lot[arrival]
+            arrival = lots.arrived_next[arrival]
+        if lots.cluster[lot] == node and lots.size[lot] > 0:
+            _offer(graph.moves, lots, edges, lot)
+    edges.end[node] = edges.used[0]
+    for at in range(edges.begin[node], edges.end[node]):
+        target = edges.target[at]
+        edges.cost[at], edges.lot[at] = edges.best[target], edges.best_lot[target]
+        edges.best[target] = np.inf
 
 
 @compiled
-def _offer(graph: Any, heap: Any, step: Any, cost: Any) -> None:
-    frontier, rows = graph.frontier, graph.lots.row
-    target, source, lot = step
-    distance = frontier.distance[source] + max(cost, 0.0)
-    is_tie = distance == frontier.distance[target] and frontier.previous[target] == source
-    if is_tie and rows[lot] < rows[frontier.lot[target]]:
-        frontier.lot[target] = lot
-    else:
-        _reach(graph, heap, step, distance)
+def _offer(moves: Any, lots: Any, edges: Any, lot: Any) -> None:
+    row, source, own = lots.row[lot], lots.cluster[lot], lots.own[lot]
+    num = moves.ids.shape[1]
+    begin, end = moves.bounds[row], moves.bounds[row + 1]
+    for place in range(num + end - begin):
+        if place < num:
+            target = np.int64(moves.ids[row, place])
+            cost = moves.distances[row, place] - own
+        else:
+            target = moves.further_ids[begin + place - num]
+            cost = moves.further_distances[begin + place - num] - own
+        best = edges.best[target]
+        if target == source or cost > best:
+            continue
+        if best == np.inf:
+            edges.target[edges.used[0]] = target
+            edges.used[0] += 1
+        # ties go to the lower row
+        if cost < best or row < lots.row[edges.best_lot[target]]:
+            edges.best[target], edges.best_lot[target] = cost, lot
 
 
 @compiled
@@ -301,6 +313,7 @@ def _move_along(graph: Any, source: Any, num: Any) -> None:
                 entry[0], entry[1], entry[2], entry[3] = lots.row[lot], previous, node, num
                 log.counts[0] += 1
             _move(graph, lot, node, num)
+            graph.edges.begin[previous] = graph.edges.begin[node] = NONE
         elif previous == pool:
             sides.has_blank[node] = True
         elif node == pool:

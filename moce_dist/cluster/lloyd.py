@@ -1,4 +1,4 @@
-"""Lloyd's iterations under balance, and the labels they end in.
+"""Lloyd's iterations under balance; the labels they end in are found in `settle.py`.
 
     for each iteration:  prices that balance a sample between the centroids   (balance.py)
                          one sweep over all rows under the prices             (kmeans.py)
@@ -19,34 +19,33 @@ import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from moce_dist.cluster.balance import Sizes, allowed_sizes, ascend
+from moce_dist.cluster.balance import allowed_sizes, ascend
 from moce_dist.cluster.blocks import FeatureFiles, Float64, View, open_array
-from moce_dist.cluster.candidates import Candidates, Int64
-from moce_dist.cluster.exact import Search, dual_bound, finish
 from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.nearest import measure_index
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
 from moce_dist.run import fingerprint
 
 _log = logging.getLogger(__name__)
-_SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 64, 16_384, 65_536
+_SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 256, 16_384, 131_072
 _FEWEST_PER_CLUSTER = 3.5
 """Not a whole number: sizes of the sample need some room."""
 _SAMPLE_BLOCK_ROWS = 2048
 """Small, for a sample is few rows and all workers search it."""
+_SEEDED_FROM = 64
+"""Rows of the sample for each cluster that first centroids are chosen from, where it has more."""
 _TRIED_CLUSTERS, _SEEDED_OF_PART = 4096, 1024
 """Most clusters whose first centroids are the best of trials; how many a part of a sample gives."""
-_PRICE_ROUNDS, _PRICE_SEARCHES, _PRICE_CANDIDATES = 10, 4, 32
-_CLOSE, _FINAL_EXCESS = 0.01, 0.001
+PRICE_ROUNDS, _PRICE_CANDIDATES = 20, 32
+_SAMPLE_SEARCHES, _SMALLEST = 16, 0.9
+"""Searches of a sample at most; share of its least size that every cluster of it must reach."""
+_CLOSE, FINAL_EXCESS = 0.01, 0.001
 """Shares of rows beyond the sizes at which prices are good enough: of the sample, of all rows."""
 _SPLIT = 1 / 1024
-_MEASURED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -121,8 +120,9 @@ class Lloyd:
         # a second to import, and training only reads clusters
         from sklearn.cluster import kmeans_plusplus
 
-        rows = open_array(self.sample.files.paths[0])
-        num_clusters = self.config.num_clusters
+        rows, num_clusters = open_array(self.sample.files.paths[0]), self.config.num_clusters
+        wanted = max(_SEEDED_FROM * num_clusters, _MIN_SAMPLE)
+        rows = rows[:: max(len(rows) // wanted, 1)]
         is_large = num_clusters > _TRIED_CLUSTERS
         parts = -(-num_clusters // _SEEDED_OF_PART) if is_large else 1
         with threadpool_limits(1):
@@ -145,11 +145,14 @@ class Lloyd:
         num = min(len(centroids), _PRICE_CANDIDATES)
         num_rows = self.sample.files.num_rows
         sizes = allowed_sizes(num_rows, len(centroids), self.config)
-        for _ in range(_PRICE_SEARCHES):
+        for _ in range(_SAMPLE_SEARCHES):
             found = self.sample.nearest(centroids, prices, num)
-            prices, excess, _ = ascend(found, prices, sizes, rounds=_PRICE_ROUNDS, close=_CLOSE)
+            done = ascend(found, prices, sizes, rounds=PRICE_ROUNDS, close=FINAL_EXCESS)
+            prices = done.prices
+            # a cluster far from all rows is a small part of them, and needs some all the same
+            has_all = done.least >= _SMALLEST * sizes.smallest
             # sizes under the new prices are known for sure after a search under them
-            if excess <= _CLOSE * num_rows:
+            if done.excess_before <= (_CLOSE if has_all else FINAL_EXCESS) * num_rows:
                 break
         return prices
 
@@ -225,79 +228,3 @@ def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
         state = lloyd.iterate(state)
         save_state(state_file, state, request)
     return state
-
-
-@dataclass(frozen=True)
-class Settled:
-    """Final labels (n,), prices (K,) where there are any, and figures on how they came about."""
-
-    labels: Int64
-    prices: Float64 | None
-    figures: dict[str, Any]
-
-
-def settle(lloyd: Lloyd, state: State) -> Settled:
-    """Turn the centroids of k-means into labels of the wanted sizes at the least cost."""
-    matrix, config, centroids = lloyd.matrix, lloyd.config, state.centroids
-    if config.balance == "off":
-        figures = _index_figures(lloyd, centroids, state.prices)
-        return Settled(matrix.labels(centroids, state.prices), None, figures)
-    free = matrix.sums(centroids, np.zeros(len(centroids))).counts
-    sizes = allowed_sizes(matrix.files.num_rows, config.num_clusters, config)
-
-    def nearest(charged: Float64) -> Candidates:
-        return matrix.candidates(
-            centroids, charged, min(config.num_candidates, config.num_clusters)
-        )
-
-    prices, found = _balance_all(lloyd, state, nearest, sizes)
-    done = finish(found, prices, nearest, sizes)
-    cost = matrix.objective(matrix.sums(centroids, prices, done.labels), centroids)
-    num_rows = matrix.files.num_rows
-    figures = {
-        "cost": cost / num_rows,
-        "num_moves": done.num_moves,
-        "sizes_without_balance": free.astype(int).tolist(),
-        **_index_figures(lloyd, centroids, done.prices),
-    }
-    # a bound holds at any prices; where candidates were too few the first ones may be better
-    tried = (done.prices, prices)
-    # an index may miss the best cluster, and then there is no bound
-    has_index = any(matrix.sweep(centroids, at).index is not None for at in tried)
-    if config.balance != "exact" or has_index:
-        return Settled(done.labels, done.prices, figures)
-    bounds = [_lower_bound(matrix, centroids, at) for at in tried]
-    figures["cost_lower_bound"] = max(bounds) / num_rows
-    return Settled(done.labels, tried[int(np.argmax(bounds))], figures)
-
-
-def _index_figures(lloyd: Lloyd, centroids: Float64, prices: Float64) -> dict[str, Any]:
-    """Measure on a part of the sample what the index misses; nothing where none is used."""
-    index = lloyd.matrix.sweep(centroids, prices).index
-    if index is None:
-        return {}
-    rows = lloyd.matrix.spread_rows(_MEASURED_ROWS)
-    missed = measure_index(rows, index, centroids, prices)
-    return {"index_recall": missed.recall, "index_excess": missed.excess}
-
-
-def _balance_all(
-    lloyd: Lloyd, state: State, nearest: Search, sizes: Sizes
-) -> tuple[Float64, Candidates]:
-    """Find prices that balance all rows nearly, and the candidates of all rows under them."""
-    prices = lloyd.prices(state.centroids, state.prices)
-    for attempt in range(_PRICE_SEARCHES):
-        found = nearest(prices)
-        prices, _, excess = ascend(
-            found, prices, sizes, rounds=2 * _PRICE_ROUNDS, close=_FINAL_EXCESS
-        )
-        _log.info("prices of all rows, search %d: %d rows beyond the sizes", attempt + 1, excess)
-        if excess <= 2 * _FINAL_EXCESS * len(found.ids):
-            break
-    return prices, found
-
-
-def _lower_bound(matrix: Matrix, centroids: Float64, prices: Float64) -> float:
-    best = matrix.sums(centroids, prices)
-    priced = matrix.objective(best, centroids) - float((best.counts * prices).sum())
-    return dual_bound(prices, priced, matrix.files.num_rows)

@@ -7,7 +7,8 @@ import pytest
 
 from moce_dist.cluster.blocks import View, column_mean, open_features
 from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, settle
+from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans
+from moce_dist.cluster.settle import settle
 from moce_dist.config import ClusterConfig
 from moce_dist.mapping import map_here
 

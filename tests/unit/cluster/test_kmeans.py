@@ -9,7 +9,7 @@ import torch
 
 from moce_dist.cluster.blocks import View, column_mean, group_blocks, open_features
 from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, settle, split_empty
+from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, split_empty
 from moce_dist.cluster.nearest import (
     build_index,
     make_base,
@@ -18,6 +18,7 @@ from moce_dist.cluster.nearest import (
     search_index,
     squared_distances,
 )
+from moce_dist.cluster.settle import settle
 from moce_dist.cluster.sweeps import add_rows, add_sorted_rows
 from moce_dist.config import ClusterConfig
 from moce_dist.mapping import map_here

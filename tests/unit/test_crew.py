@@ -1,0 +1,116 @@
+"""Workers with state: results in order, errors as they are, items of a worker that died."""
+
+import os
+import signal
+import time
+from functools import cached_property
+
+import pytest
+import ray
+
+from moce_dist.config import ParallelConfig
+from moce_dist.crew import hold_crew
+
+
+class Shared:
+    """Counts how often a worker has opened it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    @cached_property
+    def opened(self):
+        (self.folder / f"opened-{os.getpid()}-{time.monotonic_ns()}").touch()
+        return os.getpid()
+
+
+def note(shared, item):
+    (shared.folder / f"did-{item}-{shared.opened}").touch()
+    return item, shared.opened
+
+
+def slow_on_first(shared, item):
+    if item % 2 == 0:
+        time.sleep(0.3)
+    return note(shared, item)
+
+
+def refuse(shared, item):
+    if item == 5:
+        raise LookupError("row 5 of it")
+    return item
+
+
+def die_once(shared, item):
+    dead = shared.folder / "dead"
+    if item == 4 and not dead.exists():
+        dead.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return note(shared, item)[0]
+
+
+def die(shared, item):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def workers():
+    with hold_crew(ParallelConfig(num_workers=2, use_gpu=False), gpu=True) as held:
+        yield held
+    ray.shutdown()
+
+
+def test_blocks_go_to_the_same_worker_which_opens_what_is_shared_once(workers, tmp_path):
+    shared = Shared(tmp_path)
+    first = dict(workers.map_tasks(note, shared, list(range(4))))
+    assert list(first) == [0, 1, 2, 3] and len(set(first.values())) == 2
+    assert first[0] == first[2] != first[1] == first[3]
+    assert len(list(tmp_path.glob("opened-*"))) == 2
+    assert dict(workers.map_tasks(note, shared, list(range(4)))) == first
+    assert workers.device == "cpu"
+
+
+def test_who_is_done_takes_what_another_has_left(workers, tmp_path):
+    done = dict(workers.map_tasks(slow_on_first, Shared(tmp_path), list(range(20))))
+    assert list(done) == list(range(20))
+    slow, fast = done[0], done[1]
+    assert slow != fast and done[18] == fast
+
+
+def test_an_error_is_raised_as_it_was_and_the_crew_goes_on(workers, tmp_path):
+    with pytest.raises(LookupError, match="row 5 of it"):
+        list(workers.map_tasks(refuse, None, list(range(9))))
+    assert list(workers.map_tasks(refuse, None, [1, 2, 3])) == [1, 2, 3]
+
+
+def test_results_that_nobody_waits_for_disturb_no_later_ones(workers, tmp_path):
+    begun = workers.map_tasks(slow_on_first, Shared(tmp_path), list(range(9)))
+    assert next(iter(begun))[0] == 0
+    assert list(workers.map_tasks(refuse, None, [7, 8])) == [7, 8]
+
+
+def test_items_of_a_worker_that_died_are_done_by_another(workers, tmp_path):
+    assert list(workers.map_tasks(die_once, Shared(tmp_path), list(range(9)))) == list(range(9))
+    assert (tmp_path / "dead").exists()
+    assert {int(path.name.split("-")[1]) for path in tmp_path.glob("did-*")} == set(range(9))
+
+
+def test_a_crew_for_which_there_is_no_room_is_an_error(workers):
+    # the first one holds all CPUs
+    parallel = ParallelConfig(num_workers=2, use_gpu=False, start_timeout_s=2)
+    with (
+        hold_crew(parallel) as held,
+        pytest.raises(RuntimeError, match=r"no worker has started in 2 s; each needs a CPU"),
+    ):
+        list(held.map_tasks(refuse, None, [1]))
+
+
+def test_one_worker_is_this_process(tmp_path):
+    with hold_crew(ParallelConfig(num_workers=1, use_gpu=False)) as held:
+        assert list(held.map_tasks(refuse, None, [1, 2])) == [1, 2]
+        assert [pid for _, pid in held.map_tasks(note, Shared(tmp_path), [3])] == [os.getpid()]
+
+
+def test_workers_that_die_again_and_again_end_the_work(workers):
+    with pytest.raises(RuntimeError, match="workers died"):
+        list(workers.map_tasks(die, None, [1, 2, 3]))
