@@ -111,13 +111,16 @@ def read_out(arguments: Namespace) -> Path:
     """Return the folder of the result.
 
     Raises:
-        ConfigError: none is named, or it is a file.
+        ConfigError: none is named, it is a file, or what is read lies in it.
     """
     if arguments.out is None:
         raise ConfigError("--out: must name the folder of the result")
     out = Path(arguments.out).resolve()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file, must be a folder")
+    for flag, given in (("--features", arguments.features), ("--assign-to", arguments.assign_to)):
+        if given is not None and Path(given).resolve().is_relative_to(out):
+            raise ConfigError(f"--out {out}: holds what {flag} names; choose another folder")
     return out
 
 
@@ -153,8 +156,6 @@ def assign_new(arguments: Namespace) -> None:
     from moce_dist.cluster.existing import assign_folder, open_new_features, read_clusters
 
     clusters = read_clusters(named, with_prices=arguments.prices)
-    if out == named.resolve():
-        raise ConfigError(f"--out {out}: holds the clusters themselves; choose another one")
     files = open_new_features(features, clusters)
     if arguments.dry_run:
         print("\n".join(assignment_lines(files, clusters, arguments, config)))

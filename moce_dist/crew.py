@@ -11,17 +11,24 @@ Results come in the order of the items, so who did what decides nothing.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import (
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
 from moce_dist.config import ParallelConfig
 from moce_dist.launch import connect, needs_ray, uses_gpu
 from moce_dist.mapping import Item, Result, Shared, Workers, map_here
 
+_DEATHS = (RayActorError, OutOfMemoryError)
 _IN_HAND = 2
 """Items that a worker has at a time, so that it need not wait for the next one."""
 _AHEAD = 16
@@ -29,7 +36,7 @@ _AHEAD = 16
 _START_S = 60
 """How long the work waits for all workers; then those that are there begin, seconds."""
 _MAX_LOSSES = 3
-"""Losses of workers, for each of them, after which the work is given up."""
+"""Losses of workers in a sweep, for each of them, after which the work is given up."""
 
 
 @contextmanager
@@ -39,7 +46,12 @@ def hold_crew(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Worker
     With `gpu` each has one of the cluster's GPUs, where it has any and `parallel` allows.
     """
     if not needs_ray(parallel):
-        yield Workers(map_here, _own_device(parallel) if gpu else "cpu")
+        device = _own_device(parallel) if gpu else "cpu"
+        try:
+            yield Workers(map_here, device)
+        finally:
+            if device != "cpu":
+                _free_device()
         return
     connect(parallel)
     has_gpu = gpu and uses_gpu(parallel)
@@ -55,6 +67,16 @@ def _own_device(parallel: ParallelConfig) -> str:
     import torch
 
     return "cuda" if parallel.use_gpu and torch.cuda.is_available() else "cpu"
+
+
+def _free_device() -> None:
+    # what this process does next needs the memory
+    import torch
+
+    from moce_dist.cluster.residents import residents
+
+    residents.cache_clear()
+    torch.cuda.empty_cache()
 
 
 class _Worker:
@@ -81,8 +103,8 @@ class Crew:
     def __init__(self, parallel: ParallelConfig, *, gpu: bool) -> None:
         self.num_workers, self._gpu = parallel.num_workers, gpu
         self._start_timeout_s = parallel.start_timeout_s
-        self._workers: list[Any] = []
-        self._greetings: dict[Any, int] = {}
+        self._workers: dict[int, Any] = {}
+        self._greetings: dict[Any, Any] = {}
         self._sweeps = self._losses = 0
 
     def __call__(
@@ -96,11 +118,11 @@ class Crew:
         """
         self._start()
         self._sweeps += 1
+        self._losses = 0
         return _Sweep(self, self._sweeps, [ray.put((function, shared))], items).results()
 
     def _start(self) -> None:
         if not self._workers:
-            self._workers = [None] * self.num_workers
             for number in range(self.num_workers):
                 self._hire(number)
             self._wait()
@@ -109,8 +131,8 @@ class Crew:
         hired = ray.remote(_Worker).options(
             num_cpus=1, num_gpus=int(self._gpu), scheduling_strategy="SPREAD"
         )
-        self._workers[number] = hired.remote()
-        self._greetings[self._workers[number].greet.remote()] = number
+        self._workers[number] = worker = hired.remote()
+        self._greetings[worker.greet.remote()] = worker
 
     def _wait(self) -> None:
         # else the first one to come would take the blocks of all others
@@ -119,6 +141,7 @@ class Crew:
         if not come:
             come, _ = ray.wait(expected, timeout=max(longest - _START_S, 0))
         if not come:
+            self.dismiss()
             needs = "a CPU and a GPU" if self._gpu else "a CPU"
             raise RuntimeError(f"no worker has started in {longest:g} s; each needs {needs}")
         for greeting in come:
@@ -129,34 +152,34 @@ class Crew:
         """What workers have not yet answered."""
         return list(self._greetings)
 
-    def present(self) -> list[int]:
-        """Return the numbers of the workers that have started."""
-        return sorted(set(range(len(self._workers))) - set(self._greetings.values()))
+    def present(self) -> dict[int, Any]:
+        """Return the workers that have started, by number."""
+        coming = list(self._greetings.values())
+        return {n: worker for n, worker in self._workers.items() if worker not in coming}
 
     def hear(self, greeting: Any) -> None:
         """Take note of a worker's answer."""
-        number = self._greetings.pop(greeting)
+        worker = self._greetings.pop(greeting)
         try:
             ray.get(greeting)
-        except RayActorError as error:
-            self.replace(number, error)
+        except _DEATHS as error:
+            self.replace(worker, error)
 
-    def replace(self, number: int, error: RayActorError) -> None:
-        """Start another worker in the place of one that died."""
+    def replace(self, worker: Any, error: RayError) -> None:
+        """Start another worker in the place of one that died, unless that was done."""
+        places = [number for number, at in self._workers.items() if at == worker]
+        if not places:
+            return
         self._losses += 1
-        if self._losses > _MAX_LOSSES * len(self._workers):
+        if self._losses > _MAX_LOSSES * self.num_workers:
             raise RuntimeError(f"workers died {self._losses} times, the last one: {error}")
-        self._hire(number)
-
-    def do(self, number: int, sweep: int, job: list[Any], item: Any) -> Any:
-        """Give a worker an item; return the reference to its result."""
-        return self._workers[number].do.remote(sweep, job, item)
+        self._hire(places[0])
 
     def dismiss(self) -> None:
         """End all workers."""
-        for worker in self._workers:
+        for worker in self._workers.values():
             ray.kill(worker)
-        self._workers, self._greetings = [], {}
+        self._workers, self._greetings = {}, {}
 
 
 class _Sweep:
@@ -166,7 +189,7 @@ class _Sweep:
         self._crew, self._number, self._job, self._items = crew, number, job, items
         count = crew.num_workers
         self._queues = [deque(range(w, len(items), count)) for w in range(count)]
-        self._running: dict[Any, tuple[int, int]] = {}
+        self._running: dict[Any, tuple[Any, int]] = {}
         self._done: dict[int, Any] = {}
 
     def results(self) -> Iterator[Any]:
@@ -175,21 +198,26 @@ class _Sweep:
             while wanted not in self._done:
                 self._give_out(wanted + _AHEAD * len(self._queues))
                 self._take_in()
-            yield ray.get(self._done.pop(wanted))
+            yield self._done.pop(wanted)
 
     def _give_out(self, limit: int) -> None:
-        for number in self._crew.present():
-            in_hand = sum(worker == number for worker, _ in self._running.values())
+        present = self._crew.present()
+        for number, worker in present.items():
+            in_hand = sum(at == worker for at, _ in self._running.values())
             for _ in range(in_hand, _IN_HAND):
-                if (item := self._next(number, limit)) is None:
+                if (item := self._next(number, limit, present)) is None:
                     break
-                reference = self._crew.do(number, self._number, self._job, self._items[item])
-                self._running[reference] = (number, item)
+                reference = worker.do.remote(self._number, self._job, self._items[item])
+                self._running[reference] = (worker, item)
 
-    def _next(self, number: int, limit: int) -> int | None:
+    def _next(self, number: int, limit: int, present: Collection[int]) -> int | None:
         own = self._queues[number]
-        if own:
-            return own.popleft() if own[0] < limit else None
+        if own and own[0] < limit:
+            return own.popleft()
+        # what is wanted first may be with somebody who is not there
+        absent = [queue for n, queue in enumerate(self._queues) if queue and n not in present]
+        if absent and (first := min(absent)) and first[0] < limit:
+            return first.popleft()
         longest = max(self._queues, key=len)
         return longest.pop() if longest and longest[-1] < limit else None
 
@@ -198,18 +226,20 @@ class _Sweep:
             if reference not in self._running:
                 self._crew.hear(reference)
                 continue
-            number, item = self._running.pop(reference)
+            worker, item = self._running.pop(reference)
             try:
-                ray.get(reference)
+                self._done[item] = ray.get(reference)
             except RayTaskError as error:
                 raise error.cause from None
-            except RayActorError as error:
-                self._lose(number, item, error)
-            else:
-                self._done[item] = reference
+            except ObjectLostError:
+                # its node is gone, and with it the result
+                self._put_back([item])
+            except _DEATHS as error:
+                lost = [i for at, i in self._running.values() if at == worker]
+                self._running = {r: at for r, at in self._running.items() if at[0] != worker}
+                self._put_back([item, *lost])
+                self._crew.replace(worker, error)
 
-    def _lose(self, number: int, item: int, error: RayActorError) -> None:
-        lost = [item, *(i for worker, i in self._running.values() if worker == number)]
-        self._running = {r: at for r, at in self._running.items() if at[0] != number}
-        self._queues[number].extendleft(sorted(lost, reverse=True))
-        self._crew.replace(number, error)
+    def _put_back(self, items: list[int]) -> None:
+        for item in sorted(items, reverse=True):
+            self._queues[item % len(self._queues)].appendleft(item)

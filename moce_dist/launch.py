@@ -1,4 +1,6 @@
-"""The only door to Ray: map a function over items, run a job on Ray Train's workers.
+"""The door to Ray: map a function over items, run a job on Ray Train's workers.
+
+The other door is `crew.py`, which holds workers with state.
 
 A running cluster is used when there is one (RAY_ADDRESS, which `ray job submit` sets); else an
 embedded one is started in this process and ends with it. What runs on the workers knows nothing

@@ -1,4 +1,4 @@
-"""How a stage hands out its tasks: one after the other here, or to workers (`launch.map_shared`).
+"""How a stage hands out tasks: one by one here, or to workers (`launch.map_shared`, `crew.Crew`).
 
 What gives out tasks need not know which, as results come back in the order of the items.
 """

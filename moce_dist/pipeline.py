@@ -47,7 +47,7 @@ from moce_dist.run import (
 )
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
-from moce_dist.train.encoder import OWN, encoder_id, encoder_side, encoder_spec
+from moce_dist.train.encoder import OWN, encoder_id, encoder_side, encoder_spec, same_encoder
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob
 
@@ -91,7 +91,10 @@ class Pipeline:
     @cached_property
     def base(self) -> Run | None:
         """The run that this one goes on from."""
-        return check_base(self.config, self.run.root)
+        base = check_base(self.config, self.run.root)
+        if base is not None and self.config.cluster.encoder != OWN:
+            same_encoder(base, self.config)
+        return base
 
     def mae(self) -> None:
         """Train the dense masked autoencoder, or take that of the base run."""

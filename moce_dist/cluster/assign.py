@@ -232,7 +232,7 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
         "size_max": int(sums.counts.max()),
         **settled.figures,
         **centroid_figures(centroids),
-        **domain_figures(map(itemgetter(1), matrix.files.keys()), settled.labels),
+        **domain_figures(map(itemgetter(1), matrix.files.keys()), settled.labels, len(centroids)),
     }
 
 
@@ -287,11 +287,20 @@ def read_centroids(out_dir: Path) -> tuple[Float32, Float32 | None]:
     """Centroids (K, D) and the mean (D,) that comes off raw features, where there is one.
 
     Raises:
-        ConfigError: there are no centroids.
+        ConfigError: there are no centroids, or a file is damaged.
+    """
+    centroids, mean = read_array(out_dir / "centroids.npy"), out_dir / "mean.npy"
+    return centroids, read_array(mean) if mean.is_file() else None
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Read one of the arrays of a clustering.
+
+    Raises:
+        ConfigError: it is missing or damaged.
     """
     try:
-        centroids: Float32 = np.load(out_dir / "centroids.npy", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{out_dir}/centroids.npy: is not readable ({error})") from None
-    mean = out_dir / "mean.npy"
-    return centroids, np.load(mean, allow_pickle=False) if mean.is_file() else None
+        array: NDArray[Any] = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"{path}: is not readable ({error})") from None
+    return array

@@ -15,12 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def domain_figures(keys: Iterable[str], labels: NDArray[np.int64]) -> dict[str, Any]:
+def domain_figures(
+    keys: Iterable[str], labels: NDArray[np.int64], num_clusters: int
+) -> dict[str, Any]:
     """Compare the clusters (n,) of keys with their domains; nothing where there are none.
 
     `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster.
     """
-    mixes: list[Counter[str]] = [Counter() for _ in range(int(labels.max()) + 1)]
+    mixes: list[Counter[str]] = [Counter() for _ in range(num_clusters)]
     domains: Counter[str] = Counter()
     for key, label in zip(keys, labels, strict=True):
         domain = key.partition("/")[0] if "/" in key else ""

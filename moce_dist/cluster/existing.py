@@ -27,6 +27,7 @@ from moce_dist.cluster.assign import (
     Clusters,
     artefacts,
     make_clusters,
+    read_array,
     read_centroids,
     read_summary,
     write_assignments,
@@ -42,6 +43,7 @@ from moce_dist.cluster.blocks import (
 )
 from moce_dist.cluster.candidates import Int64
 from moce_dist.cluster.domains import domain_figures
+from moce_dist.cluster.spread import centroid_figures
 from moce_dist.mapping import HERE, Workers
 from moce_dist.run import (
     COMPLETE,
@@ -83,10 +85,7 @@ def _read_prices(folder: Path, num_clusters: int) -> Float64:
     path = folder / "prices.npy"
     if not path.is_file():
         raise ConfigError(f"{path}: is missing; clusters made with cluster.balance off have none")
-    try:
-        prices: Float64 = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"{path}: is not readable ({error})") from None
+    prices = read_array(path)
     _check_array(path, prices, (num_clusters,))
     return prices
 
@@ -239,7 +238,8 @@ def _figures(files: FeatureFiles, clusters: Clusters, done: Assigned) -> dict[st
         "mean_squared_distance": float(done.distances.mean()),
         "size_min": int(sizes.min()),
         "size_max": int(sizes.max()),
-        **domain_figures(map(itemgetter(1), files.keys()), done.labels),
+        **centroid_figures(clusters.centroids),
+        **domain_figures(map(itemgetter(1), files.keys()), done.labels, len(sizes)),
     }
 
 

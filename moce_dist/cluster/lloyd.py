@@ -46,6 +46,8 @@ _SAMPLE_SEARCHES, _SMALLEST = 16, 0.9
 _CLOSE, FINAL_EXCESS = 0.01, 0.001
 """Shares of rows beyond the sizes at which prices are good enough: of the sample, of all rows."""
 _SPLIT = 1 / 1024
+_NOT_OF_CLUSTERS = {"encoder", "batch_size", "with_prices"}
+"""Settings of how features come about, and of what is done with clusters."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
             "mean": view.mean.tobytes().hex(),
             "normalise": view.normalise,
             "centre": view.centre,
-            "config": config.model_dump(),
+            "config": config.model_dump(exclude=_NOT_OF_CLUSTERS),
             "seed": seed,
         }
     )

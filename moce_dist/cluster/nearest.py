@@ -80,7 +80,9 @@ def search(augmented: Tensor, base: Tensor, *, num: int) -> Nearest:
     """
     metric = faiss.METRIC_INNER_PRODUCT
     if augmented.is_cuda:
-        found, ids = faiss.knn_gpu(_gpu_resources(), augmented, base, num, metric=metric)
+        # first, for it changes what knn_gpu is
+        resources = _gpu_resources()
+        found, ids = faiss.knn_gpu(resources, augmented, base, num, metric=metric)
         return Nearest(ids, -found)
     with _one_thread():
         products, labels = faiss.knn(augmented.numpy(), base.numpy(), num, metric=metric)

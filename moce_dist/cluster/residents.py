@@ -26,6 +26,9 @@ class Residents:
     def __init__(self) -> None:
         self._rows: dict[Key, Tensor] = {}
 
+    def __len__(self) -> int:
+        return len(self._rows)
+
     def rows(self, key: Key, read: Callable[[], Tensor]) -> Tensor:
         """Return rows that are here, or `read` them and keep them while there is room."""
         if (kept := self._rows.get(key)) is not None:

@@ -26,7 +26,7 @@ from moce_dist.cluster.features import EncoderSpec
 from moce_dist.config import Config, ParallelConfig
 from moce_dist.data.images import MEAN, STD
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.run import file_sha256
+from moce_dist.run import Run, file_sha256, read_marker
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import load_weights
 from moce_dist.train.pretrained import dense_weights
@@ -214,3 +214,17 @@ def load_encoder(config_json: str, checkpoint: str) -> Encoder:
     torch.set_num_threads(config.parallel.threads_per_worker)
     path = Path(checkpoint) if checkpoint else None
     return build_encoder(config, path, encoder_device(config.parallel))
+
+
+def same_encoder(run: Run, config: Config) -> str:
+    """Return `encoder_id` of an encoder other than the run's MAE.
+
+    Raises:
+        ConfigError: it is gone, or is not the one that the clusters' features were made with.
+    """
+    now, marker = encoder_id(config), read_marker(run.features)
+    if marker is not None and marker["inputs"].get("encoder") != now:
+        raise ConfigError(
+            f"cluster.encoder ({config.cluster.encoder}): is not what {run.features} was made with"
+        )
+    return now

@@ -24,7 +24,7 @@ from moce_dist.model.customize import customize
 from moce_dist.run import Run, artefact_id, fingerprint, is_complete, mark_complete, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
-from moce_dist.train.encoder import OWN, build_encoder
+from moce_dist.train.encoder import OWN, build_encoder, same_encoder
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.classify import (
     Features,
@@ -45,7 +45,7 @@ from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.segment import segment
-from moce_dist.transfer.select import choose_experts, same_encoder, task_clusters
+from moce_dist.transfer.select import choose_experts, task_clusters
 from moce_dist.transfer.skips import Fitted, Skips, record_skips
 from moce_dist.transfer.tasks import Task
 

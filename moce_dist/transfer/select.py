@@ -30,26 +30,9 @@ from torch import Tensor
 from moce_dist.cluster.assign import assign_features
 from moce_dist.config import Config
 from moce_dist.model.customize import cluster_probabilities, moe_shape, routes
-from moce_dist.run import Run, read_marker
-from moce_dist.settings import ConfigError
-from moce_dist.train.encoder import encoder_id
 from moce_dist.transfer.request import check_experts
 
 _MAJORITY = 0.5
-
-
-def same_encoder(run: Run, config: Config) -> str:
-    """Return `encoder_id` of an encoder other than the run's MAE.
-
-    Raises:
-        ConfigError: it is gone, or is not the one that the clusters' features were made with.
-    """
-    now, marker = encoder_id(config), read_marker(run.features)
-    if marker is not None and marker["inputs"].get("encoder") != now:
-        raise ConfigError(
-            f"cluster.encoder ({config.cluster.encoder}): is not what {run.features} was made with"
-        )
-    return now
 
 
 def task_clusters(features: Tensor, clusters: Path) -> NDArray[np.int64]:

@@ -41,6 +41,10 @@ def refuse(shared, item):
     return item
 
 
+def double(shared, item):
+    return 2 * item
+
+
 def die_once(shared, item):
     dead = shared.folder / "dead"
     if item == 4 and not dead.exists():
@@ -54,10 +58,24 @@ def die(shared, item):
 
 
 @pytest.fixture(scope="module")
-def workers():
-    with hold_crew(ParallelConfig(num_workers=2, use_gpu=False), gpu=True) as held:
-        yield held
+def two_cpus():
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
     ray.shutdown()
+
+
+def test_more_workers_than_there_is_room_for_do_all_items(two_cpus, monkeypatch):
+    monkeypatch.setattr("moce_dist.crew._START_S", 3)
+    # every third item is dealt to a worker that never comes, the first ones among them
+    with hold_crew(ParallelConfig(num_workers=3, use_gpu=False)) as held:
+        assert list(held.map_tasks(double, None, list(range(200)))) == list(range(0, 400, 2))
+
+
+@pytest.fixture(scope="module")
+def workers(two_cpus):
+    with hold_crew(ParallelConfig(num_workers=2, use_gpu=False), gpu=True) as held:
+        assert list(held.map_tasks(refuse, None, [1, 2])) == [1, 2]
+        yield held
 
 
 def test_blocks_go_to_the_same_worker_which_opens_what_is_shared_once(workers, tmp_path):

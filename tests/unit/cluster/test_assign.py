@@ -126,15 +126,16 @@ def test_agreement_with_domains_is_that_of_scikit_learn():
     draws = np.random.default_rng(0)
     labels = draws.integers(0, 7, 500)
     domains = (labels + draws.integers(0, 3, 500)) % 5
-    figures = domain_figures([f"{domain}/{i}" for i, domain in enumerate(domains)], labels)
+    figures = domain_figures([f"{domain}/{i}" for i, domain in enumerate(domains)], labels, 8)
     assert figures["nmi"] == pytest.approx(normalized_mutual_info_score(domains, labels))
     for cluster, mix in enumerate(figures["domains"]):
         names, counts = np.unique(domains[labels == cluster], return_counts=True)
         assert mix == {str(name): count for name, count in zip(names, counts, strict=True)}
+    assert len(figures["domains"]) == 8 and figures["domains"][7] == {}
 
 
 def test_keys_without_folders_have_no_domains():
-    assert domain_figures(["a.npy:0", "a.npy:1"], np.array([0, 1])) == {}
+    assert domain_figures(["a.npy:0", "a.npy:1"], np.array([0, 1]), 2) == {}
 
 
 @pytest.mark.parametrize("name", ["assignments.parquet", "centroids.npy"])

@@ -94,8 +94,12 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, old):
         main(["--features", features, "--out", str(tmp_path / "out"), "--prices"])
     with pytest.raises(ConfigError, match=r"--assign-to: is of --features; .*base_run"):
         main(["--run", str(tmp_path / "run"), "--assign-to", str(old)])
-    with pytest.raises(ConfigError, match="holds the clusters themselves"):
+    with pytest.raises(ConfigError, match="holds what --assign-to names"):
         ask(features, old, old)
+    # with --fresh they would be set aside before they are read
+    for out in (features, tmp_path):
+        with pytest.raises(ConfigError, match="holds what --features names"):
+            main(["--features", features, "--num-clusters", "2", "--out", str(out), "--fresh"])
     with pytest.raises(ConfigError, match=r"--out .*b\.npy: is a file"):
         ask(features, old, tmp_path / "features" / "b.npy")
 

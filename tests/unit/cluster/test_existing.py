@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -242,3 +243,13 @@ def test_bad_input_is_refused_by_name_and_nothing_written(tmp_path, change, mess
     with pytest.raises(ConfigError, match=message):
         assign_folder(new, clusters, tmp_path / "out", block_rows=64, with_prices=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["centroids.npy", "mean.npy", "prices.npy"])
+@pytest.mark.parametrize("content", [b"", b"damaged"])
+def test_damaged_files_of_clusters_are_named(tmp_path, clusters, name, content):
+    copy = tmp_path / "clusters"
+    shutil.copytree(clusters, copy)
+    (copy / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name}: is not readable"):
+        read_clusters(copy, with_prices=True)

@@ -136,6 +136,10 @@ def pickled(folder):
     np.save(folder / "b.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
 
 
+def of_another_order(folder):
+    np.save(folder / "b.npy", np.zeros((5, 4), ">f4"))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -143,6 +147,7 @@ def pickled(folder):
         (other_width, r"b\.npy"),
         (truncated, r"b\.npy"),
         (pickled, r"b\.npy"),
+        (of_another_order, r"b\.npy: holds >f4"),
     ],
 )
 def test_bad_features_are_refused_by_name(tmp_path, change, message):
