@@ -10,12 +10,22 @@ from typing import Any, TypeVar
 from numba import njit
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
 def compiled(function: Function) -> Function:
     """Compile a function of arrays and numbers at its first call; other threads go on meanwhile."""
+    return _compile(function, nogil=True)
+
+
+def compiled_sums(function: Function) -> Function:
+    """Compile one whose sums the processor may add up in several lanes: in its own fixed order."""
+    return _compile(function, nogil=True, fastmath=_ANY_ORDER)
+
+
+def _compile(function: Function, **how: Any) -> Function:
     try:
-        made: Function = njit(cache=True, nogil=True)(function)
+        made: Function = njit(cache=True, **how)(function)
     except RuntimeError:  # nowhere to keep it
-        made = njit(nogil=True)(function)
+        made = njit(**how)(function)
     return made

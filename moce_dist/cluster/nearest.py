@@ -32,10 +32,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.cluster.blocks import Float32, Float64
+from moce_dist.cluster.compiled import compiled_sums
 
-_CACHED_ROWS, _DEVICE_ROWS = 128, 65_536
-"""Rows whose candidates are looked at together: those that stay in a processor's cache; on a GPU.
-"""
+_DEVICE_ROWS = 65_536
+"""Rows whose candidates a GPU looks at together."""
 _LIST_ITERATIONS, _LISTS_PER_ROOT = 4, 2
 _FEWEST_PROBES, _MOST_PROBED = 16, 1 / 4
 """Lists that a search looks into at least; the share of all lists from which on none is used."""
@@ -184,10 +184,26 @@ def candidate_distances(rows: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
 
 def _distances(rows: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
     distances = torch.empty(ids.shape, dtype=centroids.dtype, device=rows.device)
-    at_once = _CACHED_ROWS if rows.device.type == "cpu" else _DEVICE_ROWS
-    for start in range(0, len(rows), at_once):
-        part = slice(start, start + at_once)
+    if not rows.is_cuda:
+        arrays = (each.contiguous().numpy() for each in (rows, centroids, ids, distances))
+        _measure(*arrays)
+        return distances
+    for start in range(0, len(rows), _DEVICE_ROWS):
+        part = slice(start, start + _DEVICE_ROWS)
         for place in range(ids.shape[1]):
             differences = centroids[ids[part, place]].sub_(rows[part])
             torch.sum(differences.square_(), dim=1, out=distances[part, place])
     return distances
+
+
+@compiled_sums
+def _measure(rows: Any, centroids: Any, ids: Any, distances: Any) -> None:
+    # torch would write the difference to every candidate to memory
+    for row in range(len(ids)):
+        for place in range(ids.shape[1]):
+            cluster = ids[row, place]
+            total = distances.dtype.type(0)
+            for column in range(centroids.shape[1]):
+                difference = rows[row, column] - centroids[cluster, column]
+                total += difference * difference
+            distances[row, place] = total
