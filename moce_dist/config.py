@@ -441,6 +441,8 @@ class BenchConfig(Section):
     """Rows of the features that `cluster` makes."""
     dim: int = Field(384, ge=1)
     """Width of these features."""
+    variants: tuple[str, ...] = ()
+    """`cluster`: names of the variants that are run; all of them by default."""
     images: int = Field(32, ge=1)
     """`decode`, `stream`: different photographs; a round of `decode` takes each of them once."""
     crops: int = Field(8, ge=1)

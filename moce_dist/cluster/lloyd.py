@@ -41,8 +41,10 @@ _SEEDED_FROM = 64
 _TRIED_CLUSTERS, _SEEDED_OF_PART = 4096, 1024
 """Most clusters whose first centroids are the best of trials; how many a part of a sample gives."""
 PRICE_ROUNDS, _PRICE_CANDIDATES = 20, 32
-_SAMPLE_SEARCHES, _SMALLEST = 16, 0.9
-"""Searches of a sample at most; share of its least size that every cluster of it must reach."""
+_SAMPLE_SEARCHES, _SMALLEST, _MANY_ROWS = 16, 0.9, 16
+"""Searches of a sample at most; share of its least size that every cluster of it must reach, if
+that size is so large that it is not mere chance which rows of the sample it is.
+"""
 _CLOSE, FINAL_EXCESS = 0.01, 0.001
 """Shares of rows beyond the sizes at which prices are good enough: of the sample, of all rows."""
 _SPLIT = 1 / 1024
@@ -152,7 +154,8 @@ class Lloyd:
             done = ascend(found, prices, sizes, rounds=PRICE_ROUNDS, close=FINAL_EXCESS)
             prices = done.prices
             # a cluster far from all rows is a small part of them, and needs some all the same
-            has_all = done.least >= _SMALLEST * sizes.smallest
+            is_large = sizes.smallest >= _MANY_ROWS
+            has_all = not is_large or done.least >= _SMALLEST * sizes.smallest
             # sizes under the new prices are known for sure after a search under them
             if done.excess_before <= (_CLOSE if has_all else FINAL_EXCESS) * num_rows:
                 break

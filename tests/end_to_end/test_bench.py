@@ -84,3 +84,26 @@ def test_wrong_name_is_refused():
     command = [sys.executable, "jobs/bench.py", "stepp"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2 and "stepp" in done.stderr and not done.stdout
+
+
+SMALL_CLUSTER = ("bench.rows=4000", "bench.dim=8", "cluster.iterations=3")
+
+
+def test_cluster_compares_with_faiss_and_keeps_sizes_exact():
+    document = bench("cluster", *SMALL_CLUSTER)
+    medians = {name: v["median"] for name, v in document["variants"].items()}
+    faiss = min(medians["faiss_1_thread"], medians["faiss_2_threads"])
+    assert document["ratios"] == {"moce_dist_off/faiss": medians["moce_dist_off"] / faiss}
+    figures = document["figures"]
+    assert figures["size_max_minus_min"] <= 1
+    assert figures["objective_off_over_faiss"] == pytest.approx(1, abs=1e-3)
+    assert figures["objective_exact_over_faiss"] > 0.999
+    assert 0.1 < figures["peak_rss_gib_per_worker"] < 4
+
+
+def test_cluster_runs_the_variants_that_are_asked_for():
+    document = bench("cluster", *SMALL_CLUSTER, "bench.variants=[moce_dist_exact]")
+    assert document["variants"].keys() == {"moce_dist_exact"} and not document["ratios"]
+    assert "faiss_1_thread" in document["skipped"]
+    with pytest.raises(AssertionError, match=r"bench\.variants \(exact\) must be of faiss_1"):
+        bench("cluster", *SMALL_CLUSTER, "bench.variants=[exact]")
