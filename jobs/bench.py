@@ -13,6 +13,7 @@ from moce_dist.config import load_config
 
 BENCHES = (
     "step", "exchange", "placement", "checkpoint", "decode", "stream", "reshard", "cluster",
+    "balance",
 )  # fmt: skip
 CONFIGS = Path(__file__).parent.parent / "configs" / "bench"
 

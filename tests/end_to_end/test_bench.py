@@ -107,3 +107,16 @@ def test_cluster_runs_the_variants_that_are_asked_for():
     assert "faiss_1_thread" in document["skipped"]
     with pytest.raises(AssertionError, match=r"bench\.variants \(exact\) must be of faiss_1"):
         bench("cluster", *SMALL_CLUSTER, "bench.variants=[exact]")
+
+
+def test_balance_is_exact_beside_programs_that_are_there_or_says_who_is_missing():
+    document = bench("balance", "bench.rows=3000", "bench.dim=6", "cluster.iterations=4")
+    assert {"moce_dist", "moce_dist_settle"} <= document["variants"].keys()
+    for theirs, ours in (("k_means_constrained", "moce_dist"), ("pot", "moce_dist_settle")):
+        if theirs in document["variants"]:
+            assert f"{ours}/{theirs}" in document["ratios"]
+        else:
+            assert {theirs, f"{ours}/{theirs}"} <= document["skipped"].keys()
+    # transport costs the least there is
+    if "pot" in document["variants"]:
+        assert document["figures"]["cost_over_pot"] == pytest.approx(1, abs=1e-6)

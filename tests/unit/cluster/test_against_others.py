@@ -1,7 +1,5 @@
 """Exact balance against optimal transport (POT) and k-means-constrained, where installed."""
 
-import time
-
 import numpy as np
 import pytest
 
@@ -52,7 +50,7 @@ def test_labels_cost_what_optimal_transport_costs(data):
     assert done.figures["cost_lower_bound"] <= ours * (1 + 1e-9)
 
 
-def test_clusters_are_as_good_as_k_means_constrained_and_sooner(data, tmp_path):
+def test_clusters_are_as_good_as_those_of_k_means_constrained(data, tmp_path):
     judge = pytest.importorskip("k_means_constrained")
     lloyd, rows = data
     first = lloyd.first_state(0)
@@ -60,10 +58,7 @@ def test_clusters_are_as_good_as_k_means_constrained_and_sooner(data, tmp_path):
     theirs = judge.KMeansConstrained(
         CLUSTERS, size_min=size, size_max=size, init=first.centroids, n_init=1, max_iter=25, tol=0
     )
-    begin = time.process_time()
     expected = cost_at_means(rows, theirs.fit_predict(rows.astype(np.float64)))
-    middle = time.process_time()
     state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
     ours = cost_at_means(rows, settle(lloyd, state).labels)
     assert ours <= 1.01 * expected
-    assert time.process_time() - middle < middle - begin
