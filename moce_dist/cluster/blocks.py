@@ -155,7 +155,7 @@ def open_array(path: Path) -> NDArray[Any]:
         raise ConfigError(f"{path}: is not a readable .npy file of numbers ({error})") from None
     if array.dtype.kind != "f" or array.dtype.itemsize not in (2, 4) or not array.dtype.isnative:
         raise ConfigError(
-            f"{path}: holds {array.dtype}, must be float16 or float32, bytes in this machine's order"
+            f"{path}: holds {array.dtype}, must be float16 or float32 in native byte order"
         )
     if array.ndim != 2 or array.shape[1] == 0:
         raise ConfigError(f"{path}: has shape {array.shape}, must be (rows, width)")
