@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 _BLOCK = 512
+_LOOKED_AT = 4096
 
 
 def nearest_others(centroids: NDArray[Any], some: NDArray[np.int64] | None = None) -> Float64:
@@ -42,11 +43,12 @@ def nearest_others(centroids: NDArray[Any], some: NDArray[np.int64] | None = Non
 def centroid_figures(centroids: NDArray[Any]) -> dict[str, float]:
     """Figures for summary.json: least and median distance of a centroid (K, D) to the nearest.
 
-    None for one cluster.
+    Of very many clusters some, spread over all of them, are looked at. None for one cluster.
     """
     if len(centroids) < 2:
         return {}
-    distances = nearest_others(centroids)
+    some = np.linspace(0, len(centroids) - 1, min(len(centroids), _LOOKED_AT)).astype(np.int64)
+    distances = nearest_others(centroids, some)
     return {
         "centroid_distance_min": float(distances.min()),
         "centroid_distance_median": float(np.median(distances)),
