@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from moce_dist.cluster.blocks import View, open_features
+from moce_dist.cluster.blocks import open_features
 from moce_dist.config import load_config
 from moce_dist.data.shards import read_index
 from moce_dist.pipeline import Pipeline
@@ -79,8 +79,8 @@ def test_encoder_clusters_and_experts_are_those_of_the_base(continued, finished)
 def nearest(folder, run):
     files, mean = open_features(folder), np.load(run / "clusters" / "mean.npy")
     rows = np.concatenate([np.load(path) for path in files.paths])
-    seen = np.empty(rows.shape, np.float32)
-    View(mean, normalise=True).apply(rows, seen)
+    seen = rows - mean
+    seen /= np.linalg.norm(seen, axis=1, keepdims=True)
     centroids = np.load(run / "clusters" / "centroids.npy")
     squares = np.square(seen[:, None].astype(np.float64) - centroids).sum(axis=2)
     return {key: int(c) for (_, key), c in zip(files.keys(), squares.argmin(axis=1), strict=True)}
