@@ -4,9 +4,8 @@ Every default lives here and nowhere else. A YAML file names what differs; `load
 and overrides, refuses what it does not know, and reports every mistake of a request at once, each
 with its dotted path, the value and the rule. Derived values are properties, never written back.
 
-Fields are of two kinds. Identity fields decide what a run learns (data, model, clusters, seed,
-batch, groups); a run directory belongs to one identity. Runtime fields (`RUNTIME_FIELDS`) may
-change between two starts of a run.
+Identity fields decide what a run learns (data, model, clusters, seed, batch, groups); a run
+directory belongs to one identity. `RUNTIME_FIELDS` may change between two starts of a run.
 """
 
 from collections.abc import Iterable
@@ -211,6 +210,8 @@ class ClusterConfig(Section):
     """Rows in the unit of work; results do not depend on who computes a block."""
     num_candidates: int = Field(16, ge=2)
     """Nearest clusters per image that the exact finish may move it to."""
+    border_rows: int = Field(2**22, ge=1)
+    """Images between two clusters that the driver holds under balance, at 0.5 KB each."""
     index_from: int = Field(16_384, ge=2)
     """Clusters from which on the search uses an index over them where that is faster."""
     index_recall: float = Field(0.98, gt=0, le=1)

@@ -48,10 +48,14 @@ class Ranks(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Least and greatest size of a cluster, and the highest price of each, (K,)."""
+    """Least and greatest number of rows that a cluster may take, (K,), and price, (K + 1,).
 
-    smallest: int
-    largest: int
+    Numbers are below 0 where rows that stay are too many already.
+    """
+
+    smallest: Int64
+    largest: Int64
+    lowest: Float32
     highest: Float32
 
 
@@ -109,8 +113,10 @@ def rank_rows(lists: Any, prices: Any, ranks: Any) -> None:
 def dual(lists: Any, prices: Any, bounds: Any) -> Any:
     """Return the value of the dual at `prices`: what the best assignment costs at least."""
     total: Any = 0.0
-    for price in prices:
-        total += bounds.largest * min(price, 0.0) + bounds.smallest * max(price, 0.0)
+    for cluster in range(len(bounds.largest)):
+        price = prices[cluster]
+        total += bounds.largest[cluster] * min(price, 0.0)
+        total += bounds.smallest[cluster] * max(price, 0.0)
     for row in range(len(lists.ids)):
         best = np.float32(np.inf)
         for place in range(lists.ids.shape[1]):
@@ -160,16 +166,18 @@ def _between(limits: Any, size: Any) -> Any:
 
 
 @compiled
-def _level(limits: Any, bounds: Any, highest: Any) -> Any:
-    if len(limits) > bounds.largest:
-        price = _between(limits, bounds.largest)
+def _level(limits: Any, bounds: Any, cluster: Any) -> Any:
+    smallest, largest = bounds.smallest[cluster], bounds.largest[cluster]
+    if len(limits) > largest:
+        # rows that stay may be too many by themselves
+        price = _between(limits, largest) if largest >= 0 else bounds.lowest[cluster]
         if price < 0:
             return price
-    if len(limits) <= bounds.smallest:
+    if len(limits) <= smallest:
         # all rows that list the cluster are not enough
-        return highest
-    price = _between(limits, bounds.smallest) if bounds.smallest else np.float32(0)
-    return min(max(price, np.float32(0)), highest)
+        return bounds.highest[cluster]
+    price = _between(limits, smallest) if smallest > 0 else np.float32(0)
+    return max(price, np.float32(0))
 
 
 @compiled
@@ -183,7 +191,8 @@ def reprice(lists: Any, prices: Any, ranks: Any, bounds: Any) -> None:
             row = lists.rows[entry]
             other = values[row, 1] if ids[row, 0] == cluster else values[row, 0]
             limits[entry - begin] = lists.of_cluster[entry] - other
-        price = _level(limits[: end - begin], bounds, bounds.highest[cluster])
+        price = _level(limits[: end - begin], bounds, cluster)
+        price = min(max(price, bounds.lowest[cluster]), bounds.highest[cluster])
         if price == prices[cluster]:
             continue
         prices[cluster] = price

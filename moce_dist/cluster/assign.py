@@ -216,7 +216,10 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
     means = sums.means(state.centroids)
     means = directions(means) if lloyd.config.spherical else means
     centroids = (means + origin).astype(np.float32)
-    distances = matrix.distances(centroids.astype(np.float64) - origin, settled.labels)
+    distances, total = np.empty(len(settled.labels), np.float32), 0.0
+    for first, part in matrix.distances(centroids.astype(np.float64) - origin, settled.labels):
+        distances[first : first + len(part)] = part
+        total += float(part.sum())
     np.save(out_dir / "centroids.npy", centroids, allow_pickle=False)
     if matrix.view.normalise:
         np.save(out_dir / "mean.npy", matrix.view.origin, allow_pickle=False)
@@ -227,7 +230,7 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
         "num_images": len(distances),
         "num_clusters": len(centroids),
         "dim": matrix.files.dim,
-        "mean_squared_distance": float(distances.mean()),
+        "mean_squared_distance": total / len(distances),
         "size_min": int(sums.counts.min()),
         "size_max": int(sums.counts.max()),
         **settled.figures,
@@ -236,7 +239,9 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
     }
 
 
-def write_assignments(path: Path, files: FeatureFiles, labels: Int64, distances: Float64) -> None:
+def write_assignments(
+    path: Path, files: FeatureFiles, labels: NDArray[Any], distances: NDArray[Any]
+) -> None:
     """Write one line per row: key, shard, cluster, squared distance."""
     named = files.keys()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -17,6 +17,10 @@ as a cluster of its own, number K, which is never full. Rows that end there wait
 A cluster that pays draws rows that do not list it, too. So its price rises no further in one call
 than lets nearly all lists stand, and whether sizes are right only a next search tells.
 
+Of very many rows only those between clusters are here (`candidates.py`, Border). The others count
+as places that are taken, and no price moves further than lets them stay: what is said of the dual
+holds for all rows.
+
 Letters: s rows, K clusters, m candidates of a row.
 
 Source: dual coordinate ascent for assignment, Bertsekas, "Network Optimization" (1998), chapter 7;
@@ -38,6 +42,10 @@ _LONGEST = 2**20
 """Longest step of the line search, in changes of a round."""
 _OUTDATED = 0.1
 """Share of rows whose lists may miss a cluster that pays as much as one call allows."""
+_GAIN = 0.05
+"""Rows beyond the sizes, over those at first, below which lists are out of date."""
+_STEP = 0.45
+"""Most that a price moves, over how far two may part; what is left is for the exact finish."""
 
 
 class Sizes(NamedTuple):
@@ -70,25 +78,44 @@ class Ascended(NamedTuple):
     least: int
 
 
+class Others(NamedTuple):
+    """Rows besides those at hand: how many each cluster has, (K,), and how far prices may part."""
+
+    counts: Int64
+    reach: float
+
+
 def ascend(
-    found: Candidates, prices: Float64, sizes: Sizes, *, rounds: int, close: float = 0.01
+    found: Candidates,
+    prices: Float64,
+    sizes: Sizes,
+    *,
+    rounds: int,
+    close: float = 0.01,
+    others: Others | None = None,
 ) -> Ascended:
     """Improve the prices (K,) under which rows found their candidates. The dual never falls.
 
     Distances need only be right up to a constant per row. Stops when the share of rows beyond the
-    sizes, less those for which lists know no way, is at most `close`. Prices mean the same when all
-    of them move alike: here at least one is 0, and none is above where there is no smallest size.
+    sizes, less those for which lists know no way, is at most `close`, or so much smaller than at
+    first that a next search helps more than further rounds do. Prices mean the same when all
+    of them move alike: here at least one is 0, and none is above where there is no smallest size,
+    unless `others` hold it back.
     """
-    num_clusters, num_rows = len(prices), len(found.ids)
+    others = others or Others(np.zeros(len(prices), np.int64), np.inf)
+    num_clusters, num_rows = len(prices), len(found.ids) + int(others.counts.sum())
     if num_clusters == 1 or sizes.largest >= num_rows:
         return Ascended(np.zeros(num_clusters), 0, 0, num_rows // num_clusters)
     # with a smallest size q, n - q K clusters have room for one more and may charge
     num_charging = num_rows - sizes.smallest * num_clusters
     free = np.sort(prices)[num_charging] if sizes.smallest else prices.max()
-    ascent = _Ascent(_with_outside(found, prices - free), prices - free, sizes)
+    ascent = _Ascent(_with_outside(found, prices - free), prices - free, sizes, others)
     excess_before = ascent.excess()
+    # lists of all clusters are never out of date
+    gain = _GAIN if found.ids.shape[1] < num_clusters else 0
+    enough = max(close * num_rows, gain * excess_before)
     for _ in range(rounds):
-        if ascent.open_excess() <= close * num_rows:
+        if ascent.open_excess() <= enough:
             break
         ascent.step()
     done = ascent.prices[:-1].astype(np.float64)
@@ -109,10 +136,16 @@ def _with_outside(found: Candidates, prices: Float64) -> Candidates:
 class _Ascent:
     """Prices, the last one that of the outside, and every row's best and second best cluster."""
 
-    def __init__(self, found: Candidates, prices: Float64, sizes: Sizes) -> None:
+    def __init__(self, found: Candidates, prices: Float64, sizes: Sizes, others: Others) -> None:
         self.prices = np.append(prices, 0).astype(np.float32)
+        self._taken, step = others.counts, np.float32(_STEP * others.reach)
         highest = self._highest_prices(found, pays=sizes.smallest > 0)
-        self._bounds = Bounds(sizes.smallest, sizes.largest, highest)
+        self._bounds = Bounds(
+            sizes.smallest - self._taken,
+            sizes.largest - self._taken,
+            self.prices - step,
+            np.minimum(highest, self.prices + step),
+        )
         self._lists = make_lists(found, len(self.prices))
         pair = (len(found.ids), 2)
         self._ranks = Ranks(np.zeros(pair, np.int32), np.zeros(pair, np.float32))
@@ -131,18 +164,24 @@ class _Ascent:
 
     def excess(self) -> int:
         """Count the rows beyond the largest size and those that wait, or those that are lacking."""
-        sizes, num_waiting = self._sizes()
-        beyond = np.maximum(sizes - self._bounds.largest, 0).sum() + num_waiting
-        return int(max(beyond, np.maximum(self._bounds.smallest - sizes, 0).sum()))
+        beyond, lacking, num_waiting = self._misfits()
+        return int(max(beyond.sum() + num_waiting, lacking.sum()))
 
     def open_excess(self) -> int:
-        """Count the same less what clusters lack that already pay as much as they may."""
-        lacking = np.maximum(self._bounds.smallest - self._sizes()[0], 0)
-        return self.excess() - int(lacking[(self.prices >= self._bounds.highest)[:-1]].sum())
+        """Count the same less that of clusters whose prices have moved as far as they may."""
+        beyond, lacking, _ = self._misfits()
+        is_highest = (self.prices >= self._bounds.highest)[:-1]
+        is_lowest = (self.prices <= self._bounds.lowest)[:-1]
+        return self.excess() - int(lacking[is_highest].sum() + beyond[is_lowest].sum())
 
     def least(self) -> int:
         """Return the size of the smallest cluster."""
-        return int(self._sizes()[0].min())
+        return int((self._sizes()[0] + self._taken).min())
+
+    def _misfits(self) -> tuple[Int64, Int64, int]:
+        sizes, num_waiting = self._sizes()
+        beyond = np.maximum(sizes - self._bounds.largest, 0)
+        return beyond, np.maximum(self._bounds.smallest - sizes, 0), num_waiting
 
     def _sizes(self) -> tuple[Int64, int]:
         *sizes, outside = np.bincount(self._ranks.ids[:, 0], minlength=len(self.prices))
@@ -158,7 +197,7 @@ class _Ascent:
         change = self.prices - before
         best, taken, step = self._dual(self.prices), self.prices, 1
         while step <= _LONGEST:
-            prices = np.minimum(self.prices + step * change, self._bounds.highest)
+            prices = np.clip(self.prices + step * change, self._bounds.lowest, self._bounds.highest)
             value = self._dual(prices)
             if value <= best:
                 break

@@ -195,19 +195,26 @@ def check_count(files: FeatureFiles, num_clusters: int) -> None:
         )
 
 
-def read_block(block: Block, view: View, device: str = "cpu") -> Tensor:
-    """Read the transformed rows of a block with a last column of ones, (n, D + 1) float32."""
+def read_block(
+    block: Block, view: View, device: str = "cpu", chosen: NDArray[np.int64] | None = None
+) -> Tensor:
+    """Read the transformed rows of a block with a last column of ones, (n, D + 1) float32.
+
+    With `chosen`, sorted numbers inside the block, only these.
+    """
     path = Path(block.path)
 
-    def read() -> Tensor:
+    def read(some: NDArray[np.int64] | None = None) -> Tensor:
         array = open_array(path)[block.start : block.stop]
+        array = array if some is None else array[some]
         return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
 
     if device == "cpu":
-        raw = read()
+        raw = read(chosen)
     else:
         key = (block.path, block.start, block.stop, path.stat().st_mtime_ns)
         raw = residents().rows(key, read)
+        raw = raw if chosen is None else raw[torch.from_numpy(chosen).to(device)]
     augmented = torch.empty(len(raw), raw.shape[1] + 1, device=device)
     view.apply(raw, augmented[:, :-1])
     augmented[:, -1] = 1

@@ -1,6 +1,6 @@
-"""The best clusters of every row, and which rows are alike in them.
+"""The best clusters of every row, which rows are alike in them, and which are between clusters.
 
-Letters: n rows, m candidates per row.
+Letters: n rows, b rows between clusters, m candidates per row, K clusters.
 """
 
 from typing import Any, NamedTuple
@@ -8,17 +8,44 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+Float64 = NDArray[np.float64]
+Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 
 
 class Candidates(NamedTuple):
     """The m best clusters of every row, int32, and the squared distances to them: (n, m)."""
 
-    ids: NDArray[np.int32]
+    ids: Int32
     distances: NDArray[Any]
 
 
-def choose(found: Candidates, prices: NDArray[np.float64]) -> Int64:
+class Border(NamedTuple):
+    """What a search of all rows leaves: rows between clusters, and where all the others are.
+
+    `labels` (n,) are the best clusters under the search's `prices` (K,). A row whose second best is
+    worse by more than `reach` stays where it is while no two prices move further apart than that;
+    `settled` (K,) counts such rows. Those left over are `rows` (b,), sorted, with candidates.
+    """
+
+    labels: Int32
+    rows: Int64
+    found: Candidates
+    settled: Int64
+    prices: Float64
+    reach: float
+
+
+def margins_of(found: Candidates, prices: Float64) -> Float64:
+    """Return by how much every row's second best cluster under prices is worse, (n,)."""
+    if found.ids.shape[1] == 1:
+        return np.full(len(found.ids), np.inf)
+    paid = found.distances - prices[found.ids]
+    paid.partition(1, axis=1)
+    return np.asarray(paid[:, 1] - paid[:, 0])
+
+
+def choose(found: Candidates, prices: Float64) -> Int64:
     """Return the cluster of least distance - price among the candidates of every row, (n,)."""
     columns = (found.distances - prices[found.ids]).argmin(axis=1)
     return np.take_along_axis(found.ids, columns[:, None], axis=1)[:, 0].astype(np.int64)

@@ -11,13 +11,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 
-def domain_figures(
-    keys: Iterable[str], labels: NDArray[np.int64], num_clusters: int
-) -> dict[str, Any]:
+def domain_figures(keys: Iterable[str], labels: NDArray[Any], num_clusters: int) -> dict[str, Any]:
     """Compare the clusters (n,) of keys with their domains; nothing where there are none.
 
     `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster.

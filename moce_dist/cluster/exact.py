@@ -60,7 +60,7 @@ _SPARE = 4096
 """Room for lots, arrivals and twins' moves that memory is taken for at first."""
 
 Search = Callable[[Float64], Candidates]
-"""Candidates of all rows under given prices (K,), best first."""
+"""Candidates of the rows at hand under given prices (K,), best first."""
 
 
 class Finish(NamedTuple):
@@ -73,17 +73,25 @@ class Finish(NamedTuple):
     num_searches: int
 
 
-def finish(found: Candidates, prices: Float64, search: Search, sizes: Sizes) -> Finish:
+def finish(
+    found: Candidates,
+    prices: Float64,
+    search: Search,
+    sizes: Sizes,
+    settled: Int64 | None = None,
+) -> Finish | None:
     """Move rows at the least cost until all sizes are within the bounds.
 
     Without a smallest size that is until none is too large; otherwise the two bounds differ by at
-    most one. `search` finds candidates under given prices; it is asked when those at hand do not
-    connect.
+    most one. `search` finds candidates of the same rows under given prices; it is asked when those
+    at hand do not connect. `settled` (K,) counts rows besides, which stay; None comes back where
+    clusters have too many of them.
     """
-    flow = _Flow(found, prices, sizes)
+    flow = _Flow(found, prices, sizes, settled)
     num_searches = 0
     while not flow.run():
-        flow.look_further(search)
+        if not flow.look_further(search):
+            return None
         num_searches += 1
     return Finish(flow.labels, flow.prices, flow.num_moves, flow.num_paths, num_searches)
 
@@ -100,18 +108,22 @@ def dual_bound(prices: Float64, priced_cost: float, num_rows: int) -> float:
 class _Flow:
     """Labels, twins, prices, sizes and blanks; what `flow.py` works on is made from them."""
 
-    def __init__(self, found: Candidates, prices: Float64, sizes: Sizes) -> None:
+    def __init__(
+        self, found: Candidates, prices: Float64, sizes: Sizes, settled: Int64 | None
+    ) -> None:
         num_clusters = len(prices)
         self.labels: Int64 = choose(found, prices)
         self.num_moves = self.num_paths = 0
         self._found = Candidates(*map(np.ascontiguousarray, found))
         self._twins = find_twins(self._found)
         self._further = _Further(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-        surplus = np.bincount(self.labels, minlength=num_clusters) - sizes.largest
+        counts = np.bincount(self.labels, minlength=num_clusters)
+        counts = counts if settled is None else counts + settled
+        surplus = counts - sizes.largest
         has_blank, pool_price = np.zeros(num_clusters, bool), 0.0
         if sizes.smallest:
             # a blank goes where, under the prices, a place is least wanted: at the greatest g
-            num_blanks = sizes.largest * num_clusters - len(self.labels)
+            num_blanks = sizes.largest * num_clusters - int(counts.sum())
             order = np.argsort(-prices, kind="stable")
             has_blank[order[:num_blanks]] = True
             surplus += has_blank
@@ -179,8 +191,8 @@ class _Flow:
             twins = order[bounds[row] : bounds[row + 1]]
             self.labels[twins[self.labels[twins] == source][:num]] = target
 
-    def look_further(self, search: Search) -> None:
-        """Find moves out of clusters that no candidate leads out of."""
+    def look_further(self, search: Search) -> bool:
+        """Find moves out of clusters that no candidate leads out of; tell whether there are any."""
         reached = self._frontier.reached[: self._frontier.nodes[1]]
         is_inside = np.zeros(len(self.prices) + 1, bool)
         is_inside[reached] = True
@@ -203,6 +215,7 @@ class _Flow:
         numbers = np.arange(len(order)) - np.repeat(firsts, sizes)
         chosen = order[numbers < min(surplus, _MAX_ADDED)]
         self._further = self._further.extended(rows[chosen], targets[chosen], distances[chosen])
+        return len(chosen) > 0
 
 
 class _Further(NamedTuple):

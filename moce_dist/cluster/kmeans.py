@@ -7,8 +7,8 @@ What a worker does in one is in `sweeps.py`; here tasks are handed out and resul
 Letters: n rows, D width, K clusters, m candidates.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moce_dist.cluster.blocks import FeatureFiles, Float64, View, group_blocks
-from moce_dist.cluster.candidates import Candidates, Int64
+from moce_dist.cluster.blocks import Block, FeatureFiles, Float64, View, group_blocks
+from moce_dist.cluster.candidates import Border, Candidates, Int32, Int64
 from moce_dist.cluster.nearest import build_index, make_base
 from moce_dist.cluster.sweeps import (
     Sums,
     Sweep,
     Task,
+    border_of_group,
     candidates_of_group,
     distances_of_group,
     nearest_of_group,
@@ -31,6 +32,7 @@ from moce_dist.cluster.sweeps import (
 )
 from moce_dist.mapping import MapTasks
 
+_Bounds = tuple[tuple[Block, ...], int, int]
 _TRIAL_ROWS = 512
 """Rows, spread over all files, that an index is tried on."""
 
@@ -51,15 +53,22 @@ class Matrix:
     index_recall: float = 1.0
     device: str = "cpu"
 
-    def _tasks(self, labels: Int64 | None = None, result_bytes: int = 0) -> list[Task]:
+    def _tasks(self, labels: Int32 | None = None, result_bytes: int = 0) -> list[Task]:
         groups = group_blocks(self.files.blocks(self.block_rows), result_bytes)
         if labels is None:
             return [Task(group) for group in groups]
+        return [Task(group, labels[first:end]) for group, first, end in self._bounds(groups)]
+
+    def _bounds(self, groups: Sequence[tuple[Block, ...]]) -> Iterator[_Bounds]:
         firsts = [group[0].row for group in groups] + [self.files.num_rows]
-        return [
-            Task(group, labels[first:end])
-            for group, (first, end) in zip(groups, pairwise(firsts), strict=True)
-        ]
+        for group, (first, end) in zip(groups, pairwise(firsts), strict=True):
+            yield group, first, end
+
+    def _some(self, rows: Int64) -> Iterator[Task]:
+        for group, first, end in self._bounds(group_blocks(self.files.blocks(self.block_rows))):
+            low, high = np.searchsorted(rows, (first, end))
+            if low < high:
+                yield Task(group, chosen=rows[low:high] - first)
 
     def sweep(self, centroids: Float64, prices: Float64, num: int = 1) -> Sweep:
         """Prepare a search for the best `num` clusters."""
@@ -86,7 +95,7 @@ class Matrix:
         sweep = Sweep(self.view, np.zeros((0, self.files.dim)), device=self.device)
         return sum(self.map_blocks(squares_of_group, sweep, self._tasks()))
 
-    def sums(self, centroids: Float64, prices: Float64, labels: Int64 | None = None) -> Sums:
+    def sums(self, centroids: Float64, prices: Float64, labels: Int32 | None = None) -> Sums:
         """Add up all rows per cluster, in block order."""
         fixed = Sweep(self.view, centroids, device=self.device)
         sweep = self.sweep(centroids, prices) if labels is None else fixed
@@ -101,30 +110,60 @@ class Matrix:
         """Return the sum of |x - c|^2 over all rows, from a sweep's sums."""
         return sums.objective(centroids, self.squares)
 
-    def labels(self, centroids: Float64, prices: Float64) -> Int64:
+    def labels(self, centroids: Float64, prices: Float64) -> Int32:
         """Find the best cluster of all rows, (n,)."""
-        return self.nearest(centroids, prices, 1).ids[:, 0].astype(np.int64)
+        return self.nearest(centroids, prices, 1).ids[:, 0]
 
     def nearest(self, centroids: Float64, prices: Float64, num: int) -> Candidates:
         """Find the best `num` clusters of all rows; distances as searched, less |x|^2 or so."""
-        found = self._collect(nearest_of_group, self.sweep(centroids, prices, num))
+        parts = self.map_blocks(nearest_of_group, self.sweep(centroids, prices, num), self._tasks())
+        found = _collect(parts, self.files.num_rows, num)
         found.distances[...] += prices.astype(np.float32)[found.ids]
         return found
 
-    def candidates(self, centroids: Float64, prices: Float64, num: int) -> Candidates:
-        """Find the best `num` clusters of all rows and the distances to them, in all digits."""
-        return self._collect(candidates_of_group, self.sweep(centroids, prices, num))
+    def candidates(self, centroids: Float64, prices: Float64, num: int, rows: Int64) -> Candidates:
+        """Find the best `num` clusters of sorted `rows` and the distances to them, all digits."""
+        sweep = self.sweep(centroids, prices, num)
+        parts = self.map_blocks(candidates_of_group, sweep, list(self._some(rows)))
+        return _collect(parts, len(rows), num)
 
-    def _collect(self, find: Callable[[Sweep, Task], Candidates], sweep: Sweep) -> Candidates:
-        shape, first = (self.files.num_rows, sweep.num), 0
-        found = Candidates(np.empty(shape, np.int32), np.empty(shape, np.float32))
-        for part in self.map_blocks(find, sweep, self._tasks()):
-            rows = slice(first, first + len(part.ids))
-            found.ids[rows], found.distances[rows] = part
-            first = rows.stop
-        return found
+    def border(self, centroids: Float64, prices: Float64, num: int, reach: float) -> Border:
+        """Find the best cluster of all rows, and `num` candidates of those between clusters.
 
-    def distances(self, centroids: Float64, labels: Int64) -> Float64:
-        """Return the squared distances of all rows to the centroids of their labels, (n,)."""
-        sweep = Sweep(self.view, centroids, device=self.device)
-        return np.concatenate(list(self.map_blocks(distances_of_group, sweep, self._tasks(labels))))
+        They are between two where the second best is worse by at most `reach`.
+        """
+        sweep = replace(self.sweep(centroids, prices, num), prices=prices, reach=reach)
+        labels, first = np.empty(self.files.num_rows, np.int32), 0
+        rows, ids, distances = [], [], []
+        for part in self.map_blocks(border_of_group, sweep, self._tasks()):
+            labels[first : first + len(part.labels)] = part.labels
+            rows.append(part.rows + first)
+            ids.append(part.found.ids)
+            distances.append(part.found.distances)
+            first += len(part.labels)
+        numbers = np.concatenate(rows)
+        found = Candidates(np.concatenate(ids), np.concatenate(distances))
+        counts, inside = (
+            np.bincount(each, minlength=len(prices)) for each in (labels, labels[numbers])
+        )
+        return Border(labels, numbers, found, counts - inside, prices, reach)
+
+    def distances(self, centroids: Float64, labels: Int32) -> Iterator[tuple[int, Float64]]:
+        """Yield the squared distances of all rows to the centroids of their labels, part by part.
+
+        With every part comes the number of its first row.
+        """
+        sweep, first = Sweep(self.view, centroids, device=self.device), 0
+        for part in self.map_blocks(distances_of_group, sweep, self._tasks(labels)):
+            yield first, part
+            first += len(part)
+
+
+def _collect(parts: Iterable[Candidates], num_rows: int, num: int) -> Candidates:
+    shape, first = (num_rows, num), 0
+    found = Candidates(np.empty(shape, np.int32), np.empty(shape, np.float32))
+    for part in parts:
+        rows = slice(first, first + len(part.ids))
+        found.ids[rows], found.distances[rows] = part
+        first = rows.stop
+    return found

@@ -45,8 +45,8 @@ _SAMPLE_SEARCHES, _SMALLEST, _MANY_ROWS = 16, 0.9, 16
 """Searches of a sample at most; share of its least size that every cluster of it must reach, if
 that size is so large that it is not mere chance which rows of the sample it is.
 """
-_CLOSE, FINAL_EXCESS = 0.01, 0.001
-"""Shares of rows beyond the sizes at which prices are good enough: of the sample, of all rows."""
+_CLOSE, _FINEST = 0.01, 0.001
+"""Shares of a sample's rows beyond the sizes at which prices are good enough, and very good."""
 _SPLIT = 1 / 1024
 _NOT_OF_CLUSTERS = {"encoder", "batch_size", "with_prices"}
 """Settings of how features come about, and of what is done with clusters."""
@@ -151,13 +151,13 @@ class Lloyd:
         sizes = allowed_sizes(num_rows, len(centroids), self.config)
         for _ in range(_SAMPLE_SEARCHES):
             found = self.sample.nearest(centroids, prices, num)
-            done = ascend(found, prices, sizes, rounds=PRICE_ROUNDS, close=FINAL_EXCESS)
+            done = ascend(found, prices, sizes, rounds=PRICE_ROUNDS, close=_FINEST)
             prices = done.prices
             # a cluster far from all rows is a small part of them, and needs some all the same
             is_large = sizes.smallest >= _MANY_ROWS
             has_all = not is_large or done.least >= _SMALLEST * sizes.smallest
             # sizes under the new prices are known for sure after a search under them
-            if done.excess_before <= (_CLOSE if has_all else FINAL_EXCESS) * num_rows:
+            if done.excess_before <= (_CLOSE if has_all else _FINEST) * num_rows:
                 break
         return prices
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.cluster.blocks import CACHED_ROWS, Block, Float32, Float64, View, read_block
-from moce_dist.cluster.candidates import Candidates, Int64
+from moce_dist.cluster.candidates import Candidates, Int32, Int64
 from moce_dist.cluster.nearest import (
     Nearest,
     candidate_distances,
@@ -56,8 +56,9 @@ class Sums(NamedTuple):
 class Sweep:
     """What all tasks of a sweep share: the view, centroids (K, D), candidates m, the device.
 
-    A sweep that searches has either the base of its search or an index. A worker gets it once, and
-    what is made of it stays for all tasks.
+    A sweep that searches has either the base of its search or an index; one for the rows between
+    clusters has prices (K,), and how far apart their two best are at most. A worker gets it once,
+    and what is made of it stays for all tasks.
     """
 
     view: View
@@ -66,6 +67,8 @@ class Sweep:
     base: Float32 | None = None
     index: NDArray[np.uint8] | None = None
     device: str = "cpu"
+    prices: Float64 | None = None
+    reach: float = float("inf")
 
     @cached_property
     def _opened(self) -> Any:
@@ -102,21 +105,31 @@ def as_tensor(array: NDArray[Any], device: str = "cpu") -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """A group of blocks, and the labels of their rows where these are fixed."""
+    """A group of blocks, and the labels of their rows where these are fixed.
+
+    With `chosen` only such rows are read, all where it is None; it is sorted and counts from the
+    first row of the group.
+    """
 
     blocks: tuple[Block, ...]
-    labels: Int64 | None = None
+    labels: Int32 | None = None
+    chosen: Int64 | None = None
 
     def read(self, view: View, device: str) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yield the augmented rows and the fixed labels of every block."""
         first = self.blocks[0].row
         for block in self.blocks:
-            stop = block.row + block.stop - block.start - first
-            rows = read_block(block, view, device)
-            if self.labels is None:
-                yield rows, None
+            start = block.row - first
+            stop = start + block.stop - block.start
+            if self.chosen is not None:
+                low, high = np.searchsorted(self.chosen, (start, stop))
+                if low < high:
+                    yield read_block(block, view, device, self.chosen[low:high] - start), None
+            elif self.labels is not None:
+                labels = as_tensor(self.labels[start:stop].astype(np.int64), device)
+                yield read_block(block, view, device), labels
             else:
-                yield rows, as_tensor(self.labels[block.row - first : stop], device)
+                yield read_block(block, view, device), None
 
 
 def add_rows(total: Tensor, augmented: Tensor, labels: Tensor) -> None:
@@ -155,6 +168,33 @@ def candidates_of_group(sweep: Sweep, task: Task) -> Candidates:
         ids.append(best)
         distances.append(candidate_distances(rows[:, :-1], sweep.narrow_points, best))
     return _candidates(ids, distances)
+
+
+class Part(NamedTuple):
+    """What a group adds to a border: labels (n,), rows between clusters (b,), their candidates."""
+
+    labels: Int32
+    rows: Int64
+    found: Candidates
+
+
+def border_of_group(sweep: Sweep, task: Task) -> Part:
+    """Find the best cluster of a group's rows, and the candidates of those between clusters."""
+    assert sweep.prices is not None
+    prices, labels, numbers, first = as_tensor(sweep.prices, sweep.device), [], [], 0
+    ids, distances = [], []
+    for rows, _ in task.read(sweep.view, sweep.device):
+        best = sweep.search(rows).ids
+        squares = candidate_distances(rows[:, :-1], sweep.narrow_points, best)
+        two, places = (squares - prices[best]).topk(min(2, sweep.num), dim=1, largest=False)
+        between = (two[:, -1] - two[:, 0] <= sweep.reach).nonzero()[:, 0]
+        labels.append(best.gather(1, places[:, :1])[:, 0])
+        numbers.append(between + first)
+        ids.append(best[between])
+        distances.append(squares[between])
+        first += len(rows)
+    chosen = torch.cat(numbers).cpu().numpy()
+    return Part(torch.cat(labels).int().cpu().numpy(), chosen, _candidates(ids, distances))
 
 
 def nearest_of_group(sweep: Sweep, task: Task) -> Candidates:

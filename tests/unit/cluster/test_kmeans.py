@@ -117,7 +117,9 @@ def test_sums_objective_and_means_are_numpys(tmp_path):
     assert matrix.objective(sums, centroids) == pytest.approx(expected.sum(), rel=1e-9)
     for cluster, mean in enumerate(sums.means(centroids)):
         np.testing.assert_allclose(mean, centred[labels == cluster].astype(float).mean(0))
-    np.testing.assert_allclose(matrix.distances(centroids, labels), expected, rtol=1e-12)
+    firsts, parts = zip(*matrix.distances(centroids, labels), strict=True)
+    assert list(firsts) == list(np.cumsum([0, *map(len, parts)])[:-1])
+    np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-12)
     fixed = matrix.sums(centroids, np.zeros(6), labels)
     assert (fixed.sums == sums.sums).all() and (fixed.counts == sums.counts).all()
 
