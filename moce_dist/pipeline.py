@@ -47,7 +47,7 @@ from moce_dist.run import (
 )
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
-from moce_dist.train.encoder import OWN, encoder_id, encoder_side, encoder_spec, same_encoder
+from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob
 
@@ -159,7 +159,7 @@ class Pipeline:
         is_own, index = self.config.cluster.encoder == OWN, read_index(source)
         mae = latest_checkpoint(self.run.stage("mae") / "checkpoints") if is_own else None
         encoder = encoder_spec(self.config, mae, identity=identity)
-        side = encoder_side(self.config)
+        pixels = encoder_pixels(self.config)
         return [
             FeatureJob(
                 shard=shard,
@@ -168,8 +168,9 @@ class Pipeline:
                 out=out,
                 ledger=self.run.faults,
                 encoder=encoder,
-                image_size=side,
+                image_size=pixels.image_size,
                 batch_size=self.config.cluster.batch_size,
+                framing=pixels.framing,
             )
             for shard, name in zip(index.shards, feature_names(index), strict=True)
         ]

@@ -29,7 +29,8 @@ import torch
 from numpy.typing import NDArray
 
 from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
-from moce_dist.data.images import ImageError, eval_image
+from moce_dist.data.framing import Framing, framed_image
+from moce_dist.data.images import ImageError
 from moce_dist.data.shards import Shard, ShardIndex
 from moce_dist.run import read_faults, record_fault, write_atomic
 
@@ -51,7 +52,10 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """All that a worker needs to write the features of one shard."""
+    """All that a worker needs to write the features of one shard.
+
+    `framing` is how the encoder's images are cut; None: the full centre square, bicubic.
+    """
 
     shard: Shard
     url: str
@@ -61,6 +65,7 @@ class FeatureJob:
     encoder: EncoderSpec
     image_size: int
     batch_size: int
+    framing: Framing | None = None
 
     @property
     def target(self) -> Path:
@@ -147,7 +152,7 @@ def _batches(job: FeatureJob, faults: dict[int, str]) -> Iterator[Float32]:
             yield images
             images, first = np.zeros_like(images), row
         try:
-            images[row - first] = eval_image(content, side)
+            images[row - first] = framed_image(content, side, job.framing)
         except ImageError as error:
             faults[row] = str(error)
     # an empty shard still yields one (empty) batch, which tells the width

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import create_transform, resolve_data_config
 
 from moce_dist.cluster import features
 from moce_dist.cluster.assign import assign_features
@@ -30,7 +33,7 @@ from moce_dist.data.images import eval_image
 from moce_dist.data.shards import Shard, ShardIndex, write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run import read_faults
-from moce_dist.train.encoder import Pixels, timm_encoder
+from moce_dist.train.encoder import Pixels, describe_timm, timm_encoder
 
 ROOT = Path(__file__).parents[3]
 SIZE = 16
@@ -106,6 +109,60 @@ def test_rows_are_the_encoders_features_in_the_order_of_the_keys(tmp_path):
     np.testing.assert_allclose(rows, build_encoder("8")(images).numpy(), rtol=2e-3, atol=0.05)
     keys = json.loads((tmp_path / "features" / "train-000000.keys.json").read_text())
     assert keys == [f"domain/{number}" for number in range(10)]
+
+
+def timm_model(name):
+    """A model with drawn weights, and the images that it takes."""
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=0).eval(), describe_timm(name, name)
+
+
+def build_timm(name):
+    torch.manual_seed(0)
+    return timm_encoder(name, describe_timm(name, name), torch.device("cpu"), pretrained=False)
+
+
+def photographs(kind, sizes):
+    """Parts of a photograph of different aspects, encoded."""
+    whole = Image.fromarray(load_sample_image("china.jpg")).resize((1200, 800))
+    for number, (width, height) in enumerate(sizes):
+        file = io.BytesIO()
+        whole.crop((7 * number, 0, 7 * number + width, height)).save(file, kind)
+        yield file.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("PNG", 0.005), ("JPEG", 0.03)])
+@pytest.mark.parametrize("name", ["test_vit2", "test_resnet"])
+@torch.no_grad()
+def test_features_of_a_timm_model_are_those_of_timms_own_evaluation(
+    tmp_path, name, kind, tolerance
+):
+    """Within 0.5 % of their spread, 3 % where JPEGs are decoded at a part of their size."""
+    sizes = [(1200, 800), (600, 420), (300, 420), (380, 200), (170, 165), (200, 90)]
+    contents = list(photographs(kind, sizes))
+    model, pixels = timm_model(name)
+    as_timm = create_transform(**resolve_data_config({}, model=model))
+    shown = [as_timm(Image.open(io.BytesIO(content))) for content in contents]
+    expected = model(torch.stack(shown)).numpy()
+    spread = np.linalg.norm(expected - expected.mean(axis=0), axis=1).mean()
+
+    def error(framing):
+        folder = tmp_path / str(framing)
+        job = job_of(
+            folder,
+            shard_of(folder, contents),
+            encoder=EncoderSpec(build_timm, (name,)),
+            image_size=pixels.image_size,
+            framing=framing,
+        )
+        extract_shard(job)
+        rows = np.load(job.target).astype(np.float32)
+        return np.linalg.norm(rows - expected, axis=1).max() / spread
+
+    assert error(pixels.framing) < tolerance
+    # as before, and with the share that is cut off ignored
+    assert error(None) > 3 * tolerance
+    assert error(pixels.framing._replace(crop_pct=1.0)) > 3 * tolerance
 
 
 def test_unreadable_image_keeps_its_slot_as_a_row_of_zeros_and_a_fault(tmp_path):
