@@ -17,20 +17,19 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
-from moce_dist.data.framing import Framing, framed_image
-from moce_dist.data.images import ImageError
+from moce_dist.cluster.decoding import ImageBatch, ShardImages
+from moce_dist.data.framing import Framing
 from moce_dist.data.shards import Shard, ShardIndex
 from moce_dist.run import read_faults, record_fault, write_atomic
 
@@ -54,7 +53,8 @@ class EncoderSpec:
 class FeatureJob:
     """All that a worker needs to write the features of one shard.
 
-    `framing` is how the encoder's images are cut; None: the full centre square, bicubic.
+    `framing` is how the encoder's images are cut; None: the full centre square, bicubic. They are
+    decoded by `decode_threads` threads, on which nothing depends.
     """
 
     shard: Shard
@@ -66,6 +66,13 @@ class FeatureJob:
     image_size: int
     batch_size: int
     framing: Framing | None = None
+    decode_threads: int = 1
+
+    @property
+    def images(self) -> ShardImages:
+        """The images of the shard, as the encoder takes them."""
+        size, cut = self.image_size, self.framing
+        return ShardImages(self.shard, self.url, size, cut, self.batch_size, self.decode_threads)
 
     @property
     def target(self) -> Path:
@@ -116,8 +123,11 @@ def extract_shard(job: FeatureJob) -> int:
     if job.target.is_file():
         return 0
     faults: dict[int, str] = {}
-    batches = [_encode(job, batch) for batch in _batches(job, faults)]
-    features = np.concatenate(batches)
+    parts = []
+    for batch in job.images.batches():
+        parts.append(_encode(job, batch))
+        faults |= batch.faults
+    features = np.concatenate(parts)
     features[list(faults)] = 0
     write_atomic(job.out / f"{job.name}.keys.json", json.dumps(job.shard.keys))
     _record(job, faults)
@@ -137,34 +147,10 @@ def _record(job: FeatureJob, faults: Mapping[int, str]) -> None:
             record_fault(job.ledger, **place, reason=reason)
 
 
-def _contents(job: FeatureJob) -> Iterator[bytes]:
-    with fsspec.open(job.url, "rb") as file:
-        for offset, size in zip(job.shard.offsets, job.shard.sizes, strict=True):
-            file.seek(offset)
-            yield file.read(size)
-
-
-def _batches(job: FeatureJob, faults: dict[int, str]) -> Iterator[Float32]:
-    side, first = job.image_size, 0
-    images = np.zeros((job.batch_size, 3, side, side), np.float32)
-    for row, content in enumerate(_contents(job)):
-        if row - first == job.batch_size:
-            yield images
-            images, first = np.zeros_like(images), row
-        try:
-            images[row - first] = framed_image(content, side, job.framing)
-        except ImageError as error:
-            faults[row] = str(error)
-    # an empty shard still yields one (empty) batch, which tells the width
-    yield images[: len(job.shard.keys) - first]
-
-
-def _encode(job: FeatureJob, images: Float32) -> Float32:
-    padded = np.zeros((job.batch_size, *images.shape[1:]), np.float32)
-    padded[: len(images)] = images
+def _encode(job: FeatureJob, batch: ImageBatch) -> Float32:
     with torch.inference_mode():
-        features = _build_encoder(job.encoder)(torch.from_numpy(padded))
-    return features[: len(images)].float().cpu().numpy()
+        features = _build_encoder(job.encoder)(torch.from_numpy(batch.images))
+    return features[: batch.num_images].float().cpu().numpy()
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:
