@@ -21,6 +21,7 @@ from typing import Any, Literal
 from moce_dist.cluster.assign import read_assignments, read_summary, run_clustering
 from moce_dist.cluster.existing import assign_folder, assign_table
 from moce_dist.cluster.features import (
+    FEATURE_FILES,
     FeatureJob,
     begin_features,
     extract_shard,
@@ -120,9 +121,7 @@ class Pipeline:
         for source, out in self._feature_folders():
             begin_features(out, inputs)
             self._extract(source, self._feature_jobs(source, out, fingerprint(inputs)))
-        files = [
-            f for pattern in ("*.npy", "*.keys.json") for f in self.run.features.rglob(pattern)
-        ]
+        files = [f for pattern in FEATURE_FILES for f in self.run.features.rglob(pattern)]
         mark_complete(self.run.features, inputs, files)
 
     def _encoder_inputs(self) -> dict[str, str]:

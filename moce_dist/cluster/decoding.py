@@ -23,20 +23,24 @@ import numpy as np
 from moce_dist.cluster.blocks import Float32
 from moce_dist.data.framing import Framing, framed_image
 from moce_dist.data.images import ImageError
-from moce_dist.data.shards import Shard
+from moce_dist.data.shards import Shard, class_label
 
 _BATCHES_AHEAD = 1
+_BLOCK = 512
+"""Bytes of a header in a tar, and what members are padded to."""
 
 
 class ImageBatch(NamedTuple):
     """The next images, (B, 3, S, S): a last batch is padded with zeros behind `num_images`.
 
-    `faults` says by row of the shard which could not be read, and why; they are zeros.
+    `faults` says by row of the shard which could not be read, and why; they are zeros. `labels` are
+    the classes that the shard gives of the images, None where it gives none.
     """
 
     images: Float32
     num_images: int
     faults: dict[int, str]
+    labels: list[str | None]
 
 
 _Outcome = Callable[[], str | None]
@@ -49,12 +53,13 @@ class _Begun(NamedTuple):
 
     first: int
     images: Float32
+    labels: list[str | None]
     outcomes: list[_Outcome]
 
     def finish(self) -> ImageBatch:
         reasons = [outcome() for outcome in self.outcomes]
         faults = {self.first + i: reason for i, reason in enumerate(reasons) if reason is not None}
-        return ImageBatch(self.images, len(reasons), faults)
+        return ImageBatch(self.images, len(reasons), faults, self.labels)
 
 
 @dataclass(frozen=True)
@@ -103,15 +108,25 @@ class ShardImages:
         side = self.image_size
         images = np.zeros((self.batch_size, 3, side, side), np.float32)
         rows = range(first, min(first + self.batch_size, len(self.shard.keys)))
-        outcomes = []
+        labels, outcomes = [], []
         for slot, row in zip(images, rows, strict=False):
-            content = self._read(file, row)
+            content, label = self._read(file, row)
+            labels.append(label)
             outcomes.append(submit(self._decoding(content, slot)))
-        return _Begun(first, images, outcomes)
+        return _Begun(first, images, labels, outcomes)
 
-    def _read(self, file: IO[bytes], row: int) -> bytes:
-        file.seek(self.shard.offsets[row])
-        return file.read(self.shard.sizes[row])
+    def _read(self, file: IO[bytes], row: int) -> tuple[bytes, str | None]:
+        start, end, offset, size = (
+            column[row]
+            for column in (self.shard.starts, self.shard.ends, self.shard.offsets, self.shard.sizes)
+        )
+        # of a picture alone, behind its own header, the range tells nothing else
+        if offset - start <= _BLOCK and end - offset - size < _BLOCK:
+            file.seek(offset)
+            return file.read(size), None
+        file.seek(start)
+        sample = file.read(end - start)
+        return sample[offset - start : offset - start + size], class_label(sample)
 
     def _decoding(self, content: bytes, slot: Float32) -> Callable[[], str | None]:
         def decode() -> str | None:

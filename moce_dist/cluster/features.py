@@ -1,7 +1,9 @@
 """Features of the images of a shard: decode, encode in fixed batches, one file per shard.
 
-    RUN/features/train-000003.npy        (n, D) float16, raw encoder output, one row per sample
-    RUN/features/train-000003.keys.json  the n keys, in the same order
+    RUN/features/train-000003.npy          (n, D) float16, raw encoder output, one row per sample
+    RUN/features/train-000003.keys.json    the n keys, in the same order
+    RUN/features/train-000003.labels.json  the n classes (members `cls`), null where a sample has
+                                           none; no file where none has one
 
 A file appears under its name when it is whole, so a restart skips what is there. Batches are cut
 from the shard alone and the last one is padded, so a file does not depend on who wrote it. An
@@ -33,6 +35,8 @@ from moce_dist.data.framing import Framing
 from moce_dist.data.shards import Shard, ShardIndex
 from moce_dist.run import read_faults, record_fault, write_atomic
 
+FEATURE_FILES = ("*.npy", "*.keys.json", "*.labels.json")
+"""Names of what a shard's features are written to."""
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """(B, 3, S, S) normalised images -> (B, D) features."""
 
@@ -109,13 +113,14 @@ def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
         torn.unlink(missing_ok=True)
     if note.is_file() and note.read_text() == text:
         return
-    for stale in (*folder.glob("*.npy"), *folder.glob("*.keys.json"), folder / "COMPLETE"):
+    made = (path for pattern in FEATURE_FILES for path in folder.glob(pattern))
+    for stale in (*made, folder / "COMPLETE"):
         stale.unlink(missing_ok=True)
     write_atomic(note, text)
 
 
 def extract_shard(job: FeatureJob) -> int:
-    """Write the features and keys of one shard unless they are there; return the unreadable images.
+    """Write features, keys and labels of one shard unless they are there; return unreadable images.
 
     Raises:
         FileNotFoundError: the shard is gone.
@@ -123,13 +128,17 @@ def extract_shard(job: FeatureJob) -> int:
     if job.target.is_file():
         return 0
     faults: dict[int, str] = {}
+    labels: list[str | None] = []
     parts = []
     for batch in job.images.batches():
         parts.append(_encode(job, batch))
         faults |= batch.faults
+        labels += batch.labels
     features = np.concatenate(parts)
     features[list(faults)] = 0
     write_atomic(job.out / f"{job.name}.keys.json", json.dumps(job.shard.keys))
+    if any(label is not None for label in labels):
+        write_atomic(job.out / f"{job.name}.labels.json", json.dumps(labels))
     _record(job, faults)
     _write_array(job.target, features.astype(np.float16))
     return len(faults)
