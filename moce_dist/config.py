@@ -72,7 +72,7 @@ class DataConfig(Section):
     decode_on: Literal["loader", "device"] = "loader"
     """`device`: JPEG crops of training are decoded by the GPU (nvImageCodec), not by loaders."""
     loader_processes: int = Field(4, ge=0)
-    """Decoding processes per worker; 0 decodes in the training process."""
+    """Decoding processes per worker, threads where a GPU makes features; 0: the worker decodes."""
     prefetch_batches: int = Field(2, ge=1)
     """Batches that every loader process keeps ready."""
     stall_timeout_s: float = Field(300, gt=0)

@@ -62,6 +62,14 @@ def hold_crew(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Worker
         crew.dismiss()
 
 
+def gets_gpu(parallel: ParallelConfig) -> bool:
+    """Tell whether a worker that asks for a GPU gets one."""
+    if not needs_ray(parallel):
+        return _own_device(parallel) == "cuda"
+    connect(parallel)
+    return uses_gpu(parallel)
+
+
 def _own_device(parallel: ParallelConfig) -> str:
     # seconds to import, and nothing else here needs it
     import torch

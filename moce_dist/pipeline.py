@@ -21,6 +21,7 @@ from typing import Any, Literal
 from moce_dist.cluster.assign import read_assignments, read_summary, run_clustering
 from moce_dist.cluster.existing import assign_folder, assign_table
 from moce_dist.cluster.features import (
+    FEATURE_FILES,
     FeatureJob,
     begin_features,
     extract_shard,
@@ -29,7 +30,7 @@ from moce_dist.cluster.features import (
 from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
 from moce_dist.continued import check_base
-from moce_dist.crew import hold_crew
+from moce_dist.crew import gets_gpu, hold_crew
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
@@ -47,7 +48,7 @@ from moce_dist.run import (
 )
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
-from moce_dist.train.encoder import OWN, encoder_id, encoder_side, encoder_spec, same_encoder
+from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob
 
@@ -120,9 +121,7 @@ class Pipeline:
         for source, out in self._feature_folders():
             begin_features(out, inputs)
             self._extract(source, self._feature_jobs(source, out, fingerprint(inputs)))
-        files = [
-            f for pattern in ("*.npy", "*.keys.json") for f in self.run.features.rglob(pattern)
-        ]
+        files = [f for pattern in FEATURE_FILES for f in self.run.features.rglob(pattern)]
         mark_complete(self.run.features, inputs, files)
 
     def _encoder_inputs(self) -> dict[str, str]:
@@ -135,8 +134,9 @@ class Pipeline:
         left = [job for job in jobs if not job.target.is_file()]
         total = sum(job.num_images for job in left)
         log.info(
-            "features: encoding %d images in %d of %d shards of %s with %s",
+            "features: encoding %d images in %d of %d shards of %s with %s, decoded on %d threads",
             *(total, len(left), len(jobs), source, self.config.cluster.encoder),
+            max((job.decode_threads for job in left), default=1),
         )
         start = time.monotonic()
         done = map_tasks(extract_shard, left, parallel=self.config.parallel, gpu=True)
@@ -159,7 +159,7 @@ class Pipeline:
         is_own, index = self.config.cluster.encoder == OWN, read_index(source)
         mae = latest_checkpoint(self.run.stage("mae") / "checkpoints") if is_own else None
         encoder = encoder_spec(self.config, mae, identity=identity)
-        side = encoder_side(self.config)
+        pixels, threads = encoder_pixels(self.config), self._decode_threads
         return [
             FeatureJob(
                 shard=shard,
@@ -168,11 +168,21 @@ class Pipeline:
                 out=out,
                 ledger=self.run.faults,
                 encoder=encoder,
-                image_size=side,
+                image_size=pixels.image_size,
                 batch_size=self.config.cluster.batch_size,
+                framing=pixels.framing,
+                decode_threads=threads,
             )
             for shard, name in zip(index.shards, feature_names(index), strict=True)
         ]
+
+    @property
+    def _decode_threads(self) -> int:
+        # a GPU outruns one thread by far; on CPUs those that encode are busy, and all there are
+        parallel = self.config.parallel
+        if gets_gpu(parallel):
+            return max(1, self.config.data.loader_processes)
+        return parallel.threads_per_worker
 
     def clusters(self) -> dict[str, Any]:
         """Cluster the features of the training images, or assign them to the base's clusters."""

@@ -40,7 +40,7 @@ from moce_dist.cluster.blocks import (
     open_features,
 )
 from moce_dist.cluster.candidates import Int64
-from moce_dist.cluster.domains import domain_figures
+from moce_dist.cluster.domains import domain_figures, label_figures
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import (
     Lloyd,
@@ -236,6 +236,7 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
         **settled.figures,
         **centroid_figures(centroids),
         **domain_figures(map(itemgetter(1), matrix.files.keys()), settled.labels, len(centroids)),
+        **label_figures(matrix.files, settled.labels, len(centroids)),
     }
 
 

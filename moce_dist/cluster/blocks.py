@@ -14,6 +14,7 @@ Letters: n rows, D feature width. A `View` says how a raw row becomes the vector
 """
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -29,6 +30,7 @@ from moce_dist.cluster.residents import residents
 from moce_dist.mapping import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
+log = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
@@ -120,6 +122,13 @@ class FeatureFiles:
             for row in range(rows):
                 yield shard, f"{path.name}:{row}" if keys is None else keys[row]
 
+    def labels(self) -> Iterator[tuple[int, list[str | None]]]:
+        """First row and classes of every file with a readable `.labels.json` beside it."""
+        firsts = accumulate(self.rows, initial=0)
+        for path, rows, first in zip(self.paths, self.rows, firsts, strict=False):
+            if (labels := _labels_of(path, rows)) is not None:
+                yield first, labels
+
     def take(self, rows: NDArray[np.int64], view: View) -> Float32:
         """Read transformed rows by sorted global numbers, with a column of ones, (n, D + 1)."""
         taken = np.ones((len(rows), self.dim + 1), np.float32)
@@ -140,6 +149,21 @@ def _keys_of(path: Path, rows: int) -> list[str] | None:
     if len(keys) != rows:
         raise ConfigError(f"{names}: holds {len(keys)} keys for {rows} rows of {path.name}")
     return keys
+
+
+def _labels_of(path: Path, rows: int) -> list[str | None] | None:
+    names = path.with_suffix(".labels.json")
+    if not names.is_file():
+        return None
+    try:
+        labels = json.loads(names.read_text())
+    except (OSError, ValueError):
+        labels = None
+    # labels only describe: what cannot be used of them stops nothing
+    if not isinstance(labels, list) or len(labels) != rows:
+        log.warning("%s: is no list of %d labels; none of them counts", names, rows)
+        return None
+    return [label if label is None else str(label) for label in labels]
 
 
 def open_array(path: Path) -> NDArray[Any]:

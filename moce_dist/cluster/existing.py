@@ -42,7 +42,7 @@ from moce_dist.cluster.blocks import (
     read_block,
 )
 from moce_dist.cluster.candidates import Int64
-from moce_dist.cluster.domains import domain_figures
+from moce_dist.cluster.domains import domain_figures, label_figures
 from moce_dist.cluster.spread import centroid_figures
 from moce_dist.mapping import HERE, Workers
 from moce_dist.run import (
@@ -240,6 +240,7 @@ def _figures(files: FeatureFiles, clusters: Clusters, done: Assigned) -> dict[st
         "size_max": int(sizes.max()),
         **centroid_figures(clusters.centroids),
         **domain_figures(map(itemgetter(1), files.keys()), done.labels, len(sizes)),
+        **label_figures(files, done.labels, len(sizes)),
     }
 
 

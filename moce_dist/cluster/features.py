@@ -1,7 +1,9 @@
 """Features of the images of a shard: decode, encode in fixed batches, one file per shard.
 
-    RUN/features/train-000003.npy        (n, D) float16, raw encoder output, one row per sample
-    RUN/features/train-000003.keys.json  the n keys, in the same order
+    RUN/features/train-000003.npy          (n, D) float16, raw encoder output, one row per sample
+    RUN/features/train-000003.keys.json    the n keys, in the same order
+    RUN/features/train-000003.labels.json  the n classes (members `cls`), null where a sample has
+                                           none; no file where none has one
 
 A file appears under its name when it is whole, so a restart skips what is there. Batches are cut
 from the shard alone and the last one is padded, so a file does not depend on who wrote it. An
@@ -17,22 +19,24 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
-from moce_dist.data.images import ImageError, eval_image
+from moce_dist.cluster.decoding import ImageBatch, ShardImages
+from moce_dist.data.framing import Framing
 from moce_dist.data.shards import Shard, ShardIndex
 from moce_dist.run import read_faults, record_fault, write_atomic
 
+FEATURE_FILES = ("*.npy", "*.keys.json", "*.labels.json")
+"""Names of what a shard's features are written to."""
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """(B, 3, S, S) normalised images -> (B, D) features."""
 
@@ -51,7 +55,11 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """All that a worker needs to write the features of one shard."""
+    """All that a worker needs to write the features of one shard.
+
+    `framing` is how the encoder's images are cut; None: the full centre square, bicubic. They are
+    decoded by `decode_threads` threads, on which nothing depends.
+    """
 
     shard: Shard
     url: str
@@ -61,6 +69,14 @@ class FeatureJob:
     encoder: EncoderSpec
     image_size: int
     batch_size: int
+    framing: Framing | None = None
+    decode_threads: int = 1
+
+    @property
+    def images(self) -> ShardImages:
+        """The images of the shard, as the encoder takes them."""
+        size, cut = self.image_size, self.framing
+        return ShardImages(self.shard, self.url, size, cut, self.batch_size, self.decode_threads)
 
     @property
     def target(self) -> Path:
@@ -97,13 +113,14 @@ def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
         torn.unlink(missing_ok=True)
     if note.is_file() and note.read_text() == text:
         return
-    for stale in (*folder.glob("*.npy"), *folder.glob("*.keys.json"), folder / "COMPLETE"):
+    made = (path for pattern in FEATURE_FILES for path in folder.glob(pattern))
+    for stale in (*made, folder / "COMPLETE"):
         stale.unlink(missing_ok=True)
     write_atomic(note, text)
 
 
 def extract_shard(job: FeatureJob) -> int:
-    """Write the features and keys of one shard unless they are there; return the unreadable images.
+    """Write features, keys and labels of one shard unless they are there; return unreadable images.
 
     Raises:
         FileNotFoundError: the shard is gone.
@@ -111,10 +128,17 @@ def extract_shard(job: FeatureJob) -> int:
     if job.target.is_file():
         return 0
     faults: dict[int, str] = {}
-    batches = [_encode(job, batch) for batch in _batches(job, faults)]
-    features = np.concatenate(batches)
+    labels: list[str | None] = []
+    parts = []
+    for batch in job.images.batches():
+        parts.append(_encode(job, batch))
+        faults |= batch.faults
+        labels += batch.labels
+    features = np.concatenate(parts)
     features[list(faults)] = 0
     write_atomic(job.out / f"{job.name}.keys.json", json.dumps(job.shard.keys))
+    if any(label is not None for label in labels):
+        write_atomic(job.out / f"{job.name}.labels.json", json.dumps(labels))
     _record(job, faults)
     _write_array(job.target, features.astype(np.float16))
     return len(faults)
@@ -132,34 +156,10 @@ def _record(job: FeatureJob, faults: Mapping[int, str]) -> None:
             record_fault(job.ledger, **place, reason=reason)
 
 
-def _contents(job: FeatureJob) -> Iterator[bytes]:
-    with fsspec.open(job.url, "rb") as file:
-        for offset, size in zip(job.shard.offsets, job.shard.sizes, strict=True):
-            file.seek(offset)
-            yield file.read(size)
-
-
-def _batches(job: FeatureJob, faults: dict[int, str]) -> Iterator[Float32]:
-    side, first = job.image_size, 0
-    images = np.zeros((job.batch_size, 3, side, side), np.float32)
-    for row, content in enumerate(_contents(job)):
-        if row - first == job.batch_size:
-            yield images
-            images, first = np.zeros_like(images), row
-        try:
-            images[row - first] = eval_image(content, side)
-        except ImageError as error:
-            faults[row] = str(error)
-    # an empty shard still yields one (empty) batch, which tells the width
-    yield images[: len(job.shard.keys) - first]
-
-
-def _encode(job: FeatureJob, images: Float32) -> Float32:
-    padded = np.zeros((job.batch_size, *images.shape[1:]), np.float32)
-    padded[: len(images)] = images
+def _encode(job: FeatureJob, batch: ImageBatch) -> Float32:
     with torch.inference_mode():
-        features = _build_encoder(job.encoder)(torch.from_numpy(padded))
-    return features[: len(images)].float().cpu().numpy()
+        features = _build_encoder(job.encoder)(torch.from_numpy(batch.images))
+    return features[: batch.num_images].float().cpu().numpy()
 
 
 def _write_array(path: Path, array: NDArray[Any]) -> None:

@@ -20,7 +20,6 @@ recipe (scale 0.2 to 1, bicubic, mirror) from He et al. 2022, appendix A.1.
 import hashlib
 import io
 import math
-import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -29,6 +28,7 @@ import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from moce_dist.data.orientation import AS_STORED, DAMAGE, Turn, read_turn
 from moce_dist.data.resize import Pixels, resize
 
 if TYPE_CHECKING:
@@ -40,29 +40,11 @@ MAX_PIXELS = 178_956_970
 MAX_BYTES = 256 * 2**20
 _ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
-_EXIF = b"Exif\0\0"
-_EXIF_WITHIN = 2**16
-_ORIENTATION = 0x0112
 # libjpeg-turbo has vectorised inverse DCTs for these only
 _REDUCTIONS = (8, 4, 2)
-# what makes a stored picture upright: flip its rows, flip its columns, then swap both
-_UPRIGHT = {
-    2: (False, True, False),
-    3: (True, True, False),
-    4: (True, False, False),
-    5: (False, False, True),
-    6: (True, False, True),
-    7: (True, True, True),
-    8: (False, True, True),
-}
-_AS_STORED = (False, False, False)
 
 Encoded = bytes | memoryview
 Sample = NDArray[np.float32]
-
-
-DAMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises of damaged files."""
 
 
 class ImageError(ValueError):
@@ -147,22 +129,22 @@ class Jpeg:
     content: Encoded
     stored_width: int
     stored_height: int
-    upright: tuple[bool, bool, bool]
+    turn: Turn
 
     @property
     def is_plain(self) -> bool:
         """Whether any decoder gives the same picture: stored upright and with its end mark."""
-        return self.upright == _AS_STORED and bytes(self.content[-2:]) == _JPEG_END
+        return self.turn == AS_STORED and bytes(self.content[-2:]) == _JPEG_END
 
     @property
     def width(self) -> int:
         """Pixels of a row of the upright picture."""
-        return self.stored_height if self.upright[2] else self.stored_width
+        return self.stored_height if self.turn.swap else self.stored_width
 
     @property
     def height(self) -> int:
         """Pixels of a column of the upright picture."""
-        return self.stored_width if self.upright[2] else self.stored_height
+        return self.stored_width if self.turn.swap else self.stored_height
 
     def crop(self, box: Box, size: int) -> Pixels:
         """See `Picture`.
@@ -172,54 +154,72 @@ class Jpeg:
         """
         side = min(box.right - box.left, box.lower - box.upper)
         reduction = next((r for r in _REDUCTIONS if side >= r * size), 1)
+        pixels = self._decode(reduction, is_fast=True)
+        if pixels is None:
+            # warnings count as errors there; Pillow knows which of them are harmless
+            return Decoded(open_image(self.content)).crop(box, size)
+        stored = self.turn.stored(box, self.stored_width, self.stored_height)
+        left, upper, right, lower = (edge / reduction for edge in stored)
+        return self.turn.apply(resize(pixels, (left, upper, right, lower), size))
+
+    def whole(self, width: int, height: int) -> tuple[Pixels, int]:
+        """Decode all of it, (H / r, W / r, 3), at 1 / r of its size; return r beside it.
+
+        That keeps at least `width` x `height` pixels where the picture has them. At r = 1 the
+        pixels are Pillow's.
+
+        Raises:
+            ImageError: see `open_image`.
+        """
+        fits = (r for r in _REDUCTIONS if self.width >= r * width and self.height >= r * height)
+        reduction = next(fits, 1)
+        pixels = self._decode(reduction, is_fast=False)
+        if pixels is None:
+            return decode_image(self.content), 1
+        return self.turn.apply(pixels), reduction
+
+    def _decode(self, reduction: int, *, is_fast: bool) -> Pixels | None:
         try:
-            pixels = simplejpeg.decode_jpeg(
+            pixels: Pixels = simplejpeg.decode_jpeg(
                 self.content,
                 "RGB",
-                fastdct=True,
-                fastupsample=True,
+                fastdct=is_fast,
+                fastupsample=is_fast,
                 min_height=-(-self.stored_height // reduction),
                 min_width=-(-self.stored_width // reduction),
                 min_factor=reduction,
             )
         except ValueError:
-            # warnings count as errors there; Pillow knows which of them are harmless
-            return _Pillow(open_image(self.content)).crop(box, size)
-        flip_rows, flip_columns, swap = self.upright
-        left, upper, right, lower = (edge / reduction for edge in self._stored(box))
-        square = resize(pixels, (left, upper, right, lower), size)
-        square = square[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]
-        return square.swapaxes(0, 1) if swap else square
-
-    def _stored(self, box: Box) -> Box:
-        flip_rows, flip_columns, swap = self.upright
-        left, upper, right, lower = box
-        if swap:
-            left, upper, right, lower = upper, left, lower, right
-        if flip_columns:
-            left, right = self.stored_width - right, self.stored_width - left
-        if flip_rows:
-            upper, lower = self.stored_height - lower, self.stored_height - upper
-        return Box(left, upper, right, lower)
+            return None
+        return pixels
 
 
 @dataclass(frozen=True)
-class _Pillow:
+class Decoded:
+    """A picture that Pillow has decoded already."""
+
     image: Image.Image
 
     @property
     def width(self) -> int:
+        """See `Picture`."""
         return self.image.width
 
     @property
     def height(self) -> int:
+        """See `Picture`."""
         return self.image.height
 
     def crop(self, box: Box, size: int) -> Pixels:
+        """See `Picture`."""
         return resize(np.asarray(self.image), box, size)
 
+    def whole(self, _width: int, _height: int) -> tuple[Pixels, int]:
+        """See `Jpeg`; it is there in full."""
+        return np.asarray(self.image), 1
 
-def open_picture(content: Encoded) -> Picture:
+
+def open_picture(content: Encoded) -> Jpeg | Decoded:
     """Read what is needed to choose a crop.
 
     Raises:
@@ -230,22 +230,11 @@ def open_picture(content: Encoded) -> Picture:
         try:
             height, width, space, _ = simplejpeg.decode_jpeg_header(content)
         except ValueError:
-            return _Pillow(open_image(content))
+            return Decoded(open_image(content))
         if space not in ("CMYK", "YCCK"):
             _check_pixels(width, height)
-            return Jpeg(content, width, height, _UPRIGHT.get(_orientation(content), _AS_STORED))
-    return _Pillow(open_image(content))
-
-
-def _orientation(content: Encoded) -> int:
-    if _EXIF not in bytes(content[:_EXIF_WITHIN]):
-        return 1
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return int(image.getexif().get(_ORIENTATION, 1))
-    except (*DAMAGE, TypeError):
-        # the picture itself may be whole
-        return 1
+            return Jpeg(content, width, height, read_turn(content))
+    return Decoded(open_image(content))
 
 
 def decode_image(content: Encoded) -> Pixels:
@@ -266,7 +255,8 @@ def normalise(images: "Tensor") -> "Tensor":
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
-def _sample(pixels: Pixels) -> Sample:
+def to_sample(pixels: Pixels) -> Sample:
+    """Normalise the pixels (S, S, 3) of a sample, (3, S, S)."""
     import torch
 
     planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -325,7 +315,7 @@ def train_image(
     Raises:
         ImageError: see `open_image`.
     """
-    return _sample(train_cut(content, scale_min=scale_min, hflip=hflip, draws=draws).pixels(size))
+    return to_sample(train_cut(content, scale_min=scale_min, hflip=hflip, draws=draws).pixels(size))
 
 
 def eval_image(content: Encoded, size: int) -> Sample:
@@ -337,4 +327,4 @@ def eval_image(content: Encoded, size: int) -> Sample:
     picture = open_picture(content)
     side = min(picture.width, picture.height)
     left, upper = (picture.width - side) // 2, (picture.height - side) // 2
-    return _sample(picture.crop(Box(left, upper, left + side, upper + side), size))
+    return to_sample(picture.crop(Box(left, upper, left + side, upper + side), size))

@@ -1,4 +1,4 @@
-"""Bicubic resizing with antialias, as Pillow does it but vectorised.
+"""Resizing with antialias, as Pillow does it but vectorised.
 
 Letters: H x W pixels of a picture, S side of the square result.
 """
@@ -14,6 +14,13 @@ Pixels = NDArray[np.uint8]
 _MAX_DROPPED = 16
 # pixels of the result
 _MAX_SHIFT = 0.1
+
+
+class Size(NamedTuple):
+    """Width and height of a picture, pixels."""
+
+    width: int
+    height: int
 
 
 class _Axis(NamedTuple):
@@ -48,6 +55,31 @@ def resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) ->
     )
     square: Pixels = resized[0].permute(1, 2, 0).numpy()[down.dropped :, across.dropped :]
     return square
+
+
+def resize_all(pixels: Pixels, extent: tuple[float, float], size: Size, method: str) -> Pixels:
+    """Resize the first `extent` (width, height) of pixels (H, W, 3) to all of `size`.
+
+    `method` is a name of Pillow's: bilinear and bicubic are vectorised.
+    """
+    width, height = extent
+    if method not in ("bilinear", "bicubic"):
+        box = (0.0, 0.0, width, height)
+        image = Image.fromarray(pixels).resize(size, Image.Resampling[method.upper()], box=box)
+        return np.asarray(image)
+    import torch
+
+    resizing = getattr(torch.ops.aten, f"_upsample_{method}2d_aa")
+    planes = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).permute(2, 0, 1)
+    resized = resizing(
+        planes.unsqueeze(0),
+        [size.height, size.width],
+        False,
+        size.height / height,
+        size.width / width,
+    )
+    whole: Pixels = resized[0].permute(1, 2, 0).numpy()
+    return whole
 
 
 def _axis(low: float, high: float, size: int) -> _Axis | None:

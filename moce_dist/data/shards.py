@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 import fsspec
 
-from moce_dist.data.tarscan import TarSample, scan_tar
+from moce_dist.data.tarscan import TarSample, scan_tar, split_name
 from moce_dist.run import write_atomic
 from moce_dist.settings import ConfigError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 INDEX_NAME = "index.json"
 _FORMAT = "moce_dist.index.v1"
+_LABEL_BYTES = 200
 TAR_END = bytes(1024)
 """The end mark of a tar."""
 
@@ -186,3 +187,23 @@ def read_members(url: str, start: int, end: int) -> dict[str, bytes]:
         content.seek(member.offset_data)
         members[extension] = content.read(member.size)
     return members
+
+
+def class_label(sample: bytes) -> str | None:
+    """Read the class (member `cls`) of one sample, from its byte range; None: it has none.
+
+    A class is a number or a name: what is no short text is none.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(sample + TAR_END), mode="r:") as tar:
+            for member in tar:
+                name = split_name(member.name)
+                if name is None or name[1] != "cls" or not member.isfile():
+                    continue
+                file = tar.extractfile(member)
+                assert file is not None
+                text = file.read(_LABEL_BYTES + 1)
+                return (text.decode().strip() or None) if len(text) <= _LABEL_BYTES else None
+    except (tarfile.TarError, UnicodeDecodeError):
+        return None
+    return None

@@ -12,7 +12,7 @@ from moce_dist.config import Config, to_yaml
 from moce_dist.report import figures
 from moce_dist.report.figures import evenly
 from moce_dist.report.record import Line, Record, read_record
-from moce_dist.report.summary import cluster_notes, domain_mix
+from moce_dist.report.summary import cluster_notes, domain_mix, label_mix
 from moce_dist.run import write_atomic
 from moce_dist.settings import flatten
 
@@ -147,6 +147,7 @@ def _mix(record: Record) -> list[dict[str, Any]]:
             "cluster": cluster,
             "size": int(clusters.sizes[cluster]),
             "domains": domain_mix(clusters.counts[cluster], clusters.domains),
+            "labels": label_mix(clusters, cluster),
             "sheet": _inline(record, clusters.sheets[cluster]) if cluster in pictured else "",
         }
         for cluster in listed

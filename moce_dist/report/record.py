@@ -63,6 +63,11 @@ class Clusters:
         sizes: NDArray[np.int64] = self.counts.sum(axis=1)
         return sizes
 
+    def labels(self, cluster: int) -> dict[str, int]:
+        """Images of the commonest labels of a cluster, where labels are known."""
+        mixes: list[dict[str, int]] = self.summary.get("labels", [])
+        return mixes[cluster] if cluster < len(mixes) else {}
+
     @property
     def free_sizes(self) -> NDArray[np.int64] | None:
         """Images per cluster if each were in the nearest, (K,); None where that was not taken."""
@@ -170,7 +175,15 @@ def _read_clusters(path: Path) -> Clusters:
 def _read_summary(path: Path) -> Line:
     summary = _read_object(path)
     np.array(summary.get("sizes_without_balance", []), np.int64)
-    for name in ("nmi", "centroid_distance_min", "centroid_distance_median"):
+    for mix in summary.get("labels", []):
+        dict(mix), sum(mix.values())
+    for name in (
+        "nmi",
+        "label_nmi",
+        "labelled",
+        "centroid_distance_min",
+        "centroid_distance_median",
+    ):
         float(summary.get(name, 0))
     return summary
 

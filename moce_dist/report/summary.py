@@ -56,17 +56,29 @@ def domain_mix(counts: np.ndarray, domains: list[str]) -> str:
     return ", ".join(f"{domains[i]} {100 * counts[i] / total:.0f} %" for i in order)
 
 
+def label_mix(clusters: Clusters, cluster: int) -> str:
+    """Write the commonest labels of a cluster from half a percent on; empty without labels."""
+    size = max(1, int(clusters.sizes[cluster]))
+    shares = {label: 100 * count / size for label, count in clusters.labels(cluster).items()}
+    return ", ".join(f"{label} {share:.0f} %" for label, share in shares.items() if share >= 0.5)
+
+
 def purity(clusters: Clusters) -> float:
     """Share of images whose domain is the most frequent one of their cluster."""
     return float(clusters.counts.max(axis=1).sum() / max(1, clusters.counts.sum()))
 
 
 def cluster_notes(clusters: Clusters) -> list[str]:
-    """Say in figures how the clusters stand to domains, to balance and to each other."""
+    """Say in figures how the clusters stand to domains and labels, to balance and to each other."""
     known, free = clusters.summary, clusters.free_sizes
     notes = []
     if "nmi" in known:
         notes.append(f"normalised mutual information of clusters and domains: {known['nmi']:.3f}")
+    if known.keys() >= {"label_nmi", "labelled", "num_labels"}:
+        notes.append(
+            f"normalised mutual information of clusters and labels: {known['label_nmi']:.3f} "
+            f"({known['labelled']} images have one of {known['num_labels']} labels)"
+        )
     if free is not None:
         notes.append(f"without balance they would have {free.min()} to {free.max()} images")
     if "centroid_distance_median" in known:
@@ -89,7 +101,9 @@ def _clusters(clusters: Clusters | None) -> Iterator[str]:
     )
     yield from (f"  {note}" for note in cluster_notes(clusters))
     for cluster, counts in enumerate(clusters.counts[:_MAX_CLUSTERS]):
-        yield f"  cluster {cluster:4}: {domain_mix(counts, clusters.domains)}"
+        mix = label_mix(clusters, cluster)
+        labels = f"; labels {mix}" if mix else ""
+        yield f"  cluster {cluster:4}: {domain_mix(counts, clusters.domains)}{labels}"
     if len(sizes) > _MAX_CLUSTERS:
         yield f"  and {len(sizes) - _MAX_CLUSTERS} more, see the report"
 

@@ -5,7 +5,8 @@
                      timm:NAME  of a ViT the same mean, of any other model what its own head sees
 
 The images of a task meet the encoder that the clusters were made with, so both build it here. It
-takes images as `eval_image` makes them, centred, bicubic, normalised by ImageNet's statistics; the
+takes images as `framed_image` makes them: for a timm model resized and cut as timm evaluates it,
+for the others the full centre square, bicubic. They are normalised by ImageNet's statistics; the
 step from these to the statistics of a timm model is taken on the device. On a GPU matrix products
 are bfloat16 (`parallel.precision`), on a CPU all is float32.
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from moce_dist.cluster.features import EncoderSpec
 from moce_dist.config import Config, ParallelConfig
+from moce_dist.data.framing import BLACK, METHODS, MODES, Framing
 from moce_dist.data.images import MEAN, STD
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.run import Run, file_sha256, read_marker
@@ -36,18 +38,23 @@ _TIMM, _FIELD = "timm:", "cluster.encoder"
 
 
 class Pixels(NamedTuple):
-    """Images that a model takes: their side S, and the statistics that they are normalised with."""
+    """Images that a model takes: their side S, and the statistics that they are normalised with.
+
+    `framing` is how a picture is resized and cut; None: its full centre square, bicubic.
+    """
 
     image_size: int
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    framing: Framing | None = None
 
 
 def describe_timm(name: str, what: str) -> Pixels:
     """Say what images a model of timm's takes, without loading it; `what` names it in errors.
 
     Raises:
-        ConfigError: timm has no such model, no weights for it, or its images are not (3, S, S).
+        ConfigError: timm has no such model, no weights for it, or its images are not (3, S, S) or
+            are framed in a way that is not known here.
     """
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
         raise ConfigError(f"{what}: is no model of timm's with weights")
@@ -55,7 +62,16 @@ def describe_timm(name: str, what: str) -> Pixels:
     channels, height, width = given.input_size
     if channels != 3 or height != width:
         raise ConfigError(f"{what}: takes images of {given.input_size}, must be (3, S, S)")
-    return Pixels(width, tuple(given.mean), tuple(given.std))
+    mean, std = tuple(given.mean), tuple(given.std)
+    if given.crop_mode not in MODES or given.interpolation not in METHODS:
+        raise ConfigError(
+            f"{what}: takes images by {given.interpolation} and {given.crop_mode}, must be of "
+            f"{', '.join(METHODS)} and {', '.join(MODES)}"
+        )
+    # timm pads with the mean what it fits in whole, else with black
+    fill = tuple(round(255 * level) for level in mean) if given.crop_mode == "border" else BLACK
+    framing = Framing(given.crop_pct, given.crop_mode, given.interpolation, fill)
+    return Pixels(width, mean, std, framing)
 
 
 def renormalisation(
@@ -80,7 +96,7 @@ class Encoder:
         bf16: bool = False,
     ) -> None:
         """Wrap `features`, (B, 3, S, S) to (B, D), of a model on `device` that takes `own`."""
-        self.pixels = Pixels(own.image_size)
+        self.pixels = Pixels(own.image_size, framing=own.framing)
         self._features, self._device, self._bf16 = features, device, bf16
         difference = renormalisation(own.mean, own.std)
         self._factor, self._shift = (torch.from_numpy(x).to(device) for x in difference)
@@ -108,7 +124,7 @@ def build_encoder(config: Config, checkpoint: Path | None, device: torch.device)
     bf16 = device.type == "cuda" and config.parallel.precision == "bf16"
     name = config.cluster.encoder
     if name.startswith(_TIMM):
-        return timm_encoder(name.removeprefix(_TIMM), _pixels(config), device, bf16=bf16)
+        return timm_encoder(name.removeprefix(_TIMM), encoder_pixels(config), device, bf16=bf16)
     if name == OWN:
         assert checkpoint is not None
         weights = load_weights(checkpoint)
@@ -117,7 +133,7 @@ def build_encoder(config: Config, checkpoint: Path | None, device: torch.device)
     parallel = config.parallel.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
     model = MaskedAutoencoder(config.model_copy(update={"parallel": parallel}))
     model.load_state_dict(weights)
-    return Encoder(_frozen(model, device).features, _pixels(config), device, bf16=bf16)
+    return Encoder(_frozen(model, device).features, encoder_pixels(config), device, bf16=bf16)
 
 
 def timm_encoder(
@@ -149,20 +165,16 @@ def _frozen(model: Any, device: torch.device) -> Any:
     return model.to(device).eval().requires_grad_(requires_grad=False)
 
 
-def _pixels(config: Config) -> Pixels:
-    encoder = config.cluster.encoder
-    if not encoder.startswith(_TIMM):
-        return Pixels(config.data.image_size)
-    return describe_timm(encoder.removeprefix(_TIMM), f"{_FIELD} ({encoder})")
-
-
-def encoder_side(config: Config) -> int:
-    """Return the side S of the images that the encoder takes, pixels.
+def encoder_pixels(config: Config) -> Pixels:
+    """Say what images the model behind the encoder takes.
 
     Raises:
         ConfigError: timm has no such model.
     """
-    return _pixels(config).image_size
+    encoder = config.cluster.encoder
+    if not encoder.startswith(_TIMM):
+        return Pixels(config.data.image_size)
+    return describe_timm(encoder.removeprefix(_TIMM), f"{_FIELD} ({encoder})")
 
 
 def check_encoder(config: Config) -> None:
@@ -173,7 +185,7 @@ def check_encoder(config: Config) -> None:
     """
     encoder = config.cluster.encoder
     if encoder.startswith(_TIMM):
-        _pixels(config)
+        encoder_pixels(config)
     elif encoder != OWN:
         dense_weights(config, encoder, _FIELD)
 
@@ -182,12 +194,12 @@ def encoder_id(config: Config) -> str:
     """Name an encoder that is not the run's own by what its features depend on.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or timm has no such model.
     """
     encoder = config.cluster.encoder
     assert encoder != OWN
-    if encoder.startswith(_TIMM):
-        return encoder
+    if (framing := encoder_pixels(config).framing) is not None:
+        return f"{encoder}, {framing.mode} {framing.crop_pct:g} {framing.method}"
     try:
         return f"sha256:{file_sha256(Path(encoder))}"
     except OSError as error:

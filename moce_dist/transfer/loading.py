@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moce_dist.config import Config, FinetuneConfig, ParallelConfig
-from moce_dist.data.images import eval_image, sample_generator, train_image
+from moce_dist.data.framing import framed_image
+from moce_dist.data.images import sample_generator, train_image
 from moce_dist.settings import ConfigError
 from moce_dist.train.encoder import Pixels, renormalisation
 from moce_dist.transfer.backbone import Backbone
@@ -179,6 +180,8 @@ class TaskImages(Dataset[Look]):
     ) -> None:
         self._items, self._size = items, model.image_size
         self._augment, self._seed = augment, seed
+        # all backbones see the same squares; what an encoder sees is its own
+        self._framing = model.framing if isinstance(model, Pixels) else None
         self._factor, self._shift = renormalisation(model.mean, model.std)
 
     def __len__(self) -> int:
@@ -213,7 +216,7 @@ class TaskImages(Dataset[Look]):
 
     def _pixels(self, item: Item, epoch: int) -> np.ndarray:
         if self._augment is None:
-            return eval_image(item.read(), self._size)
+            return framed_image(item.read(), self._size, self._framing)
         return train_image(
             item.read(),
             size=self._size,

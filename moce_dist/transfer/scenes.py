@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_dist.data.images import DAMAGE, MEAN, STD, ImageError, open_image
+from moce_dist.data.images import MEAN, STD, ImageError, open_image
+from moce_dist.data.orientation import DAMAGE
 from moce_dist.data.shards import IMAGE_EXTENSIONS
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item

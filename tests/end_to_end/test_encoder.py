@@ -33,7 +33,7 @@ def test_run_with_an_encoder_of_another_width(tmp_path, run_job, arguments, over
     run_job("pretrain", *flags, "--stage", "cluster", env=environment).assert_done()
     assert not (run / "mae").exists()
     inputs = read_marker(run / "features")["inputs"]
-    assert inputs.keys() == {"encoder", "data"} and inputs["encoder"] == ENCODER
+    assert inputs.keys() == {"encoder", "data"} and inputs["encoder"].startswith(ENCODER)
     made = {p: p.stat().st_mtime_ns for p in (run / "features").rglob("*.npy")}
     assert {np.load(path).shape[1] for path in made} == {64}
     done = run_job("pretrain", *flags, env=environment).assert_done()

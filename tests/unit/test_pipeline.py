@@ -84,7 +84,7 @@ def test_features_of_timm_are_clustered_without_an_mae(pipeline):
     summary = made.cluster()
     assert not made.run.stage("mae").exists()
     inputs = read_marker(made.run.features)["inputs"]
-    assert inputs.keys() == {"encoder", "data"} and inputs["encoder"] == TIMM
+    assert inputs.keys() == {"encoder", "data"} and inputs["encoder"].startswith(TIMM)
     assert summary["dim"] == 64 and summary == read_summary(made.run.clusters)
     index = read_index(made.data)
     assert len(index.shards) > 2

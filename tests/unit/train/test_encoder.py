@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from moce_dist.config import load_config
+from moce_dist.data.framing import Framing
 from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
@@ -17,7 +18,7 @@ from moce_dist.train.encoder import (
     check_encoder,
     describe_timm,
     encoder_id,
-    encoder_side,
+    encoder_pixels,
     encoder_spec,
     load_encoder,
     timm_encoder,
@@ -84,7 +85,7 @@ def both(name):
     encoder = timm_encoder(name, own, CPU, pretrained=False)
     torch.manual_seed(1)
     model = timm.create_model(name, num_classes=0).eval()
-    return encoder, model, own_images(own[1:], encoder.pixels[1:])
+    return encoder, model, own_images(own[1:3], encoder.pixels[1:3])
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3"])
@@ -108,10 +109,15 @@ def test_other_models_give_their_own_pooled_features(name):
 
 
 def test_timm_model_is_described_by_its_data_config():
-    assert describe_timm("test_vit", "x") == Pixels(160, (0.5,) * 3, (0.5,) * 3)
+    half = (0.5,) * 3
+    assert describe_timm("test_vit", "x") == Pixels(160, half, half, Framing(0.95))
+    bilinear = Framing(0.95, method="bilinear")
+    assert describe_timm("test_resnet", "x") == Pixels(160, half, half, bilinear)
+    squash = "convnext_tiny.in12k_ft_in1k_384"
+    assert describe_timm(squash, "x") == Pixels(384, framing=Framing(1.0, "squash"))
     given = configure("cluster.encoder=timm:vit_small_patch14_dinov2.lvd142m")
-    assert encoder_side(given) == 518
-    assert encoder_side(configure()) == 32
+    assert encoder_pixels(given) == Pixels(518, framing=Framing(1.0))
+    assert encoder_pixels(configure()) == Pixels(32)
 
 
 @pytest.mark.usefixtures("timm_offline")
@@ -124,7 +130,7 @@ def test_named_timm_model_has_its_weights():
     model = timm.create_model("test_vit").eval()
     half = Pixels(160, (0.5,) * 3, (0.5,) * 3)
     with torch.no_grad():
-        tokens = model.forward_features(own_images(half[1:], encoder.pixels[1:]))
+        tokens = model.forward_features(own_images(half[1:3], encoder.pixels[1:3]))
     expected = tokens[:, 1:].mean(dim=1)
     torch.testing.assert_close(encoder(images(160)), expected, rtol=1e-4, atol=1e-5)
 
@@ -144,7 +150,8 @@ def test_encoder_is_known_by_what_it_computes(mae, published):
     assert encoder_id(config) == before
     torch.save({"model": {n: t + 1 for n, t in mae.state_dict().items()}}, published)
     assert encoder_id(config) != before
-    assert encoder_id(configure("cluster.encoder=timm:test_vit")) == "timm:test_vit"
+    named = configure("cluster.encoder=timm:test_vit")
+    assert encoder_id(named) == "timm:test_vit, center 0.95 bicubic"
     published.unlink()
     with pytest.raises(ConfigError, match=rf"cluster\.encoder \({published}\): No such file"):
         encoder_id(config)
@@ -153,7 +160,7 @@ def test_encoder_is_known_by_what_it_computes(mae, published):
 @pytest.mark.parametrize("name", ["timm:no_such_model", "timm:test_vit.nothing", "timm:test_vit4"])
 def test_names_that_timm_has_no_weights_for_are_refused(name):
     config = configure(f"cluster.encoder={name}")
-    for refusing in (check_encoder, encoder_side):
+    for refusing in (check_encoder, encoder_pixels):
         with pytest.raises(ConfigError, match=rf"^cluster\.encoder \({name}\): is no model"):
             refusing(config)
 

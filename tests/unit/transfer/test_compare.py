@@ -1,5 +1,6 @@
 """The job from flags to metrics.json, on a small run made of real files."""
 
+import io
 import json
 import shutil
 from collections import Counter
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
 
 from moce_dist.config import Config, to_yaml
-from moce_dist.data.images import MEAN, STD, eval_image
 from moce_dist.run import (
     Run,
     file_sha256,
@@ -109,15 +111,13 @@ def clusters_of(features: torch.Tensor, run: Run, seeds: list[int]) -> dict[str,
 @pytest.mark.usefixtures("timm_offline")
 def test_task_meets_the_encoder_that_the_clusters_were_made_with(run, config, image_folder, job):
     name = "timm:test_vit.r160_in1k"
-    with_encoder(run, config, name, {"encoder": name})
+    with_encoder(run, config, name, {"encoder": f"{name}, center 0.95 bicubic"})
     model = timm.create_model(name.removeprefix("timm:"), pretrained=True).eval()
     task = load_task("imagefolder", image_folder)
-    pixels = np.stack([eval_image(item.read(), 160) for item in task.train])
-    # of ImageNet's statistics, while the model's are 0.5
-    shown = torch.from_numpy(pixels) * torch.tensor(STD).view(3, 1, 1)
-    shown = (shown + torch.tensor(MEAN).view(3, 1, 1) - 0.5) / 0.5
+    as_timm = create_transform(**resolve_data_config({}, model=model))
+    shown = [as_timm(Image.open(io.BytesIO(item.read())).convert("RGB")) for item in task.train]
     with torch.no_grad():
-        features = model.forward_features(shown)[:, 1:].mean(dim=1)
+        features = model.forward_features(torch.stack(shown))[:, 1:].mean(dim=1)
     expected = clusters_of(features, run, [0, 3, 7, 30, 35, 47])
     assert len(expected) == NUM_CLUSTERS and features.shape == (48, 64)
     flags = ["--task", "imagefolder", "--data", str(image_folder), "--run", str(run.root)]

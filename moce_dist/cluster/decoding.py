@@ -1,0 +1,144 @@
+"""The images of a shard in batches for an encoder, decoded on threads while it works.
+
+    reader      |b0 b1|        |b2|         |b3|         reads, and hands images to the decoders
+    decoders    |b0 b0 b1 b1 ...   b2 b2 ...   b3 b3     one image each, into its slot of the batch
+    encoder              |b0|      |b1|        |b2|      whoever takes the batches
+
+The decoders have one batch in hand beside the one that is waited for, so three are in memory at
+most. Every image has its slot, so a batch does not depend on who decodes what. With one thread
+there is none besides the caller's, which reads and decodes a batch when it takes it.
+
+Letters: B images of a batch, S side in pixels.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import IO, NamedTuple
+
+import fsspec
+import numpy as np
+
+from moce_dist.cluster.blocks import Float32
+from moce_dist.data.framing import Framing, framed_image
+from moce_dist.data.images import ImageError
+from moce_dist.data.shards import Shard, class_label
+
+_BATCHES_AHEAD = 1
+_BLOCK = 512
+"""Bytes of a header in a tar, and what members are padded to."""
+
+
+class ImageBatch(NamedTuple):
+    """The next images, (B, 3, S, S): a last batch is padded with zeros behind `num_images`.
+
+    `faults` says by row of the shard which could not be read, and why; they are zeros. `labels` are
+    the classes that the shard gives of the images, None where it gives none.
+    """
+
+    images: Float32
+    num_images: int
+    faults: dict[int, str]
+    labels: list[str | None]
+
+
+_Outcome = Callable[[], str | None]
+"""Waits for an image; says why it cannot be used, None if it can."""
+_Submit = Callable[[Callable[[], str | None]], _Outcome]
+
+
+class _Begun(NamedTuple):
+    """A batch that is being decoded: its first row, its images, and what waits for each."""
+
+    first: int
+    images: Float32
+    labels: list[str | None]
+    outcomes: list[_Outcome]
+
+    def finish(self) -> ImageBatch:
+        reasons = [outcome() for outcome in self.outcomes]
+        faults = {self.first + i: reason for i, reason in enumerate(reasons) if reason is not None}
+        return ImageBatch(self.images, len(reasons), faults, self.labels)
+
+
+@dataclass(frozen=True)
+class ShardImages:
+    """The images of a shard at `url`, decoded by `num_threads` threads."""
+
+    shard: Shard
+    url: str
+    image_size: int
+    framing: Framing | None
+    batch_size: int
+    num_threads: int = 1
+
+    def batches(self) -> Iterator[ImageBatch]:
+        """Yield all images in order; of an empty shard one batch of none, which tells a width.
+
+        Raises:
+            FileNotFoundError: the shard is gone.
+        """
+        starts = range(0, max(len(self.shard.keys), 1), self.batch_size)
+        with fsspec.open(self.url, "rb") as file:
+            if self.num_threads == 1:
+                yield from (self._begin(file, first, _at_once).finish() for first in starts)
+            else:
+                yield from self._ahead(file, starts)
+
+    def _ahead(self, file: IO[bytes], starts: range) -> Iterator[ImageBatch]:
+        reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(self.num_threads)
+
+        def submit(decode: Callable[[], str | None]) -> _Outcome:
+            return decoders.submit(decode).result
+
+        waiting: deque[Future[_Begun]] = deque()
+        try:
+            for first in starts:
+                waiting.append(reader.submit(self._begin, file, first, submit))
+                if len(waiting) > _BATCHES_AHEAD:
+                    yield waiting.popleft().result().finish()
+            yield from (begun.result().finish() for begun in waiting)
+        finally:
+            # the reader first, as it hands images to the decoders
+            for pool in (reader, decoders):
+                pool.shutdown(cancel_futures=True)
+
+    def _begin(self, file: IO[bytes], first: int, submit: _Submit) -> _Begun:
+        side = self.image_size
+        images = np.zeros((self.batch_size, 3, side, side), np.float32)
+        rows = range(first, min(first + self.batch_size, len(self.shard.keys)))
+        labels, outcomes = [], []
+        for slot, row in zip(images, rows, strict=False):
+            content, label = self._read(file, row)
+            labels.append(label)
+            outcomes.append(submit(self._decoding(content, slot)))
+        return _Begun(first, images, labels, outcomes)
+
+    def _read(self, file: IO[bytes], row: int) -> tuple[bytes, str | None]:
+        start, end, offset, size = (
+            column[row]
+            for column in (self.shard.starts, self.shard.ends, self.shard.offsets, self.shard.sizes)
+        )
+        # of a picture alone, behind its own header, the range tells nothing else
+        if offset - start <= _BLOCK and end - offset - size < _BLOCK:
+            file.seek(offset)
+            return file.read(size), None
+        file.seek(start)
+        sample = file.read(end - start)
+        return sample[offset - start : offset - start + size], class_label(sample)
+
+    def _decoding(self, content: bytes, slot: Float32) -> Callable[[], str | None]:
+        def decode() -> str | None:
+            try:
+                slot[:] = framed_image(content, self.image_size, self.framing)
+            except ImageError as error:
+                return str(error)
+            return None
+
+        return decode
+
+
+def _at_once(decode: Callable[[], str | None]) -> _Outcome:
+    reason = decode()
+    return lambda: reason
