@@ -109,10 +109,10 @@ def ascend(
     # with a smallest size q, n - q K clusters have room for one more and may charge
     num_charging = num_rows - sizes.smallest * num_clusters
     free = np.sort(prices)[num_charging] if sizes.smallest else prices.max()
-    ascent = _Ascent(_with_outside(found, prices - free), prices - free, sizes, others)
+    ascent = _Ascent(found, prices - free, sizes, others)
     excess_before = ascent.excess()
     # lists of all clusters are never out of date
-    gain = _GAIN if found.ids.shape[1] < num_clusters else 0
+    gain = 0 if ascent.lists_all else _GAIN
     enough = max(close * num_rows, gain * excess_before)
     for _ in range(rounds):
         if ascent.open_excess() <= enough:
@@ -123,11 +123,8 @@ def ascend(
 
 
 def _with_outside(found: Candidates, prices: Float64) -> Candidates:
-    num_rows, num = found.ids.shape
-    if num == len(prices):
-        return found
     paid = found.distances - prices.astype(np.float32)[found.ids]
-    outside = np.full((num_rows, 1), len(prices), np.int32)
+    outside = np.full((len(paid), 1), len(prices), np.int32)
     return Candidates(
         np.hstack([found.ids, outside]), np.hstack([found.distances, paid.max(1, keepdims=True)])
     )
@@ -139,6 +136,8 @@ class _Ascent:
     def __init__(self, found: Candidates, prices: Float64, sizes: Sizes, others: Others) -> None:
         self.prices = np.append(prices, 0).astype(np.float32)
         self._taken, step = others.counts, np.float32(_STEP * others.reach)
+        self.lists_all = found.ids.shape[1] == len(prices)
+        found = found if self.lists_all else _with_outside(found, prices)
         highest = self._highest_prices(found, pays=sizes.smallest > 0)
         self._bounds = Bounds(
             sizes.smallest - self._taken,
@@ -153,8 +152,7 @@ class _Ascent:
 
     def _highest_prices(self, found: Candidates, *, pays: bool) -> Float32:
         highest = np.zeros(len(self.prices), np.float32)
-        lists_all = found.ids[0, -1] != len(highest) - 1
-        if pays and lists_all:
+        if pays and (self.lists_all or not len(found.ids)):
             highest[:-1] = np.inf
         elif pays:
             paid = found.distances - self.prices[found.ids]

@@ -38,9 +38,7 @@ def domain_figures(keys: Iterable[str], labels: NDArray[Any], num_clusters: int)
     }
 
 
-def label_figures(
-    files: FeatureFiles, clusters: NDArray[np.int64], num_clusters: int
-) -> dict[str, Any]:
+def label_figures(files: FeatureFiles, clusters: NDArray[Any], num_clusters: int) -> dict[str, Any]:
     """Compare the clusters (n,) of features with the labels beside them; nothing without any two.
 
     `label_nmi` is the normalised mutual information over the `labelled` images, of `num_labels`

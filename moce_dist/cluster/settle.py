@@ -41,6 +41,8 @@ _FINEST, _CURRENT, _FEW = 0.0001, 0.01, 0.001
 """Shares of rows beyond the sizes: at which prices are not improved any more; under the prices of
 the search, at which its lists are up to date; which the exact finish moves soon.
 """
+_TIE = 1e-6
+"""Distance between the two best clusters of a row, in mean squared ones, that is none."""
 _ROWS_PER_CLUSTER = 64
 """Rows between clusters that are held, at least."""
 _MEASURED_ROWS = 4096
@@ -144,7 +146,10 @@ class _Balance:
             prices = done.prices
             if done.excess_before <= _CURRENT * len(rows):
                 break
-        return prices, float(np.quantile(margins_of(found, prices), num / num_rows))
+        margins = margins_of(found, prices)
+        # a mass of one point is divided between clusters, whatever the reach
+        margins = margins[margins > _TIE * found.distances.mean()]
+        return prices, float(np.quantile(margins, num / num_rows)) if len(margins) else np.inf
 
     def finish(self) -> tuple[Int32, Finish]:
         """Return labels (n,) of the wanted sizes at the least cost, and how they came about."""

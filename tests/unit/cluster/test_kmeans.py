@@ -6,9 +6,9 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from mixtures import brute_force, matrix_of, mixture
 
-from moce_dist.cluster.blocks import View, column_mean, group_blocks, open_features
-from moce_dist.cluster.kmeans import Matrix
+from moce_dist.cluster.blocks import group_blocks
 from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, split_empty
 from moce_dist.cluster.nearest import (
     build_index,
@@ -21,33 +21,11 @@ from moce_dist.cluster.nearest import (
 from moce_dist.cluster.settle import settle
 from moce_dist.cluster.sweeps import add_rows, add_sorted_rows
 from moce_dist.config import ClusterConfig
-from moce_dist.mapping import map_here
-
-
-def mixture(num_rows, dim, num_groups, seed=0, spread=1.0):
-    draws = np.random.default_rng(seed)
-    weights = draws.dirichlet(np.ones(num_groups))
-    groups = draws.choice(num_groups, num_rows, p=weights)
-    rows = draws.standard_normal((num_groups, dim))[groups] * 2
-    return (rows + spread * draws.standard_normal((num_rows, dim))).astype(np.float32)
-
-
-def matrix_of(folder, rows, *, files=3, block_rows=64):
-    folder.mkdir(exist_ok=True)
-    for number, part in enumerate(np.array_split(rows, files)):
-        np.save(folder / f"{number}.npy", part)
-    opened = open_features(folder)
-    view = View(column_mean(opened).astype(np.float32), normalise=False)
-    return Matrix(opened, view, block_rows, map_here)
 
 
 def with_ones(rows):
     """Rows (x, 1) as a search takes them."""
     return torch.from_numpy(np.hstack([rows, np.ones((len(rows), 1))]).astype(np.float32))
-
-
-def brute_force(rows, centroids):
-    return ((rows[:, None].astype(np.float64) - centroids) ** 2).sum(axis=2)
 
 
 @pytest.mark.parametrize("shift", [0.0, 40.0])

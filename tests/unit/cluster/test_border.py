@@ -1,0 +1,146 @@
+"""Balance that sees only rows between clusters: the same labels as with all rows at hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from mixtures import brute_force, matrix_of, mixture
+
+from moce_dist.cluster.balance import Others, Sizes, ascend
+from moce_dist.cluster.candidates import Candidates, margins_of
+from moce_dist.cluster.exact import finish
+from moce_dist.cluster.kmeans import Matrix
+from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans
+from moce_dist.cluster.settle import settle
+from moce_dist.config import ClusterConfig
+
+
+def lloyd_of(tmp_path, rows, config):
+    matrix = matrix_of(tmp_path / "features", rows, block_rows=512)
+    sample = draw_sample(matrix, config.num_clusters, 0, tmp_path / "sample.npy")
+    return Lloyd(matrix, sample, config)
+
+
+def with_border(lloyd, num_rows):
+    return replace(lloyd, config=lloyd.config.model_copy(update={"border_rows": num_rows}))
+
+
+def listed(found, prices):
+    """Rows, candidates in the order of prices: what a search brings."""
+    ids = np.argsort(found - prices, axis=1, kind="stable").astype(np.int32)
+    return Candidates(ids, np.take_along_axis(found, ids, axis=1).astype(np.float32))
+
+
+def test_a_border_is_what_brute_force_finds(tmp_path):
+    rows = mixture(3000, 6, 12)
+    matrix = matrix_of(tmp_path / "features", rows, block_rows=256)
+    centred = rows - matrix.view.mean
+    centroids, prices = centred[:9].astype(np.float64), np.linspace(-1, 2, 9)
+    priced = brute_force(centred, centroids) - prices
+    first, second = np.sort(priced, axis=1)[:, :2].T
+    reach = float(np.quantile(second - first, 0.2))
+    border = matrix.border(centroids, prices, 4, reach)
+    assert (border.labels == priced.argmin(axis=1)).all()
+    inside = np.flatnonzero(second - first <= reach)
+    assert len(np.setxor1d(border.rows, inside)) <= 2 and len(border.rows) > 500
+    outside = np.setdiff1d(np.arange(3000), border.rows)
+    counts = np.bincount(border.labels[outside], minlength=9)
+    assert border.settled.tolist() == counts.tolist()
+    again = matrix.candidates(centroids, prices, 4, border.rows)
+    assert (again.ids == border.found.ids).all()
+    assert (again.distances == border.found.distances).all()
+    np.testing.assert_allclose(
+        margins_of(again, prices), (second - first)[border.rows], rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("balance", ["exact", "soft"])
+@pytest.mark.parametrize("num_rows", [2500, 700])
+def test_labels_are_those_of_all_rows_at_hand(tmp_path, monkeypatch, balance, num_rows):
+    rows = mixture(12_000, 8, 30, seed=3, spread=1.5)
+    config = ClusterConfig(num_clusters=10, balance=balance, iterations=6, soft_bound=1.02)
+    lloyd = lloyd_of(tmp_path, rows, config)
+    state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
+    expected = settle(lloyd, state)
+    held, border = [], Matrix.border
+
+    def noted(*given):
+        held.append(border(*given))
+        return held[-1]
+
+    monkeypatch.setattr(Matrix, "border", noted)
+    found = settle(with_border(lloyd, num_rows), state)
+    assert held and all(len(each.rows) < 2 * num_rows for each in held)
+    sizes, cost = np.bincount(found.labels, minlength=10), expected.figures["cost"]
+    if balance == "exact":
+        np.testing.assert_array_equal(found.labels, expected.labels)
+        assert sizes.tolist() == [1200] * 10
+        assert found.figures["cost"] == pytest.approx(cost, rel=1e-12)
+    else:
+        # only exact sizes are finished to the optimum
+        assert sizes.max() <= 1224 and found.figures["cost"] == pytest.approx(cost, rel=2e-3)
+
+
+def test_masses_of_one_point_are_all_between_clusters(tmp_path):
+    # a third of all rows is one point: wherever it is divided, all of it stands on the border
+    rows = mixture(6000, 4, 12, seed=1)
+    rows[np.random.default_rng(0).permutation(6000)[:2000]] = rows[17]
+    lloyd = lloyd_of(tmp_path, rows, ClusterConfig(num_clusters=8, iterations=4))
+    state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
+    expected, found = settle(lloyd, state), settle(with_border(lloyd, 600), state)
+    assert np.bincount(found.labels).tolist() == [750] * 8
+    assert found.figures["cost"] == pytest.approx(expected.figures["cost"], rel=1e-9)
+    bound = found.figures["cost_lower_bound"]
+    assert found.figures["cost"] == pytest.approx(bound, rel=1e-6)
+
+
+def test_prices_that_start_far_off_get_there_step_by_step(tmp_path):
+    rows = mixture(5000, 6, 10, seed=5)
+    lloyd = lloyd_of(tmp_path, rows, ClusterConfig(num_clusters=6, iterations=3))
+    centroids = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz").centroids
+    start = State(centroids, np.array([0.0, 40.0, -30.0, 5.0, 0.0, -80.0]))
+    sizes = np.bincount(settle(with_border(lloyd, 500), start).labels)
+    assert sizes.max() - sizes.min() <= 1
+
+
+def test_rows_that_stay_count_as_places_taken():
+    draws = np.random.default_rng(2)
+    distances = draws.random((900, 5)) + np.arange(5) * 0.15
+    prices = np.zeros(5)
+    margins = margins_of(
+        Candidates(listed(distances, prices).ids, listed(distances, prices)[1]), prices
+    )
+    between = margins <= 0.5
+    stays = distances[~between].argmin(axis=1)
+    others = Others(np.bincount(stays, minlength=5), 0.5)
+    found = listed(distances[between], prices)
+    sizes = Sizes(180, 180)
+    done = ascend(found, prices, sizes, rounds=40, others=others)
+    counts = np.bincount((distances - done.prices).argmin(axis=1), minlength=5)
+    # within its reach the ascent of the border is that of all rows, and so is what it reports
+    assert np.ptp(done.prices) <= 0.5
+    assert done.excess == max(np.maximum(counts - 180, 0).sum(), np.maximum(180 - counts, 0).sum())
+    assert done.excess < done.excess_before
+
+
+def test_no_price_moves_further_than_lets_the_others_stay():
+    distances = np.hstack([np.zeros((300, 1)), 5 + np.random.default_rng(0).random((300, 2))])
+    others = Others(np.array([300, 0, 0]), 0.25)
+    done = ascend(
+        listed(distances, np.zeros(3)), np.zeros(3), Sizes(200, 200), rounds=9, others=others
+    )
+    assert 0.2 < np.ptp(done.prices) <= 0.25 and done.prices.argmin() == 0
+
+
+def test_a_cluster_whose_rows_all_stay_is_no_endless_search():
+    distances = np.array([[0.0, 1.0], [0.1, 1.0]])
+    found = Candidates(np.tile(np.array([[1, 0]], np.int32), (2, 1)), distances[:, ::-1].copy())
+    asked = []
+
+    def search(prices):
+        asked.append(prices)
+        return found
+
+    settled = np.array([6, 0])
+    done = finish(found, np.array([-5.0, 0.0]), search, Sizes(4, 4), settled)
+    assert done is None and asked
