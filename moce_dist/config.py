@@ -210,7 +210,7 @@ class ClusterConfig(Section):
     """Rows in the unit of work; results do not depend on who computes a block."""
     num_candidates: int = Field(16, ge=2)
     """Nearest clusters per image that the exact finish may move it to."""
-    border_rows: int = Field(2**22, ge=1)
+    border_rows: int = Field(2**20, ge=1)
     """Images between two clusters that the driver holds under balance, at 0.5 KB each."""
     index_from: int = Field(16_384, ge=2)
     """Clusters from which on the search uses an index over them where that is faster."""

@@ -142,15 +142,15 @@ class Bench:
             )
 
 
-class WorkerMemory:
-    """Greatest own memory of one of Ray's workers below this process, sampled while open."""
+class Memory:
+    """Greatest own memory of one of Ray's workers below this process, and of itself, while open."""
 
     def __init__(self) -> None:
-        self.peak_gib = 0.0
+        self.worker_gib = self.driver_gib = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
-    def __enter__(self) -> "WorkerMemory":
+    def __enter__(self) -> "Memory":
         self._thread.start()
         return self
 
@@ -160,16 +160,24 @@ class WorkerMemory:
 
     def _sample(self) -> None:
         while not self._closing.wait(0.5):
-            for process in psutil.Process().children(recursive=True):
-                self.peak_gib = max(self.peak_gib, _own_gib(process))
+            this = psutil.Process()
+            self.driver_gib = max(self.driver_gib, _own_gib(this))
+            for process in this.children(recursive=True):
+                if _is_worker(process):
+                    self.worker_gib = max(self.worker_gib, _own_gib(process))
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[0].startswith("ray::")
+    except (psutil.Error, IndexError):
+        return False
 
 
 def _own_gib(process: psutil.Process) -> float:
     try:
-        if not process.cmdline()[0].startswith("ray::"):
-            return 0.0
         status = Path(f"/proc/{process.pid}/status").read_text()
-    except (psutil.Error, OSError, IndexError):
+    except OSError:
         return 0.0
     kib = [int(line.split()[1]) for line in status.splitlines() if line.startswith(_OWN)]
     return sum(kib) / 2**20
@@ -199,7 +207,7 @@ def run(config: Config) -> Report:
         if asked != ["moce_dist_exact"]:
             # what all others start from is no part of anyone's time
             _ = bench.first, bench.rows, bench.lloyd.matrix.squares
-        with WorkerMemory() as memory:
+        with Memory() as memory:
             times = interleave(
                 {name: variants[name] for name in asked},
                 rounds=config.bench.rounds,
@@ -209,7 +217,7 @@ def run(config: Config) -> Report:
             bench.judge(name, centroids)
     for name in sorted(variants.keys() - set(asked)):
         report.skipped[name] = "bench.variants does not name it"
-    return _report(report.add_variants(times), bench, memory.peak_gib)
+    return _report(report.add_variants(times), bench, memory)
 
 
 def _asked(named: Sequence[str]) -> list[str]:
@@ -224,7 +232,7 @@ def _keep(
     kept[name] = function(*given)
 
 
-def _report(report: Report, bench: Bench, peak_gib: float) -> Report:
+def _report(report: Report, bench: Bench, memory: Memory) -> Report:
     medians = {name: variant["median"] for name, variant in report.variants.items()}
     faiss, objectives, figures = medians.keys() & _FAISS, bench.objectives, report.figures
     if faiss and "off" in objectives:
@@ -239,8 +247,11 @@ def _report(report: Report, bench: Bench, peak_gib: float) -> Report:
             found = summary["mean_squared_distance"]
             figures["objective_exact_over_faiss"] = found / objectives["faiss"]
         figures["size_max_minus_min"] = summary["size_max"] - summary["size_min"]
-    if peak_gib:
-        figures["peak_rss_gib_per_worker"] = peak_gib
+    if not faiss:
+        # FAISS holds all features in this process
+        figures["peak_rss_gib_of_driver"] = memory.driver_gib
+    if memory.worker_gib:
+        figures["peak_rss_gib_per_worker"] = memory.worker_gib
     else:
         report.skipped["peak_rss_gib_per_worker"] = "no workers of Ray's below this process"
     return report

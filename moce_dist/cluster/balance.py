@@ -138,6 +138,9 @@ class _Ascent:
         self._taken, step = others.counts, np.float32(_STEP * others.reach)
         self.lists_all = found.ids.shape[1] == len(prices)
         found = found if self.lists_all else _with_outside(found, prices)
+        # rows of a cluster stand together in memory
+        order = np.argsort(found.ids[:, 0], kind="stable")
+        found = Candidates(*(part[order] for part in found))
         highest = self._highest_prices(found, pays=sizes.smallest > 0)
         self._bounds = Bounds(
             sizes.smallest - self._taken,

@@ -112,12 +112,15 @@ class _Flow:
         self, found: Candidates, prices: Float64, sizes: Sizes, settled: Int64 | None
     ) -> None:
         num_clusters = len(prices)
-        self.labels: Int64 = choose(found, prices)
+        labels = choose(found, prices)
+        # rows of a cluster stand together in memory
+        self._numbers = np.argsort(labels, kind="stable")
+        self._labels: Int64 = labels[self._numbers]
         self.num_moves = self.num_paths = 0
-        self._found = Candidates(*map(np.ascontiguousarray, found))
+        self._found = Candidates(*(part[self._numbers] for part in found))
         self._twins = find_twins(self._found)
         self._further = _Further(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
-        counts = np.bincount(self.labels, minlength=num_clusters)
+        counts = np.bincount(labels, minlength=num_clusters)
         counts = counts if settled is None else counts + settled
         surplus = counts - sizes.largest
         has_blank, pool_price = np.zeros(num_clusters, bool), 0.0
@@ -130,6 +133,13 @@ class _Flow:
             pool_price = prices[order[num_blanks]]
         self._sides = Sides(np.append(prices, pool_price), surplus, has_blank)
         self._frontier = _new_frontier(num_clusters + 1)
+
+    @property
+    def labels(self) -> Int64:
+        """Clusters of all rows, (n,)."""
+        labels = np.empty_like(self._labels)
+        labels[self._numbers] = self._labels
+        return labels
 
     @property
     def prices(self) -> Float64:
@@ -148,12 +158,13 @@ class _Flow:
         return bool(ending == DONE)
 
     def _moves(self) -> Moves:
-        bounds = np.searchsorted(self._further.rows, np.arange(len(self.labels) + 1))
-        return Moves(*self._found, bounds, self._further.ids, self._further.distances)
+        bounds = np.searchsorted(self._further.rows, np.arange(len(self._labels) + 1))
+        further = self._further
+        return Moves(self._numbers, *self._found, bounds, further.ids, further.distances)
 
     def _lots(self, spare: int) -> Lots:
         num_clusters = len(self.prices)
-        keys, sizes = np.unique(self._twins * num_clusters + self.labels, return_counts=True)
+        keys, sizes = np.unique(self._twins * num_clusters + self._labels, return_counts=True)
         rows, clusters = np.divmod(keys, num_clusters)
         # the next lot of the same twins, of the last one the first
         following = np.arange(1, len(keys) + 1)
@@ -186,10 +197,10 @@ class _Flow:
         order = np.argsort(self._twins, kind="stable")
         bounds = np.searchsorted(self._twins[order], np.arange(len(order) + 1))
         is_alone = np.diff(bounds)[rows] == 1
-        self.labels[rows[is_alone]] = clusters[is_alone]
+        self._labels[rows[is_alone]] = clusters[is_alone]
         for row, source, target, num in log.entries[:num_entries].tolist():
             twins = order[bounds[row] : bounds[row + 1]]
-            self.labels[twins[self.labels[twins] == source][:num]] = target
+            self._labels[twins[self._labels[twins] == source][:num]] = target
 
     def look_further(self, search: Search) -> bool:
         """Find moves out of clusters that no candidate leads out of; tell whether there are any."""
@@ -198,6 +209,7 @@ class _Flow:
         is_inside[reached] = True
         is_inside = is_inside[:-1]
         found = search(np.where(is_inside, _CLOSED, self.prices))
+        found = Candidates(*(part[self._numbers] for part in found))
         before = self._twins
         self._twins = find_twins(found, before)
         self._further = self._further.inherited(before, self._twins)

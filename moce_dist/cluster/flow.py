@@ -31,9 +31,11 @@ DONE, STUCK, FULL = 0, 1, 2
 class Moves(NamedTuple):
     """Where rows can go: candidates (n, m), and further ones, `bounds[i]` to `bounds[i + 1]`.
 
-    Twins share those of their lowest row.
+    Rows stand cluster by cluster, as they are gone through; `numbers` (n,) are their own. Twins
+    share what their first row has.
     """
 
+    numbers: Int64
     ids: NDArray[np.int32]
     distances: NDArray[Any]
     bounds: Int64
@@ -277,7 +279,7 @@ def _offer(moves: Any, lots: Any, edges: Any, lot: Any) -> None:
             edges.target[edges.used[0]] = target
             edges.used[0] += 1
         # ties go to the lower row
-        if cost < best or row < lots.row[edges.best_lot[target]]:
+        if cost < best or moves.numbers[row] < moves.numbers[lots.row[edges.best_lot[target]]]:
             edges.best[target], edges.best_lot[target] = cost, lot
 
 

@@ -47,8 +47,11 @@ def test_search_and_sums_are_those_of_the_cpu(features):
     torch.testing.assert_close(sums[1].cpu(), sums[0], rtol=1e-6, atol=1e-6)
 
 
-def test_clusters_are_exact_alike_and_as_good_as_on_the_cpu(features, tmp_path):
-    config = ClusterConfig(num_clusters=20, iterations=8, tolerance=0, block_rows=1024)
+@pytest.mark.parametrize("border_rows", [2**20, 2000])
+def test_clusters_are_exact_alike_and_as_good_as_on_the_cpu(features, tmp_path, border_rows):
+    config = ClusterConfig(
+        num_clusters=20, iterations=8, tolerance=0, block_rows=1024, border_rows=border_rows
+    )
     costs = {}
     for name, workers in (("cpu", HERE), ("gpu", HERE._replace(device="cuda")), ("again", None)):
         summary = run_clustering(
