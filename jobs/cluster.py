@@ -97,6 +97,7 @@ def cluster_run(arguments: Namespace) -> None:
     config = read_config(arguments, arguments.config or root / "config.yaml")
     if arguments.dry_run:
         print(f"run        {root}")
+        print(f"features   of {config.cluster.encoder}")
         print(f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}")
         print(f"workers    {config.parallel.num_workers}")
         return

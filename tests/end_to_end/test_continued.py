@@ -1,6 +1,7 @@
 """A run on other pictures goes on from a finished one: its encoder, clusters and experts."""
 
 import json
+import signal
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -121,6 +122,24 @@ def test_transfer_and_report_work_on_it(continued, finished, run_job, pictures, 
     assert f"goes on from the encoder, clusters and experts of {finished}" in shown.out
     assert "MAE loss" not in shown.out and "MoCE loss" in shown.out
     assert str(finished) in (continued / "report.html").read_text()
+
+
+@pytest.mark.long
+def test_a_killed_one_ends_in_the_same_bits(continued, start, command, learned, tmp_path):
+    run = tmp_path / "run"
+    request = command(run, "cluster.with_prices=false", "checkpoint.every_steps=1")
+    job = start("pretrain", *request)
+    job.wait_until(lambda: any((run / "moce" / "checkpoints").glob("step_*")), "moce")
+    job.process.kill()
+    assert job.finish().status == -signal.SIGKILL and not (run / "moce" / COMPLETE).exists()
+    result = start("pretrain", *request).finish().assert_done()
+    assert "moce: resuming at step" in result.err and "goes on from" not in result.err
+    assert learned(run / "moce") == learned(continued / "moce")
+    names = [p.name for p in (continued / "clusters").glob("*.[np][pa][yr]*")]
+    assert {"centroids.npy", "assignments.parquet"} <= set(names)
+    for name in names:
+        old, new = (root / "clusters" / name for root in (continued, run))
+        assert old.read_bytes() == new.read_bytes(), name
 
 
 def test_with_prices_the_same_pictures_spread_otherwise(continued, run_job, command, tmp_path):
