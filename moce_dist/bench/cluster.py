@@ -143,10 +143,14 @@ class Bench:
 
 
 class Memory:
-    """Greatest own memory of one of Ray's workers below this process, and of itself, while open."""
+    """Greatest own memory of one of Ray's workers below this process, and of itself, while open.
+
+    Of the worker's, `private_gib` leaves out pages of Ray's object store, which all processes of a
+    node share and which grow with what passes through them.
+    """
 
     def __init__(self) -> None:
-        self.worker_gib = self.driver_gib = 0.0
+        self.worker_gib = self.private_gib = self.driver_gib = 0.0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
 
@@ -161,10 +165,12 @@ class Memory:
     def _sample(self) -> None:
         while not self._closing.wait(0.5):
             this = psutil.Process()
-            self.driver_gib = max(self.driver_gib, _own_gib(this))
+            self.driver_gib = max(self.driver_gib, sum(_own_gib(this)))
             for process in this.children(recursive=True):
                 if _is_worker(process):
-                    self.worker_gib = max(self.worker_gib, _own_gib(process))
+                    private, shared = _own_gib(process)
+                    self.private_gib = max(self.private_gib, private)
+                    self.worker_gib = max(self.worker_gib, private + shared)
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -174,13 +180,15 @@ def _is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def _own_gib(process: psutil.Process) -> float:
+def _own_gib(process: psutil.Process) -> tuple[float, float]:
+    # anonymous pages, and shared ones
     try:
-        status = Path(f"/proc/{process.pid}/status").read_text()
+        lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     except OSError:
-        return 0.0
-    kib = [int(line.split()[1]) for line in status.splitlines() if line.startswith(_OWN)]
-    return sum(kib) / 2**20
+        return 0.0, 0.0
+    kib = {name: int(line.split()[1]) for line in lines for name in _OWN if line.startswith(name)}
+    private, shared = (kib.get(name, 0) / 2**20 for name in _OWN)
+    return private, shared
 
 
 _OWN = ("RssAnon:", "RssShmem:")
@@ -252,6 +260,7 @@ def _report(report: Report, bench: Bench, memory: Memory) -> Report:
         figures["peak_rss_gib_of_driver"] = memory.driver_gib
     if memory.worker_gib:
         figures["peak_rss_gib_per_worker"] = memory.worker_gib
+        figures["peak_private_gib_per_worker"] = memory.private_gib
     else:
         report.skipped["peak_rss_gib_per_worker"] = "no workers of Ray's below this process"
     return report

@@ -98,13 +98,15 @@ def test_cluster_compares_with_faiss_and_keeps_sizes_exact():
     assert figures["size_max_minus_min"] <= 1
     assert figures["objective_off_over_faiss"] == pytest.approx(1, abs=1e-3)
     assert figures["objective_exact_over_faiss"] > 0.999
-    assert 0.1 < figures["peak_rss_gib_per_worker"] < 4
+    private, all_of_it = (figures[f"peak_{kind}_gib_per_worker"] for kind in ("private", "rss"))
+    assert 0.1 < private <= all_of_it < 4 and "peak_rss_gib_of_driver" not in figures
 
 
 def test_cluster_runs_the_variants_that_are_asked_for():
     document = bench("cluster", *SMALL_CLUSTER, "bench.variants=[moce_dist_exact]")
     assert document["variants"].keys() == {"moce_dist_exact"} and not document["ratios"]
     assert "faiss_1_thread" in document["skipped"]
+    assert 0.1 < document["figures"]["peak_rss_gib_of_driver"] < 4
     with pytest.raises(AssertionError, match=r"bench\.variants \(exact\) must be of faiss_1"):
         bench("cluster", *SMALL_CLUSTER, "bench.variants=[exact]")
 
