@@ -11,8 +11,7 @@ sample that depends on the seed alone, so no result depends on the number of wor
 
 Letters: n rows, s sampled rows, D width, K clusters, m candidates.
 
-Source: seeding by parts, Ailon, Jaiswal, Monteleoni, "Streaming k-means approximation" (2009);
-splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters).
+Source: splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters).
 """
 
 import logging
@@ -21,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from moce_dist.cluster.balance import allowed_sizes, ascend
-from moce_dist.cluster.blocks import FeatureFiles, Float64, View, open_array
+from moce_dist.cluster.blocks import FeatureFiles, Float64, View
 from moce_dist.cluster.kmeans import Matrix
+from moce_dist.cluster.seeding import choose_centroids
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
 from moce_dist.run import fingerprint
@@ -36,10 +35,6 @@ _FEWEST_PER_CLUSTER = 3.5
 """Not a whole number: sizes of the sample need some room."""
 _SAMPLE_BLOCK_ROWS = 2048
 """Small, for a sample is few rows and all workers search it."""
-_SEEDED_FROM = 64
-"""Rows of the sample for each cluster that first centroids are chosen from, where it has more."""
-_TRIED_CLUSTERS, _SEEDED_OF_PART = 4096, 1024
-"""Most clusters whose first centroids are the best of trials; how many a part of a sample gives."""
 PRICE_ROUNDS, _PRICE_CANDIDATES = 20, 32
 _SAMPLE_SEARCHES, _SMALLEST, _MANY_ROWS = 16, 0.9, 16
 """Searches of a sample at most; share of its least size that every cluster of it must reach, if
@@ -116,30 +111,9 @@ class Lloyd:
     config: ClusterConfig
 
     def first_state(self, seed: int) -> State:
-        """Choose k-means++ centroids from the sample; prices are 0.
-
-        Its time grows with K times the rows: very many centroids are drawn once each, not the best
-        of some trials, and come from parts of the sample.
-        """
-        # a second to import, and training only reads clusters
-        from sklearn.cluster import kmeans_plusplus
-
-        rows, num_clusters = open_array(self.sample.files.paths[0]), self.config.num_clusters
-        wanted = max(_SEEDED_FROM * num_clusters, _MIN_SAMPLE)
-        rows = rows[:: max(len(rows) // wanted, 1)]
-        is_large = num_clusters > _TRIED_CLUSTERS
-        parts = -(-num_clusters // _SEEDED_OF_PART) if is_large else 1
-        with threadpool_limits(1):
-            chosen = [
-                kmeans_plusplus(
-                    rows[part::parts],
-                    len(ids),
-                    random_state=seed % 2**32,
-                    n_local_trials=1 if is_large else None,
-                )
-                for part, ids in enumerate(np.array_split(np.arange(num_clusters), parts))
-            ]
-        centroids = np.concatenate([rows for rows, _ in chosen]).astype(np.float64)
+        """Choose k-means++ centroids from the sample; prices are 0."""
+        file, num_clusters = self.sample.files.paths[0], self.config.num_clusters
+        centroids = choose_centroids(file, num_clusters, seed, self.sample.map_blocks)
         return State(centroids, np.zeros(num_clusters))
 
     def prices(self, centroids: Float64, prices: Float64) -> Float64:
