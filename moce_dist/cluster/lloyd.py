@@ -111,9 +111,9 @@ class Lloyd:
     config: ClusterConfig
 
     def first_state(self, seed: int) -> State:
-        """Choose k-means++ centroids from the sample; prices are 0."""
-        file, num_clusters = self.sample.files.paths[0], self.config.num_clusters
-        centroids = choose_centroids(file, num_clusters, seed, self.sample.map_blocks)
+        """Choose centroids from the sample; prices are 0."""
+        num_clusters = self.config.num_clusters
+        centroids = choose_centroids(self.sample, num_clusters, seed)
         return State(centroids, np.zeros(num_clusters))
 
     def prices(self, centroids: Float64, prices: Float64) -> Float64:

@@ -1,99 +1,78 @@
-"""First centroids: k-means++ on a sample, for many clusters in two steps.
+"""First centroids: k-means++ on a sample, for many clusters among rows that k-means|| has drawn.
 
 The time of k-means++ grows with the clusters times the rows that they are chosen from. For over
-1,024 clusters parts of the sample give four times as many centroids as are wanted, drawn once each,
-with the number of rows that are nearest to them; a part is a task of a worker, as it depends on
-nothing else. K of these are chosen by k-means++ with such weights. Very many stay as drawn.
+1,024 clusters some rounds draw four times as many rows as are wanted, all of a round at once, with
+chances that grow with the squared distance to the nearest one of the rounds before: searches, which
+workers do. K of these are chosen by k-means++, each weighing as much as rows are nearest to it.
+Very many stay as they were drawn.
 
-Letters: s rows, K clusters.
+Letters: s rows of the sample, D width, K clusters.
 
-Source: Ailon, Jaiswal, Monteleoni, "Streaming k-means approximation" (2009), algorithm 3.
+Source: k-means||, Bahmani et al., "Scalable k-means++" (2012).
 """
 
-from pathlib import Path
-from typing import NamedTuple
-
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from moce_dist.cluster.blocks import Float32, Float64, open_array
-from moce_dist.cluster.nearest import make_base, search
-from moce_dist.mapping import MapTasks
+from moce_dist.cluster.blocks import Float64, open_array
+from moce_dist.cluster.candidates import Int64
+from moce_dist.cluster.kmeans import Matrix
 
 _ROWS_PER_CLUSTER, _FEWEST_ROWS = 64, 16_384
 """Rows that centroids are chosen from, where the sample has more: for each, and in all."""
-_AT_ONCE, _OVERSAMPLED, _CHOSEN_AGAIN = 1024, 4, 8192
-"""Clusters that are chosen in one step, or by a part; how many times as many parts draw; most
-clusters that are chosen from these.
-"""
+_FEW, _MANY = 1024, 8192
+"""Most clusters that are chosen from all rows, and from rows drawn before."""
+_ROUNDS, _OVERSAMPLED = 5, 4
 
 
-class Seeding(NamedTuple):
-    """What parts share: the sample's file, of which each takes every so many rows, and their size.
-
-    A part draws `num` centroids.
-    """
-
-    file: Path
-    num: int
-    seed: int
-    stride: int
-    num_parts: int
-
-
-class Drawn(NamedTuple):
-    """Rows of the sample, (k, D), and how many rows are nearest to each, (k,)."""
-
-    rows: Float32
-    weights: Float64
+def choose_centroids(sample: Matrix, num_clusters: int, seed: int) -> Float64:
+    """Choose first centroids, (K, D), among the rows of a sample, which lie in one file."""
+    rows = open_array(sample.files.paths[0])
+    if num_clusters <= _FEW:
+        rows = rows[:: max(len(rows) // max(_ROWS_PER_CLUSTER * num_clusters, _FEWEST_ROWS), 1)]
+        return _plus_plus(rows, num_clusters, seed)
+    times = _OVERSAMPLED if num_clusters <= _MANY else 1
+    num = min(times * num_clusters, len(rows))
+    drawn = np.asarray(rows[draw_rows(sample, num, seed)], np.float64)
+    if num == num_clusters:
+        return drawn
+    weights = np.bincount(sample.labels(drawn, np.zeros(num)), minlength=num)
+    return _plus_plus(drawn, num_clusters, seed, weights.astype(np.float64))
 
 
-def choose_centroids(file: Path, num_clusters: int, seed: int, map_tasks: MapTasks) -> Float64:
-    """Choose first centroids, (K, D), among the rows (s, D) of a sample."""
-    num_rows = max(_ROWS_PER_CLUSTER * num_clusters, _FEWEST_ROWS)
-    stride = max(len(open_array(file)) // num_rows, 1)
-    if num_clusters <= _AT_ONCE:
-        rows = open_array(file)[::stride]
-        chosen = _plus_plus(rows, num_clusters, seed, weights=None, trials=None)
-        return rows[chosen].astype(np.float64)
-    num_parts, times = -(-num_clusters // _AT_ONCE), _OVERSAMPLED
-    if num_clusters > _CHOSEN_AGAIN:
-        times = 1
-    num = -(-times * num_clusters // num_parts)
-    seeding = Seeding(file, num, seed, stride, num_parts)
-    parts = map_tasks(draw_part, seeding, range(num_parts))
-    drawn = Drawn(*map(np.concatenate, zip(*parts, strict=True)))
-    if times == 1:
-        return drawn.rows[:num_clusters].astype(np.float64)
-    chosen = _plus_plus(drawn.rows, num_clusters, seed, weights=drawn.weights, trials=None)
-    return drawn.rows[chosen].astype(np.float64)
+def draw_rows(sample: Matrix, num: int, seed: int) -> Int64:
+    """Draw the numbers of `num` rows, far from each other rather than near, in some rounds."""
+    rows, draws = open_array(sample.files.paths[0]), np.random.default_rng(seed)
+    everyone = np.arange(len(rows))
+    drawn = draws.integers(len(rows), size=1)
+    squares = _squares(sample, rows[drawn])
+    for share in np.array_split(np.arange(num - 1), _ROUNDS):
+        left = np.setdiff1d(np.flatnonzero(squares), drawn)
+        if not len(left) or not len(share):
+            break
+        chances = squares[left] / squares[left].sum()
+        new = draws.choice(left, min(len(share), len(left)), replace=False, p=chances)
+        drawn = np.append(drawn, new)
+        squares = np.minimum(squares, _squares(sample, rows[new]))
+    # where nearly all rows are alike
+    rest = draws.permutation(np.setdiff1d(everyone, drawn))[: num - len(drawn)]
+    return np.append(drawn, rest)
 
 
-def draw_part(seeding: Seeding, part: int) -> Drawn:
-    """Draw a part's centroids among its rows, and count the rows that are nearest to each."""
-    rows = open_array(seeding.file)[:: seeding.stride][part :: seeding.num_parts]
-    chosen = _plus_plus(rows, min(seeding.num, len(rows)), seeding.seed, weights=None, trials=1)
-    drawn = np.array(rows[chosen])
-    base = torch.from_numpy(make_base(drawn.astype(np.float64), np.zeros(len(drawn))))
-    augmented = torch.ones(len(rows), rows.shape[1] + 1)
-    augmented[:, :-1] = torch.from_numpy(rows)
-    nearest = search(augmented, base, num=1).ids[:, 0].numpy()
-    return Drawn(drawn, np.bincount(nearest, minlength=len(drawn)).astype(np.float64))
+def _squares(sample: Matrix, points: NDArray[np.float32]) -> Float64:
+    centroids = points.astype(np.float64)
+    everyone = np.arange(sample.files.num_rows)
+    found = sample.candidates(centroids, np.zeros(len(points)), 1, everyone)
+    return found.distances[:, 0].astype(np.float64)
 
 
 def _plus_plus(
-    rows: Float32, num: int, seed: int, *, weights: Float64 | None, trials: int | None
-) -> np.ndarray:
+    rows: NDArray[np.float32] | Float64, num: int, seed: int, weights: Float64 | None = None
+) -> Float64:
     # a second to import, and training only reads clusters
     from sklearn.cluster import kmeans_plusplus
 
     with threadpool_limits(1):
-        _, chosen = kmeans_plusplus(
-            rows,
-            num,
-            sample_weight=weights,
-            random_state=seed % 2**32,
-            n_local_trials=trials,
-        )
-    return np.asarray(chosen)
+        chosen, _ = kmeans_plusplus(rows, num, sample_weight=weights, random_state=seed % 2**32)
+    return np.asarray(chosen, np.float64)

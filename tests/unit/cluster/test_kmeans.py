@@ -18,6 +18,7 @@ from moce_dist.cluster.nearest import (
     search_index,
     squared_distances,
 )
+from moce_dist.cluster.seeding import draw_rows
 from moce_dist.cluster.settle import settle
 from moce_dist.cluster.sweeps import add_rows, add_sorted_rows
 from moce_dist.config import ClusterConfig
@@ -191,16 +192,16 @@ def test_what_an_index_misses_is_measured(tmp_path, balance, monkeypatch):
         assert figures[0.5]["index_excess"] == pytest.approx(found / best - 1, rel=0.5)
 
 
-def test_centroids_chosen_part_by_part_are_rows_and_nearly_as_good(tmp_path, monkeypatch):
+def test_centroids_chosen_in_rounds_are_rows_and_nearly_as_good(tmp_path, monkeypatch):
     rows = mixture(4000, 6, 40, spread=0.3)
     matrix = matrix_of(tmp_path / "features", rows, block_rows=1024)
     lloyd = Lloyd(
         matrix, draw_sample(matrix, 41, 0, tmp_path / "sample.npy"), ClusterConfig(num_clusters=41)
     )
     costs = []
-    for at_once, chosen_again in ((41, 41), (9, 41), (21, 40)):
-        monkeypatch.setattr("moce_dist.cluster.seeding._AT_ONCE", at_once)
-        monkeypatch.setattr("moce_dist.cluster.seeding._CHOSEN_AGAIN", chosen_again)
+    for few, many in ((41, 41), (40, 41), (40, 40)):
+        monkeypatch.setattr("moce_dist.cluster.seeding._FEW", few)
+        monkeypatch.setattr("moce_dist.cluster.seeding._MANY", many)
         first = lloyd.first_state(3).centroids
         assert (first == lloyd.first_state(3).centroids).all()
         known = {row.tobytes() for row in np.load(tmp_path / "sample.npy")}
@@ -210,5 +211,18 @@ def test_centroids_chosen_part_by_part_are_rows_and_nearly_as_good(tmp_path, mon
         costs.append(distances.min(axis=1).sum())
     chance = rows[:41] - matrix.view.mean
     by_chance = brute_force(rows - matrix.view.mean, chance).min(axis=1).sum()
-    best, by_parts, drawn_once = costs
-    assert by_parts < 1.2 * best and drawn_once < min(3 * best, 0.7 * by_chance)
+    best, in_rounds, drawn = costs
+    assert in_rounds < 1.2 * best and drawn < min(3 * best, 0.7 * by_chance)
+
+
+def test_rows_are_drawn_far_apart_and_each_once_even_of_masses(tmp_path):
+    # ten far points and a mass of one: each of the ten is drawn, then any others
+    rows = np.zeros((400, 3), np.float32)
+    rows[::40] = 100 * np.random.default_rng(0).standard_normal((10, 3))
+    matrix = matrix_of(tmp_path / "features", rows, files=1)
+    sample = draw_sample(matrix, 20, 0, tmp_path / "sample.npy")
+    drawn = draw_rows(sample, 20, seed=1)
+    assert len(set(drawn.tolist())) == 20 and set(range(0, 400, 40)) <= set(drawn.tolist())
+    assert draw_rows(sample, 20, seed=1).tolist() == drawn.tolist()
+    assert draw_rows(sample, 400, seed=2).tolist() != list(range(400))
+    assert sorted(draw_rows(sample, 400, seed=2).tolist()) == list(range(400))
