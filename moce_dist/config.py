@@ -3,7 +3,6 @@
 Every default lives here and nowhere else. A YAML file names what differs; `load_config` merges file
 and overrides, refuses what it does not know, and reports every mistake of a request at once, each
 with its dotted path, the value and the rule. Derived values are properties, never written back.
-
 Identity fields decide what a run learns (data, model, clusters, seed, batch, groups); a run
 directory belongs to one identity. `RUNTIME_FIELDS` may change between two starts of a run.
 """
@@ -30,6 +29,7 @@ RUNTIME_FIELDS = (
     "data.allow_pipes",
     "data.max_fault_fraction",
     "data.shard_bytes",
+    "cluster.border_rows",
     "parallel.num_workers",
     "parallel.min_workers",
     "parallel.micro_batches",

@@ -27,7 +27,7 @@ Source: dual coordinate ascent for assignment, Bertsekas, "Network Optimization"
 pattern moves: Hooke and Jeeves 1961.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,10 +66,22 @@ def allowed_sizes(num_rows: int, num_clusters: int, config: ClusterConfig) -> Si
     return Sizes(0, num_rows)
 
 
+def misfits(
+    counts: Int64, prices: NDArray[Any], smallest: Int64 | int | None, largest: Int64 | int
+) -> tuple[Int64, Int64]:
+    """Return how many rows clusters have too many and too few, (K,) each.
+
+    Without a smallest size only a cluster that is full has reason to charge.
+    """
+    least = np.where(prices < 0, largest, counts) if smallest is None else smallest
+    return np.maximum(counts - largest, 0), np.maximum(least - counts, 0)
+
+
 class Ascended(NamedTuple):
     """Prices (K,), how many rows were beyond the sizes at first and are in the end, the least size.
 
-    Rows that wait count; so do those that too small clusters lack, where they are more.
+    Rows that wait count; so do those that too small clusters lack, where they are more, and those
+    that clusters lack which charge and are not full.
     """
 
     prices: Float64
@@ -135,13 +147,14 @@ class _Ascent:
 
     def __init__(self, found: Candidates, prices: Float64, sizes: Sizes, others: Others) -> None:
         self.prices = np.append(prices, 0).astype(np.float32)
+        self._pays = sizes.smallest > 0
         self._taken, step = others.counts, np.float32(_STEP * others.reach)
         self.lists_all = found.ids.shape[1] == len(prices)
         found = found if self.lists_all else _with_outside(found, prices)
         # rows of a cluster stand together in memory
         order = np.argsort(found.ids[:, 0], kind="stable")
         found = Candidates(*(part[order] for part in found))
-        highest = self._highest_prices(found, pays=sizes.smallest > 0)
+        highest = self._highest_prices(found)
         self._bounds = Bounds(
             sizes.smallest - self._taken,
             sizes.largest - self._taken,
@@ -153,11 +166,11 @@ class _Ascent:
         self._ranks = Ranks(np.zeros(pair, np.int32), np.zeros(pair, np.float32))
         rank_rows(self._lists, self.prices, self._ranks)
 
-    def _highest_prices(self, found: Candidates, *, pays: bool) -> Float32:
+    def _highest_prices(self, found: Candidates) -> Float32:
         highest = np.zeros(len(self.prices), np.float32)
-        if pays and (self.lists_all or not len(found.ids)):
+        if self._pays and (self.lists_all or not len(found.ids)):
             highest[:-1] = np.inf
-        elif pays:
+        elif self._pays:
             paid = found.distances - self.prices[found.ids]
             reach = np.quantile(paid.max(axis=1) - paid.min(axis=1), _OUTDATED)
             highest[:-1] = np.maximum(self.prices[:-1], 0) + reach
@@ -169,20 +182,24 @@ class _Ascent:
         return int(max(beyond.sum() + num_waiting, lacking.sum()))
 
     def open_excess(self) -> int:
-        """Count the same less that of clusters whose prices have moved as far as they may."""
-        beyond, lacking, _ = self._misfits()
+        """Count the same less that of clusters whose prices have moved as far as they may.
+
+        What those lack is with the others or waits, and what is too much of them the others lack.
+        """
+        beyond, lacking, num_waiting = self._misfits()
         is_highest = (self.prices >= self._bounds.highest)[:-1]
         is_lowest = (self.prices <= self._bounds.lowest)[:-1]
-        return self.excess() - int(lacking[is_highest].sum() + beyond[is_lowest].sum())
+        too_much = beyond[~is_lowest].sum() + num_waiting - lacking[is_highest].sum()
+        return int(max(too_much, lacking[~is_highest].sum() - beyond[is_lowest].sum()))
 
     def least(self) -> int:
         """Return the size of the smallest cluster."""
         return int((self._sizes()[0] + self._taken).min())
 
     def _misfits(self) -> tuple[Int64, Int64, int]:
-        sizes, num_waiting = self._sizes()
-        beyond = np.maximum(sizes - self._bounds.largest, 0)
-        return beyond, np.maximum(self._bounds.smallest - sizes, 0), num_waiting
+        counts, num_waiting = self._sizes()
+        least = self._bounds.smallest if self._pays else None
+        return *misfits(counts, self.prices[:-1], least, self._bounds.largest), num_waiting
 
     def _sizes(self) -> tuple[Int64, int]:
         *sizes, outside = np.bincount(self._ranks.ids[:, 0], minlength=len(self.prices))

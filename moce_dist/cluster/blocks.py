@@ -30,7 +30,7 @@ from moce_dist.cluster.residents import residents
 from moce_dist.mapping import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
-log = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
@@ -43,6 +43,8 @@ _GROUP_SUMS_BYTES = 2**30
 _SCAN_ROWS = 8192
 CACHED_ROWS = 256
 """Rows that stay in the processor's cache while more than one thing is done to them."""
+_LABEL_LENGTH = 200
+"""Longest name of a class."""
 _SHORTEST = 1e-12
 """Length below which a row is not scaled to 1."""
 
@@ -157,13 +159,21 @@ def _labels_of(path: Path, rows: int) -> list[str | None] | None:
         return None
     try:
         labels = json.loads(names.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         labels = None
     # labels only describe: what cannot be used of them stops nothing
     if not isinstance(labels, list) or len(labels) != rows:
-        log.warning("%s: is no list of %d labels; none of them counts", names, rows)
+        _log.warning("%s: is no list of %d labels; none of them counts", names, rows)
         return None
-    return [label if label is None else str(label) for label in labels]
+    return [clean_label(label) for label in labels]
+
+
+def clean_label(label: Any) -> str | None:
+    """Return a class, a number or a short name that can be printed, as text; of others None."""
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        return None
+    text = str(label).strip()
+    return text if text.isprintable() and 0 < len(text) <= _LABEL_LENGTH else None
 
 
 def open_array(path: Path) -> NDArray[Any]:

@@ -5,8 +5,9 @@
     encoder              |b0|      |b1|        |b2|      whoever takes the batches
 
 The decoders have one batch in hand beside the one that is waited for, so three are in memory at
-most. Every image has its slot, so a batch does not depend on who decodes what. With one thread
-there is none besides the caller's, which reads and decodes a batch when it takes it.
+most, and the stored bytes of as many. Every image has its slot, so a batch does not depend on who
+decodes what. With one thread there is none besides the caller's, which reads and decodes a batch
+when it takes it.
 
 Letters: B images of a batch, S side in pixels.
 """
@@ -20,14 +21,16 @@ from typing import IO, NamedTuple
 import fsspec
 import numpy as np
 
-from moce_dist.cluster.blocks import Float32
+from moce_dist.cluster.blocks import Float32, clean_label
 from moce_dist.data.framing import Framing, framed_image
 from moce_dist.data.images import ImageError
 from moce_dist.data.shards import Shard, class_label
 
 _BATCHES_AHEAD = 1
-_BLOCK = 512
-"""Bytes of a header in a tar, and what members are padded to."""
+_BLOCK, _MOST_BESIDE = 512, 2**16
+"""Bytes of a header in a tar, and what members are padded to; those of a sample beside its picture
+up to which a class is looked for.
+"""
 
 
 class ImageBatch(NamedTuple):
@@ -120,13 +123,15 @@ class ShardImages:
             column[row]
             for column in (self.shard.starts, self.shard.ends, self.shard.offsets, self.shard.sizes)
         )
-        # of a picture alone, behind its own header, the range tells nothing else
-        if offset - start <= _BLOCK and end - offset - size < _BLOCK:
+        # a picture alone, behind its own header, has no class; large members are not read for one
+        is_alone = offset - start <= _BLOCK and end - offset - size < _BLOCK
+        if is_alone or end - start - size > _MOST_BESIDE:
             file.seek(offset)
             return file.read(size), None
         file.seek(start)
         sample = file.read(end - start)
-        return sample[offset - start : offset - start + size], class_label(sample)
+        label = clean_label(class_label(sample))
+        return sample[offset - start : offset - start + size], label
 
     def _decoding(self, content: bytes, slot: Float32) -> Callable[[], str | None]:
         def decode() -> str | None:

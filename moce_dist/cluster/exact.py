@@ -87,6 +87,10 @@ def finish(
     at hand do not connect. `settled` (K,) counts rows besides, which stay; None comes back where
     clusters have too many of them.
     """
+    if not len(found.ids):
+        assert settled is not None
+        is_full = bool((settled > sizes.largest).any() or (settled < sizes.smallest).any())
+        return None if is_full else Finish(np.zeros(0, np.int64), prices, 0, 0, 0)
     flow = _Flow(found, prices, sizes, settled)
     num_searches = 0
     while not flow.run():

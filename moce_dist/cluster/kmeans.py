@@ -134,19 +134,18 @@ class Matrix:
         """
         sweep = replace(self.sweep(centroids, prices, num), prices=prices, reach=reach)
         labels, first = np.empty(self.files.num_rows, np.int32), 0
+        settled = np.zeros(len(prices), np.int64)
         rows, ids, distances = [], [], []
         for part in self.map_blocks(border_of_group, sweep, self._tasks()):
             labels[first : first + len(part.labels)] = part.labels
+            settled += np.bincount(part.labels, minlength=len(settled))
+            settled -= np.bincount(part.labels[part.rows], minlength=len(settled))
             rows.append(part.rows + first)
             ids.append(part.found.ids)
             distances.append(part.found.distances)
             first += len(part.labels)
-        numbers = np.concatenate(rows)
         found = Candidates(np.concatenate(ids), np.concatenate(distances))
-        counts, inside = (
-            np.bincount(each, minlength=len(prices)) for each in (labels, labels[numbers])
-        )
-        return Border(labels, numbers, found, counts - inside, prices, reach)
+        return Border(labels, np.concatenate(rows), found, settled, prices, reach)
 
     def distances(self, centroids: Float64, labels: Int32) -> Iterator[tuple[int, Float64]]:
         """Yield the squared distances of all rows to the centroids of their labels, part by part.

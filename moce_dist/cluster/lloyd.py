@@ -43,8 +43,8 @@ that size is so large that it is not mere chance which rows of the sample it is.
 _CLOSE, _FINEST = 0.01, 0.001
 """Shares of a sample's rows beyond the sizes at which prices are good enough, and very good."""
 _SPLIT = 1 / 1024
-_NOT_OF_CLUSTERS = {"encoder", "batch_size", "with_prices"}
-"""Settings of how features come about, and of what is done with clusters."""
+_NOT_OF_CLUSTERS = {"encoder", "batch_size", "with_prices", "border_rows"}
+"""Settings of how features come about, of what is done with clusters, and of memory."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ Only rows between two clusters decide. Of more than `cluster.border_rows` rows a
 candidates of those alone (`candidates.py`, Border): a sample of that size finds prices, and tells
 how far apart the two best clusters of such a row are; then prices move in steps that leave all
 others where they are, with a search of all rows after each, until few rows are beyond the sizes.
-The exact finish moves these; where its prices go too far for the others, it goes on from another
-search. So what the calling process holds are labels of all rows and candidates of so many.
+A sample of few rows is corrected by the sizes that all rows have under its prices. The exact finish
+moves what is left; where the border is too narrow for that, or its prices go too far for the
+others, it goes on from another search with a wider one. So what the calling process holds are
+labels of all rows and candidates of about so many.
 
 What is not a sweep happens in the calling process on one thread, so no result depends on the number
 of workers.
@@ -22,7 +24,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.balance import Others, allowed_sizes, ascend
+from moce_dist.cluster.balance import (
+    Ascended,
+    Others,
+    Sizes,
+    allowed_sizes,
+    ascend,
+    misfits,
+)
 from moce_dist.cluster.blocks import Float64
 from moce_dist.cluster.candidates import Border, Candidates, Int32, Int64, margins_of
 from moce_dist.cluster.exact import Finish, dual_bound, finish
@@ -32,11 +41,9 @@ from moce_dist.cluster.nearest import measure_index
 
 _log = logging.getLogger(__name__)
 _SEARCHES, _BORDER_SEARCHES = 4, 16
-"""Searches of all rows for prices at most, and of rows between clusters."""
-_FINISHES, _WIDER = 4, 8
-"""Searches after a finish whose prices went too far for the rows that a border left out; how many
-times its reach where no way leads on.
-"""
+"""Searches of all rows for prices at most: of a sample's, or all at hand; between clusters."""
+_WIDER = 8
+"""How many times as far a border reaches that was not wide enough for an exact finish."""
 _FINEST, _CURRENT, _FEW = 0.0001, 0.01, 0.001
 """Shares of rows beyond the sizes: at which prices are not improved any more; under the prices of
 the search, at which its lists are up to date; which the exact finish moves soon.
@@ -91,85 +98,115 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
 
 
 class _Balance:
-    """Prices of all rows and what the last search under them has found."""
+    """Prices of all rows, and what the last search under them has found."""
 
     def __init__(self, lloyd: Lloyd, centroids: Float64) -> None:
         config = lloyd.config
         self._lloyd, self._matrix, self._centroids = lloyd, lloyd.matrix, centroids
         self._num = min(config.num_candidates, config.num_clusters)
-        self._sizes = allowed_sizes(lloyd.matrix.files.num_rows, config.num_clusters, config)
-
-    def _search(self, prices: Float64, reach: float) -> Border:
-        return self._matrix.border(self._centroids, prices, self._num, reach)
+        self._num_rows, num_clusters = lloyd.matrix.files.num_rows, config.num_clusters
+        self._sizes = allowed_sizes(self._num_rows, num_clusters, config)
+        most = max(config.border_rows, _ROWS_PER_CLUSTER * num_clusters)
+        # one cluster has no border
+        self._num_held = self._num_rows if num_clusters == 1 else min(most, self._num_rows)
+        self._border: Border | None = None
 
     def find_prices(self, first: Float64) -> Float64:
         """Find prices (K,) that balance all rows nearly, from those of the last iteration on."""
-        prices, reach = self._lloyd.prices(self._centroids, first), np.inf
-        num_rows = self._matrix.files.num_rows
-        most = max(self._lloyd.config.border_rows, _ROWS_PER_CLUSTER * len(prices))
-        if num_rows > most:
-            prices, reach = self._of_some(prices, most)
-        for attempt in range(_SEARCHES if reach == np.inf else _BORDER_SEARCHES):
-            self._border = self._search(prices, reach)
-            others = Others(self._border.settled, reach)
-            done = ascend(
-                self._border.found,
-                prices,
-                self._sizes,
-                rounds=PRICE_ROUNDS,
-                close=_FINEST,
-                others=others,
-            )
-            prices = done.prices
-            _log.info(
-                "prices of all rows, search %d: %d rows beyond the sizes, then %d; %d rows between "
-                "clusters",
-                attempt + 1,
-                done.excess_before,
-                done.excess,
-                len(self._border.rows),
-            )
-            if done.excess_before <= _CURRENT * num_rows and done.excess <= _FEW * num_rows:
+        self._prices, self._reach = self._lloyd.prices(self._centroids, first), np.inf
+        if self._num_held < self._num_rows:
+            self._balance_sample()
+        for _ in range(_SEARCHES if self._reach == np.inf else _BORDER_SEARCHES):
+            if self._improve():
                 break
-        self._prices = prices
-        return prices
+        return self._prices
 
-    def _of_some(self, prices: Float64, num: int) -> tuple[Float64, float]:
-        """Balance `num` rows spread over all; tell how far apart the two best of as many are."""
-        num_rows, config = self._matrix.files.num_rows, self._lloyd.config
-        parts = np.random.default_rng(len(prices)).random(num) + np.arange(num)
-        rows = np.unique((parts * (num_rows / num)).astype(np.int64))
-        sizes = allowed_sizes(len(rows), len(prices), config)
+    def _search(self) -> Border:
+        # not two of them at a time
+        self._border = None
+        self._border = self._matrix.border(self._centroids, self._prices, self._num, self._reach)
+        # the next one, where the sample was too small to tell the reach
+        missing = self._num_held / max(len(self._border.rows), 1)
+        self._reach *= min(max(missing, 1), _WIDER)
+        return self._border
+
+    def _improve(self) -> bool:
+        """Improve the prices by the rows at hand; tell whether few are left to an exact finish."""
+        border = self._border or self._search()
+        others = Others(border.settled, border.reach)
+        done = self._ascend(border.found, self._sizes, others)
+        _log.info(
+            "prices of all rows: %d rows beyond the sizes, then %d; %d rows between clusters",
+            done.excess_before,
+            done.excess,
+            len(border.rows),
+        )
+        # what was found is out of date
+        self._border, self._last = None, border
+        is_current = done.excess_before <= _CURRENT * self._num_rows
+        return is_current and done.excess <= _FEW * self._num_rows
+
+    def _ascend(self, found: Candidates, sizes: Sizes, others: Others) -> Ascended:
+        done = ascend(found, self._prices, sizes, rounds=PRICE_ROUNDS, close=_FINEST, others=others)
+        self._prices = done.prices
+        return done
+
+    def _balance_sample(self) -> None:
+        """Balance rows spread over all, corrected by the sizes that all have under the prices."""
+        num_rows, num_held = self._num_rows, self._num_held
+        parts = np.random.default_rng(0).random(num_held) + np.arange(num_held)
+        rows = np.unique((parts * (num_rows / num_held)).astype(np.int64))
+        missing = np.zeros(len(self._prices), np.int64)
         for _ in range(_SEARCHES):
-            found = self._matrix.candidates(self._centroids, prices, self._num, rows)
-            done = ascend(found, prices, sizes, rounds=PRICE_ROUNDS, close=_FINEST)
-            prices = done.prices
+            found = self._balance_some(rows, missing)
+            margins = margins_of(found, self._prices)
+            # a mass of one point is divided between clusters, whatever the reach
+            margins = margins[margins > _TIE * found.distances.mean()]
+            self._reach = np.inf
+            if len(margins):
+                self._reach = float(np.quantile(margins, num_held / num_rows))
+            border = self._search()
+            between, sampled = (
+                np.bincount(border.labels[each], minlength=len(missing))
+                for each in (border.rows, rows)
+            )
+            counts = border.settled + between
+            smallest, largest = self._sizes
+            wrong = misfits(counts, self._prices, smallest or None, largest)
+            excess = max(each.sum() for each in wrong)
+            _log.info("prices of a sample: %d of all rows beyond the sizes", excess)
+            if excess <= _CURRENT * num_rows:
+                break
+            missing = np.rint(counts * (len(rows) / num_rows)).astype(np.int64) - sampled
+            missing[counts.argmax()] -= missing.sum()
+
+    def _balance_some(self, rows: Int64, missing: Int64) -> Candidates:
+        sizes = allowed_sizes(len(rows), len(missing), self._lloyd.config)
+        for _ in range(_SEARCHES):
+            found = self._matrix.candidates(self._centroids, self._prices, self._num, rows)
+            done = self._ascend(found, sizes, Others(missing, np.inf))
             if done.excess_before <= _CURRENT * len(rows):
                 break
-        margins = margins_of(found, prices)
-        # a mass of one point is divided between clusters, whatever the reach
-        margins = margins[margins > _TIE * found.distances.mean()]
-        return prices, float(np.quantile(margins, num / num_rows)) if len(margins) else np.inf
+        return found
 
     def finish(self) -> tuple[Int32, Finish]:
         """Return labels (n,) of the wanted sizes at the least cost, and how they came about."""
-        num_searches, reach, prices = 0, self._border.reach, self._prices
         while True:
-            border = self._border
+            border = self._last
 
             def nearest(charged: Float64, rows: Int64 = border.rows) -> Candidates:
                 return self._matrix.candidates(self._centroids, charged, self._num, rows)
 
-            done = finish(border.found, prices, nearest, self._sizes, border.settled)
-            if done is None:
-                reach *= _WIDER
-            elif num_searches == _FINISHES or np.ptp(done.prices - border.prices) <= reach:
-                border.labels[border.rows] = done.labels
-                return border.labels, done
-            else:
-                prices = done.prices
-            self._border = self._search(prices, reach)
-            num_searches += 1
+            done = finish(border.found, self._prices, nearest, self._sizes, border.settled)
+            if done is not None:
+                if np.ptp(done.prices - border.prices) <= border.reach:
+                    border.labels[border.rows] = done.labels
+                    return border.labels, done
+                self._prices = done.prices
+            # with all rows at hand it ends
+            self._reach *= _WIDER
+            del border
+            self._improve()
 
 
 def _index_figures(

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from moce_dist.data.images import Encoded, Sample, eval_image, open_image, open_picture, to_sample
-from moce_dist.data.resize import Pixels, Size, resize_all
+from moce_dist.data.resize import Pixels, Size
 
 MODES = ("center", "squash", "border")
 METHODS = tuple(method.name.lower() for method in Image.Resampling)
@@ -66,14 +66,11 @@ def framed_image(content: Encoded, side: int, framing: Framing | None) -> Sample
     if framing is None:
         return eval_image(content, side)
     picture = open_picture(content)
-    whole = Size(picture.width, picture.height)
-    size = framing.resized(whole, side)
+    size = framing.resized(Size(picture.width, picture.height), side)
     if max(size) > _MAX_ASPECT * side:
         pixels = _middle(content, size, side, framing.method)
     else:
-        pixels, reduction = picture.whole(_SPARE * size.width, _SPARE * size.height)
-        extent = whole.width / reduction, whole.height / reduction
-        pixels = resize_all(pixels, extent, size, framing.method)
+        pixels = picture.resized(size, framing.method, _SPARE)
     return to_sample(_square(pixels, side, framing.fill))
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from moce_dist.data.orientation import AS_STORED, DAMAGE, Turn, read_turn
-from moce_dist.data.resize import Pixels, resize
+from moce_dist.data.resize import Pixels, Size, resize, resize_all
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,21 +162,27 @@ class Jpeg:
         left, upper, right, lower = (edge / reduction for edge in stored)
         return self.turn.apply(resize(pixels, (left, upper, right, lower), size))
 
-    def whole(self, width: int, height: int) -> tuple[Pixels, int]:
-        """Decode all of it, (H / r, W / r, 3), at 1 / r of its size; return r beside it.
+    def resized(self, size: Size, method: str, spare: int) -> Pixels:
+        """Resize all of it, (height, width, 3), from a picture decoded at a part of its own size.
 
-        That keeps at least `width` x `height` pixels where the picture has them. At r = 1 the
-        pixels are Pillow's.
+        That has at least `spare` times the pixels, in each direction, where the picture has them.
 
         Raises:
             ImageError: see `open_image`.
         """
-        fits = (r for r in _REDUCTIONS if self.width >= r * width and self.height >= r * height)
+        fits = (
+            r
+            for r in _REDUCTIONS
+            if self.width >= r * spare * size.width and self.height >= r * spare * size.height
+        )
         reduction = next(fits, 1)
         pixels = self._decode(reduction, is_fast=False)
         if pixels is None:
-            return decode_image(self.content), 1
-        return self.turn.apply(pixels), reduction
+            return Decoded(open_image(self.content)).resized(size, method, spare)
+        # as stored, for its last row or column may be a part of one
+        extent = self.stored_width / reduction, self.stored_height / reduction
+        stored = Size(*size[::-1]) if self.turn.swap else size
+        return self.turn.apply(resize_all(pixels, extent, stored, method))
 
     def _decode(self, reduction: int, *, is_fast: bool) -> Pixels | None:
         try:
@@ -214,9 +220,9 @@ class Decoded:
         """See `Picture`."""
         return resize(np.asarray(self.image), box, size)
 
-    def whole(self, _width: int, _height: int) -> tuple[Pixels, int]:
+    def resized(self, size: Size, method: str, _spare: int) -> Pixels:
         """See `Jpeg`; it is there in full."""
-        return np.asarray(self.image), 1
+        return resize_all(np.asarray(self.image), self.image.size, size, method)
 
 
 def open_picture(content: Encoded) -> Jpeg | Decoded:

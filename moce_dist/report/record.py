@@ -176,7 +176,7 @@ def _read_summary(path: Path) -> Line:
     summary = _read_object(path)
     np.array(summary.get("sizes_without_balance", []), np.int64)
     for mix in summary.get("labels", []):
-        dict(mix), sum(mix.values())
+        sum(dict(mix).values())
     for name in (
         "nmi",
         "label_nmi",

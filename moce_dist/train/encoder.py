@@ -235,8 +235,9 @@ def same_encoder(run: Run, config: Config) -> str:
         ConfigError: it is gone, or is not the one that the clusters' features were made with.
     """
     now, marker = encoder_id(config), read_marker(run.features)
-    if marker is not None and marker["inputs"].get("encoder") != now:
+    if marker is not None and (was := marker["inputs"].get("encoder")) != now:
         raise ConfigError(
-            f"cluster.encoder ({config.cluster.encoder}): is not what {run.features} was made with"
+            f"cluster.encoder ({config.cluster.encoder}): is not what {run.features} was made with "
+            f"({was}, now {now})"
         )
     return now

@@ -94,6 +94,82 @@ def test_masses_of_one_point_are_all_between_clusters(tmp_path):
     assert found.figures["cost"] == pytest.approx(bound, rel=1e-6)
 
 
+def blobs(num_clusters, seed):
+    """Tight and far apart, so that hardly any row is between two, of unequal sizes."""
+    draws = np.random.default_rng(seed)
+    centres = draws.standard_normal((num_clusters, 1)) * 100
+    groups = draws.choice(num_clusters, 4483, p=draws.dirichlet(np.ones(num_clusters)))
+    return (centres[groups] + 0.01 * draws.standard_normal((4483, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("seed", [4, 26, 41, 44, 45])
+def test_a_border_that_is_too_narrow_grows_until_the_finish_is_right(tmp_path, seed):
+    config = ClusterConfig(num_clusters=7, iterations=5)
+    lloyd = lloyd_of(tmp_path, blobs(7, seed), config)
+    state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
+    settled = settle(with_border(lloyd, 1), state)
+    sizes = np.bincount(settled.labels, minlength=7)
+    assert sizes.max() - sizes.min() <= 1
+    figures = settled.figures
+    assert figures["cost"] == pytest.approx(figures["cost_lower_bound"], rel=1e-4)
+
+
+@pytest.mark.parametrize("balance", ["exact", "soft"])
+def test_one_cluster_has_no_border(tmp_path, balance):
+    config = ClusterConfig(num_clusters=1, iterations=2, balance=balance, border_rows=1)
+    lloyd = lloyd_of(tmp_path, mixture(300, 2, 3), config)
+    state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
+    assert settle(lloyd, state).labels.tolist() == [0] * 300
+
+
+def test_few_distinct_points(tmp_path):
+    draws = np.random.default_rng(3)
+    rows = draws.standard_normal((6, 2)).astype(np.float32)[draws.integers(0, 6, 3000)]
+    for num_clusters in (2, 5, 8):
+        config = ClusterConfig(num_clusters=num_clusters, iterations=3, border_rows=1)
+        lloyd = lloyd_of(tmp_path, rows, config)
+        file = tmp_path / f"{num_clusters}.npz"
+        state = kmeans(lloyd, seed=0, state_file=file)
+        sizes = np.bincount(settle(lloyd, state).labels, minlength=num_clusters)
+        assert sizes.max() - sizes.min() <= 1
+
+
+def test_a_finish_of_no_rows_tells_whether_the_others_fit():
+    nothing = Candidates(np.zeros((0, 2), np.int32), np.zeros((0, 2), np.float32))
+    done = finish(nothing, np.zeros(2), lambda _: nothing, Sizes(4, 5), np.array([4, 5]))
+    assert done is not None and not len(done.labels)
+    assert finish(nothing, np.zeros(2), lambda _: nothing, Sizes(4, 5), np.array([3, 6])) is None
+
+
+def test_soft_prices_charge_only_for_what_is_full(tmp_path):
+    rows = np.random.default_rng(1).standard_normal((15_365, 2)) ** 3
+    config = ClusterConfig(num_clusters=6, iterations=5, balance="soft", soft_bound=1.1)
+    lloyd = lloyd_of(tmp_path, rows.astype(np.float32), config)
+    state = kmeans(lloyd, seed=1, state_file=tmp_path / "state.npz")
+    expected, found = settle(lloyd, state), settle(with_border(lloyd, 400), state)
+    assert found.figures["cost"] <= 1.01 * expected.figures["cost"]
+    sizes = np.bincount(found.labels, minlength=6)
+    assert sizes.max() <= 2816
+
+
+def test_a_small_sample_is_corrected_by_the_sizes_of_all_rows(tmp_path, monkeypatch):
+    # 640 of 96,000 rows: every cluster of the sample is off by a tenth, by more than a step mends
+    lloyd = lloyd_of(tmp_path, mixture(96_000, 3, 12, seed=2), ClusterConfig(num_clusters=10))
+    state = State(lloyd.first_state(0).centroids, np.zeros(10))
+    held, border = [], Matrix.border
+
+    def noted(*given):
+        held.append(len(border(*given).rows))
+        return border(*given)
+
+    monkeypatch.setattr(Matrix, "border", noted)
+    settled = settle(with_border(lloyd, 640), state)
+    assert np.bincount(settled.labels).tolist() == [9600] * 10
+    assert max(held) < 20_000 and len(held) < 20
+    figures = settled.figures
+    assert figures["cost"] == pytest.approx(figures["cost_lower_bound"], rel=1e-6)
+
+
 def test_prices_that_start_far_off_get_there_step_by_step(tmp_path):
     rows = mixture(5000, 6, 10, seed=5)
     lloyd = lloyd_of(tmp_path, rows, ClusterConfig(num_clusters=6, iterations=3))

@@ -12,12 +12,15 @@ from PIL import Image
 from sklearn.metrics import normalized_mutual_info_score
 
 from moce_dist.cluster.assign import run_clustering
+from moce_dist.cluster.blocks import clean_label
 from moce_dist.cluster.existing import assign_folder
 from moce_dist.cluster.features import EncoderSpec, FeatureJob, begin_features, extract_shard
 from moce_dist.config import ClusterConfig
 from moce_dist.data.shards import class_label, scan_shard
 from moce_dist.report.record import Clusters
 from moce_dist.report.summary import cluster_notes, label_mix
+
+NO_LABELS = (None, True, ["a"], {"a": 1}, "", " ", "\ud800", "a\x1b[31m", "a\nb", "x" * 201)
 
 
 def png(level):
@@ -82,7 +85,7 @@ def test_labels_that_webdataset_wrote(tmp_path):
     assert extract(tmp_path, tmp_path / "w.tar") == ["0", "1", "2", "0", "1", "2"]
 
 
-@pytest.mark.parametrize("content", [b"", b"  ", b"\xff\xfe", b"x" * 3000])
+@pytest.mark.parametrize("content", [b"", b"  ", b"\xff\xfe", b"x" * 3000, b"\x1b[31m", b"a\nb"])
 def test_what_is_no_short_text_is_no_label(tmp_path, content):
     tar_of(tmp_path / "s.tar", [("0", {"png": png(0), "cls": content})])
     assert extract(tmp_path, tmp_path / "s.tar") is None
@@ -167,7 +170,7 @@ def test_of_many_labels_the_commonest_of_a_cluster_are_listed(tmp_path):
     assert len(blob) == 200
 
 
-@pytest.mark.parametrize("broken", ["", "{", '{"a": 1}', "[1, 2]", "\udcff"])
+@pytest.mark.parametrize("broken", ["", "{", '{"a": 1}', "[1, 2]", "\udcff", "[" * 10**5])
 def test_labels_that_cannot_be_read_are_not_told_and_stop_nothing(tmp_path, broken, caplog):
     features_of(tmp_path / "features", some_labels)
     path = tmp_path / "features" / "a.labels.json"
@@ -175,6 +178,14 @@ def test_labels_that_cannot_be_read_are_not_told_and_stop_nothing(tmp_path, brok
     summary, cluster = clustered(tmp_path)
     assert summary["labelled"] == sum(label is not None for label in some_labels(cluster)[90:])
     assert f"{path}: is no list of 90 labels" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("label", "text"),
+    [(3, "3"), (" a cat ", "a cat"), ("é", "é"), (1.5, "1.5"), *((x, None) for x in NO_LABELS)],
+)
+def test_a_label_is_a_short_text_that_can_be_printed(label, text):
+    assert clean_label(label) == text
 
 
 @pytest.mark.parametrize("labels", [None, lambda _: [None] * 200, lambda _: [3] * 200])

@@ -93,9 +93,11 @@ def test_jpeg_is_that_of_timm_and_near_where_it_is_decoded_at_a_part_of_its_size
             assert levels(eval_image(content, 64) - expected).mean() > 5 * near
 
 
+@pytest.mark.parametrize("size", [(300, 200), (1801, 1303)])
 @pytest.mark.parametrize("tag", range(1, 9))
-def test_stored_orientation_is_undone_before(tag):
-    picture = picture_of(300, 200).filter(ImageFilter.GaussianBlur(3))
+def test_stored_orientation_is_undone_before(tag, size):
+    # of the large one an eighth is decoded, whose last column and row stand for less than others
+    picture = picture_of(*size).filter(ImageFilter.GaussianBlur(3))
     exif = Image.Exif()
     exif[0x0112] = tag
     content = encode(picture, "JPEG", quality=95, exif=exif)
