@@ -110,6 +110,7 @@ class _Balance:
         # one cluster has no border
         self._num_held = self._num_rows if num_clusters == 1 else min(most, self._num_rows)
         self._border: Border | None = None
+        self._last: Border | None = None
 
     def find_prices(self, first: Float64) -> Float64:
         """Find prices (K,) that balance all rows nearly, from those of the last iteration on."""
@@ -123,12 +124,12 @@ class _Balance:
 
     def _search(self) -> Border:
         # not two of them at a time
-        self._border = None
-        self._border = self._matrix.border(self._centroids, self._prices, self._num, self._reach)
-        # the next one, where the sample was too small to tell the reach
-        missing = self._num_held / max(len(self._border.rows), 1)
-        self._reach *= min(max(missing, 1), _WIDER)
-        return self._border
+        self._border = self._last = None
+        border = self._matrix.border(self._centroids, self._prices, self._num, self._reach)
+        # of the next one, where a small sample has told too little
+        self._reach *= min(max(self._num_held / max(len(border.rows), 1), 1), _WIDER)
+        self._border = border
+        return border
 
     def _improve(self) -> bool:
         """Improve the prices by the rows at hand; tell whether few are left to an exact finish."""
@@ -193,6 +194,7 @@ class _Balance:
         """Return labels (n,) of the wanted sizes at the least cost, and how they came about."""
         while True:
             border = self._last
+            assert border is not None
 
             def nearest(charged: Float64, rows: Int64 = border.rows) -> Candidates:
                 return self._matrix.candidates(self._centroids, charged, self._num, rows)

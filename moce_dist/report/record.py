@@ -110,7 +110,7 @@ class Record:
             return None
         try:
             return read(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             self.problems.append(f"{path.relative_to(self.root)}: {' '.join(str(error).split())}")
             return None
 
@@ -176,7 +176,9 @@ def _read_summary(path: Path) -> Line:
     summary = _read_object(path)
     np.array(summary.get("sizes_without_balance", []), np.int64)
     for mix in summary.get("labels", []):
-        sum(dict(mix).values())
+        if not isinstance(mix, dict):
+            raise TypeError("labels: must hold a JSON object for every cluster")
+        sum(mix.values())
     for name in (
         "nmi",
         "label_nmi",

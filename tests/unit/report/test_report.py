@@ -285,9 +285,13 @@ def test_many_domains_are_few_colours(finished):
     assert "others" not in cluster_sizes(record.clusters)
 
 
-def test_damaged_pictures_of_clusters_are_named(finished):
+@pytest.mark.parametrize(
+    "summary",
+    ["[]", '{"labels": [[]]}', '{"labels": [3]}', '{"labels": [{"a": "b"}]}', "[" * 10**5],
+)
+def test_damaged_pictures_of_clusters_are_named(finished, summary):
     (finished / "clusters" / "centroids.npy").write_text("no array")
-    (finished / "clusters" / "summary.json").write_text("[]")
+    (finished / "clusters" / "summary.json").write_text(summary)
     text = Page(write_report(finished)).text
     assert "could not read clusters/centroids.npy" in text
     assert "could not read clusters/summary.json" in text
