@@ -183,7 +183,7 @@ def test_nodes_without_room_end_in_an_error_that_names_them(nodes, pretrain, par
         f"2 values of the node label {GROUP_LABEL} are needed, each with 2 free CPU",
         f"{GROUP_LABEL}=g0 on ", "has 2 free CPU", f"{GROUP_LABEL}=g1 on ", "has 1 free CPU",
     )  # fmt: skip
-    assert time.monotonic() - begin < 120
+    assert time.monotonic() - begin < 400
 
 
 @pytest.mark.long
