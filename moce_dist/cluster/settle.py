@@ -192,8 +192,9 @@ class _Balance:
 
     def finish(self) -> tuple[Int32, Finish]:
         """Return labels (n,) of the wanted sizes at the least cost, and how they came about."""
+        num_tried = 0
         while True:
-            border = self._last
+            border, num_tried = self._last, num_tried + 1
             assert border is not None
 
             def nearest(charged: Float64, rows: Int64 = border.rows) -> Candidates:
@@ -205,8 +206,8 @@ class _Balance:
                     border.labels[border.rows] = done.labels
                     return border.labels, done
                 self._prices = done.prices
-            # with all rows at hand it ends
-            self._reach *= _WIDER
+            # with all rows at hand it ends; prices that went on are nearer, and mostly suffice
+            self._reach *= _WIDER if done is None else min(num_tried, 2)
             del border
             self._improve()
 
