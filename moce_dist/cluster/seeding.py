@@ -24,6 +24,7 @@ _ROWS_PER_CLUSTER, _FEWEST_ROWS = 64, 16_384
 _FEW, _MANY = 1024, 8192
 """Most clusters that are chosen from all rows, and from rows drawn before."""
 _ROUNDS, _OVERSAMPLED = 5, 4
+"""Rounds of drawing; rows that they draw, over the clusters, where these are chosen from them."""
 
 
 def choose_centroids(sample: Matrix, num_clusters: int, seed: int) -> Float64:

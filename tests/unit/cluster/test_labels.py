@@ -92,6 +92,13 @@ def test_what_is_no_short_text_is_no_label(tmp_path, content):
     assert class_label(b"no tar" * 200) is None
 
 
+@pytest.mark.parametrize(("size", "labels"), [(60_000, ["7"]), (70_000, None)])
+def test_large_members_are_not_read_for_a_label(tmp_path, size, labels):
+    sample = {"png": png(0), "cls": b"7", "json": b" " * size}
+    tar_of(tmp_path / "s.tar", [("0", sample)])
+    assert extract(tmp_path, tmp_path / "s.tar") == labels
+
+
 def test_labels_of_other_inputs_are_removed(tmp_path):
     tar_of(tmp_path / "s.tar", [("0", {"png": png(0), "cls": b"1"})])
     assert extract(tmp_path, tmp_path / "s.tar") == ["1"]
