@@ -1,4 +1,4 @@
-"""Pre-train: masked autoencoder, features, clusters, cluster-sharded tars, experts.
+"""Pre-train: masked autoencoder, features, clusters, cluster-sharded tars, experts, control.
 
 python jobs/pretrain.py                                  the quickstart, on real images, no GPU
 python jobs/pretrain.py --config configs/pretrain/vit_base.yaml --run base
@@ -11,20 +11,21 @@ from pathlib import Path
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, DataConfig, load_config
-from moce_dist.continued import base_of, check_base
+from moce_dist.continued import base_control, base_of, check_base
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run import COMPLETE, Run, open_run, resolve_run
 from moce_dist.settings import ConfigError
 
-STAGES = ("all", "mae", "cluster", "moce")
+STAGES = ("all", "mae", "cluster", "moce", "control")
+TRAINED = ("mae", "moce", "control")
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def main(argv: Sequence[str]) -> None:
     """Parse the request, check it, run the stages."""
     parser = job_parser(
-        "Pre-train MoCE: mae -> features -> cluster -> reshard -> moce.",
+        "Pre-train MoCE: mae -> features -> cluster -> reshard -> moce (-> control).",
         "python jobs/pretrain.py --config configs/quickstart.yaml --run quickstart",
     )
     parser.add_argument("--stage", choices=STAGES, default="all", help="run one stage only")
@@ -53,9 +54,9 @@ def check_request(config: Config, stage: str) -> None:
         raise ConfigError("data.source = '': must name images, e.g. --set data.source=folder:PATH")
     world_size = os.environ.get("WORLD_SIZE")
     if "RANK" in os.environ and world_size is not None:
-        if stage not in ("mae", "moce"):
-            raise ConfigError(f"--stage {stage}: under torchrun only mae or moce")
-        batch_size = getattr(config, stage).batch_size
+        if stage not in TRAINED:
+            raise ConfigError(f"--stage {stage}: under torchrun only {', '.join(TRAINED)}")
+        batch_size = (config.mae if stage == "mae" else config.moce).batch_size
         legal = config.parallel.worker_counts(batch_size)
         if int(world_size) not in legal:
             raise ConfigError(
@@ -95,10 +96,12 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
     width = 2 if parallel.precision == "bf16" else 4
     is_elastic = parallel.fewest_workers < parallel.num_workers
     fewest = f" (at least {parallel.fewest_workers})" if is_elastic else ""
+    every = "mae, cluster, moce" + (", control" if config.control else "")
     return [
         f"run        {root}",
-        f"stages     {'mae, cluster, moce' if stage == 'all' else stage}",
+        f"stages     {every if stage == 'all' else stage}",
         *base_lines(config),
+        *control_lines(config, stage),
         f"data       {config.data.source}, {config.data.image_size} px",
         f"encoder    width {shape.width}, depth {shape.depth}, heads {shape.num_heads}, "
         f"{visible} of {config.num_patches + 1} tokens visible",
@@ -129,6 +132,22 @@ def base_lines(config: Config) -> list[str]:
     ]
 
 
+def control_lines(config: Config, stage: str) -> list[str]:
+    """Describe stage control, where it is wanted."""
+    if stage != "control" and not (stage == "all" and config.control):
+        return []
+    if config.moe.kind == "dense":
+        return ["control    stage moce of a run without experts is the control itself"]
+    base = base_of(config)
+    folder = base_control(base)
+    origin = "the MAE" if folder is None else str(folder)
+    missing = f"; {base.root} has no control" if base is not None and folder is None else ""
+    return [
+        f"control    from {origin}{missing}: no experts, else the images, steps and schedule of "
+        "stage moce"
+    ]
+
+
 def run_stage(run: Run, config: Config, stage: str) -> None:
     """Run the requested stages."""
     from moce_dist.pipeline import Pipeline
@@ -139,6 +158,7 @@ def run_stage(run: Run, config: Config, stage: str) -> None:
         "mae": pipeline.mae,
         "cluster": pipeline.cluster,
         "moce": pipeline.moce,
+        "control": pipeline.control,
     }
     steps[stage]()
 

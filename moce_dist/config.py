@@ -18,6 +18,7 @@ from moce_dist.workers import legal_worker_counts
 
 RUNTIME_FIELDS = (
     "run",
+    "control",
     "data.loader_processes",
     "data.prefetch_batches",
     "data.stall_timeout_s",
@@ -475,6 +476,8 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     mae: StageConfig = StageConfig()
     moce: StageConfig = StageConfig(epochs=200)
+    control: bool = False
+    """Also train the MAE on with the images and steps of stage moce, for a fair comparison."""
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -485,6 +488,11 @@ class Config(Section):
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the encoder blocks that carry experts."""
         return self.moe.layer_indices(self.model.shape.depth)
+
+    @property
+    def without_experts(self) -> "Config":
+        """The same request for a model without experts."""
+        return self.model_copy(update={"moe": self.moe.model_copy(update={"kind": "dense"})})
 
     @property
     def num_patches(self) -> int:

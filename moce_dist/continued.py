@@ -5,6 +5,7 @@ With `base_run` nothing is learnt anew that is there already:
     BASE/mae       its last checkpoint is linked to RUN/mae: the encoder of all features
     BASE/clusters  the images of data.source are assigned to them: RUN/clusters
     BASE/moce      the experts and the gate that stage moce starts from
+    BASE/control   the weights that stage control starts from; without it, those of the MAE
 
 Optimiser, learning rate, routing and the gate's noise begin as for any stage. Weights and clusters
 mean something only under the settings that they were made with, so those must be the same.
@@ -77,6 +78,13 @@ def check_base(config: Config, root: Path) -> Run | None:
         if read_marker(base.root / name) is None:
             raise ConfigError(f"base_run {base.root}: is not finished, {name} is not complete")
     return base
+
+
+def base_control(base: Run | None) -> Path | None:
+    """Folder of the base run's control; None where it has none that is finished."""
+    if base is None or read_marker(base.stage("control")) is None:
+        return None
+    return base.stage("control")
 
 
 def unlike(config: Config, base: Config) -> list[str]:

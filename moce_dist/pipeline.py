@@ -1,12 +1,12 @@
 """The stages of a run in order, each a named artefact that is made once.
 
-    images -> ingested/ -> mae/ -> features/ -> clusters/ -> shards/ -> moce/
+    images -> ingested/ -> mae/ -> features/ -> clusters/ -> shards/ -> moce/ -> control/
 
 A stage is skipped when its artefact is complete and was made from the same inputs; otherwise it is
 made, or taken up where it stopped. This module only wires chapters to `launch`.
 
-A run with `base_run` (continued.py) trains no stage mae and makes no clusters: it takes those of
-that run.
+Stage control is wanted with `control: true`. A run with `base_run` (continued.py) trains no stage
+mae and makes no clusters: it takes those of that run.
 """
 
 import logging
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from moce_dist.cluster.assign import read_assignments, read_summary, run_clustering
 from moce_dist.cluster.existing import assign_folder, assign_table
@@ -29,7 +29,7 @@ from moce_dist.cluster.features import (
 )
 from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
-from moce_dist.continued import check_base
+from moce_dist.continued import base_control, check_base
 from moce_dist.crew import gets_gpu, hold_crew
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
@@ -47,10 +47,10 @@ from moce_dist.run import (
     read_marker,
 )
 from moce_dist.settings import ConfigError
-from moce_dist.train.checkpoint import latest_checkpoint
+from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
 from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
-from moce_dist.train.job import HOLDOUT_TABLE, StageJob
+from moce_dist.train.job import HOLDOUT_TABLE, StageJob, StageName
 
 log = logging.getLogger(__name__)
 HOLDOUT = "holdout"
@@ -68,6 +68,8 @@ class Pipeline:
         self.mae()
         self.cluster()
         self.moce()
+        if self.config.control:
+            self.control()
 
     @property
     def _map_tasks(self) -> MapTasks:
@@ -257,32 +259,38 @@ class Pipeline:
 
     def moce(self) -> None:
         """Train the experts on the cluster-sharded tars."""
+        self._train_on("moce", None if self.base is None else self.base.stage("moce"))
+
+    def control(self) -> None:
+        """Train the MAE on as long as the experts: the same images, steps and schedule."""
+        if self.config.moe.kind == "dense":
+            log.info("control: stage moce of a run without experts is the control itself")
+            return
+        self._train_on("control", base_control(self.base))
+
+    def _train_on(self, stage: StageName, base: Path | None) -> None:
+        # from the same stage of another run, else from the MAE
         inputs = {
             "shards": artefact_id(self.run.shards),
             "clusters": artefact_id(self.run.clusters),
             "mae": trained_id(self.run.stage("mae")),
         }
-        start = None
-        if self.base is not None:
-            folder = self.base.stage("moce")
-            inputs["base"] = trained_id(folder)
-            start = str(latest_checkpoint(folder / "checkpoints"))
-        self._train("moce", self.run.shards, inputs, start)
+        if base is not None:
+            inputs["base"] = trained_id(base)
+        newest = latest_checkpoint((base or self.run.stage("mae")) / "checkpoints")
+        assert newest is not None
+        start = str(newest) if base is not None else None
+        steps_before = trained_steps(read_manifest(newest))
+        self._train(stage, self.run.shards, inputs, start=start, steps_before=steps_before)
 
-    def _train(
-        self,
-        stage: Literal["mae", "moce"],
-        data: Path,
-        inputs: dict[str, Any],
-        start: str | None = None,
-    ) -> None:
+    def _train(self, stage: StageName, data: Path, inputs: dict[str, Any], **start: Any) -> None:
         folder = self.run.stage(stage)
         if is_complete(folder, inputs) and has_last_checkpoint(folder):
             log.info("%s: complete", stage)
             return
         begin_stage(folder, inputs)
         holdout = str(self.data / HOLDOUT) if self._has_holdout else None
-        job = StageJob(self.config, self.run.root, stage, str(data), holdout, start)
+        job = StageJob(self.config, self.run.root, stage, str(data), holdout, **start)
         log.info("%s: training on %d workers", stage, self.config.parallel.num_workers)
         train(job)
         if not is_first_process():

@@ -182,7 +182,7 @@ class Run:
         return self.root / "shards"
 
     def stage(self, name: str) -> Path:
-        """Folder of a training stage, `mae` or `moce`."""
+        """Folder of a training stage, `mae`, `moce` or `control`."""
         return self.root / name
 
     def transfer(self, task: str) -> Path:

@@ -19,7 +19,7 @@ cluster, follows from it and is compared when a stage resumes.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,6 +71,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     """Read position, routing, placement and file digests of a checkpoint."""
     manifest: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text())
     return manifest
+
+
+def trained_steps(manifest: Mapping[str, Any]) -> int:
+    """Optimiser steps behind a checkpoint's weights, those of the stages before it included."""
+    return int(manifest["step"]) + int(manifest.get("steps_before", 0))
 
 
 def damage(checkpoint: Path) -> str | None:

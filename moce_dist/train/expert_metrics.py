@@ -20,7 +20,7 @@ from moce_dist.train.setup import TrainState
 def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor) -> dict[str, Any]:
     """Metrics of the experts, from the plan and the routing table alone."""
     config, router = state.job.config, state.router
-    if state.job.stage == "mae":
+    if state.job.stage != "moce":
         return {"loss_total": loss}
     gate, (balance, confidence) = config.gate, auxiliary.tolist()
     metrics: dict[str, Any] = {

@@ -12,6 +12,8 @@ from moce_dist.data.shards import read_index
 from moce_dist.run import read_jsonl
 
 HOLDOUT_TABLE = "holdout.parquet"
+StageName = Literal["mae", "moce", "control"]
+"""Stage control is stage moce without experts: the same images, batches, steps and schedule."""
 
 
 class TooManyFaultsError(RuntimeError):
@@ -22,15 +24,22 @@ class TooManyFaultsError(RuntimeError):
 class StageJob:
     """Which stage of which run, on which shards.
 
-    `start` is the checkpoint of another run whose weights the stage starts from.
+    `start` is the checkpoint of another run whose weights the stage starts from. In stage
+    control `config` is that of a model without experts.
     """
 
     config: Config
     run_root: Path
-    stage: Literal["mae", "moce"]
+    stage: StageName
     index: str
     holdout: str | None = None
     start: str | None = None
+    steps_before: int = 0
+    """Optimiser steps of other stages behind the weights that this one starts from."""
+
+    def __post_init__(self) -> None:
+        if self.stage == "control":
+            object.__setattr__(self, "config", self.config.without_experts)
 
     @property
     def name(self) -> str:
@@ -55,7 +64,7 @@ class StageJob:
     @property
     def num_clusters(self) -> int:
         """Clusters K that the images are told apart by; stage mae knows none."""
-        return self.config.cluster.num_clusters if self.stage == "moce" else 1
+        return 1 if self.stage == "mae" else self.config.cluster.num_clusters
 
     @property
     def batch_size(self) -> int:

@@ -1,4 +1,4 @@
-"""The training loop of both stages; it knows nothing of Ray.
+"""The training loop of all stages; it knows nothing of Ray.
 
     build, resume; for each step: next batch, routing table, train_step, log, save; held-out loss
 
@@ -256,6 +256,7 @@ def save(state: TrainState) -> None:
     position = {
         "step": state.step,
         "stage": state.job.stage,
+        "steps_before": state.job.steps_before,
         "epoch": state.plan.epoch_of(state.step),
         "cursors": state.plan.cursors(state.step),
         "faults": state.faults,

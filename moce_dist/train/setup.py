@@ -113,7 +113,7 @@ def worker_device(config: Config) -> torch.device:
 
 
 def holdout_table(job: StageJob) -> SampleTable | None:
-    """Read the held-out images; in stage moce with the clusters that they were assigned to."""
+    """Read the held-out images; but for stage mae with the clusters that they were assigned to."""
     if job.holdout is None:
         return None
     table = sample_table(read_index(job.holdout), job.num_clusters)
@@ -143,7 +143,7 @@ def assemble(
 ) -> TrainState:
     """Build model, groups and engine around a plan, untrained; collective over all ranks.
 
-    `centroids` (K, D) in stage moce.
+    `centroids` (K, D) but for stage mae.
     """
     config, stage, rank = job.config, job.stage_config, dist.get_rank()
     topology = Topology(dist.get_world_size(), config.parallel.num_groups)
@@ -194,7 +194,7 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
         log.info("%s: resuming at step %d of %d", job.stage, state.step, state.total_steps)
         return
     if job.start is not None:
-        log.info("%s: starting from the experts of %s", job.stage, job.start)
+        log.info("%s: starting from the weights of %s", job.stage, job.start)
         start_from(Path(job.start), state.engine, state.naming)
         return
     weights = _first_weights(job)

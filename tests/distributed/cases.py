@@ -140,13 +140,25 @@ def exchange_collectives(run, overrides, placement):
     }
 
 
-def train_to_end(run, overrides):
-    """Run the stage with the real loop."""
+def train_to_end(run, overrides, stage="moce"):
+    """Run the stage with the real loop; what this rank learnt from: {step: {key: its noise}}."""
     init_distributed(torch.device("cpu"))
-    return loop.pretrain(make_job(run, overrides))
+    original, seen = loop.train_step, {}
+
+    def step(state, batch):
+        pairs = zip(batch.keys, batch.noise.numpy(), strict=True)
+        seen[batch.step] = {key: noise.tobytes() for key, noise in pairs if key}
+        return original(state, batch)
+
+    loop.train_step = step
+    try:
+        loop.pretrain(make_job(run, overrides, stage))
+    finally:
+        loop.train_step = original
+    return seen
 
 
-def train_part(run, overrides, stop):
+def train_part(run, overrides, stop, stage="moce"):
     """Run the stage and abandon it at step `stop`, as a kill would, with no save in flight."""
     init_distributed(torch.device("cpu"))
     original = loop.train_step
@@ -159,7 +171,7 @@ def train_part(run, overrides, stop):
 
     loop.train_step = step
     try:
-        loop.pretrain(make_job(run, overrides))
+        loop.pretrain(make_job(run, overrides, stage))
     except InterruptedError:
         return stop
     finally:

@@ -1,6 +1,7 @@
 """A run on other pictures goes on from a finished one: its encoder, clusters and experts."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -12,7 +13,7 @@ from moce_dist.config import load_config
 from moce_dist.data.shards import read_index
 from moce_dist.pipeline import Pipeline
 from moce_dist.run import COMPLETE, is_complete, open_run, read_marker
-from moce_dist.train.checkpoint import latest_checkpoint, load_weights
+from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 
 STAGES = ("ingested", "mae", "features", "clusters", "shards", "moce")
 # its own number of workers: without Ray, which is quicker
@@ -122,6 +123,36 @@ def test_transfer_and_report_work_on_it(continued, finished, run_job, pictures, 
     assert f"goes on from the encoder, clusters and experts of {finished}" in shown.out
     assert "MAE loss" not in shown.out and "MoCE loss" in shown.out
     assert str(finished) in (continued / "report.html").read_text()
+
+
+def test_a_control_is_added_to_finished_runs_and_goes_on(
+    finished, continued, part_of, arguments, command, run_job, read_metrics
+):
+    base = part_of(*STAGES)
+    run, one = base.parent / "more", "parallel.num_workers=1"
+    plan = run_job("pretrain", *command(continued, "control=true"), "--dry-run").assert_done().out
+    assert f"control    from the MAE; {finished} has no control: no experts" in plan
+    done = run_job("pretrain", *arguments(base, "control=true", one)).assert_done()
+    assert "control: training on 1 workers" in done.err and done.err.count("training on") == 1
+    names = ("step", "epoch", "images_seen", "lr")
+    control, moce = (
+        [[line[name] for name in names] for line in read_metrics(base / stage)]
+        for stage in ("control", "moce")
+    )
+    assert control == moce
+    assert json.loads((base / "control" / "holdout.json").read_text())["images"] > 0
+    # without the clusters and experts of a continued run made again: its control alone
+    shutil.copytree(continued, run)
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace(str(finished), str(base)))
+    flags = command(run, f"base_run={base}", "cluster.with_prices=false")
+    plan = run_job("pretrain", *flags, "--stage", "control", "--dry-run").assert_done().out
+    assert f"control    from {base / 'control'}: no experts" in plan
+    done = run_job("pretrain", *flags, "--stage", "control").assert_done()
+    last = latest_checkpoint(base / "control" / "checkpoints")
+    assert f"control: starting from the weights of {last}" in done.err
+    position = read_manifest(latest_checkpoint(run / "control" / "checkpoints"))
+    assert position["steps_before"] == len(read_metrics(finished / "mae")) + len(moce)
 
 
 @pytest.mark.long

@@ -3,7 +3,7 @@
 import pytest
 
 from moce_dist.config import Config, identity, make_config
-from moce_dist.continued import FREE, KEPT, base_of, check_base, unlike
+from moce_dist.continued import FREE, KEPT, base_control, base_of, check_base, unlike
 from moce_dist.run import mark_complete, open_run
 from moce_dist.settings import ConfigError
 
@@ -84,6 +84,14 @@ def test_an_unfinished_base_is_refused(base, tmp_path, name):
     (base.root / name / "COMPLETE").unlink()
     with pytest.raises(ConfigError, match=f"base_run {base.root}: is not finished, {name} is not"):
         check_base(changed(base_run=str(base.root)), tmp_path / "run")
+
+
+def test_a_control_of_the_base_counts_when_it_is_finished(base):
+    assert base_control(None) is base_control(base) is None
+    base.stage("control").mkdir()
+    assert base_control(base) is None
+    mark_complete(base.stage("control"), {}, [])
+    assert base_control(base) == base.root / "control"
 
 
 def test_other_requests_that_cannot_be_are_refused(base, tmp_path):
