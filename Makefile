@@ -69,6 +69,7 @@ doctor: $(READY) ## Say whether this machine can run a config: make doctor CONFI
 
 schema: $(READY) ## Renew configs/schema.json, which editors complete YAML from
 	$(BIN)/python -m moce_dist schema > configs/schema.json
+	PYTHONPATH=jobs $(BIN)/python -m benches.settings > configs/bench/schema.json
 
 lock: ## Renew constraints.txt from the newest versions that fit
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \

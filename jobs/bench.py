@@ -8,8 +8,9 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from benches.settings import load_bench_config
+
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import load_config
 
 BENCHES = (
     "step", "exchange", "placement", "checkpoint", "decode", "stream", "reshard", "cluster",
@@ -26,12 +27,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
     arguments = parser.parse_args(argv)
     path = Path(arguments.config or CONFIGS / f"{arguments.name}.yaml")
-    config = load_config(path, arguments.overrides)
+    config = load_bench_config(path, arguments.overrides)
     if arguments.dry_run:
         print(f"bench      {arguments.name}, {config.bench.rounds} rounds, {path}")
         return
     quiet_libraries()
-    bench = importlib.import_module(f"moce_dist.bench.{arguments.name}")
+    bench = importlib.import_module(f"benches.{arguments.name}")
     print(bench.run(config).to_json())
 
 

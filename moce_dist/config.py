@@ -9,7 +9,7 @@ directory belongs to one identity. `RUNTIME_FIELDS` may change between two start
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -44,7 +44,6 @@ RUNTIME_FIELDS = (
     "checkpoint",
     "logging",
     "transfer",
-    "bench",
 )
 
 
@@ -430,37 +429,6 @@ class TransferConfig(Section):
     """Look at every test picture mirrored too."""
 
 
-class BenchConfig(Section):
-    """How `jobs/bench.py` measures."""
-
-    rounds: int = Field(8, ge=1)
-    """Measured rounds; every variant runs once a round."""
-    warmup_rounds: int = Field(2, ge=0)
-    """Rounds that are run and not counted."""
-    communication_over_compute: float = Field(4, gt=0)
-    """Of a token-routed step, to which `exchange` slows its link; about an H100 on 25 GbE."""
-    rows: int = Field(200_000, ge=1)
-    """Rows of the features that `cluster` makes."""
-    dim: int = Field(384, ge=1)
-    """Width of these features."""
-    variants: tuple[str, ...] = ()
-    """`cluster`: names of the variants that are run; all of them by default."""
-    images: int = Field(32, ge=1)
-    """`decode`, `stream`: different photographs; a round of `decode` takes each of them once."""
-    crops: int = Field(8, ge=1)
-    """`decode`: crops of every photograph that are compared with the reference's."""
-    samples: int = Field(8192, ge=64)
-    """`stream`: samples in the tars."""
-    epoch_samples: int = Field(1_000_000, ge=4096)
-    """`stream`: samples of the epoch that is resumed in its middle."""
-    batches: int = Field(24, ge=1)
-    """`stream`: batches that a round takes."""
-    reshard_gib: float = Field(10, gt=0)
-    """`reshard`: size of the tars that are rewritten, GiB."""
-    folder: str | None = None
-    """`stream`, `reshard`: folder on the disk to be measured; default the temporary one."""
-
-
 class Config(Section):
     """The whole of a request."""
 
@@ -482,7 +450,6 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     transfer: TransferConfig = TransferConfig()
-    bench: BenchConfig = BenchConfig()
 
     @property
     def moe_layers(self) -> tuple[int, ...]:
@@ -576,7 +543,18 @@ def make_config(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: naming every unknown key, wrong type and broken rule.
     """
-    config = validate(Config, tree)
+    return checked(validate(Config, tree))
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def checked(config: ConfigT) -> ConfigT:
+    """Return a configuration that breaks no rule.
+
+    Raises:
+        ConfigError: naming every rule that it breaks.
+    """
     if broken := cross_field_errors(config):
         raise ConfigError("; ".join(broken))
     return config

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.config import Config, identity, to_yaml
-from moce_dist.settings import ConfigError, parse_yaml, validate
+from moce_dist.settings import ConfigError, read_tree, validate
 
 COMPLETE = "COMPLETE"
 _PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "moce-dist")
@@ -220,7 +220,7 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
     if fresh and resolved.exists():
         set_aside(root)
     if resolved.exists():
-        differing = differing_fields(config, _read_resolved(resolved))
+        differing = differing_fields(config, read_resolved(resolved))
         if differing:
             raise ConfigError(
                 f"{root}: belongs to another run: {'; '.join(differing)}; "
@@ -255,12 +255,19 @@ def load_run(root: Path, named: str = "--run") -> tuple[Run, Config]:
     resolved = root / "config.yaml"
     if not resolved.is_file():
         raise ConfigError(f"{named} {root}: is not a run directory (no config.yaml)")
-    return Run(root), _read_resolved(resolved)
+    return Run(root), read_resolved(resolved)
 
 
-def _read_resolved(path: Path) -> Config:
+def read_resolved(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read the configuration that a run was made with, and lay `a.b=value` overrides over it.
+
+    Raises:
+        ConfigError: an override is wrong, or this version does not know a setting of the run.
+    """
+    tree = read_tree(path, overrides)
+    tree.pop("bench", None)  # runs of version 0.1 list the settings of benchmarks too
     try:
-        return validate(Config, parse_yaml(path.read_text(), str(path)))
+        return validate(Config, tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: does not fit this version of moce_dist: {error}") from None
 

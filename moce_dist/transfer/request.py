@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce_dist.config import Config, SuiteEntry, load_config
+from moce_dist.config import Config, SuiteEntry, checked, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
-from moce_dist.run import Run, differing_fields, load_run
+from moce_dist.run import Run, differing_fields, load_run, read_resolved
 from moce_dist.settings import ConfigError, flatten, parse_yaml
 from moce_dist.transfer.catalog import TASKS
 from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS
@@ -203,7 +203,7 @@ def open_request_run(root: Path, recipe: str | None, overrides: list[str]) -> tu
         load_config(recipe)
         tree = parse_yaml(Path(recipe).read_text(), recipe) or {}
         changes = [f"{path}={json.dumps(value)}" for path, value in flatten(tree).items()]
-    config = load_config(root / "config.yaml", [*changes, *overrides])
+    config = checked(read_resolved(root / "config.yaml", [*changes, *overrides]))
     if differing := differing_fields(config, made_with):
         raise ConfigError(
             f"{root}: was made with another configuration: {'; '.join(differing)}; here only "

@@ -70,11 +70,11 @@ def test_exchange_slows_the_link_of_two_hosts_and_leaves_none():
 
 
 def test_what_cannot_be_measured_is_named(monkeypatch, capsys):
-    from moce_dist.bench import exchange
-    from moce_dist.config import load_config
+    from benches import exchange
+    from benches.settings import load_bench_config
 
     monkeypatch.setattr(exchange, "missing", lambda: "needs root for network namespaces")
-    report = exchange.run(load_config(ROOT / "configs" / "bench" / "exchange.yaml"))
+    report = exchange.run(load_bench_config(ROOT / "configs" / "bench" / "exchange.yaml"))
     document = json.loads(report.to_json())
     assert not document["variants"] and not document["ratios"]
     assert {"token", "link_mbit", "token/cluster"} <= document["skipped"].keys()

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from benches.settings import load_bench_config
 
 from moce_dist.config import load_config
 
@@ -21,12 +22,14 @@ def name(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_config_loads(path):
-    load_config(path)
+    load = load_bench_config if path.parent.name == "bench" else load_config
+    load(path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_config_names_the_schema_for_editors(path):
-    schema = os.path.relpath(ROOT / "configs" / "schema.json", path.parent)
+    folder = path.parent if path.parent.name == "bench" else ROOT / "configs"
+    schema = os.path.relpath(folder / "schema.json", path.parent)
     assert path.read_text().startswith(f"# yaml-language-server: $schema={schema}\n")
 
 

@@ -82,7 +82,8 @@ def test_contracts_notice_a_wrong_import(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.name)
 def test_job_imports_nothing_heavy_before_its_request_is_checked(job):
     code = (
-        "import json, runpy, sys; runpy.run_path(sys.argv[1], run_name='job');"
+        "import json, runpy, sys; sys.path.insert(0, 'jobs');"
+        "runpy.run_path(sys.argv[1], run_name='job');"
         f"print(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
     )
     done = subprocess.run(

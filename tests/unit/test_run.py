@@ -5,7 +5,7 @@ import multiprocessing
 
 import pytest
 
-from moce_dist.config import make_config, to_yaml
+from moce_dist.config import Config, make_config, to_yaml
 from moce_dist.run import (
     artefact_id,
     differing_fields,
@@ -131,6 +131,14 @@ def test_torn_marker_is_no_marker(marker, tmp_path):
     assert not is_complete(folder, {"source": "abc", "epochs": 3})
     with pytest.raises(ConfigError, match="is not complete"):
         artefact_id(folder)
+
+
+def test_run_of_the_version_that_listed_benchmarks_is_taken_up(tmp_path):
+    open_run(tmp_path / "run", Config())
+    with (tmp_path / "run" / "config.yaml").open("a") as file:
+        file.write("bench: {rounds: 8, warmup_rounds: 2}\n")
+    assert load_run(tmp_path / "run")[1] == Config()
+    assert open_run(tmp_path / "run", Config()).root == tmp_path / "run"
 
 
 def test_artefact_id_follows_content_and_inputs(tmp_path):

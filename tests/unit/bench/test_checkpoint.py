@@ -3,9 +3,8 @@
 import json
 
 import pytest
-
-from moce_dist.bench.checkpoint import run
-from moce_dist.config import load_config
+from benches.checkpoint import run
+from benches.settings import load_bench_config
 
 TINY = [
     "model.width=32", "model.num_heads=2", "model.depth=2", "data.image_size=32",
@@ -18,7 +17,7 @@ TINY = [
 
 
 def test_checkpoint_reports_blocking_save_stall_and_their_ratio():
-    config = load_config(None, TINY)
+    config = load_bench_config(None, TINY)
     report = json.loads(run(config).to_json())
     assert report["bench"] == "checkpoint" and report["skipped"] == {}
     assert report["variants"].keys() == {"save_blocking", "save_stall"}

@@ -3,15 +3,15 @@
 import json
 
 import pytest
+from benches import decode, stream
+from benches.photographs import photographs
+from benches.settings import make_bench_config
 
-from moce_dist.bench import decode, stream
-from moce_dist.bench.photographs import photographs
-from moce_dist.config import make_config
 from moce_dist.data.images import open_image
 
 
 def config(**bench):
-    return make_config(
+    return make_bench_config(
         {
             "data": {"image_size": 32, "loader_processes": 1},
             "model": {"patch_size": 8},

@@ -4,15 +4,14 @@ import json
 
 import numpy as np
 import pytest
-
-from moce_dist.bench.placement import Shape, gated_table, measure, run
-from moce_dist.config import load_config
+from benches.placement import Shape, gated_table, measure, run
+from benches.settings import load_bench_config
 
 TINY = Shape(clusters=64, experts=8, layers=3, groups=4)
 
 
 def test_report_has_the_promised_keys():
-    config = load_config(None, ["bench.rounds=2", "bench.warmup_rounds=0"])
+    config = load_bench_config(None, ["bench.rounds=2", "bench.warmup_rounds=0"])
     report = json.loads(run(config, TINY, TINY._replace(clusters=96)).to_json())
     assert report["variants"].keys() == {"plan_4096", "plan_65536"}
     for variant in report["variants"].values():

@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from benches.decode import reference_crop, similarity
+from benches.photographs import photographs
 from PIL import Image
 
-from moce_dist.bench.decode import reference_crop, similarity
-from moce_dist.bench.photographs import photographs
 from moce_dist.config import DataConfig, load_config
 from moce_dist.data.device import DeviceDecoder, Waiting
 from moce_dist.data.images import sample_generator, train_cut

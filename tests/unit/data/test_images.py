@@ -5,12 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
+from benches import decode
+from benches.photographs import photographs
 from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from moce_dist.bench import decode
-from moce_dist.bench.photographs import photographs
 from moce_dist.config import make_config
 from moce_dist.data import images
 from moce_dist.data.images import MEAN, STD, ImageError, sample_generator

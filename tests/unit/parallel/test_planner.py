@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from benches.placement import gated_table
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from moce_dist.bench.placement import gated_table
 from moce_dist.parallel.placement import contiguous_placement, plan_placement
 from moce_dist.parallel.transport import Pairs, transport
 

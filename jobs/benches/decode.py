@@ -19,9 +19,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from moce_dist.bench.harness import Report, interleave
-from moce_dist.bench.photographs import photographs
-from moce_dist.config import Config
+from benches.harness import Report, interleave
+from benches.photographs import photographs
+from benches.settings import BenchConfig
 from moce_dist.data.device import DeviceDecoder, Waiting
 from moce_dist.data.images import (
     MEAN,
@@ -38,7 +38,7 @@ from moce_dist.data.resize import Pixels
 SIZES = {"500": (500, 375), "2000": (2000, 1500)}
 
 
-def run(config: Config) -> Report:
+def run(config: BenchConfig) -> Report:
     """Measure both pipelines at both sizes, and how alike their crops are."""
     torch.set_num_threads(1)
     contents = {
@@ -103,7 +103,7 @@ class LoaderProcess:
         self._process.join()
 
 
-def reference_pipeline(config: Config) -> Callable[[bytes], torch.Tensor]:
+def reference_pipeline(config: BenchConfig) -> Callable[[bytes], torch.Tensor]:
     """Make the transform of the MAE recipe, as torchvision and Pillow do it."""
     data = config.data
     transform = transforms.Compose(
@@ -127,7 +127,7 @@ def reference_pipeline(config: Config) -> Callable[[bytes], torch.Tensor]:
     return decode
 
 
-def device_rates(config: Config, contents: Sequence[bytes]) -> list[float]:
+def device_rates(config: BenchConfig, contents: Sequence[bytes]) -> list[float]:
     """Measure `data.decode_on: device`, drawing included: images a second of one thread's time."""
     data, rates = config.data, []
     decoder = DeviceDecoder(data.image_size, torch.device("cuda"))
@@ -145,7 +145,7 @@ def device_rates(config: Config, contents: Sequence[bytes]) -> list[float]:
     return rates[config.bench.warmup_rounds :]
 
 
-def our_pipeline(config: Config) -> Callable[[bytes], object]:
+def our_pipeline(config: BenchConfig) -> Callable[[bytes], object]:
     """Make `train_image` with the draws of one key after another, as the stream calls it."""
     data, count = config.data, 0
 
@@ -160,7 +160,7 @@ def our_pipeline(config: Config) -> Callable[[bytes], object]:
     return decode
 
 
-def similarities(config: Config, contents: Sequence[bytes]) -> NDArray[np.float64]:
+def similarities(config: BenchConfig, contents: Sequence[bytes]) -> NDArray[np.float64]:
     """Compare fixed crops of every picture with the reference's; one similarity each."""
     size, values = config.data.image_size, []
     for number, content in enumerate(contents):

@@ -1,6 +1,6 @@
 """Entry of one process of a benchmark on several ranks; `harness.run_ranks` starts it.
 
-python -m moce_dist.bench.rank MODULE:FUNCTION OUT < configuration as JSON
+python -m benches.rank MODULE:FUNCTION OUT < configuration as JSON
 """
 
 import importlib
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from benches.settings import make_bench_config
 from moce_dist.cli import quiet_libraries
-from moce_dist.config import make_config
 
 
 def main() -> None:
@@ -19,13 +19,13 @@ def main() -> None:
     quiet_libraries()
     function, out = sys.argv[1:]
     module, _, name = function.partition(":")
-    config = make_config(json.load(sys.stdin))
+    config = make_bench_config(json.load(sys.stdin))
     torch.set_num_threads(config.parallel.threads_per_worker)
     from moce_dist.parallel.engine import init_distributed
 
     use_gpu = config.parallel.use_gpu and torch.cuda.is_available()
     init_distributed(torch.device("cuda" if use_gpu else "cpu"))
-    result = getattr(importlib.import_module(f"moce_dist.bench.{module}"), name)(config)
+    result = getattr(importlib.import_module(f"benches.{module}"), name)(config)
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(result))
     torch.distributed.barrier()

@@ -1,9 +1,8 @@
 """An S3 server of its own process for benchmarks and tests: moto, with a delay before each answer.
 
-python -m moce_dist.bench.s3_server PORT_FILE LATENCY_S
+python -m benches.s3_server PORT_FILE LATENCY_S
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from benches.harness import child_environment
 
 _START_TIMEOUT_S = 60.0
 COUNTS_PATH = "/__counts__"
@@ -56,7 +57,7 @@ def s3_server(latency_s: float) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         port = Path(folder) / "port"
         command = [sys.executable, "-m", __name__, str(port), str(latency_s)]
-        process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ)
+        process = subprocess.Popen(command, stdout=sys.stderr, env=child_environment())
         try:
             yield f"http://127.0.0.1:{_wait_for(port, process)}"
         finally:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moce_dist.bench.harness import Report, interleave, run_ranks
-from moce_dist.bench.synthetic import synthetic_batches, synthetic_state
-from moce_dist.config import Config
+from benches.harness import Report, interleave, run_ranks
+from benches.settings import BenchConfig
+from benches.synthetic import synthetic_batches, synthetic_state
 from moce_dist.train.checkpoint import complete_checkpoints
 from moce_dist.train.loop import train_step
 from moce_dist.train.saver import Saver
@@ -34,7 +34,7 @@ from moce_dist.train.setup import worker_device
 _STRETCH_OVER_SAVE = 4
 
 
-def run(config: Config) -> Report:
+def run(config: BenchConfig) -> Report:
     """Measure on `parallel.num_workers` processes, on one where there is a GPU to use."""
     if config.parallel.use_gpu and torch.cuda.is_available():
         parallel = config.parallel.model_copy(update={"num_workers": 1})
@@ -47,7 +47,7 @@ def run(config: Config) -> Report:
     return report.add_ratio("save_stall", "save_blocking")
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: BenchConfig) -> dict[str, Any]:
     """Time saves and steps on this rank; collective over all ranks."""
     with tempfile.TemporaryDirectory() as own:
         shared = [own]
@@ -58,7 +58,7 @@ def measure(config: Config) -> dict[str, Any]:
         return measured
 
 
-def _measure(training: "_Training", config: Config) -> dict[str, Any]:
+def _measure(training: "_Training", config: BenchConfig) -> dict[str, Any]:
     # the first step makes the moments, the first save the host buffers
     training.steps(1)
     training.blocking()
@@ -88,7 +88,7 @@ def _seconds(action: Callable[[], None]) -> float:
 class _Training:
     """A model that takes steps on one synthetic batch, and a saver; timed calls end together."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: BenchConfig, folder: Path) -> None:
         self._state = synthetic_state(config, worker_device(config))
         self._saver = Saver(folder, self._state.topology, keep=1)
         self._folder = folder

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from moce_dist.bench.harness import Report, interleave, run_ranks
-from moce_dist.bench.step import KINDS, stepper, variant
-from moce_dist.bench.synthetic import synthetic_state
-from moce_dist.config import Config
+from benches.harness import Report, interleave, run_ranks
+from benches.settings import BenchConfig
+from benches.step import KINDS, stepper, variant
+from benches.synthetic import synthetic_state
 from moce_dist.parallel.token import token_bytes_exchanged
 from moce_dist.parallel.traffic import element_size, num_visible
 from moce_dist.settings import ConfigError
@@ -33,7 +33,7 @@ _RATIOS = (("token", "cluster"), ("cluster", "dense"))
 _NETWORK = "10.77.0"
 
 
-def run(config: Config) -> Report:
+def run(config: BenchConfig) -> Report:
     """Measure on two namespaces, one rank each.
 
     Raises:
@@ -91,7 +91,7 @@ class Hosts:
             shape = f"root tbf rate {int(rate)}bit burst 128kb latency 50ms"
             _call(f"ip netns exec {name} tc qdisc replace dev eth0 {shape}")
 
-    def run(self, function: str, config: Config) -> dict[str, Any]:
+    def run(self, function: str, config: BenchConfig) -> dict[str, Any]:
         """Run a function of a benchmark with one rank on each host."""
         return run_ranks(
             function,
@@ -129,7 +129,7 @@ def _call(command: str) -> None:
         raise RuntimeError(f"{command}: {done.stderr.strip()}")
 
 
-def calibrate(config: Config) -> dict[str, Any]:
+def calibrate(config: BenchConfig) -> dict[str, Any]:
     """Time the token-routed step's compute, and count the bytes its all-to-alls send a rank."""
     state = _state(config, "token")
     times = _timed({"token": stepper(state, _count(config))}, config)["token"]
@@ -140,14 +140,14 @@ def calibrate(config: Config) -> dict[str, Any]:
     return {"compute_s": compute, "sent_bytes": _sent_bytes(state)}
 
 
-def communicate(config: Config) -> dict[str, Any]:
+def communicate(config: BenchConfig) -> dict[str, Any]:
     """Time the all-to-alls of a token-routed step by themselves."""
     exchange = _all_to_alls(_state(config, "token"))
     exchange()
     return {"all_to_all_s": min(interleave({"all": exchange}, rounds=2, warmup=0)["all"])}
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: BenchConfig) -> dict[str, Any]:
     """Time all variants, and the collectives of the token-routed one by themselves."""
     states = {kind: _state(config, kind) for kind in KINDS}
     count = _count(config)
@@ -161,15 +161,15 @@ def measure(config: Config) -> dict[str, Any]:
     }
 
 
-def _state(config: Config, kind: Any) -> TrainState:
+def _state(config: BenchConfig, kind: Any) -> TrainState:
     return synthetic_state(variant(config, kind, config.parallel.precision), worker_device(config))
 
 
-def _count(config: Config) -> int:
+def _count(config: BenchConfig) -> int:
     return config.bench.rounds + config.bench.warmup_rounds
 
 
-def _timed(variants: dict[str, Any], config: Config) -> dict[str, list[float]]:
+def _timed(variants: dict[str, Any], config: BenchConfig) -> dict[str, list[float]]:
     return interleave(variants, rounds=config.bench.rounds, warmup=config.bench.warmup_rounds)
 
 

@@ -23,13 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from moce_dist.bench.cluster import write_mixture
-from moce_dist.bench.harness import Report, interleave
+from benches.cluster import write_mixture
+from benches.harness import Report, interleave
+from benches.settings import BenchConfig
 from moce_dist.cluster.blocks import Float64, View, column_mean, open_features
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, save_state, state_request
 from moce_dist.cluster.settle import settle
-from moce_dist.config import Config
 from moce_dist.mapping import map_here
 
 _PACKAGES = {"k_means_constrained": "k_means_constrained", "pot": "ot"}
@@ -40,7 +40,7 @@ _OURS = {"k_means_constrained": "moce_dist", "pot": "moce_dist_settle"}
 class Bench:
     """The data, and what the variants' labels cost."""
 
-    config: Config
+    config: BenchConfig
     folder: Path
     costs: dict[str, float] = field(default_factory=dict)
 
@@ -106,7 +106,7 @@ class Bench:
         self.costs["moce_dist_settle"] = cost / len(self.rows)
 
 
-def run(config: Config) -> Report:
+def run(config: BenchConfig) -> Report:
     """Measure all variants whose package is there, interleaved."""
     report = Report("balance", config)
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):

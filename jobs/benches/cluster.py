@@ -22,12 +22,13 @@ import faiss
 import numpy as np
 import psutil
 
-from moce_dist.bench.harness import Report, interleave
+from benches.harness import Report, interleave
+from benches.settings import BenchConfig
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, save_state, state_request
-from moce_dist.config import ClusterConfig, Config
+from moce_dist.config import ClusterConfig
 from moce_dist.crew import hold_crew
 from moce_dist.mapping import Workers
 from moce_dist.settings import ConfigError
@@ -39,7 +40,7 @@ _FAISS = {"faiss_1_thread", "faiss_2_threads"}
 _VARIANTS = (*sorted(_FAISS), "moce_dist_off", "moce_dist_exact")
 
 
-def write_mixture(folder: Path, config: Config) -> None:
+def write_mixture(folder: Path, config: BenchConfig) -> None:
     """Write a seeded mixture of Gaussians of unequal weights as (n, D) float16 in ten files."""
     draws = np.random.default_rng(config.seed)
     dim, groups = config.bench.dim, _GROUPS_PER_CLUSTER * config.cluster.num_clusters
@@ -59,7 +60,7 @@ def write_mixture(folder: Path, config: Config) -> None:
 class Bench:
     """The data and what the variants have left."""
 
-    config: Config
+    config: BenchConfig
     folder: Path
     workers: Workers
     objectives: dict[str, float] = field(default_factory=dict)
@@ -194,7 +195,7 @@ def _own_gib(process: psutil.Process) -> tuple[float, float]:
 _OWN = ("RssAnon:", "RssShmem:")
 
 
-def run(config: Config) -> Report:
+def run(config: BenchConfig) -> Report:
     """Measure the variants that are asked for, interleaved.
 
     Raises:

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moce_dist.config import Config
+from benches.settings import BenchConfig
 from moce_dist.data.carriers import earth
 from moce_dist.data.sources import list_folder, parse_source
 
 QUALITY = 90
 
 
-def photographs(config: Config, width: int, height: int, count: int) -> list[bytes]:
+def photographs(config: BenchConfig, width: int, height: int, count: int) -> list[bytes]:
     """Make `count` JPEGs of `width` x `height` from the pictures of `data.source`.
 
     Without `folder:PATH` there, from what installed packages carry: scikit-learn's two photographs

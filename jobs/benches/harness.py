@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moce_dist.config import Config
+from benches.settings import BenchConfig
 from moce_dist.parallel.groups import free_port
 from moce_dist.settings import flatten
 
@@ -33,7 +33,7 @@ class Report:
     """What a benchmark prints: one JSON object (DESIGN of `jobs/bench.py`)."""
 
     name: str
-    config: Config
+    config: BenchConfig
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +63,7 @@ class Report:
 
     def to_json(self) -> str:
         """Write as one line of JSON; `config` holds what differs from the defaults."""
-        given, defaults = (flatten(c.model_dump(mode="json")) for c in (self.config, Config()))
+        given, defaults = (flatten(c.model_dump(mode="json")) for c in (self.config, BenchConfig()))
         document = {
             "bench": self.name,
             "machine": machine(),
@@ -121,15 +121,22 @@ def interleave(
     return times
 
 
+def child_environment() -> dict[str, str]:
+    """Return this process's environment for one that runs a module of `benches`."""
+    jobs = str(Path(__file__).parents[1])
+    known = os.environ.get("PYTHONPATH")
+    return os.environ | {"PYTHONPATH": f"{jobs}{os.pathsep}{known}" if known else jobs}
+
+
 def run_ranks(
     function: str,
-    config: Config,
+    config: BenchConfig,
     *,
     prefixes: Sequence[Sequence[str]] | None = None,
     master: str = "127.0.0.1",
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Call `moce_dist.bench.MODULE:FUNCTION(config)` on `num_workers` processes; rank 0's result.
+    """Call `benches.MODULE:FUNCTION(config)` on `num_workers` processes; rank 0's result.
 
     `function` is `"step:measure"`; the result is a JSON object. `prefixes[r]` is put before the
     command of rank r, for example to enter a network namespace.
@@ -143,7 +150,7 @@ def run_ranks(
         out = Path(folder) / "result.json"
         processes, logs = [], []
         for rank in range(size):
-            variables = os.environ | {
+            variables = child_environment() | {
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(size),
@@ -152,7 +159,7 @@ def run_ranks(
                 "OMP_NUM_THREADS": str(config.parallel.threads_per_worker),
                 **(environment or {}),
             }
-            command = [sys.executable, "-m", "moce_dist.bench.rank", function, str(out)]
+            command = [sys.executable, "-m", "benches.rank", function, str(out)]
             logs.append(Path(folder) / f"rank{rank}.log")
             with logs[-1].open("w") as log:
                 processes.append(
@@ -176,7 +183,7 @@ def run_ranks(
     return result
 
 
-def _feed(processes: Sequence["subprocess.Popen[str]"], config: Config) -> None:
+def _feed(processes: Sequence["subprocess.Popen[str]"], config: BenchConfig) -> None:
     for process in processes:
         assert process.stdin is not None
         process.stdin.write(config.model_dump_json())

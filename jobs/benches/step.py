@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from moce_dist.bench.harness import Report, interleave, run_ranks
-from moce_dist.bench.synthetic import synthetic_batches, synthetic_state
-from moce_dist.config import Config, make_config
+from benches.harness import Report, interleave, run_ranks
+from benches.settings import BenchConfig, make_bench_config
+from benches.synthetic import synthetic_batches, synthetic_state
 from moce_dist.model.moce import Experts
 from moce_dist.train.loop import train_step
 from moce_dist.train.setup import TrainState, worker_device
@@ -22,7 +22,7 @@ Kind = Literal["dense", "cluster", "token"]
 KINDS: tuple[Kind, ...] = ("dense", "cluster", "token")
 
 
-def run(config: Config) -> Report:
+def run(config: BenchConfig) -> Report:
     """Measure on `parallel.num_workers` ranks without Ray."""
     result = run_ranks("step:measure", config)
     report = Report("step", config).add_variants(result["times"])
@@ -33,14 +33,14 @@ def run(config: Config) -> Report:
     return report
 
 
-def variant(config: Config, kind: Kind, precision: str) -> Config:
+def variant(config: BenchConfig, kind: Kind, precision: str) -> BenchConfig:
     """Return the configuration of one variant."""
     tree = copy.deepcopy(config.model_dump(mode="json"))
     tree["moe"]["kind"], tree["parallel"]["precision"] = kind, precision
-    return make_config(tree)
+    return make_bench_config(tree)
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: BenchConfig) -> dict[str, Any]:
     """Time the variants on this rank; collective over all ranks."""
     device = worker_device(config)
     states = {

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moce_dist.bench.harness import Report
-from moce_dist.config import Config
+from benches.harness import Report, child_environment
+from benches.settings import BenchConfig
 from moce_dist.parallel.placement import contiguous_placement, plan_placement
 from moce_dist.parallel.transport import Ints
 
@@ -40,7 +40,7 @@ PLAN_4096 = Shape(4096, 64, 12, 64)
 PLAN_65536 = Shape(65536, 256, 24, 256)
 
 
-def run(config: Config, small: Shape = PLAN_4096, large: Shape = PLAN_65536) -> Report:
+def run(config: BenchConfig, small: Shape = PLAN_4096, large: Shape = PLAN_65536) -> Report:
     """Measure both sizes; figures are those of the smaller, peak memory of either.
 
     The larger one is planned twice, whatever `bench.rounds` says.
@@ -69,8 +69,10 @@ def measure(shape: Shape, seed: int) -> dict[str, float]:
     Raises:
         RuntimeError: the process failed; with the last line that it wrote.
     """
-    command = [sys.executable, "-m", "moce_dist.bench.placement", *map(str, shape), str(seed)]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benches.placement", *map(str, shape), str(seed)]
+    process = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=False
+    )
     if process.returncode:
         lines = process.stderr.strip().splitlines() or [f"exit {process.returncode}"]
         raise RuntimeError(f"planner of the benchmark: {lines[-1]}")

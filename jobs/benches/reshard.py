@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from moce_dist.bench.harness import Report, interleave
-from moce_dist.config import Config
+from benches.harness import Report, interleave
+from benches.settings import BenchConfig
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import ShardIndex, write_index
 from moce_dist.data.writer import ShardSeries
@@ -27,7 +27,7 @@ _SAMPLE_BYTES = 110_000
 _Action = Callable[[ShardIndex, Path], None]
 
 
-def run(config: Config) -> Report:
+def run(config: BenchConfig) -> Report:
     """Measure a copy and a reshard of `bench.reshard_gib` GiB; MiB of the sources a second."""
     report, bench = Report("reshard", config), config.bench
     with tempfile.TemporaryDirectory(dir=bench.folder) as temporary:
@@ -48,7 +48,7 @@ def run(config: Config) -> Report:
     return report
 
 
-def _make_tars(folder: Path, config: Config) -> ShardIndex:
+def _make_tars(folder: Path, config: BenchConfig) -> ShardIndex:
     count = int(config.bench.reshard_gib * 2**30 / _SAMPLE_BYTES)
     draws = np.random.default_rng(config.seed)
     # a window into noise is as incompressible as noise, and costs nothing
@@ -85,7 +85,7 @@ def _copy(index: ShardIndex, out: Path) -> None:
 
 
 class _Resharding:
-    def __init__(self, config: Config, workers: "_Workers") -> None:
+    def __init__(self, config: BenchConfig, workers: "_Workers") -> None:
         self._config, self._workers = config, workers
 
     def __call__(self, index: ShardIndex, out: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moce_dist.config import Config
+from benches.settings import BenchConfig
 from moce_dist.data.images import Box, Cut, Encoded
 from moce_dist.data.plan import Plan, SampleTable
 from moce_dist.data.ranges import RangeReader
@@ -42,7 +42,7 @@ def synthetic_table(num_samples: int, num_clusters: int) -> SampleTable:
     )
 
 
-def synthetic_centroids(config: Config) -> torch.Tensor:
+def synthetic_centroids(config: BenchConfig) -> torch.Tensor:
     """Draw K centroids (K, D): each near one of E directions."""
     generator = torch.Generator().manual_seed(config.seed)
     num_clusters, width = config.cluster.num_clusters, config.model.shape.width
@@ -51,7 +51,7 @@ def synthetic_centroids(config: Config) -> torch.Tensor:
     return near + 0.5 * torch.randn(num_clusters, width, generator=generator)
 
 
-def train_gate(gate: Gate, config: Config) -> None:
+def train_gate(gate: Gate, config: BenchConfig) -> None:
     """Train a gate on its balance and confidence losses alone, over equal clusters, in place."""
     counts = torch.ones(config.cluster.num_clusters, device=gate.weight.device)
     optimizer = torch.optim.Adam([gate.weight], lr=0.01)
@@ -63,7 +63,7 @@ def train_gate(gate: Gate, config: Config) -> None:
     gate.weight.grad = None
 
 
-def synthetic_state(config: Config, device: torch.device) -> TrainState:
+def synthetic_state(config: BenchConfig, device: torch.device) -> TrainState:
     """Build a state of stage moce, its gate trained; collective over all ranks."""
     num_clusters = config.cluster.num_clusters
     num_samples = config.moce.batch_size * _EPOCHS_OF_STEPS

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import webdataset
 
-from moce_dist.bench.decode import reference_pipeline
-from moce_dist.bench.harness import Report, interleave
-from moce_dist.bench.photographs import photographs
-from moce_dist.bench.s3_server import COUNTS_PATH, s3_server
-from moce_dist.config import Config
+from benches.decode import reference_pipeline
+from benches.harness import Report, interleave
+from benches.photographs import photographs
+from benches.s3_server import COUNTS_PATH, s3_server
+from benches.settings import BenchConfig
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import Ids, Plan, sample_table
 from moce_dist.data.shards import ShardIndex, read_index, write_index
@@ -40,7 +40,7 @@ _LATENCY_S = 0.03
 _S3_SAMPLES, _S3_USED = 4000, 1000
 
 
-def run(config: Config) -> Report:
+def run(config: BenchConfig) -> Report:
     """Measure streams, readers, a resume inside a long epoch, and reading from S3."""
     torch.set_num_threads(1)
     report, bench = Report("stream", config), config.bench
@@ -87,7 +87,7 @@ def make_shards(folder: Path, contents: list[bytes], samples: int) -> ShardIndex
     return write_index(folder, shards)
 
 
-def stream_spec(config: Config, index: ShardIndex, folder: Path) -> StreamSpec:
+def stream_spec(config: BenchConfig, index: ShardIndex, folder: Path) -> StreamSpec:
     """Describe the stream of one rank that reads everything."""
     plan = Plan(sample_table(index), config.mae.batch_size, config.seed)
     ledger = folder / "faults.jsonl"
@@ -100,7 +100,7 @@ def one_group(clusters: Ids) -> Ids:
 
 
 def stream_variants(
-    spec: StreamSpec, config: Config, index: ShardIndex
+    spec: StreamSpec, config: BenchConfig, index: ShardIndex
 ) -> dict[str, Callable[[], None]]:
     """Make both streams; a call starts the loader processes and takes `bench.batches` batches."""
     batches, size = config.bench.batches, spec.plan.batch_size
@@ -121,7 +121,7 @@ def stream_variants(
     return {"webdataset": theirs, "moce_dist": ours}
 
 
-def litdata_variant(config: Config, contents: list[bytes], folder: Path) -> Callable[[], None]:
+def litdata_variant(config: BenchConfig, contents: list[bytes], folder: Path) -> Callable[[], None]:
     """Write the samples in litdata's format; a call takes as many batches as the other streams."""
     from litdata import StreamingDataLoader, StreamingDataset
     from litdata.streaming.writer import BinaryWriter
@@ -177,7 +177,7 @@ def _uncached(paths: list[str], read: Callable[[], None]) -> float:
     return time.perf_counter() - begin
 
 
-def resume_first_batch(config: Config, folder: Path) -> float:
+def resume_first_batch(config: BenchConfig, folder: Path) -> float:
     """Seconds from the index of a long epoch to the first batch in its middle.
 
     The tars are one real tar under 64 names; every sample of the index is read where it says.
@@ -191,7 +191,7 @@ def resume_first_batch(config: Config, folder: Path) -> float:
     return time.perf_counter() - begin
 
 
-def make_long_epoch(config: Config, folder: Path) -> ShardIndex:
+def make_long_epoch(config: BenchConfig, folder: Path) -> ShardIndex:
     """Write one tar of small photographs and an index that names it 64 times, keys told apart."""
     contents = photographs(config, *_SMALL, config.bench.images)
     writer = ShardWriter(folder, "tar-000.tar", cluster=0)
@@ -207,7 +207,7 @@ def make_long_epoch(config: Config, folder: Path) -> ShardIndex:
     return write_index(folder, shards)
 
 
-def _add_s3(report: Report, config: Config, index: ShardIndex) -> None:
+def _add_s3(report: Report, config: BenchConfig, index: ShardIndex) -> None:
     try:
         counted = read_from_s3(config, index)
     except ModuleNotFoundError as error:
@@ -216,7 +216,7 @@ def _add_s3(report: Report, config: Config, index: ShardIndex) -> None:
     report.figures.update(counted)
 
 
-def read_from_s3(config: Config, index: ShardIndex) -> dict[str, float]:
+def read_from_s3(config: BenchConfig, index: ShardIndex) -> dict[str, float]:
     """Read the first 1,000 samples of a plan from an S3 server with 30 ms of latency."""
     import s3fs
 
