@@ -53,7 +53,10 @@ def parse(argv: Sequence[str]) -> Any:
         "--data", metavar="PATH", help="folder of a task's images; of those of a suite without one"
     )
     parser.add_argument(
-        "--backbone", metavar="LIST", default="moce,mae", help="moce, mae, random, timm:NAME"
+        "--backbone",
+        metavar="LIST",
+        default="moce,mae",
+        help="moce, moce:SELECT (as transfer.select), mae, random, timm:NAME",
     )
     parser.add_argument("--protocol", metavar="LIST", help="finetune, linear, knn (default: all)")
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="fits of each kind")

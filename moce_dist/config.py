@@ -366,6 +366,9 @@ class SuiteEntry(Section):
     """Overrides `a.b=value` of the configuration for this task."""
 
 
+Selection = Literal["vote", "largest_cluster", "merge", "average", "mismatched", "validate"]
+
+
 class TransferConfig(Section):
     """Downstream tasks: selection of experts, protocols, budgets."""
 
@@ -379,8 +382,16 @@ class TransferConfig(Section):
     """Steps between two saved states of a fit, from which it goes on after an interruption."""
     view_every_steps: int | None = Field(None, ge=1)
     """Steps between two early views of a fit's metric, whose best model is kept; None: no views."""
-    select: Literal["vote", "largest_cluster"] = "vote"
-    """A layer's expert: the one of greatest probability mass, or that of the largest cluster."""
+    select: Selection = "vote"
+    """What a MoE layer becomes: an expert, a mean of all, or what does best (`select.py`)."""
+    merge_temperature: float = Field(1.0, gt=0)
+    """`merge` weights experts by mass^(1 / T): near 0 it is the vote, when large the average."""
+    validate_by: Literal["knn", "linear"] = "knn"
+    """The protocol by which `validate` tries candidates, on folds of the training images."""
+    validate_folds: int = Field(5, ge=2)
+    """Folds of the training images; each is judged by the others."""
+    validate_images: int = Field(2000, ge=2)
+    """Training images that `validate` looks at, at most; drawn with the seed."""
     max_train: int | None = Field(None, ge=1)
     """Cap on a task's training images, drawn with the seed; None takes all."""
     knn_k: int = Field(10, ge=1)

@@ -1,9 +1,10 @@
-"""From a MoCE to the dense ViT of one task: keep one expert per MoE layer, forget the rest.
+"""From a MoCE to the dense ViT of one task: one MLP per MoE layer, made of its experts.
 
 A task's images all take the same expert in a layer, so the gate is a constant for them and the MoE
 layer is an ordinary MLP. Where the gate's probability p weights the expert's output
 (`gate.combine: prob`), the output is p (W h + b) = (p W) h + (p b): p goes into the last linear
-layer.
+layer. Experts began as copies of one MLP, so an average of their weights is a model as well: a
+layer takes one expert, or all of them by weights that sum to 1.
 
     blocks.5.mlp.experts.3.fc1.weight   --route[layer of block 5] = 3-->   blocks.5.mlp.fc1.weight
     blocks.5.mlp.experts.0.fc1.weight   --------------------------------   dropped
@@ -26,7 +27,10 @@ from moce_dist.model.gate import logits, probabilities, routing_table
 
 _EXPERT = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(\d+)\.(.+)")
 _ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
-_NOT_ENCODER = ("gate.", "mask_token", "decoder_")
+_DECODER = ("mask_token", "decoder_")
+_SUM_TOLERANCE = 1e-6
+Mix = Sequence[int | Sequence[float]]
+"""What the layers of a dense ViT are made of: one expert, or weights over all of them."""
 
 
 def routes(weights: Mapping[str, Tensor], gate: GateConfig, *, num_groups: int = 1) -> Tensor:
@@ -57,44 +61,70 @@ def moe_shape(weights: Mapping[str, Tensor]) -> tuple[list[int], int]:
 
 
 def customize(
-    weights: Mapping[str, Tensor], route: Sequence[int], *, scale: Sequence[float] | None = None
+    weights: Mapping[str, Tensor],
+    mix: Mix,
+    *,
+    scale: Sequence[float] | None = None,
+    with_decoder: bool = False,
 ) -> dict[str, Tensor]:
-    """Build the dense ViT's state dict, in timm's names, of the images that take `route`.
+    """Build the dense ViT's state dict, in timm's names, of the images that take `mix`.
 
     Args:
-        weights: all tensors of a MoCE (or of a dense MAE, then `route` is empty) by global name.
-        route: the expert of every MoE layer, L numbers below E.
-        scale: with `gate.combine: prob`, the probability p of every layer's expert, L numbers; it
-            is folded into the expert's `fc2`.
+        weights: all tensors of a MoCE (or of a dense MAE, then `mix` is empty) by global name.
+        mix: of every MoE layer its expert, a number below E, or weights over its E experts.
+        scale: with `gate.combine: prob`, what every layer's output is weighted with, L numbers; it
+            is folded into `fc2`.
+        with_decoder: keep the decoder's tensors, under their own names: a dense MAE.
 
     Raises:
-        ValueError: the route does not fit the weights, or a tensor belongs to neither encoder,
+        ValueError: the mix does not fit the weights, or a tensor belongs to neither encoder,
         decoder nor gate.
     """
     blocks, num_experts = moe_shape(weights)
-    _check_route(route, len(blocks), num_experts)
+    rows = _mix_rows(mix, len(blocks), num_experts)
     factors = [1.0] * len(blocks) if scale is None else list(scale)
     if len(factors) != len(blocks):
         raise ValueError(f"scale has {len(factors)} numbers, must be one for {len(blocks)} layers")
-    chosen = {block: (route[i], factors[i]) for i, block in enumerate(blocks)}
+    chosen = {block: (rows[i], factors[i]) for i, block in enumerate(blocks)}
+    kept = (*_ENCODER, *_DECODER) if with_decoder else _ENCODER
     dense: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if match := _EXPERT.fullmatch(name):
-            expert, factor = chosen[int(match[1])]
-            if int(match[2]) == expert:
-                folded = tensor * factor if match[3].startswith("fc2.") else tensor
-                dense[f"blocks.{match[1]}.mlp.{match[3]}"] = folded
-        elif name.startswith(_ENCODER):
+            block, part = match[1], match[3]
+            if int(match[2]) == 0:
+                row, factor = chosen[int(block)]
+                stem = f"blocks.{block}.mlp.experts"
+                merged = _merge([weights[f"{stem}.{e}.{part}"] for e in range(num_experts)], row)
+                folded = merged * factor if part.startswith("fc2.") else merged
+                dense[f"blocks.{block}.mlp.{part}"] = folded
+        elif name.startswith(kept):
             dense[name] = tensor
-        elif not name.startswith(_NOT_ENCODER):
+        elif not name.startswith(("gate.", *_DECODER)):
             raise ValueError(f"{name}: is no tensor of an encoder, a decoder or a gate")
     return dense
 
 
-def _check_route(route: Sequence[int], num_layers: int, num_experts: int) -> None:
-    if len(route) != num_layers:
+def _merge(stack: Sequence[Tensor], row: Sequence[float]) -> Tensor:
+    used = [(weight, tensor) for weight, tensor in zip(row, stack, strict=True) if weight]
+    if len(used) == 1:
+        return used[0][1]
+    # in float64, so that equal experts give themselves
+    return sum((w * t.double() for w, t in used), torch.zeros(())).to(stack[0].dtype)
+
+
+def _mix_rows(mix: Mix, num_layers: int, num_experts: int) -> list[list[float]]:
+    if len(mix) != num_layers:
+        raise ValueError(f"route {list(mix)} must name one expert for each of {num_layers} layers")
+    return [_mix_row(layer, num_experts) for layer in mix]
+
+
+def _mix_row(layer: int | Sequence[float], num_experts: int) -> list[float]:
+    if isinstance(layer, int):
+        if not 0 <= layer < num_experts:
+            raise ValueError(f"route names {layer}, must name experts from 0 to {num_experts - 1}")
+        return [float(expert == layer) for expert in range(num_experts)]
+    if len(layer) != num_experts or min(layer) < 0 or abs(sum(layer) - 1) > _SUM_TOLERANCE:
         raise ValueError(
-            f"route {list(route)} must name one expert for each of {num_layers} layers"
+            f"weights {list(layer)} must be {num_experts} shares that sum to 1, one an expert"
         )
-    if any(not 0 <= expert < num_experts for expert in route):
-        raise ValueError(f"route {list(route)} must name experts from 0 to {num_experts - 1}")
+    return list(layer)

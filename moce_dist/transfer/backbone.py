@@ -58,7 +58,8 @@ class Backbone:
     """An architecture of timm's and the weights to put into it (None: its own initialisation).
 
     `image_size` is the side S that it expects; `mean` and `std` are the statistics that its pixels
-    are normalised with; `choice` lists the experts of a customised ViT.
+    are normalised with; `choice` lists what the layers of a customised ViT were
+    made of: an expert, or weights over all.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Backbone:
     pretrained: bool = False
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
-    choice: list[int] | None = None
+    choice: list[int | list[float]] | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
 
     def features_model(self, seed: int) -> nn.Module:
@@ -124,7 +125,7 @@ def run_backbone(
     config: Config,
     weights: Mapping[str, Tensor] | None,
     *,
-    choice: list[int] | None = None,
+    choice: list[int | list[float]] | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """Describe a backbone of a run's architecture; without weights it starts at random.

@@ -12,28 +12,16 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from moce_dist.config import Config
 from moce_dist.model.customize import customize
-from moce_dist.run import Run, artefact_id, fingerprint, is_complete, mark_complete, write_atomic
-from moce_dist.settings import ConfigError
-from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
-from moce_dist.train.encoder import OWN, build_encoder, same_encoder
+from moce_dist.run import Run, is_complete, mark_complete, write_atomic
+from moce_dist.train.checkpoint import latest_checkpoint
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
-from moce_dist.transfer.classify import (
-    Features,
-    encode,
-    knn,
-    linear,
-    save_linear,
-    task_features,
-)
+from moce_dist.transfer.choosing import AnyTask, Chooser
+from moce_dist.transfer.classify import Features, knn, linear, save_linear, task_features
 from moce_dist.transfer.detect import Detection, detect
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.finetune import finetune
@@ -41,38 +29,15 @@ from moce_dist.transfer.fit import Kept, never
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine, machine_of
 from moce_dist.transfer.ranks import from_first
-from moce_dist.transfer.request import Request
+from moce_dist.transfer.request import Request, is_moce
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.segment import segment
-from moce_dist.transfer.select import choose_experts, task_clusters
 from moce_dist.transfer.skips import Fitted, Skips, record_skips
 from moce_dist.transfer.tasks import Task
+from moce_dist.transfer.validate import CONTROL
 
 logger = logging.getLogger(__name__)
-
-AnyTask = Task | Scenes | Instances
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The newest undamaged checkpoint of a stage: its folder and a fingerprint of its content."""
-
-    checkpoint: Path
-    identity: str
-
-    @cached_property
-    def weights(self) -> dict[str, Tensor]:
-        """All weights by global name, read when first needed."""
-        return load_weights(self.checkpoint)
-
-
-def open_stage(run: Run, name: str) -> Stage | None:
-    """Find a stage's newest undamaged checkpoint; None when there is none."""
-    checkpoint = latest_checkpoint(run.stage(name) / "checkpoints")
-    if checkpoint is None:
-        return None
-    return Stage(checkpoint, fingerprint(read_manifest(checkpoint)["files"]))
 
 
 class Comparison:
@@ -91,58 +56,8 @@ class Comparison:
         self.folder = run.transfer(request.folder)
         self.machine = machine or machine_of(config)
         self.should_stop: Callable[[], bool] = never
-        self._stages = {name: open_stage(run, name) for name in ("mae", "moce")}
+        self.chooser = Chooser(request, run, config, task, self.machine)
         self._features: tuple[tuple[str, int], Features] | None = None
-
-    def stage(self, name: str) -> Stage:
-        """Return a stage that the request needs.
-
-        Raises:
-            ConfigError: it has no undamaged checkpoint.
-        """
-        found = self._stages[name]
-        if found is None:
-            folder = self.run.stage(name) / "checkpoints"
-            raise ConfigError(f"{folder}: holds no whole checkpoint; run jobs/pretrain.py first")
-        return found
-
-    @cached_property
-    def task_fingerprint(self) -> str:
-        """Fingerprint of the task's images and labels."""
-        return self.task.fingerprint()
-
-    @cached_property
-    def choice(self) -> dict[str, Any]:
-        """Return the content of choice.json, chosen now unless that was done before."""
-        moce, path = self.stage("moce"), self.folder / "choice.json"
-        mae = self.stage("mae") if self.config.cluster.encoder == OWN else None
-        inputs = {
-            "task": self.task_fingerprint,
-            "moce": moce.identity,
-            "encoder": mae.identity if mae else same_encoder(self.run, self.config),
-            "clusters": artefact_id(self.run.clusters),
-            "select": self.config.transfer.select,
-            "max_train": self.config.transfer.max_train,
-            "experts": self.request.experts,
-        }
-        # through JSON, so that tuples compare as the lists they become
-        of = fingerprint(inputs)
-        if path.exists() and (known := json.loads(path.read_text())).get("of") == of:
-            return dict(known)
-        encoder = build_encoder(self.config, mae.checkpoint if mae else None, self.machine.device)
-        images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
-        features, _, faults = encode(encoder, encoder.pixels, images, self.machine, name="encoder")
-        skips = Skips(self.machine)
-        skips.test = faults
-        record_skips(self.run.faults, skips.close())
-        ids = task_clusters(features, self.run.clusters)
-        choice = choose_experts(
-            ids, moce.weights, self.config, task=self.request.folder, given=self.request.experts
-        )
-        if choice["warning"]:
-            logger.warning("%s: %s", self.request.folder, choice["warning"])
-        write_atomic(path, json.dumps({**choice, "of": of}, indent=1))
-        return {**choice, "of": of}
 
     def backbone(self, name: str) -> Backbone:
         """Make one of the requested backbones.
@@ -154,18 +69,11 @@ class Comparison:
             return timm_backbone(name)
         if name == "random":
             return run_backbone(name, self.config, None, identity={"random": True})
-        stage = self.stage(name)
-        if name == "mae":
-            return run_backbone(
-                name, self.config, customize(stage.weights, ()), identity={"mae": stage.identity}
-            )
-        experts = [layer["expert"] for layer in self.choice["layers"]]
+        if is_moce(name):
+            return self.chooser.customised(name, self.chooser.choice(name))
+        stage = self.chooser.stage(name)
         return run_backbone(
-            name,
-            self.config,
-            customize(stage.weights, experts, scale=self.choice["scale"]),
-            choice=experts,
-            identity={"moce": stage.identity, "experts": experts, "scale": self.choice["scale"]},
+            name, self.config, customize(stage.weights, ()), identity={"mae": stage.identity}
         )
 
     def seeds(self) -> range:
@@ -174,11 +82,12 @@ class Comparison:
 
     def ledger(self, backbones: dict[str, Backbone]) -> Ledger:
         """Open the results that were made under the present conditions."""
-        stages = {name: stage and stage.identity for name, stage in self._stages.items()}
+        stages = self.chooser.stages.items()
+        made_of = {name: stage and stage.identity for name, stage in stages}
         common = {
             protocol: [
-                self.task_fingerprint,
-                stages,
+                self.chooser.task_fingerprint,
+                made_of,
                 budget(
                     self.config.transfer,
                     protocol,
@@ -331,19 +240,24 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     metrics = make_metrics(request.folder, comparison.task.metric, ledger.rows().values())
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
     files = [folder / "metrics.json"]
-    if "moce" in backbones:
-        files += _export(comparison, backbones["moce"], metrics)
+    for name in filter(is_moce, backbones):
+        files += _export(comparison, backbones[name], metrics)
     mark_complete(folder, inputs, files)
     return metrics
 
 
 def _export(comparison: Comparison, moce: Backbone, metrics: dict[str, Any]) -> list[Path]:
+    choice, file = comparison.chooser.choice(moce.name), comparison.chooser.file(moce.name)
+    stage = "control" if choice.get("chosen") == CONTROL else "moce"
+    checkpoint = latest_checkpoint(comparison.run.stage(stage) / "checkpoints")
+    assert checkpoint is not None
     about = {
         "run": comparison.run.root.name,
         "data": comparison.config.data.source,
-        "checkpoint": f"moce/{comparison.stage('moce').checkpoint.name}",
-        "selection": comparison.choice["select"],
+        "checkpoint": f"{stage}/{checkpoint.name}",
+        "selection": choice["select"],
     }
-    card = model_card(comparison.choice, metrics, about)
-    written = export_backbone(moce, comparison.folder / "backbone", card)
-    return [*written, comparison.folder / "choice.json"]
+    folder = file.with_name(file.stem.replace("choice", "backbone"))
+    card = model_card(choice, metrics, about)
+    written = export_backbone(moce, folder, card)
+    return [*written, file]

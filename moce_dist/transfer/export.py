@@ -8,6 +8,7 @@ The files themselves are written by saved.py.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,7 @@ def model_card(
         "",
         f"# Dense ViT: {choice['task']}",
         "",
-        "One expert of every MoE layer of a Mixture of Cluster-conditional Experts "
-        "(arXiv 2402.05382), chosen for the images below. A plain timm ViT:",
+        *(_about(choice), "", "A plain timm ViT:"),
         "",
         "```python",
         'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)',
@@ -58,10 +58,8 @@ def model_card(
         f"- their clusters (images): {_histogram(choice['clusters'])}",
         *([f"- warning: {choice['warning']}"] if choice["warning"] else []),
         "",
-        "| layer | block | expert | mass | runner-up | its mass | entropy (nats) |",
-        "|---|---|---|---|---|---|---|",
-        *(_layer_row(layer) for layer in choice["layers"]),
-        "",
+        *_layers(choice["layers"]),
+        *_candidates(choice.get("candidates", ())),
         "## Measured",
         "",
         *_results(metrics),
@@ -75,11 +73,49 @@ def _histogram(clusters: dict[str, int]) -> str:
     return ", ".join(shown) + (f" and {rest} more" if rest else "")
 
 
-def _layer_row(layer: dict[str, Any]) -> str:
-    return (
-        f"| {layer['layer']} | {layer['block']} | {layer['expert']} | {layer['mass']:.3f} "
-        f"| {layer['runner_up']} | {layer['runner_up_mass']:.3f} | {layer['entropy']:.3f} |"
-    )
+def _about(choice: dict[str, Any]) -> str:
+    source = "of a Mixture of Cluster-conditional Experts (arXiv 2402.05382)"
+    if not choice["layers"]:
+        return "No experts: the dense control, which did best on folds of the task's own images."
+    if _is_merged(choice["layers"]):
+        return f"All experts of every MoE layer {source}, averaged by the weights below."
+    if choice["select"] == "mismatched":
+        return f"On purpose the least fitting expert of every MoE layer {source}: a comparison."
+    return f"One expert of every MoE layer {source}, chosen for the images below."
+
+
+def _is_merged(layers: Sequence[dict[str, Any]]) -> bool:
+    return any(layer["expert"] is None for layer in layers)
+
+
+def _layers(layers: list[dict[str, Any]]) -> list[str]:
+    if not layers:
+        return []
+    if _is_merged(layers):
+        experts = range(len(layers[0]["weights"]))
+        head = ["layer", "block", *(f"weight of expert {e}" for e in experts), "entropy (nats)"]
+        rows = [
+            [layer["layer"], layer["block"], *layer["weights"], layer["entropy"]]
+            for layer in layers
+        ]
+    else:
+        head = ["layer", "block", "expert", "mass", "runner-up", "its mass", "entropy (nats)"]
+        columns = ("layer", "block", "expert", "mass", "runner_up", "runner_up_mass", "entropy")
+        rows = [[layer[column] for column in columns] for layer in layers]
+    return _table(head, rows)
+
+
+def _candidates(tried: Sequence[dict[str, Any]]) -> list[str]:
+    if not tried:
+        return []
+    head = ["candidate, on folds of the training images", "mean of the folds"]
+    return _table(head, [[each["name"], each["mean"]] for each in tried])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    cells = [[f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    lines = [" | ".join(row) for row in [head, ["---"] * len(head), *cells]]
+    return [*(f"| {line} |" for line in lines), ""]
 
 
 def _results(metrics: dict[str, Any] | None) -> list[str]:

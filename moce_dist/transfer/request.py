@@ -8,8 +8,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
-from moce_dist.config import Config, SuiteEntry, checked, load_config
+from moce_dist.config import Config, Selection, SuiteEntry, checked, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run import Run, differing_fields, load_run, read_resolved
 from moce_dist.settings import ConfigError, flatten, parse_yaml
@@ -17,6 +18,12 @@ from moce_dist.transfer.catalog import TASKS
 from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS
 
 BACKBONES = ("moce", "mae", "random")
+SELECTIONS: tuple[str, ...] = get_args(Selection)
+SELECTION_FIELDS = {
+    *("select", "merge_temperature", "validate_by", "validate_folds", "validate_images"),
+    *("knn_k", "linear_epochs"),
+}
+"""Fields of `transfer` that a choice may depend on."""
 CLASSIFICATION = ("finetune", "linear", "knn")
 SEGMENTATION = ("finetune",)
 DETECTION = ("finetune",)
@@ -53,6 +60,11 @@ class Request:
     def needs_data(self) -> bool:
         """Tell whether the task's images are the user's own."""
         return self.task not in SAMPLE_TASKS
+
+
+def is_moce(backbone: str) -> bool:
+    """Tell whether a backbone is made of a run's experts: `moce`, or `moce:SELECT`."""
+    return backbone.partition(":")[0] == "moce"
 
 
 def protocols_of(task: str) -> tuple[str, ...]:
@@ -98,10 +110,7 @@ def check_request(request: Request, config: Config) -> None:
     if request.task not in tasks:
         raise ConfigError(f"--task {request.task}: must be one of {', '.join(tasks)}")
     for name in request.backbones:
-        if name not in BACKBONES and not name.startswith("timm:"):
-            raise ConfigError(
-                f"--backbone {name}: must be one of {', '.join(BACKBONES)} or timm:NAME"
-            )
+        _check_backbone(name, request, config)
     protocols = protocols_of(request.task)
     for name in request.protocols:
         if name not in protocols:
@@ -116,6 +125,24 @@ def check_request(request: Request, config: Config) -> None:
         _check_segmentation(config)
     if request.is_detection:
         _check_detection(config)
+
+
+def _check_backbone(name: str, request: Request, config: Config) -> None:
+    select = name.partition(":")[2] or config.transfer.select
+    if name not in BACKBONES and not name.startswith(("timm:", "moce:")):
+        raise ConfigError(
+            f"--backbone {name}: must be one of {', '.join(BACKBONES)}, moce:SELECT or timm:NAME"
+        )
+    if not is_moce(name):
+        return
+    if select not in SELECTIONS:
+        raise ConfigError(f"--backbone {name}: must be moce:{' or moce:'.join(SELECTIONS)}")
+    has_classes = not (request.is_segmentation or request.is_detection)
+    if select == "validate" and request.experts is None and not has_classes:
+        raise ConfigError(
+            f"--backbone {name}: {request.task} has no classes, by which transfer.select validate "
+            "tries candidates; choose another selection"
+        )
 
 
 def _check_segmentation(config: Config) -> None:
@@ -180,10 +207,10 @@ def check_stages(request: Request, run: Run, config: Config) -> None:
     Raises:
         ConfigError: naming the missing folder and the command that makes it.
     """
-    needed = []
-    if "moce" in request.backbones:
+    needed, has_moce = [], any(map(is_moce, request.backbones))
+    if has_moce:
         needed += [run.stage("moce") / "checkpoints", run.clusters]
-    is_encoder = "moce" in request.backbones and config.cluster.encoder == "mae"
+    is_encoder = has_moce and config.cluster.encoder == "mae"
     if is_encoder or "mae" in request.backbones:
         needed.append(run.stage("mae") / "checkpoints")
     for folder in needed:

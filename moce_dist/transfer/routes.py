@@ -19,7 +19,7 @@ from moce_dist.model.customize import customize, moe_shape, routes
 from moce_dist.run import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
-from moce_dist.transfer.compare import Stage, open_stage
+from moce_dist.transfer.choosing import Stage, open_stage
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.request import check_experts
 from moce_dist.transfer.select import choose_experts

@@ -76,12 +76,12 @@ def scan(task: Task | Scenes | Instances, config: Config) -> None:
 class FitsJob:
     """The trained fits of an order, as they are sent to the ranks.
 
-    Ranks that torchrun started know neither choice nor ledger; the first one tells them.
+    Ranks that torchrun started know neither choices nor ledger; the first one tells them.
     """
 
     run_root: Path
     order: Order
-    choice: dict[str, Any] | None = None
+    choices: dict[str, dict[str, Any]] | None = None
     ledger: Ledger | None = None
 
     @property
@@ -118,10 +118,9 @@ class FitsJob:
         machine = join(config)
         if machine.rank > 0:
             logging.getLogger("moce_dist").setLevel(logging.WARNING)
-        choice, ledger = from_first((self.choice, self.ledger), machine)
+        choices, ledger = from_first((self.choices, self.ledger), machine)
         comparison = Comparison(request, Run(self.run_root), config, list_task(request), machine)
-        if choice is not None:
-            comparison.choice = choice
+        comparison.chooser.choices.update(choices or {})
         comparison.should_stop = should_stop
         assert ledger is not None
         train_fits(comparison, ledger)
@@ -158,8 +157,7 @@ def carry_out(
     comparison = Comparison(order.request, run, order.config, task)
 
     def train_fits(ledger: Ledger) -> None:
-        choice = comparison.choice if "moce" in order.request.backbones else None
-        train(replace(job, choice=choice, ledger=ledger))
+        train(replace(job, choices=comparison.chooser.choices, ledger=ledger))
 
     return compare(comparison, train_fits)
 

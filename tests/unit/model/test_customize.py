@@ -132,6 +132,55 @@ def test_experts_copied_from_dense_customise_back_to_it(config):
     assert all(torch.equal(back[name], dense[name]) for name in back)
 
 
+def test_a_row_of_one_expert_is_its_route_to_the_bit(weights):
+    scale = (0.5, 0.25)
+    route = customize(weights, (2, 0), scale=scale)
+    rows = customize(weights, [[0, 0, 1.0], [1.0, 0, 0]], scale=scale)
+    assert route.keys() == rows.keys()
+    assert all(torch.equal(route[name], rows[name]) for name in route)
+
+
+def test_weights_average_experts_and_scale_folds_into_the_last_linear(weights):
+    found = customize(weights, [[0.5, 0.25, 0.25], 1], scale=(0.8, 1.0))
+    for part, factor in (
+        ("fc1.weight", 1),
+        ("fc1.bias", 1),
+        ("fc2.weight", 0.8),
+        ("fc2.bias", 0.8),
+    ):
+        a, b, c = (weights[f"blocks.1.mlp.experts.{e}.{part}"] for e in range(3))
+        expected = factor * (a / 2 + b / 4 + c / 4)
+        torch.testing.assert_close(found[f"blocks.1.mlp.{part}"], expected, rtol=0, atol=1e-14)
+        assert torch.equal(found[f"blocks.3.mlp.{part}"], weights[f"blocks.3.mlp.experts.1.{part}"])
+
+
+@pytest.mark.parametrize("row", [[1 / 3] * 3, [0.2, 0.5, 0.3]])
+def test_averages_of_equal_experts_are_the_dense_model_to_the_bit(row, config):
+    dense = MaskedAutoencoder(config).state_dict()
+    grown = experts_from_dense(dense, config.moe_layers, NUM_EXPERTS)
+    back = customize(grown, [row, row])
+    assert all(torch.equal(back[name], dense[name]) for name in back)
+    grown["blocks.1.mlp.experts.1.fc1.weight"] = grown["blocks.1.mlp.experts.1.fc1.weight"] * 1.001
+    planted = customize(grown, [row, row])
+    assert not torch.equal(planted["blocks.1.mlp.fc1.weight"], dense["blocks.1.mlp.fc1.weight"])
+
+
+def test_with_its_decoder_the_customised_model_is_a_dense_autoencoder(config, moce, weights):
+    dense = MaskedAutoencoder(config).double()
+    dense.load_state_dict(customize(weights, (1, 2), with_decoder=True))
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    noise = torch.rand(2, 16)
+    experts = torch.tensor([[1, 1], [2, 2]])
+    expected = moce(images, noise, LocalDispatcher(experts, NUM_EXPERTS), torch.ones(2, 2))
+    torch.testing.assert_close(dense(images, noise), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.4, 0.0], [1.5, -0.5, 0.0], [0.5, 0.5]])
+def test_weights_that_are_no_shares_are_refused(row, weights):
+    with pytest.raises(ValueError, match="must be 3 shares that sum to 1"):
+        customize(weights, [row, 0])
+
+
 def test_customising_leaves_the_given_weights_alone(weights):
     before = {name: tensor.clone() for name, tensor in weights.items()}
     customize(weights, (0, 1), scale=(0.5, 0.25))

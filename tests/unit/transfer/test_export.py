@@ -104,6 +104,7 @@ def test_card_tells_experts_and_results():
     layer = {"layer": 0, "block": 1, "expert": 2, "mass": 0.75, "runner_up": 0}
     choice = {
         **{"task": "digits", "num_images": 10, "clusters": {"4": 10}, "warning": "spread"},
+        "select": "vote",
         "layers": [{**layer, "runner_up_mass": 0.25, "entropy": 0.56}],
     }
     row = {"backbone": "moce", "protocol": "knn", "mean": 0.9375, "std": 0.0}
@@ -113,6 +114,23 @@ def test_card_tells_experts_and_results():
     assert "- their clusters (images): 4 (10)\n" in card
     assert "- warning: spread" in card and "- run: demo" in card
     assert "Nothing yet." in model_card(choice, None, {})
+
+
+def test_card_tells_merged_weights_candidates_and_the_control():
+    layer = {"layer": 0, "block": 1, "expert": None, "weights": [0.75, 0.25], "mass": None}
+    choice = {
+        **{"task": "t", "num_images": 3, "clusters": {"0": 3}, "warning": None},
+        **{"select": "validate", "chosen": "merge, T = 1"},
+        "layers": [{**layer, "runner_up": None, "runner_up_mass": 0.0, "entropy": 0.562}],
+        "candidates": [{"name": "merge, T = 1", "mean": 0.9, "folds": []}],
+    }
+    card = model_card(choice, None, {})
+    assert "All experts of every MoE layer" in card and "One expert" not in card
+    assert "| layer | block | weight of expert 0 | weight of expert 1 | entropy (nats) |" in card
+    assert "| 0 | 1 | 0.750 | 0.250 | 0.562 |" in card
+    assert "| merge, T = 1 | 0.900 |" in card
+    control = model_card({**choice, "layers": [], "chosen": "control"}, None, {})
+    assert "No experts: the dense control" in control and "weight of expert" not in control
 
 
 def test_model_of_timms_own_gets_pixels_with_its_own_statistics(tmp_path):

@@ -7,7 +7,8 @@ import torch
 from moce_dist.cluster.assign import assign_features
 from moce_dist.config import Config, make_config
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.select import choose_experts, expert_mass, task_clusters
+from moce_dist.transfer.select import choose_experts, expert_mass, mix_of, task_clusters
+from moce_dist.transfer.validate import with_selection
 
 LOG = np.log
 
@@ -33,6 +34,11 @@ IDS = np.array([0, 0, 0, 1, 2, 2])
 
 def gate_config(**gate: str) -> Config:
     return make_config({"gate": gate, "moe": {"num_experts": 2}, "cluster": {"num_clusters": 4}})
+
+
+def chosen(select: str, temperature: float = 1.0, **gate: str) -> dict:
+    config = with_selection(gate_config(**gate), select, temperature)
+    return choose_experts(IDS, gate_weights(P), config, task="t")
 
 
 def test_mass_is_the_mean_probability_over_the_images():
@@ -66,6 +72,47 @@ def test_largest_cluster_can_choose_otherwise_than_the_vote():
     assert [layer["expert"] for layer in choice["layers"]] == [1, 1]
     by_vote = choose_experts(ids, gate_weights(P), gate_config(), task="t")
     assert [layer["expert"] for layer in by_vote["layers"]] == [1, 0]
+
+
+def test_merge_weights_experts_by_powers_of_their_mass():
+    mass = expert_mass(IDS, gate_weights(P), gate_config())
+    choice = chosen("merge")
+    assert choice["temperature"] == 1.0 and choice["warning"] is None
+    assert [layer["expert"] for layer in choice["layers"]] == [None, None]
+    np.testing.assert_allclose(mix_of(choice), mass, rtol=1e-6)
+    squares = mass**2 / (mass**2).sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(mix_of(chosen("merge", 0.5)), squares, rtol=1e-12)
+
+
+def test_merge_goes_from_the_vote_to_the_average():
+    assert mix_of(chosen("merge", 1e-4)) == mix_of(chosen("vote")) == [0, 0]
+    np.testing.assert_allclose(mix_of(chosen("merge", 1e9)), mix_of(chosen("average")), atol=1e-6)
+    assert mix_of(chosen("average")) == [[0.5, 0.5], [0.5, 0.5]]
+
+
+@pytest.mark.parametrize("combine", ["prob", "straight_through"])
+def test_merge_of_all_mass_on_one_expert_is_the_vote_to_the_bit(combine):
+    p = [[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]]
+    weights = gate_weights(p)
+    weights["gate.weight"] = weights["gate.weight"].clamp_min(-1e4)
+    merged, voted = (
+        choose_experts(IDS, weights, with_selection(gate_config(combine=combine), select), task="t")
+        for select in ("merge", "vote")
+    )
+    assert mix_of(merged) == mix_of(voted) == [0, 1]
+    assert merged["scale"] == voted["scale"]
+
+
+def test_mismatched_takes_the_expert_of_least_mass():
+    assert mix_of(chosen("mismatched")) == [1, 1]
+
+
+def test_prob_weights_what_is_merged_as_the_images_own_experts():
+    # the clusters take experts 0, 1, 1 in layer 0 and 0, 1, 0 in layer 1
+    own = [(3 * 0.9 + 0.8 + 2 * 0.6) / 6, (3 * 0.5 + 0.7 + 2 * 1.0) / 6]
+    for select in ("merge", "average", "mismatched"):
+        assert chosen(select, combine="prob")["scale"] == pytest.approx(own)
+        assert chosen(select)["scale"] is None
 
 
 def test_prob_records_the_mean_probability_of_the_chosen_experts():

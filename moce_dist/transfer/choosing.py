@@ -1,0 +1,197 @@
+"""What a task's own ViT is made of: its images' clusters, the choice, the customised weights.
+
+    checkpoints --choose--> choice.json --customise--> a backbone
+
+A choice that was made under the same conditions is read, not made again. What is tried by evidence
+is tried in validate.py.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moce_dist.config import Config
+from moce_dist.model.customize import customize
+from moce_dist.run import Run, artefact_id, fingerprint, read_marker, write_atomic
+from moce_dist.settings import ConfigError
+from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
+from moce_dist.train.encoder import OWN, build_encoder, same_encoder
+from moce_dist.transfer.backbone import Backbone, run_backbone
+from moce_dist.transfer.classify import encode
+from moce_dist.transfer.instances import Instances
+from moce_dist.transfer.loading import Machine
+from moce_dist.transfer.request import SELECTION_FIELDS, Request
+from moce_dist.transfer.scenes import Scenes
+from moce_dist.transfer.select import choose_experts, mix_of, task_clusters
+from moce_dist.transfer.skips import Skips, record_skips
+from moce_dist.transfer.tasks import Task
+from moce_dist.transfer.validate import (
+    CONTROL,
+    candidate_configs,
+    try_candidates,
+    validated,
+    with_selection,
+)
+
+logger = logging.getLogger(__name__)
+
+AnyTask = Task | Scenes | Instances
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The newest undamaged checkpoint of a stage: its folder and a fingerprint of its content."""
+
+    checkpoint: Path
+    identity: str
+
+    @cached_property
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by global name, read when first needed."""
+        return load_weights(self.checkpoint)
+
+
+def open_stage(run: Run, name: str) -> Stage | None:
+    """Find a stage's newest undamaged checkpoint; None when there is none."""
+    checkpoint = latest_checkpoint(run.stage(name) / "checkpoints")
+    if checkpoint is None:
+        return None
+    return Stage(checkpoint, fingerprint(read_manifest(checkpoint)["files"]))
+
+
+class Chooser:
+    """The choices for one request on one run; `choices` are those known so far, by backbone."""
+
+    def __init__(
+        self, request: Request, run: Run, config: Config, task: AnyTask, machine: Machine
+    ) -> None:
+        self.request, self.run, self.config, self.task = request, run, config, task
+        self.machine, self.folder = machine, run.transfer(request.folder)
+        self.stages = {name: open_stage(run, name) for name in ("mae", "moce")}
+        self.choices: dict[str, dict[str, Any]] = {}
+
+    def stage(self, name: str) -> Stage:
+        """Return a stage that the request needs.
+
+        Raises:
+            ConfigError: it has no undamaged checkpoint.
+        """
+        found = self.stages[name]
+        if found is None:
+            folder = self.run.stage(name) / "checkpoints"
+            raise ConfigError(f"{folder}: holds no whole checkpoint; run jobs/pretrain.py first")
+        return found
+
+    @cached_property
+    def task_fingerprint(self) -> str:
+        """Fingerprint of the task's images and labels."""
+        return self.task.fingerprint()
+
+    def choice(self, name: str = "moce") -> dict[str, Any]:
+        """Return the content of a backbone's choice file, chosen now unless that was done before.
+
+        `moce` chooses as the configuration says, `moce:SELECT` as its name does.
+        """
+        if name not in self.choices:
+            self.choices[name] = self._choose(name)
+        return self.choices[name]
+
+    def _choose(self, name: str) -> dict[str, Any]:
+        path = self.file(name)
+        select = name.partition(":")[2]
+        config = with_selection(self.config, select) if select else self.config
+        transfer, moce = config.transfer, self.stage("moce")
+        is_validated = transfer.select == "validate" and self.request.experts is None
+        control = self._finished_control() if is_validated else None
+        inputs = {
+            "task": self.task_fingerprint,
+            "moce": moce.identity,
+            "encoder": self._encoder_identity(),
+            "clusters": artefact_id(self.run.clusters),
+            "max_train": transfer.max_train,
+            "experts": self.request.experts,
+            "select": transfer.model_dump(include=SELECTION_FIELDS),
+            "control": control.identity if control else None,
+        }
+        # through JSON, so that tuples compare as the lists they become
+        of = fingerprint(inputs)
+        if path.exists() and (known := json.loads(path.read_text())).get("of") == of:
+            return dict(known)
+        choice = self._validate(control) if is_validated else self._chosen(config)
+        if choice["warning"]:
+            logger.warning("%s: %s", self.request.folder, choice["warning"])
+        write_atomic(path, json.dumps({**choice, "of": of}, indent=1))
+        return {**choice, "of": of}
+
+    def file(self, name: str) -> Path:
+        """Return where the choice of `moce` or `moce:SELECT` stands."""
+        return self.folder / f"choice{name.removeprefix('moce').replace(':', '-')}.json"
+
+    def _encoder_identity(self) -> str:
+        if self.config.cluster.encoder == OWN:
+            return self.stage("mae").identity
+        return same_encoder(self.run, self.config)
+
+    @cached_property
+    def _cluster_ids(self) -> NDArray[np.int64]:
+        """Clusters of the task's training images, (n,)."""
+        mae = self.stage("mae") if self.config.cluster.encoder == OWN else None
+        encoder = build_encoder(self.config, mae.checkpoint if mae else None, self.machine.device)
+        images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
+        features, _, faults = encode(encoder, encoder.pixels, images, self.machine, name="encoder")
+        skips = Skips(self.machine)
+        skips.test = faults
+        record_skips(self.run.faults, skips.close())
+        return task_clusters(features, self.run.clusters)
+
+    def _chosen(self, config: Config) -> dict[str, Any]:
+        return choose_experts(
+            self._cluster_ids,
+            self.stage("moce").weights,
+            config,
+            task=self.request.folder,
+            given=self.request.experts,
+        )
+
+    def _finished_control(self) -> Stage | None:
+        is_there = read_marker(self.run.stage(CONTROL)) is not None
+        return open_stage(self.run, CONTROL) if is_there else None
+
+    def _validate(self, control: Stage | None) -> dict[str, Any]:
+        task = self.task
+        assert isinstance(task, Task)
+        choices = {
+            name: self._chosen(config) for name, config in candidate_configs(self.config).items()
+        }
+        candidates = [self.customised(name, choice) for name, choice in choices.items()]
+        if control is not None:
+            candidates.append(run_backbone(CONTROL, self.config, customize(control.weights, ())))
+        tried = try_candidates(candidates, task, self.config, self.machine)
+        return validated(choices, tried, self.config.transfer)
+
+    def customised(self, name: str, choice: dict[str, Any]) -> Backbone:
+        """Make the backbone of a choice, called `name`.
+
+        Raises:
+            ConfigError: the checkpoint of its stage is missing.
+        """
+        if choice.get("chosen") == CONTROL:
+            control = self._finished_control()
+            assert control is not None
+            weights = customize(control.weights, ())
+            return run_backbone(name, self.config, weights, identity={"control": control.identity})
+        mix, moce = mix_of(choice), self.stage("moce")
+        return run_backbone(
+            name,
+            self.config,
+            customize(moce.weights, mix, scale=choice["scale"]),
+            choice=mix,
+            identity={"moce": moce.identity, "experts": mix, "scale": choice["scale"]},
+        )
