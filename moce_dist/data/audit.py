@@ -156,15 +156,23 @@ def find_in_shard(shared: tuple[Looks, DataConfig], task: _Task) -> list[Copy]:
     for key, content in _images(url, shard, data):
         if isinstance(content, OSError):
             continue
-        row = looks.digests.get(hashlib.sha256(content).digest())
-        match = (row, "exact", 0) if row is not None else _near(looks, content)
+        match = find_match(looks, content)
         if match is not None:
             row, kind, distance = match
             found.append(Copy(shard.path, key, looks.names[row], kind, distance))
     return found
 
 
-def _near(looks: Looks, content: memoryview) -> tuple[int, str, int] | None:
+def find_match(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | None:
+    """Find the picture that an image is a copy of: its row, `exact` or `near`, signs that differ.
+
+    None: there is none, or the image cannot be read.
+    """
+    row = looks.digests.get(hashlib.sha256(content).digest())
+    return (row, "exact", 0) if row is not None else _near(looks, content)
+
+
+def _near(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | None:
     try:
         picture = _small(content)
     except ImageError:

@@ -117,8 +117,8 @@ def _composited_files() -> Iterator[tuple[str, bytes]]:
     splits = {
         split: [
             _compose(
-                _part(stamps, split),
-                _part(wallpapers, split),
+                part(stamps, split),
+                part(wallpapers, split),
                 np.random.default_rng([_SALT, index, number]),
             )
             for number in range(count)
@@ -128,8 +128,11 @@ def _composited_files() -> Iterator[tuple[str, bytes]]:
     yield from _coco_files(splits, "cut-out")
 
 
-def _part(items: Sequence[Any], split: Split) -> list[Any]:
-    # of every subject a quarter is for the test, chosen by the hash of the name
+def part(items: Sequence[Any], split: Split) -> list[Any]:
+    """Keep the cut-outs or wallpapers of a split.
+
+    Of every subject a quarter is for the test, chosen by the hash of the name.
+    """
     kept = []
     for label in sorted({item.label for item in items}):
         some = sorted(

@@ -46,7 +46,7 @@ _BLOCK_SALT = 1726
 _PICTURES = {"satellite": ("bmng", 1), "elevation": ("etopo1", 1), "relief": ("shadedrelief", 2)}
 DOMAINS = ("digits", "silhouettes", *_PICTURES, "brain")
 _TASK_FILES = (
-    *("train/*/*", "test/*/*", "images/*/*", "annotations/*/*", "classes.txt"),
+    *("*.png", "train/*/*", "val/*/*", "test/*/*", "images/*/*", "annotations/*/*", "classes.txt"),
     *("annotations/*.json", "train2017/*", "val2017/*"),
 )
 _PER_CLASS = {"digits": {"test": 50, "train": 100}, "silhouettes": {"test": 70, "train": 130}}
@@ -89,8 +89,8 @@ def encode(pixels: Pixels, kind: str = "PNG") -> bytes:
     return buffer.getvalue()
 
 
-def _is_informative(pixels: Pixels) -> bool:
-    # one shade, or a smooth slope from one to another, has next to nothing to reconstruct
+def is_informative(pixels: Pixels) -> bool:
+    """Tell whether pixels (H, W) or (H, W, 3) are more than one shade or a smooth slope."""
     gray = pixels.mean(axis=2) if pixels.ndim == 3 else pixels.astype(float)
     cells = gray.reshape(gray.shape[0] // 4, 4, gray.shape[1] // 4, 4)
     texture = cells.std(axis=(1, 3)).mean()
@@ -144,7 +144,8 @@ def _earth_tiles(name: str, scale: int) -> Iterator[Pixels]:
             yield tile.of(picture)
 
 
-def _brain_slices() -> Iterator[Pixels]:
+def brain_slices() -> Iterator[Pixels]:
+    """Yield slices of three volumes of a brain along three axes, (64, 64)."""
     for volume in ("t1", "gm", "wm"):
         voxels = carriers.brain(volume)
         for axis in range(3):
@@ -165,7 +166,7 @@ def _domain(name: str) -> Iterator[Pixels]:
     if name in _PICTURES:
         yield from _earth_tiles(*_PICTURES[name])
     elif name == "brain":
-        yield from _brain_slices()
+        yield from brain_slices()
     else:
         images = _labelled(name).images
         yield from (images[row] for row in _part_rows(name, "pretrain"))
@@ -185,7 +186,7 @@ def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
         number = 0
         for pixels in _domain(domain):
             digest = hashlib.sha256(pixels.tobytes()).digest()
-            if digest in seen or not _is_informative(pixels):
+            if digest in seen or not is_informative(pixels):
                 continue
             seen.add(digest)
             yield (
@@ -227,7 +228,7 @@ def _climate_tiles(picture: Pixels, groups: Pixels, part: Part) -> Iterator[Labe
             counts = np.bincount(tile.of(groups).ravel(), minlength=len(carriers.CLIMATE_GROUPS))
             label, pixels = int(counts.argmax()), tile.of(picture)
             is_class = label < len(carriers.CLIMATE_GROUPS) - 1
-            if is_class and _has_land(counts) and _is_informative(pixels):
+            if is_class and _has_land(counts) and is_informative(pixels):
                 yield LabelledImage(encode(pixels), label)
 
 

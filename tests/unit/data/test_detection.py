@@ -103,7 +103,7 @@ def test_outlines_lie_on_the_cut_outs(composited):
 def test_cut_outs_and_wallpapers_of_the_splits_differ(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_DIRS", str(write_packages(tmp_path)))
     for items in (desktop.stamps(), desktop.wallpapers()):
-        train, test = ({i.name for i in detection._part(items, s)} for s in detection._NUM_SCENES)
+        train, test = ({i.name for i in detection.part(items, s)} for s in detection._NUM_SCENES)
         assert not train & test and train | test == {i.name for i in items}
         assert {i.label for i in items if i.name in test} == {i.label for i in items}
     assert not [s for s in desktop.stamps() if "left_out" in s.name or "plain" in s.name]
