@@ -119,9 +119,9 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
     if request.needs_data and not request.data:
         print("data       --data is not given")
     else:
-        task = list_task(request)
-        sizes = f"{len(task.train)} training, {len(task.test)} test, {len(task.classes)} classes"
-        print(f"data       {request.data or 'own images'}: {sizes}")
+        task = list_task(request, config)
+        sizes = f"{len(task.train)} training, {len(task.test)} {transfer.evaluate}"
+        print(f"data       {request.data or 'own images'}: {sizes}, {len(task.classes)} classes")
     print(f"run        {run.root if run else 'none given: the plan is that of the configuration'}")
     print(f"backbones  {', '.join(request.backbones)}, ViT {tuple(config.model.shape)}")
     print(f"experts    {request.experts or transfer.select}, MoE blocks {config.moe_layers}")

@@ -392,6 +392,8 @@ class TransferConfig(Section):
     """Folds of the training images; each is judged by the others."""
     validate_images: int = Field(2000, ge=2)
     """Training images that `validate` looks at, at most; drawn with the seed."""
+    evaluate: Literal["test", "val"] = "test"
+    """Images that figures are of; `val`, a folder of an `imagefolder` task, is for choices."""
     max_train: int | None = Field(None, ge=1)
     """Cap on a task's training images, drawn with the seed; None takes all."""
     knn_k: int = Field(10, ge=1)

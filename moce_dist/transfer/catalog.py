@@ -16,10 +16,14 @@ TASKS: dict[str, Callable[[str, Path | None], Task]] = {
 }
 
 
-def load_task(name: str, data: Path | None) -> Task:
+def load_task(name: str, data: Path | None, evaluate: str = "test") -> Task:
     """Return a classification task, its folders and labels checked.
+
+    `evaluate` is the split that tests; any but `test` is a folder of `imagefolder`.
 
     Raises:
         ConfigError: see the task's reader.
     """
+    if name == "imagefolder" and evaluate != "test":
+        return image_folder(name, data, (evaluate,))
     return TASKS[name](name, data)

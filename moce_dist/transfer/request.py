@@ -121,6 +121,10 @@ def check_request(request: Request, config: Config) -> None:
         raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")
     if request.experts is not None:
         check_experts(request.experts, len(config.moe_layers), config.moe.num_experts)
+    if config.transfer.evaluate == "val" and request.task != "imagefolder":
+        raise ConfigError(
+            f"transfer.evaluate = 'val': {request.task} has no split of that name, imagefolder has"
+        )
     if request.is_segmentation:
         _check_segmentation(config)
     if request.is_detection:

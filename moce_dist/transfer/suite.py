@@ -45,7 +45,7 @@ class Outcome:
     failure: str = ""
 
 
-def list_task(request: Request) -> Task | Scenes | Instances:
+def list_task(request: Request, config: Config) -> Task | Scenes | Instances:
     """List a task's files, checking their layout.
 
     Raises:
@@ -55,7 +55,7 @@ def list_task(request: Request) -> Task | Scenes | Instances:
         return read_scenes(request.task, request.data)
     if request.is_detection:
         return read_instances(request.task, request.data)
-    return load_task(request.task, request.data)
+    return load_task(request.task, request.data, config.transfer.evaluate)
 
 
 def scan(task: Task | Scenes | Instances, config: Config) -> None:
@@ -119,7 +119,8 @@ class FitsJob:
         if machine.rank > 0:
             logging.getLogger("moce_dist").setLevel(logging.WARNING)
         choices, ledger = from_first((self.choices, self.ledger), machine)
-        comparison = Comparison(request, Run(self.run_root), config, list_task(request), machine)
+        task = list_task(request, config)
+        comparison = Comparison(request, Run(self.run_root), config, task, machine)
         comparison.chooser.choices.update(choices or {})
         comparison.should_stop = should_stop
         assert ledger is not None
@@ -148,7 +149,7 @@ def carry_out(
     if not is_first_process():
         train(job)
         return {}
-    run, task = Run(root), list_task(order.request)
+    run, task = Run(root), list_task(order.request, order.config)
     scan(task, order.config)
     if order.is_fresh and job.folder.exists():
         set_aside(job.folder)

@@ -5,6 +5,8 @@ are cut from images that installed packages carry; `imagefolder` reads any data 
 
     DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)
 
+With `transfer.evaluate: val` DATA/val is what figures are of, also where DATA/test is there.
+
 Published sets are read by `official.py`, tars by `tars.py`; which name is read by whom stands in
 `catalog.py`. `ade20k` (pictures with masks) is read by `scenes.py`, `coco` (with boxes) by
 `instances.py`.
@@ -27,7 +29,6 @@ from moce_dist.data.shards import IMAGE_EXTENSIONS, read_range
 from moce_dist.settings import ConfigError
 
 SCAN_LIMIT_BYTES = 10 * 10**9
-_TEST_NAMES = ("test", "val")
 
 Metric = Literal["accuracy", "mean_class_accuracy", "mAP"]
 
@@ -125,8 +126,8 @@ def _split_items(split: Path, classes: Sequence[str]) -> list[Item]:
     return items
 
 
-def image_folder(name: str, data: Path | None) -> Task:
-    """Read a folder of class folders per split.
+def image_folder(name: str, data: Path | None, test_names: Sequence[str] = ("test", "val")) -> Task:
+    """Read a folder of class folders per split; the first of `test_names` that is there tests.
 
     Raises:
         ConfigError: a folder is missing or empty, or the splits differ in their classes.
@@ -136,8 +137,9 @@ def image_folder(name: str, data: Path | None) -> Task:
         raise ConfigError(f"--task {name}: needs --data; {layout}")
     if not data.is_dir():
         raise ConfigError(f"--data {data}: is not a folder; {layout}")
-    test_name = next((t for t in _TEST_NAMES if (data / t).is_dir()), None)
-    for split, found in (("train", (data / "train").is_dir()), ("test or val", test_name)):
+    test_name = next((t for t in test_names if (data / t).is_dir()), None)
+    wanted = " or ".join(test_names)
+    for split, found in (("train", (data / "train").is_dir()), (wanted, test_name)):
         if not found:
             raise ConfigError(f"--data {data}: has no folder {split}; {layout}")
     assert test_name is not None

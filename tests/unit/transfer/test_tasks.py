@@ -33,6 +33,18 @@ def test_val_stands_in_for_test(data):
     assert load_task("imagefolder", data).test[0].key == "val/columns/000.png"
 
 
+def test_choices_are_made_on_val(data):
+    with pytest.raises(ConfigError, match="has no folder val"):
+        load_task("imagefolder", data, "val")
+    shutil.copytree(data / "test", data / "val")
+    (data / "val/rows/000.png").unlink()
+    chosen, tested = (load_task("imagefolder", data, split) for split in ("val", "test"))
+    assert {item.key.split("/")[0] for item in chosen.test} == {"val"}
+    assert {item.key.split("/")[0] for item in tested.test} == {"test"}
+    assert len(chosen.test) == len(tested.test) - 1 and chosen.train == tested.train
+    assert chosen.fingerprint() != tested.fingerprint()
+
+
 @pytest.mark.parametrize("missing", ["train", "test"])
 def test_missing_split_is_named(data, missing):
     shutil.rmtree(data / missing)
