@@ -9,6 +9,7 @@ from PIL import Image
 
 from benches.settings import BenchConfig
 from moce_dist.data.carriers import earth
+from moce_dist.data.images import open_image
 from moce_dist.data.sources import list_folder, parse_source
 
 QUALITY = 90
@@ -29,7 +30,7 @@ def photographs(config: BenchConfig, width: int, height: int, count: int) -> lis
 def _pictures(source: str) -> Iterator[Image.Image]:
     if source:
         files = list_folder(Path(parse_source(source)[1])).files
-        yield from (Image.open(file.path).convert("RGB") for file in files)
+        yield from (open_image(file.path.read_bytes()) for file in files)
         return
     from sklearn.datasets import load_sample_images
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from benches.settings import BenchConfig
-from moce_dist.data.images import Box, Cut, Encoded
+from moce_dist.data.decoders import Encoded
+from moce_dist.data.images import Box, Cut
 from moce_dist.data.plan import Plan, SampleTable
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.resize import Pixels

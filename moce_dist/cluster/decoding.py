@@ -22,8 +22,8 @@ import fsspec
 import numpy as np
 
 from moce_dist.cluster.blocks import Float32, clean_label
+from moce_dist.data.decoders import ImageError
 from moce_dist.data.framing import Framing, framed_image
-from moce_dist.data.images import ImageError
 from moce_dist.data.shards import Shard, class_label
 
 _BATCHES_AHEAD = 1

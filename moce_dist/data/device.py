@@ -13,14 +13,17 @@ Without a GPU nvImageCodec decodes on the CPU: the same calls, slower than a loa
 Letters: c crops, S side of the square sample in pixels.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.data.images import Box, Cut, Encoded, ImageError, Jpeg, open_picture
+from moce_dist.data.decoders import Encoded, ImageError, door
+from moce_dist.data.images import Box, Cut, Jpeg, open_picture
 from moce_dist.settings import ConfigError
 
 
@@ -98,14 +101,16 @@ class DeviceDecoder:
         content, places = crops.content.numpy(), crops.places.tolist()
         boxes = [Box(*box) for box in crops.boxes.tolist()]
         encoded = [content[first:end] for *_, first, end in places]
-        parts = [
-            self._codec.CodeStream(picture).get_sub_code_stream(
-                region=self._codec.Region(box.upper, box.left, box.lower, box.right)
-            )
-            for picture, box in zip(encoded, boxes, strict=True)
-        ]
+        parts = [self._part(picture, box) for picture, box in zip(encoded, boxes, strict=True)]
         stream = torch.cuda.current_stream(self.device).cuda_stream if self._is_cuda else 0
-        decoded = self._decoder.decode(parts, params=self._params, cuda_stream=stream)
+        known, decoded = [row for row, part in enumerate(parts) if part], [None] * len(parts)
+        # what the device does not even begin with is decoded here
+        with suppress(ImageError), door():
+            found = self._decoder.decode(
+                [parts[row] for row in known], params=self._params, cuda_stream=stream
+            )
+            for row, pixels in zip(known, found, strict=True):
+                decoded[row] = pixels
         squares: list[Tensor | ImageError] = []
         for pixels, picture, box in zip(decoded, encoded, boxes, strict=True):
             if pixels is None:
@@ -116,6 +121,13 @@ class DeviceDecoder:
             if isinstance(square := squares[row], Tensor):
                 squares[row] = square.flip(-1)
         return squares
+
+    def _part(self, picture: NDArray[np.uint8], box: Box) -> Any:
+        with suppress(ImageError), door():
+            return self._codec.CodeStream(picture).get_sub_code_stream(
+                region=self._codec.Region(box.upper, box.left, box.lower, box.right)
+            )
+        return None
 
     @property
     def _is_cuda(self) -> bool:

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from moce_dist.data.images import Encoded, Sample, eval_image, open_image, open_picture, to_sample
+from moce_dist.data.decoders import Encoded
+from moce_dist.data.images import Sample, eval_image, open_image, open_picture, to_sample
 from moce_dist.data.resize import Pixels, Size
 
 MODES = ("center", "squash", "border")

@@ -18,17 +18,26 @@ recipe (scale 0.2 to 1, bicubic, mirror) from He et al. 2022, appendix A.1.
 """
 
 import hashlib
-import io
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from moce_dist.data.orientation import AS_STORED, DAMAGE, Turn, read_turn
+from moce_dist.data.decoders import (
+    Encoded,
+    ImageError,
+    check_bytes,
+    check_pixels,
+    door,
+    jpeg_header,
+    jpeg_pixels,
+    open_stored,
+    read_turn,
+)
+from moce_dist.data.orientation import AS_STORED, Turn
 from moce_dist.data.resize import Pixels, Size, resize, resize_all
 
 if TYPE_CHECKING:
@@ -36,19 +45,15 @@ if TYPE_CHECKING:
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-MAX_PIXELS = 178_956_970
-MAX_BYTES = 256 * 2**20
+# 16 bits that Pillow keeps in 32
+_DEEP_16 = ("PNG", "PPM")
+_SAMPLE_FORMAT, _UNSIGNED = 339, 1
 _ASPECT = (math.log(3 / 4), math.log(4 / 3))
-_JPEG, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_JPEG_END = b"\xff\xd9"
 # libjpeg-turbo has vectorised inverse DCTs for these only
 _REDUCTIONS = (8, 4, 2)
 
-Encoded = bytes | memoryview
 Sample = NDArray[np.float32]
-
-
-class ImageError(ValueError):
-    """The bytes are no usable image; the message says why."""
 
 
 class Box(NamedTuple):
@@ -66,11 +71,30 @@ def sample_generator(seed: int, epoch: int, key: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
+def _stretched(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.format == "TIFF" and image.mode == "I" and _sample_format(image) == _UNSIGNED:
+        values = values.view(np.uint32)
+    levels = values.astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ImageError("image holds values that are not finite")
+    levels -= levels.min()
+    if levels.any():
+        levels *= 255 / levels.max()
+    return Image.fromarray(np.rint(levels).astype(np.uint8))
+
+
+def _sample_format(image: Image.Image) -> object:
+    found = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, _UNSIGNED)
+    return found[0] if isinstance(found, tuple) and found else found
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16-bit greys to 8 bits when it converts; keep the upper byte instead
+    # Pillow clips deep greys to 8 bits when it converts
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_16):
         image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        image = _stretched(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
@@ -79,32 +103,20 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(content: Encoded) -> Image.Image:
-    """Decode to an upright RGB picture: transparency on black, of an animation the first frame.
+    """Decode to an upright RGB image: transparency on black, of an animation the first frame.
+
+    Greys of 16 bits keep their upper byte. What 32-bit integers and floats mean no file says: they
+    are stretched, so that their smallest value is black and their largest one white.
 
     Raises:
-        ImageError: empty, of unknown format, truncated, damaged, of more than `MAX_PIXELS` or
-            `MAX_BYTES`.
+        ImageError: see `open_stored`; or values are not finite.
     """
-    _check_bytes(content)
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            _check_pixels(*image.size)
-            image.load()
-            return _to_rgb(image)
-    except DAMAGE as error:
-        raise ImageError(str(error)) from None
-
-
-def _check_bytes(content: Encoded) -> None:
-    if not content:
-        raise ImageError("image is empty")
-    if len(content) > MAX_BYTES:
-        raise ImageError(f"image has {len(content)} bytes, more than {MAX_BYTES}")
-
-
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"image has {width} x {height} pixels, more than {MAX_PIXELS}")
+    stored = open_stored(content)
+    with door():
+        image = _to_rgb(stored.image)
+        if stored.turn == AS_STORED:
+            return image
+        return Image.fromarray(stored.turn.apply(np.asarray(image)))
 
 
 class Picture(Protocol):
@@ -185,19 +197,8 @@ class Jpeg:
         return self.turn.apply(resize_all(pixels, extent, stored, method))
 
     def _decode(self, reduction: int, *, is_fast: bool) -> Pixels | None:
-        try:
-            pixels: Pixels = simplejpeg.decode_jpeg(
-                self.content,
-                "RGB",
-                fastdct=is_fast,
-                fastupsample=is_fast,
-                min_height=-(-self.stored_height // reduction),
-                min_width=-(-self.stored_width // reduction),
-                min_factor=reduction,
-            )
-        except ValueError:
-            return None
-        return pixels
+        width, height = (-(-side // reduction) for side in (self.stored_width, self.stored_height))
+        return jpeg_pixels(self.content, width, height, reduction, is_fast=is_fast)
 
 
 @dataclass(frozen=True)
@@ -231,16 +232,12 @@ def open_picture(content: Encoded) -> Jpeg | Decoded:
     Raises:
         ImageError: see `open_image`; damage behind a JPEG's header shows when it is cropped.
     """
-    _check_bytes(content)
-    if content[:3] == _JPEG:
-        try:
-            height, width, space, _ = simplejpeg.decode_jpeg_header(content)
-        except ValueError:
-            return Decoded(open_image(content))
-        if space not in ("CMYK", "YCCK"):
-            _check_pixels(width, height)
-            return Jpeg(content, width, height, read_turn(content))
-    return Decoded(open_image(content))
+    check_bytes(content)
+    header = jpeg_header(content)
+    if header is None or header.space in ("CMYK", "YCCK"):
+        return Decoded(open_image(content))
+    check_pixels(header.width, header.height)
+    return Jpeg(content, header.width, header.height, read_turn(content))
 
 
 def decode_image(content: Encoded) -> Pixels:

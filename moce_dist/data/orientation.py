@@ -1,23 +1,16 @@
-"""Which way up a stored picture is: what its EXIF tag says, for pixels and for boxes.
+"""Which way up a stored image is: the one reader of its orientation, for pixels and for boxes.
 
 stored, tag 6   C A    turned: flip the rows, then swap    A B
                 D B                                        C D
 """
 
-import io
-import struct
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-_EXIF = b"Exif\0\0"
-_EXIF_WITHIN = 2**16
 _ORIENTATION = 0x0112
-
-DAMAGE = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
-"""What Pillow raises of damaged files."""
 
 
 class Turn(NamedTuple):
@@ -58,13 +51,13 @@ _TURNS = {
 }
 
 
-def read_turn(content: bytes | memoryview) -> Turn:
-    """Read a picture's EXIF tag; without a readable one the picture is upright as stored."""
-    if _EXIF not in bytes(content[:_EXIF_WITHIN]):
-        return AS_STORED
+def turn_of(image: Image.Image) -> Turn:
+    """Read the orientation of an opened image; unreadable or odd means upright as stored.
+
+    Pillow looks for it in EXIF, in TIFF's own tags and in XMP.
+    """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            return _TURNS.get(int(image.getexif().get(_ORIENTATION, 1)), AS_STORED)
-    except (*DAMAGE, TypeError):
-        # the picture itself may be whole
+        value = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - metadata of any shape never decide whether pixels count
         return AS_STORED
+    return _TURNS.get(value, AS_STORED) if type(value) is int else AS_STORED

@@ -17,8 +17,8 @@ from typing import IO, Literal, NamedTuple, get_args
 
 import fsspec
 from braceexpand import braceexpand
-from PIL import Image, UnidentifiedImageError
 
+from moce_dist.data.decoders import ImageError, check_header
 from moce_dist.data.shards import IMAGE_EXTENSIONS, Fault
 from moce_dist.settings import ConfigError
 
@@ -165,14 +165,12 @@ def _check_file(path: Path) -> tuple[int, str | None]:
 
 
 def header_problem(picture: IO[bytes] | Path) -> str | None:
-    """Tell why a picture's header cannot be read, None when it can; pixels are not decoded."""
+    """Tell why an image's header cannot be read, None when it can; pixels are not decoded."""
     try:
-        with Image.open(picture):
-            return None
-    except UnidentifiedImageError:
-        return "header of the picture cannot be read"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"header of the picture cannot be read: {error}"
+        check_header(picture)
+    except ImageError as error:
+        return f"header of the image cannot be read: {error}"
+    return None
 
 
 def read_picture(file: ImageFile) -> bytes | Fault:

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moce_dist.config import DataConfig
 from moce_dist.data.cache import SampleCache
+from moce_dist.data.decoders import Encoded, ImageError
 from moce_dist.data.device import DeviceDecoder, Undecoded, Waiting
-from moce_dist.data.images import Cut, Encoded, ImageError, sample_generator, train_cut
+from moce_dist.data.images import Cut, sample_generator, train_cut
 from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
 from moce_dist.data.ranges import Content, Range, RangeReader, Wanted, is_remote
 from moce_dist.run import record_fault

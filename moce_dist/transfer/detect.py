@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from moce_dist.config import TransferConfig
-from moce_dist.data.images import ImageError, sample_generator
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import sample_generator
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.finding import Scored, evaluate

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from moce_dist.data.images import ImageError
+from moce_dist.data.decoders import ImageError
 from moce_dist.transfer.drawing import draw_preview
 from moce_dist.transfer.instances import Instances, Picture, load_picture
 from moce_dist.transfer.loading import Fault, Machine, Progress

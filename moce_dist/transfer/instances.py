@@ -22,7 +22,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from moce_dist.data.images import ImageError, open_image
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import open_image
 from moce_dist.run import file_sha256
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.coco_json import Annotation, AnnotationFile, read_annotations

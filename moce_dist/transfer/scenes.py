@@ -22,8 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_dist.data.images import MEAN, STD, ImageError, open_image
-from moce_dist.data.orientation import DAMAGE
+from moce_dist.data.decoders import ImageError, open_stored
+from moce_dist.data.images import MEAN, STD, open_image
 from moce_dist.data.shards import IMAGE_EXTENSIONS
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item
@@ -126,12 +126,12 @@ def read_mask(path: Path) -> Labels:
         ImageError: the file is no image of one channel.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode in ("L", "P", "I", "I;16"):
-                return np.asarray(image).astype(np.int64) - 1
-            raise ImageError(f"has mode {image.mode}, must have one channel of class numbers")
-    except DAMAGE as error:
+        image = open_stored(path.read_bytes()).image
+    except (ImageError, OSError) as error:
         raise ImageError(f"{path}: unreadable mask: {error}") from None
+    if image.mode in ("L", "P", "I", "I;16", "I;16B"):
+        return np.asarray(image).astype(np.int64) - 1
+    raise ImageError(f"{path}: has mode {image.mode}, must have one channel of class numbers")
 
 
 def load_scene(scene: Scene, num_classes: int) -> tuple[Image.Image, Labels]:

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moce_dist.config import TransferConfig
-from moce_dist.data.images import ImageError, sample_generator
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import sample_generator
 from moce_dist.run import write_atomic
 from moce_dist.train.encoder import renormalisation
 from moce_dist.transfer.backbone import Backbone

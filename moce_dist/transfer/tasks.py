@@ -24,7 +24,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from moce_dist.data import samples
-from moce_dist.data.images import ImageError, open_image
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import open_image
 from moce_dist.data.shards import IMAGE_EXTENSIONS, read_range
 from moce_dist.settings import ConfigError
 

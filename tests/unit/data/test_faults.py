@@ -98,7 +98,7 @@ def test_every_fault_keeps_its_slot_and_stands_in_the_ledger_once(tmp_path, rang
     assert Counter(fault["key"] for fault in faults) == Counter(expected)
     reasons = {fault["key"].partition("/")[0]: fault["reason"] for fault in faults}
     for tar, part in enumerate(
-        ("truncated", "cannot identify", "cannot identify", "3600000000 pixels",
+        ("truncated", "no image", "no image", "3600000000 pixels",
          "ends after", "no such file", "status 503", "in time")
     ):  # fmt: skip
         assert part in reasons[str(tar)].lower(), reasons[str(tar)]

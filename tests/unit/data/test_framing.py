@@ -7,8 +7,9 @@ import pytest
 from PIL import Image, ImageFilter, ImageOps
 from timm.data import create_transform
 
+from moce_dist.data.decoders import ImageError
 from moce_dist.data.framing import Framing, framed_image
-from moce_dist.data.images import MEAN, STD, ImageError, eval_image
+from moce_dist.data.images import MEAN, STD, eval_image
 
 FRAMINGS = [
     Framing(0.875),

@@ -12,8 +12,9 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from moce_dist.config import make_config
-from moce_dist.data import images
-from moce_dist.data.images import MEAN, STD, ImageError, sample_generator
+from moce_dist.data import decoders, images
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import MEAN, STD, sample_generator
 
 
 def encode(picture, kind="PNG", **options):
@@ -78,13 +79,13 @@ def test_truncated_or_empty_is_refused(photo, cut):
 
 
 def test_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    monkeypatch.setattr(decoders, "MAX_PIXELS", 99)
     with pytest.raises(ImageError, match="10 x 10"):
         images.decode_image(encode(Image.new("L", (10, 10))))
 
 
 def test_bytes_are_limited_too(monkeypatch):
-    monkeypatch.setattr(images, "MAX_BYTES", 99)
+    monkeypatch.setattr(decoders, "MAX_BYTES", 99)
     with pytest.raises(ImageError, match="100 bytes"):
         images.open_picture(bytes(100))
 

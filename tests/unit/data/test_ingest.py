@@ -149,8 +149,8 @@ def planted(root, picture):
     os.mkfifo(root / "owl" / "pipe.png")
     return {
         "cat/empty": "file is empty",
-        "cat/cut": "header of the picture cannot be read: Truncated File Read",
-        "dog/text": "header of the picture cannot be read",
+        "cat/cut": "header of the image cannot be read: Truncated File Read",
+        "dog/text": "header of the image cannot be read: is no image of a known format",
         "dog/gone": "cannot be read: No such file or directory",
         "owl/02": "key is taken by 02.gif",
         "owl/pipe": "is not a regular file",

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_dist.data.images import ImageError, sample_generator
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import sample_generator
 from moce_dist.transfer.coco_json import Annotation
 from moce_dist.transfer.instances import Picture, read_instances
 from moce_dist.transfer.jitter import Placing, decode_mask, place_mask, to_runs, training_square

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from moce_dist.data.images import ImageError, sample_generator
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import sample_generator
 from moce_dist.model.customize import customize
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone

@@ -1,0 +1,218 @@
+"""The one door around all decoders: whatever they raise is a fault of that one image.
+
+Pillow, simplejpeg and nvImageCodec raise all kinds of exceptions of damaged or odd files. In here,
+and nowhere else, images are opened, and `door` makes an `ImageError` of all of them, so that one
+file never ends the work on the others. Nothing larger than `MAX_PIXELS` or `MAX_BYTES` is decoded.
+
+Which files are images is what the installed Pillow can really open: of its registry all formats
+that have an ending, but for those that only hand the file on to another program.
+"""
+
+import io
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+import simplejpeg
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, UnidentifiedImageError, features
+
+from moce_dist.data.metadata import JPEG, may_be_turned, without_metadata
+from moce_dist.data.orientation import AS_STORED, Turn, turn_of
+
+MAX_PIXELS = 178_956_970
+MAX_BYTES = 256 * 2**20
+_REASON_LETTERS = 300
+# EPS is a program that Ghostscript would run; of MPEG only the header is read
+_NOT_OPENED = ("EPS", "MPEG")
+_NEEDS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
+_SPEAK_FOR_THEMSELVES = (OSError, ValueError, SyntaxError, struct.error)
+
+Encoded = bytes | memoryview
+Pixels = NDArray[np.uint8]
+
+
+class ImageError(ValueError):
+    """The bytes are no usable image; the message says why, whoever catches it knows which."""
+
+
+class Stored(NamedTuple):
+    """A decoded image as it is stored, and what makes it upright."""
+
+    image: Image.Image
+    turn: Turn
+
+
+class JpegHeader(NamedTuple):
+    """Size of a JPEG as stored, pixels, and its colours."""
+
+    width: int
+    height: int
+    space: str
+
+
+@contextmanager
+def door() -> Iterator[None]:
+    """Make an `ImageError` of whatever a decoder raises.
+
+    Raises:
+        ImageError: with the reason in one line.
+    """
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:  # noqa: BLE001 - decoders raise anything
+        raise ImageError(_reason(error)) from None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "is no image of a known format"
+    text = " ".join(str(error).split())[:_REASON_LETTERS]
+    if text and isinstance(error, _SPEAK_FOR_THEMSELVES):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+@lru_cache(maxsize=1)
+def image_formats() -> tuple[str, ...]:
+    """Return the formats that the installed Pillow can really open."""
+    Image.init()
+    named = set(Image.registered_extensions().values())
+    return tuple(
+        name
+        for name in Image.ID
+        if name in named and name not in _NOT_OPENED
+        if name not in _NEEDS or features.check(_NEEDS[name])
+        if not _is_stub(Image.OPEN[name][0])
+    )
+
+
+def _is_stub(factory: object) -> bool:
+    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+
+
+@lru_cache(maxsize=1)
+def image_endings() -> frozenset[str]:
+    """Return the endings of files that are images, lower case, without the dot."""
+    # several JPEGs in one file are opened as a JPEG
+    formats = {*image_formats(), "MPO"}
+    found = Image.registered_extensions().items()
+    return frozenset(ending[1:] for ending, name in found if name in formats)
+
+
+def check_bytes(content: Encoded) -> None:
+    """Refuse what is empty or too long.
+
+    Raises:
+        ImageError: it is.
+    """
+    if not content:
+        raise ImageError("image is empty")
+    if len(content) > MAX_BYTES:
+        raise ImageError(f"image has {len(content)} bytes, more than {MAX_BYTES}")
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Refuse what is too large, or has no pixels.
+
+    Raises:
+        ImageError: it is.
+    """
+    if width < 1 or height < 1:
+        raise ImageError(f"image has {width} x {height} pixels")
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"image has {width} x {height} pixels, more than {MAX_PIXELS}")
+
+
+def open_stored(content: Encoded, draft: tuple[int, int] | None = None) -> Stored:
+    """Decode as stored, the first frame; metadata that cannot be read do not count.
+
+    With `draft`, width and height, a JPEG may be decoded at a part of its size that is no smaller.
+
+    Raises:
+        ImageError: empty, of unknown format, truncated, damaged, of more than `MAX_PIXELS` or
+            `MAX_BYTES`.
+    """
+    check_bytes(content)
+    try:
+        return _load(content, draft)
+    except ImageError as error:
+        with suppress(ImageError):
+            if (bare := without_metadata(content)) is not None:
+                again = _load(bare.content, draft)
+                return again._replace(turn=_turn_of_exif(bare.exif)) if bare.exif else again
+        raise error
+
+
+def _load(content: Encoded, draft: tuple[int, int] | None) -> Stored:
+    with door(), Image.open(io.BytesIO(content), formats=image_formats()) as image:
+        check_pixels(*image.size)
+        if draft is not None:
+            image.draft("RGB", draft)
+        image.load()
+        # of some formats only now the size is that of the pixels
+        check_pixels(*image.size)
+        return Stored(image, turn_of(image))
+
+
+def _turn_of_exif(exif: bytes) -> Turn:
+    image = Image.new("L", (1, 1))
+    image.info["exif"] = exif
+    return turn_of(image)
+
+
+def check_header(file: IO[bytes] | Path) -> None:
+    """Read the header only.
+
+    Raises:
+        ImageError: it cannot be read, or says that the image is too large.
+    """
+    with door(), Image.open(file, formats=image_formats()) as image:
+        check_pixels(*image.size)
+
+
+def read_turn(content: Encoded) -> Turn:
+    """Read which way up a JPEG is, its pixels left alone; unreadable or odd means upright."""
+    if not may_be_turned(content):
+        return AS_STORED
+    with suppress(ImageError), door(), Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
+        return turn_of(image)
+    bare = without_metadata(content)
+    return _turn_of_exif(bare.exif) if bare else AS_STORED
+
+
+def jpeg_header(content: Encoded) -> JpegHeader | None:
+    """Read the header of a JPEG; None where it is none, or an odd one that Pillow may know."""
+    if content[:3] != JPEG:
+        return None
+    with suppress(ImageError), door():
+        height, width, space, _ = simplejpeg.decode_jpeg_header(content)
+        return JpegHeader(width, height, space)
+    return None
+
+
+def jpeg_pixels(
+    content: Encoded, width: int, height: int, factor: int, *, is_fast: bool
+) -> Pixels | None:
+    """Decode a JPEG as stored at 1 / factor of its size, (height, width, 3).
+
+    None where libjpeg-turbo warns or fails: Pillow knows which warnings are harmless.
+    """
+    with suppress(ImageError), door():
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            content,
+            "RGB",
+            fastdct=is_fast,
+            fastupsample=is_fast,
+            min_height=height,
+            min_width=width,
+            min_factor=factor,
+        )
+        return pixels
+    return None
