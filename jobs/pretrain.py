@@ -5,6 +5,7 @@ python jobs/pretrain.py --config configs/pretrain/vit_base.yaml --run base
 torchrun --nproc-per-node 8 -- jobs/pretrain.py --stage moce --config ... --run ...
 """
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
     run = open_run(root, config, fresh=arguments.fresh)
     run_stage(run, config, arguments.stage)
     if os.environ.get("RANK", "0") == "0":
-        print(f"done: {root}")
+        print("\n".join([*loss_lines(run), f"done: {root}"]))
 
 
 def check_request(config: Config, stage: str) -> None:
@@ -146,6 +147,14 @@ def control_lines(config: Config, stage: str) -> list[str]:
         f"control    from {origin}{missing}: no experts, else the images, steps and schedule of "
         "stage moce"
     ]
+
+
+def loss_lines(run: Run) -> list[str]:
+    """Say what the finished stages lose on held-out images, side by side; no line without any."""
+    files = {stage: run.stage(stage) / "holdout.json" for stage in TRAINED}
+    found = {stage: json.loads(f.read_text()) for stage, f in files.items() if f.exists()}
+    losses = ", ".join(f"{stage} {holdout['loss']:.4f}" for stage, holdout in found.items())
+    return [f"held-out loss: {losses}"] if found else []
 
 
 def run_stage(run: Run, config: Config, stage: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, SuiteEntry, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
+from moce_dist.rows import backbone_texts, value_text
 from moce_dist.run import Run, resolve_run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.official import OFFICIAL
@@ -19,6 +20,7 @@ from moce_dist.transfer.request import (
     check_request,
     check_stages,
     check_suite,
+    default_backbones,
     open_request_run,
     parse_experts,
     parse_names,
@@ -55,8 +57,8 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--backbone",
         metavar="LIST",
-        default="moce,mae",
-        help="moce, moce:SELECT (as transfer.select), mae, random, timm:NAME",
+        help="moce, moce:SELECT (as transfer.select), control, mae, random, timm:NAME (default: "
+        "moce, and the control or, where the run has none, mae)",
     )
     parser.add_argument("--protocol", metavar="LIST", help="finetune, linear, knn (default: all)")
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="fits of each kind")
@@ -64,7 +66,7 @@ def parse(argv: Sequence[str]) -> Any:
     return parser.parse_args(argv)
 
 
-def make_request(args: Any, config: Config) -> Request:
+def make_request(args: Any, run: Run | None, config: Config) -> Request:
     """Read the flags into a request; a recipe's task stands in for `--task`."""
     task = args.task or config.transfer.task
     if not task:
@@ -73,7 +75,9 @@ def make_request(args: Any, config: Config) -> Request:
         task,
         # a worker stands in a folder of its own
         Path(args.data).absolute() if args.data else None,
-        parse_names(args.backbone, "--backbone"),
+        parse_names(args.backbone, "--backbone")
+        if args.backbone
+        else default_backbones(run, config),
         parse_names(args.protocol, "--protocol") if args.protocol else protocols_of(task),
         args.seeds,
         parse_experts(args.experts),
@@ -89,10 +93,10 @@ def open_configured(args: Any, overrides: Sequence[str] = ()) -> tuple[Run | Non
     return None, config
 
 
-def make_orders(args: Any, config: Config) -> list[Order]:
+def make_orders(args: Any, run: Run | None, config: Config) -> list[Order]:
     """Read a suite's entries, or the flags, into checked orders."""
     if (args.task or config.transfer.task) != ALL:
-        orders = [Order(make_request(args, config), config, args.fresh)]
+        orders = [Order(make_request(args, run, config), config, args.fresh)]
     else:
         check_suite(config.transfer.suite)
         orders = [suite_order(args, entry) for entry in config.transfer.suite]
@@ -103,12 +107,12 @@ def make_orders(args: Any, config: Config) -> list[Order]:
 
 def suite_order(args: Any, entry: SuiteEntry) -> Order:
     """Lay an entry of a suite over the flags."""
-    _, config = open_configured(args, entry.set)
+    run, config = open_configured(args, entry.set)
     given = entry.data or (None if entry.task in SAMPLE_TASKS else args.data)
     flags = {**vars(args), "task": entry.task, "data": given}
     if entry.protocol:
         flags["protocol"] = ",".join(entry.protocol)
-    request = make_request(Namespace(**flags), config)
+    request = make_request(Namespace(**flags), run, config)
     return Order(replace(request, name=entry.name), config, args.fresh)
 
 
@@ -151,9 +155,10 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
 
     table = Table(title=title)
-    for column in ("task", "metric", "protocol", "backbone", "mean", "std", "difference", "to"):
+    for column in ("task", "metric", "protocol", "backbone", "mean", "difference", "to"):
         table.add_column(column)
     for metrics in tables:
+        names = backbone_texts(metrics)
         other = {(row["backbone"], row["protocol"]): row for row in metrics["differences"]}
         for row in metrics["summary"]:
             found = other.get((row["backbone"], row["protocol"]))
@@ -161,11 +166,10 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
             metric = (
                 f"mean over {row['num_tasks']} tasks" if "num_tasks" in row else metrics["metric"]
             )
-            difference = f"{found['mean']:+.4f} ± {found['std']:.4f}" if found else ""
             table.add_row(
-                *(metrics["task"], metric, row["protocol"], row["backbone"]),
-                *(f"{row['mean']:.4f}", f"{row['std']:.4f}"),
-                *(difference, found["reference"] if found else ""),
+                *(metrics["task"], metric, row["protocol"], names[row["backbone"]]),
+                *(value_text(row), value_text(found, "+") if found else ""),
+                names[found["reference"]] if found else "",
             )
         table.add_section()
     Console(width=None if sys.stdout.isatty() else 120).print(table)
@@ -210,7 +214,7 @@ def main(argv: Sequence[str]) -> None:
     """Check the request, then carry it out."""
     args = parse(argv)
     run, config = open_configured(args)
-    orders = make_orders(args, config)
+    orders = make_orders(args, run, config)
     check_torchrun(args, config)
     if run is not None:
         for order in orders:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from moce_dist.cluster.spread import nearest_others
 from moce_dist.report.record import Clusters, Record, Stage
 
-COLOURS = {"mae": "#4477aa", "moce": "#cc6677"}
+COLOURS = {"mae": "#4477aa", "moce": "#cc6677", "control": "#228833"}
 _GREY = "#667085"
 _MAX_POINTS = 800
 _MAX_CLUSTERS = 512
@@ -42,7 +42,7 @@ _STYLE = {
     "axes.axisbelow": True,
     "legend.frameon": False,
 }
-_TITLES = {"mae": "stage mae", "moce": "stage moce"}
+_TITLES = {"mae": "stage mae", "moce": "stage moce", "control": "stage control"}
 
 
 def _canvas(rows: int, columns: int, height: float) -> tuple[Figure, NDArray[np.object_]]:
@@ -75,7 +75,7 @@ def _trained(record: Record) -> dict[str, Stage]:
 
 
 def losses(record: Record) -> str | None:
-    """Draw the MAE loss of both stages against images seen, held-out losses dashed."""
+    """Draw the MAE loss of the stages against images seen, held-out losses dashed."""
     stages = _trained(record)
     if not stages:
         return None
@@ -104,7 +104,7 @@ def gate_losses(record: Record) -> str | None:
 
 
 def speed(record: Record) -> str | None:
-    """Draw learning rate and images per second of both stages."""
+    """Draw learning rate and images per second of the stages."""
     stages = _trained(record)
     if not stages:
         return None

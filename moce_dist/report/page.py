@@ -12,7 +12,8 @@ from moce_dist.config import Config, to_yaml
 from moce_dist.report import figures
 from moce_dist.report.figures import evenly
 from moce_dist.report.record import Line, Record, read_record
-from moce_dist.report.summary import cluster_notes, domain_mix, label_mix
+from moce_dist.report.summary import TITLES, cluster_notes, domain_mix, label_mix
+from moce_dist.rows import backbone_texts, difference_text, value_text
 from moce_dist.run import write_atomic
 from moce_dist.settings import flatten
 
@@ -80,12 +81,11 @@ def _tile(label: str, value: str | None) -> dict[str, str]:
 
 def _tiles(record: Record) -> list[dict[str, str]]:
     tiles = []
-    titles = {"mae": "MAE", "moce": "MoCE"}
-    if record.base is not None:
-        del titles["mae"]
-    for name, title in titles.items():
-        holdout = record.stages[name].holdout
-        tiles.append(_tile(f"{title} held-out loss", f"{holdout['loss']:.4f}" if holdout else None))
+    for name, stage in record.shown_stages.items():
+        holdout = stage.holdout
+        tiles.append(
+            _tile(f"{TITLES[name]} held-out loss", f"{holdout['loss']:.4f}" if holdout else None)
+        )
     clusters = record.clusters
     images = f"{clusters.sizes.sum():,}" if clusters else None
     tiles += [
@@ -109,26 +109,23 @@ def _task(metrics: Line) -> dict[str, Any]:
     cells = {(row["backbone"], row["protocol"]): row for row in metrics["summary"]}
     protocols = sorted({protocol for _, protocol in cells})
     best = {p: max(row["mean"] for (_, q), row in cells.items() if q == p) for p in protocols}
-    seeds = Counter((row["backbone"], row["protocol"]) for row in metrics["results"])
+    names = backbone_texts(metrics)
 
     def cell(backbone: str, protocol: str) -> dict[str, Any]:
         row = cells.get((backbone, protocol))
         if row is None:
             return {"text": "-", "best": False}
-        deviation = f" ± {row['std']:.4f}" if seeds[backbone, protocol] > 1 else ""
-        return {"text": f"{row['mean']:.4f}{deviation}", "best": row["mean"] == best[protocol]}
+        return {"text": value_text(row), "best": row["mean"] == best[protocol]}
 
     backbones = dict.fromkeys(backbone for backbone, _ in cells)
     return {
         "name": metrics["task"],
         "metric": metrics["metric"],
         "protocols": protocols,
-        "rows": [{"backbone": b, "cells": [cell(b, p) for p in protocols]} for b in backbones],
-        "differences": [
-            f"{row['backbone']} - {row['reference']}, {row['protocol']}: "
-            f"{row['mean']:+.4f} ± {row['std']:.4f}"
-            for row in metrics.get("differences", [])
+        "rows": [
+            {"backbone": names[b], "cells": [cell(b, p) for p in protocols]} for b in backbones
         ],
+        "differences": [difference_text(row, names) for row in metrics.get("differences", [])],
         "failed": [f"{name}: {reason}" for name, reason in metrics.get("failed", {}).items()],
     }
 

@@ -17,12 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_dist.config import Config
+from moce_dist.rows import without_deviations
 from moce_dist.run import Run, load_run, read_faults, read_jsonl
 from moce_dist.settings import ConfigError
 
 Line = dict[str, Any]
 T = TypeVar("T")
-STAGES = ("mae", "moce")
+STAGES = ("mae", "moce", "control")
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,17 @@ class Record:
     problems: list[str] = field(default_factory=list)
 
     @property
+    def shown_stages(self) -> dict[str, Stage]:
+        """The training stages that this run has or is to have, by name."""
+        config = self.config
+        hidden = set()
+        if self.base is not None:
+            hidden.add("mae")
+        if not self.stages["control"].metrics and (config is None or not config.control):
+            hidden.add("control")
+        return {name: stage for name, stage in self.stages.items() if name not in hidden}
+
+    @property
     def base(self) -> str | None:
         """The run whose encoder, clusters and experts this one goes on from."""
         return None if self.config is None else self.config.base_run
@@ -148,8 +160,13 @@ def _read_holdout(path: Path) -> Line:
 
 def _read_transfer(path: Path) -> Line:
     metrics = _read_object(path, "task", "metric", "results", "summary")
-    for row in metrics["summary"]:
-        row["protocol"], row["backbone"], float(row["mean"]), float(row["std"])
+    rows = [*metrics["summary"], *metrics.get("differences", [])]
+    for row in rows:
+        row["protocol"], row["backbone"], float(row["mean"]), float(row["std"] or 0)
+    fits = Counter((r.get("task"), r["backbone"], r["protocol"]) for r in metrics["results"])
+    if max(fits.values(), default=1) == 1:
+        # files of older versions give one seed a deviation of 0
+        without_deviations(rows)
     return metrics
 
 
@@ -235,6 +252,8 @@ def _list_artefacts(run: Run) -> list[Artefact]:
         "routing tables": run.stage("moce") / "routing",
         "placements": run.stage("moce") / "placement",
     }
+    if run.stage("control").exists():
+        paths["control checkpoint"] = _newest(run.stage("control") / "checkpoints")
     for folder in sorted((run.root / "transfer").glob("*/")):
         paths[f"{folder.name}: dense ViT"] = folder / "backbone"
         paths[f"{folder.name}: results"] = folder / "metrics.json"

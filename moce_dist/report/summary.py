@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from moce_dist.report.record import Clusters, Record, Stage, read_record
+from moce_dist.rows import backbone_texts, difference_text, value_text
 
 _MAX_CLUSTERS = 16
-_TITLES = {"mae": "MAE", "moce": "MoCE"}
+TITLES = {"mae": "MAE", "moce": "MoCE", "control": "control"}
 
 
 def summary_lines(run_root: Path) -> list[str]:
@@ -20,7 +21,7 @@ def summary_lines(run_root: Path) -> list[str]:
     record = read_record(run_root)
     return [
         f"run {record.root}",
-        *_losses(record.stages, record.base),
+        *_losses(record.shown_stages, record.base),
         *_clusters(record.clusters),
         *_experts(record.stages["moce"]),
         *_routing(record.routing),
@@ -37,14 +38,12 @@ def _losses(stages: Mapping[str, Stage], base: str | None) -> Iterator[str]:
         yield f"goes on from the encoder, clusters and experts of {base}"
     for name, stage in stages.items():
         _, losses = stage.column("loss")
-        if base is not None and name == "mae":
-            continue
         if not losses:
-            yield f"{_TITLES[name]} loss: not trained yet"
+            yield f"{TITLES[name]} loss: not trained yet"
             continue
         holdout = stage.holdout
         held_out = f"{holdout['loss']:.4f} on {holdout['images']} images" if holdout else "missing"
-        yield f"{_TITLES[name]} loss: {losses[0]:.4f} -> {losses[-1]:.4f}, held-out: {held_out}"
+        yield f"{TITLES[name]} loss: {losses[0]:.4f} -> {losses[-1]:.4f}, held-out: {held_out}"
 
 
 def domain_mix(counts: np.ndarray, domains: list[str]) -> str:
@@ -146,8 +145,10 @@ def _transfers(record: Record) -> Iterator[str]:
     if not record.transfers:
         yield "downstream tasks: none yet"
     for metrics in record.transfers:
+        names = backbone_texts(metrics)
         yield f"task {metrics['task']}, {metrics['metric']}:"
         for row in sorted(metrics["summary"], key=lambda row: (row["protocol"], -row["mean"])):
-            yield (
-                f"  {row['protocol']:10} {row['backbone']:10} {row['mean']:.4f} +- {row['std']:.4f}"
-            )
+            value = value_text(row, plus_minus="+-")
+            yield f"  {row['protocol']:10} {names[row['backbone']]:10} {value}"
+        differences = metrics.get("differences", [])
+        yield from (f"  {difference_text(row, names, plus_minus='+-')}" for row in differences)

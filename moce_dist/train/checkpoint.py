@@ -73,9 +73,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def trained_steps(manifest: Mapping[str, Any]) -> int:
-    """Optimiser steps behind a checkpoint's weights, those of the stages before it included."""
-    return int(manifest["step"]) + int(manifest.get("steps_before", 0))
+def trained_steps(manifest: Mapping[str, Any], before: int = 0) -> int:
+    """Optimiser steps behind a checkpoint's weights, those of the stages before it included.
+
+    `before` are the latter where the checkpoint does not say.
+    """
+    return int(manifest["step"]) + int(manifest.get("steps_before", before))
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -8,6 +8,7 @@ is tried in validate.py.
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +28,7 @@ from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.classify import encode
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine
-from moce_dist.transfer.request import SELECTION_FIELDS, Request
+from moce_dist.transfer.request import SELECTION_FIELDS, STAGES, Request
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.select import choose_experts, mix_of, task_clusters
 from moce_dist.transfer.skips import Skips, record_skips
@@ -47,10 +48,15 @@ AnyTask = Task | Scenes | Instances
 
 @dataclass(frozen=True)
 class Stage:
-    """The newest undamaged checkpoint of a stage: its folder and a fingerprint of its content."""
+    """The newest undamaged checkpoint of a stage: its folder and its manifest."""
 
     checkpoint: Path
-    identity: str
+    manifest: Mapping[str, Any]
+
+    @cached_property
+    def identity(self) -> str:
+        """Fingerprint of the files."""
+        return fingerprint(self.manifest["files"])
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
@@ -63,7 +69,7 @@ def open_stage(run: Run, name: str) -> Stage | None:
     checkpoint = latest_checkpoint(run.stage(name) / "checkpoints")
     if checkpoint is None:
         return None
-    return Stage(checkpoint, fingerprint(read_manifest(checkpoint)["files"]))
+    return Stage(checkpoint, read_manifest(checkpoint))
 
 
 class Chooser:
@@ -74,7 +80,7 @@ class Chooser:
     ) -> None:
         self.request, self.run, self.config, self.task = request, run, config, task
         self.machine, self.folder = machine, run.transfer(request.folder)
-        self.stages = {name: open_stage(run, name) for name in ("mae", "moce")}
+        self.stages = {name: open_stage(run, name) for name in STAGES}
         self.choices: dict[str, dict[str, Any]] = {}
 
     def stage(self, name: str) -> Stage:
@@ -162,7 +168,7 @@ class Chooser:
 
     def _finished_control(self) -> Stage | None:
         is_there = read_marker(self.run.stage(CONTROL)) is not None
-        return open_stage(self.run, CONTROL) if is_there else None
+        return self.stages[CONTROL] if is_there else None
 
     def _validate(self, control: Stage | None) -> dict[str, Any]:
         task = self.task

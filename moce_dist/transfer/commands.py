@@ -196,7 +196,7 @@ def find_model(args: Any) -> Path:
 
 
 def _preference(backbone: str, protocol: str, seed: str) -> tuple[bool, bool, int, str]:
-    return backbone != "moce", protocol != "finetune", int(seed), backbone
+    return backbone not in ("moce", "token"), protocol != "finetune", int(seed), backbone
 
 
 def list_pictures(paths: Sequence[str]) -> list[Item]:

@@ -18,7 +18,7 @@ from typing import Any
 from moce_dist.config import Config
 from moce_dist.model.customize import customize
 from moce_dist.run import Run, is_complete, mark_complete, write_atomic
-from moce_dist.train.checkpoint import latest_checkpoint
+from moce_dist.train.checkpoint import trained_steps
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.choosing import AnyTask, Chooser
 from moce_dist.transfer.classify import Features, knn, linear, save_linear, task_features
@@ -29,7 +29,7 @@ from moce_dist.transfer.fit import Kept, never
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine, machine_of
 from moce_dist.transfer.ranks import from_first
-from moce_dist.transfer.request import Request, is_moce
+from moce_dist.transfer.request import Request, backbones_of, is_moce, own_backbone, stage_of
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.segment import segment
@@ -71,10 +71,27 @@ class Comparison:
             return run_backbone(name, self.config, None, identity={"random": True})
         if is_moce(name):
             return self.chooser.customised(name, self.chooser.choice(name))
-        stage = self.chooser.stage(name)
+        origin = stage_of(name, self.config)
+        assert origin is not None, name
+        stage = self.chooser.stage(origin)
         return run_backbone(
             name, self.config, customize(stage.weights, ()), identity={"mae": stage.identity}
         )
+
+    def steps_fewer(self) -> dict[str, int]:
+        """Count, by backbone of the run, the optimiser steps that it lacks to stage moce."""
+        mae = self.chooser.stages["mae"]
+        before = 0 if mae is None else mae.manifest["step"]
+        steps = {
+            name: trained_steps(stage.manifest, 0 if name == "mae" else before)
+            for name, stage in self.chooser.stages.items()
+            if stage is not None
+        }
+        return {
+            name: steps["moce"] - steps[stage]
+            for name in backbones_of(self.config)
+            if (stage := stage_of(name, self.config)) in steps and "moce" in steps
+        }
 
     def seeds(self) -> range:
         """Return the seeds of the fits."""
@@ -82,12 +99,14 @@ class Comparison:
 
     def ledger(self, backbones: dict[str, Backbone]) -> Ledger:
         """Open the results that were made under the present conditions."""
-        stages = self.chooser.stages.items()
-        made_of = {name: stage and stage.identity for name, stage in stages}
+        stages = {
+            name: found.identity
+            for name in backbones_of(self.config)
+            if (found := self.chooser.stages.get(stage_of(name, self.config) or "")) is not None
+        }
         common = {
             protocol: [
                 self.chooser.task_fingerprint,
-                made_of,
                 budget(
                     self.config.transfer,
                     protocol,
@@ -98,7 +117,8 @@ class Comparison:
             for protocol in ("finetune", "linear", "knn")
         }
         own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
-        return Ledger(self.folder / "results.jsonl", fingerprints(common), fingerprints(own))
+        path = self.folder / "results.jsonl"
+        return Ledger(path, fingerprints(common), fingerprints(own), stages)
 
     def fits(self) -> Iterator[Fit]:
         """List what was requested, ordered so that features are computed once."""
@@ -225,6 +245,7 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
         "fits": [list(fit) for fit in comparison.fits()],
         "common": dict(ledger.common),
         "own": dict(ledger.own),
+        "stages": dict(ledger.stages),
     }
     is_done = is_complete(folder, inputs)
     left = [] if is_done else [fit for fit in comparison.fits() if fit not in ledger.rows()]
@@ -237,27 +258,29 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
         if not fit.is_trained:
             row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
             _enter(ledger, fit, row)
-    metrics = make_metrics(request.folder, comparison.task.metric, ledger.rows().values())
+    rows = ledger.rows().values()
+    metrics = make_metrics(request.folder, comparison.task.metric, rows, comparison.steps_fewer())
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
     files = [folder / "metrics.json"]
-    for name in filter(is_moce, backbones):
-        files += _export(comparison, backbones[name], metrics)
+    for name, backbone in backbones.items():
+        if is_moce(name) or name == own_backbone(comparison.config):
+            files += _export(comparison, backbone, metrics)
     mark_complete(folder, inputs, files)
     return metrics
 
 
-def _export(comparison: Comparison, moce: Backbone, metrics: dict[str, Any]) -> list[Path]:
-    choice, file = comparison.chooser.choice(moce.name), comparison.chooser.file(moce.name)
-    stage = "control" if choice.get("chosen") == CONTROL else "moce"
-    checkpoint = latest_checkpoint(comparison.run.stage(stage) / "checkpoints")
-    assert checkpoint is not None
+def _export(comparison: Comparison, own: Backbone, metrics: dict[str, Any]) -> list[Path]:
+    chooser, choice, file = comparison.chooser, None, comparison.folder / "choice.json"
+    if is_moce(own.name):
+        choice, file = chooser.choice(own.name), chooser.file(own.name)
+    stage = "control" if choice and choice.get("chosen") == CONTROL else "moce"
     about = {
         "run": comparison.run.root.name,
         "data": comparison.config.data.source,
-        "checkpoint": f"{stage}/{checkpoint.name}",
-        "selection": choice["select"],
+        "checkpoint": f"{stage}/{chooser.stage(stage).checkpoint.name}",
+        **({} if choice is None else {"selection": choice["select"]}),
     }
     folder = file.with_name(file.stem.replace("choice", "backbone"))
-    card = model_card(choice, metrics, about)
-    written = export_backbone(moce, folder, card)
-    return [*written, file]
+    card = model_card(metrics["task"], choice, metrics, about)
+    written = export_backbone(own, folder, card)
+    return written if choice is None else [*written, file]

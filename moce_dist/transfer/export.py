@@ -12,31 +12,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moce_dist.rows import backbone_texts, difference_text, value_text
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.saved import CONFIG, WEIGHTS, features_spec, timm_config, write_weights
 
 _MAX_CLUSTERS = 20
 FILES = (WEIGHTS, CONFIG, "README.md")
+_CHOSEN = (
+    "One expert of every MoE layer of a Mixture of Cluster-conditional Experts (arXiv 2402.05382), "
+    "chosen for the images below."
+)
+_DENSE = "A masked autoencoder's encoder, trained without experts."
 
 
 def export_backbone(backbone: Backbone, folder: Path, card: str) -> list[Path]:
     """Write `model.safetensors`, `config.json` and `README.md` (`card`) and return their paths."""
     assert backbone.weights is not None
     write_weights(folder / WEIGHTS, backbone.weights)
-    config = timm_config(features_spec(backbone), "moce")
+    config = timm_config(features_spec(backbone), backbone.name)
     write_atomic(folder / CONFIG, json.dumps(config, indent=1))
     write_atomic(folder / "README.md", card)
     return [folder / name for name in FILES]
 
 
 def model_card(
-    choice: dict[str, Any], metrics: dict[str, Any] | None, about: dict[str, str]
+    task: str,
+    choice: dict[str, Any] | None,
+    metrics: dict[str, Any] | None,
+    about: dict[str, str],
 ) -> str:
-    """Write the model card: what it is, which experts, which clusters, what was measured.
+    """Write the model card of a task's ViT: what it is, what it is made of, what was measured.
 
-    `choice` and `metrics` are the contents of choice.json and metrics.json, `about` further lines
-    (run, data, checkpoint).
+    `choice` and `metrics` are the contents of choice.json (None of a model without experts) and
+    metrics.json, `about` further lines (run, data, checkpoint).
     """
     lines = [
         "---",
@@ -44,9 +53,9 @@ def model_card(
         "tags: [image-feature-extraction, mae, moce]",
         "---",
         "",
-        f"# Dense ViT: {choice['task']}",
+        f"# Dense ViT: {task}",
         "",
-        *(_about(choice), "", "A plain timm ViT:"),
+        *(_DENSE if choice is None else _about(choice), "", "A plain timm ViT:"),
         "",
         "```python",
         'model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)',
@@ -54,17 +63,24 @@ def model_card(
         "```",
         "",
         *(f"- {name}: {value}" for name, value in about.items()),
+        *([] if choice is None else _choice_lines(choice)),
+        "",
+        "## Measured",
+        "",
+        *_results(metrics),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _choice_lines(choice: dict[str, Any]) -> list[str]:
+    return [
         f"- images: {choice['num_images']}, without their labels",
         f"- their clusters (images): {_histogram(choice['clusters'])}",
         *([f"- warning: {choice['warning']}"] if choice["warning"] else []),
         "",
         *_layers(choice["layers"]),
         *_candidates(choice.get("candidates", ())),
-        "## Measured",
-        "",
-        *_results(metrics),
     ]
-    return "\n".join(lines) + "\n"
 
 
 def _histogram(clusters: dict[str, int]) -> str:
@@ -121,9 +137,11 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
 def _results(metrics: dict[str, Any] | None) -> list[str]:
     if metrics is None or not metrics["summary"]:
         return ["Nothing yet."]
+    names = backbone_texts(metrics)
     rows = [
-        f"| {row['backbone']} | {row['protocol']} | {row['mean']:.4f} | {row['std']:.4f} |"
+        f"| {names[row['backbone']]} | {row['protocol']} | {value_text(row)} |"
         for row in metrics["summary"]
     ]
-    head = f"| backbone | protocol | {metrics['metric']} (mean over seeds) | standard deviation |"
-    return [head, "|---|---|---|---|", *rows]
+    notes = [f"- {difference_text(row, names)}" for row in metrics.get("differences", [])]
+    head = f"| backbone | protocol | {metrics['metric']} |"
+    return [head, "|---|---|---|", *rows, *(["", *notes] if notes else [])]

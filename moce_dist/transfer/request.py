@@ -12,12 +12,13 @@ from typing import get_args
 
 from moce_dist.config import Config, Selection, SuiteEntry, checked, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
-from moce_dist.run import Run, differing_fields, load_run, read_resolved
+from moce_dist.run import Run, differing_fields, load_run, read_marker, read_resolved
 from moce_dist.settings import ConfigError, flatten, parse_yaml
 from moce_dist.transfer.catalog import TASKS
 from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS
 
-BACKBONES = ("moce", "mae", "random")
+STAGES = ("mae", "moce", "control")
+_OWN = {"cluster": "moce", "token": "token", "dense": "control"}
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 SELECTION_FIELDS = {
     *("select", "merge_temperature", "validate_by", "validate_folds", "validate_images"),
@@ -74,6 +75,38 @@ def protocols_of(task: str) -> tuple[str, ...]:
     return SEGMENTATION if task in SEGMENTATION_TASKS else CLASSIFICATION
 
 
+def own_backbone(config: Config) -> str:
+    """Name the backbone that stage moce trains; without experts it is the control itself."""
+    return _OWN[config.moe.kind]
+
+
+def backbones_of(config: Config) -> tuple[str, ...]:
+    """Name the backbones that a run can have, besides those of timm."""
+    return tuple(dict.fromkeys((own_backbone(config), "control", "mae", "random")))
+
+
+def stage_of(name: str, config: Config) -> str | None:
+    """Name the training stage that a backbone's weights come from; None for others' weights.
+
+    Of a name like `moce:HOW` what stands before the colon counts.
+    """
+    kind = name.partition(":")[0]
+    if kind == own_backbone(config):
+        return "moce"
+    return kind if kind in STAGES else None
+
+
+def default_backbones(run: Run | None, config: Config) -> tuple[str, ...]:
+    """Choose what is compared where nothing is asked for: the run's own, and what it must beat.
+
+    That is the control where it is finished (without a run: is to be made), else the MAE, which was
+    trained for fewer steps.
+    """
+    own = own_backbone(config)
+    has_control = config.control if run is None else read_marker(run.stage("control")) is not None
+    return (own, "control" if has_control and own != "control" else "mae")
+
+
 def parse_names(text: str, flag: str) -> tuple[str, ...]:
     """Split a comma list of distinct names.
 
@@ -119,6 +152,10 @@ def check_request(request: Request, config: Config) -> None:
             )
     if request.num_seeds < 1:
         raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")
+    if request.experts is not None and config.moe.kind != "cluster":
+        raise ConfigError(
+            f"--experts: the run has no experts of clusters (moe.kind {config.moe.kind})"
+        )
     if request.experts is not None:
         check_experts(request.experts, len(config.moe_layers), config.moe.num_experts)
     if config.transfer.evaluate == "val" and request.task != "imagefolder":
@@ -132,13 +169,21 @@ def check_request(request: Request, config: Config) -> None:
 
 
 def _check_backbone(name: str, request: Request, config: Config) -> None:
-    select = name.partition(":")[2] or config.transfer.select
-    if name not in BACKBONES and not name.startswith(("timm:", "moce:")):
-        raise ConfigError(
-            f"--backbone {name}: must be one of {', '.join(BACKBONES)}, moce:SELECT or timm:NAME"
+    known, kind = backbones_of(config), config.moe.kind
+    if name in known or name.startswith("timm:"):
+        pass
+    elif not (is_moce(name) and kind == "cluster"):
+        more = ", moce:SELECT" if kind == "cluster" else ""
+        rule = f"must be one of {', '.join(known)}{more} or timm:NAME"
+        if name.partition(":")[0] not in _OWN.values():
+            raise ConfigError(f"--backbone {name}: {rule}")
+        what = {"dense": "no experts", "token": "experts of tokens"}.get(
+            kind, "experts of clusters"
         )
+        raise ConfigError(f"--backbone {name}: the run has {what} (moe.kind {kind}); {rule}")
     if not is_moce(name):
         return
+    select = name.partition(":")[2] or config.transfer.select
     if select not in SELECTIONS:
         raise ConfigError(f"--backbone {name}: must be moce:{' or moce:'.join(SELECTIONS)}")
     has_classes = not (request.is_segmentation or request.is_detection)
@@ -211,15 +256,18 @@ def check_stages(request: Request, run: Run, config: Config) -> None:
     Raises:
         ConfigError: naming the missing folder and the command that makes it.
     """
-    needed, has_moce = [], any(map(is_moce, request.backbones))
-    if has_moce:
-        needed += [run.stage("moce") / "checkpoints", run.clusters]
-    is_encoder = has_moce and config.cluster.encoder == "mae"
-    if is_encoder or "mae" in request.backbones:
-        needed.append(run.stage("mae") / "checkpoints")
+    stages = dict.fromkeys(stage_of(name, config) for name in request.backbones)
+    needed = [run.stage(stage) / "checkpoints" for stage in stages if stage is not None]
+    if any(map(is_moce, request.backbones)):
+        needed.append(run.clusters)
+        if config.cluster.encoder == "mae":
+            needed.append(run.stage("mae") / "checkpoints")
     for folder in needed:
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: is missing; jobs/pretrain.py --run {run.root} makes it")
+            stage = " --stage control" if folder.parent == run.stage("control") else ""
+            raise ConfigError(
+                f"{folder}: is missing; jobs/pretrain.py --run {run.root}{stage} makes it"
+            )
 
 
 def open_request_run(root: Path, recipe: str | None, overrides: list[str]) -> tuple[Run, Config]:

@@ -6,17 +6,18 @@ lines that still hold:
 
     {"task": "digits", "metric": "accuracy",
      "results": [{"backbone": "moce", "protocol": "knn", "seed": 0, "value": 0.93, ...}, ...],
-     "summary": [{"backbone": "moce", "protocol": "knn", "mean": 0.93, "std": 0.0}, ...],
-     "differences": [{"backbone": "moce", "protocol": "knn", "reference": "mae", "mean": 0.02, ...},
-     ...]}
+     "summary": [{"backbone": "moce", "protocol": "knn", "mean": 0.93, "std": null}, ...],
+     "differences": [{"backbone": "moce", "protocol": "knn", "reference": "control", "mean": 0.02,
+     ...}, ...]}
 
-That of a suite of tasks has the rows of all of them, the means over tasks and what failed.
+A row of the summary whose backbone was trained less than stage moce has `steps_fewer`. That of a
+suite of tasks has the rows of all of them, the means over tasks and what failed.
 """
 
 import json
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,13 +57,15 @@ def budget(
 class Ledger:
     """The lines of `results.jsonl` that were made under the present conditions.
 
-    `common` has, per protocol, the fingerprint of task, run and budget; `own` has, per requested
-    backbone, the fingerprint of its weights and choice.
+    `common` has, per protocol, the fingerprint of task and budget; `own` has, per requested
+    backbone, the fingerprint of its weights and choice; `stages` has, for any backbone of the run,
+    the fingerprint of the checkpoint that it comes from.
     """
 
     path: Path
     common: Mapping[str, str]
     own: Mapping[str, str]
+    stages: Mapping[str, str] = field(default_factory=dict)
 
     def rows(self) -> dict[Fit, Row]:
         """Return the newest valid row of every fit, requested now or before."""
@@ -71,9 +74,13 @@ class Ledger:
             row = line["row"]
             fit = Fit(row["backbone"], row["protocol"], row["seed"])
             is_same = line["common"] == self.common.get(fit.protocol)
+            is_same &= line.get("stage") == self._stage(fit.backbone)
             if is_same and line["own"] == self.own.get(fit.backbone, line["own"]):
                 found[fit] = row
         return found
+
+    def _stage(self, backbone: str) -> str | None:
+        return self.stages.get(backbone.partition(":")[0])
 
     def identity(self, fit: Fit) -> str:
         """Fingerprint of everything that a fit's result depends on."""
@@ -84,6 +91,7 @@ class Ledger:
         line = {
             "common": self.common[row["protocol"]],
             "own": self.own[row["backbone"]],
+            "stage": self._stage(row["backbone"]),
             "row": row,
         }
         # rewritten whole: an appended line after one that a kill cut off would be lost with it
@@ -96,8 +104,18 @@ def fingerprints(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: fingerprint(value) for name, value in values.items()}
 
 
-def summarise(rows: Iterable[Row]) -> list[Row]:
-    """Mean and standard deviation (of the sample; 0 for one seed) per backbone and protocol."""
+def _spread(values: Sequence[float]) -> Row:
+    # a single seed has no deviation, and one of 0 would claim that it has
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "std": std}
+
+
+def summarise(rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None) -> list[Row]:
+    """Mean and standard deviation (of the sample) per backbone and protocol.
+
+    `steps_fewer` are the optimiser steps that a backbone was trained less than stage moce.
+    """
+    fewer = {name: steps for name, steps in (steps_fewer or {}).items() if steps > 0}
     values: dict[tuple[str, str], list[float]] = {}
     for row in rows:
         values.setdefault((row["backbone"], row["protocol"]), []).append(row["value"])
@@ -105,17 +123,17 @@ def summarise(rows: Iterable[Row]) -> list[Row]:
         {
             "backbone": backbone,
             "protocol": protocol,
-            "mean": statistics.fmean(found),
-            "std": statistics.stdev(found) if len(found) > 1 else 0.0,
+            **_spread(found),
+            **({"steps_fewer": fewer[backbone]} if backbone in fewer else {}),
         }
         for (backbone, protocol), found in values.items()
     ]
 
 
 def reference_of(rows: Iterable[Row]) -> str | None:
-    """Choose what the others are compared with: `mae` if it is there, else the first backbone."""
+    """Choose what the others are compared with: `control`, else `mae`, else the first backbone."""
     names = list(dict.fromkeys(row["backbone"] for row in rows))
-    return "mae" if "mae" in names else next(iter(names), None)
+    return next((name for name in ("control", "mae", *names) if name in names), None)
 
 
 def differences(rows: Iterable[Row]) -> list[Row]:
@@ -137,45 +155,55 @@ def differences(rows: Iterable[Row]) -> list[Row]:
             "backbone": backbone,
             "protocol": protocol,
             "reference": reference,
-            "mean": statistics.fmean(each),
-            "std": statistics.stdev(each) if len(each) > 1 else 0.0,
+            **_spread(each),
             "num_seeds": len(each),
         }
         for (backbone, protocol), each in found.items()
     ]
 
 
-def make_metrics(task: str, metric: str, rows: Iterable[Row]) -> dict[str, Any]:
-    """Make the content of metrics.json."""
+def make_metrics(
+    task: str, metric: str, rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None
+) -> dict[str, Any]:
+    """Make the content of metrics.json; for `steps_fewer` see `summarise`."""
     ordered = list(rows)
     return {
         "task": task,
         "metric": metric,
         "results": ordered,
-        "summary": summarise(ordered),
+        "summary": summarise(ordered, steps_fewer),
         "differences": differences(ordered),
     }
 
 
 def _over_tasks(tables: Iterable[Iterable[Row]]) -> list[Row]:
-    """Average rows of several tasks by backbone and protocol.
+    """Average rows of several tasks by backbone, protocol and reference.
 
     Tasks vary independently, so the deviation of their mean is the root of the summed squares over
-    their number.
+    their number; it is null where that of a task is.
     """
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for rows in tables:
         for row in rows:
-            found.setdefault((row["backbone"], row["protocol"]), []).append(row)
+            key = tuple(row.get(name) for name in ("backbone", "protocol", "reference"))
+            found.setdefault(key, []).append(row)
+    kept = ("backbone", "protocol", "reference", "steps_fewer")
     return [
         {
-            **{k: v for k, v in rows[0].items() if k in ("backbone", "protocol", "reference")},
+            **{name: value for name, value in rows[0].items() if name in kept},
             "mean": statistics.fmean(row["mean"] for row in rows),
-            "std": sum(row["std"] ** 2 for row in rows) ** 0.5 / len(rows),
+            "std": _root_of_squares([row["std"] for row in rows]),
             "num_tasks": len(rows),
         }
         for rows in found.values()
     ]
+
+
+def _root_of_squares(deviations: Sequence[float | None]) -> float | None:
+    known = [each for each in deviations if each is not None]
+    if len(known) < len(deviations):
+        return None
+    return sum(each**2 for each in known) ** 0.5 / len(known)
 
 
 def suite_metrics(tasks: Iterable[Mapping[str, Any]], failed: Mapping[str, str]) -> dict[str, Any]:

@@ -121,5 +121,5 @@ def export_route(run: Run, config: Config, experts: Sequence[int], out: Path) ->
         "checkpoint": f"moce/{stage.checkpoint.name}",
         "selection": "given" if taken else "given; no image takes this route",
     }
-    card = model_card(choice, None, about)
+    card = model_card(name, choice, None, about)
     return export_backbone(run_backbone("moce", config, weights), out, card)

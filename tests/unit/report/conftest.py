@@ -82,6 +82,22 @@ def write_transfer(folder, task, metric, value):
     (folder / "metrics.json").write_text(json.dumps(document))
 
 
+def write_control(root):
+    """Give a run a control, and the figures of its tasks differences to it."""
+    steps = range(0, 300, 5)
+    lines = [metrics_line(s, start=0.4, rate=400) for s in steps]
+    write_lines(root / "control" / "metrics.jsonl", lines)
+    (root / "control" / "holdout.json").write_text('{"loss": 0.4001, "images": 60}')
+    for path in (root / "transfer").glob("*/metrics.json"):
+        document = json.loads(path.read_text())
+        for row in document["summary"]:
+            if row["backbone"] == "mae":
+                row["steps_fewer"] = 60
+        difference = {"backbone": "moce", "protocol": "knn", "reference": "control"}
+        document["differences"] = [{**difference, "mean": 0.01, "std": 0.001}]
+        path.write_text(json.dumps(document))
+
+
 def build_finished(folder):
     random = np.random.default_rng(0)
     run = open_run(folder / "quickstart", make_config({"seed": 3, "moe": {"num_experts": 4}}))

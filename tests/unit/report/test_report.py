@@ -24,6 +24,8 @@ from moce_dist.report.summary import summary_lines
 from moce_dist.run import open_run
 from moce_dist.settings import ConfigError
 
+from .conftest import write_control
+
 ROOT = Path(__file__).parents[3]
 
 
@@ -73,6 +75,32 @@ def test_run_that_goes_on_from_another_says_so_and_shows_its_empty_clusters(fini
     page = Page(write_report(finished))
     assert "Goes on from the encoder, clusters and experts of /runs/old" in page.text
     assert "MAE held-out loss" not in page.text and "no images" in page.text
+
+
+def test_control_stands_beside_the_moce(finished):
+    write_control(finished)
+    text, page = "\n".join(summary_lines(finished)), Page(write_report(finished))
+    assert "control loss: 0.7000 -> 0.3342, held-out: 0.4001 on 60 images" in text
+    assert "control held-out loss" in page.text and "0.4001" in page.text
+    assert "stage control: MAE loss" in page.text
+    for shown in (text, page.text):
+        assert "moce - control, knn: +0.0100" in shown
+        assert "mae (60 steps fewer)" in shown
+    assert "control checkpoint" in page.text
+
+
+def test_one_seed_shows_no_deviation(finished):
+    """A file of an older version, which gave it one of 0, among others."""
+    for name, std in (("digits", 0.0), ("climate", None)):
+        path = finished / "transfer" / name / "metrics.json"
+        document = json.loads(path.read_text())
+        document["results"] = [r for r in document["results"] if r["seed"] == 0]
+        for row in [*document["summary"], *document["differences"]]:
+            row["std"] = std
+        path.write_text(json.dumps(document))
+    text, page = "\n".join(summary_lines(finished)), Page(write_report(finished)).text
+    for shown in (text, page.split("Mean ± standard deviation")[0]):
+        assert "0.9300" in shown and "±" not in shown and "+-" not in shown
 
 
 def test_page_fetches_nothing_and_runs_nothing(rendered):

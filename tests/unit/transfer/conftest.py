@@ -93,7 +93,9 @@ def by_global_name(model: MaskedAutoencoder, config: Config) -> dict[str, torch.
     return weights
 
 
-def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+def write_checkpoint(
+    folder: Path, weights: dict[str, torch.Tensor], steps_before: int | None = None
+) -> None:
     folder.mkdir(parents=True)
     shared = {f"weight/{n}": t for n, t in weights.items() if ".experts." not in n}
     experts = {f"weight/{n}": t for n, t in weights.items() if ".experts." in n}
@@ -104,6 +106,8 @@ def write_checkpoint(folder: Path, weights: dict[str, torch.Tensor]) -> None:
             save_file({n: t.contiguous() for n, t in tensors.items()}, path)
             files[path.name] = file_sha256(path)
     manifest = {"format": "moce_dist.checkpoint.v2", "step": 5, "files": files}
+    if steps_before is not None:
+        manifest["steps_before"] = steps_before
     manifest["sha256"] = fingerprint(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 

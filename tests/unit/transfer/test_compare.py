@@ -60,7 +60,7 @@ def test_comparison_is_written_skipped_and_extended(run, image_folder, job, capl
         *("metrics.json", "choice.json", "backbone/model.safetensors"),
         *("backbone/config.json", "backbone/README.md"),
     }
-    assert "| mae | linear |" in (folder / "backbone" / "README.md").read_text()
+    assert "| mae (5 steps fewer) | linear |" in (folder / "backbone" / "README.md").read_text()
 
     before = (folder / "metrics.json").stat().st_mtime_ns
     flags += ["--run", str(run.root)]
@@ -75,6 +75,41 @@ def test_comparison_is_written_skipped_and_extended(run, image_folder, job, capl
     extended = metrics_of(run, "imagefolder")
     assert extended["results"][:6] == metrics["results"]
     assert len(extended["summary"]) == 9
+
+
+@pytest.fixture
+def with_control(run, config, models):
+    """The run with a finished control, of the weights of its MAE."""
+    folder = run.stage("control")
+    checkpoint = folder / "checkpoints" / "step_00000005"
+    write_checkpoint(checkpoint, by_global_name(models["mae"], config), steps_before=5)
+    mark_complete(folder, {}, checkpoint.iterdir())
+    return run
+
+
+def test_a_finished_control_is_what_the_moce_is_compared_with(
+    with_control, image_folder, job, capsys
+):
+    run = with_control
+    flags = ["--task", "imagefolder", "--data", str(image_folder), "--run", str(run.root)]
+    job.main([*flags, "--protocol", "knn"])
+    metrics = metrics_of(run, "imagefolder")
+    assert [r["backbone"] for r in metrics["results"]] == ["moce", "control"]
+    (difference,) = metrics["differences"]
+    assert (difference["reference"], difference["std"]) == ("control", None)
+    assert {row["std"] for row in metrics["summary"]} == {None}
+    job.main([*flags, "--protocol", "knn", "--backbone", "mae"])
+    metrics = metrics_of(run, "imagefolder")
+    assert {r["backbone"]: r.get("steps_fewer") for r in metrics["summary"]} == {
+        **{"moce": None, "control": None, "mae": 5}
+    }
+    value = {r["backbone"]: r["value"] for r in metrics["results"]}
+    assert value["control"] == value["mae"], "the same weights"
+    shown = capsys.readouterr().out
+    assert "mae (5 steps fewer)" in shown and "±" not in shown
+    card = (run.transfer("imagefolder") / "backbone" / "README.md").read_text()
+    assert "| control | knn |" in card and "- moce - control, knn: " in card
+    assert len((run.transfer("imagefolder") / "results.jsonl").read_text().splitlines()) == 3
 
 
 def test_other_experts_replace_the_rows_of_the_moce_alone(run, image_folder, job):

@@ -107,13 +107,13 @@ def test_card_tells_experts_and_results():
         "select": "vote",
         "layers": [{**layer, "runner_up_mass": 0.25, "entropy": 0.56}],
     }
-    row = {"backbone": "moce", "protocol": "knn", "mean": 0.9375, "std": 0.0}
-    card = model_card(choice, {"metric": "accuracy", "summary": [row]}, {"run": "demo"})
+    row = {"backbone": "moce", "protocol": "knn", "mean": 0.9375, "std": None}
+    card = model_card("digits", choice, {"metric": "accuracy", "summary": [row]}, {"run": "demo"})
     assert "| 0 | 1 | 2 | 0.750 | 0 | 0.250 | 0.560 |" in card
-    assert "| moce | knn | 0.9375 | 0.0000 |" in card
+    assert "| moce | knn | 0.9375 |\n" in card
     assert "- their clusters (images): 4 (10)\n" in card
     assert "- warning: spread" in card and "- run: demo" in card
-    assert "Nothing yet." in model_card(choice, None, {})
+    assert "Nothing yet." in model_card("digits", choice, None, {})
 
 
 def test_card_tells_merged_weights_candidates_and_the_control():
@@ -124,12 +124,12 @@ def test_card_tells_merged_weights_candidates_and_the_control():
         "layers": [{**layer, "runner_up": None, "runner_up_mass": 0.0, "entropy": 0.562}],
         "candidates": [{"name": "merge, T = 1", "mean": 0.9, "folds": []}],
     }
-    card = model_card(choice, None, {})
+    card = model_card("t", choice, None, {})
     assert "All experts of every MoE layer" in card and "One expert" not in card
     assert "| layer | block | weight of expert 0 | weight of expert 1 | entropy (nats) |" in card
     assert "| 0 | 1 | 0.750 | 0.250 | 0.562 |" in card
     assert "| merge, T = 1 | 0.900 |" in card
-    control = model_card({**choice, "layers": [], "chosen": "control"}, None, {})
+    control = model_card("t", {**choice, "layers": [], "chosen": "control"}, None, {})
     assert "No experts: the dense control" in control and "weight of expert" not in control
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from moce_dist.config import TransferConfig
+from moce_dist.rows import backbone_texts, difference_text, value_text
 from moce_dist.transfer.results import (
     Fit,
     Ledger,
@@ -28,7 +29,7 @@ def test_summary_has_mean_and_sample_deviation():
             **{"backbone": "mae", "protocol": "knn"},
             **{"mean": pytest.approx(0.6), "std": pytest.approx(0.1)},
         },
-        {"backbone": "moce", "protocol": "knn", "mean": 0.8, "std": 0.0},
+        {"backbone": "moce", "protocol": "knn", "mean": 0.8, "std": None},
     ]
     assert make_metrics("t", "mIoU", rows)["results"] == rows
 
@@ -41,7 +42,31 @@ def test_differences_are_taken_seed_by_seed():
     assert (moce["reference"], moce["num_seeds"]) == ("mae", 3)
     assert (moce["mean"], moce["std"]) == (pytest.approx(0.03), pytest.approx(0.01))
     # its one seed is compared with that seed of mae
-    assert (random["mean"], random["std"], random["num_seeds"]) == (pytest.approx(-0.4), 0.0, 1)
+    assert (random["mean"], random["std"], random["num_seeds"]) == (pytest.approx(-0.4), None, 1)
+
+
+def test_differences_are_taken_to_the_control_where_there_is_one():
+    rows = [row(name, "knn", 0, value) for name, value in (("moce", 0.7), ("mae", 0.5))]
+    assert [d["reference"] for d in differences(rows)] == ["mae"]
+    rows.append(row("control", "knn", 0, 0.6))
+    assert [(d["backbone"], d["reference"], d["mean"]) for d in differences(rows)] == [
+        ("moce", "control", pytest.approx(0.1)),
+        ("mae", "control", pytest.approx(-0.1)),
+    ]
+
+
+def test_steps_that_a_backbone_lacks_stand_in_its_rows_and_are_shown():
+    rows = [row("moce", "knn", s, 0.7) for s in (0, 1)] + [row("mae", "knn", 0, 0.5)]
+    metrics = make_metrics("t", "accuracy", rows, {"moce": 0, "mae": 237})
+    moce, mae = metrics["summary"]
+    assert "steps_fewer" not in moce and mae["steps_fewer"] == 237
+    names = backbone_texts(metrics)
+    assert names == {"moce": "moce", "mae": "mae (237 steps fewer)"}
+    assert (value_text(moce), value_text(mae)) == ("0.7000 ± 0.0000", "0.5000")
+    (difference,) = metrics["differences"]
+    assert difference_text(difference, names) == "moce - mae (237 steps fewer), knn: +0.2000"
+    suite = suite_metrics([metrics], {})
+    assert [r.get("steps_fewer") for r in suite["summary"]] == [None, 237]
 
 
 def test_without_mae_the_first_backbone_is_the_reference():
@@ -62,6 +87,28 @@ def test_means_over_tasks_and_their_deviation():
     assert found["differences"][0]["mean"] == pytest.approx(0.1)
     assert found["failed"].keys() == {"c"} and len(found["results"]) == 12
     assert {r["task"] for r in found["results"]} == {"a", "b"}
+
+
+def test_means_over_tasks_have_no_deviation_where_a_task_has_one_seed():
+    seeds = {"a": (0.5, 0.6), "b": (0.3,)}
+    tables = [
+        make_metrics(name, "accuracy", [row("mae", "knn", s, v) for s, v in enumerate(values)])
+        for name, values in seeds.items()
+    ]
+    assert suite_metrics(tables, {})["summary"][0]["std"] is None
+
+
+def test_rows_of_a_stage_that_was_trained_anew_do_not_count_nor_does_a_new_stage_cost_others(
+    tmp_path,
+):
+    path, own = tmp_path / "results.jsonl", {"moce": "a", "mae": "b"}
+    old = Ledger(path, {"knn": "x"}, own, {"moce": "1", "mae": "2"})
+    for name in own:
+        old.add(row(name, "knn", 0, 0.1))
+    stages = {"moce": "1", "mae": "2", "control": "3"}
+    assert len(Ledger(path, {"knn": "x"}, {"control": "c"}, stages).rows()) == 2
+    stages["moce"] = "4"
+    assert set(Ledger(path, {"knn": "x"}, {"mae": "b"}, stages).rows()) == {Fit("mae", "knn", 0)}
 
 
 def test_only_rows_of_the_present_conditions_count(tmp_path):
