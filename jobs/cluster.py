@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
+from moce_dist.lease import hold
 from moce_dist.run import load_run, open_run, resolve_run, set_aside
 from moce_dist.settings import ConfigError
 
@@ -102,10 +103,11 @@ def cluster_run(arguments: Namespace) -> None:
         print(f"workers    {config.parallel.num_workers}")
         return
     quiet_libraries()
-    run = open_run(root, config)
-    from moce_dist.pipeline import Pipeline
+    with hold(root):
+        run = open_run(root, config)
+        from moce_dist.pipeline import Pipeline
 
-    print_summary(Pipeline(run, config).cluster(), run.clusters)
+        print_summary(Pipeline(run, config).cluster(), run.clusters)
 
 
 def read_out(arguments: Namespace) -> Path:
@@ -133,12 +135,12 @@ def cluster_folder(arguments: Namespace) -> None:
         print("\n".join(plan_lines(files, out, config)))
         return
     quiet_libraries()
-    if arguments.fresh and out.exists():
-        set_aside(out)
     from moce_dist.cluster.assign import run_clustering
     from moce_dist.crew import hold_crew
 
-    with hold_crew(config.parallel, gpu=True) as workers:
+    with hold(out), hold_crew(config.parallel, gpu=True) as workers:
+        if arguments.fresh:
+            set_aside(out)
         summary = run_clustering(
             Path(arguments.features),
             out,
@@ -162,11 +164,11 @@ def assign_new(arguments: Namespace) -> None:
         print("\n".join(assignment_lines(files, clusters, arguments, config)))
         return
     quiet_libraries()
-    if arguments.fresh and out.exists():
-        set_aside(out)
     from moce_dist.crew import hold_crew
 
-    with hold_crew(config.parallel, gpu=True) as workers:
+    with hold(out), hold_crew(config.parallel, gpu=True) as workers:
+        if arguments.fresh:
+            set_aside(out)
         summary = assign_folder(
             features,
             named,

@@ -3,7 +3,8 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from moce_dist.data.sources import (
     list_folder,
     parse_source,
 )
+from moce_dist.lease import hold
 from moce_dist.run import (
     COMPLETE,
     open_run,
@@ -89,8 +91,8 @@ def plan(source: str, *, allow_pipes: bool) -> str:
     return "images of installed packages"
 
 
-def place(args: Any, config: Config) -> tuple[Path, Path]:
-    """Decide the output folder and the ledger of faults.
+def place(args: Any, config: Config) -> tuple[Path, Path | None]:
+    """Decide the output folder, and the run if there is one.
 
     Raises:
         ConfigError: neither --out nor --run says where.
@@ -99,15 +101,22 @@ def place(args: Any, config: Config) -> tuple[Path, Path]:
         raise ConfigError(f"--out {args.out}: must be a local folder; copy it afterwards")
     if args.run:
         root = resolve_run(args.run, config)
-        run = None if args.dry_run else open_run(root, config, fresh=args.fresh)
-        out = Path(args.out) if args.out else root / "ingested"
-        return out, run.faults if run else root / "faults.jsonl"
+        return Path(args.out) if args.out else root / "ingested", root
     if not args.out:
         raise ConfigError("--out: is missing; name a folder, or a run with --run")
-    out = Path(args.out)
-    if args.fresh and not args.dry_run and (out / COMPLETE).exists():
-        set_aside(out)
-    return out, out / "faults.jsonl"
+    return Path(args.out), None
+
+
+@contextmanager
+def held(args: Any, config: Config, out: Path, root: Path | None) -> Iterator[None]:
+    """Be the only one who writes, into a run or folder that is taken up or begun anew."""
+    with hold(*([root] if root else [])):
+        if root:
+            open_run(root, config, fresh=args.fresh)
+        with hold(out):
+            if not root and args.fresh and (out / COMPLETE).exists():
+                set_aside(out)
+            yield
 
 
 def write_task(name: str, out: Path) -> None:
@@ -213,26 +222,35 @@ def main(argv: Sequence[str]) -> None:
     if is_task and (args.verify or args.against):
         raise ConfigError(f"--verify, --against: are for pre-training data, not for {source}")
     reads = plan(source, allow_pipes=config.data.allow_pipes)
-    out, ledger = place(args, config)
+    out, root = place(args, config)
+    ledger = (root or out) / "faults.jsonl"
     if args.dry_run:
         form = "class folders" if is_task else f"tars of {config.data.shard_bytes} bytes"
         print(f"reads    {source}: {reads}")
         print(f"writes   {out}, {form if kind != 'shards' else 'an index'}")
         print(f"holdout  {0 if is_task else config.data.holdout_fraction}")
         print(f"faults   {ledger}")
-    elif is_task:
-        write_task(name, out)
-    else:
-        from moce_dist.launch import map_shared
+        return
+    with held(args, config, out, root):
+        if is_task:
+            write_task(name, out)
+        else:
+            make_shards(args, config, out, ledger)
 
-        index = ingest(source, out, config.data, ledger, partial(map_shared, config.parallel))
-        faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
-        indices = [index, *held_out(out)]
-        summarise(indices, out, len(faults))
-        if args.against:
-            compare_with(Path(args.against), indices, out, config)
-        if args.verify:
-            verify_all(indices, ledger, config)
+
+def make_shards(args: Any, config: Config, out: Path, ledger: Path) -> None:
+    """Make the shards and say what they are; then check and compare them, if that was asked for."""
+    from moce_dist.launch import map_shared
+
+    source, tasks = config.data.source, partial(map_shared, config.parallel)
+    index = ingest(source, out, config.data, ledger, tasks)
+    faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
+    indices = [index, *held_out(out)]
+    summarise(indices, out, len(faults))
+    if args.against:
+        compare_with(Path(args.against), indices, out, config)
+    if args.verify:
+        verify_all(indices, ledger, config)
 
 
 if __name__ == "__main__":

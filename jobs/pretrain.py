@@ -15,6 +15,7 @@ from moce_dist.config import Config, DataConfig, load_config
 from moce_dist.continued import base_control, base_of, check_base
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
+from moce_dist.lease import hold
 from moce_dist.run import COMPLETE, Run, open_run, resolve_run
 from moce_dist.settings import ConfigError
 
@@ -43,8 +44,9 @@ def main(argv: Sequence[str]) -> None:
         return
     check_source(config.data, root)
     quiet_libraries()
-    run = open_run(root, config, fresh=arguments.fresh)
-    run_stage(run, config, arguments.stage)
+    with hold(root):
+        run = open_run(root, config, fresh=arguments.fresh)
+        run_stage(run, config, arguments.stage)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join([*loss_lines(run), f"done: {root}"]))
 

@@ -11,6 +11,7 @@ from typing import Any
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, SuiteEntry, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
+from moce_dist.lease import hold
 from moce_dist.rows import backbone_texts, value_text
 from moce_dist.run import Run, resolve_run
 from moce_dist.settings import ConfigError
@@ -223,7 +224,8 @@ def main(argv: Sequence[str]) -> None:
         for order in orders:
             print_plan(order.request, order.config, run)
     elif (args.task or config.transfer.task) == ALL:
-        run_suite(run, config, orders)
+        with hold(run.transfer(ALL)):
+            run_suite(run, config, orders)
     else:
         metrics = carry_out(run.root, orders[0], train_on_workers)
         if metrics:

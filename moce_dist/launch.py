@@ -37,6 +37,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from moce_dist import lease
 from moce_dist.config import ParallelConfig
 from moce_dist.elastic import (
     GROUP_LABEL,
@@ -210,7 +211,7 @@ class Start:
         # in a process of its own: here Ray Train would take over SIGINT, and a thread of it that is
         # still waiting when Ray is shut down would end this process with the wrong exit status
         fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
-        self._ending = fit.remote(job, wanted.resource, labels, self._desk)
+        self._ending = fit.remote(job, wanted.resource, labels, self._desk, lease.held())
         self._grow_at = time.monotonic() + _GROW_EVERY_S
         self.has_room_for_more = False
 
@@ -257,7 +258,7 @@ class Start:
         return self.has_room_for_more
 
 
-def _fit(job: Job, resource: str, labels: list[str], desk: Any) -> Ending:
+def _fit(job: Job, resource: str, labels: list[str], desk: Any, leases: Any) -> Ending:
     """Run Ray Train with one worker for each label; say how it ended."""
     parallel = job.parallel
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
@@ -266,7 +267,7 @@ def _fit(job: Job, resource: str, labels: list[str], desk: Any) -> Ending:
     selectors = [{GROUP_LABEL: label} for label in labels if label]
     trainer = DataParallelTrainer(
         _train_worker,
-        train_loop_config={"job": job, "desk": desk},
+        train_loop_config={"job": job, "desk": desk, "leases": leases},
         scaling_config=ray.train.ScalingConfig(
             num_workers=len(labels), use_gpu=resource == "GPU", label_selector=selectors or None
         ),
@@ -314,6 +315,8 @@ def _join(timeout_s: float) -> None:
 def _train_worker(config: dict[str, Any]) -> str | None:
     """Train on one worker; None at the end of the job, else what was said on leaving it early."""
     job, desk = config["job"], config["desk"]
+    # a driver that stands still cannot tell its workers that another has taken the run over
+    lease.watch(config["leases"])
     if error_left(job):
         return None
     seats = get_current_placement_group()

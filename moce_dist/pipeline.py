@@ -42,7 +42,6 @@ from moce_dist.run import (
     artefact_id,
     fingerprint,
     is_complete,
-    is_first_process,
     mark_complete,
     read_marker,
 )
@@ -51,6 +50,7 @@ from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained
 from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob, StageName
+from moce_dist.workers import is_first_process
 
 log = logging.getLogger(__name__)
 HOLDOUT = "holdout"

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from moce_dist import lease
 from moce_dist.config import Config, identity, to_yaml
 from moce_dist.settings import ConfigError, read_tree, validate
 
@@ -27,11 +28,6 @@ _PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "mo
 
 class StoppedError(RuntimeError):
     """A run was asked to stop and has saved its state; the same command goes on from there."""
-
-
-def is_first_process() -> bool:
-    """Tell whether this process speaks for all: always, unless torchrun started several."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def fingerprint(value: Any) -> str:
@@ -54,6 +50,7 @@ def write_atomic(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        lease.check()
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -120,6 +117,7 @@ def artefact_id(folder: Path) -> str:
 
 def record_fault(ledger: Path, **fault: Any) -> None:
     """Append one line to a `faults.jsonl`; whole lines from several processes do not mix."""
+    lease.check()
     ledger.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"time": round(time.time(), 3), **fault}) + "\n"
     descriptor = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -210,7 +208,7 @@ def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
 
 
 def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
-    """Create a run directory, or take up an existing one of the same identity.
+    """Create a run directory, or take up an existing one of the same identity; `lease.hold` it.
 
     Raises:
         ConfigError: the directory belongs to another identity or to another version's settings, or
@@ -226,7 +224,7 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
                 f"{root}: belongs to another run: {'; '.join(differing)}; "
                 "choose another --run, or --fresh"
             )
-    elif root.exists() and any(root.iterdir()):
+    elif root.exists() and any(path.name not in lease.FILES for path in root.iterdir()):
         raise ConfigError(f"{root}: is not a run directory (no config.yaml) and not empty")
     write_atomic(resolved, to_yaml(config))
     provenance = {
@@ -273,6 +271,16 @@ def read_resolved(path: Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def set_aside(root: Path) -> None:
-    """Rename a folder: a fresh start must not destroy days of training on a typing error."""
+    """Rename a folder: a fresh start must not destroy days of training on a typing error.
+
+    One that is held stays, and all that lies in it is moved.
+    """
     stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{time.time_ns() % 10**9:09d}"
-    root.rename(root.with_name(f"{root.name}.before-{stamp}"))
+    aside = root.with_name(f"{root.name}.before-{stamp}")
+    if not (root / lease.LOCK).exists():
+        root.rename(aside)
+        return
+    aside.mkdir()
+    for path in root.iterdir():
+        if path.name not in lease.FILES:
+            path.rename(aside / path.name)

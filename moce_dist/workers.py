@@ -1,7 +1,14 @@
-"""Which numbers of workers a stage may run on.
+"""Which numbers of workers a stage may run on, and which of them speaks for all.
 
 Letters: R workers, G expert groups.
 """
+
+import os
+
+
+def is_first_process() -> bool:
+    """Tell whether this process speaks for all: always, unless torchrun started several."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def legal_worker_counts(

@@ -17,7 +17,6 @@ from moce_dist.run import (
     COMPLETE,
     artefact_id,
     is_complete,
-    is_first_process,
     mark_complete,
     read_marker,
     set_aside,
@@ -25,6 +24,7 @@ from moce_dist.run import (
 )
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
+from moce_dist.workers import is_first_process
 
 log = logging.getLogger(__name__)
 

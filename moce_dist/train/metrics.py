@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from moce_dist import lease
 from moce_dist.run import read_jsonl, write_atomic
 
 METRICS_NAME = "metrics.jsonl"
@@ -26,6 +27,7 @@ class MetricsLog:
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line; `metrics["step"]` must be greater than any before."""
+        lease.check()
         with self._path.open("a") as file:
             file.write(json.dumps(metrics) + "\n")
         if self._writer is not None:

@@ -16,6 +16,7 @@ from typing import Any
 from moce_dist.cli import command_parser, quiet_libraries
 from moce_dist.config import load_config
 from moce_dist.data.shards import IMAGE_EXTENSIONS
+from moce_dist.lease import hold
 from moce_dist.run import load_run, resolve_run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.request import parse_experts
@@ -52,7 +53,8 @@ def routes(argv: Sequence[str]) -> None:
     if experts is None:
         _say(*route_lines(list_routes(run, config, moce_stage(run))))
     else:
-        _say(*map(str, export_route(run, config, experts, Path(args.out))))
+        with hold(Path(args.out)):
+            _say(*map(str, export_route(run, config, experts, Path(args.out))))
 
 
 def predict(argv: Sequence[str]) -> None:
@@ -86,9 +88,10 @@ def predict(argv: Sequence[str]) -> None:
     folder = find_model(args)
     pictures = list_pictures(args.images)
     bad = 0
-    for line in _lines(folder, pictures, args):
-        _say(json.dumps(line, ensure_ascii=False))
-        bad += "error" in line
+    with hold(*([Path(args.out)] if args.out else [])):
+        for line in _lines(folder, pictures, args):
+            _say(json.dumps(line, ensure_ascii=False))
+            bad += "error" in line
     if bad:
         raise RuntimeError(f"{bad} of {len(pictures)} pictures could not be read")
 

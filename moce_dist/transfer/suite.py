@@ -15,13 +15,15 @@ from typing import Any
 
 from moce_dist.cli import quiet_libraries
 from moce_dist.config import Config, ParallelConfig
-from moce_dist.run import Run, is_first_process, set_aside, write_atomic
+from moce_dist.lease import hold
+from moce_dist.run import Run, set_aside, write_atomic
 from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.instances import Instances, check_instances, read_instances
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Ledger, suite_metrics
 from moce_dist.transfer.scenes import Scenes, check_scenes, read_scenes
 from moce_dist.transfer.tasks import Task, check_images
+from moce_dist.workers import is_first_process
 
 logger = logging.getLogger(__name__)
 ALL = "all"
@@ -149,13 +151,21 @@ def carry_out(
     if not is_first_process():
         train(job)
         return {}
-    run, task = Run(root), list_task(order.request, order.config)
+    task = list_task(order.request, order.config)
+    with hold(job.folder):
+        return _compare(job, task, train)
+
+
+def _compare(
+    job: FitsJob, task: Task | Scenes | Instances, train: Callable[[FitsJob], None]
+) -> dict[str, Any]:
+    order = job.order
     scan(task, order.config)
-    if order.is_fresh and job.folder.exists():
+    if order.is_fresh:
         set_aside(job.folder)
     from moce_dist.transfer.compare import Comparison, compare
 
-    comparison = Comparison(order.request, run, order.config, task)
+    comparison = Comparison(order.request, Run(job.run_root), order.config, task)
 
     def train_fits(ledger: Ledger) -> None:
         train(replace(job, choices=comparison.chooser.choices, ledger=ledger))
