@@ -265,6 +265,8 @@ class ParallelConfig(Section):
     """DeepSpeed's partitioning of optimiser state (1) and gradients (2)."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Matrix products of the model; weights, gradients and moments are float32."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients are summed over the ranks; bf16 halves what travels."""
     threads_per_worker: int = Field(1, ge=1)
     """CPU threads of a worker's tensor operations; 1 gives repeatable sums."""
     compile: bool = False

@@ -4,7 +4,7 @@ Two network namespaces joined by a veth pair are two hosts with a link of a chos
 token-routed step is timed on the unthrottled link; then the link is slowed, in two attempts, until
 its all-to-alls take `bench.communication_over_compute` times that, as on fast GPUs with a slow
 network, and all variants are timed. With a = all-to-all and r = gradient all-reduce over compute, a
-system that exchanges nothing and overlaps nothing can be faster by (1 + a + r) / (1 + r).
+system that exchanges nothing can be faster by (1 + a + r) / (1 + r) when neither overlaps.
 
 Needs root and iproute2; elsewhere the benchmark names what it could not measure.
 """
@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from benches.harness import Report, interleave, run_ranks
 from benches.settings import BenchConfig
-from benches.step import KINDS, stepper, variant
+from benches.step import KINDS, ddp_stepper, stepper, variant
 from benches.synthetic import synthetic_state
 from moce_dist.parallel.token import token_bytes_exchanged
 from moce_dist.parallel.traffic import element_size, num_visible
@@ -29,7 +29,8 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.setup import TrainState, worker_device
 
 _FIGURES = ("link_mbit", "token_communication_over_compute", "allreduce_over_compute")
-_RATIOS = (("token", "cluster"), ("cluster", "dense"))
+_RATIOS = (("token", "cluster"), ("cluster", "dense"), ("dense", "ddp"))
+_VARIANTS = (*KINDS, "ddp")
 _NETWORK = "10.77.0"
 
 
@@ -45,7 +46,7 @@ def run(config: BenchConfig) -> Report:
         )
     report = Report("exchange", config)
     if reason := missing():
-        report.skipped = dict.fromkeys((*KINDS, *_FIGURES), reason)
+        report.skipped = dict.fromkeys((*_VARIANTS, *_FIGURES), reason)
         for over, under in _RATIOS:
             report.add_ratio(over, under)
         return report
@@ -151,7 +152,8 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     """Time all variants, and the collectives of the token-routed one by themselves."""
     states = {kind: _state(config, kind) for kind in KINDS}
     count = _count(config)
-    times = _timed({kind: stepper(state, count) for kind, state in states.items()}, config)
+    steps = {kind: stepper(state, count) for kind, state in states.items()}
+    times = _timed(steps | {"ddp": ddp_stepper(states["dense"], count)}, config)
     token = states["token"]
     alone = _timed({"all_to_all": _all_to_alls(token), "all_reduce": _all_reduce(token)}, config)
     return {

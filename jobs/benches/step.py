@@ -1,7 +1,9 @@
 """A training step of MoCE beside the dense model and the token-routed one, of equal active FLOPs.
 
-All variants are the same model, loop and engine, on the same ranks; they differ in `moe.kind` and
-precision. A step is routing table, forward, backward, gradient reduction and optimiser step.
+All variants but one are the same model, loop and engine, on the same ranks; they differ in `moe.kind`
+and precision. A step is routing table, forward, backward, gradient reduction and optimiser step.
+`ddp` is what a user would write for the dense model: torch's DistributedDataParallel, its buckets
+overlapping with the backward pass, a fused optimiser, and nothing that is logged.
 """
 
 import copy
@@ -10,16 +12,22 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
 
 from benches.harness import Report, interleave, run_ranks
 from benches.settings import BenchConfig, make_bench_config
 from benches.synthetic import synthetic_batches, synthetic_state
+from moce_dist.data.images import normalise
+from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import Experts
 from moce_dist.train.loop import train_step
+from moce_dist.train.optim import parameter_groups
 from moce_dist.train.setup import TrainState, worker_device
 
 Kind = Literal["dense", "cluster", "token"]
 KINDS: tuple[Kind, ...] = ("dense", "cluster", "token")
+RATIOS = (("cluster", "dense"), ("cluster", "token"), ("dense", "ddp"))
 
 
 def run(config: BenchConfig) -> Report:
@@ -27,8 +35,8 @@ def run(config: BenchConfig) -> Report:
     result = run_ranks("step:measure", config)
     report = Report("step", config).add_variants(result["times"])
     for suffix in ("", "_bf16"):
-        report.add_ratio(f"cluster{suffix}", f"dense{suffix}")
-        report.add_ratio(f"cluster{suffix}", f"token{suffix}")
+        for over, under in RATIOS:
+            report.add_ratio(f"{over}{suffix}", f"{under}{suffix}")
     report.figures = result["figures"]
     return report
 
@@ -51,6 +59,8 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     figures = exchange_figures(states["cluster_bf16"])
     count = config.bench.rounds + config.bench.warmup_rounds
     steps = {name: stepper(state, count) for name, state in states.items()}
+    for suffix in ("", "_bf16"):
+        steps[f"ddp{suffix}"] = ddp_stepper(states[f"dense{suffix}"], count)
     times = interleave(steps, rounds=config.bench.rounds, warmup=config.bench.warmup_rounds)
     return {"times": times, "figures": figures}
 
@@ -65,6 +75,40 @@ def stepper(state: TrainState, count: int) -> Callable[[], None]:
         train_step(state, next(batches))
         state.step += 1
         if state.engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        dist.barrier()
+
+    return step
+
+
+def ddp_stepper(state: TrainState, count: int) -> Callable[[], None]:
+    """Return a function that takes a step of the same dense model under torch's DDP.
+
+    The model, its start, optimiser groups and batches are those of the dense `state`; the gradient
+    travels in the type that DDP has by default, or in bf16 by torch's own hook.
+    """
+    device, config = state.engine.device, state.job.config
+    model = MaskedAutoencoder(config).to(device)
+    model.load_state_dict(
+        {name: tensor for name, tensor in state.model.state_dict().items()}, strict=False
+    )
+    model.train()
+    wrapped = DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+    if config.parallel.reduce_dtype == "bf16":
+        wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    groups = parameter_groups(model, config.moce, 1.0)
+    optimizer = torch.optim.AdamW(groups, lr=config.moce.lr, betas=config.moce.betas, fused=True)
+    batches = iter(synthetic_batches(state, count))
+
+    def step() -> None:
+        batch = next(batches)
+        losses = wrapped(normalise(batch.images.to(device)), batch.noise.to(device))
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()
 

@@ -6,6 +6,7 @@ The only door to deepspeed. What its engine must see, and where it is wrong (ver
   as MoE when a module is of its MoE class, so a bare marker of that class is attached.
 - Replicas of an expert are neighbouring ranks: `use_data_before_expert_parallelism`.
 - With loss = R / B * (sum over own images), all gradients are those of the global mean.
+- At ZeRO-0 it sums gradients in one piece after the backward pass; reduction.py does it meanwhile.
 - Clipping at ZeRO-0 mixes up the ranks' norms, so there the norm is computed and applied here.
 - At ZeRO-1 and 2 only the first parameter group's optimiser state is linked to parameters; it is
   linked anew before state is read or written.
@@ -42,6 +43,7 @@ from torch._C._distributed_c10d import HashStore
 from moce_dist.config import ParallelConfig
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
+from moce_dist.parallel.reduction import GradientReducer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -118,6 +120,19 @@ def _mark_experts(module: nn.Module, spec: EngineSpec) -> None:
     module.add_module("moe_marker", _MoeMarker(spec.num_experts))
 
 
+def _in_backward_order(
+    module: nn.Module,
+) -> Iterator[tuple[nn.Parameter, dist.ProcessGroup | None]]:
+    # the gate weights the output of every MoE layer, so its gradients are whole with the first's
+    named = [item for item in module.named_parameters() if item[1].requires_grad][::-1]
+    for _, parameter in sorted(named, key=lambda item: item[0].startswith("gate.")):
+        group = None
+        if not getattr(parameter, "allreduce", True):
+            name = parameter.group_name  # type: ignore[attr-defined]
+            group = deepspeed_groups._get_expert_data_parallel_group(name)
+        yield parameter, group
+
+
 def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
     zero = spec.parallel.zero_stage
     return {
@@ -126,6 +141,9 @@ def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
         "steps_per_print": None,
         "gradient_clipping": spec.clip_norm if zero else 0.0,
         "zero_optimization": {"stage": zero, "overlap_comm": False},
+        "communication_data_type": spec.parallel.reduce_dtype,
+        # its clock waits for the device twice a micro-batch
+        "timers": {"throughput": {"enabled": False}},
         # plain SGD is not on DeepSpeed's list
         "zero_allow_untested_optimizer": True,
         "use_data_before_expert_parallelism": True,
@@ -160,6 +178,18 @@ class Engine:
             config=_deepspeed_config(spec),
             dist_init_required=False,
         )
+        self._reducer: GradientReducer | None = None
+        if spec.parallel.zero_stage == 0:
+            self._engine.enable_backward_allreduce = False
+            self._reducer = GradientReducer(
+                _in_backward_order(module),
+                dtype=torch.bfloat16 if spec.parallel.reduce_dtype == "bf16" else None,
+            )
+
+    @property
+    def reducer(self) -> GradientReducer | None:
+        """What sums gradients at ZeRO-0; None where DeepSpeed does."""
+        return self._reducer
 
     @property
     def optimizer(self) -> Any:
@@ -177,7 +207,15 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro-batch; the last one of a step reduces them."""
-        self._engine.backward(loss)
+        if self._reducer is None:
+            self._engine.backward(loss)
+            return
+        is_last = self._engine.is_gradient_accumulation_boundary()
+        if is_last:
+            self._reducer.start()
+        self._engine.backward(loss / self.spec.topology.num_ranks)
+        if is_last:
+            self._reducer.finish()
 
     def step(self) -> float:
         """Clip, update, and return the global gradient norm before clipping.
@@ -291,6 +329,8 @@ class Engine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def destroy(self) -> None:
-        """Release DeepSpeed's hooks and buffers; the process group stays."""
+        """Release hooks and buffers; the process group stays."""
+        if self._reducer is not None:
+            self._reducer.detach()
         with contextlib.suppress(AttributeError):
             self._engine.destroy()

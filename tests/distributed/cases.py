@@ -16,6 +16,7 @@ import torch.distributed as dist
 from moce_dist.config import load_config
 from moce_dist.data.stream import stream
 from moce_dist.model.moce import is_stacked
+from moce_dist.parallel import engine, reduction
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
 from moce_dist.run import StoppedError
@@ -108,6 +109,52 @@ def take_steps(run, overrides, placement="planned", steps=1):
     }
     state.engine.destroy()
     return result
+
+
+def reductions(run, overrides, bucket_bytes):
+    """Take a step with buckets of a size; how its gradients were summed, and the gradients."""
+    init_distributed(torch.device("cpu"))
+    state = build(run, overrides)
+    state.engine.reducer.detach()
+    order = list(engine._in_backward_order(state.engine.module))
+    dtype = torch.bfloat16 if "parallel.reduce_dtype=bf16" in overrides else None
+    reducer = reduction.GradientReducer(order, dtype=dtype, bucket_bytes=bucket_bytes)
+    state.engine._reducer = reducer
+    sums, original, finish = [], dist.all_reduce, reducer.finish
+
+    def counted(tensor, *arguments, **named):
+        if named.get("async_op"):
+            sums.append(tensor.numel())
+        return original(tensor, *arguments, **named)
+
+    begun = []
+
+    def finish_counted():
+        begun.append(len(sums))
+        finish()
+
+    dist.all_reduce, reducer.finish = counted, finish_counted
+    captured, step = {}, state.engine.step
+
+    def step_captured():
+        captured.update(by_global_name(state, state.engine.gradients()))
+        return step()
+
+    state.engine.step = step_captured
+    try:
+        readers = state.router.placement.readers
+        batch = next(stream(state.stream_spec(state.plan), readers, start=0, stop=1))
+        loop.train_step(state, batch)
+    finally:
+        dist.all_reduce = original
+    state.engine.destroy()
+    return {
+        "sums": sums,
+        "begun_in_backward": begun,
+        "buckets": reducer.num_buckets,
+        "bytes": reducer.num_bytes,
+        "gradients": captured,
+    }
 
 
 def exchange_collectives(run, overrides, placement):

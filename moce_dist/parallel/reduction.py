@@ -1,0 +1,168 @@
+"""Sum gradients over the ranks in buckets, while the backward pass still runs.
+
+Parameters are laid out in buckets in the order in which the backward pass finishes them. When the
+last gradient of a bucket is there, the bucket's all-reduce begins; the layers below still compute.
+Buckets are issued in one order on all ranks, whatever order gradients come in, because collectives
+of several groups that are issued in different orders wait for each other for ever.
+
+    parameters   embed  block 0  block 1  decoder          backward pass: right to left
+    buckets            [   2   ][    1   ][  0  ]           issued: 0, 1, 2
+
+Shared parameters are summed over all ranks, those of experts over the ranks that hold the same
+experts. After `finish` every gradient is a view into its bucket, so nothing is copied back; buckets
+of another type than the parameters are copied back once.
+
+Source: Li et al. 2020, arXiv 2006.15704 (PyTorch DDP), section 3.2.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+BUCKET_BYTES = 25 * 2**20
+
+
+@dataclass
+class Bucket:
+    """Parameters whose gradients travel together, and the buffer in which they do."""
+
+    parameters: list[nn.Parameter]
+    group: dist.ProcessGroup | None
+    """Ranks that the gradients are summed over; None for all ranks."""
+    flat: Tensor
+    views: list[Tensor]
+    """One per parameter, of its shape, into `flat`."""
+    is_ready: set[int] = field(default_factory=set)
+    """Positions of the parameters whose gradients are there."""
+    work: Any = None
+
+    def begin(self) -> None:
+        """Copy the gradients in, zeros for parameters without one, and start the sum."""
+        gradients = []
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            gradients.append(view.zero_() if parameter.grad is None else parameter.grad)
+            # the gradient that is copied is let go of: the buffer holds it from now on
+            parameter.grad = view if view.dtype == parameter.dtype else None
+        torch._foreach_copy_(self.views, gradients)
+        self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
+
+    def end(self) -> None:
+        """Wait for the sum; on a GPU only the stream waits."""
+        self.work.wait()
+        self.work = None
+        self.is_ready.clear()
+        if self.flat.dtype != self.parameters[0].dtype:
+            gradients = [torch.empty_like(parameter) for parameter in self.parameters]
+            torch._foreach_copy_(gradients, self.views)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+
+
+class GradientReducer:
+    """Sums gradients over ranks in the last backward pass of a step; collective over all ranks."""
+
+    def __init__(
+        self,
+        parameters: Iterable[tuple[nn.Parameter, dist.ProcessGroup | None]],
+        *,
+        dtype: torch.dtype | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        """Lay out buckets and hook into the backward pass.
+
+        Args:
+            parameters: (parameter, ranks that hold it; None: all), in the order in which the
+                backward pass finishes them. A group of one rank sums nothing.
+            dtype: of what travels; None: that of the parameters.
+            bucket_bytes: at which a bucket is closed.
+        """
+        self._buckets: list[Bucket] = []
+        self._is_armed = False
+        self._next = 0
+        self._hooks: list[Any] = []
+        for members, group in _fill(list(parameters), dtype, bucket_bytes):
+            bucket = _make_bucket(members, group, dtype)
+            self._buckets.append(bucket)
+            for position, parameter in enumerate(members):
+                self._hooks.append(self._watch(bucket, position, parameter))
+
+    @property
+    def num_buckets(self) -> int:
+        """Collectives of a step."""
+        return len(self._buckets)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a rank puts into the collectives of a step."""
+        return sum(bucket.flat.nbytes for bucket in self._buckets)
+
+    def _watch(self, bucket: Bucket, position: int, parameter: nn.Parameter) -> Any:
+        def arrived(_: Tensor) -> None:
+            if self._is_armed:
+                bucket.is_ready.add(position)
+                self._issue(only_ready=True)
+
+        return parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _issue(self, *, only_ready: bool) -> None:
+        while self._next < len(self._buckets):
+            bucket = self._buckets[self._next]
+            if only_ready and len(bucket.is_ready) < len(bucket.parameters):
+                return
+            bucket.begin()
+            self._next += 1
+
+    def start(self) -> None:
+        """Sum what the coming backward pass accumulates, the last one of the step."""
+        self._is_armed, self._next = True, 0
+
+    def finish(self) -> None:
+        """Wait for all sums; parameters without a gradient on this rank get one, too."""
+        self._issue(only_ready=False)
+        self._is_armed = False
+        for bucket in self._buckets:
+            bucket.end()
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _fill(
+    parameters: Sequence[tuple[nn.Parameter, dist.ProcessGroup | None]],
+    dtype: torch.dtype | None,
+    bucket_bytes: int,
+) -> list[tuple[list[nn.Parameter], dist.ProcessGroup | None]]:
+    # a bucket of every group is open at a time; a bucket stands where its last parameter does
+    closed: list[tuple[list[nn.Parameter], dist.ProcessGroup | None]] = []
+    is_open: dict[tuple[Any, torch.dtype], tuple[list[nn.Parameter], int]] = {}
+    groups: dict[tuple[Any, torch.dtype], dist.ProcessGroup | None] = {}
+    for parameter, group in parameters:
+        if dist.get_world_size(group) == 1:
+            continue
+        key = (group, parameter.dtype)
+        members, size = is_open.get(key, ([], 0))
+        members.append(parameter)
+        size += parameter.numel() * (dtype or parameter.dtype).itemsize
+        is_open[key], groups[key] = (members, size), group
+        if size >= bucket_bytes:
+            closed.append((members, group))
+            del is_open[key]
+    return [*closed, *((members, groups[key]) for key, (members, _) in is_open.items())]
+
+
+def _make_bucket(
+    members: list[nn.Parameter], group: dist.ProcessGroup | None, dtype: torch.dtype | None
+) -> Bucket:
+    sizes = [parameter.numel() for parameter in members]
+    flat = torch.empty(sum(sizes), dtype=dtype or members[0].dtype, device=members[0].device)
+    views = [
+        part.view_as(parameter)
+        for part, parameter in zip(torch.split(flat, sizes), members, strict=True)
+    ]
+    return Bucket(members, group, flat, views)
