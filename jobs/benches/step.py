@@ -1,7 +1,7 @@
 """A training step of MoCE beside the dense model and the token-routed one, of equal active FLOPs.
 
-All variants but one are the same model, loop and engine, on the same ranks; they differ in `moe.kind`
-and precision. A step is routing table, forward, backward, gradient reduction and optimiser step.
+All variants but one are the same model, loop and engine, on the same ranks; they differ in
+`moe.kind` and precision. A step is routing table, forward, backward, gradient reduction and optimiser step.
 `ddp` is what a user would write for the dense model: torch's DistributedDataParallel, its buckets
 overlapping with the backward pass, a fused optimiser, and nothing that is logged.
 """
@@ -89,9 +89,7 @@ def ddp_stepper(state: TrainState, count: int) -> Callable[[], None]:
     """
     device, config = state.engine.device, state.job.config
     model = MaskedAutoencoder(config).to(device)
-    model.load_state_dict(
-        {name: tensor for name, tensor in state.model.state_dict().items()}, strict=False
-    )
+    model.load_state_dict(state.model.state_dict())
     model.train()
     wrapped = DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
