@@ -1,9 +1,10 @@
 """A training step of MoCE beside the dense model and the token-routed one, of equal active FLOPs.
 
 All variants but one are the same model, loop and engine, on the same ranks; they differ in
-`moe.kind` and precision. A step is routing table, forward, backward, gradient reduction and optimiser step.
-`ddp` is what a user would write for the dense model: torch's DistributedDataParallel, its buckets
-overlapping with the backward pass, a fused optimiser, and nothing that is logged.
+`moe.kind` and precision. A step is routing table, forward, backward, gradient reduction and
+optimiser step. `ddp` is what a user would write for the dense model: torch's
+DistributedDataParallel, its buckets overlapping with the backward pass, a fused optimiser, and
+nothing that is logged.
 """
 
 import copy
