@@ -37,6 +37,7 @@ RUNTIME_FIELDS = (
     "parallel.zero_stage",
     "parallel.threads_per_worker",
     "parallel.compile",
+    "parallel.deterministic",
     "parallel.activation_checkpointing",
     "parallel.max_failures",
     "parallel.max_preemptions",
@@ -264,7 +265,9 @@ class ParallelConfig(Section):
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's partitioning of optimiser state (1) and gradients (2)."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Matrix products of the model; weights, gradients and moments are float32."""
+    """Matrix products of the model; weights, gradients and moments are float32, never TF32."""
+    deterministic: bool = False
+    """On GPUs take repeatable kernels only, so that a resumed run has the same bits; slower."""
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     """Type in which gradients are summed over the ranks; bf16 halves what travels."""
     threads_per_worker: int = Field(1, ge=1)

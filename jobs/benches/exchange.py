@@ -186,7 +186,8 @@ def _sent_bytes(state: TrainState) -> int:
 def _all_to_alls(state: TrainState) -> Any:
     # as many and as large as those of a token-routed step; half of every buffer stays
     calls = 4 * len(state.job.config.moe_layers)
-    buffer = torch.zeros(2 * _sent_bytes(state) // calls, dtype=torch.uint8)
+    size = 2 * _sent_bytes(state) // calls
+    buffer = torch.zeros(size, dtype=torch.uint8, device=state.engine.device)
     out = torch.empty_like(buffer)
 
     def exchange() -> None:
@@ -201,7 +202,7 @@ def _all_reduce(state: TrainState) -> Any:
     shared = sum(
         p.numel() for n, p in state.model.named_parameters() if "deepspeed_experts" not in n
     )
-    gradients = torch.zeros(shared)
+    gradients = torch.zeros(shared, device=state.engine.device)
 
     def reduce() -> None:
         dist.all_reduce(gradients)

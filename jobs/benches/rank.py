@@ -22,9 +22,9 @@ def main() -> None:
     config = make_bench_config(json.load(sys.stdin))
     torch.set_num_threads(config.parallel.threads_per_worker)
     from moce_dist.parallel.engine import init_distributed
+    from moce_dist.train.setup import worker_device
 
-    use_gpu = config.parallel.use_gpu and torch.cuda.is_available()
-    init_distributed(torch.device("cuda" if use_gpu else "cpu"))
+    init_distributed(worker_device(config))
     result = getattr(importlib.import_module(f"benches.{module}"), name)(config)
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(result))

@@ -25,6 +25,8 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
+_GROUPED_CAPABILITY = 9
+"""Compute capability (H100, H200) at which torch's grouped product is one kernel."""
 # the experts of DeepSpeed's own layer, the baseline of parallel/token.py, are modules of their own
 _SINGLE = re.compile(
     r"(blocks\.(\d+)\.mlp)\.moe\..*deepspeed_experts\.(\d+)\.(fc[12]\.(?:weight|bias))"
@@ -94,7 +96,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert."""
-        if rows.is_cuda and rows.dtype is torch.bfloat16 and rows.shape[2] % 8 == 0:
+        if is_groupable(rows, counts):
             return self.grouped(rows, counts)
         return self.one_by_one(rows, counts)
 
@@ -121,6 +123,21 @@ class Experts(nn.Module):
         ends = ends.to(rows.device, non_blocking=True)
         hidden = F.gelu(self.fc1.grouped(tokens, sizes, ends))
         return self.fc2.grouped(hidden, sizes, ends).view(rows.shape)
+
+
+def is_groupable(rows: Tensor, counts: Sequence[int]) -> bool:
+    """Tell whether one grouped product is right and fast for rows (M, N, D) of these counts.
+
+    Below capability 9 torch falls back on a loop that waits for the device at every group, and on
+    newer chips groups without rows gave wrong gradients (pytorch issue 172439).
+    """
+    return (
+        rows.is_cuda
+        and rows.dtype is torch.bfloat16
+        and rows.shape[2] % 8 == 0
+        and min(counts) > 0
+        and torch.cuda.get_device_capability(rows.device)[0] == _GROUPED_CAPABILITY
+    )
 
 
 class MoceMlp(nn.Module):

@@ -27,6 +27,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator, set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups as deepspeed_groups
@@ -79,9 +82,11 @@ class EngineSpec:
 def init_distributed(device: torch.device, timeout: timedelta | None = None) -> None:
     """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, or one of a single process.
 
-    Does nothing when a launcher has made the process group already. Collective over all ranks,
-    which wait for each other up to `timeout`; None: as long as torch thinks right.
+    Does nothing when a launcher has made the process group already. DeepSpeed's accelerator becomes
+    that of `device`, whatever this machine has. Collective over all ranks, which wait for each
+    other up to `timeout`; None: as long as torch thinks right.
     """
+    _choose_accelerator(device)
     os.environ.setdefault("LOCAL_RANK", "0")
     # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler
     # needed
@@ -93,6 +98,13 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+
+
+def _choose_accelerator(device: torch.device) -> None:
+    # DeepSpeed chooses by what the machine has and moves modules there; a CPU rank on a GPU machine
+    # must stay on its CPU
+    if get_accelerator().device_name() != device.type:
+        set_accelerator({"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[device.type]())
 
 
 def create_groups(topology: Topology) -> dist.ProcessGroup:

@@ -24,6 +24,7 @@ from moce_dist.config import Config
 from moce_dist.model.gate import (
     Gate,
     NoiseSchedule,
+    logits,
     noisy_scores,
     routing_table,
     shared_groups,
@@ -105,15 +106,15 @@ class Router:
 
     def _scores(self, gate: Gate, step: int) -> tuple[Tensor, Tensor]:
         # float32 on the host: the routing must not depend on the kernels of a device
-        logits = gate.logits().detach().cpu()
-        shape = (logits.shape[0], logits.shape[1], logits.shape[2])
-        return logits, self._noise.sample(step, shape)
+        scores = logits(gate.weight.detach().cpu(), gate.cluster_embedding.cpu())
+        shape = (scores.shape[0], scores.shape[1], scores.shape[2])
+        return scores, self._noise.sample(step, shape)
 
     def compute_table(self, gate: Gate, step: int) -> Ints:
         """Compute a step's table (L, K) from the gate's weights; with noise early in training."""
-        logits, noise = self._scores(gate, step)
+        scores, noise = self._scores(gate, step)
         return routing_table(
-            logits,
+            scores,
             self._config.gate,
             noise=noise,
             num_groups=self._topology.num_groups,

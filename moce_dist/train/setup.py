@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from moce_dist.train.routing import Router
 from moce_dist.train.saver import Saver
 
 log = logging.getLogger(__name__)
+_PATIENCE_S = 3600
 
 
 def never() -> bool:
@@ -97,7 +99,10 @@ class TrainState:
 
 
 def worker_device(config: Config) -> torch.device:
-    """Choose this process's device.
+    """Choose this process's device, and how exact a GPU's products are.
+
+    Float32 means float32: no TF32. With `parallel.deterministic` an operation that cannot be
+    repeated bit for bit on a GPU is an error.
 
     Raises:
         ConfigError: `parallel.use_gpu` is true and there is none.
@@ -109,6 +114,10 @@ def worker_device(config: Config) -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    if config.parallel.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     return device
 
 
@@ -128,7 +137,9 @@ def build_state(job: StageJob) -> TrainState:
     """Build model, groups and engine, load the newest checkpoint; collective over all ranks."""
     torch.set_num_threads(job.config.parallel.threads_per_worker)
     device = worker_device(job.config)
-    init_distributed(device)
+    # rank 0 verifies checkpoints alone, and hashing terabytes takes its time
+    patience_s = max(_PATIENCE_S, job.config.parallel.start_timeout_s)
+    init_distributed(device, timedelta(seconds=patience_s))
     # every rank makes the same plan from the same index: nothing about the data is sent around
     plan = plan_of(job)
     # chosen before the model is built: where the experts live stands in the checkpoint

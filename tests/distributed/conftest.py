@@ -43,6 +43,8 @@ def _serve(rank, world_size, port, pipe):
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
+        # gloo and CPU ranks on a machine with GPUs, too
+        CUDA_VISIBLE_DEVICES="",
     )
     log = Path(tempfile.gettempdir()) / f"moce-pool-{os.getppid()}-{world_size}-{rank}.log"
     sys.stdout = sys.stderr = log.open("w")
