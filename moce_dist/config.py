@@ -374,6 +374,26 @@ class SuiteEntry(Section):
 Selection = Literal["vote", "largest_cluster", "merge", "average", "mismatched", "validate"]
 
 
+class ContinuedConfig(Section):
+    """Steps beside the stages (`--continue-images`): a task's own, and those that are fair to them.
+
+    Whatever is not here is that of stage moce; the optimiser is a new one.
+    """
+
+    batch_size: int | None = Field(None, ge=1)
+    """Images per optimiser step; None: those of stage moce."""
+    base_lr: float | None = Field(None, gt=0)
+    """Learning rate per 256 images; None: that of stage moce."""
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+
+    def stage(self, moce: StageConfig, epochs: float) -> StageConfig:
+        """Return the optimisation of steps that last `epochs`."""
+        given = self.model_dump(include={"batch_size", "base_lr"}, exclude_none=True)
+        warmup = {"warmup_epochs": self.warmup_fraction * epochs}
+        return moce.model_copy(update={**given, **warmup, "epochs": epochs})
+
+
 class TransferConfig(Section):
     """Downstream tasks: selection of experts, protocols, budgets."""
 
@@ -399,6 +419,8 @@ class TransferConfig(Section):
     """Training images that `validate` looks at, at most; drawn with the seed."""
     evaluate: Literal["test", "val"] = "test"
     """Images that figures are of; `val`, a folder of an `imagefolder` task, is for choices."""
+    continued: ContinuedConfig = ContinuedConfig()
+    """Steps on the images of a task's own clusters."""
     max_train: int | None = Field(None, ge=1)
     """Cap on a task's training images, drawn with the seed; None takes all."""
     knn_k: int = Field(10, ge=1)

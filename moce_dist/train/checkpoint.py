@@ -26,11 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from moce_dist.model.moce import global_names, is_expert, is_stacked
 from moce_dist.parallel.groups import ExpertMap
-from moce_dist.run import file_sha256, fingerprint
+from moce_dist.run import file_sha256, fingerprint, write_atomic
 from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:  # who only reads checkpoints need not wait for deepspeed
@@ -106,6 +107,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
             return checkpoint
         log.warning("%s: %s; passed over", checkpoint, reason)
     return None
+
+
+def write_weights(checkpoint: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write weights by global name as a checkpoint that a stage can start from, without moments."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    path = checkpoint / "rank-00000.safetensors"
+    save_file({f"weight/{name}": t.contiguous() for name, t in weights.items()}, path)
+    manifest = {"format": FORMAT, "step": 0, "files": {path.name: file_sha256(path)}}
+    # last, and sealed: without it there is no checkpoint
+    write_atomic(checkpoint / MANIFEST, json.dumps({**manifest, "sha256": fingerprint(manifest)}))
 
 
 def _tensors(checkpoint: Path) -> Iterator[tuple[str, Path]]:

@@ -1,10 +1,12 @@
 """A training stage as it is sent to the workers: small, and everything else is read from disk."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
+
+import numpy as np
 
 from moce_dist.config import Config, ParallelConfig, StageConfig
 from moce_dist.data.plan import Plan, sample_table
@@ -71,10 +73,19 @@ class StageJob:
         """Images of a step, which all legal numbers of workers divide."""
         return self.stage_config.batch_size
 
+    def plan(self) -> Plan:
+        """Read the shards' index and plan the stage's steps.
+
+        Raises:
+            ConfigError: there is no index.
+        """
+        table = sample_table(read_index(self.index), self.num_clusters)
+        return Plan(table, self.batch_size, self.config.seed)
+
     @cached_property
     def total_steps(self) -> int:
         """Optimiser steps of the stage."""
-        return total_steps(self.stage_config, plan_of(self))
+        return total_steps(self.stage_config, self.plan())
 
     def run(self, should_stop: Callable[[], bool]) -> None:
         """Train the stage to its end; collective over all ranks."""
@@ -91,20 +102,43 @@ class StageJob:
         left = (self.total_steps - last["step"] - 1) * last["images_seen"] / (last["step"] + 1)
         seconds = int(left / max(last["images_per_s"], 1e-9))
         return (
-            f"{self.stage}: step {last['step'] + 1} of {self.total_steps}, "
+            f"{self.name}: step {last['step'] + 1} of {self.total_steps}, "
             f"loss {last['loss']:.4f}, "
             f"{last['images_per_s']:.0f} images/s, {seconds // 60}:{seconds % 60:02d} left"
         )
 
 
-def plan_of(job: StageJob) -> Plan:
-    """Read the shards' index and plan the stage's steps.
+@dataclass(frozen=True)
+class MoreSteps(StageJob):
+    """A model without experts that is trained on beside the stages, from the weights at `start`.
 
-    Raises:
-        ConfigError: there is no index.
+    On all images, or with `quotas` (K,) on so many of every cluster an epoch: a task's own steps.
+    `out` is its folder in the run, `epochs` how long it takes.
     """
-    table = sample_table(read_index(job.index), job.num_clusters)
-    return Plan(table, job.stage_config.batch_size, job.config.seed)
+
+    out: str = ""
+    epochs: float = 1.0
+    quotas: tuple[int, ...] | None = None
+
+    @property
+    def name(self) -> str:
+        """What the job is called: its folder in the run."""
+        return self.out
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+        return self.run_root / self.out
+
+    @property
+    def stage_config(self) -> StageConfig:
+        """Optimisation of these steps."""
+        return self.config.transfer.continued.stage(self.config.moce, self.epochs)
+
+    def plan(self) -> Plan:
+        """Plan the steps; see `StageJob.plan`."""
+        whole = super().plan()
+        return whole if self.quotas is None else replace(whole, quotas=np.array(self.quotas))
 
 
 def total_steps(stage: StageConfig, plan: Plan) -> int:

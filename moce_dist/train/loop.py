@@ -72,14 +72,14 @@ def pretrain(job: StageJob, should_stop: Callable[[], bool] = never) -> dict[str
         state.saver.wait()
         if metrics_log is not None:
             metrics_log.close()
-        raise StoppedError(f"{job.stage}: state saved at step {state.step} of {state.total_steps}")
+        raise StoppedError(f"{job.name}: state saved at step {state.step} of {state.total_steps}")
     loss = evaluate(state)
     state.saver.wait()
     if metrics_log is not None:
         metrics_log.close()
         if loss is not None:
             write_atomic(job.folder / "holdout.json", json.dumps(loss))
-    return {"stage": job.stage, "steps": state.step, "holdout": loss}
+    return {"stage": job.name, "steps": state.step, "holdout": loss}
 
 
 def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
@@ -165,9 +165,7 @@ def check_finite(state: TrainState, sums: Tensor) -> None:
     sums.copy_(shared[:-1])
     state.is_stopping |= bool(shared[-1] > 0)
     if not math.isfinite(float(sums[0])):
-        raise FloatingPointError(
-            f"{state.job.stage}: loss is {float(sums[0])} at step {state.step}"
-        )
+        raise FloatingPointError(f"{state.job.name}: loss is {float(sums[0])} at step {state.step}")
 
 
 def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
@@ -223,7 +221,7 @@ def is_due(state: TrainState, every: int) -> bool:
 def images_seen(plan: Plan, steps: int) -> int:
     """Images that the first `steps` steps use, padding left out."""
     epochs, rest = divmod(steps, plan.steps_per_epoch)
-    return epochs * plan.table.num_samples + rest * plan.batch_size
+    return epochs * plan.epoch_samples + rest * plan.batch_size
 
 
 def current_learning_rate(state: TrainState) -> float:
@@ -255,7 +253,7 @@ def save(state: TrainState) -> None:
     """Begin to write a checkpoint of the step to come; collective over all ranks."""
     position = {
         "step": state.step,
-        "stage": state.job.stage,
+        "stage": state.job.name,
         "steps_before": state.job.steps_before,
         "epoch": state.plan.epoch_of(state.step),
         "cursors": state.plan.cursors(state.step),
@@ -283,7 +281,7 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
     if state.model.gate is not None:
         state.router.refresh(state.model.gate, state.total_steps, force=True)
     sums = torch.zeros(2, dtype=torch.float64)
-    spec = replace(state.stream_spec(plan), stage=f"{state.job.stage}-holdout")
+    spec = replace(state.stream_spec(plan), stage=f"{state.job.name}-holdout")
     readers = state.router.placement.readers
     device, steps = state.engine.device, plan.steps_per_epoch
     for batch in stream(spec, readers, start=0, stop=steps, device=device):

@@ -35,7 +35,7 @@ from moce_dist.train.checkpoint import (
     start_from,
     tensor_reader,
 )
-from moce_dist.train.job import HOLDOUT_TABLE, StageJob, plan_of, total_steps
+from moce_dist.train.job import HOLDOUT_TABLE, StageJob, total_steps
 from moce_dist.train.optim import optimizer_factory, parameter_groups
 from moce_dist.train.pretrained import initial_weights
 from moce_dist.train.routing import Router
@@ -94,7 +94,7 @@ class TrainState:
             layout=Layout(self.topology.num_ranks, self.topology.num_groups),
             rank=self.rank,
             ledger=Run(self.job.run_root).faults,
-            stage=self.job.stage,
+            stage=self.job.name,
         )
 
 
@@ -141,7 +141,7 @@ def build_state(job: StageJob) -> TrainState:
     patience_s = max(_PATIENCE_S, job.config.parallel.start_timeout_s)
     init_distributed(device, timedelta(seconds=patience_s))
     # every rank makes the same plan from the same index: nothing about the data is sent around
-    plan = plan_of(job)
+    plan = job.plan()
     # chosen before the model is built: where the experts live stands in the checkpoint
     start = _agree_on_start(job)
     state = assemble(job, plan, _centroids(job), device)
@@ -202,10 +202,10 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
         state.step, state.faults = manifest["step"], manifest["faults"]
         expected = state.plan.cursors(state.step)
         assert manifest["cursors"] == expected, "the plan of the stream changed under a checkpoint"
-        log.info("%s: resuming at step %d of %d", job.stage, state.step, state.total_steps)
+        log.info("%s: resuming at step %d of %d", job.name, state.step, state.total_steps)
         return
     if job.start is not None:
-        log.info("%s: starting from the weights of %s", job.stage, job.start)
+        log.info("%s: starting from the weights of %s", job.name, job.start)
         start_from(Path(job.start), state.engine, state.naming)
         return
     weights = _first_weights(job)
@@ -251,7 +251,7 @@ def _agree_on_start(job: StageJob) -> Path | None:
     if dist.get_rank() == 0:
         chosen = [latest_checkpoint(job.folder / "checkpoints")]
         step = 0 if chosen[0] is None else read_manifest(chosen[0])["step"]
-        forget_faults(Run(job.run_root).faults, job.stage, step)
-        forget_faults(Run(job.run_root).faults, f"{job.stage}-holdout", 0)
+        forget_faults(Run(job.run_root).faults, job.name, step)
+        forget_faults(Run(job.run_root).faults, f"{job.name}-holdout", 0)
     dist.broadcast_object_list(chosen, 0)
     return chosen[0]

@@ -22,7 +22,7 @@ from moce_dist.parallel.placement import Placement
 from moce_dist.run import StoppedError
 from moce_dist.train import loop, migrate, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
-from moce_dist.train.job import StageJob
+from moce_dist.train.job import MoreSteps, StageJob
 
 TINY = (
     "model.size=tiny", "model.width=32", "model.num_heads=2", "model.depth=4",
@@ -41,7 +41,11 @@ def tiny_config(overrides=()):
 
 
 def make_job(run, overrides, stage="moce"):
-    return StageJob(tiny_config(overrides), Path(run), stage, str(Path(run) / "shards"))
+    """Make the job of a stage, or of the steps beside the stages that a dictionary describes."""
+    where = tiny_config(overrides), Path(run)
+    if isinstance(stage, dict):
+        return MoreSteps(*where, "control", str(Path(run) / "shards"), **stage)
+    return StageJob(*where, stage, str(Path(run) / "shards"))
 
 
 def scrambled(num_layers, num_experts, num_clusters, num_groups, seed=5):

@@ -3,13 +3,12 @@
 import numpy as np
 
 from moce_dist.data.stream import Layout, StreamSpec, stream
-from moce_dist.train.job import plan_of
 
 
 def global_batch(job):
     """The step-0 batch as one process sees it."""
     spec = StreamSpec(
-        plan_of(job), job.config.data, job.config.num_patches, Layout(1, 1), 0,
+        job.plan(), job.config.data, job.config.num_patches, Layout(1, 1), 0,
         job.run_root / "faults.jsonl", "moce",
     )  # fmt: skip
     return next(stream(spec, lambda clusters: np.zeros(len(clusters), np.int64), start=0, stop=1))

@@ -5,7 +5,6 @@ from collections import Counter
 import pytest
 
 from moce_dist.run import read_jsonl
-from moce_dist.train.job import plan_of
 
 
 def overrides(ranks, zero=0, **more):
@@ -26,7 +25,7 @@ def losses(run):
 
 
 def test_every_sample_once_an_epoch_on_any_number_of_ranks(pools, cases, clustered_run):
-    plan = plan_of(cases.make_job(clustered_run, overrides(1)))
+    plan = cases.make_job(clustered_run, overrides(1)).plan()
     steps = plan.steps_per_epoch
     by_ranks = {}
     for ranks in (1, 2, 4):

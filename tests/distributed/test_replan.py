@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from moce_dist.run import read_jsonl
-from moce_dist.train.job import plan_of
 
 CONFIGURATIONS = [
     # ranks, groups, ZeRO stage
@@ -80,7 +79,7 @@ def test_moved_experts_are_the_same_and_train_on(
     travelled = [moved for _, moved, *_ in results[True][0]["snapshots"]]
     assert any(travelled) == (ranks > 1)
     # what a step contains is not the placement's business
-    plan = plan_of(cases.make_job(clustered_run, options))
+    plan = cases.make_job(clustered_run, options).plan()
     for result in results.values():
         keys = keys_per_step(result)
         for first in range(0, 2 * plan.steps_per_epoch, plan.steps_per_epoch):
@@ -108,7 +107,7 @@ def test_resumed_after_a_move_goes_on_bit_equal(pools, clustered_run, tmp_path):
 def test_placement_files_hold_prediction_and_measurement(pools, cases, clustered_run, tmp_path):
     run, options = fresh_run(clustered_run, tmp_path / "run"), overrides(2, 2, 0)
     pools(2).run("train_to_end", run=str(run), overrides=options)
-    plan, metrics = plan_of(cases.make_job(clustered_run, options)), lines(run)
+    plan, metrics = cases.make_job(clustered_run, options).plan(), lines(run)
     files = [json.loads(p.read_text()) for p in (run / "moce" / "placement").iterdir()]
     files.sort(key=lambda file: file["step"])
     assert [file["step"] for file in files] == [0, 5, 10, 15, 20]

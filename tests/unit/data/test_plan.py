@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moce_dist.data.plan import PADDING, Plan, SampleTable
+from moce_dist.data.plan import PADDING, Plan, SampleTable, quotas_of
 
 
 def table(sizes):
@@ -78,3 +78,53 @@ def test_clusters_without_samples_count_0_and_change_no_order():
     plan = Plan(more, batch_size=4, seed=0)
     assert Counter(plan.epoch_order(1).tolist()) == Counter(range(10))
     assert plan.cursors(2)[3:] == [0, 0, 0] and sum(plan.cursors(2)) == 8
+
+
+@pytest.mark.parametrize(
+    ("shares", "sizes", "batch", "expected"),
+    [
+        # as many epochs' samples as the fullest cluster allows: 40 / 0.5 = 80
+        ([0.5, 0.25, 0.25], [40, 40, 40], 8, [40, 20, 20]),
+        # in whole batches: 80 is no multiple of 32
+        ([0.5, 0.25, 0.25], [40, 40, 40], 32, [32, 16, 16]),
+        # an empty cluster gives its share to the others, one without a share gives nothing
+        ([0.5, 0.5, 0.0], [0, 10, 10], 5, [0, 10, 0]),
+        # a batch at least: the small cluster gives all it has, the other the rest
+        ([0.9, 0.1], [3, 100], 16, [3, 13]),
+        ([1.0, 0.0], [3, 100], 16, [3, 0]),
+        # largest remainders of 3.5, 2.1 and 1.4
+        ([0.5, 0.3, 0.2], [4, 100, 100], 7, [4, 2, 1]),
+    ],
+)
+def test_quotas_follow_shares(shares, sizes, batch, expected):
+    assert quotas_of(np.array(shares), np.array(sizes), batch).tolist() == expected
+
+
+def test_quotas_without_any_sample_are_refused():
+    with pytest.raises(ValueError, match="no cluster with a share"):
+        quotas_of(np.array([1.0, 0.0]), np.array([0, 5]), 4)
+
+
+def test_epochs_of_quotas_use_no_sample_twice_and_a_cluster_up_before_it_repeats():
+    samples = table([12, 10, 7])
+    plan = Plan(samples, 4, 0, np.array([6, 2, 0]))
+    assert plan.epoch_samples == 8 and plan.steps_per_epoch == 2
+    orders = [plan.epoch_order(epoch) for epoch in range(10)]
+    for order in orders:
+        assert np.bincount(samples.cluster[order], minlength=3).tolist() == [6, 2, 0]
+        assert len(set(order.tolist())) == 8
+    first = np.concatenate(orders[:2])
+    assert set(first[samples.cluster[first] == 0]) == set(range(12))
+    fifth = np.concatenate(orders[:5])
+    assert set(fifth[samples.cluster[fifth] == 1]) == set(range(12, 22))
+    # and then in another order; what it is does not depend on what was asked before
+    assert orders[2].tolist() != orders[0].tolist()
+    again = Plan(samples, 4, 0, np.array([6, 2, 0]))
+    assert again.epoch_order(7).tolist() == orders[7].tolist()
+    assert plan.cursors(3) == [3, 1, 0] and plan.cursors(4) == [0, 0, 0]
+
+
+def test_quotas_of_all_samples_are_a_whole_epoch():
+    samples = table([12, 10])
+    order = Plan(samples, 4, 0, samples.cluster_sizes).epoch_order(3)
+    assert sorted(order.tolist()) == list(range(22))
