@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from moce_dist.rules import cross_field_errors
 from moce_dist.settings import ConfigError, Section, dump_yaml, flatten, read_tree, validate
 from moce_dist.workers import legal_worker_counts
 
@@ -505,76 +506,6 @@ class Config(Section):
     def num_patches(self) -> int:
         """Patches of an image, N."""
         return (self.data.image_size // self.model.patch_size) ** 2
-
-
-def _model_rules(config: Config) -> Iterable[str]:
-    data, model, shape = config.data, config.model, config.model.shape
-    if data.image_size % model.patch_size:
-        yield (
-            f"data.image_size ({data.image_size}) must be a multiple of "
-            f"model.patch_size ({model.patch_size})"
-        )
-    if shape.width % shape.num_heads:
-        yield (
-            f"model.width ({shape.width}) must be a multiple of model.num_heads ({shape.num_heads})"
-        )
-    if shape.width % 4:
-        yield f"model.width ({shape.width}) must be a multiple of 4 (2-d sine position embedding)"
-    if model.decoder_width % model.decoder_num_heads or model.decoder_width % 4:
-        yield (
-            f"model.decoder_width ({model.decoder_width}) must be a multiple of 4 and of "
-            f"model.decoder_num_heads ({model.decoder_num_heads})"
-        )
-    if len(set(config.moe_layers)) != len(config.moe_layers) or not all(
-        0 <= layer < shape.depth for layer in config.moe_layers
-    ):
-        yield f"moe.layers ({list(config.moe_layers)}) must be distinct blocks below {shape.depth}"
-
-
-def _parallel_rules(config: Config) -> Iterable[str]:
-    parallel, groups = config.parallel, config.parallel.num_groups
-    workers = parallel.num_workers
-    if parallel.fewest_workers > workers:
-        yield (
-            f"parallel.min_workers ({parallel.min_workers}) must not be more than "
-            f"parallel.num_workers ({workers})"
-        )
-    if config.moe.num_experts % groups:
-        yield (
-            f"moe.num_experts ({config.moe.num_experts}) must be a multiple of "
-            f"parallel.num_groups ({groups})"
-        )
-    if config.gate.assign == "balanced" and config.cluster.num_clusters % config.moe.num_experts:
-        yield (
-            f"cluster.num_clusters ({config.cluster.num_clusters}) must be a multiple of "
-            f"moe.num_experts ({config.moe.num_experts}) when gate.assign is balanced"
-        )
-    for name, stage in (("mae", config.mae), ("moce", config.moce)):
-        legal = legal_worker_counts(groups, stage.batch_size, parallel.micro_batches)
-        if workers % groups and groups % workers:
-            yield (
-                f"parallel.num_workers ({workers}) must be a multiple or a divisor of "
-                f"parallel.num_groups ({groups}); legal here: {legal}"
-            )
-            break
-        unit = max(workers, groups) * parallel.micro_batches
-        if stage.batch_size % unit:
-            yield (
-                f"{name}.batch_size ({stage.batch_size}) must be a multiple of "
-                f"max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches "
-                f"({unit}); legal workers here: {legal}"
-            )
-
-
-def cross_field_errors(config: Config) -> list[str]:
-    """Every rule that ties two fields together and that `config` breaks."""
-    broken, data = [*_model_rules(config), *_parallel_rules(config)], config.data
-    if data.read_deadline_s >= (stall := data.stall_timeout_s):
-        broken.append(
-            f"data.read_deadline_s ({data.read_deadline_s:g}) must be below {stall:g}, "
-            "data.stall_timeout_s"
-        )
-    return broken
 
 
 def make_config(tree: dict[str, Any]) -> Config:
