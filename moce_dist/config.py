@@ -26,6 +26,8 @@ RUNTIME_FIELDS = (
     "data.read_ahead_bytes",
     "data.read_timeout_s",
     "data.read_deadline_s",
+    "data.keep",
+    "data.keep_bytes",
     "data.cache",
     "data.cache_bytes",
     "data.allow_pipes",
@@ -85,6 +87,10 @@ class DataConfig(Section):
     """A request to remote storage that takes longer is repeated, seconds."""
     read_deadline_s: float = Field(240, gt=0)
     """Requests are repeated for so long; then the samples are faults. Less than the stall's."""
+    keep: Literal["none", "memory"] = "none"
+    """`memory`: a worker keeps samples after their first use, small pictures decoded."""
+    keep_bytes: int = Field(2**30, ge=1)
+    """What a worker keeps at most; what does not fit is read at every use."""
     cache: str | None = None
     """Folder on a node's own disk for samples of remote shards; all ranks of the node share it."""
     cache_bytes: int = Field(100 * 2**30, ge=1)

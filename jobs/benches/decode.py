@@ -136,7 +136,7 @@ def device_rates(config: BenchConfig, contents: Sequence[bytes]) -> list[float]:
         for number, content in enumerate(contents):
             draws = sample_generator(config.seed, 0, str(number))
             cut = train_cut(content, scale_min=data.crop_scale_min, hflip=True, draws=draws)
-            assert waiting.take(number, number, content, cut)
+            assert waiting.take(number, number, cut)
         crops = waiting.collect()
         assert crops is not None
         assert all(isinstance(square, torch.Tensor) for square in decoder.decode(crops))

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from benches.settings import BenchConfig
-from moce_dist.data.decoders import Encoded
 from moce_dist.data.images import Box, Cut
 from moce_dist.data.plan import Plan, SampleTable
 from moce_dist.data.ranges import RangeReader
@@ -104,8 +103,8 @@ class _SyntheticStream(PlannedStream):
             step.contents.extend([None] * len(step.ids))
             yield [step]
 
-    def _cut(self, step: PlannedStep, slot: int, draws: np.random.Generator) -> tuple[Encoded, Cut]:
-        return b"", Cut(_Stripes(draws), Box(0, 0, 1, 1), is_mirrored=False)
+    def _cut(self, step: PlannedStep, slot: int, draws: np.random.Generator) -> Cut:
+        return Cut(_Stripes(draws), Box(0, 0, 1, 1), is_mirrored=False)
 
 
 def synthetic_batches(state: TrainState, count: int) -> list[Batch]:

@@ -49,10 +49,11 @@ class Waiting:
     _cuts: list[Cut] = field(default_factory=list)
     _bytes: int = 0
 
-    def take(self, slot: int, sample_id: int, content: Encoded, cut: Cut) -> bool:
+    def take(self, slot: int, sample_id: int, cut: Cut) -> bool:
         """Take a crop if it may wait; else it is to be decoded now."""
         if not isinstance(cut.picture, Jpeg) or not cut.picture.is_plain:
             return False
+        content = cut.picture.content
         first, self._bytes = self._bytes, self._bytes + len(content)
         self._pictures.append(content)
         self._places.append((slot, sample_id, first, self._bytes))

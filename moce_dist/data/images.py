@@ -169,7 +169,7 @@ class Jpeg:
         pixels = self._decode(reduction, is_fast=True)
         if pixels is None:
             # warnings count as errors there; Pillow knows which of them are harmless
-            return Decoded(open_image(self.content)).crop(box, size)
+            return Decoded(decode_image(self.content)).crop(box, size)
         stored = self.turn.stored(box, self.stored_width, self.stored_height)
         left, upper, right, lower = (edge / reduction for edge in stored)
         return self.turn.apply(resize(pixels, (left, upper, right, lower), size))
@@ -190,7 +190,7 @@ class Jpeg:
         reduction = next(fits, 1)
         pixels = self._decode(reduction, is_fast=False)
         if pixels is None:
-            return Decoded(open_image(self.content)).resized(size, method, spare)
+            return Decoded(decode_image(self.content)).resized(size, method, spare)
         # as stored, for its last row or column may be a part of one
         extent = self.stored_width / reduction, self.stored_height / reduction
         stored = Size(*size[::-1]) if self.turn.swap else size
@@ -203,27 +203,27 @@ class Jpeg:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture that Pillow has decoded already."""
+    """A picture that is decoded already: pixels (H, W, 3)."""
 
-    image: Image.Image
+    pixels: Pixels
 
     @property
     def width(self) -> int:
         """See `Picture`."""
-        return self.image.width
+        return self.pixels.shape[1]
 
     @property
     def height(self) -> int:
         """See `Picture`."""
-        return self.image.height
+        return self.pixels.shape[0]
 
     def crop(self, box: Box, size: int) -> Pixels:
         """See `Picture`."""
-        return resize(np.asarray(self.image), box, size)
+        return resize(self.pixels, box, size)
 
     def resized(self, size: Size, method: str, _spare: int) -> Pixels:
         """See `Jpeg`; it is there in full."""
-        return resize_all(np.asarray(self.image), self.image.size, size, method)
+        return resize_all(self.pixels, (self.width, self.height), size, method)
 
 
 def open_picture(content: Encoded) -> Jpeg | Decoded:
@@ -235,7 +235,7 @@ def open_picture(content: Encoded) -> Jpeg | Decoded:
     check_bytes(content)
     header = jpeg_header(content)
     if header is None or header.space in ("CMYK", "YCCK"):
-        return Decoded(open_image(content))
+        return Decoded(decode_image(content))
     check_pixels(header.width, header.height)
     return Jpeg(content, header.width, header.height, read_turn(content))
 
@@ -305,7 +305,11 @@ def train_cut(
     Raises:
         ImageError: see `open_picture`.
     """
-    picture = open_picture(content)
+    return draw_cut(open_picture(content), scale_min=scale_min, hflip=hflip, draws=draws)
+
+
+def draw_cut(picture: Picture, *, scale_min: float, hflip: bool, draws: np.random.Generator) -> Cut:
+    """Draw the random crop of an opened picture."""
     box = random_box(picture.width, picture.height, scale_min, draws)
     return Cut(picture, box, bool(hflip and draws.random() < 0.5))
 

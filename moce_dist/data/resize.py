@@ -86,6 +86,8 @@ def _axis(low: float, high: float, size: int) -> _Axis | None:
     # torch starts at whole pixels only. A crop that starts between two is started some pixels of
     # the result earlier, where that falls on a whole pixel nearly, and they are dropped again
     scale = (high - low) / size
+    if low == int(low):
+        return _Axis(int(low), math.ceil(high), 0, scale)
     dropped = np.arange(min(_MAX_DROPPED, int(low / scale)) + 1)
     starts = low - dropped * scale
     shifts = np.abs(starts - starts.round()) / scale

@@ -24,14 +24,23 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moce_dist.config import DataConfig
 from moce_dist.data.cache import SampleCache
-from moce_dist.data.decoders import Encoded, ImageError
+from moce_dist.data.decoders import ImageError
 from moce_dist.data.device import DeviceDecoder, Undecoded, Waiting
-from moce_dist.data.images import Cut, sample_generator, train_cut
+from moce_dist.data.images import (
+    Cut,
+    Decoded,
+    Jpeg,
+    draw_cut,
+    open_picture,
+    sample_generator,
+)
+from moce_dist.data.kept import KeptSamples
 from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
 from moce_dist.data.ranges import Content, Range, RangeReader, Wanted, is_remote
 from moce_dist.run import record_fault
@@ -85,6 +94,8 @@ class StreamSpec:
     rank: int
     ledger: Path
     stage: str
+    kept: KeptSamples | None = None
+    """Samples of the plan's table that need not be read."""
 
 
 @dataclass
@@ -98,8 +109,10 @@ class PlannedStep:
     """(R, b), see `Batch`."""
     cluster_counts: Ids
     """(K,), see `Batch`."""
+    is_read: NDArray[np.bool_]
+    """(b,) whether a slot's sample is read: it is no padding and not kept."""
     contents: list[Content | None] = field(default_factory=list)
-    """(b,) encoded pictures, None for padding."""
+    """(b,) encoded pictures, None where nothing is read."""
 
 
 def open_cache(data: DataConfig, table: SampleTable) -> SampleCache | None:
@@ -177,8 +190,7 @@ class PlannedStream(IterableDataset[Batch]):
     def _announce(self, window: range, reader: RangeReader) -> _Announced:
         table = self._spec.plan.table
         steps = [self._planned(number) for number in window]
-        ids = np.concatenate([step.ids for step in steps])
-        ids = ids[ids != PADDING]
+        ids = np.concatenate([step.ids[step.is_read] for step in steps])
         columns = (table.shard[ids].tolist(), table.offset[ids].tolist(), table.size[ids].tolist())
         wanted = [
             Wanted(table.urls[shard], offset, size)
@@ -189,7 +201,7 @@ class PlannedStream(IterableDataset[Batch]):
     def _read(self, announced: _Announced, reader: RangeReader) -> list[PlannedStep]:
         found = iter(reader.read(announced.wanted, announced.ranges))
         for step in announced.steps:
-            step.contents.extend(next(found) if i != PADDING else None for i in step.ids)
+            step.contents.extend(next(found) if is_read else None for is_read in step.is_read)
         return announced.steps
 
     def _planned(self, number: int) -> PlannedStep:
@@ -200,7 +212,11 @@ class PlannedStream(IterableDataset[Batch]):
         # all ranks compute all ranks' slots: the exchange needs to know who reads what
         slots = spec.layout.rank_slots(self._group_of(clusters))
         counts = np.bincount(clusters[planned], minlength=len(table.cluster_sizes))
-        return PlannedStep(number, ids[slots[spec.rank]], clusters[slots], counts)
+        own = ids[slots[spec.rank]]
+        is_read = own != PADDING
+        if spec.kept is not None:
+            is_read &= ~spec.kept.has(own)
+        return PlannedStep(number, own, clusters[slots], counts, is_read)
 
     def _batch(self, step: PlannedStep) -> Batch:
         spec, table, side = self._spec, self._spec.plan.table, self._spec.data.image_size
@@ -217,8 +233,8 @@ class PlannedStream(IterableDataset[Batch]):
             if sample_id == PADDING:
                 continue
             try:
-                content, cut = self._cut(step, slot, draws)
-                if not on_device or not waiting.take(slot, int(sample_id), content, cut):
+                cut = self._cut(step, slot, draws)
+                if not on_device or not waiting.take(slot, int(sample_id), cut):
                     images[slot] = cut.pixels(side)
             except (ImageError, OSError) as error:
                 _record(spec, step.number, int(sample_id), str(error))
@@ -235,13 +251,21 @@ class PlannedStream(IterableDataset[Batch]):
             waiting=waiting.collect(),
         )
 
-    def _cut(self, step: PlannedStep, slot: int, draws: np.random.Generator) -> tuple[Encoded, Cut]:
-        data, content = self._spec.data, step.contents[slot]
+    def _cut(self, step: PlannedStep, slot: int, draws: np.random.Generator) -> Cut:
+        data, picture = self._spec.data, self._picture(step, slot)
+        return draw_cut(picture, scale_min=data.crop_scale_min, hflip=data.hflip, draws=draws)
+
+    def _picture(self, step: PlannedStep, slot: int) -> Jpeg | Decoded:
+        kept, sample_id, content = self._spec.kept, int(step.ids[slot]), step.contents[slot]
         step.contents[slot] = None
+        if kept is not None and (picture := kept.get(sample_id)) is not None:
+            return picture
         if content is None or isinstance(content, OSError):
             raise content or AssertionError("a planned slot was not read")
-        cut = train_cut(content, scale_min=data.crop_scale_min, hflip=data.hflip, draws=draws)
-        return content, cut
+        picture = open_picture(content)
+        if kept is not None:
+            kept.keep(sample_id, picture, content)
+        return picture
 
 
 def _record(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from moce_dist.cluster.assign import read_assignments
 from moce_dist.config import Config
+from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import Plan, SampleTable, sample_table
 from moce_dist.data.shards import read_index
 from moce_dist.data.stream import Layout, StreamSpec
@@ -67,6 +69,11 @@ class TrainState:
     should_stop: Callable[[], bool] = never
     is_stopping: bool = False
 
+    @cached_property
+    def kept(self) -> KeptSamples | None:
+        """Samples of the stage's plan that stay in memory."""
+        return open_kept(self.job.config.data, self.plan.table.num_samples)
+
     @property
     def model(self) -> MaskedAutoencoder:
         """The model inside the engine."""
@@ -95,6 +102,7 @@ class TrainState:
             rank=self.rank,
             ledger=Run(self.job.run_root).faults,
             stage=self.job.name,
+            kept=self.kept if plan is self.plan else None,
         )
 
 

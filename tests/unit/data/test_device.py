@@ -99,7 +99,7 @@ def test_crops_look_as_the_reference_has_them(photos, device):
     for number, content in enumerate(photos * 5):
         draws = sample_generator(0, 0, str(number))
         cut = train_cut(content, scale_min=0.2, hflip=True, draws=draws)
-        assert waiting.take(number, number, content, cut)
+        assert waiting.take(number, number, cut)
         boxes.append((content, cut))
     values = []
     for (content, cut), square in zip(boxes, decoder.decode(waiting.collect()), strict=True):
@@ -118,7 +118,7 @@ def test_only_plain_jpeg_waits(photos):
         (photos[0][:-2], False),
     ]:
         cut = train_cut(content, scale_min=1.0, hflip=False, draws=draws)
-        assert Waiting().take(0, 0, content, cut) == waits
+        assert Waiting().take(0, 0, cut) == waits
 
 
 def test_missing_package_is_named(monkeypatch):

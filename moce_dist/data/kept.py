@@ -1,0 +1,74 @@
+"""Samples that stay in memory after their first use (`data.keep: memory`).
+
+The memory belongs to a rank: it is mapped before the rank's loader processes fork, so what one of
+them has read, all of them have, also those of the next interval. Small pictures are kept decoded,
+all else as its bytes. What does not fit is read again at every use. Nothing is ever given up, so a
+sample that is there stays there.
+
+    places (n, 3) int64    first byte + 1 (0: not there), rows (0: encoded), columns or bytes
+    memory                 pixels and bytes of the samples, one after the other
+"""
+
+import mmap
+import multiprocessing
+
+import numpy as np
+
+from moce_dist.config import DataConfig
+from moce_dist.data.decoders import Encoded
+from moce_dist.data.images import Decoded, Jpeg, open_picture
+from moce_dist.data.plan import Ids
+
+_MAX_DECODED_BYTES = 3 * 128 * 128
+
+
+class KeptSamples:
+    """Samples by id, shared by the processes that fork from this one."""
+
+    def __init__(self, num_samples: int, num_bytes: int) -> None:
+        """Map the memory; pages are taken as they are filled."""
+        self._memory = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
+        self._places = np.frombuffer(mmap.mmap(-1, max(1, num_samples) * 24), np.int64)
+        self._places = self._places.reshape(-1, 3)
+        self._end = np.frombuffer(mmap.mmap(-1, 8), np.int64)
+        self._lock = multiprocessing.Lock()
+
+    def has(self, ids: Ids) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+        """Tell which of the samples (m,) are there, (m,)."""
+        return self._places[ids, 0] > 0
+
+    def get(self, sample_id: int) -> Jpeg | Decoded | None:
+        """Return a sample's picture; None: it is not there.
+
+        Raises:
+            ImageError: see `open_picture`.
+        """
+        start, rows, columns = self._places[sample_id].tolist()
+        if not start:
+            return None
+        content = self._memory[start - 1 :][: 3 * rows * columns if rows else columns]
+        if rows:
+            return Decoded(content.reshape(rows, columns, 3))
+        return open_picture(content.data)
+
+    def keep(self, sample_id: int, picture: Jpeg | Decoded, content: Encoded) -> None:
+        """Keep a picture that was read from `content`, where it fits."""
+        kept, rows, columns = np.frombuffer(content, np.uint8), 0, len(content)
+        if isinstance(picture, Decoded) and picture.pixels.nbytes <= _MAX_DECODED_BYTES:
+            kept, rows, columns = picture.pixels, picture.height, picture.width
+        with self._lock:
+            start = int(self._end[0])
+            if start + kept.nbytes > len(self._memory) or self._places[sample_id, 0]:
+                return
+            self._end[0] = start + kept.nbytes
+        self._memory[start : start + kept.nbytes] = kept.ravel()
+        # the lock orders the writes: whoever sees the place sees what lies there
+        with self._lock:
+            self._places[sample_id, 1:] = rows, columns
+        with self._lock:
+            self._places[sample_id, 0] = start + 1
+
+
+def open_kept(data: DataConfig, num_samples: int) -> KeptSamples | None:
+    """Make room for the samples of a table; None where the configuration wants none kept."""
+    return KeptSamples(num_samples, data.keep_bytes) if data.keep == "memory" else None
