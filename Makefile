@@ -67,9 +67,11 @@ format: $(READY) ## Format the code and repair what ruff can
 doctor: $(READY) ## Say whether this machine can run a config: make doctor CONFIG=FILE
 	$(BIN)/python -m moce_dist $(if $(CONFIG),--config $(CONFIG))
 
-schema: $(READY) ## Renew configs/schema.json, which editors complete YAML from
+schema: $(READY) ## Renew the schemas that editors complete YAML from
 	$(BIN)/python -m moce_dist schema > configs/schema.json
 	PYTHONPATH=jobs $(BIN)/python -m benches.settings > configs/bench/schema.json
+	$(BIN)/python -c 'import json; from moce_dist.study.request import json_schema; \
+	  print(json.dumps(json_schema(), indent=1))' > configs/studies/schema.json
 
 lock: ## Renew constraints.txt from the newest versions that fit
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \

@@ -359,6 +359,8 @@ class FinetuneConfig(Section):
     """Smallest share of the picture's area that a training crop takes."""
     hflip: bool = True
     """Mirror half of the training images."""
+    max_train: int | None = Field(None, ge=1)
+    """Cap on the training images of a fine-tuned classifier, beside `transfer.max_train`."""
     warmup_epochs: float = Field(5, ge=0)
     """Linear warm-up."""
 
@@ -425,7 +427,7 @@ class TransferConfig(Section):
     validate_images: int = Field(2000, ge=2)
     """Training images that `validate` looks at, at most; drawn with the seed."""
     evaluate: Literal["test", "val"] = "test"
-    """Images that figures are of; `val`, a folder of an `imagefolder` task, is for choices."""
+    """Images that figures are of; `val`, for choices: the folder, or a fifth of the training's."""
     continued: ContinuedConfig = ContinuedConfig()
     """Steps on the images of a task's own clusters."""
     max_train: int | None = Field(None, ge=1)

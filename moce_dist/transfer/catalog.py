@@ -6,7 +6,13 @@ from pathlib import Path
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.transfer.official import OFFICIAL, official_task
 from moce_dist.transfer.tars import tar_task
-from moce_dist.transfer.tasks import Task, image_folder, sample_task
+from moce_dist.transfer.tasks import (
+    Task,
+    has_three_splits,
+    image_folder,
+    sample_task,
+    validation_split,
+)
 
 TASKS: dict[str, Callable[[str, Path | None], Task]] = {
     **dict.fromkeys(SAMPLE_TASKS, sample_task),
@@ -19,11 +25,13 @@ TASKS: dict[str, Callable[[str, Path | None], Task]] = {
 def load_task(name: str, data: Path | None, evaluate: str = "test") -> Task:
     """Return a classification task, its folders and labels checked.
 
-    `evaluate` is the split that tests; any but `test` is a folder of `imagefolder`.
+    With `evaluate: val` it is measured on images that are neither trained on nor of the test: those
+    of `imagefolder`'s third folder, else a fifth of the training images.
 
     Raises:
         ConfigError: see the task's reader.
     """
-    if name == "imagefolder" and evaluate != "test":
-        return image_folder(name, data, (evaluate,))
-    return TASKS[name](name, data)
+    if evaluate == "val" and name == "imagefolder" and has_three_splits(data):
+        return image_folder(name, data, ("val",))
+    task = TASKS[name](name, data)
+    return task if evaluate == "test" else validation_split(task)

@@ -14,11 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
+from moce_dist.settings import ConfigError
 from moce_dist.train.encoder import Pixels
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.loading import Fault, Machine, Progress, eval_batches
@@ -31,6 +37,10 @@ from moce_dist.transfer.tasks import Item, Task
 _TEMPERATURE = 0.07
 _CHUNK = 8192
 _PENALTY = 1.0
+_SHARES = tuple(10.0**exponent for exponent in range(-4, 3))
+"""scikit-learn's C: weight of the losses' sum over that of half the squared weights."""
+_DRAWS = 5
+_MAX_ITERATIONS = 1000
 
 
 class Features(NamedTuple):
@@ -177,6 +187,49 @@ def linear(
         features, passes=transfer.linear_epochs, num_classes=len(task.classes), device=device
     )
     return measure(task.metric, head.scores(features.test), features.test_labels), head
+
+
+def logistic(features: Features, task: Task, few: int | None, *, seed: int) -> Measures:
+    """Measure logistic regression with a penalty that a part of the training images chooses.
+
+    With `few` labels a class the figures are means over `_DRAWS` draws of them with `seed`.
+
+    Raises:
+        ConfigError: an image has several labels.
+    """
+    if task.is_multi_label:
+        raise ConfigError(f"--protocol logistic: images of {task.name} have several labels")
+    deviation = features.train.std(dim=0).clamp_min(1e-6)
+    mean, labels = features.train.mean(dim=0), features.train_labels.numpy()
+    train, test = (((f - mean) / deviation).numpy() for f in (features.train, features.test))
+    found = []
+    for draw in range(1 if few is None else _DRAWS):
+        rng = np.random.default_rng([seed, draw])
+        rows = rng.permutation(len(labels))
+        if few is not None:
+            kept = [rows[labels[rows] == label][:few] for label in np.unique(labels)]
+            rows = rng.permutation(np.concatenate(kept))
+        model = _fit_logistic(train[rows], labels[rows])
+        scores = torch.full((len(test), len(task.classes)), -torch.inf)
+        scores[:, model.classes_] = torch.from_numpy(model.predict_log_proba(test)).float()
+        found.append(measure(task.metric, scores, features.test_labels))
+    return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
+
+
+def _fit_logistic(rows: NDArray[np.float32], labels: NDArray[np.int64]) -> Any:
+    # rows (n, D) in random order
+    def fit(share: float, x: NDArray[np.float32], y: NDArray[np.int64]) -> Any:
+        return LogisticRegression(C=share, max_iter=_MAX_ITERATIONS).fit(x, y)
+
+    counts = np.unique(labels, return_counts=True)[1]
+    num_held = max(len(counts), len(labels) // 5)
+    if counts.min() < 2 or num_held + len(counts) > len(labels):
+        return fit(1.0, rows, labels)
+    x, held_x, y, held_y = train_test_split(
+        rows, labels, test_size=num_held, stratify=labels, random_state=0
+    )
+    losses = [log_loss(held_y, fit(share, x, y).predict_proba(held_x)) for share in _SHARES]
+    return fit(_SHARES[int(np.argmin(losses))], rows, labels)
 
 
 def save_linear(

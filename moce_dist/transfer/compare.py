@@ -21,7 +21,14 @@ from moce_dist.run import Run, is_complete, mark_complete, write_atomic
 from moce_dist.train.checkpoint import trained_steps
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.choosing import AnyTask, Chooser
-from moce_dist.transfer.classify import Features, knn, linear, save_linear, task_features
+from moce_dist.transfer.classify import (
+    Features,
+    knn,
+    linear,
+    logistic,
+    save_linear,
+    task_features,
+)
 from moce_dist.transfer.detect import Detection, detect
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.finetune import finetune
@@ -29,7 +36,14 @@ from moce_dist.transfer.fit import Kept, never
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine, machine_of
 from moce_dist.transfer.ranks import from_first
-from moce_dist.transfer.request import Request, backbones_of, is_moce, own_backbone, stage_of
+from moce_dist.transfer.request import (
+    Request,
+    backbones_of,
+    is_moce,
+    labels_per_class,
+    own_backbone,
+    stage_of,
+)
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.segment import segment
@@ -114,7 +128,7 @@ class Comparison:
                     is_detection=self.request.is_detection,
                 ),
             ]
-            for protocol in ("finetune", "linear", "knn")
+            for protocol in {"finetune", "linear", "knn", *self.request.protocols}
         }
         own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
         path = self.folder / "results.jsonl"
@@ -132,7 +146,7 @@ class Comparison:
 
         `identity` is what its result depends on.
         """
-        task = self.task.subset(self.config.transfer.max_train, fit.seed)
+        task = self._training_part(fit)
         kept = self.kept(fit, identity)
         figures: Row = {}
         if isinstance(task, Scenes):
@@ -159,6 +173,13 @@ class Comparison:
             "choice": backbone.choice,
             **figures,
         }
+
+    def _training_part(self, fit: Fit) -> AnyTask:
+        transfer = self.config.transfer
+        task = self.task.subset(transfer.max_train, fit.seed)
+        if fit.is_trained and isinstance(task, Task):
+            return task.subset(transfer.finetune.max_train, fit.seed)
+        return task
 
     def _predictions(self, fit: Fit) -> Path:
         return self.folder / "predictions" / f"{fit.backbone.replace('/', '_')}-{fit.seed}"
@@ -192,6 +213,9 @@ class Comparison:
         skips.test = [*features.train_faults, *features.test_faults]
         if fit.protocol == "knn":
             return Fitted(knn(features, task, transfer), skips.close())
+        if fit.protocol.startswith("logistic"):
+            few = labels_per_class(fit.protocol)
+            return Fitted(logistic(features, task, few, seed=fit.seed), skips.close())
         found, head = linear(features, task, transfer, device=self.machine.device)
         if kept.models:
             save_linear(kept.folder / "last", backbone, task, head, found, seed=fit.seed)

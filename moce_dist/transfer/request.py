@@ -5,6 +5,7 @@ or about the run directory that it refers to is found here, from names, folders 
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,8 @@ SELECTION_FIELDS = {
 CLASSIFICATION = ("finetune", "linear", "knn")
 SEGMENTATION = ("finetune",)
 DETECTION = ("finetune",)
+LOGISTIC = re.compile(r"logistic([1-9]\d*)?")
+"""Logistic regression on all training images, or on so many of each class: `logistic10`."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def is_moce(backbone: str) -> bool:
 
 
 def protocols_of(task: str) -> tuple[str, ...]:
-    """Return the protocols that a task knows."""
+    """Return the protocols of a task that are taken by default."""
     if task in DETECTION_TASKS:
         return DETECTION
     return SEGMENTATION if task in SEGMENTATION_TASKS else CLASSIFICATION
@@ -105,6 +108,18 @@ def default_backbones(run: Run | None, config: Config) -> tuple[str, ...]:
     own = own_backbone(config)
     has_control = config.control if run is None else read_marker(run.stage("control")) is not None
     return (own, "control" if has_control and own != "control" else "mae")
+
+
+def is_protocol(name: str, task: str) -> bool:
+    """Tell whether a task can be fitted by a protocol."""
+    known = protocols_of(task)
+    return name in known or (known == CLASSIFICATION and bool(LOGISTIC.fullmatch(name)))
+
+
+def labels_per_class(protocol: str) -> int | None:
+    """Labels of each class that a protocol `logisticN` takes; None: all."""
+    found = LOGISTIC.fullmatch(protocol)
+    return int(found[1]) if found and found[1] else None
 
 
 def parse_names(text: str, flag: str) -> tuple[str, ...]:
@@ -144,11 +159,12 @@ def check_request(request: Request, config: Config) -> None:
         raise ConfigError(f"--task {request.task}: must be one of {', '.join(tasks)}")
     for name in request.backbones:
         _check_backbone(name, request, config)
-    protocols = protocols_of(request.task)
     for name in request.protocols:
-        if name not in protocols:
+        if not is_protocol(name, request.task):
+            known = protocols_of(request.task)
+            more = ", logistic, logisticN (N labels a class)" if known == CLASSIFICATION else ""
             raise ConfigError(
-                f"--protocol {name}: must be one of {', '.join(protocols)} for {request.task}"
+                f"--protocol {name}: must be one of {', '.join(known)}{more} for {request.task}"
             )
     if request.num_seeds < 1:
         raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")
@@ -158,10 +174,6 @@ def check_request(request: Request, config: Config) -> None:
         )
     if request.experts is not None:
         check_experts(request.experts, len(config.moe_layers), config.moe.num_experts)
-    if config.transfer.evaluate == "val" and request.task != "imagefolder":
-        raise ConfigError(
-            f"transfer.evaluate = 'val': {request.task} has no split of that name, imagefolder has"
-        )
     if request.is_segmentation:
         _check_segmentation(config)
     if request.is_detection:

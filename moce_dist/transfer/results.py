@@ -49,7 +49,8 @@ def budget(
         prefix = "segment_" if is_segmentation else "detect_"
         kept = [name for name in fields if name.startswith(prefix)]
     else:
-        kept = {"knn": ["knn_k"], "linear": ["linear_epochs"], "finetune": ["finetune"]}[protocol]
+        own = {"knn": ["knn_k"], "linear": ["linear_epochs"], "finetune": ["finetune"]}
+        kept = own.get(protocol, [])
     return {name: fields[name] for name in ["max_train", *kept]}
 
 

@@ -22,7 +22,7 @@ from moce_dist.transfer.instances import Instances, check_instances, read_instan
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Ledger, suite_metrics
 from moce_dist.transfer.scenes import Scenes, check_scenes, read_scenes
-from moce_dist.transfer.tasks import Task, check_images
+from moce_dist.transfer.tasks import Task, check_images, validation_split
 from moce_dist.workers import is_first_process
 
 logger = logging.getLogger(__name__)
@@ -53,11 +53,14 @@ def list_task(request: Request, config: Config) -> Task | Scenes | Instances:
     Raises:
         ConfigError: see the task's reader.
     """
+    task: Task | Scenes | Instances
     if request.is_segmentation:
-        return read_scenes(request.task, request.data)
-    if request.is_detection:
-        return read_instances(request.task, request.data)
-    return load_task(request.task, request.data, config.transfer.evaluate)
+        task = read_scenes(request.task, request.data)
+    elif request.is_detection:
+        task = read_instances(request.task, request.data)
+    else:
+        return load_task(request.task, request.data, config.transfer.evaluate)
+    return task if config.transfer.evaluate == "test" else validation_split(task)
 
 
 def scan(task: Task | Scenes | Instances, config: Config) -> None:

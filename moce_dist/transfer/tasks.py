@@ -5,7 +5,8 @@ are cut from images that installed packages carry; `imagefolder` reads any data 
 
     DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)
 
-With `transfer.evaluate: val` DATA/val is what figures are of, also where DATA/test is there.
+With `transfer.evaluate: val` DATA/val is what figures are of where DATA/test is there too; of any
+other task a fifth of the training images.
 
 Published sets are read by `official.py`, tars by `tars.py`; which name is read by whom stands in
 `catalog.py`. `ade20k` (pictures with masks) is read by `scenes.py`, `coco` (with boxes) by
@@ -19,17 +20,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from moce_dist.data import samples
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import open_image
+from moce_dist.data.packing import share
 from moce_dist.data.shards import IMAGE_EXTENSIONS, read_range
 from moce_dist.settings import ConfigError
 
 SCAN_LIMIT_BYTES = 10 * 10**9
+_VALIDATION = 0.2
 
 Metric = Literal["accuracy", "mean_class_accuracy", "mAP"]
 
@@ -154,6 +157,11 @@ def image_folder(name: str, data: Path | None, test_names: Sequence[str] = ("tes
     return Task(name, classes, train, test)
 
 
+def has_three_splits(data: Path | None) -> bool:
+    """Tell whether a folder of class folders has images of its own for validation."""
+    return data is not None and all((data / name).is_dir() for name in ("val", "test"))
+
+
 def sample_task(name: str, data: Path | None) -> Task:
     """Cut a small task from images that installed packages carry.
 
@@ -168,6 +176,36 @@ def sample_task(name: str, data: Path | None) -> Task:
         for split, pairs in (("train", made.train), ("test", made.test))
     )
     return Task(name, list(made.classes), train, test)
+
+
+class _Keyed(Protocol):
+    @property
+    def key(self) -> str:
+        """Name of an image in its task."""
+        ...
+
+
+class _Splits(Protocol):
+    @property
+    def train(self) -> Sequence[_Keyed]:
+        """Images that are learnt from."""
+        ...
+
+
+AnyTask = TypeVar("AnyTask", bound=_Splits)
+
+
+def validation_split(task: AnyTask) -> AnyTask:
+    """Measure a task on a fifth of its training images, by their keys, and train on the others.
+
+    Raises:
+        ConfigError: there are too few.
+    """
+    held = [item for item in task.train if share(item.key) < _VALIDATION]
+    kept = [item for item in task.train if share(item.key) >= _VALIDATION]
+    if not held or not kept:
+        raise ConfigError(f"{len(task.train)} training images are too few to validate on a fifth")
+    return replace(task, train=kept, test=held)  # type: ignore[type-var]
 
 
 SEGMENTATION_TASKS = ("ade20k",)

@@ -1,5 +1,7 @@
 """Every YAML in configs/ loads, says what it costs, and is completed by editors."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -9,10 +11,12 @@ import pytest
 from benches.settings import load_bench_config
 
 from moce_dist.config import load_config
+from moce_dist.study.request import json_schema, read_study
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
-OTHERS = {"transfer", "bench"}
+OTHERS = {"transfer", "bench", "studies"}
+STUDIES = [p for p in CONFIGS if p.parent.name == "studies"]
 PRETRAIN = [p for p in CONFIGS if not OTHERS & set(p.relative_to(ROOT / "configs").parts)]
 
 
@@ -22,19 +26,33 @@ def name(path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_config_loads(path):
-    load = load_bench_config if path.parent.name == "bench" else load_config
-    load(path)
+    {"bench": load_bench_config, "studies": read_study}.get(path.parent.name, load_config)(path)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=name)
 def test_config_names_the_schema_for_editors(path):
-    folder = path.parent if path.parent.name == "bench" else ROOT / "configs"
+    has_own = path.parent.name in ("bench", "studies")
+    folder = path.parent if has_own else ROOT / "configs"
     schema = os.path.relpath(folder / "schema.json", path.parent)
     assert path.read_text().startswith(f"# yaml-language-server: $schema={schema}\n")
 
 
-@pytest.mark.parametrize("path", PRETRAIN, ids=name)
-def test_pretraining_config_opens_with_its_cost_and_result(path):
+def test_schema_of_studies_is_the_one_of_the_code():
+    committed = (ROOT / "configs" / "studies" / "schema.json").read_text()
+    assert json.loads(committed) == json_schema()
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=name)
+def test_study_dry_runs(path, tmp_path, capsys):
+    spec = importlib.util.spec_from_file_location("study_job", ROOT / "jobs" / "study.py")
+    job = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(job)
+    job.main(["--config", str(path), "--out", str(tmp_path / "out"), "--dry-run"])
+    assert "TFLOP" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("path", [*PRETRAIN, *STUDIES], ids=name)
+def test_config_of_a_run_opens_with_its_cost_and_result(path):
     opening = path.read_text()[:1200]
     assert "measured" in opening, "say hardware, time and result, measured or not measured"
 

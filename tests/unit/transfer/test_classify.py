@@ -11,9 +11,10 @@ from sklearn.preprocessing import StandardScaler
 
 from moce_dist.config import FinetuneConfig, make_config
 from moce_dist.model.customize import customize
+from moce_dist.transfer import classify
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.classify import Features, extract, fit_linear, knn_scores
+from moce_dist.transfer.classify import Features, extract, fit_linear, knn_scores, logistic
 from moce_dist.transfer.finetune import finetune, make_optimizer
 from moce_dist.transfer.loading import (
     Fault,
@@ -23,6 +24,7 @@ from moce_dist.transfer.loading import (
 )
 from moce_dist.transfer.measure import accuracy
 from moce_dist.transfer.schedule import learning_rate, set_learning_rate
+from moce_dist.transfer.tasks import Item, Task
 
 
 def linear_predict(features: Features, **budget: object) -> torch.Tensor:
@@ -75,6 +77,62 @@ def test_linear_equals_scikit_learns_logistic_regression(features):
     expected = reference.predict(scaler.transform(features.test))
     found = linear_predict(features, passes=90, num_classes=4, device=torch.device("cpu"))
     assert (found.numpy() == expected).mean() > 0.98
+
+
+@pytest.fixture
+def four(features) -> Task:
+    items = [Item(str(i), b"", int(label)) for i, label in enumerate(features.train_labels)]
+    return Task("four", list("abcd"), items, [])
+
+
+def test_logistic_equals_the_best_penalty_of_scikit_learn(features, four):
+    scaler = StandardScaler().fit(features.train)
+    train, test = scaler.transform(features.train), scaler.transform(features.test)
+    scores = [
+        LogisticRegression(C=10.0**c, max_iter=1000)
+        .fit(train, features.train_labels)
+        .score(test, features.test_labels)
+        for c in range(-4, 3)
+    ]
+    found = logistic(features, four, None, seed=0)["accuracy"]
+    # what the images of validation chose may be next to the best on the test
+    assert max(scores) - 0.02 <= found <= max(scores)
+    assert found > min(scores) + 0.02
+
+
+def test_few_labels_of_noise_call_for_a_strong_penalty(four):
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(1200) % 4
+    rows = torch.randn(1200, 100, generator=draws)
+    rows += 0.3 * torch.randn(4, 100, generator=draws)[labels]
+    few = Features(rows[:200], labels[:200], [], rows[200:], labels[200:], [])
+    scaler = StandardScaler().fit(few.train)
+    weak = LogisticRegression(C=100, max_iter=1000)
+    weak.fit(scaler.transform(few.train), few.train_labels)
+    found = logistic(few, four, None, seed=0)["accuracy"]
+    assert found > weak.score(scaler.transform(few.test), few.test_labels) + 0.03
+
+
+def test_logistic_takes_so_many_labels_of_each_class(features, four, monkeypatch):
+    seen = []
+    fit = classify._fit_logistic
+
+    def watched(rows, labels):
+        seen.append((np.bincount(labels).tolist(), rows[:, 0].tolist()))
+        return fit(rows, labels)
+
+    monkeypatch.setattr(classify, "_fit_logistic", watched)
+    first, again = (logistic(features, four, 10, seed=0) for _ in range(2))
+    other = logistic(features, four, 10, seed=1)
+    assert {tuple(counts) for counts, _ in seen} == {(10, 10, 10, 10)}
+    assert first == again and seen[:5] == seen[5:10]
+    assert len({tuple(rows) for _, rows in seen}) == 10, "every draw is another one"
+    assert first != other
+    assert first["accuracy"] < logistic(features, four, None, seed=0)["accuracy"]
+
+
+def test_a_single_label_of_a_class_still_fits(features, four):
+    assert 0.2 < logistic(features, four, 1, seed=0)["accuracy"] < 1
 
 
 def test_shuffled_labels_are_not_learnt(features):

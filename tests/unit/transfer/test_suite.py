@@ -107,10 +107,6 @@ def test_workers_share_the_pictures_of_a_step(task, expected, config, tmp_path):
         ({"task": "carz"}, "--task carz: must be one of"),
         ({"protocol": ["svm"]}, "--protocol svm: must be one of"),
         ({"set": ["transfer.knn=3"]}, "transfer.knn = 3: unknown key"),
-        (
-            {"task": "digits", "data": None, "set": ["transfer.evaluate=val"]},
-            "transfer.evaluate = 'val': digits has no split",
-        ),
         ({"set": ["data.image_size=32"]}, "data.image_size: 16 -> 32"),
     ],
 )

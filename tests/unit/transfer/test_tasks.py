@@ -34,8 +34,6 @@ def test_val_stands_in_for_test(data):
 
 
 def test_choices_are_made_on_val(data):
-    with pytest.raises(ConfigError, match="has no folder val"):
-        load_task("imagefolder", data, "val")
     shutil.copytree(data / "test", data / "val")
     (data / "val/rows/000.png").unlink()
     chosen, tested = (load_task("imagefolder", data, split) for split in ("val", "test"))
@@ -43,6 +41,19 @@ def test_choices_are_made_on_val(data):
     assert {item.key.split("/")[0] for item in tested.test} == {"test"}
     assert len(chosen.test) == len(tested.test) - 1 and chosen.train == tested.train
     assert chosen.fingerprint() != tested.fingerprint()
+
+
+def test_without_a_third_split_choices_are_made_on_a_fifth_of_the_training_images(data):
+    chosen, tested = (load_task("imagefolder", data, split) for split in ("val", "test"))
+    everything = {item.key for item in tested.train}
+    kept, held = ({item.key for item in part} for part in (chosen.train, chosen.test))
+    assert kept | held == everything and not kept & held
+    assert 0.1 < len(held) / len(everything) < 0.4
+    again = load_task("imagefolder", data, "val")
+    assert [item.key for item in again.test] == [item.key for item in chosen.test]
+    # a folder that stands in for the test is no folder for choices
+    (data / "test").rename(data / "val")
+    assert {i.key.split("/")[0] for i in load_task("imagefolder", data, "val").test} == {"train"}
 
 
 @pytest.mark.parametrize("missing", ["train", "test"])

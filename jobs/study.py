@@ -1,0 +1,61 @@
+"""Compare arms over seeds and tasks: every run made or taken up, then one table and one page.
+
+python jobs/study.py --config configs/studies/small.yaml --data /data/study --out small --jobs 2
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moce_dist.cli import job_parser, quiet_libraries, run_job
+from moce_dist.run import set_aside
+from moce_dist.settings import ConfigError
+from moce_dist.study.forecast import forecast
+from moce_dist.study.plan import Planner, wanted_sources
+from moce_dist.study.request import Split, read_study
+from moce_dist.study.sources import count_sources
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """Parse the command line."""
+    parser = job_parser(
+        "Compare arms over seeds and tasks; --set overrides fields of the study's file.",
+        "python jobs/study.py --config configs/studies/tiny.yaml --out runs/tiny",
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder of the study and of all its runs")
+    parser.add_argument("--data", metavar="DIR", help="folder of the data, instead of `data`")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="pieces side by side, without Ray"
+    )
+    parser.add_argument(
+        "--final", action="store_true", help="evaluate on test images; default: validation"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Check the request, then carry the study out."""
+    args = parse(argv)
+    if not args.config or not args.out:
+        raise ConfigError(f"{'--out' if args.config else '--config'}: is missing")
+    if args.run:
+        raise ConfigError("--run: a study has many runs; name its folder with --out")
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs {args.jobs}: must be at least 1")
+    study, out = read_study(Path(args.config), args.overrides, args.data), Path(args.out).resolve()
+    split: Split = "test" if args.final else "val"
+    if args.dry_run:
+        sources = count_sources(wanted_sources(study), out, study.num_images)
+        print("\n".join(forecast(Planner(study, sources, out, split).plan())))
+        return
+    quiet_libraries()
+    if args.fresh and out.exists():
+        set_aside(out)
+    from moce_dist.study.job import carry_out
+
+    carry_out(study, out, split, args.jobs)
+    print(f"done: {out / 'study.html'}")
+
+
+if __name__ == "__main__":
+    run_job(main)

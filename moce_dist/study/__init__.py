@@ -1,0 +1,1 @@
+"""Many runs under one question: arms compared over seeds and tasks."""

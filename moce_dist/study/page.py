@@ -1,0 +1,132 @@
+"""The page of a study: one HTML file that needs no network and no script.
+
+Every metric is a share, shown in points (per cent). The figure beside a difference is its interval
+on a scale that all rows of a table have in common.
+"""
+
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from moce_dist.settings import dump_yaml
+from moce_dist.study.results import MEAN
+
+Line = dict[str, Any]
+
+
+def render(found: Line) -> str:
+    """Render the content of study.json as HTML text; every value is escaped."""
+    environment = Environment(
+        loader=PackageLoader("moce_dist.study", "."), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template("page.html.jinja").render(
+        found=found,
+        tables=[_table(table, found["reference"]) for table in reversed(found["tables"])],
+        costs=_costs(found["arms"], found["reference"]),
+        study=dump_yaml(found["study"]),
+    )
+
+
+def points(share: float | None, *, sign: bool = False) -> str:
+    """Write a share in points; a dash where there is none."""
+    return "-" if share is None else f"{100 * share:{'+' if sign else ''}.2f}"
+
+
+def _table(table: Line, reference: str) -> Line:
+    rows = [(name, row) for name, row in table["arms"].items() if row["mean"] is not None]
+    ends = [
+        abs(spread[end])
+        for _, row in rows
+        if (spread := row.get("difference", {}).get("mean"))
+        for end in ("low", "high", "mean")
+        if spread[end] is not None
+    ]
+    scale = max(ends, default=0) or 1.0
+    protocol = "mean of the protocols" if table["protocol"] == MEAN else table["protocol"]
+    return {
+        "protocol": protocol,
+        "metric": table["metric"],
+        "tasks": table["tasks"],
+        "scale": points(scale),
+        "rows": [_row(name, row, table["tasks"], scale) for name, row in rows],
+        "reference": reference,
+    }
+
+
+def _row(name: str, row: Line, tasks: list[str], scale: float) -> Line:
+    mean, difference = row["mean"], (row.get("difference") or {}).get("mean")
+    each = (row.get("difference") or {}).get("tasks", {})
+    return {
+        "arm": name,
+        "mean": _with_deviation(mean),
+        "num_seeds": mean["num_seeds"],
+        "num_tasks": mean["num_tasks"],
+        "difference": points(difference["mean"], sign=True) if difference else "",
+        "interval": _interval(difference),
+        "bar": _bar(difference, scale),
+        "verdict": _verdict(difference),
+        "tasks": [
+            {
+                "value": _with_deviation(row["tasks"].get(task)),
+                "difference": _task_difference(each.get(task)),
+                "verdict": _verdict(each.get(task)),
+            }
+            for task in tasks
+        ],
+    }
+
+
+def _task_difference(spread: Line | None) -> str:
+    return "" if spread is None else points(spread["mean"], sign=True)
+
+
+def _with_deviation(spread: Line | None) -> str:
+    if spread is None:
+        return "-"
+    deviation = "" if spread["std"] is None else f" ± {points(spread['std'])}"
+    return f"{points(spread['mean'])}{deviation}"
+
+
+def _interval(spread: Line | None) -> str:
+    if spread is None or spread["low"] is None:
+        return ""
+    return f"{points(spread['low'], sign=True)} to {points(spread['high'], sign=True)}"
+
+
+def _verdict(spread: Line | None) -> str:
+    """Say on which side of 0 the whole interval lies."""
+    if spread is None or spread["low"] is None or spread["low"] <= 0 <= spread["high"]:
+        return ""
+    return "better" if spread["low"] > 0 else "worse"
+
+
+def _bar(spread: Line | None, scale: float) -> Line | None:
+    """Place mean and interval on a line from 0 to 200 whose middle is 0."""
+    if spread is None:
+        return None
+    low, high = (spread["mean"] if spread[end] is None else spread[end] for end in ("low", "high"))
+    place = {"mean": spread["mean"], "low": low, "high": high}
+    return {end: round(100 + 92 * value / scale, 1) for end, value in place.items()}
+
+
+def _costs(arms: Line, reference: str) -> list[Line]:
+    base = arms[reference]["cost"]
+    total = base["training_flop"] + base["clustering_flop"]
+    rows = []
+    for name, arm in arms.items():
+        cost = arm["cost"]
+        flop = cost["training_flop"] + cost["clustering_flop"]
+        rows.append(
+            {
+                "arm": name,
+                "about": arm["about"],
+                "backbone": arm["backbone"],
+                "images": f"{cost['mae_images']:,.0f} + {cost['moce_images']:,.0f}",
+                "training": f"{cost['training_flop'] / 1e12:,.2f}",
+                "clustering": f"{cost['clustering_flop'] / 1e12:,.2f}",
+                "ratio": f"{flop / total:.3f}" if total else "-",
+                "seconds": "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
+                "runs": len(arm["runs"]),
+            }
+        )
+    return rows

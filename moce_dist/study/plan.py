@@ -1,0 +1,296 @@
+"""From a study to the runs that it needs, what they share, and the pieces of work in their order.
+
+Arms that learn the same (equal identity fields) are backbones of one run. Runs that begin alike
+share their first stages: the first of them makes a stage, the others link it, and find it complete
+and made from equal inputs.
+
+    control, moce     mae -> features -> cluster -> moce, control   run A makes all of it
+    random clusters                      cluster -> moce            mae and features are A's
+    fewer experts                                   moce            clusters are A's too
+
+A piece is one stage of a run, or one task of it, and names the pieces that go before.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from moce_dist.config import Config, StageConfig, identity
+from moce_dist.run import Run, fingerprint
+from moce_dist.settings import ConfigError
+from moce_dist.study.cost import Cost, run_cost
+from moce_dist.study.request import (
+    Arm,
+    Split,
+    StudyConfig,
+    StudyTask,
+    arm_config,
+    task_request,
+    tasks_of,
+)
+from moce_dist.transfer.request import Request, stage_of
+
+Kind = Literal["mae", "features", "cluster", "moce", "control", "transfer"]
+STAGES: tuple[Kind, ...] = ("mae", "features", "cluster", "moce", "control")
+SHARED = {"mae": ("mae",), "features": ("features",), "cluster": ("clusters", "shards")}
+"""Folders of the stages that runs share."""
+_MAE = ("seed", "data", "model", "mae", "parallel", "base_run")
+_LEARNT_FROM: dict[Kind, tuple[str, ...]] = {
+    "mae": _MAE,
+    "features": (*_MAE, "cluster.encoder", "cluster.batch_size"),
+    "cluster": (*_MAE, "cluster"),
+}
+"""Sections and fields of the configuration that decide what a shared stage makes."""
+
+
+class Source(NamedTuple):
+    """A data set that runs train on: its name, the folder of its index, its training images."""
+
+    name: str
+    folder: Path
+    num_images: int
+
+
+@dataclass
+class PlannedRun:
+    """One run directory: what it learns, and which run makes each of the stages that it needs."""
+
+    name: str
+    root: Path
+    config: Config
+    source: Source
+    makers: dict[Kind, str] = field(default_factory=dict)
+
+    def images(self, stage: Kind) -> int:
+        """Images that a stage sees, those of its last step's padding too."""
+        if stage in ("features", "cluster"):
+            return self.source.num_images
+        budget = self.config.mae if stage == "mae" else self.config.moce
+        epoch = -(-self.source.num_images // budget.batch_size)
+        return max(1, round(budget.epochs * epoch)) * budget.batch_size
+
+    def cost(self, stages: tuple[Kind, ...], iterations: int | None = None) -> Cost:
+        """Cost of some stages, whoever makes them; `iterations` of k-means that were run."""
+        images = {stage: self.images(stage) for stage in stages if stage in self.makers}
+        return run_cost(self.config, images, iterations)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One value of the study: an arm on a task, pre-trained with a seed."""
+
+    arm: str
+    seed: int
+    task: str
+    run: str
+    request: Request
+    """The comparison on the task, of this backbone alone."""
+    config: Config
+    """What the comparison is made under."""
+
+    @property
+    def backbone(self) -> str:
+        """Which backbone of the run."""
+        return self.request.backbones[0]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stage of a run or, with `request`, a task; `links` are stages that other runs make."""
+
+    kind: Kind
+    run: str
+    root: Path
+    config: Config
+    needs: tuple[str, ...]
+    links: tuple[tuple[Kind, Path], ...]
+    request: Request | None = None
+
+    @property
+    def id(self) -> str:
+        """Name of the piece in the study."""
+        return piece_id(self.run, self.kind, self.request)
+
+    @property
+    def folder(self) -> Path:
+        """Folder that is complete when the piece is done."""
+        if self.request is not None:
+            return Run(self.root).transfer(self.request.folder)
+        return self.root / SHARED.get(self.kind, (self.kind,))[-1]
+
+
+def piece_id(run: str, kind: Kind, request: Request | None = None) -> str:
+    """Name a piece."""
+    return f"{run}/{kind}" if request is None else f"{run}/{kind}/{request.folder}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A study over its data sets: the runs by name, the values to fill in, the pieces in order."""
+
+    study: StudyConfig
+    runs: dict[str, PlannedRun]
+    cells: list[Cell]
+    pieces: list[Piece]
+
+
+def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kind, ...]:
+    """List the stages that a backbone is made by; with `paid`, those that its cost counts.
+
+    The control sees the images in the clusters' order, but needs no clusters.
+    """
+    last = stage_of(backbone, config)
+    if last is None:
+        return ()
+    if last == "mae" or (paid and backbone == "control"):
+        return tuple(stage for stage in STAGES if stage in ("mae", last))
+    return tuple(stage for stage in STAGES if stage in ("mae", *SHARED, last))
+
+
+def wanted_sources(study: StudyConfig) -> dict[str, Config]:
+    """List the data sets of a study: by name, a configuration whose data.source it is."""
+    found: dict[str, Config] = {}
+    for arm in study.arms.values():
+        domains = [task.domain for task in tasks_of(study, arm)] if arm.domains != "all" else []
+        for domain in ("", *domains):
+            config = arm_config(study, arm)
+            source = f"{config.data.source.rstrip('/')}/{domain}" if domain else config.data.source
+            data = config.data.model_copy(update={"source": source})
+            found.setdefault(source_name(config, domain), config.model_copy(update={"data": data}))
+    return found
+
+
+def source_name(config: Config, domain: str) -> str:
+    """Name of a data set, or of one domain of it, in the study's folder."""
+    key = fingerprint([config.data.source, config.data.holdout_fraction])
+    return f"{domain or 'all'}-{key[:8]}"
+
+
+def budget(stage: StageConfig, images: float | None, num_all: int, num_own: int) -> dict[str, Any]:
+    """Epochs of a stage on `num_own` images for the steps that it has on `num_all`.
+
+    `images` instead of the stage's epochs; warm-up stays the same part of it.
+    """
+    steps = stage.epochs * -(-num_all // stage.batch_size)
+    if images is not None:
+        steps = images / stage.batch_size
+    epochs = max(1, round(steps)) / -(-num_own // stage.batch_size)
+    return {"epochs": epochs, "warmup_epochs": stage.warmup_epochs / stage.epochs * epochs}
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Resolve a study over its data sets, with everything below `out`."""
+
+    study: StudyConfig
+    sources: Mapping[str, Source]
+    out: Path
+    split: Split = "test"
+
+    @cached_property
+    def runs(self) -> dict[str, PlannedRun]:
+        """The runs, filled in as cells ask for them."""
+        return {}
+
+    def plan(self) -> Plan:
+        """List runs, values and pieces; a seed's before the next one's.
+
+        Raises:
+            ConfigError: a task changes what its run learns.
+        """
+        cells = [
+            self._cell(name, seed, task)
+            for seed in self.study.seeds
+            for name, arm in self.study.arms.items()
+            if arm.seeds is None or seed in arm.seeds
+            for task in tasks_of(self.study, arm)
+        ]
+        self._share()
+        return Plan(self.study, self.runs, cells, list(self._pieces(cells)))
+
+    def _source(self, arm: Arm, domain: str) -> Source:
+        return self.sources[source_name(arm_config(self.study, arm), domain)]
+
+    def _budgets(self, arm: Arm, source: Source) -> dict[str, Any]:
+        plain, num_all = arm_config(self.study, arm), self._source(arm, "").num_images
+        share = source.num_images / num_all if arm.domains == "own_equal_images" else 1.0
+        fields: dict[str, Any] = {}
+        for name, stage in (("mae", plain.mae), ("moce", plain.moce)):
+            images = getattr(self.study.images, name) or stage.epochs * num_all
+            images = None if share == 1 and not getattr(self.study.images, name) else images * share
+            found = budget(stage, images, num_all, source.num_images)
+            fields |= {f"{name}.{key}": value for key, value in found.items()}
+        return fields
+
+    def _cell(self, name: str, seed: int, task: StudyTask) -> Cell:
+        study, arm = self.study, self.study.arms[name]
+        source = self._source(arm, task.domain if arm.domains != "all" else "")
+        learnt = {"seed": seed, **self._budgets(arm, source)}
+        run = self._run(arm, learnt, source)
+        fields = {
+            **learnt,
+            "data.source": run.config.data.source,
+            "transfer.evaluate": self.split,
+        }
+        config = arm_config(study, arm, fields, task.set)
+        of_run = identity(run.config)
+        if changed := [path for path, v in identity(config).items() if v != of_run[path]]:
+            raise ConfigError(f"tasks, {task.folder}.set: {', '.join(changed)} is of a run")
+        request = task_request(study, task, (arm.backbone,), self.split)
+        evaluated = {"transfer.evaluate": self.split}
+        if config.transfer != arm_config(study, Arm(), evaluated, task.set).transfer:
+            own = fingerprint(config.transfer.model_dump(mode="json"))[:6]
+            request = replace(request, name=f"{request.name}-{own}")
+        return Cell(name, seed, task.folder, run.name, request, config)
+
+    def _run(self, arm: Arm, learnt: dict[str, Any], source: Source) -> PlannedRun:
+        found, usual = identity(arm_config(self.study, arm, learnt)), identity(Config())
+        # fields at their defaults are left out, so that a new one renames no run
+        changes = {path: value for path, value in found.items() if value != usual[path]}
+        kind = source.name.rpartition("-")[0]
+        name = f"{kind}-seed{learnt['seed']}-{fingerprint([source.name, changes])[:8]}"
+        if name not in self.runs:
+            fields = {**learnt, "data.source": f"index:{source.folder}"}
+            config = arm_config(self.study, arm, fields)
+            self.runs[name] = PlannedRun(name, self.out / "runs" / name, config, source)
+        run = self.runs[name]
+        run.makers |= dict.fromkeys(stages_of(arm.backbone, run.config), name)
+        return run
+
+    def _share(self) -> None:
+        made: dict[str, str] = {}
+        for run in self.runs.values():
+            for stage, sections in _LEARNT_FROM.items():
+                parts = tuple(f"{section}." for section in sections)
+                if stage in run.makers:
+                    learnt = identity(run.config).items()
+                    key = [(k, v) for k, v in learnt if f"{k}.".startswith(parts)]
+                    maker = made.setdefault(fingerprint([stage, key]), run.name)
+                    run.makers[stage] = maker
+
+    def _pieces(self, cells: list[Cell]) -> Iterator[Piece]:
+        for run in self.runs.values():
+            makers = run.makers
+            links = tuple((s, self.runs[m].root) for s, m in makers.items() if m != run.name)
+            # wanted by a backbone; what the run is does not depend on it
+            config = run.config.model_copy(update={"control": "control" in makers})
+            before: tuple[str, ...] = ()
+            for stage in (stage for stage in STAGES if stage in makers):
+                if makers[stage] == run.name:
+                    yield Piece(stage, run.name, run.root, config, before, links)
+                if stage in SHARED:
+                    before = (*before, piece_id(makers[stage], stage))
+            yield from self._transfers(run, links, [c for c in cells if c.run == run.name])
+
+    def _transfers(self, run: PlannedRun, links: Any, cells: list[Cell]) -> Iterator[Piece]:
+        needs = tuple(piece_id(maker, stage) for stage, maker in run.makers.items())
+        by_folder: dict[str, list[Cell]] = {}
+        for cell in cells:
+            by_folder.setdefault(cell.request.folder, []).append(cell)
+        for group in by_folder.values():
+            backbones = tuple(dict.fromkeys(cell.backbone for cell in group))
+            request = replace(group[0].request, backbones=backbones)
+            config = group[0].config.model_copy(update={"control": "control" in run.makers})
+            yield Piece("transfer", run.name, run.root, config, needs, links, request)

@@ -1,0 +1,185 @@
+"""What a study compares: one YAML, checked before anything heavy is imported.
+
+A study is a configuration, the seeds that it is pre-trained with, arms that each change something
+of it or evaluate another backbone of the same run, and downstream tasks. Paths of data are relative
+to `data`, so that one file serves wherever the images lie.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from moce_dist.config import Config, SuiteEntry, load_config
+from moce_dist.data.sources import TASKS as SAMPLE_TASKS
+from moce_dist.settings import ConfigError, Section, flatten, read_tree, validate
+from moce_dist.transfer.request import Request, check_request, is_protocol, protocols_of
+
+Split = Literal["test", "val"]
+
+
+class Images(Section):
+    """Images that the stages of a run see, instead of the epochs of its configuration."""
+
+    mae: int | None = Field(None, ge=1)
+    """Images of stage mae."""
+    moce: int | None = Field(None, ge=1)
+    """Images of stages moce and control."""
+
+
+class Arm(Section):
+    """One way to make a task's backbone."""
+
+    about: str = ""
+    """What it is, in a few words, for the page."""
+    backbone: str = "moce"
+    """Which backbone of the run is evaluated, as `jobs/transfer.py --backbone` has it."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the configuration that differ, by dotted path or nested."""
+    domains: Literal["all", "own_equal_images", "own_equal_steps"] = "all"
+    """Train on all data; or a run for every domain that tasks name, on its images alone: on as many
+    as a run on all data sees of that domain, or on as many as that sees of all."""
+    seeds: tuple[int, ...] | None = None
+    """Seeds that it is made with; None: all of the study."""
+    tasks: tuple[str, ...] | None = None
+    """Names of the tasks that it is evaluated on; None: all, with `domains` those of a domain."""
+
+
+class StudyTask(SuiteEntry):
+    """A task; one with a domain can be evaluated on models of that domain."""
+
+    domain: str = ""
+    """Folder of the pre-training data that its images are like."""
+
+    @property
+    def folder(self) -> str:
+        """Name of the task in the results."""
+        return self.name or self.task
+
+
+class StudyConfig(Section):
+    """One study."""
+
+    title: str = ""
+    """Heading of the page."""
+    base: str | None = None
+    """YAML of a pre-training, relative to the study's file, that `config` is laid over."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Fields of the configuration."""
+    data: str = ""
+    """Folder below which relative paths of data.source and of the tasks lie."""
+    images: Images = Images()
+    """Images of the stages; by default the epochs of the configuration decide."""
+    num_images: int | None = Field(None, ge=1)
+    """Training images of data.source, for a dry run where it is not at hand."""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    """Seeds of the pre-training, and of the fits on top of it."""
+    arms: dict[str, Arm] = Field(min_length=1)
+    """What is compared, by name."""
+    reference: str = "control"
+    """The arm that differences are to."""
+    tasks: tuple[StudyTask, ...] = Field(min_length=1)
+    """Downstream tasks."""
+    protocols: tuple[str, ...] = ("knn", "linear")
+    """Protocols of tasks that name none."""
+    draws: int = Field(10_000, ge=100)
+    """Draws of the bootstrap."""
+    flop_per_s: float | None = Field(None, gt=0)
+    """Floating-point operations a second of one worker in training, for the hours of a dry run."""
+
+
+def read_study(path: Path, overrides: Sequence[str] = (), data: str | None = None) -> StudyConfig:
+    """Read a study's YAML with `a.b=value` overrides and check all that it asks for.
+
+    `data` replaces the folder of the data.
+
+    Raises:
+        ConfigError: naming every field that is wrong.
+    """
+    study = validate(StudyConfig, read_tree(path, overrides))
+    update: dict[str, Any] = {"data": study.data if data is None else data}
+    if study.base is not None:
+        update["base"] = str(path.parent / study.base)
+    study = study.model_copy(update=update)
+    for field, names in (("tasks", [task.folder for task in study.tasks]), ("seeds", study.seeds)):
+        if len(set(names)) != len(names):
+            raise ConfigError(f"{field}: two are equal; every one needs its own name or value")
+    if study.reference not in study.arms:
+        raise ConfigError(
+            f"reference = {study.reference!r}: must be one of {', '.join(study.arms)}"
+        )
+    for name, arm in study.arms.items():
+        _check_arm(study, name, arm)
+    return study
+
+
+def _check_arm(study: StudyConfig, name: str, arm: Arm) -> None:
+    if not re.fullmatch(r"[\w.+-]+", name):
+        raise ConfigError(f"arms.{name}: a name has letters, digits and . _ + -")
+    if arm.domains != "all":
+        if not arm_config(study, arm).data.source.startswith("folder:"):
+            raise ConfigError(f"arms.{name}.domains: data.source must be a folder of domains")
+        if not any(task.domain for task in study.tasks):
+            raise ConfigError(f"arms.{name}.domains: no task names a domain")
+    for field, found, known in (
+        ("tasks", arm.tasks or (), [task.folder for task in study.tasks]),
+        ("seeds", arm.seeds or (), study.seeds),
+    ):
+        if unknown := [each for each in found if each not in known]:
+            raise ConfigError(f"arms.{name}.{field}: {unknown[0]} is none of the study's {field}")
+    for task in tasks_of(study, arm):
+        try:
+            config = arm_config(study, arm, overrides=task.set)
+            check_request(task_request(study, task, (arm.backbone,)), config)
+        except ConfigError as error:
+            raise ConfigError(f"arms.{name}, task {task.folder}: {error}") from None
+
+
+def tasks_of(study: StudyConfig, arm: Arm) -> list[StudyTask]:
+    """List the tasks of an arm: models of one domain are for tasks of a domain."""
+    of_arm = [task for task in study.tasks if arm.domains == "all" or task.domain]
+    return of_arm if arm.tasks is None else [task for task in of_arm if task.folder in arm.tasks]
+
+
+def arm_config(
+    study: StudyConfig,
+    arm: Arm,
+    fields: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Return an arm's configuration, with more fields by dotted path and `a.b=value` overrides.
+
+    Raises:
+        ConfigError: naming the mistakes.
+    """
+    changes = {**flatten(study.config), **flatten(arm.set), **(fields or {})}
+    texts = [f"{path}={json.dumps(value)}" for path, value in changes.items()]
+    config = load_config(study.base, [*texts, *overrides])
+    kind, _, path = config.data.source.partition(":")
+    if not study.data or kind not in ("folder", "index"):
+        return config
+    source = f"{kind}:{Path(study.data, path).absolute()}"
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
+
+
+def task_request(
+    study: StudyConfig, task: StudyTask, backbones: tuple[str, ...], split: Split = "test"
+) -> Request:
+    """Make the request of a task's comparison of backbones of one run."""
+    usual = tuple(name for name in study.protocols if is_protocol(name, task.task))
+    wanted = task.protocol or usual or protocols_of(task.task)
+    data = None
+    if task.task not in SAMPLE_TASKS:
+        data = Path(study.data, task.data or task.folder).absolute()
+    name = task.folder if split == "test" else f"{task.folder}-{split}"
+    return Request(task.task, data, backbones, wanted, 1, None, name)
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a study, for completion in editors."""
+    schema = StudyConfig.model_json_schema()
+    schema["properties"]["config"]["$ref"] = "../schema.json"
+    return schema

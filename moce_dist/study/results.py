@@ -1,0 +1,216 @@
+"""What came out of a study: every value, the tables made of them, and what every arm cost.
+
+    RUN/transfer/TASK/metrics.json, RUN/STAGE --collect--> study.json
+
+A table holds the tasks of one protocol and metric. A last one, of the mean over protocols, is made
+where several protocols measure the same tasks alike.
+"""
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from moce_dist.config import identity
+from moce_dist.run import Run, fingerprint, read_jsonl, versions
+from moce_dist.study.plan import Kind, PlannedRun, stages_of
+from moce_dist.study.runner import Runner
+from moce_dist.study.statistics import Table, spread
+
+Line = dict[str, Any]
+MEAN = "mean"
+
+
+def collect(runner: Runner, split: str) -> Line:
+    """Make the content of study.json from what is finished."""
+    plan, study = runner.plan, runner.plan.study
+    values = read_values(runner)
+    return {
+        "title": study.title,
+        "split": split,
+        "reference": study.reference,
+        "seeds": list(study.seeds),
+        "arms": {name: _arm(runner, name) for name in study.arms},
+        "tables": tables(values, list(study.arms), study.reference, study.draws),
+        "values": values,
+        "runs": {name: _run(runner, run) for name, run in plan.runs.items()},
+        "failed": runner.failed,
+        "left": len(plan.pieces) - len(runner.done),
+        "study": study.model_dump(mode="json"),
+        "machine": machine(),
+        "versions": versions(),
+        "command": sys.argv,
+        "time": time.strftime("%FT%TZ", time.gmtime()),
+    }
+
+
+def machine() -> Line:
+    """Describe this machine."""
+    return {
+        "name": platform.node(),
+        "system": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def read_values(runner: Runner) -> list[Line]:
+    """Read the values of all cells whose comparison is finished."""
+    found = []
+    folders = {(p.run, p.request.folder): p for p in runner.plan.pieces if p.request is not None}
+    for cell in runner.plan.cells:
+        piece = folders[cell.run, cell.request.folder]
+        if piece.id not in runner.done:
+            continue
+        metrics = json.loads((piece.folder / "metrics.json").read_text())
+        for row in metrics["results"]:
+            is_mine = row["backbone"] == cell.backbone and row["protocol"] in cell.request.protocols
+            if is_mine and row["seed"] == cell.seed:
+                known = {k: row[k] for k in ("num_train", "num_test", "choice") if k in row}
+                found.append(
+                    {
+                        "arm": cell.arm,
+                        "seed": cell.seed,
+                        "task": cell.task,
+                        "protocol": row["protocol"],
+                        "metric": metrics["metric"],
+                        "value": row["value"],
+                        "run": cell.run,
+                        "folder": cell.request.folder,
+                        "backbone": cell.backbone,
+                        **known,
+                    }
+                )
+    return found
+
+
+def tables(values: Iterable[Line], arms: Sequence[str], reference: str, draws: int) -> list[Line]:
+    """Make a table of every protocol and metric, and those of the means over protocols."""
+    found: dict[tuple[str, str], dict[tuple[str, int, str], float]] = {}
+    for value in values:
+        key = value["arm"], value["seed"], value["task"]
+        found.setdefault((value["protocol"], value["metric"]), {})[key] = value["value"]
+    for metric in dict.fromkeys(metric for _, metric in found):
+        alike = [cells for (_, of), cells in found.items() if of == metric]
+        common = set.intersection(*(set(cells) for cells in alike))
+        tasks = [{task for *_, task in cells} for cells in alike]
+        if len(alike) > 1 and all(each == tasks[0] for each in tasks):
+            means = {
+                key: statistics.fmean(cells[key] for cells in alike)
+                for key in alike[0]
+                if key in common
+            }
+            found[MEAN, metric] = means
+    return [
+        {"protocol": protocol, "metric": metric, **_table(cells, arms, reference, draws)}
+        for (protocol, metric), cells in found.items()
+    ]
+
+
+def _table(
+    cells: dict[tuple[str, int, str], float], arms: Sequence[str], reference: str, draws: int
+) -> Line:
+    seeds = list(dict.fromkeys(seed for _, seed, _ in cells))
+    tasks = list(dict.fromkeys(task for _, _, task in cells))
+    of_arm = {
+        arm: np.array([[cells.get((arm, seed, task), np.nan) for task in tasks] for seed in seeds])
+        for arm in arms
+    }
+    rows = {}
+    for arm, table in of_arm.items():
+        rows[arm] = _row(table, tasks, draws)
+        if arm != reference:
+            rows[arm]["difference"] = _row(table - of_arm[reference], tasks, draws)
+    return {"tasks": tasks, "arms": rows}
+
+
+def _row(table: Table, tasks: Sequence[str], draws: int) -> Line:
+    # an arm that has only some of the tasks has a mean over those
+    present: NDArray[np.bool_] = np.logical_not(np.isnan(table).all(axis=0))
+    over = spread(table[:, present], draws) if present.any() else None
+    each = {task: spread(table[:, i : i + 1], draws) for i, task in enumerate(tasks) if present[i]}
+    return {
+        "mean": over and over._asdict(),
+        "tasks": {task: found and found._asdict() for task, found in each.items()},
+    }
+
+
+def _arm(runner: Runner, name: str) -> Line:
+    plan, arm = runner.plan, runner.plan.study.arms[name]
+    runs = [plan.runs[run] for run in dict.fromkeys(c.run for c in plan.cells if c.arm == name)]
+    kinds = stages_of(arm.backbone, runs[0].config, paid=True)
+    costs = [run.cost(kinds, _iterations(run)) for run in runs]
+    seconds = [stage_seconds(runner, run, kinds) for run in runs]
+    known = [each for each in seconds if each is not None]
+    return {
+        **arm.model_dump(mode="json"),
+        "runs": [run.name for run in runs],
+        "cost": {
+            "mae_images": statistics.fmean(cost.mae_images for cost in costs),
+            "moce_images": statistics.fmean(cost.moce_images for cost in costs),
+            "training_flop": statistics.fmean(cost.training for cost in costs),
+            "clustering_flop": statistics.fmean(cost.clustering for cost in costs),
+            "seconds": statistics.fmean(known) if known else None,
+        },
+    }
+
+
+def _iterations(run: PlannedRun) -> int | None:
+    try:
+        summary = json.loads((Run(run.root).clusters / "summary.json").read_text())
+    except OSError:
+        return None
+    return int(summary["iterations"]) if "iterations" in summary else None
+
+
+def stage_seconds(runner: Runner, run: PlannedRun, kinds: Sequence[Kind]) -> float | None:
+    """Seconds that a run's stages took, whoever made them; None while one is not finished.
+
+    Of a training stage those between its logged steps, whatever interrupted it.
+    """
+    total = 0.0
+    for kind in kinds:
+        maker = runner.plan.runs[run.makers[kind]]
+        took = runner.journal.seconds(f"{maker.name}/{kind}")
+        if took is None:
+            return None
+        trained = training_seconds(read_jsonl(maker.root / kind / "metrics.jsonl"))
+        total += trained or took
+    return total
+
+
+def training_seconds(metrics: Sequence[Line]) -> float:
+    """Seconds of training by a stage's metrics: images since the line before over their rate."""
+    seen, total = 0, 0.0
+    for line in metrics:
+        total += (line["images_seen"] - seen) / max(line["images_per_s"], 1e-9)
+        seen = line["images_seen"]
+    return total
+
+
+def _run(runner: Runner, run: PlannedRun) -> Line:
+    return {
+        "config_sha256": fingerprint(identity(run.config)),
+        "seed": run.config.seed,
+        "data": run.source.name,
+        "num_images": run.source.num_images,
+        "stages": {
+            stage: {
+                "made_by": maker,
+                "images": run.images(stage),
+                "seconds": runner.journal.seconds(f"{maker}/{stage}"),
+            }
+            for stage, maker in run.makers.items()
+        },
+    }

@@ -1,0 +1,280 @@
+"""The pieces of a study, side by side: what is ready goes to whoever is free, until all is done.
+
+A line of `pieces.jsonl` says that a piece was finished, how long it took, and what its artefact
+was; a piece whose line and artefact still hold is not started again. `progress.json` is how far
+the study is.
+"""
+
+import json
+import logging
+import multiprocessing
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from moce_dist import lease
+from moce_dist.config import identity
+from moce_dist.elastic import heed_sigterm
+from moce_dist.run import (
+    StoppedError,
+    artefact_id,
+    fingerprint,
+    is_complete,
+    read_jsonl,
+    read_marker,
+    write_atomic,
+)
+from moce_dist.study.plan import Piece, Plan
+from moce_dist.study.work import Outcome, carry_out, carry_out_alone, carry_out_quietly
+
+log = logging.getLogger(__name__)
+_WATCH_S = 0.2
+_REPORT_S = 300.0
+_MOST_PIECES = 64
+
+
+class Here(Executor):
+    """Run what is submitted at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Call the function at once."""
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def piece_fingerprint(piece: Piece) -> str:
+    """Fingerprint of what a piece makes, of its task's files by number, size and time."""
+    request, transfer = piece.request, None
+    if request is not None:
+        transfer = [
+            request.backbones,
+            request.protocols,
+            piece.config.transfer.model_dump(mode="json"),
+            _stamp(request.data),
+        ]
+    return fingerprint([piece.id, identity(piece.config), transfer])
+
+
+def _stamp(folder: Path | None) -> list[float] | None:
+    if folder is None:
+        return None
+    found = [
+        os.stat(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names
+    ]
+    return [len(found), sum(s.st_size for s in found), max((s.st_mtime for s in found), default=0)]
+
+
+@dataclass
+class Journal:
+    """`pieces.jsonl`: what was finished, of what, and in how many seconds."""
+
+    path: Path
+    lines: dict[str, dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lines = {line["piece"]: line for line in read_jsonl(self.path)}
+
+    def holds(self, piece: Piece) -> bool:
+        """Tell whether a piece was finished as it is wanted now, and its artefact is there."""
+        line, marker = self.lines.get(piece.id), read_marker(piece.folder)
+        if line is None or marker is None or line["of"] != piece_fingerprint(piece):
+            return False
+        return line["artefact"] == artefact_id(piece.folder) and is_complete(
+            piece.folder, marker["inputs"]
+        )
+
+    def enter(self, piece: Piece, outcome: Outcome) -> None:
+        """Note that a piece was finished; the seconds that it once took are kept."""
+        before = self.lines.get(piece.id)
+        of, seconds = piece_fingerprint(piece), outcome.seconds
+        if before is not None and before["of"] == of:
+            seconds = max(seconds, before["seconds"])
+        self.lines[piece.id] = {
+            "piece": piece.id,
+            "of": of,
+            "artefact": artefact_id(piece.folder),
+            "seconds": round(seconds, 3),
+            "machine": platform.node(),
+            "time": time.strftime("%FT%TZ", time.gmtime()),
+        }
+        text = "".join(json.dumps(line) + "\n" for line in self.lines.values())
+        write_atomic(self.path, text)
+
+    def seconds(self, piece_id: str) -> float | None:
+        """Seconds that a piece took; None before it was finished."""
+        line = self.lines.get(piece_id)
+        return None if line is None else float(line["seconds"])
+
+
+def _end_with_parent(leases: list[tuple[Path, str]]) -> None:
+    """End this process when the one that started it is gone, or has lost the study's folder."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_WATCH_S)
+        os._exit(1)
+
+    # an interruption goes to the whole group; the parent says what is to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+    lease.watch(leases)
+
+
+@contextmanager
+def _executor(plan: Plan, jobs: int) -> Iterator[tuple[Executor, Callable[[Piece], Outcome], int]]:
+    """Choose what pieces are submitted to, as which function, and how many may be under way."""
+    parallel = plan.pieces[0].config.parallel
+    if os.environ.get("RAY_ADDRESS") and parallel.num_workers == 1:
+        from moce_dist.launch import connect, map_tasks
+
+        connect(parallel)
+
+        def on_cluster(piece: Piece) -> Outcome:
+            found = map_tasks(
+                carry_out_alone, [piece], parallel=parallel, gpu=True, shared=(lease.held(),)
+            )
+            return next(found)
+
+        with ThreadPoolExecutor(_MOST_PIECES) as threads:
+            yield threads, on_cluster, _MOST_PIECES
+    elif jobs > 1:
+        # read by a process when it first imports what computes
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        spawn = multiprocessing.get_context("spawn")
+        processes = ProcessPoolExecutor(jobs, spawn, _end_with_parent, (lease.held(),))
+        try:
+            yield processes, carry_out_quietly, jobs
+            processes.shutdown()
+        except BaseException:
+            for child in multiprocessing.active_children():
+                # in training it saves its state first
+                child.terminate()
+            processes.shutdown(cancel_futures=True)
+            raise
+    else:
+        yield Here(), carry_out, 1
+
+
+class Runner:
+    """Carry out a plan's pieces; `report` is called now and then, when there is more to tell."""
+
+    def __init__(self, plan: Plan, out: Path, report: Callable[[], None]) -> None:
+        """Begin with what was finished before."""
+        self.plan, self.out, self.report = plan, out, report
+        self.journal = Journal(out / "pieces.jsonl")
+        self.done = {piece.id for piece in plan.pieces if self.journal.holds(piece)}
+        self.failed: dict[str, str] = {}
+        self.running: dict[Future[Outcome], tuple[Piece, float]] = {}
+        self._lanes, self._told_at, self._reported_at = 1, 0.0, time.monotonic()
+
+    def run(self, jobs: int) -> None:
+        """Carry out all pieces that are left; those after one that fails are left out.
+
+        Raises:
+            StoppedError: SIGTERM came; what was running has saved its state.
+        """
+        if len(self.done) == len(self.plan.pieces):
+            return
+        with heed_sigterm() as is_terminated, _executor(self.plan, jobs) as (pool, work, lanes):
+            self._lanes = lanes
+            while True:
+                while len(self.running) < lanes and (piece := self._next()) is not None:
+                    self._tell(f"{piece.id} starts")
+                    started = time.monotonic()
+                    self.running[pool.submit(work, piece)] = (piece, started)
+                if not self.running:
+                    return
+                finished, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)
+                if is_terminated():
+                    raise StoppedError("SIGTERM; training has saved its state")
+                for future in finished:
+                    self._finish(future)
+
+    def _next(self) -> Piece | None:
+        under_way = {piece.id for piece, _ in self.running.values()}
+        for piece in self.plan.pieces:
+            if piece.id in self.done or piece.id in self.failed or piece.id in under_way:
+                continue
+            if lacking := [need for need in piece.needs if need in self.failed]:
+                self.failed[piece.id] = f"{lacking[0]} failed"
+            elif all(need in self.done for need in piece.needs):
+                return piece
+        return None
+
+    def _finish(self, future: Future[Outcome]) -> None:
+        piece, _ = self.running.pop(future)
+        try:
+            outcome = future.result()
+        except BrokenProcessPool:
+            raise RuntimeError(f"{piece.id}: its process was killed; is memory short?") from None
+        if outcome.failure:
+            self.failed[piece.id] = outcome.failure
+            self._tell(f"{piece.id} failed: {outcome.failure}")
+            return
+        self.done.add(piece.id)
+        self.journal.enter(piece, outcome)
+        self._tell(f"{piece.id} took {outcome.seconds:.0f} s")
+        if time.monotonic() - self._reported_at > _REPORT_S:
+            self.report()
+            self._reported_at = time.monotonic()
+
+    def _tell(self, what: str) -> None:
+        left = self.seconds_left()
+        number = f"{len(self.done)} of {len(self.plan.pieces)}"
+        ahead = "" if left is None else f", about {timedelta(seconds=round(left))} left"
+        log.info("study: %s%s: %s", number, ahead, what)
+        progress = {
+            "pieces": len(self.plan.pieces),
+            "done": len(self.done),
+            "running": [piece.id for piece, _ in self.running.values()],
+            "failed": self.failed,
+            "seconds_left": left,
+            "time": time.strftime("%FT%TZ", time.gmtime()),
+        }
+        write_atomic(self.out / "progress.json", json.dumps(progress, indent=1))
+
+    def seconds_left(self) -> float | None:
+        """Estimate the time to the end from pieces of the same kind; None before there are any."""
+        took: dict[str, list[float]] = {}
+        for piece in self.plan.pieces:
+            if piece.id in self.done:
+                seconds = self.journal.lines[piece.id]["seconds"]
+                took.setdefault(_sort(piece), []).append(seconds / self._size(piece))
+        left = [p for p in self.plan.pieces if p.id not in self.done | self.failed.keys()]
+        if any(_sort(piece) not in took for piece in left):
+            return None
+        expected = [self._size(p) * sum(t := took[_sort(p)]) / len(t) for p in left]
+        now = time.monotonic()
+        spent = sum(now - started for _, started in self.running.values())
+        return max(0.0, sum(expected) - spent) / min(self._lanes, max(1, len(left)))
+
+    def _size(self, piece: Piece) -> float:
+        if piece.request is not None:
+            return len(piece.request.backbones)
+        return self.plan.runs[piece.run].cost((piece.kind,)).flop
+
+
+def _sort(piece: Piece) -> str:
+    """Pieces of one sort take as long as they are large."""
+    if piece.request is not None:
+        return piece.request.folder
+    return piece.kind if piece.kind in ("features", "cluster") else "training"

@@ -1,0 +1,65 @@
+"""The data sets of a study: ingested once below it, or counted where they lie for a dry run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from moce_dist.config import Config
+from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
+from moce_dist.data.sources import list_folder
+from moce_dist.run import read_marker
+from moce_dist.settings import ConfigError
+from moce_dist.study.plan import Source
+
+
+def _location(out: Path, name: str, config: Config) -> Path:
+    kind, _, rest = config.data.source.partition(":")
+    return Path(rest).absolute() if kind == "index" else out / "data" / name
+
+
+def _count(index: ShardIndex) -> int:
+    return sum(shard.num_samples for shard in index.shards)
+
+
+def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
+    """Ingest the data sets of a study that are not there yet.
+
+    Raises:
+        ConfigError: a source is wrong or too damaged.
+    """
+    from moce_dist.data.ingest import ingest
+
+    found: dict[str, Source] = {}
+    for name, config in wanted.items():
+        folder = _location(out, name, config)
+        if config.data.source.startswith("index:"):
+            index = read_index(folder)
+        else:
+            index = ingest(config.data.source, folder, config.data, out / "faults.jsonl")
+        found[name] = Source(name, folder, _count(index))
+    return found
+
+
+def count_sources(
+    wanted: Mapping[str, Config], out: Path, assumed: int | None
+) -> dict[str, Source]:
+    """Count the training images of a study's data sets without reading them.
+
+    Of what is not at hand there are `assumed` images.
+
+    Raises:
+        ConfigError: it is not at hand, and no number is given.
+    """
+    found = {}
+    for name, config in wanted.items():
+        folder, source = _location(out, name, config), config.data.source
+        if read_marker(folder) is not None or (folder / INDEX_NAME).is_file():
+            number = _count(read_index(folder))
+        elif source.startswith("folder:") and Path(source.removeprefix("folder:")).is_dir():
+            files = list_folder(Path(source.removeprefix("folder:"))).files
+            number = round(len(files) * (1 - config.data.holdout_fraction))
+        elif assumed is not None:
+            number = assumed
+        else:
+            raise ConfigError(f"num_images: is needed, as {source} cannot be counted here")
+        found[name] = Source(name, folder, number)
+    return found

@@ -1,0 +1,109 @@
+"""One piece of a study: shared stages are linked, then a stage is made or a task is fitted.
+
+Whatever was finished before is found complete, whatever was interrupted goes on, so a piece may be
+carried out any number of times.
+"""
+
+import logging
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from moce_dist import lease
+from moce_dist.cli import quiet_libraries
+from moce_dist.run import COMPLETE, Run, StoppedError, open_run
+from moce_dist.study.plan import SHARED, Piece
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a piece: how long it took, or why it failed."""
+
+    id: str
+    seconds: float
+    failure: str = ""
+
+
+def carry_out(piece: Piece) -> Outcome:
+    """Carry out a piece in this process; a failure is an outcome too.
+
+    Raises:
+        StoppedError: SIGTERM came, and the state is saved.
+    """
+    quiet_libraries()
+    start = time.monotonic()
+    try:
+        run = open_run(piece.root, piece.config)
+        for stage, root in piece.links:
+            for name in SHARED[stage]:
+                link_artefact(root / name, run.root / name)
+        _make(run, piece)
+    except StoppedError:
+        raise
+    except Exception as error:
+        log.debug("%s", piece.id, exc_info=True)
+        text = " ".join(str(error).split())
+        return Outcome(piece.id, time.monotonic() - start, f"{type(error).__name__}: {text}")
+    return Outcome(piece.id, time.monotonic() - start)
+
+
+def _make(run: Run, piece: Piece) -> None:
+    if piece.request is not None:
+        from moce_dist.transfer import suite
+
+        suite.carry_out(run.root, suite.Order(piece.request, piece.config))
+        return
+    from moce_dist.pipeline import Pipeline
+
+    pipeline = Pipeline(run, piece.config)
+    stages = {
+        "mae": pipeline.mae,
+        "features": pipeline.features,
+        "cluster": pipeline.cluster,
+        "moce": pipeline.moce,
+        "control": pipeline.control,
+    }
+    stages[piece.kind]()
+
+
+def carry_out_alone(leases: list[tuple[Path, str]], piece: Piece) -> Outcome:
+    """Carry out a piece on one worker of a Ray cluster, without more of that cluster."""
+    if not lease.held():
+        lease.watch(leases)
+    os.environ.pop("RAY_ADDRESS", None)
+    return carry_out(piece)
+
+
+def carry_out_quietly(piece: Piece) -> Outcome:
+    """Carry out a piece beside others, and log only what is wrong."""
+    quiet_libraries()
+    logging.getLogger("moce_dist").setLevel(logging.WARNING)
+    return carry_out(piece)
+
+
+def link_artefact(source: Path, folder: Path) -> None:
+    """Put a complete artefact of another run in a run: hard links, copies where these cannot be.
+
+    Files that are written whole may be shared; lines are appended to logs, so those are copied.
+    """
+    marker = (source / COMPLETE).read_text()
+    if (folder / COMPLETE).is_file() and (folder / COMPLETE).read_text() == marker:
+        return
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=_link_or_copy)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        if source.endswith(".jsonl"):
+            raise OSError
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)

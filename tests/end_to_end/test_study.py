@@ -1,0 +1,206 @@
+"""A whole study: shared stages, two processes beside each other, kills, the page."""
+
+import json
+import os
+import re
+import shutil
+import signal
+
+import pytest
+
+from moce_dist.data import samples
+
+STUDY = {
+    "title": "Two domains",
+    "config": {
+        "data": {
+            **{"source": "folder:pretrain", "image_size": 32, "hflip": False},
+            **{"holdout_fraction": 0.05, "loader_processes": 0},
+        },
+        "model": {
+            **{"size": "tiny", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
+            **{"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+        },
+        "moe": {"num_experts": 2, "layers": [1]},
+        "cluster": {"num_clusters": 4},
+        "mae": {"epochs": 1, "warmup_epochs": 0.1, "batch_size": 32, "base_lr": 1e-3},
+        "moce": {"epochs": 1, "warmup_epochs": 0.1, "batch_size": 32, "base_lr": 1e-3},
+        "parallel": {"precision": "fp32"},
+        "checkpoint": {"every_steps": 20},
+        "logging": {"every_steps": 1, "tensorboard": False},
+        "transfer": {"max_train": 100, "save_models": False},
+    },
+    "images": {"mae": 1600, "moce": 3200},
+    "seeds": [0, 1],
+    "reference": "mae",
+    "arms": {
+        "mae": {"backbone": "mae"},
+        "moce": {},
+        "average": {"backbone": "moce:average"},
+        "soft": {"set": {"cluster.balance": "soft"}},
+        "own": {"backbone": "mae", "domains": "own_equal_steps"},
+    },
+    "tasks": [
+        {"task": "digits", "domain": "digits"},
+        {"task": "imagefolder", "name": "both", "data": "both"},
+    ],
+    "protocols": ["knn", "logistic10"],
+}
+TIMED = re.compile(r'"(seconds|time|command|left)": [^\n]*')
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, pictures):
+    """Images of two domains to train on, and a task with three splits that tells them apart."""
+    root = tmp_path_factory.mktemp("data")
+    shutil.copytree(pictures, root / "pretrain")
+    for name in ("digits", "silhouettes"):
+        images = samples.task(name).test
+        for split, start in (("train", 0), ("val", 40), ("test", 60)):
+            (root / "both" / split / name).mkdir(parents=True)
+            for number in range(start, start + 20):
+                path = root / "both" / split / name / f"{number}.png"
+                path.write_bytes(images[number].content)
+    return root
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "study.yaml"
+    path.write_text(json.dumps(STUDY))
+    return path
+
+
+@pytest.fixture(scope="module")
+def arguments(study, data):
+    return lambda out, *more: ["--config", study, "--data", data, "--out", out, *more]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, run_job, arguments):
+    """A study that nothing interrupted, in one process."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run_job("study", *arguments(out)).assert_done()
+    return out
+
+
+def found(out):
+    return json.loads((out / "study.json").read_text())
+
+
+def test_study_fills_its_tables(finished):
+    study = found(finished)
+    assert study["split"] == "val" and not study["failed"] and not study["left"]
+    keys = {(v["arm"], v["seed"], v["task"], v["protocol"]) for v in study["values"]}
+    wanted = {
+        (arm, seed, task, protocol)
+        for arm in STUDY["arms"]
+        for seed in (0, 1)
+        for task in (("digits",) if arm == "own" else ("digits", "both"))
+        for protocol in ("knn", "logistic10")
+    }
+    assert keys == wanted and len(study["values"]) == len(wanted)
+    both = [v for v in study["values"] if v["task"] == "both"]
+    assert {v["num_train"] for v in both} == {40} and {v["num_test"] for v in both} == {40}
+    for value in study["values"]:
+        metrics = finished / "runs" / value["run"] / "transfer" / value["folder"] / "metrics.json"
+        rows = json.loads(metrics.read_text())["results"]
+        row = next(
+            r
+            for r in rows
+            if (r["backbone"], r["protocol"]) == (value["backbone"], value["protocol"])
+        )
+        assert row["value"] == value["value"] and row["seed"] == value["seed"]
+    # one of the differences, by hand
+    cells = {(v["arm"], v["seed"], v["task"], v["protocol"]): v["value"] for v in study["values"]}
+    table = next(t for t in study["tables"] if t["protocol"] == "knn")
+    pairs = [(s, t) for s in (0, 1) for t in ("digits", "both")]
+    gain = sum(cells["moce", s, t, "knn"] - cells["mae", s, t, "knn"] for s, t in pairs) / 4
+    assert table["arms"]["moce"]["difference"]["mean"]["mean"] == pytest.approx(gain)
+
+
+def test_arms_share_what_they_have_in_common(finished):
+    study = found(finished)
+    assert len(study["runs"]) == 6
+    (main, *_), (soft, *_) = (study["arms"][arm]["runs"] for arm in ("moce", "soft"))
+    assert study["runs"][soft]["stages"]["mae"]["made_by"] == main
+    runs = finished / "runs"
+    tensors = [next((runs / name / "mae").rglob("*.safetensors")) for name in (main, soft)]
+    assert os.path.samefile(*tensors)
+    logs = [runs / name / "mae" / "metrics.jsonl" for name in (main, soft)]
+    assert not os.path.samefile(*logs) and logs[0].read_text() == logs[1].read_text()
+    assert study["arms"]["own"]["cost"]["mae_images"] == 1600
+    assert study["arms"]["moce"]["cost"]["seconds"] > study["arms"]["mae"]["cost"]["seconds"] > 0
+
+
+def test_finished_study_is_not_started_again(finished, run_job, arguments):
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*") if "runs" in p.parts}
+    values = found(finished)["values"]
+    result = run_job("study", *arguments(finished)).assert_done()
+    assert "starts" not in result.err
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*") if "runs" in p.parts} == before
+    assert found(finished)["values"] == values
+
+
+def test_page_needs_no_network_and_no_script(finished):
+    page = (finished / "study.html").read_text()
+    assert not re.search(r'<script|(src|href)="|url\(|@import', page)
+    assert "Two domains" in page and "validation images" in page
+    for arm in STUDY["arms"]:
+        assert arm in page
+
+
+def strike(job, out, moment):
+    """Wait until a stage is under way in some run, then kill the study as a machine dies."""
+    patterns = {
+        "ingest": "data/*/train-*.tar",
+        "mae": "runs/*/mae/checkpoints/step_*",
+        "features": "runs/*/features/*.npy",
+        "moce": "runs/*/moce/checkpoints/step_*",
+        "transfer": "runs/*/transfer/*/results.jsonl",
+    }
+    job.wait_until(lambda: any(out.glob(patterns[moment])), moment)
+    job.process.send_signal(signal.SIGKILL)
+    job.finish()
+    job.assert_nothing_stays()
+
+
+MOMENTS = ("ingest", "mae", "features", "moce", "transfer")
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        pytest.param(("moce",), id="moce"),
+        *(pytest.param((m,), id=m, marks=pytest.mark.long) for m in MOMENTS if m != "moce"),
+    ],
+)
+def test_killed_study_goes_on_to_the_same_figures(moments, start, arguments, finished, tmp_path):
+    out = tmp_path / "out"
+    for moment in moments:
+        strike(start("study", *arguments(out, "--jobs", 2)), out, moment)
+    start("study", *arguments(out, "--jobs", 2)).finish().assert_done()
+    ours, theirs = found(out), found(finished)
+    assert ours["values"] == theirs["values"]
+    assert ours["tables"] == theirs["tables"]
+
+
+def test_two_studies_do_not_share_a_folder(start, run_job, arguments, tmp_path):
+    out = tmp_path / "out"
+    job = start("study", *arguments(out))
+    job.wait_until(lambda: (out / "lock").exists() and (out / "study.yaml").exists(), "lock")
+    run_job("study", *arguments(out)).assert_refused(2, "is in use by process")
+    job.kill_all()
+
+
+def test_a_task_that_fails_leaves_the_others(run_job, arguments, data, tmp_path):
+    (tmp_path / "both").mkdir()
+    (tmp_path / "pretrain").symlink_to(data / "pretrain")
+    out = tmp_path / "out"
+    only = ["seeds=[0]", "arms={mae: {backbone: mae}, random: {backbone: random}}"]
+    sets = [x for text in only for x in ("--set", text)]
+    result = run_job("study", *arguments(out), *sets, "--data", tmp_path)
+    result.assert_refused(1, "1 of 3 pieces failed", "both-val", "has no folder train")
+    assert {v["task"] for v in found(out)["values"]} == {"digits"}
+    page = (out / "study.html").read_text()
+    assert "has no folder train" in page and "One seed has no deviation" in page

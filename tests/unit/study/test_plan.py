@@ -1,0 +1,169 @@
+"""Which runs a study needs, what they share, how long they train, and in which order."""
+
+import itertools
+
+import pytest
+
+from moce_dist.config import identity
+from moce_dist.settings import ConfigError
+from moce_dist.study.forecast import forecast
+
+
+def runs_of(plan, arm, seed=0):
+    return list(dict.fromkeys(c.run for c in plan.cells if (c.arm, c.seed) == (arm, seed)))
+
+
+def test_arms_that_learn_the_same_are_one_run(read, plan):
+    found = plan(read())
+    (main,) = runs_of(found, "moce")
+    for arm in ("mae", "average", "largest"):
+        assert runs_of(found, arm) == [main]
+    others = [runs_of(found, arm)[0] for arm in ("soft", "four", "own", "own_steps")]
+    assert len({main, *others}) == 5
+    assert main not in runs_of(found, "moce", seed=1)
+    assert len(found.runs) == 10
+
+
+def test_runs_that_begin_alike_share_their_first_stages(read, plan):
+    found = plan(read())
+    (main,), (soft,), (four,) = (runs_of(found, arm) for arm in ("moce", "soft", "four"))
+    makers = {name: found.runs[name].makers for name in (soft, four)}
+    assert makers[soft] == {"mae": main, "features": main, "cluster": soft, "moce": soft}
+    assert makers[four] == {"mae": main, "features": main, "cluster": main, "moce": four}
+    (own,) = runs_of(found, "own")
+    assert found.runs[own].makers == {"mae": own}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "shared"),
+    [
+        ("gate.noise", 0, ("mae", "features", "cluster")),
+        ("moce.base_lr", 1, ("mae", "features", "cluster")),
+        ("cluster.num_clusters", 8, ("mae", "features")),
+        ("cluster.batch_size", 7, ("mae",)),
+        ("mae.base_lr", 1, ()),
+        ("data.hflip", False, ()),
+        ("model.mask_ratio", 0.5, ()),
+    ],
+)
+def test_a_stage_is_shared_until_a_field_that_it_learns_from_differs(
+    read, plan, path, value, shared
+):
+    found = plan(
+        read(arms={"mae": {"backbone": "mae"}, "moce": {}, "other": {"set": {path: value}}})
+    )
+    (main,), (other,) = runs_of(found, "moce"), runs_of(found, "other")
+    taken = [stage for stage, maker in found.runs[other].makers.items() if maker == main]
+    assert tuple(taken) == shared
+
+
+def test_images_decide_the_steps(read, plan):
+    found = plan(read())
+    (main,), (own,), (steps,) = (runs_of(found, arm) for arm in ("moce", "own", "own_steps"))
+    assert [found.runs[main].images(stage) for stage in ("mae", "moce")] == [1000, 5000]
+    # 250 of 1,000 images are of the domain
+    assert found.runs[own].images("mae") == 250
+    assert found.runs[steps].images("mae") == 1000
+    config = found.runs[steps].config
+    assert (config.mae.epochs, config.mae.warmup_epochs) == (4, 0.4)
+    assert (found.runs[main].config.moce.warmup_epochs) == 1
+
+
+def test_without_images_the_epochs_decide(read, plan):
+    found = plan(read(images={}))
+    (main,), (own,), (steps,) = (runs_of(found, arm) for arm in ("moce", "own", "own_steps"))
+    assert found.runs[main].config.mae.epochs == 10
+    assert found.runs[main].images("mae") == 10_000
+    assert found.runs[own].images("mae") == 2500
+    assert found.runs[steps].images("mae") == 10_000
+
+
+def test_pieces_come_after_what_they_need(read, plan):
+    found = plan(read())
+    places = {piece.id: place for place, piece in enumerate(found.pieces)}
+    assert len(places) == len(found.pieces)
+    for piece in found.pieces:
+        assert all(places[need] < places[piece.id] for need in piece.needs)
+        links = {stage for stage, _ in piece.links}
+        made = {
+            stage for stage, maker in found.runs[piece.run].makers.items() if maker == piece.run
+        }
+        assert not links & made
+    (main,) = runs_of(found, "moce")
+    (transfer,) = [p for p in found.pieces if p.id == f"{main}/transfer/emoji"]
+    assert transfer.request.backbones == ("mae", "moce", "moce:average")
+    assert set(transfer.needs) == {f"{main}/{s}" for s in ("mae", "features", "cluster", "moce")}
+
+
+def test_an_arm_may_have_only_some_seeds_and_tasks(read, plan):
+    few = {"backbone": "moce", "seeds": [1], "tasks": ["emoji"]}
+    found = plan(read(arms={"mae": {"backbone": "mae"}, "few": few}))
+    assert [(c.seed, c.task) for c in found.cells if c.arm == "few"] == [(1, "emoji")]
+    assert len(found.runs) == 2
+
+
+def test_a_selection_has_a_folder_of_its_own(read, plan):
+    found = plan(read())
+    folders = {c.arm: c.request.folder for c in found.cells if (c.task, c.seed) == ("emoji", 0)}
+    assert folders["moce"] == folders["mae"] == "emoji"
+    assert folders["largest"].startswith("emoji-")
+
+
+def test_validation_and_test_never_share_a_folder(read, plan):
+    test, validation = (plan(read(), split) for split in ("test", "val"))
+    folders = [{c.request.folder for c in found.cells} for found in (test, validation)]
+    assert not folders[0] & folders[1]
+    assert {c.config.transfer.evaluate for c in validation.cells} == {"val"}
+
+
+def test_names_of_runs_do_not_depend_on_other_arms(read, plan):
+    few = read(arms={"mae": {"backbone": "mae"}, "moce": {}})
+    assert runs_of(plan(few), "moce") == runs_of(plan(read()), "moce")
+    for one, other in itertools.combinations(plan(read()).runs.values(), 2):
+        assert identity(one.config) != identity(other.config)
+
+
+def test_a_task_cannot_change_what_its_run_learns(read, plan):
+    study = read(
+        tasks=[{"task": "digits", "set": ["mae.base_lr=1"]}], arms={"mae": {"backbone": "mae"}}
+    )
+    with pytest.raises(ConfigError, match=r"digits\.set: mae\.base_lr is of a run"):
+        plan(study)
+
+
+def test_forecast_names_runs_and_counts_shared_stages_once(read, plan):
+    study = read(flop_per_s=1e9)
+    lines = forecast(plan(study))
+    assert lines[0].startswith("runs       10, ")
+    assert sum("takes mae of" in line for line in lines) == 4
+    assert any("moce of 2 runs, 2 tasks; 1,000 + 5,000 images" in line for line in lines)
+    assert "h on 1 workers" in lines[-1]
+    twice = forecast(plan(read(flop_per_s=1e9, seeds=[0, 1, 2, 3])))
+    total, double = (float(found[-1].split()[2].replace(",", "")) for found in (lines, twice))
+    assert double == pytest.approx(2 * total, abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"arms": {"a": {"bakbone": "mae"}}, "reference": "a"}, "arms.a.bakbone"),
+        ({"reference": "nobody"}, "reference = 'nobody': must be one of mae"),
+        ({"seeds": [1, 1]}, "seeds: two are equal"),
+        ({"seeds": []}, "seeds"),
+        ({"protocols": ["kn"], "tasks": [{"task": "digits", "protocol": ["kn"]}]}, "--protocol kn"),
+        ({"tasks": [{"task": "digits"}, {"task": "digits"}]}, "tasks: two are equal"),
+        ({"arms": {"mae": {"backbone": "mea"}}}, "arms.mae, task sprites: --backbone mea"),
+        ({"arms": {"mae": {"set": {"gate.nois": 1}}}}, "gate.nois"),
+        ({"arms": {"m/e": {}}, "reference": "m/e"}, "arms.m/e: a name has letters"),
+        ({"arms": {"mae": {"backbone": "mae", "seeds": [7]}}}, "arms.mae.seeds: 7 is none of"),
+        ({"arms": {"mae": {"backbone": "mae", "tasks": ["x"]}}}, "arms.mae.tasks: x is none of"),
+        (
+            {"arms": {"mae": {"domains": "own_equal_steps"}}, "tasks": [{"task": "digits"}]},
+            "no task names a domain",
+        ),
+    ],
+)
+def test_wrong_requests_are_named(read, fields, message):
+    with pytest.raises(ConfigError) as error:
+        read(**fields)
+    assert message in str(error.value)
