@@ -6,6 +6,7 @@ are expanded, headers are checked, so that a wrong request is refused before any
 Source: class folders as torchvision.datasets.ImageFolder; brace patterns as webdataset has them.
 """
 
+import glob
 import io
 import logging
 import os
@@ -186,6 +187,7 @@ def read_picture(file: ImageFile) -> bytes | Fault:
 def expand_shards(pattern: str, *, allow_pipes: bool = False) -> list[str]:
     """Expand a comma list of brace patterns, globs, paths and URLs into absolute paths and URLs.
 
+    What is there is a path before it is a pattern: a file, and folders that a pattern begins with.
     Commands (`pipe:`) have their braces expanded, nothing is run.
 
     Raises:
@@ -200,6 +202,10 @@ def expand_shards(pattern: str, *, allow_pipes: bool = False) -> list[str]:
 
 
 def _split_commas(pattern: str) -> Iterator[str]:
+    """Split a list at commas outside of braces, unless all of it is a file."""
+    if os.path.isfile(os.path.expanduser(pattern)):
+        yield pattern
+        return
     depth, start = 0, 0
     for position, letter in enumerate(pattern):
         depth += (letter == "{") - (letter == "}")
@@ -221,17 +227,28 @@ def _expand(part: str, allow_pipes: bool) -> Iterator[str]:
         raise ConfigError(f"shards:{part}: commands run only with data.allow_pipes=true")
     if not part.removeprefix(PIPE).strip():
         raise ConfigError(f"shards:{part}: names nothing")
+    folder, pattern = ("", part) if _is_url(part) else _existing(part)
     try:
-        names = list(braceexpand(part))
+        names = list(braceexpand(pattern)) if pattern else [""]
     except ValueError:
         raise ConfigError(f"shards:{part}: braces are not balanced") from None
     for name in names:
-        is_remote = _is_url(name)
+        path = folder + name
         is_pattern = not part.startswith(PIPE) and any(letter in name for letter in "*?[")
-        found = _glob(name) if is_pattern else [name]
-        if not found or (not is_remote and not all(os.path.isfile(path) for path in found)):
-            raise ConfigError(f"shards:{name}: no such file")
+        is_file = not _is_url(part) and os.path.isfile(path)
+        found = _glob(glob.escape(folder) + name) if is_pattern and not is_file else [path]
+        if not found or not (_is_url(part) or all(map(os.path.isfile, found))):
+            raise ConfigError(f"shards:{path}: no such file")
         yield from found
+
+
+def _existing(part: str) -> tuple[str, str]:
+    """Split a local pattern into the folders that are there, letter for letter, and the rest."""
+    if os.path.isfile(part):
+        return part, ""
+    ends = (n for n in range(len(part), 0, -1) if part[n - 1] == "/" and os.path.isdir(part[:n]))
+    end = next(ends, 0)
+    return part[:end], part[end:]
 
 
 def _has_credentials(name: str) -> bool:
