@@ -230,6 +230,9 @@ class ClusterConfig(Section):
     """With `base_run`: assign under the prices that balanced its clusters, where it has any."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class StageConfig(Section):
     """Optimisation of one training stage."""
 
@@ -245,7 +248,7 @@ class StageConfig(Section):
     """Learning rate at the end of the cosine."""
     weight_decay: float = Field(0.05, ge=0)
     """AdamW's decay of matrices; biases, norms and tokens have none."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's moment coefficients."""
     clip_norm: float = Field(0.0, ge=0)
     """Global gradient norm to clip to; 0 does not clip."""

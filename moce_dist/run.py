@@ -256,13 +256,13 @@ def load_run(root: Path, named: str = "--run") -> tuple[Run, Config]:
     return Run(root), read_resolved(resolved)
 
 
-def read_resolved(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """Read the configuration that a run was made with, and lay `a.b=value` overrides over it.
+def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = None) -> Config:
+    """Read the configuration that a run was made with, and lay a file and overrides over it.
 
     Raises:
         ConfigError: an override is wrong, or this version does not know a setting of the run.
     """
-    tree = read_tree(path, overrides)
+    tree = read_tree(path, overrides, over)
     tree.pop("bench", None)  # runs of version 0.1 list the settings of benchmarks too
     try:
         return validate(Config, tree)

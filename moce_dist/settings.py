@@ -1,13 +1,21 @@
 """How a configuration is read: YAML, `--set` overrides, strict typing, errors with dotted paths.
 
+What stands there is what a reader sees. Text without quotes keeps its letters until the field that
+it is for says what it can be: `off` is a word for `cluster.balance` and false for `data.hflip`,
+`007` is a name for `base_run` and seven for `seed`, and nothing is a date or counted in sixties.
+What follows `--set a.b=` is, for a field of text, the text as it was said: ` #` begins no comment,
+and only quotes around the whole of it are taken off. A key that stands twice is a mistake.
+
 What the fields are stands in config.py.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,36 +28,93 @@ class ConfigError(ValueError):
 class Section(BaseModel):
     """A part of the configuration: immutable, no unknown keys, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 floats: `1e-4` is a number, not a string."""
+class Plain(str):
+    """Text without quotes: what it is depends on the field that it is for."""
+
+    __slots__ = ()
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
+class Said(Plain):
+    """What follows `--set PATH=`."""
+
+    path = ""
+
+
+_ANYTHING = (NoneType, bool, int, float, str)
+_NULL = ("", "~", "null", "Null", "NULL")
+_WORDS = {"true": True, "false": False, "yes": True, "no": False, "on": True, "off": False}
+_INTEGER = re.compile(r"[-+]?\d+(_\d+)*", re.ASCII)
+_FLOAT = re.compile(
+    r"[-+]?(\d+(_\d+)*(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.ASCII | re.IGNORECASE
 )
+_MAX_DIGITS = 100
+_PLAIN, _MERGE = "!plain", "tag:yaml.org,2002:merge"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's parser; scalars without quotes stay text, whatever they look like."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        if kind is yaml.ScalarNode and implicit[0]:
+            return _MERGE if value == "<<" else _PLAIN
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+
+    def plain(self, node: yaml.ScalarNode) -> Plain:
+        return Plain(node.value)
+
+    def sequence(self, node: yaml.SequenceNode) -> list[Any]:
+        return self.construct_sequence(node, deep=True)
+
+    def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ConfigError(f"line {line}: a key must be a word")
+            if key.value in lines and key.tag != _MERGE:
+                raise ConfigError(
+                    f"{key.value} stands twice, in line {lines[key.value]} and line {line}"
+                )
+            lines[key.value] = line
+        self.flatten_mapping(node)
+        return {key.value: self.construct_object(value, deep=True) for key, value in node.value}
+
+
+_Loader.yaml_constructors = {
+    _PLAIN: _Loader.plain,
+    "tag:yaml.org,2002:map": _Loader.mapping,
+    "tag:yaml.org,2002:seq": _Loader.sequence,
+    "tag:yaml.org,2002:str": _Loader.construct_yaml_str,
+    None: _Loader.construct_undefined,
+}
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML text; `name` is what an error calls it.
+    """Parse YAML text into dicts, lists, `str` (quoted) and `Plain`; `name` is for errors.
 
     Raises:
-        ConfigError: the text is not YAML.
+        ConfigError: the text is not YAML, or a key stands twice.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not valid YAML: {' '.join(str(error).split())}") from None
+        reason = f"{error}"
+        if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+            reason = f"{error.problem}, line {mark.line + 1}, column {mark.column + 1}"
+        raise ConfigError(
+            f"{name}: not valid YAML: {' '.join(reason.split())}; text with ': ', ' #' or brackets "
+            "needs quotes around it"
+        ) from None
 
 
 def dump_yaml(tree: dict[str, Any]) -> str:
@@ -62,32 +127,59 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not sign or not path:
         raise ConfigError(f"--set {override}: must read a.b=value")
     node = tree
-    for parent in path.split(".")[:-1]:
-        node = node.setdefault(parent, {})
-        if not isinstance(node, dict):
+    *parents, last = path.split(".")
+    for parent in parents:
+        inner = node.get(parent, {})
+        if isinstance(inner, Plain):
+            inner = parse_yaml(inner, f"--set {path}") if isinstance(inner, Said) else inner
+            inner = {} if inner in _NULL else inner
+        if not isinstance(inner, dict):
             raise ConfigError(f"--set {override}: {parent} is not a section")
-    node[path.split(".")[-1]] = parse_yaml(text, f"--set {path}")
+        node[parent] = node = inner
+    node[last] = said = Said(text)
+    said.path = path
 
 
-def read_tree(path: str | Path | None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+def read_tree(
+    path: str | Path | None, overrides: Iterable[str] = (), over: str | Path | None = None
+) -> dict[str, Any]:
     """Read a YAML file (None: an empty one) as nested dicts and apply `a.b=value` overrides.
 
+    `over` is a second file, whose fields go before those of the first.
+
     Raises:
-        ConfigError: the file is missing or is not a mapping, or an override is malformed.
+        ConfigError: a file is missing or is not a mapping, or an override is malformed.
     """
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = parse_yaml(Path(path).read_text(), str(path)) or {}
-        except OSError as error:
-            raise ConfigError(f"--config {path}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ConfigError(f"--config {path}: is not a text file") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, is a {type(tree).__name__}")
+    tree: dict[str, Any] = {}
+    for file in (path, over):
+        if file is not None:
+            _lay_over(tree, _read_file(file))
     for override in overrides:
         _apply_override(tree, override)
     return tree
+
+
+def _read_file(path: str | Path) -> dict[str, Any]:
+    try:
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"--config {path}: is not a text file") from None
+    if tree is None or (isinstance(tree, Plain) and tree in _NULL):
+        return {}
+    if not isinstance(tree, dict):
+        kind = "list" if isinstance(tree, list) else "text"
+        raise ConfigError(f"{path}: must be a mapping of sections, is a {kind}")
+    return tree
+
+
+def _lay_over(tree: dict[str, Any], upper: dict[str, Any]) -> None:
+    for key, value in upper.items():
+        if isinstance(value, dict) and isinstance(inner := tree.get(key), dict):
+            _lay_over(inner, value)
+        else:
+            tree[key] = value
 
 
 def validate(section: type[SectionT], tree: dict[str, Any]) -> SectionT:
@@ -97,18 +189,105 @@ def validate(section: type[SectionT], tree: dict[str, Any]) -> SectionT:
         ConfigError: naming every unknown key and wrong type.
     """
     try:
-        return section.model_validate_json(json.dumps(tree), strict=True)
+        return section.model_validate_json(json.dumps(_typed(tree, section)), strict=True)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(e) for e in error.errors())) from None
+        raise ConfigError("; ".join(_describe(error, tree))) from None
     except TypeError as error:
         raise ConfigError(f"configuration holds a value that is no plain YAML: {error}") from None
 
 
-def _describe(error: Any) -> str:
-    path = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        return f"{path} = {error['input']!r}: unknown key"
-    return f"{path} = {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+def _options(wanted: Any) -> tuple[Any, ...]:
+    """Types that a field may have: the members of a union, without annotations."""
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin is Annotated:
+        return _options(parts[0])
+    if origin in (Union, UnionType):
+        return tuple(chain.from_iterable(map(_options, parts)))
+    return _ANYTHING if wanted is Any else (wanted,)
+
+
+def _typed(value: Any, wanted: Any) -> Any:
+    """Turn text without quotes, wherever it stands in a value, into what its field can be."""
+    options = _options(wanted)
+    if isinstance(value, Said):
+        value = _heard(value, options)
+    if isinstance(value, Plain):
+        return next(_readings(value, options))
+    if isinstance(value, dict):
+        sections = (o for o in options if isinstance(o, type) and issubclass(o, Section))
+        section = next(sections, Section)
+        fields = {name: field.annotation for name, field in section.model_fields.items()}
+        return {key: _typed(inner, fields.get(key, Any)) for key, inner in value.items()}
+    if isinstance(value, list):
+        items = next((get_args(o) for o in options if get_origin(o) is tuple), (Any,))
+        kinds = repeat(items[0]) if items[-1] is ... else chain(items, repeat(Any))
+        return [_typed(inner, kind) for inner, kind in zip(value, kinds, strict=False)]
+    return value
+
+
+def _heard(said: Said, options: tuple[Any, ...]) -> Any:
+    """Read what follows `--set a.b=`; as YAML only where lists and sections may stand."""
+    is_text = any(option is str or get_origin(option) is Literal for option in options)
+    is_quoted = len(said) > 1 and said[0] == said[-1] and said[0] in "\"'"
+    if is_text and not is_quoted:
+        return Plain(said)
+    if is_text or not set(options) <= set(_ANYTHING):
+        try:
+            found = parse_yaml(said, f"--set {said.path}")
+        except ConfigError:
+            if not is_text:
+                raise
+            return Plain(said)
+        return Plain(said) if is_text and not isinstance(found, str) else found
+    return Plain(said.strip())
+
+
+def _readings(text: Plain, options: tuple[Any, ...]) -> Iterator[Any]:
+    """Yield what text without quotes can be of the options, the likeliest first."""
+    yield from (c for o in options if get_origin(o) is Literal for c in get_args(o) if c == text)
+    if text in _NULL and NoneType in options:
+        yield None
+    word = text.lower()
+    # without a field that says what is wanted, as YAML 1.2 has it
+    words = ("true", "false") if options == _ANYTHING else _WORDS
+    if bool in options and word in words and text in (word, word.capitalize(), word.upper()):
+        yield _WORDS[word]
+    numbers = [o for o in options if get_origin(o) is Literal for o in get_args(o)]
+    is_integer = int in options or any(type(number) is int for number in numbers)
+    if is_integer and _INTEGER.fullmatch(text) and len(text) < _MAX_DIGITS:
+        yield int(text)
+    if float in options and _FLOAT.fullmatch(text):
+        yield float(re.sub(r"\.(inf|nan)$", r"\1", word.replace("_", "")))
+    if text in _NULL and any(isinstance(o, type) and issubclass(o, Section) for o in options):
+        # a section with nothing in it
+        yield {}
+    if str in options:
+        yield str(text)
+    yield text
+
+
+def _describe(error: ValidationError, tree: dict[str, Any]) -> list[str]:
+    """Say what is wrong, a line a field, with the value as the user wrote it."""
+    found: dict[str, list[str]] = {}
+    for mistake in error.errors():
+        node: Any = tree
+        path: list[str] = []
+        for part in mistake["loc"]:
+            inside = range(len(node)) if isinstance(node, list) else node
+            is_in = isinstance(node, dict | list) and part in inside
+            if not is_in and mistake["type"] != "missing":
+                # the rest names a member of a union, or is inside of what --set says
+                break
+            path.append(str(part))
+            node = node[part] if is_in else None
+        shown = f"{node}" if isinstance(node, Plain) else f"{mistake['input']!r}"
+        rule = f"{mistake['msg'][0].lower()}{mistake['msg'][1:]}"
+        if mistake["type"] == "extra_forbidden":
+            rule = "unknown key"
+        elif mistake["type"] == "string_type" and isinstance(node, dict | list):
+            rule += '; text of such letters needs quotes: "..."'
+        found.setdefault(f"{'.'.join(path)} = {shown}", []).append(rule)
+    return [f"{field}: {', or '.join(rules)}" for field, rules in found.items()]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,6 @@ A request names the task, the backbones, the protocols and the seeds. Whatever c
 or about the run directory that it refers to is found here, from names, folders and headers.
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import get_args
 from moce_dist.config import Config, Selection, SuiteEntry, checked, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run import Run, differing_fields, load_run, read_marker, read_resolved
-from moce_dist.settings import ConfigError, flatten, parse_yaml
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.catalog import TASKS
 from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS
 
@@ -289,12 +288,9 @@ def open_request_run(root: Path, recipe: str | None, overrides: list[str]) -> tu
         ConfigError: there is no such run, the recipe is wrong or changes what the run has learnt.
     """
     run, made_with = load_run(root)
-    changes = []
     if recipe is not None:
         load_config(recipe)
-        tree = parse_yaml(Path(recipe).read_text(), recipe) or {}
-        changes = [f"{path}={json.dumps(value)}" for path, value in flatten(tree).items()]
-    config = checked(read_resolved(root / "config.yaml", [*changes, *overrides]))
+    config = checked(read_resolved(root / "config.yaml", overrides, recipe))
     if differing := differing_fields(config, made_with):
         raise ConfigError(
             f"{root}: was made with another configuration: {'; '.join(differing)}; here only "
