@@ -3,6 +3,7 @@
     model = timm.create_model("local-dir:RUN/transfer/TASK/backbone", pretrained=True)
     features = model(images)                                  # (B, D), mean of the patch tokens
     timm.create_model("local-dir:...", pretrained=True, num_classes=10)      # with a new head
+    transformers.AutoModel.from_pretrained("RUN/transfer/TASK/backbone")      # wraps timm
 
 The files themselves are written by saved.py.
 """

@@ -5,10 +5,12 @@
                                 timm's local-dir format, so timm alone loads it too
 
     model = timm.create_model("local-dir:FOLDER", pretrained=True)      # classifiers
+    model = transformers.AutoModelForImageClassification.from_pretrained("FOLDER")      # the same
 
 Letters: B images, S side in pixels, C classes.
 
-Source: timm's local-dir format, timm/models/_hub.py (load_model_config_from_path).
+Sources: timm's local-dir format, timm/models/_hub.py (load_model_config_from_path); transformers'
+models/timm_wrapper.
 """
 
 import contextlib
@@ -172,13 +174,18 @@ def detector_spec(
 
 
 def timm_config(spec: Spec, tag: str) -> dict[str, Any]:
-    """Make timm's `config.json`: architecture, arguments, and the pictures that it expects."""
+    """Make timm's `config.json`: architecture, arguments, and the pictures that it expects.
+
+    transformers wraps such a folder and says itself how many classes there are, so the arguments
+    must not.
+    """
     num_classes = 0 if spec.kind == "features" else len(spec.classes)
+    arguments = {name: value for name, value in spec.arguments.items() if name != "num_classes"}
     return {
         "architecture": spec.architecture,
         "num_classes": num_classes,
         "global_pool": spec.arguments.get("global_pool", "avg"),
-        "model_args": dict(spec.arguments),
+        "model_args": arguments,
         **({"label_names": list(spec.classes)} if num_classes else {}),
         "pretrained_cfg": {
             "tag": tag,
@@ -250,7 +257,7 @@ def _read_spec(folder: Path) -> Spec:
             folder.name,
             [],
             config["architecture"],
-            config["model_args"],
+            {"num_classes": config["num_classes"], **config["model_args"]},
             pixels["input_size"][-1],
             pixels["mean"],
             pixels["std"],

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -16,6 +17,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.loading import TaskImages
+from moce_dist.transfer.saved import classifier_spec, load_model, save_model
 from moce_dist.transfer.tasks import Item
 
 from .conftest import by_global_name
@@ -65,6 +67,60 @@ def test_timm_alone_computes_the_features_of_the_moce_encoder(tmp_path, config, 
         expected = moce.features(images, dispatcher, torch.ones(2, 2))
     found = torch.from_numpy(np.load(tmp_path / "features.npy"))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_transformers_and_segmentation_models_load_the_same_weights(tmp_path, config, models):
+    import segmentation_models_pytorch as smp
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+    folder = tmp_path / "with space [v1]"
+    weights = customize(by_global_name(models["moce"], config), [2, 1])
+    export_backbone(run_backbone("moce", config, weights), folder, "card\n")
+    alone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, 16, 16)
+
+    wrapped = AutoModel.from_pretrained(folder).eval()
+    assert torch.equal(wrapped(images).pooler_output, alone(images))
+    assert torch.equal(wrapped(images).last_hidden_state, alone.forward_features(images))
+    assert AutoConfig.from_pretrained(folder).num_labels == 0
+    pixels = AutoImageProcessor.from_pretrained(folder)(Image.new("RGB", (20, 30)))["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
+
+    encoder = smp.DPT(
+        encoder_name=f"tu-local-dir:{folder}",
+        encoder_depth=2,
+        decoder_intermediate_channels=(8, 8),
+        encoder_weights="imagenet",
+        dynamic_img_size=True,
+    ).encoder.model
+    for name, found in (("timm_model.", wrapped), ("model.", encoder)):
+        state = {key.removeprefix(name): tensor for key, tensor in found.state_dict().items()}
+        expected = {key: tensor for key, tensor in weights.items() if key in state}
+        assert expected and all(torch.equal(state[key], expected[key]) for key in expected)
+        assert len(expected) >= len(weights) - 2, "all but the last norm"
+
+
+@torch.no_grad()
+def test_classifier_gives_the_same_answers_in_timm_and_transformers(tmp_path, config, models):
+    from transformers import AutoModelForImageClassification
+
+    backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+    spec = classifier_spec(
+        backbone, "pets", ["cat", "dog", "hen"], is_multi_label=False, fc_norm=True
+    )
+    model = spec.build().eval()
+    save_model(tmp_path, model, spec, {})
+    images = torch.randn(2, 3, 16, 16)
+    wrapped = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    alone = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(wrapped(images).logits, model(images))
+    assert torch.equal(alone(images), model(images))
+    assert wrapped.config.id2label == {0: "cat", 1: "dog", 2: "hen"}
+    ours, again = load_model(tmp_path)
+    assert torch.equal(ours(images), model(images)) and again.classes == ["cat", "dog", "hen"]
+    bare = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=0).eval()
+    assert bare(images).shape == (2, 24)
 
 
 @torch.no_grad()
@@ -170,4 +226,6 @@ def test_config_json_names_the_architecture(tmp_path, config, models):
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["architecture"] == "vit_base_patch16_224"
     assert written["model_args"]["embed_dim"] == 24
-    assert written["pretrained_cfg"]["num_classes"] == 0
+    assert written["num_classes"] == written["pretrained_cfg"]["num_classes"] == 0
+    assert "num_classes" not in written["model_args"]
+    assert load_model(tmp_path)[0](torch.zeros(1, 3, 16, 16)).shape == (1, 24)
