@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
-import simplejpeg
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
@@ -191,6 +190,8 @@ def jpeg_header(content: Encoded) -> JpegHeader | None:
     """Read the header of a JPEG; None where it is none, or an odd one that Pillow may know."""
     if content[:3] != JPEG:
         return None
+    import simplejpeg  # a bench of steps on synthetic images runs without it
+
     with suppress(ImageError), door():
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
         return JpegHeader(width, height, space)
@@ -204,6 +205,8 @@ def jpeg_pixels(
 
     None where libjpeg-turbo warns or fails: Pillow knows which warnings are harmless.
     """
+    import simplejpeg
+
     with suppress(ImageError), door():
         pixels: Pixels = simplejpeg.decode_jpeg(
             content,

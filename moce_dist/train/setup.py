@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moce_dist.cluster.assign import read_assignments
 from moce_dist.config import Config
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import Plan, SampleTable, sample_table
@@ -136,6 +135,9 @@ def holdout_table(job: StageJob) -> SampleTable | None:
     table = sample_table(read_index(job.holdout), job.num_clusters)
     if job.stage == "mae":
         return table
+    # a bench of steps needs neither faiss nor pyarrow, which clustering brings along
+    from moce_dist.cluster.assign import read_assignments
+
     clusters = read_assignments(Run(job.run_root).shards / HOLDOUT_TABLE)
     ids = np.array([clusters[key] for key in table.keys], np.int64)
     return replace(table, cluster=ids)
