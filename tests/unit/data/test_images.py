@@ -7,11 +7,11 @@ import pytest
 import torch
 from benches import decode
 from benches.photographs import photographs
+from benches.settings import make_bench_config
 from PIL import Image
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
-from moce_dist.config import make_config
 from moce_dist.data import decoders, images
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import MEAN, STD, sample_generator
@@ -100,7 +100,7 @@ def test_jpeg_bomb_is_refused_before_it_is_decoded(photo):
 
 @pytest.mark.parametrize("size", [(500, 375), (2000, 1500)])
 def test_crops_of_photographs_look_as_the_reference_has_them(size):
-    config = make_config({"seed": 0})
+    config = make_bench_config({"seed": 0})
     contents = photographs(config, *size, 6)
     likeness = decode.similarities(config, contents)
     assert len(likeness) == 48
