@@ -65,10 +65,25 @@ class Box(NamedTuple):
     lower: int
 
 
+class SampleDraws:
+    """The generators of images one after the other: setting one anew is faster than making one."""
+
+    def __init__(self) -> None:
+        self._bits = np.random.Philox(key=0)
+        self._start = self._bits.state
+        self._generator = np.random.Generator(self._bits)
+
+    def of(self, seed: int, epoch: int, key: str) -> np.random.Generator:
+        """Return the generator of one image in one epoch, which is so until the next call."""
+        digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
+        self._start["state"]["key"] = np.frombuffer(digest, "<u8")
+        self._bits.state = self._start
+        return self._generator
+
+
 def sample_generator(seed: int, epoch: int, key: str) -> np.random.Generator:
     """Make the generator of one image in one epoch; equal arguments give equal draws anywhere."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return SampleDraws().of(seed, epoch, key)
 
 
 def _stretched(image: Image.Image) -> Image.Image:
@@ -269,8 +284,9 @@ def to_sample(pixels: Pixels) -> Sample:
 def random_box(width: int, height: int, scale_min: float, draws: np.random.Generator) -> Box:
     """Draw RandomResizedCrop's rectangle for a picture of `width` x `height` pixels."""
     for _ in range(10):
-        area = width * height * draws.uniform(scale_min, 1.0)
-        ratio = math.exp(draws.uniform(*_ASPECT))
+        # as `draws.uniform` has it, in a third of its time
+        area = width * height * (scale_min + (1.0 - scale_min) * draws.random())
+        ratio = math.exp(_ASPECT[0] + (_ASPECT[1] - _ASPECT[0]) * draws.random())
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(draws.integers(width - w + 1)), int(draws.integers(height - h + 1))

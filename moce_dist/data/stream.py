@@ -36,9 +36,9 @@ from moce_dist.data.images import (
     Cut,
     Decoded,
     Jpeg,
+    SampleDraws,
     draw_cut,
     open_picture,
-    sample_generator,
 )
 from moce_dist.data.kept import KeptSamples
 from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
@@ -225,10 +225,11 @@ class PlannedStream(IterableDataset[Batch]):
         noise = np.empty((slots, spec.num_patches), np.float32)
         weights = np.zeros(slots, np.float32)
         waiting, on_device = Waiting(), spec.data.decode_on == "device"
+        generators, epoch = SampleDraws(), spec.plan.epoch_of(step.number)
         for slot, sample_id in enumerate(step.ids):
             key = "" if sample_id == PADDING else table.keys[sample_id]
             # the mask is drawn before the crop: it must not depend on how often the crop tries
-            draws = sample_generator(spec.plan.seed, spec.plan.epoch_of(step.number), key)
+            draws = generators.of(spec.plan.seed, epoch, key)
             noise[slot] = draws.random(spec.num_patches, np.float32)
             if sample_id == PADDING:
                 continue

@@ -1,6 +1,8 @@
 """Decoding and cropping against PIL and torchvision."""
 
 import io
+import math
+from hashlib import blake2b
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torchvision.transforms import v2
 
 from moce_dist.data import decoders, images
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import MEAN, STD, sample_generator
+from moce_dist.data.images import MEAN, STD, SampleDraws, sample_generator
 
 
 def encode(picture, kind="PNG", **options):
@@ -199,6 +201,24 @@ def test_draws_are_keyed_by_sample():
         sample_generator(1, 2, "b"),
     ):
         assert (first != other.random(3)).all()
+
+
+def test_a_generator_set_anew_is_a_new_one():
+    draws = SampleDraws()
+    for number in range(3):
+        key = int.from_bytes(blake2b(f"7/{number}/a".encode(), digest_size=16).digest(), "little")
+        fresh = np.random.Generator(np.random.Philox(key=key))
+        # an odd number of half words leaves one of them over for the next draw
+        for generator in (again := draws.of(7, number, "a"), fresh):
+            generator.random(5, np.float32)
+        box = images.random_box(500, 375, 0.2, again)
+        area, ratio = 500 * 375 * fresh.uniform(0.2, 1), math.exp(fresh.uniform(*images._ASPECT))
+        width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        assert (box.right - box.left, box.lower - box.upper) == (width, height)
+        assert (box.left, box.upper) == (
+            fresh.integers(500 - width + 1),
+            fresh.integers(375 - height + 1),
+        )
 
 
 def test_eval_image_is_the_centre(photo):
