@@ -25,6 +25,9 @@ def main(argv: Sequence[str]) -> None:
         "Measure one part of the system against its baselines.", "python jobs/bench.py step"
     )
     parser.add_argument("name", metavar="NAME", choices=BENCHES, help=", ".join(BENCHES))
+    parser.add_argument(
+        "--terms", metavar="FILE", help="add what was measured to this file of hardware.terms"
+    )
     arguments = parser.parse_args(argv)
     path = Path(arguments.config or CONFIGS / f"{arguments.name}.yaml")
     config = load_bench_config(path, arguments.overrides)
@@ -33,7 +36,10 @@ def main(argv: Sequence[str]) -> None:
         return
     quiet_libraries()
     bench = importlib.import_module(f"benches.{arguments.name}")
-    print(bench.run(config).to_json())
+    report = bench.run(config)
+    if arguments.terms is not None:
+        report.write_terms(Path(arguments.terms))
+    print(report.to_json())
 
 
 if __name__ == "__main__":

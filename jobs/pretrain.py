@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from moce_dist import sizes
+from moce_dist.budget import budget_lines
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, DataConfig, load_config
 from moce_dist.continued import base_control, base_of, check_base
@@ -89,14 +91,10 @@ def check_source(data: DataConfig, root: Path) -> None:
 
 
 def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
-    """Describe what would run: stages, shapes, ranks, groups, bytes."""
+    """Describe what would run: stages, shapes, ranks, groups, bytes, and the budget of a step."""
     shape, parallel = config.model.shape, config.parallel
-    dense_mlp = 8 * shape.width**2 + 5 * shape.width
-    experts = len(config.moe_layers) * config.moe.num_experts * dense_mlp
-    shared = 12 * shape.width**2 * shape.depth
     ep_size = min(parallel.num_workers, parallel.num_groups)
-    visible = int(config.num_patches * (1 - config.model.mask_ratio)) + 1
-    width = 2 if parallel.precision == "bf16" else 4
+    own = sizes.shared_parameters(config) + sizes.local_expert_parameters(config)
     is_elastic = parallel.fewest_workers < parallel.num_workers
     fewest = f" (at least {parallel.fewest_workers})" if is_elastic else ""
     every = "mae, cluster, moce" + (", control" if config.control else "")
@@ -107,7 +105,7 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         *control_lines(config, stage),
         f"data       {config.data.source}, {config.data.image_size} px",
         f"encoder    width {shape.width}, depth {shape.depth}, heads {shape.num_heads}, "
-        f"{visible} of {config.num_patches + 1} tokens visible",
+        f"{sizes.num_visible(config)} of {config.num_patches + 1} tokens visible",
         f"experts    {config.moe.num_experts} in each of blocks {list(config.moe_layers)}",
         f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}, "
         f"features of {config.cluster.encoder}",
@@ -116,10 +114,16 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"{config.moe.num_experts // ep_size} experts of a layer on each rank",
         f"batch      mae {config.mae.batch_size}, moce {config.moce.batch_size}; "
         f"{config.moce.batch_size // parallel.num_workers} images a rank",
-        f"state      about {16 * (shared + experts / ep_size) / 2**30:.2f} GiB a rank "
-        "(weights, gradients, moments; encoder)",
-        f"exchange   {visible * shape.width * width} bytes an image and transfer",
+        f"state      about {16 * own / 2**30:.2f} GiB a rank (weights, gradients, moments)",
+        f"exchange   {sizes.image_bytes(config)} bytes an image and transfer",
+        *budget_lines(config, num_images(root)),
     ]
+
+
+def num_images(root: Path) -> int | None:
+    """Count the images of a run that were ingested; None before."""
+    index = root / "ingested"
+    return read_index(index).num_samples if (index / COMPLETE).exists() else None
 
 
 def base_lines(config: Config) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import Field
 
+from moce_dist.hardware import HardwareConfig
 from moce_dist.rules import cross_field_errors
 from moce_dist.settings import ConfigError, Section, dump_yaml, flatten, read_tree, validate
 from moce_dist.workers import legal_worker_counts
@@ -48,6 +49,7 @@ RUNTIME_FIELDS = (
     "checkpoint",
     "logging",
     "transfer",
+    "hardware",
 )
 
 
@@ -502,6 +504,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     transfer: TransferConfig = TransferConfig()
+    hardware: HardwareConfig = HardwareConfig()
 
     @property
     def moe_layers(self) -> tuple[int, ...]:

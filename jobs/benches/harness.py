@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benches.settings import BenchConfig
+from moce_dist.budget import read_terms
 from moce_dist.parallel.groups import free_port
+from moce_dist.run import write_atomic
 from moce_dist.settings import flatten
 
 _RANK_TIMEOUT_S = 600.0
@@ -38,6 +40,8 @@ class Report:
     ratios: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict)
+    """Measured fields of `hardware`, which budgets of machines of this kind are made of."""
 
     def add_variants(self, values: Mapping[str, Sequence[float]], unit: str = "s") -> "Report":
         """Record the values of variants, one a round, in `unit`."""
@@ -60,6 +64,15 @@ class Report:
         else:
             self.ratios[name] = self.variants[over]["median"] / self.variants[under]["median"]
         return self
+
+    def write_terms(self, path: Path) -> None:
+        """Add the measured terms to a file of them, those of other benchmarks left as they are.
+
+        Raises:
+            ConfigError: the file holds something else.
+        """
+        known = read_terms(path) if path.exists() else {}
+        write_atomic(path, json.dumps(known | self.terms, indent=1))
 
     def to_json(self) -> str:
         """Write as one line of JSON; `config` holds what differs from the defaults."""

@@ -22,6 +22,7 @@ from benches.synthetic import synthetic_batches, synthetic_state
 from moce_dist.data.images import normalise
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import Experts
+from moce_dist.sizes import training_flop
 from moce_dist.train.loop import train_step
 from moce_dist.train.optim import parameter_groups
 from moce_dist.train.setup import TrainState, worker_device
@@ -39,6 +40,9 @@ def run(config: BenchConfig) -> Report:
         for over, under in RATIOS:
             report.add_ratio(f"{over}{suffix}", f"{under}{suffix}")
     report.figures = result["figures"]
+    images = config.moce.batch_size / config.parallel.num_workers
+    flop_per_s = images * training_flop(config) / report.variants["dense_bf16"]["median"]
+    report.terms["utilisation"] = flop_per_s / (config.hardware.bf16_tflops * 1e12)
     return report
 
 

@@ -16,28 +16,7 @@ from moce_dist.config import Config
 from moce_dist.parallel.exchange import TRANSFERS
 from moce_dist.parallel.placement import Placement
 from moce_dist.parallel.transport import Floats, Ints
-
-
-def num_visible(config: Config) -> int:
-    """Tokens of an image in the encoder: visible patches and the class token."""
-    return int(config.num_patches * (1 - config.model.mask_ratio)) + 1
-
-
-def element_size(config: Config) -> int:
-    """Bytes of a number in the matrix products, the type in which tokens travel."""
-    return 2 if config.parallel.precision == "bf16" else 4
-
-
-def image_bytes(config: Config) -> int:
-    """Bytes of an image's tokens on one way."""
-    return num_visible(config) * config.model.shape.width * element_size(config)
-
-
-def expert_bytes(config: Config) -> int:
-    """Bytes of one expert as it moves: float32 weights, and under AdamW two moments."""
-    width = config.model.shape.width
-    parameters = 2 * width * 4 * width + 4 * width + width
-    return parameters * 4 * (3 if config.moce.optimizer == "adamw" else 1)
+from moce_dist.sizes import image_bytes
 
 
 @dataclass

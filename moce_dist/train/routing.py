@@ -34,12 +34,11 @@ from moce_dist.parallel.groups import ExpertMap, Topology, expert_map
 from moce_dist.parallel.placement import Placement, contiguous_placement, plan_placement
 from moce_dist.parallel.traffic import (
     Traffic,
-    expert_bytes,
-    image_bytes,
     no_traffic,
     predict_traffic,
 )
 from moce_dist.run import write_atomic
+from moce_dist.sizes import expert_bytes, image_bytes
 
 Ints = NDArray[np.int64]
 

@@ -7,7 +7,7 @@ import pytest
 
 from moce_dist.config import load_config
 from moce_dist.parallel.groups import Topology
-from moce_dist.parallel.traffic import expert_bytes, image_bytes
+from moce_dist.sizes import expert_bytes, image_bytes
 from moce_dist.train.routing import Router
 
 

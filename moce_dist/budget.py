@@ -1,0 +1,262 @@
+"""What a step, and with it a run, will cost on machines that one does not have yet.
+
+    step = compute + host + gradients that are not hidden + exchange + optimiser, or the loader
+
+The sum is reckoned for stage moce on `hardware`. Communication follows the usual bounds: an
+all-reduce of S bytes over r members passes 2 (r - 1) / r S through each of them; between nodes all
+GPUs of a node share its cards. Gradients hide behind the backward pass, two thirds of the compute,
+but for the last bucket. Every term says where it is from: `computed` from shapes and peaks, `set`
+by the configuration, `measured` when a file of measurements has it.
+
+Letters: R ranks, G groups, B images of a step, L MoE layers.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moce_dist import sizes
+from moce_dist.config import Config
+from moce_dist.hardware import HardwareConfig
+from moce_dist.settings import ConfigError, validate
+
+TRANSFERS = 4
+"""An image's tokens travel there and back, forward and backward."""
+BUCKET_BYTES = 25 * 2**20
+"""Gradients that travel together; the last ones have no backward pass to hide behind."""
+_BACKWARD = 2 / 3
+_FLOAT32_SLOWER = 16
+_ADAM_PASSES = 7
+"""AdamW reads weight, gradient and moments and writes all but the gradient."""
+_ACTIVATIONS = 34
+"""Bytes of activations a token, unit of width and block in bfloat16. Source: Korthikanti et al.
+2022, arXiv 2205.05198, equation 1, without the attention matrix, which flash attention spares."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One figure of a budget and where it is from."""
+
+    name: str
+    value: float
+    unit: str
+    source: str
+
+    def __str__(self) -> str:
+        """Return `name value unit (source)`."""
+        return f"{self.name} {self.value:,.4g} {self.unit} ({self.source})"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A step of stage moce on R ranks; every time is in milliseconds."""
+
+    config: Config
+    hardware: HardwareConfig
+    measured: frozenset[str]
+
+    def _source(self, *fields: str) -> str:
+        return "measured" if self.measured.issuperset(fields) else "computed"
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that the ranks fill."""
+        return -(-self.config.parallel.num_workers // self.hardware.gpus_per_node)
+
+    @property
+    def images(self) -> float:
+        """Images of a rank and step."""
+        return self.config.moce.batch_size / self.config.parallel.num_workers
+
+    def compute(self) -> Term:
+        """Forward and backward pass."""
+        peak = self.hardware.bf16_tflops * 1e12
+        if self.config.parallel.precision == "fp32":
+            peak /= _FLOAT32_SLOWER
+        flop = self.images * sizes.training_flop(self.config)
+        source = self._source("bf16_tflops", "utilisation")
+        return Term("compute", 1e3 * flop / (peak * self.hardware.utilisation), "ms", source)
+
+    def host(self) -> Term:
+        """Time in which the host keeps the GPU waiting."""
+        source = "measured" if "host_ms" in self.measured else "set"
+        return Term("host", self.hardware.host_ms, "ms", source)
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the shared gradients that a rank hands over in a step."""
+        parallel = self.config.parallel
+        size = 2 if parallel.reduce_dtype == "bf16" else 4
+        # ZeRO-1 and 2 gather the float32 weights again
+        again = 4 if parallel.zero_stage else 0
+        return sizes.shared_parameters(self.config) * (size + again)
+
+    def _all_reduce_ms(self, num_bytes: float, ranks: int) -> float:
+        hardware = self.hardware
+        here = min(ranks, hardware.gpus_per_node)
+        nodes = -(-ranks // hardware.gpus_per_node)
+        inside = 2 * (here - 1) / here * num_bytes / (hardware.nvlink_gb_s * 1e9)
+        between = 2 * (nodes - 1) / nodes * num_bytes / (hardware.node_gbit_s / 8 * 1e9)
+        return 1e3 * max(inside, between)
+
+    def gradients(self) -> Term:
+        """All-reduce of the shared gradients and of the experts', as if nothing hid it."""
+        parallel = self.config.parallel
+        ranks, replicas = parallel.num_workers, max(1, parallel.num_workers // parallel.num_groups)
+        size = 2 if parallel.reduce_dtype == "bf16" else 4
+        experts = sizes.local_expert_parameters(self.config) * size
+        both = self._all_reduce_ms(self.gradient_bytes(), ranks)
+        both += self._all_reduce_ms(experts, replicas)
+        return Term("gradients", both, "ms", self._source("node_gbit_s", "nvlink_gb_s"))
+
+    def gradients_exposed(self) -> Term:
+        """Return what of it the backward pass does not hide."""
+        whole = self.gradients()
+        if self.config.parallel.zero_stage:
+            return Term("gradients exposed", whole.value, "ms", whole.source)
+        last = self._all_reduce_ms(BUCKET_BYTES, self.config.parallel.num_workers)
+        left = max(whole.value - _BACKWARD * self.compute().value, 0.0)
+        return Term("gradients exposed", min(whole.value, left + last), "ms", whole.source)
+
+    def images_leaving(self) -> Term:
+        """Share of images times layers whose expert is elsewhere."""
+        given = self.hardware.images_leaving
+        if given is not None:
+            is_measured = "images_leaving" in self.measured
+            return Term("images leaving", given, "", "measured" if is_measured else "set")
+        parallel = self.config.parallel
+        places = min(parallel.num_workers, parallel.num_groups)
+        shared = self.config.gate.groups == "shared"
+        return Term("images leaving", 0.0 if shared else 1 - 1 / places, "", "computed")
+
+    def exchange(self) -> Term:
+        """All-to-alls of images whose expert is elsewhere."""
+        layers = len(self.config.moe_layers)
+        moved = self.images * layers * self.images_leaving().value * TRANSFERS
+        moved *= sizes.image_bytes(self.config)
+        here = min(self.config.parallel.num_workers, self.hardware.gpus_per_node)
+        rate = (
+            self.hardware.node_gbit_s / 8 / here
+            if self.num_nodes > 1
+            else (self.hardware.nvlink_gb_s)
+        )
+        source = self._source("node_gbit_s", "images_leaving")
+        return Term("exchange", 1e3 * moved / (rate * 1e9), "ms", source)
+
+    def optimiser(self) -> Term:
+        """AdamW, which memory bounds."""
+        own = sizes.shared_parameters(self.config) + sizes.local_expert_parameters(self.config)
+        seconds = own * 4 * _ADAM_PASSES / (self.hardware.memory_gb_s * 1e9)
+        return Term("optimiser", 1e3 * seconds, "ms", self._source("memory_gb_s"))
+
+    def loader(self) -> Term:
+        """Time in which the loader processes of a rank make its images."""
+        processes = max(1, self.config.data.loader_processes)
+        seconds = self.images / (processes * self.hardware.decode_images_s)
+        return Term("loader", 1e3 * seconds, "ms", self._source("decode_images_s"))
+
+    def step(self) -> Term:
+        """Add up the parts, or take the loader where that is slower."""
+        parts = [self.compute(), self.host(), self.gradients_exposed()]
+        parts += [self.exchange(), self.optimiser()]
+        value = max(sum(part.value for part in parts), self.loader().value)
+        is_measured = all(part.source == "measured" for part in parts)
+        return Term("step", value, "ms", "measured" if is_measured else "computed")
+
+    def rate(self) -> Term:
+        """Images a second and GPU."""
+        step = self.step()
+        return Term("rate", 1e3 * self.images / step.value, "images/s a GPU", step.source)
+
+    def memory(self) -> Term:
+        """Weights, gradients, buckets and moments of a rank, and activations of its images."""
+        config = self.config
+        own = sizes.shared_parameters(config) + sizes.local_expert_parameters(config)
+        ranks = config.parallel.num_workers
+        moments = 8 * own / (ranks if config.parallel.zero_stage else 1)
+        model, scale = config.model, sizes.element_size(config) / 2
+        per_image = sizes.num_visible(config) * model.shape.width * model.shape.depth
+        per_image += (config.num_patches + 1) * model.decoder_width * model.decoder_depth
+        images = self.images / config.parallel.micro_batches
+        activations = images * per_image * _ACTIVATIONS * scale
+        if config.parallel.activation_checkpointing:
+            activations /= _ACTIVATIONS / 2
+        total = 8 * own + moments + activations
+        return Term("memory", total / 2**30, "GiB a GPU", "computed")
+
+    def storage(self) -> Term:
+        """Return what the nodes together read."""
+        rate = self.rate()
+        total = rate.value * self.config.parallel.num_workers * self.hardware.sample_kb * 1e3
+        return Term("storage", total / 1e9, "GB/s", rate.source)
+
+    def days(self, num_images: int) -> Term:
+        """Both stages, and the control where it is wanted, at the rate of stage moce."""
+        config = self.config
+        epochs = config.mae.epochs + config.moce.epochs * (1 + config.control)
+        rate = self.rate()
+        seconds = epochs * num_images / (rate.value * config.parallel.num_workers)
+        return Term("run", seconds / 86400, "days", rate.source)
+
+
+def budget(config: Config) -> Budget:
+    """Reckon with the configuration's hardware and the file of measured terms that it names.
+
+    Raises:
+        ConfigError: the file is missing, or holds something else than numbers of known terms.
+    """
+    hardware = config.hardware
+    if hardware.terms is None:
+        return Budget(config, hardware, frozenset())
+    terms = read_terms(Path(hardware.terms))
+    merged = validate(HardwareConfig, {**hardware.model_dump(mode="json"), **terms})
+    return Budget(config, merged, frozenset(terms))
+
+
+def read_terms(path: Path) -> dict[str, Any]:
+    """Read a file of measured terms.
+
+    Raises:
+        ConfigError: it is missing, or no mapping.
+    """
+    try:
+        terms = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"hardware.terms = {str(path)!r}: {error}") from None
+    if not isinstance(terms, dict):
+        raise ConfigError(f"hardware.terms = {str(path)!r}: must be a mapping of terms to numbers")
+    return terms
+
+
+def budget_lines(config: Config, num_images: int | None) -> list[str]:
+    """Describe the budget of a step of stage moce, and of the run, for `--dry-run`."""
+    reckoned = budget(config)
+    parts = (
+        reckoned.compute(),
+        reckoned.host(),
+        reckoned.gradients_exposed(),
+        reckoned.exchange(),
+        reckoned.optimiser(),
+        reckoned.loader(),
+    )
+    hardware = reckoned.hardware
+    lines = [
+        f"budget     of a step of stage moce on {reckoned.num_nodes} nodes of "
+        f"{hardware.gpus_per_node} GPUs, {hardware.node_gbit_s:g} Gbit/s a node",
+        *(f"  {part}" for part in parts),
+        f"  {reckoned.gradients()} before overlap, "
+        f"{reckoned.gradient_bytes() / 1e6:,.0f} MB of shared gradients a rank",
+        f"  {reckoned.step()}; {reckoned.rate()}",
+        f"  {reckoned.memory()} of {hardware.memory_gib:g}",
+        f"  {reckoned.storage()}, {_open_files(config)} tars open",
+    ]
+    count = hardware.num_images or num_images
+    if count is not None:
+        lines.append(f"  {reckoned.days(count)} for {count:,} images, clustering left out")
+    return lines
+
+
+def _open_files(config: Config) -> str:
+    # a loader process keeps the tars of one window of steps open: one a cluster at most
+    processes = max(1, config.data.loader_processes) * config.parallel.num_workers
+    return f"up to {processes * config.cluster.num_clusters:,}"

@@ -1,0 +1,121 @@
+"""The budget of a step: literal numbers, monotony, measured terms, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moce_dist import sizes
+from moce_dist.budget import BUCKET_BYTES, budget, budget_lines
+from moce_dist.config import load_config
+from moce_dist.settings import ConfigError
+
+ROOT = Path(__file__).parents[2]
+NODES = (
+    "parallel.num_workers=32", "parallel.num_groups=4", "moce.batch_size=4096",
+    "data.loader_processes=100", "hardware.host_ms=0",
+)  # fmt: skip
+
+
+def reckon(*overrides):
+    return budget(load_config(None, [*NODES, *overrides]))
+
+
+def test_terms_by_hand():
+    found = reckon("hardware.node_gbit_s=100", "gate.groups=shared")
+    # 128 images of 58.4 GFLOP at 40 % of 989 TFLOP/s
+    assert found.compute().value == pytest.approx(128 * 58.4e9 / (0.4 * 989e12) * 1e3, rel=1e-3)
+    shared = sizes.shared_parameters(found.config)
+    assert found.gradient_bytes() == 4 * shared
+    # 2 * 3 / 4 of it through 12.5 GB/s; experts stay inside a node: 8 replicas over NVLink
+    between = 1.5 * 4 * shared / 12.5e9
+    inside = 2 * 7 / 8 * 4 * 2 * 6 * sizes.mlp_parameters(found.config) / 450e9
+    assert found.gradients().value == pytest.approx(1e3 * (between + inside))
+    last = 1e3 * 1.5 * BUCKET_BYTES / 12.5e9
+    left = 1e3 * (between + inside) - 2 / 3 * found.compute().value
+    assert found.gradients_exposed().value == pytest.approx(left + last)
+    assert found.exchange().value == 0
+
+
+def test_exchange_by_hand():
+    found = reckon("hardware.images_leaving=0.15", "hardware.node_gbit_s=400")
+    moved = 128 * 6 * 0.15 * 4 * 76_800
+    assert found.exchange().value == pytest.approx(1e3 * moved / (50e9 / 8))
+    assert found.exchange().source == "computed"
+    # placed at random, three of four images have their expert on another of the four places
+    assert reckon().images_leaving().value == 0.75
+
+
+@pytest.mark.parametrize(
+    ("change", "term"),
+    [
+        ("hardware.node_gbit_s=25", "gradients_exposed"),
+        ("hardware.utilisation=0.2", "compute"),
+        ("hardware.decode_images_s=2", "loader"),
+        ("parallel.zero_stage=1", "gradients_exposed"),
+        ("hardware.host_ms=9", "host"),
+    ],
+)
+def test_what_is_worse_costs_more(change, term):
+    before, after = reckon(), reckon(change)
+    assert getattr(after, term)().value > getattr(before, term)().value
+    assert after.step().value > before.step().value
+    assert after.rate().value < before.rate().value
+
+
+def test_bfloat16_halves_the_gradients():
+    half, full = reckon("parallel.reduce_dtype=bf16"), reckon()
+    assert 2 * half.gradient_bytes() == full.gradient_bytes()
+    assert 2 * half.gradients().value == pytest.approx(full.gradients().value)
+
+
+def test_measured_terms_go_before_and_are_marked(tmp_path):
+    file = tmp_path / "terms.json"
+    file.write_text(json.dumps({"host_ms": 3.5, "decode_images_s": 700.0}))
+    found = reckon(f"hardware.terms={file}")
+    assert str(found.host()) == "host 3.5 ms (measured)"
+    assert found.loader().source == "measured" and found.compute().source == "computed"
+
+
+def test_benchmarks_write_terms_that_a_budget_reads(tmp_path):
+    from benches.harness import Report
+    from benches.settings import load_bench_config
+
+    file = tmp_path / "terms.json"
+    file.write_text('{"host_ms": 2.5}')
+    Report("decode", load_bench_config(None), terms={"decode_images_s": 650.0}).write_terms(file)
+    found = reckon(f"hardware.terms={file}")
+    assert str(found.host()) == "host 2.5 ms (measured)"
+    assert found.hardware.decode_images_s == 650
+
+
+@pytest.mark.parametrize("text", ['{"host_ms": "fast"}', '{"hostms": 1}', "[1]", "{"])
+def test_terms_that_are_none_are_refused(tmp_path, text):
+    file = tmp_path / "terms.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"host_ms|hostms|terms"):
+        reckon(f"hardware.terms={file}")
+
+
+def test_dry_run_of_512_gpus_and_a_billion_images_marks_every_term(tmp_path):
+    overrides = (
+        "parallel.num_workers=512", "parallel.num_groups=64", "moe.num_experts=64",
+        "hardware.num_images=1000000000", "moce.batch_size=65536", "mae.batch_size=65536",
+    )  # fmt: skip
+    flags = [flag for override in overrides for flag in ("--set", override)]
+    done = subprocess.run(
+        [sys.executable, "jobs/pretrain.py", "--config", "configs/pretrain/vit_base.yaml",
+         "--run", tmp_path / "run", "--dry-run", *flags],
+        capture_output=True, text=True, cwd=ROOT, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    budgeted = done.stdout[done.stdout.index("budget") :].splitlines()
+    assert "64 nodes of 8 GPUs" in budgeted[0]
+    assert all("computed)" in line or "(set)" in line for line in budgeted[1:])
+    assert "1,000,000,000 images" in budgeted[-1]
+
+
+def test_without_a_number_of_images_no_days_are_promised():
+    assert not any("days" in line for line in budget_lines(load_config(None), None))
