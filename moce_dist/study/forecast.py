@@ -2,6 +2,7 @@
 
 from moce_dist.config import Config
 from moce_dist.study.plan import STAGES, Plan, stages_of
+from moce_dist.study.request import arm_config
 
 
 def forecast(plan: Plan) -> list[str]:
@@ -22,7 +23,7 @@ def forecast(plan: Plan) -> list[str]:
     for name, arm in study.arms.items():
         names = dict.fromkeys(cell.run for cell in plan.cells if cell.arm == name)
         first = plan.runs[next(iter(names))]
-        cost = first.cost(stages_of(arm.backbone, first.config, paid=True))
+        cost = first.cost(stages_of(arm.backbone, arm_config(study, arm), paid=True))
         tasks = dict.fromkeys(cell.task for cell in plan.cells if cell.arm == name)
         lines.append(
             f"  {name}: {arm.backbone} of {len(names)} runs, {len(tasks)} tasks; "

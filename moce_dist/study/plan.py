@@ -30,7 +30,7 @@ from moce_dist.study.request import (
     task_request,
     tasks_of,
 )
-from moce_dist.transfer.request import Request, stage_of
+from moce_dist.transfer.request import Request, is_moce, stage_of
 
 Kind = Literal["mae", "features", "cluster", "moce", "control", "transfer"]
 STAGES: tuple[Kind, ...] = ("mae", "features", "cluster", "moce", "control")
@@ -68,6 +68,8 @@ class PlannedRun:
         if stage in ("features", "cluster"):
             return self.source.num_images
         budget = self.config.mae if stage == "mae" else self.config.moce
+        if budget.epochs == 0:
+            return 0
         epoch = -(-self.source.num_images // budget.batch_size)
         return max(1, round(budget.epochs * epoch)) * budget.batch_size
 
@@ -139,14 +141,19 @@ class Plan:
 def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kind, ...]:
     """List the stages that a backbone is made by; with `paid`, those that its cost counts.
 
-    The control sees the images in the clusters' order, but needs no clusters.
+    The control sees the images in the clusters' order, but needs no clusters. A choice by evidence
+    tries the control too.
     """
     last = stage_of(backbone, config)
     if last is None:
         return ()
-    if last == "mae" or (paid and backbone == "control"):
-        return tuple(stage for stage in STAGES if stage in ("mae", last))
-    return tuple(stage for stage in STAGES if stage in ("mae", *SHARED, last))
+    needed = {"mae", last}
+    if last != "mae" and not (paid and backbone == "control"):
+        needed |= SHARED.keys()
+    select = backbone.partition(":")[2] or config.transfer.select
+    if is_moce(backbone) and select == "validate":
+        needed.add("control")
+    return tuple(stage for stage in STAGES if stage in needed)
 
 
 def wanted_sources(study: StudyConfig) -> dict[str, Config]:
@@ -218,6 +225,8 @@ class Planner:
         share = source.num_images / num_all if arm.domains == "own_equal_images" else 1.0
         fields: dict[str, Any] = {}
         for name, stage in (("mae", plain.mae), ("moce", plain.moce)):
+            if stage.epochs == 0 and getattr(self.study.images, name) is None:
+                continue
             images = getattr(self.study.images, name) or stage.epochs * num_all
             images = None if share == 1 and not getattr(self.study.images, name) else images * share
             found = budget(stage, images, num_all, source.num_images)
@@ -256,7 +265,7 @@ class Planner:
             config = arm_config(self.study, arm, fields)
             self.runs[name] = PlannedRun(name, self.out / "runs" / name, config, source)
         run = self.runs[name]
-        run.makers |= dict.fromkeys(stages_of(arm.backbone, run.config), name)
+        run.makers |= dict.fromkeys(stages_of(arm.backbone, arm_config(self.study, arm)), name)
         return run
 
     def _share(self) -> None:

@@ -26,6 +26,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from moce_dist.run import (
     write_atomic,
 )
 from moce_dist.study.plan import Piece, Plan
-from moce_dist.study.work import Outcome, carry_out, carry_out_alone, carry_out_quietly
+from moce_dist.study.work import Outcome, carry_out, carry_out_alone, carry_out_quietly, prepare
 
 log = logging.getLogger(__name__)
 _WATCH_S = 0.2
@@ -73,6 +74,7 @@ def piece_fingerprint(piece: Piece) -> str:
     return fingerprint([piece.id, identity(piece.config), transfer])
 
 
+@cache
 def _stamp(folder: Path | None) -> list[float] | None:
     if folder is None:
         return None
@@ -199,8 +201,8 @@ class Runner:
             while True:
                 while len(self.running) < lanes and (piece := self._next()) is not None:
                     self._tell(f"{piece.id} starts")
-                    started = time.monotonic()
-                    self.running[pool.submit(work, piece)] = (piece, started)
+                    prepare(piece)
+                    self.running[pool.submit(work, piece)] = (piece, time.monotonic())
                 if not self.running:
                     return
                 finished, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""One piece of a study: shared stages are linked, then a stage is made or a task is fitted.
+"""One piece of a study: what it shares is linked, then a stage is made or a task is fitted.
 
 Whatever was finished before is found complete, whatever was interrupted goes on, so a piece may be
 carried out any number of times.
@@ -28,6 +28,17 @@ class Outcome:
     failure: str = ""
 
 
+def prepare(piece: Piece) -> None:
+    """Make a piece's run, and link the stages that others have made.
+
+    This is for one process, so that pieces of a run can begin side by side.
+    """
+    run = open_run(piece.root, piece.config)
+    for stage, root in piece.links:
+        for name in SHARED[stage]:
+            link_artefact(root / name, run.root / name)
+
+
 def carry_out(piece: Piece) -> Outcome:
     """Carry out a piece in this process; a failure is an outcome too.
 
@@ -37,11 +48,7 @@ def carry_out(piece: Piece) -> Outcome:
     quiet_libraries()
     start = time.monotonic()
     try:
-        run = open_run(piece.root, piece.config)
-        for stage, root in piece.links:
-            for name in SHARED[stage]:
-                link_artefact(root / name, run.root / name)
-        _make(run, piece)
+        _make(open_run(piece.root, piece.config), piece)
     except StoppedError:
         raise
     except Exception as error:

@@ -5,48 +5,21 @@ import os
 import re
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 
 from moce_dist.data import samples
 
-STUDY = {
-    "title": "Two domains",
-    "config": {
-        "data": {
-            **{"source": "folder:pretrain", "image_size": 32, "hflip": False},
-            **{"holdout_fraction": 0.05, "loader_processes": 0},
-        },
-        "model": {
-            **{"size": "tiny", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 8},
-            **{"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
-        },
-        "moe": {"num_experts": 2, "layers": [1]},
-        "cluster": {"num_clusters": 4},
-        "mae": {"epochs": 1, "warmup_epochs": 0.1, "batch_size": 32, "base_lr": 1e-3},
-        "moce": {"epochs": 1, "warmup_epochs": 0.1, "batch_size": 32, "base_lr": 1e-3},
-        "parallel": {"precision": "fp32"},
-        "checkpoint": {"every_steps": 20},
-        "logging": {"every_steps": 1, "tensorboard": False},
-        "transfer": {"max_train": 100, "save_models": False},
-    },
-    "images": {"mae": 1600, "moce": 3200},
-    "seeds": [0, 1],
-    "reference": "mae",
-    "arms": {
-        "mae": {"backbone": "mae"},
-        "moce": {},
-        "average": {"backbone": "moce:average"},
-        "soft": {"set": {"cluster.balance": "soft"}},
-        "own": {"backbone": "mae", "domains": "own_equal_steps"},
-    },
-    "tasks": [
-        {"task": "digits", "domain": "digits"},
-        {"task": "imagefolder", "name": "both", "data": "both"},
-    ],
-    "protocols": ["knn", "logistic10"],
-}
-TIMED = re.compile(r'"(seconds|time|command|left)": [^\n]*')
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "studies" / "tiny.yaml"
+OWN = {"backbone": "mae", "domains": "own_equal_steps"}
+TASKS = [
+    {"task": "digits", "domain": "digits"},
+    {"task": "imagefolder", "name": "both", "data": "both"},
+]
+SETS = ("config.data.source=folder:pretrain", f"arms.own={json.dumps(OWN)}")
+ARMS = ("control", "moce", "average", "soft", "own")
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +38,9 @@ def data(tmp_path_factory, pictures):
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    path = tmp_path_factory.mktemp("study") / "study.yaml"
-    path.write_text(json.dumps(STUDY))
-    return path
-
-
-@pytest.fixture(scope="module")
-def arguments(study, data):
-    return lambda out, *more: ["--config", study, "--data", data, "--out", out, *more]
+def arguments(data):
+    sets = [x for text in (*SETS, f"tasks={json.dumps(TASKS)}") for x in ("--set", text)]
+    return lambda out, *more: ["--config", TINY, "--data", data, "--out", out, *sets, *more]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +61,7 @@ def test_study_fills_its_tables(finished):
     keys = {(v["arm"], v["seed"], v["task"], v["protocol"]) for v in study["values"]}
     wanted = {
         (arm, seed, task, protocol)
-        for arm in STUDY["arms"]
+        for arm in ARMS
         for seed in (0, 1)
         for task in (("digits",) if arm == "own" else ("digits", "both"))
         for protocol in ("knn", "logistic10")
@@ -115,7 +82,7 @@ def test_study_fills_its_tables(finished):
     cells = {(v["arm"], v["seed"], v["task"], v["protocol"]): v["value"] for v in study["values"]}
     table = next(t for t in study["tables"] if t["protocol"] == "knn")
     pairs = [(s, t) for s in (0, 1) for t in ("digits", "both")]
-    gain = sum(cells["moce", s, t, "knn"] - cells["mae", s, t, "knn"] for s, t in pairs) / 4
+    gain = sum(cells["moce", s, t, "knn"] - cells["control", s, t, "knn"] for s, t in pairs) / 4
     assert table["arms"]["moce"]["difference"]["mean"]["mean"] == pytest.approx(gain)
 
 
@@ -130,7 +97,10 @@ def test_arms_share_what_they_have_in_common(finished):
     logs = [runs / name / "mae" / "metrics.jsonl" for name in (main, soft)]
     assert not os.path.samefile(*logs) and logs[0].read_text() == logs[1].read_text()
     assert study["arms"]["own"]["cost"]["mae_images"] == 1600
-    assert study["arms"]["moce"]["cost"]["seconds"] > study["arms"]["mae"]["cost"]["seconds"] > 0
+    costs = {arm: study["arms"][arm]["cost"] for arm in ARMS}
+    assert costs["control"]["training_flop"] == costs["moce"]["training_flop"]
+    assert costs["control"]["clustering_flop"] == 0 < costs["moce"]["clustering_flop"]
+    assert costs["moce"]["seconds"] > costs["own"]["seconds"] > 0
 
 
 def test_finished_study_is_not_started_again(finished, run_job, arguments):
@@ -145,8 +115,8 @@ def test_finished_study_is_not_started_again(finished, run_job, arguments):
 def test_page_needs_no_network_and_no_script(finished):
     page = (finished / "study.html").read_text()
     assert not re.search(r'<script|(src|href)="|url\(|@import', page)
-    assert "Two domains" in page and "validation images" in page
-    for arm in STUDY["arms"]:
+    assert "A tiny study" in page and "validation images" in page
+    for arm in ARMS:
         assert arm in page
 
 
@@ -183,6 +153,30 @@ def test_killed_study_goes_on_to_the_same_figures(moments, start, arguments, fin
     ours, theirs = found(out), found(finished)
     assert ours["values"] == theirs["values"]
     assert ours["tables"] == theirs["tables"]
+
+
+@pytest.mark.long
+def test_pieces_go_to_the_nodes_of_a_cluster(start, arguments, finished, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    out, cluster = tmp_path / "out", Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    try:
+        cluster.add_node(num_cpus=1)
+        job = start("study", *arguments(out), env={"RAY_ADDRESS": cluster.address})
+        job.wait_until(lambda: both_run(out), "two pieces at once")
+        job.finish().assert_done()
+    finally:
+        cluster.shutdown()
+    assert found(out)["values"] == found(finished)["values"]
+
+
+def both_run(out):
+    """Tell whether two stages are under way side by side."""
+    return (
+        len(list(out.glob("runs/*-seed*/*/inputs.json")))
+        - len(list(out.glob("runs/*-seed*/m*/COMPLETE")))
+        > 1
+    )
 
 
 def test_two_studies_do_not_share_a_folder(start, run_job, arguments, tmp_path):

@@ -95,6 +95,16 @@ def test_pieces_come_after_what_they_need(read, plan):
     assert set(transfer.needs) == {f"{main}/{s}" for s in ("mae", "features", "cluster", "moce")}
 
 
+def test_a_choice_by_evidence_has_a_control_to_try_and_pays_for_it(read, plan):
+    arms = {"mae": {"backbone": "mae"}, "moce": {}, "validate": {"backbone": "moce:validate"}}
+    found = plan(read(arms=arms))
+    (main,) = runs_of(found, "validate")
+    assert found.runs[main].makers["control"] == main
+    lines = [line.strip() for line in forecast(found)]
+    assert any(line.startswith("moce: ") and "1,000 + 5,000 images" in line for line in lines)
+    assert any(line.startswith("validate: ") and "1,000 + 10,000 images" in line for line in lines)
+
+
 def test_an_arm_may_have_only_some_seeds_and_tasks(read, plan):
     few = {"backbone": "moce", "seeds": [1], "tasks": ["emoji"]}
     found = plan(read(arms={"mae": {"backbone": "mae"}, "few": few}))
