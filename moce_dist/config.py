@@ -90,7 +90,7 @@ class DataConfig(Section):
     read_deadline_s: float = Field(240, gt=0)
     """Requests are repeated for so long; then the samples are faults. Less than the stall's."""
     keep: Literal["none", "memory"] = "none"
-    """`memory`: a worker keeps samples after their first use, small pictures decoded."""
+    """`memory`: a worker keeps samples after their first use, small ones decoded; transfers too."""
     keep_bytes: int = Field(2**30, ge=1)
     """What a worker keeps at most; what does not fit is read at every use."""
     cache: str | None = None

@@ -347,7 +347,15 @@ def eval_image(content: Encoded, size: int) -> Sample:
     Raises:
         ImageError: see `open_image`.
     """
-    picture = open_picture(content)
+    return centre_sample(open_picture(content), size)
+
+
+def centre_sample(picture: Picture, size: int) -> Sample:
+    """Make an evaluation sample (3, S, S) of an opened picture.
+
+    Raises:
+        ImageError: see `open_image`.
+    """
     side = min(picture.width, picture.height)
     left, upper = (picture.width - side) // 2, (picture.height - side) // 2
     return to_sample(picture.crop(Box(left, upper, left + side, upper + side), size))

@@ -11,6 +11,7 @@ sample that is there stays there.
 
 import mmap
 import multiprocessing
+from collections.abc import Callable
 
 import numpy as np
 
@@ -72,3 +73,32 @@ class KeptSamples:
 def open_kept(data: DataConfig, num_samples: int) -> KeptSamples | None:
     """Make room for the samples of a table; None where the configuration wants none kept."""
     return KeptSamples(num_samples, data.keep_bytes) if data.keep == "memory" else None
+
+
+class KeptPictures:
+    """Pictures by key, in this process alone: what transfers use again and again."""
+
+    def __init__(self, num_bytes: int) -> None:
+        """Keep up to so many bytes; 0 keeps nothing."""
+        self._left = num_bytes
+        self._pictures: dict[str, Jpeg | Decoded] = {}
+
+    def open(self, key: str, read: Callable[[], Encoded]) -> Jpeg | Decoded:
+        """Return a picture, read unless it is there.
+
+        Raises:
+            ImageError: see `open_picture`.
+            OSError: it cannot be read.
+        """
+        if (found := self._pictures.get(key)) is not None:
+            return found
+        content = read()
+        picture, size = open_picture(content), len(content)
+        if isinstance(picture, Decoded):
+            size = picture.pixels.nbytes
+            if size > _MAX_DECODED_BYTES:
+                return picture
+        if size <= self._left:
+            self._left -= size
+            self._pictures[key] = picture
+        return picture

@@ -120,7 +120,7 @@ def _fitting(
     skips: Skips,
 ) -> Fitting:
     machine = skips.machine
-    images = TaskImages(task.train, backbone, augment=recipe, seed=seed)
+    images = TaskImages(task.train, backbone, machine.pictures, augment=recipe, seed=seed)
     # Mixup swaps an image with its mirror position in the batch, so batches are even
     batch_size = min(recipe.batch_size, len(images)) // 2 * 2
     order = TrainingOrder(len(images), batch_size, recipe.epochs, seed)

@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from moce_dist.config import Config, FinetuneConfig, ParallelConfig
 from moce_dist.data.framing import framed_image
-from moce_dist.data.images import sample_generator, train_image
+from moce_dist.data.images import centre_sample, draw_cut, sample_generator, to_sample
+from moce_dist.data.kept import KeptPictures
 from moce_dist.settings import ConfigError
 from moce_dist.train.encoder import Pixels, renormalisation
 from moce_dist.transfer.backbone import Backbone
@@ -92,6 +93,8 @@ class Machine:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rank: int = 0
     num_ranks: int = 1
+    pictures: KeptPictures = field(default_factory=lambda: KeptPictures(0), compare=False)
+    """Pictures of the one task that it works on."""
 
     def rows(self, batch_size: int, *, mirrored: bool = False) -> list[int]:
         """Say which rows of a step's batch this rank computes.
@@ -136,6 +139,7 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
         parallel.model_copy(update=mine),
         rank,
         num_ranks,
+        KeptPictures(config.data.keep_bytes if config.data.keep == "memory" else 0),
     )
 
 
@@ -174,11 +178,12 @@ class TaskImages(Dataset[Look]):
         self,
         items: Sequence[Item],
         model: Backbone | Pixels,
+        pictures: KeptPictures,
         *,
         augment: FinetuneConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self._items, self._size = items, model.image_size
+        self._items, self._size, self._pictures = items, model.image_size, pictures
         self._augment, self._seed = augment, seed
         # all backbones see the same squares; what an encoder sees is its own
         self._framing = model.framing if isinstance(model, Pixels) else None
@@ -215,15 +220,18 @@ class TaskImages(Dataset[Look]):
         return pixels, np.asarray(item.label, np.int64)
 
     def _pixels(self, item: Item, epoch: int) -> np.ndarray:
-        if self._augment is None:
+        if self._framing is not None:
             return framed_image(item.read(), self._size, self._framing)
-        return train_image(
-            item.read(),
-            size=self._size,
+        picture = self._pictures.open(item.key, item.read)
+        if self._augment is None:
+            return centre_sample(picture, self._size)
+        cut = draw_cut(
+            picture,
             scale_min=self._augment.crop_scale_min,
             hflip=self._augment.hflip,
             draws=sample_generator(self._seed, epoch, item.key),
         )
+        return to_sample(cut.pixels(self._size))
 
 
 def eval_batches(
@@ -239,7 +247,7 @@ def eval_batches(
         [(0, i) for i in range(a, min(a + size, len(items)))] for a in range(0, len(items), size)
     ]
     mine = order[machine.rank :: machine.num_ranks]
-    dataset = TaskImages(items, model)
+    dataset = TaskImages(items, model, machine.pictures)
     for look in DataLoader(dataset, batch_sampler=mine, num_workers=machine.loader_processes):
         yield look.pixels, look.label, look.faults()
 

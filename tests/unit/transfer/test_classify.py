@@ -1,6 +1,8 @@
 """Frozen protocols and fine-tuning against independent computations."""
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from moce_dist.config import FinetuneConfig, make_config
+from moce_dist.data.kept import KeptPictures
 from moce_dist.model.customize import customize
 from moce_dist.transfer import classify
 from moce_dist.transfer.backbone import run_backbone
@@ -150,7 +153,7 @@ def test_features_come_in_the_order_of_the_items(config, models, image_folder):
     found, labels, faults = extract(backbone, list(task.train), machine_of(config))
     assert not faults
     assert labels.tolist() == [item.label for item in task.train]
-    pixels = TaskImages(task.train, backbone)[(0, 17)].pixels
+    pixels = TaskImages(task.train, backbone, KeptPictures(0))[(0, 17)].pixels
     with torch.no_grad():
         expected = models["mae"].features(torch.from_numpy(pixels)[None])
     torch.testing.assert_close(found[17:18], expected, rtol=1e-4, atol=1e-5)
@@ -172,11 +175,34 @@ def test_augmentation_is_drawn_by_seed_and_epoch(config, models, image_folder):
     recipe = config.transfer.finetune
 
     def look(seed: int, epoch: int) -> np.ndarray:
-        return TaskImages(task.train, backbone, augment=recipe, seed=seed)[(epoch, 3)][0]
+        images = TaskImages(task.train, backbone, KeptPictures(0), augment=recipe, seed=seed)
+        return images[(epoch, 3)][0]
 
     assert np.array_equal(look(0, 0), look(0, 0))
     assert not np.array_equal(look(0, 0), look(0, 1))
     assert not np.array_equal(look(0, 0), look(1, 0))
+
+
+def test_kept_pictures_give_the_same_looks_and_are_read_once(config, tmp_path, image_folder):
+    task = load_task("imagefolder", Path(shutil.copytree(image_folder, tmp_path / "data")))
+    backbone, recipe = run_backbone("random", config, None), config.transfer.finetune
+    num_bytes = {"all": 2**20, "some": 3 * 3 * 32 * 32, "none": 0}
+    pictures = {name: KeptPictures(size) for name, size in num_bytes.items()}
+
+    def looks(name: str) -> list[tuple[np.ndarray, str]]:
+        plain = TaskImages(task.train, backbone, pictures[name])
+        cropped = TaskImages(task.train, backbone, pictures[name], augment=recipe)
+        draws = [(epoch, index) for epoch in range(2) for index in range(len(plain))]
+        return [(look.pixels, look.reason) for d in draws for look in (plain[d], cropped[d])]
+
+    read = looks("none")
+    for name in pictures:
+        for (pixels, reason), (expected, _) in zip(looks(name), read, strict=True):
+            assert not reason and np.array_equal(pixels, expected)
+    shutil.rmtree(tmp_path / "data")
+    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(looks("all"), read, strict=True))
+    assert 0 < len(pictures["some"]._pictures) < len(task.train)
+    assert TaskImages(task.train, backbone, pictures["none"])[(0, 0)].reason
 
 
 def test_learning_rate_warms_up_and_falls_to_its_least():
