@@ -8,6 +8,7 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
+import interpreter  # noqa: F401 - says which Python to take
 from benches.settings import load_bench_config
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job

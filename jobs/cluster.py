@@ -16,8 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import interpreter  # noqa: F401 - says which Python to take
+
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
+from moce_dist.environment import local_path
 from moce_dist.lease import hold
 from moce_dist.run import load_run, open_run, resolve_run, set_aside
 from moce_dist.settings import ConfigError
@@ -118,11 +121,11 @@ def read_out(arguments: Namespace) -> Path:
     """
     if arguments.out is None:
         raise ConfigError("--out: must name the folder of the result")
-    out = Path(arguments.out).resolve()
+    out = local_path(arguments.out, "--out").resolve()
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file, must be a folder")
     for flag, given in (("--features", arguments.features), ("--assign-to", arguments.assign_to)):
-        if given is not None and Path(given).resolve().is_relative_to(out):
+        if given is not None and local_path(given, flag).resolve().is_relative_to(out):
             raise ConfigError(f"--out {out}: holds what {flag} names; choose another folder")
     return out
 

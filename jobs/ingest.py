@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import interpreter  # noqa: F401 - says which Python to take
+
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
 from moce_dist.data.ingest import ingest
@@ -25,6 +27,7 @@ from moce_dist.data.sources import (
     list_folder,
     parse_source,
 )
+from moce_dist.environment import local_path
 from moce_dist.lease import hold
 from moce_dist.run import (
     COMPLETE,
@@ -101,10 +104,10 @@ def place(args: Any, config: Config) -> tuple[Path, Path | None]:
         raise ConfigError(f"--out {args.out}: must be a local folder; copy it afterwards")
     if args.run:
         root = resolve_run(args.run, config)
-        return Path(args.out) if args.out else root / "ingested", root
+        return local_path(args.out, "--out") if args.out else root / "ingested", root
     if not args.out:
         raise ConfigError("--out: is missing; name a folder, or a run with --run")
-    return Path(args.out), None
+    return local_path(args.out, "--out"), None
 
 
 @contextmanager
@@ -217,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
     source = config.data.source
     kind, name = parse_source(source)
     is_task = kind == "sample" and name != PRETRAIN
-    if args.against and not Path(args.against).is_dir():
+    if args.against and not local_path(args.against, "--against").is_dir():
         raise ConfigError(f"--against {args.against}: is not a folder")
     if is_task and (args.verify or args.against):
         raise ConfigError(f"--verify, --against: are for pre-training data, not for {source}")

@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import interpreter  # noqa: F401 - says which Python to take
+
 from moce_dist import sizes
 from moce_dist.budget import budget_lines
 from moce_dist.cli import job_parser, quiet_libraries, run_job
@@ -17,6 +19,7 @@ from moce_dist.config import Config, DataConfig, load_config
 from moce_dist.continued import base_control, base_of, check_base
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
+from moce_dist.environment import local_path
 from moce_dist.lease import hold
 from moce_dist.run import COMPLETE, Run, open_run, resolve_run
 from moce_dist.settings import ConfigError
@@ -81,7 +84,7 @@ def check_source(data: DataConfig, root: Path) -> None:
         return
     kind, _, rest = data.source.partition(":")
     if kind == "index":
-        read_index(rest)
+        read_index(local_path(rest, "data.source = index:"))
         return
     kind, rest = parse_source(data.source)
     if kind == "folder":

@@ -6,8 +6,11 @@ Reads what is there of RUN and says what is missing; needs no network, neither d
 from collections.abc import Sequence
 from pathlib import Path
 
+import interpreter  # noqa: F401 - says which Python to take
+
 from moce_dist.cli import job_parser, run_job
 from moce_dist.config import load_config
+from moce_dist.environment import check_writable, local_path
 from moce_dist.run import resolve_run
 from moce_dist.settings import ConfigError
 
@@ -18,6 +21,7 @@ def main(argv: Sequence[str]) -> None:
         "Write RUN/report.html and print a summary.", "python jobs/report.py runs/quickstart"
     )
     parser.add_argument("where", nargs="?", metavar="RUN", help="run directory, as --run")
+    parser.add_argument("--out", metavar="FILE", help="page to write; default RUN/report.html")
     args = parser.parse_args(argv)
     named = args.where or args.run
     if named is None:
@@ -30,17 +34,19 @@ def main(argv: Sequence[str]) -> None:
     root = Path(named).resolve() if is_here else resolve_run(named, config)
     if not (root / "config.yaml").is_file():
         raise ConfigError(f"{root}: is not a run directory (no config.yaml)")
+    out = local_path(args.out, "--out").resolve() if args.out else root / "report.html"
     if args.dry_run:
-        print(f"would write {root / 'report.html'}")
+        print(f"would write {out}")
         return
-    _report(root)
+    check_writable(out.parent, "name another file with --out")
+    _report(root, out)
 
 
-def _report(root: Path) -> None:
+def _report(root: Path, path: Path) -> None:
     from moce_dist.report.page import write_report
     from moce_dist.report.summary import summary_lines
 
-    path = write_report(root)
+    write_report(root, path)
     print("\n".join(summary_lines(root)))
     print(f"open {path} in a browser")
 

@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import interpreter  # noqa: F401 - says which Python to take
+
 from moce_dist.cli import job_parser, quiet_libraries, run_job
+from moce_dist.environment import local_path
+from moce_dist.lease import hold
 from moce_dist.run import set_aside
 from moce_dist.settings import ConfigError
 from moce_dist.study.forecast import forecast
@@ -42,18 +46,22 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("--run: a study has many runs; name its folder with --out")
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs}: must be at least 1")
-    study, out = read_study(Path(args.config), args.overrides, args.data), Path(args.out).resolve()
+    study, out = (
+        read_study(Path(args.config), args.overrides, args.data),
+        local_path(args.out, "--out").resolve(),
+    )
     split: Split = "test" if args.final else "val"
     if args.dry_run:
         sources = count_sources(wanted_sources(study), out, study.num_images)
         print("\n".join(forecast(Planner(study, sources, out, split).plan())))
         return
     quiet_libraries()
-    if args.fresh and out.exists():
-        set_aside(out)
     from moce_dist.study.job import carry_out
 
-    carry_out(study, out, split, args.jobs)
+    with hold(out):
+        if args.fresh:
+            set_aside(out)
+        carry_out(study, out, split, args.jobs)
     print(f"done: {out / 'study.html'}")
 
 

@@ -5,12 +5,14 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+
+import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, SuiteEntry, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
+from moce_dist.environment import check_writable, local_path
 from moce_dist.lease import hold
 from moce_dist.rows import backbone_texts, value_text
 from moce_dist.run import Run, resolve_run
@@ -63,6 +65,9 @@ def parse(argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--protocol", metavar="LIST", help="finetune, linear, knn (default: all)")
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="fits of each kind")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for the task's folder, in place of RUN/transfer"
+    )
     parser.add_argument("--experts", metavar="LIST", help="experts to take, one per MoE layer")
     return parser.parse_args(argv)
 
@@ -75,7 +80,7 @@ def make_request(args: Any, run: Run | None, config: Config) -> Request:
     return Request(
         task,
         # a worker stands in a folder of its own
-        Path(args.data).absolute() if args.data else None,
+        local_path(args.data, "--data").absolute() if args.data else None,
         parse_names(args.backbone, "--backbone")
         if args.backbone
         else default_backbones(run, config),
@@ -90,7 +95,11 @@ def open_configured(args: Any, overrides: Sequence[str] = ()) -> tuple[Run | Non
     every = [*args.overrides, *overrides]
     config = load_config(args.config, every)
     if args.run or not args.dry_run:
-        return open_request_run(resolve_run(args.run or DEFAULT_RUN, config), args.config, every)
+        root = resolve_run(args.run or DEFAULT_RUN, config)
+        run, config = open_request_run(root, args.config, every)
+        return (
+            replace(run, out=local_path(args.out, "--out").resolve()) if args.out else run
+        ), config
     return None, config
 
 
@@ -202,8 +211,8 @@ def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
     quiet_libraries()
     from moce_dist.launch import map_tasks
 
-    outcomes = map_tasks(attempt, orders, parallel=config.parallel, gpu=True, shared=(run.root,))
-    metrics = collect(run.root, outcomes)
+    outcomes = map_tasks(attempt, orders, parallel=config.parallel, gpu=True, shared=(run,))
+    metrics = collect(run, outcomes)
     if metrics["summary"]:
         print_table([*metrics["tasks"], metrics], f"{len(metrics['tasks'])} tasks")
     if failed := metrics["failed"]:
@@ -220,6 +229,8 @@ def main(argv: Sequence[str]) -> None:
     if run is not None:
         for order in orders:
             check_stages(order.request, run, order.config)
+    if run is not None and not args.dry_run:
+        check_writable(run.transfer(orders[0].request.folder), "name another folder with --out")
     if args.dry_run or run is None:
         for order in orders:
             print_plan(order.request, order.config, run)
@@ -227,7 +238,7 @@ def main(argv: Sequence[str]) -> None:
         with hold(run.transfer(ALL)):
             run_suite(run, config, orders)
     else:
-        metrics = carry_out(run.root, orders[0], train_on_workers)
+        metrics = carry_out(run, orders[0], train_on_workers)
         if metrics:
             print_table([metrics], f"{metrics['task']}: {metrics['metric']}")
 

@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 
 from moce_dist.cli import quiet_libraries, run_job
 from moce_dist.config import Config, json_schema, load_config
+from moce_dist.environment import loopback_of
 from moce_dist.workers import legal_worker_counts
 
 _GIB = 2**30
@@ -169,6 +170,12 @@ def network(_: Config) -> Iterator[Check]:
             yield Check("fail" if name == "127.0.0.1" else "warn", "network", f"{error}", advice)
         else:
             yield Check("ok" if reached else "warn", "network", f"{name} answers", advice)
+            if name != "127.0.0.1" and (address := loopback_of(name)):
+                yield Check(
+                    *("warn", "network", f"{name} stands for {address} in /etc/hosts"),
+                    "one host is enough for that; among several, ranks take the interface by which "
+                    "they reach each other, other programs may not",
+                )
 
 
 def compilers(_: Config) -> Iterator[Check]:

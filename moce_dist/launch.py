@@ -1,11 +1,8 @@
-"""The door to Ray: map a function over items, run a job on Ray Train's workers.
+"""The door to Ray (the other is `crew.py`): map a function over items, run a job on its workers.
 
-The other door is `crew.py`, which holds workers with state.
-
-A running cluster is used when there is one (RAY_ADDRESS, which `ray job submit` sets); else an
-embedded one is started in this process and ends with it. What runs on the workers knows nothing
-of Ray and reports through files of the run directory, so a job looks the same under plain
-torchrun.
+A running cluster is used when RAY_ADDRESS names one, as in `ray job submit`; else an embedded one
+is started in this process and ends with it. What runs on the workers knows nothing of Ray and
+reports through files of the run directory, so a job looks the same under plain torchrun.
 
 When a worker is lost, all start again from the newest checkpoint, on as many nodes as there are
 then: `elastic.py` decides, and Ray neither restarts nor resizes anything by itself.
@@ -27,6 +24,9 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
+# a site's 0 would mean the first version of Ray Train, which this module does not know
+os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
+
 import ray
 import ray.train
 from ray._private.state import available_resources_per_node
@@ -37,7 +37,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moce_dist import lease
+from moce_dist import environment, lease
 from moce_dist.config import ParallelConfig
 from moce_dist.elastic import (
     GROUP_LABEL,
@@ -68,7 +68,8 @@ def connect(parallel: ParallelConfig) -> None:
         return
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        with environment.joining_a_cluster():
+            ray.init(**quiet)
         return
     log.info("ray: starting an embedded cluster (set RAY_ADDRESS to use a running one)")
     ray.init(
@@ -76,8 +77,7 @@ def connect(parallel: ParallelConfig) -> None:
         num_cpus=max(os.cpu_count() or 1, parallel.num_workers),
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
-        # the path of a checkout is long, and Ray's sockets must stay below 108 characters
-        _temp_dir=os.environ.get("RAY_TMPDIR"),
+        _temp_dir=environment.ray_folder(),
         **quiet,
     )
 

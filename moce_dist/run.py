@@ -20,6 +20,7 @@ from typing import Any
 
 from moce_dist import lease
 from moce_dist.config import Config, identity, to_yaml
+from moce_dist.environment import local_path
 from moce_dist.settings import ConfigError, read_tree, validate
 
 COMPLETE = "COMPLETE"
@@ -52,6 +53,11 @@ def write_atomic(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         lease.check()
         temporary.replace(path)
+    except OSError as error:
+        # the folder is what a person can do something about
+        if error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path.parent)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -153,11 +159,13 @@ class Run:
     """One run directory and the paths inside it."""
 
     root: Path
+    out: Path | None = None
+    """Where transfers write, if not into the run, which may be read-only."""
 
     @property
     def faults(self) -> Path:
         """Ledger of unreadable shards and samples."""
-        return self.root / "faults.jsonl"
+        return (self.out or self.root) / "faults.jsonl"
 
     @property
     def ingested(self) -> Path:
@@ -185,7 +193,7 @@ class Run:
 
     def transfer(self, task: str) -> Path:
         """Folder of a downstream task."""
-        return self.root / "transfer" / task
+        return (self.out or self.root / "transfer") / task
 
 
 def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
@@ -199,12 +207,7 @@ def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
     run = Path(path)
     if not run.is_absolute() and run.parts[:1] != Path(config.run.root).parts[:1]:
         run = Path(config.run.root) / run
-    if not run.is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        raise ConfigError(
-            f"{named} {path}: a submitted job needs an absolute {named} or run.root; "
-            "relative paths end up in the job's temporary copy on one node"
-        )
-    return run.resolve()
+    return local_path(run, named, " or run.root").resolve()
 
 
 def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from moce_dist.data.tarscan import TarSample, scan_tar, split_name
+from moce_dist.environment import check_url
 from moce_dist.run import write_atomic
 from moce_dist.settings import ConfigError
 
@@ -155,6 +156,8 @@ def read_index(root: str | Path) -> ShardIndex:
         ConfigError: there is none, or it is not one of ours.
     """
     url = f"{str(root).rstrip('/')}/{INDEX_NAME}"
+    if "://" in url:
+        check_url(url)
     try:
         with fsspec.open(url, "rb") as file:
             document = json.load(file)

@@ -21,6 +21,7 @@ from braceexpand import braceexpand
 
 from moce_dist.data.decoders import ImageError, check_header
 from moce_dist.data.shards import IMAGE_EXTENSIONS, Fault
+from moce_dist.environment import check_url, local_path
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -83,10 +84,13 @@ def parse_source(source: str) -> tuple[Kind, str]:
 
 def _absolute(kind: Kind, rest: str) -> str:
     if kind == "folder":
-        return str(Path(rest).expanduser().resolve())
+        return str(local_path(os.path.expanduser(rest), "data.source = folder:").resolve())
     if kind == "shards":
         parts = (os.path.expanduser(part) for part in _split_commas(rest))
-        return ",".join(part if _is_url(part) else os.path.abspath(part) for part in parts)
+        return ",".join(
+            part if _is_url(part) else os.path.abspath(local_path(part, "data.source = shards:"))
+            for part in parts
+        )
     return rest
 
 
@@ -227,6 +231,8 @@ def _expand(part: str, allow_pipes: bool) -> Iterator[str]:
         raise ConfigError(f"shards:{part}: commands run only with data.allow_pipes=true")
     if not part.removeprefix(PIPE).strip():
         raise ConfigError(f"shards:{part}: names nothing")
+    if "://" in part and not part.startswith(PIPE):
+        check_url(part)
     folder, pattern = ("", part) if _is_url(part) else _existing(part)
     try:
         names = list(braceexpand(pattern)) if pattern else [""]

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from moce_dist.config import ParallelConfig
+from moce_dist.environment import bind_ranks
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.reduction import GradientReducer
@@ -94,6 +95,7 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
+            bind_ranks(os.environ["MASTER_ADDR"])
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

@@ -23,13 +23,13 @@ _MAX_SHEETS = 64
 _MAX_REASONS = 20
 
 
-def write_report(run_root: Path) -> Path:
-    """Write `RUN/report.html` and return its path.
+def write_report(run_root: Path, path: Path | None = None) -> Path:
+    """Write the page, by default as `RUN/report.html`, and return its path.
 
     Raises:
         ConfigError: `run_root` is no run directory.
     """
-    path = run_root / PAGE_NAME
+    path = path or run_root / PAGE_NAME
     write_atomic(path, render(read_record(run_root)))
     return path
 

@@ -62,7 +62,7 @@ def _make(run: Run, piece: Piece) -> None:
     if piece.request is not None:
         from moce_dist.transfer import suite
 
-        suite.carry_out(run.root, suite.Order(piece.request, piece.config))
+        suite.carry_out(run, suite.Order(piece.request, piece.config))
         return
     from moce_dist.pipeline import Pipeline
 

@@ -84,7 +84,7 @@ class FitsJob:
     Ranks that torchrun started know neither choices nor ledger; the first one tells them.
     """
 
-    run_root: Path
+    place: Run
     order: Order
     choices: dict[str, dict[str, Any]] | None = None
     ledger: Ledger | None = None
@@ -97,7 +97,12 @@ class FitsJob:
     @property
     def folder(self) -> Path:
         """Where the task's results go."""
-        return Run(self.run_root).transfer(self.order.request.folder)
+        return self.place.transfer(self.order.request.folder)
+
+    @property
+    def run_root(self) -> Path:
+        """Where Ray may keep what it needs."""
+        return self.place.out or self.place.root
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -125,7 +130,7 @@ class FitsJob:
             logging.getLogger("moce_dist").setLevel(logging.WARNING)
         choices, ledger = from_first((self.choices, self.ledger), machine)
         task = list_task(request, config)
-        comparison = Comparison(request, Run(self.run_root), config, task, machine)
+        comparison = Comparison(request, self.place, config, task, machine)
         comparison.chooser.choices.update(choices or {})
         comparison.should_stop = should_stop
         assert ledger is not None
@@ -142,14 +147,14 @@ def train_here(job: FitsJob) -> None:
 
 
 def carry_out(
-    root: Path, order: Order, train: Callable[[FitsJob], None] = train_here
+    run: Run, order: Order, train: Callable[[FitsJob], None] = train_here
 ) -> dict[str, Any]:
     """List, check, compare; return the content of metrics.json, or {} on ranks but the first.
 
     Raises:
         ConfigError: the task's files are not as they should be.
     """
-    job = FitsJob(root, order)
+    job = FitsJob(run, order)
     quiet_libraries()
     if not is_first_process():
         train(job)
@@ -168,7 +173,7 @@ def _compare(
         set_aside(job.folder)
     from moce_dist.transfer.compare import Comparison, compare
 
-    comparison = Comparison(order.request, Run(job.run_root), order.config, task)
+    comparison = Comparison(order.request, job.place, order.config, task)
 
     def train_fits(ledger: Ledger) -> None:
         train(replace(job, choices=comparison.chooser.choices, ledger=ledger))
@@ -181,16 +186,16 @@ def _alone(order: Order) -> Order:
     return replace(order, config=order.config.model_copy(update={"parallel": alone}))
 
 
-def attempt(root: Path, order: Order) -> Outcome:
+def attempt(run: Run, order: Order) -> Outcome:
     """Carry out an order; a failure is an outcome too. The processor cores are for one worker."""
     try:
-        return Outcome(order.request.folder, carry_out(root, _alone(order)))
+        return Outcome(order.request.folder, carry_out(run, _alone(order)))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other tasks go on
         text = " ".join(str(error).split())
         return Outcome(order.request.folder, None, f"{type(error).__name__}: {text}")
 
 
-def collect(root: Path, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+def collect(run: Run, outcomes: Iterable[Outcome]) -> dict[str, Any]:
     """Wait for all outcomes, say how each ended, and write the suite's metrics.json."""
     finished = []
     for outcome in outcomes:
@@ -198,5 +203,5 @@ def collect(root: Path, outcomes: Iterable[Outcome]) -> dict[str, Any]:
         finished.append(outcome)
     done = [outcome.metrics for outcome in finished if outcome.metrics is not None]
     metrics = suite_metrics(done, {o.name: o.failure for o in finished if o.metrics is None})
-    write_atomic(Run(root).transfer(ALL) / "metrics.json", json.dumps(metrics, indent=1))
+    write_atomic(run.transfer(ALL) / "metrics.json", json.dumps(metrics, indent=1))
     return metrics

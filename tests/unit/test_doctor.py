@@ -79,6 +79,12 @@ def test_host_name_that_does_not_resolve_is_a_warning(monkeypatch):
     assert levels(doctor.network) == [("ok", "network"), ("warn", "network")]
 
 
+def test_host_whose_name_is_the_loopback_is_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor.socket, "gethostname", lambda: "localhost")
+    *_, last = doctor.network(make_config({}))
+    assert last.level == "warn" and "stands for 127.0.0.1 in /etc/hosts" in last.seen
+
+
 def test_folder_without_room_or_rights_fails(monkeypatch, tmp_path):
     config = make_config({"run": {"root": str(tmp_path / "a" / "b")}})
     assert levels(doctor.disk, config)[0][1] == "disk"

@@ -95,7 +95,7 @@ def test_workers_share_the_pictures_of_a_step(task, expected, config, tmp_path):
         Request(task, None, ("mae",), ("finetune",), 1, None),
         config.model_copy(update={"transfer": budget}),
     )
-    assert FitsJob(tmp_path, order).batch_size == expected
+    assert FitsJob(Run(tmp_path), order).batch_size == expected
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,218 @@
+"""What the machine and its variables have to do with a run: found out first, said in a line.
+
+RAY_ADDRESS may name a cluster that is gone; a batch system's TMPDIR may be too long for sockets;
+a host's own name may stand for the loopback. What can be put right is put right, a user's own
+setting goes first, and the rest is refused with the name of the variable.
+"""
+
+import ipaddress
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from moce_dist.settings import ConfigError
+
+RAY_ADDRESS = "RAY_ADDRESS"
+_MAY_BE = (
+    "it may be HOST:PORT of a cluster's head (often port 6379) or, on one of its nodes, auto; "
+    "without it an embedded cluster is started"
+)
+_ANSWER_S = 10.0
+_LOOK_S = 1.0
+_SOCKET_BYTES = 107
+_RAY_SOCKET = "/ray/session_2026-11-29_12-00-00_000000_4194304/sockets/plasma_store"
+# of documentation: a datagram socket that is connected to it learns its own address, sends nothing
+_ELSEWHERE = "192.0.2.1"
+
+
+def _refused(reason: str) -> ConfigError:
+    """Say what is wrong with RAY_ADDRESS, and what it may be."""
+    return ConfigError(f"{RAY_ADDRESS} = {os.environ.get(RAY_ADDRESS, '')}: {reason}; {_MAY_BE}")
+
+
+@contextmanager
+def joining_a_cluster() -> Iterator[None]:
+    """Look whether RAY_ADDRESS leads to a cluster, then let Ray join it; errors name the variable.
+
+    Raises:
+        ConfigError: it leads nowhere, or this machine is no node of the cluster.
+    """
+    check_ray_address()
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:
+        raise _refused(f"{error}") from None
+
+
+def check_ray_address(*, within_s: float = _ANSWER_S) -> None:
+    """Ask whether somebody answers at RAY_ADDRESS, where it names a host; Ray itself asks long.
+
+    Raises:
+        ConfigError: it is no address of a cluster, or nobody answers there within `within_s`.
+    """
+    address = os.environ.get(RAY_ADDRESS, "")
+    if address in ("", "auto", "local"):
+        return
+    scheme, _, rest = address.rpartition("://")
+    if scheme in ("http", "https"):
+        raise _refused("is the address that `ray job submit` takes, not that of a cluster")
+    if scheme:
+        raise _refused("is of a kind that drivers of moce_dist do not use")
+    host, _, port = rest.rpartition(":")
+    if not host or not port.isdigit():
+        raise _refused("is no HOST:PORT")
+    end = time.monotonic() + within_s
+    while reason := _silence(host.strip("[]"), int(port), end - time.monotonic()):
+        if time.monotonic() + _LOOK_S >= end:
+            raise _refused(f"no cluster answers there ({reason})")
+        time.sleep(_LOOK_S)
+
+
+def _silence(host: str, port: int, within_s: float) -> str:
+    """Say why no server of gRPC answers, "" when one does."""
+    try:
+        socket.create_connection((host, port), timeout=max(1.0, within_s)).close()
+    except (OSError, OverflowError) as error:
+        return f"{error}"
+    if os.environ.get("RAY_USE_TLS", "0") != "0":
+        return ""
+    import grpc
+
+    with grpc.insecure_channel(f"{host if ':' not in host else f'[{host}]'}:{port}") as channel:
+        try:
+            grpc.channel_ready_future(channel).result(timeout=max(1.0, min(5.0, within_s)))
+        except grpc.FutureTimeoutError:
+            return "what listens there is not Ray"
+    return ""
+
+
+def ray_folder() -> str | None:
+    """Folder for an embedded cluster's files, short enough for its sockets; None for Ray's own.
+
+    Raises:
+        ConfigError: RAY_TMPDIR is too long, or there is no other folder than a long TMPDIR.
+    """
+    if given := os.environ.get("RAY_TMPDIR"):
+        if not _is_short(given):
+            raise ConfigError(
+                f"RAY_TMPDIR = {given}: is too long for Ray's sockets, whose paths have at most "
+                f"{_SOCKET_BYTES} bytes; name a folder of {_most_bytes()} bytes at most"
+            )
+        return given
+    if _is_short(tempfile.gettempdir()):
+        return None
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - Ray makes a folder of its own
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise ConfigError(
+        f"TMPDIR = {tempfile.gettempdir()}: is too long for Ray's sockets; set RAY_TMPDIR (or "
+        f"TMPDIR) to a folder of {_most_bytes()} bytes at most"
+    )
+
+
+def _most_bytes() -> int:
+    return _SOCKET_BYTES - len(_RAY_SOCKET)
+
+
+def _is_short(folder: str) -> bool:
+    return len(os.fsencode(folder)) <= _most_bytes()
+
+
+def local_path(path: str | Path, named: str, other: str = "") -> Path:
+    """Return a path that was given, `named` so; `other` says what else could make it absolute.
+
+    Raises:
+        ConfigError: it is relative, inside of a job that was submitted to Ray.
+    """
+    if not Path(path).is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        raise ConfigError(
+            f"{named} {path}: a submitted job needs an absolute path{other}; "
+            "relative ones end up in the job's temporary copy on one node"
+        )
+    return Path(path)
+
+
+def check_writable(folder: Path, advice: str) -> None:
+    """Look whether something can be written into a folder that is there, or will be.
+
+    Raises:
+        ConfigError: it cannot; with advice.
+    """
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK):
+        is_fixed = os.statvfs(folder).f_flag & os.ST_RDONLY
+        what = "lies in a read-only file system" if is_fixed else "is read-only for this user"
+        raise ConfigError(f"{folder}: {what}; {advice}")
+
+
+def check_url(url: str) -> None:
+    """Look whether what reads a URL is installed.
+
+    Raises:
+        ConfigError: it is not, naming what to install; or nobody knows such URLs.
+    """
+    import fsspec
+
+    scheme = url.partition("://")[0]
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except ImportError as error:
+        known = "pip install 'moce_dist[s3]'" if scheme in ("s3", "s3a") else f"{error}"
+        raise ConfigError(
+            f"{url}: {scheme}:// needs a package that is not there: {known}"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{url}: {error}") from None
+
+
+def bind_ranks(master: str) -> None:
+    """Let gloo and NCCL use the interface by which this host reaches the first rank.
+
+    By default gloo takes the address of the host's own name, which Debian and Ubuntu set to
+    127.0.1.1. A user's GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME stays.
+    """
+    address = _own_address(master)
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != int(os.environ.get("WORLD_SIZE", "1")):
+        # the name of the first rank's host may mean the loopback there
+        address = _own_address(_ELSEWHERE) if _is_loopback(address) else address
+    name = interface_of(address)
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if not _is_loopback(address):
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+
+
+def _own_address(other: str) -> str:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((other, 9))
+        return str(probe.getsockname()[0])
+    return ""
+
+
+def _is_loopback(address: str) -> bool:
+    return not address or ipaddress.ip_address(address).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """Name of the network interface that has an address; None when none has."""
+    import psutil
+
+    return next(
+        (
+            name
+            for name, addresses in psutil.net_if_addrs().items()
+            if any(found.address == address for found in addresses)
+        ),
+        None,
+    )
+
+
+def loopback_of(name: str) -> str | None:
+    """Address of a host's name when it leads to the loopback, as in Debian's /etc/hosts."""
+    address = socket.gethostbyname(name)
+    return address if _is_loopback(address) else None
