@@ -42,6 +42,7 @@ def main(argv: Sequence[str]) -> None:
     root = resolve_run(arguments.run or path.stem, config)
     check_request(config, arguments.stage)
     check_base(config, root)
+    check_init(config, root, arguments.stage)
     if arguments.fresh and "RANK" in os.environ:
         raise ConfigError("--fresh: not under torchrun, whose processes would all set it aside")
     if arguments.dry_run:
@@ -78,9 +79,27 @@ def check_request(config: Config, stage: str) -> None:
         check_encoder(config)
 
 
+def check_init(config: Config, root: Path, stage: str) -> None:
+    """Check the weights that stage mae is to start from, unless it is finished.
+
+    Raises:
+        ConfigError: there are none, or they do not fit the configured model.
+    """
+    if config.model.init is None or stage not in ("all", "mae") or is_done(root, "mae"):
+        return
+    from moce_dist.train.pretrained import initial_weights
+
+    initial_weights(config)
+
+
+def is_done(root: Path, stage: str) -> bool:
+    """Tell whether a stage of a run is finished, whatever it was made from."""
+    return (root / stage / COMPLETE).exists()
+
+
 def check_source(data: DataConfig, root: Path) -> None:
     """Refuse a source that holds nothing to train on, unless it was ingested before."""
-    if (root / "ingested" / COMPLETE).exists():
+    if is_done(root, "ingested"):
         return
     kind, _, rest = data.source.partition(":")
     if kind == "index":
@@ -100,10 +119,11 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
     own = sizes.shared_parameters(config) + sizes.local_expert_parameters(config)
     is_elastic = parallel.fewest_workers < parallel.num_workers
     fewest = f" (at least {parallel.fewest_workers})" if is_elastic else ""
-    every = "mae, cluster, moce" + (", control" if config.control else "")
+    mae = "mae" if config.mae.epochs else f"mae (no step, the weights of {config.model.init})"
+    every = ", ".join([mae, "cluster", "moce", *(["control"] if config.control else [])])
     return [
         f"run        {root}",
-        f"stages     {every if stage == 'all' else stage}",
+        f"stages     {every if stage == 'all' else mae if stage == 'mae' else stage}",
         *base_lines(config),
         *control_lines(config, stage),
         f"data       {config.data.source}, {config.data.image_size} px",

@@ -103,6 +103,10 @@ class DataConfig(Section):
     """Share of unreadable images of a data set over which a job stops."""
 
 
+WEIGHT_FILES = (".pth", ".pt", ".safetensors")
+"""Endings of files with weights; another name is one of timm's hub."""
+
+
 class ViTShape(NamedTuple):
     """Width D, depth and heads of an encoder."""
 
@@ -238,8 +242,8 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class StageConfig(Section):
     """Optimisation of one training stage."""
 
-    epochs: float = Field(800, gt=0)
-    """Passes over the data."""
+    epochs: float = Field(800, ge=0)
+    """Passes over the data; `mae.epochs: 0` takes the weights of `model.init` as they are."""
     warmup_epochs: float = Field(40, ge=0)
     """Linear warm-up of the learning rate."""
     batch_size: int = Field(4096, ge=1)
@@ -515,6 +519,15 @@ class Config(Section):
     def without_experts(self) -> "Config":
         """The same request for a model without experts."""
         return self.model_copy(update={"moe": self.moe.model_copy(update={"kind": "dense"})})
+
+    @property
+    def with_absolute_init(self) -> "Config":
+        """The same request from any folder: `model.init` is absolute where it is a file."""
+        init = self.model.init
+        if init is None or Path(init).suffix not in WEIGHT_FILES:
+            return self
+        model = self.model.model_copy(update={"init": str(Path(init).absolute())})
+        return self.model_copy(update={"model": model})
 
     @property
     def num_patches(self) -> int:

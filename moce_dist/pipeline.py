@@ -291,7 +291,10 @@ class Pipeline:
         begin_stage(folder, inputs)
         holdout = str(self.data / HOLDOUT) if self._has_holdout else None
         job = StageJob(self.config, self.run.root, stage, str(data), holdout, **start)
-        log.info("%s: training on %d workers", stage, self.config.parallel.num_workers)
+        if job.stage_config.epochs:
+            log.info("%s: training on %d workers", stage, self.config.parallel.num_workers)
+        else:
+            log.info("%s: no step, the weights of %s are taken", stage, self.config.model.init)
         train(job)
         if not is_first_process():
             return

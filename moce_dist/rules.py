@@ -33,6 +33,13 @@ def _model_rules(config: "Config") -> Iterable[str]:
         yield f"moe.layers ({list(config.moe_layers)}) must be distinct blocks below {shape.depth}"
 
 
+def _stage_rules(config: "Config") -> Iterable[str]:
+    if config.mae.epochs == 0 and config.model.init is None and config.base_run is None:
+        yield "mae.epochs (0) needs model.init, the weights that are to be taken as they are"
+    if config.moce.epochs == 0:
+        yield "moce.epochs (0) must be greater than 0"
+
+
 def _parallel_rules(config: "Config") -> Iterable[str]:
     parallel, groups = config.parallel, config.parallel.num_groups
     workers = parallel.num_workers
@@ -70,7 +77,10 @@ def _parallel_rules(config: "Config") -> Iterable[str]:
 
 def cross_field_errors(config: "Config") -> list[str]:
     """Every rule that ties two fields together and that `config` breaks."""
-    broken, data = [*_model_rules(config), *_parallel_rules(config)], config.data
+    broken, data = (
+        [*_model_rules(config), *_stage_rules(config), *_parallel_rules(config)],
+        config.data,
+    )
     if data.read_deadline_s >= (stall := data.stall_timeout_s):
         broken.append(
             f"data.read_deadline_s ({data.read_deadline_s:g}) must be below {stall:g}, "

@@ -38,11 +38,12 @@ def _losses(stages: Mapping[str, Stage], base: str | None) -> Iterator[str]:
         yield f"goes on from the encoder, clusters and experts of {base}"
     for name, stage in stages.items():
         _, losses = stage.column("loss")
-        if not losses:
-            yield f"{TITLES[name]} loss: not trained yet"
-            continue
         holdout = stage.holdout
         held_out = f"{holdout['loss']:.4f} on {holdout['images']} images" if holdout else "missing"
+        if not losses:
+            taken = f"taken as given, held-out: {held_out}" if holdout else "not trained yet"
+            yield f"{TITLES[name]} loss: {taken}"
+            continue
         yield f"{TITLES[name]} loss: {losses[0]:.4f} -> {losses[-1]:.4f}, held-out: {held_out}"
 
 

@@ -40,8 +40,9 @@ class StageJob:
     """Optimiser steps of other stages behind the weights that this one starts from."""
 
     def __post_init__(self) -> None:
-        if self.stage == "control":
-            object.__setattr__(self, "config", self.config.without_experts)
+        config = self.config.without_experts if self.stage == "control" else self.config
+        # a worker stands in a folder of its own
+        object.__setattr__(self, "config", config.with_absolute_init)
 
     @property
     def name(self) -> str:
@@ -142,5 +143,5 @@ class MoreSteps(StageJob):
 
 
 def total_steps(stage: StageConfig, plan: Plan) -> int:
-    """Optimiser steps of a stage over a plan."""
-    return max(1, round(stage.epochs * plan.steps_per_epoch))
+    """Optimiser steps of a stage over a plan; none of one that takes weights as they are."""
+    return max(1, round(stage.epochs * plan.steps_per_epoch)) if stage.epochs else 0

@@ -55,6 +55,9 @@ def pretrain(job: StageJob, should_stop: Callable[[], bool] = never) -> dict[str
     start = state.step
     metrics_log = open_log(state)
     clock = Clock()
+    if state.total_steps == 0:
+        # weights taken as they are: the stage leaves a checkpoint behind all the same
+        save(state)
     for batch in batches(state, clock):
         metrics = train_step(state, batch)
         clock.count(state.plan.batch_size)

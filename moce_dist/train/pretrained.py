@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
-from moce_dist.config import Config
+from moce_dist.config import WEIGHT_FILES, Config
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
 
@@ -35,7 +35,7 @@ def read_weights(source: str, field: str) -> dict[str, Tensor]:
         tensors.
     """
     path = Path(source)
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
+    if path.suffix not in WEIGHT_FILES:
         return dict(timm.create_model(source, pretrained=True, num_classes=0).state_dict())
     if not path.is_file():
         raise ConfigError(f"{field} ({source}): no such file")

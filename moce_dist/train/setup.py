@@ -217,9 +217,19 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
     if job.start is not None:
         log.info("%s: starting from the weights of %s", job.name, job.start)
         start_from(Path(job.start), state.engine, state.naming)
+        read = tensor_reader(Path(job.start))
+        _load_positions(state, lambda name: read(f"weight/{name}"))
         return
     weights = _first_weights(job)
     state.engine.load_state(lambda name, kind: _lookup(weights, state.naming, name, kind), step=0)
+    _load_positions(state, weights.get)
+
+
+def _load_positions(state: TrainState, read: Callable[[str], Tensor | None]) -> None:
+    # they are not learnt here, but weights from elsewhere may have learnt them
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if (found := read(name)) is not None:
+            getattr(state.model, name).copy_(found)
 
 
 def _gate_weight(checkpoint: Path) -> Tensor:

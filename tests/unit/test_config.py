@@ -47,10 +47,19 @@ def test_mistake_is_named_with_path_and_value(tree, message):
 
 
 def test_every_mistake_is_reported_at_once():
-    message = refused({"seed": -1, "gate": {"noise": "loud", "typo": 1}, "mae": {"epochs": 0}})
+    message = refused({"seed": -1, "gate": {"noise": "loud", "typo": 1}, "mae": {"epochs": -1}})
     for part in ("seed = -1", "gate.noise = 'loud'", "gate.typo = 1: unknown key", "mae.epochs"):
         assert part in message
     assert "\n" not in message
+
+
+def test_no_epochs_need_weights_to_take():
+    assert refused({"mae": {"epochs": 0}}) == (
+        "mae.epochs (0) needs model.init, the weights that are to be taken as they are"
+    )
+    assert make_config({"mae": {"epochs": 0}, "model": {"init": "a.pth"}}).mae.epochs == 0
+    assert make_config({"mae": {"epochs": 0}, "base_run": "old"}).mae.epochs == 0
+    assert refused({"moce": {"epochs": 0}}) == "moce.epochs (0) must be greater than 0"
 
 
 def test_broken_rules_between_fields_are_reported_at_once():
