@@ -129,7 +129,7 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"data       {config.data.source}, {config.data.image_size} px",
         f"encoder    width {shape.width}, depth {shape.depth}, heads {shape.num_heads}, "
         f"{sizes.num_visible(config)} of {config.num_patches + 1} tokens visible",
-        f"experts    {config.moe.num_experts} in each of blocks {list(config.moe_layers)}",
+        expert_line(config),
         f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}, "
         f"features of {config.cluster.encoder}",
         f"ranks      {parallel.num_workers}{fewest} in {ep_size} places, "
@@ -160,6 +160,15 @@ def base_lines(config: Config) -> list[str]:
         f"goes on    from {base.root}: its encoder (stage mae trains nothing), its "
         f"{config.cluster.num_clusters} clusters (images are assigned {how}), its experts and gate",
     ]
+
+
+def expert_line(config: Config) -> str:
+    """Describe the experts of stage moce, and what chooses them."""
+    if not config.moe_layers:
+        return "experts    none (moe.kind dense)"
+    chosen = "clusters" if config.moe.kind == "cluster" else "tokens, with DeepSpeed's own layer"
+    blocks = list(config.moe_layers)
+    return f"experts    {config.moe.num_experts} in each of blocks {blocks}, chosen by {chosen}"
 
 
 def control_lines(config: Config, stage: str) -> list[str]:

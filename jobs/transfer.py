@@ -24,6 +24,7 @@ from moce_dist.transfer.request import (
     check_stages,
     check_suite,
     default_backbones,
+    experts_of,
     open_request_run,
     parse_experts,
     parse_names,
@@ -138,7 +139,8 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
         print(f"data       {request.data or 'own images'}: {sizes}, {len(task.classes)} classes")
     print(f"run        {run.root if run else 'none given: the plan is that of the configuration'}")
     print(f"backbones  {', '.join(request.backbones)}, ViT {tuple(config.model.shape)}")
-    print(f"experts    {request.experts or transfer.select}, MoE blocks {config.moe_layers}")
+    select = transfer.select if config.moe.kind == "cluster" else experts_of(config)
+    print(f"experts    {request.experts or select}, MoE blocks {config.moe_layers}")
     print(f"clusters   features of cluster.encoder {config.cluster.encoder}")
     print(f"protocols  {', '.join(request.protocols)}, {request.num_seeds} seeds")
     if request.is_segmentation:

@@ -223,9 +223,10 @@ def picture(config: Config) -> list[str]:
     width = max(map(len, ranks + hosted)) + 3
     exchange = topology.expert_parallel_ranks(0)
     per_group = config.moe.num_experts // groups
+    held = f"a group holds {per_group} of the {config.moe.num_experts} experts of each of "
+    layers = f"{held}{len(config.moe_layers)} layers" if config.moe_layers else "no experts"
     return [
-        f"{workers} rank(s), {groups} expert group(s); a group holds {per_group} of the "
-        f"{config.moe.num_experts} experts of each of {len(config.moe_layers)} layers",
+        f"{workers} rank(s), {groups} expert group(s); {layers}",
         "  rank   " + "".join(text.ljust(width) for text in ranks).rstrip(),
         "  group  " + "".join(text.ljust(width) for text in hosted).rstrip(),
         f"  rank 0 exchanges images with {exchange}; legal numbers of ranks: "

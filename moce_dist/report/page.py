@@ -12,7 +12,7 @@ from moce_dist.config import Config, to_yaml
 from moce_dist.report import figures
 from moce_dist.report.figures import evenly
 from moce_dist.report.record import Line, Record, read_record
-from moce_dist.report.summary import TITLES, cluster_notes, domain_mix, label_mix
+from moce_dist.report.summary import cluster_notes, domain_mix, label_mix
 from moce_dist.rows import backbone_texts, difference_text, value_text
 from moce_dist.run import write_atomic
 from moce_dist.settings import flatten
@@ -42,6 +42,7 @@ def render(record: Record) -> str:
     return environment.get_template("page.html.jinja").render(
         name=record.root.name,
         base=record.base or "",
+        without_routes=record.without_routes,
         started=record.provenance.get("time", ""),
         command=shlex.join(map(str, record.provenance.get("command", []))),
         versions=record.provenance.get("versions", {}),
@@ -84,14 +85,17 @@ def _tiles(record: Record) -> list[dict[str, str]]:
     for name, stage in record.shown_stages.items():
         holdout = stage.holdout
         tiles.append(
-            _tile(f"{TITLES[name]} held-out loss", f"{holdout['loss']:.4f}" if holdout else None)
+            _tile(
+                f"{record.titles[name]} held-out loss",
+                f"{holdout['loss']:.4f}" if holdout else None,
+            )
         )
     clusters = record.clusters
     images = f"{clusters.sizes.sum():,}" if clusters else None
     tiles += [
         _tile("images", images),
         _tile("clusters", str(len(clusters.sizes)) if clusters else None),
-        _tile("images exchanged", _exchanged(record)),
+        *([] if record.without_routes else [_tile("images exchanged", _exchanged(record))]),
         _tile("faults", str(len(record.faults))),
     ]
     return tiles

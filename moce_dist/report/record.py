@@ -107,9 +107,24 @@ class Record:
         hidden = set()
         if self.base is not None:
             hidden.add("mae")
-        if not self.stages["control"].metrics and (config is None or not config.control):
+        is_wanted = config is not None and config.control and config.moe.kind != "dense"
+        if not self.stages["control"].metrics and not is_wanted:
             hidden.add("control")
         return {name: stage for name, stage in self.stages.items() if name not in hidden}
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What the stages trained, by name: stage moce of a run without experts is the control."""
+        kind = "cluster" if self.config is None else self.config.moe.kind
+        moce = {"cluster": "MoCE", "token": "TokenMoE", "dense": "control"}[kind]
+        return {"mae": "MAE", "moce": moce, "control": "control"}
+
+    @property
+    def without_routes(self) -> str:
+        """Why there is nothing to say of experts that clusters choose; empty where there is."""
+        kind = "cluster" if self.config is None else self.config.moe.kind
+        why = {"token": "tokens choose the experts", "dense": "no experts"}.get(kind)
+        return f"{why} (moe.kind {kind})" if why else ""
 
     @property
     def base(self) -> str | None:

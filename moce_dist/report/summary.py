@@ -1,15 +1,14 @@
 """A run in a screen of text: what it learnt, what its clusters hold, where everything lies."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from moce_dist.report.record import Clusters, Record, Stage, read_record
+from moce_dist.report.record import Clusters, Record, read_record
 from moce_dist.rows import backbone_texts, difference_text, value_text
 
 _MAX_CLUSTERS = 16
-TITLES = {"mae": "MAE", "moce": "MoCE", "control": "control"}
 
 
 def summary_lines(run_root: Path) -> list[str]:
@@ -21,9 +20,9 @@ def summary_lines(run_root: Path) -> list[str]:
     record = read_record(run_root)
     return [
         f"run {record.root}",
-        *_losses(record.shown_stages, record.base),
+        *_losses(record),
         *_clusters(record.clusters),
-        *_experts(record.stages["moce"]),
+        *_experts(record),
         *_routing(record.routing),
         *_transfers(record),
         f"faults: {len(record.faults)}",
@@ -33,18 +32,19 @@ def summary_lines(run_root: Path) -> list[str]:
     ]
 
 
-def _losses(stages: Mapping[str, Stage], base: str | None) -> Iterator[str]:
-    if base is not None:
-        yield f"goes on from the encoder, clusters and experts of {base}"
-    for name, stage in stages.items():
+def _losses(record: Record) -> Iterator[str]:
+    if record.base is not None:
+        yield f"goes on from the encoder, clusters and experts of {record.base}"
+    for name, stage in record.shown_stages.items():
+        title = record.titles[name]
         _, losses = stage.column("loss")
         holdout = stage.holdout
         held_out = f"{holdout['loss']:.4f} on {holdout['images']} images" if holdout else "missing"
         if not losses:
             taken = f"taken as given, held-out: {held_out}" if holdout else "not trained yet"
-            yield f"{TITLES[name]} loss: {taken}"
+            yield f"{title} loss: {taken}"
             continue
-        yield f"{TITLES[name]} loss: {losses[0]:.4f} -> {losses[-1]:.4f}, held-out: {held_out}"
+        yield f"{title} loss: {losses[0]:.4f} -> {losses[-1]:.4f}, held-out: {held_out}"
 
 
 def domain_mix(counts: np.ndarray, domains: list[str]) -> str:
@@ -108,10 +108,11 @@ def _clusters(clusters: Clusters | None) -> Iterator[str]:
         yield f"  and {len(sizes) - _MAX_CLUSTERS} more, see the report"
 
 
-def _experts(stage: Stage) -> Iterator[str]:
+def _experts(record: Record) -> Iterator[str]:
+    stage = record.stages["moce"]
     experts = stage.experts
     if experts is None:
-        yield "images per expert: missing"
+        yield f"images per expert: {record.without_routes or 'missing'}"
         return
     yield f"images per expert, sum of {len(experts)} logged steps:"
     for layer, counts in enumerate(experts.sum(axis=0)):

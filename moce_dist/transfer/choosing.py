@@ -8,7 +8,7 @@ is tried in validate.py.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,16 +23,17 @@ from moce_dist.model.customize import customize
 from moce_dist.run import Run, artefact_id, fingerprint, read_marker, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
-from moce_dist.train.encoder import OWN, build_encoder, same_encoder
+from moce_dist.train.encoder import OWN, Pixels, build_encoder, same_encoder
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.classify import encode
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine
-from moce_dist.transfer.request import SELECTION_FIELDS, STAGES, Request
+from moce_dist.transfer.request import BY_USE, SELECTION_FIELDS, STAGES, Request
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.select import choose_experts, mix_of, task_clusters
 from moce_dist.transfer.skips import Skips, record_skips
 from moce_dist.transfer.tasks import Task
+from moce_dist.transfer.token import choose_by_use, usage_counter, without_gates
 from moce_dist.transfer.validate import (
     CONTROL,
     candidate_configs,
@@ -110,7 +111,8 @@ class Chooser:
         return self.choices[name]
 
     def _choose(self, name: str) -> dict[str, Any]:
-        path = self.file(name)
+        if name == BY_USE:
+            return self._choose_by_use(name)
         select = name.partition(":")[2]
         config = with_selection(self.config, select) if select else self.config
         transfer, moce = config.transfer, self.stage("moce")
@@ -126,19 +128,30 @@ class Chooser:
             "select": transfer.model_dump(include=SELECTION_FIELDS),
             "control": control.identity if control else None,
         }
+        return self._known_or(
+            name,
+            inputs,
+            lambda: self._validate(control) if is_validated else self._chosen(config),
+        )
+
+    def _known_or(
+        self, name: str, inputs: dict[str, Any], choose: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        path = self.file(name)
         # through JSON, so that tuples compare as the lists they become
         of = fingerprint(inputs)
         if path.exists() and (known := json.loads(path.read_text())).get("of") == of:
             return dict(known)
-        choice = self._validate(control) if is_validated else self._chosen(config)
+        choice = choose()
         if choice["warning"]:
             logger.warning("%s: %s", self.request.folder, choice["warning"])
         write_atomic(path, json.dumps({**choice, "of": of}, indent=1))
         return {**choice, "of": of}
 
     def file(self, name: str) -> Path:
-        """Return where the choice of `moce` or `moce:SELECT` stands."""
-        return self.folder / f"choice{name.removeprefix('moce').replace(':', '-')}.json"
+        """Return where the choice of `moce`, `moce:SELECT` or `token` stands."""
+        _, colon, how = name.partition(":")
+        return self.folder / f"choice{colon and '-'}{how}.json"
 
     def _encoder_identity(self) -> str:
         if self.config.cluster.encoder == OWN:
@@ -150,12 +163,27 @@ class Chooser:
         """Clusters of the task's training images, (n,)."""
         mae = self.stage("mae") if self.config.cluster.encoder == OWN else None
         encoder = build_encoder(self.config, mae.checkpoint if mae else None, self.machine.device)
+        return task_clusters(self._encoded(encoder, encoder.pixels), self.run.clusters)
+
+    def _encoded(self, encoder: Callable[[Tensor], Tensor], takes: Pixels) -> Tensor:
+        """Encode the task's training images, (n, ...); what cannot be read is skipped."""
         images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
-        features, _, faults = encode(encoder, encoder.pixels, images, self.machine, name="encoder")
+        features, _, faults = encode(encoder, takes, images, self.machine, name="encoder")
         skips = Skips(self.machine)
         skips.test = faults
         record_skips(self.run.faults, skips.close())
-        return task_clusters(features, self.run.clusters)
+        return features
+
+    def _choose_by_use(self, name: str) -> dict[str, Any]:
+        moce, config = self.stage("moce"), self.config
+
+        def choose() -> dict[str, Any]:
+            count = usage_counter(moce.weights, config, self.machine.device)
+            used = self._encoded(count, Pixels(config.data.image_size))
+            return choose_by_use(used, moce.weights, task=self.request.folder)
+
+        inputs = {"task": self.task_fingerprint, "max_train": config.transfer.max_train}
+        return self._known_or(name, {**inputs, "token": moce.identity}, choose)
 
     def _chosen(self, config: Config) -> dict[str, Any]:
         return choose_experts(
@@ -197,7 +225,7 @@ class Chooser:
         return run_backbone(
             name,
             self.config,
-            customize(moce.weights, mix, scale=choice["scale"]),
+            customize(without_gates(moce.weights), mix, scale=choice["scale"]),
             choice=mix,
             identity={"moce": moce.identity, "experts": mix, "scale": choice["scale"]},
         )

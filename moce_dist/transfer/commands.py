@@ -19,7 +19,7 @@ from moce_dist.data.shards import IMAGE_EXTENSIONS
 from moce_dist.lease import hold
 from moce_dist.run import load_run, resolve_run
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.request import parse_experts
+from moce_dist.transfer.request import experts_of, parse_experts
 from moce_dist.transfer.tasks import Item
 
 _CONFIG = "config.json"
@@ -47,6 +47,8 @@ def routes(argv: Sequence[str]) -> None:
     run, config = load_run(
         Path(args.run).resolve() if is_here else resolve_run(args.run, load_config(None))
     )
+    if config.moe.kind != "cluster":
+        raise ConfigError(f"{run.root}: has no routes: {experts_of(config)}")
     quiet_libraries()
     from moce_dist.transfer.routes import export_route, list_routes, moce_stage, route_lines
 

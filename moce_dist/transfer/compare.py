@@ -39,7 +39,7 @@ from moce_dist.transfer.ranks import from_first
 from moce_dist.transfer.request import (
     Request,
     backbones_of,
-    is_moce,
+    is_chosen,
     labels_per_class,
     own_backbone,
     stage_of,
@@ -83,7 +83,7 @@ class Comparison:
             return timm_backbone(name)
         if name == "random":
             return run_backbone(name, self.config, None, identity={"random": True})
-        if is_moce(name):
+        if is_chosen(name):
             return self.chooser.customised(name, self.chooser.choice(name))
         origin = stage_of(name, self.config)
         assert origin is not None, name
@@ -287,7 +287,7 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
     files = [folder / "metrics.json"]
     for name, backbone in backbones.items():
-        if is_moce(name) or name == own_backbone(comparison.config):
+        if is_chosen(name) or name == own_backbone(comparison.config):
             files += _export(comparison, backbone, metrics)
     mark_complete(folder, inputs, files)
     return metrics
@@ -295,7 +295,7 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
 
 def _export(comparison: Comparison, own: Backbone, metrics: dict[str, Any]) -> list[Path]:
     chooser, choice, file = comparison.chooser, None, comparison.folder / "choice.json"
-    if is_moce(own.name):
+    if is_chosen(own.name):
         choice, file = chooser.choice(own.name), chooser.file(own.name)
     stage = "control" if choice and choice.get("chosen") == CONTROL else "moce"
     about = {

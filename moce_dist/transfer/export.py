@@ -76,7 +76,7 @@ def model_card(
 def _choice_lines(choice: dict[str, Any]) -> list[str]:
     return [
         f"- images: {choice['num_images']}, without their labels",
-        f"- their clusters (images): {_histogram(choice['clusters'])}",
+        *_cluster_lines(choice["clusters"]),
         *([f"- warning: {choice['warning']}"] if choice["warning"] else []),
         "",
         *_layers(choice["layers"]),
@@ -84,14 +84,22 @@ def _choice_lines(choice: dict[str, Any]) -> list[str]:
     ]
 
 
-def _histogram(clusters: dict[str, int]) -> str:
+def _cluster_lines(clusters: dict[str, int]) -> list[str]:
+    if not clusters:
+        return []
     shown = [f"{cluster} ({count})" for cluster, count in list(clusters.items())[:_MAX_CLUSTERS]]
     rest = len(clusters) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest else "")
+    more = f" and {rest} more" if rest else ""
+    return [f"- their clusters (images): {', '.join(shown)}{more}"]
 
 
 def _about(choice: dict[str, Any]) -> str:
     source = "of a Mixture of Cluster-conditional Experts (arXiv 2402.05382)"
+    if choice["select"] == "use":
+        return (
+            "The experts of a mixture whose tokens choose them (arXiv 2006.16668), averaged by the "
+            "share of the images' tokens that each received."
+        )
     if not choice["layers"]:
         return "No experts: the dense control, which did best on folds of the task's own images."
     if _is_merged(choice["layers"]):

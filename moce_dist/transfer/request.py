@@ -18,7 +18,8 @@ from moce_dist.transfer.catalog import TASKS
 from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS
 
 STAGES = ("mae", "moce", "control")
-_OWN = {"cluster": "moce", "token": "token", "dense": "control"}
+BY_USE = "token"
+_OWN = {"cluster": "moce", "token": BY_USE, "dense": "control"}
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 SELECTION_FIELDS = {
     *("select", "merge_temperature", "validate_by", "validate_folds", "validate_images"),
@@ -70,6 +71,11 @@ def is_moce(backbone: str) -> bool:
     return backbone.partition(":")[0] == "moce"
 
 
+def is_chosen(backbone: str) -> bool:
+    """Tell whether a backbone is made for the task, of experts: that of a MoCE, or `token`."""
+    return is_moce(backbone) or backbone == BY_USE
+
+
 def protocols_of(task: str) -> tuple[str, ...]:
     """Return the protocols of a task that are taken by default."""
     if task in DETECTION_TASKS:
@@ -96,6 +102,13 @@ def stage_of(name: str, config: Config) -> str | None:
     if kind == own_backbone(config):
         return "moce"
     return kind if kind in STAGES else None
+
+
+def experts_of(config: Config) -> str:
+    """Say what kind of experts a run has."""
+    what = {"dense": "no experts", "token": "experts that tokens choose, not clusters"}
+    kind = config.moe.kind
+    return f"the run has {what.get(kind, 'experts that clusters choose')} (moe.kind {kind})"
 
 
 def default_backbones(run: Run | None, config: Config) -> tuple[str, ...]:
@@ -168,9 +181,7 @@ def check_request(request: Request, config: Config) -> None:
     if request.num_seeds < 1:
         raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")
     if request.experts is not None and config.moe.kind != "cluster":
-        raise ConfigError(
-            f"--experts: the run has no experts of clusters (moe.kind {config.moe.kind})"
-        )
+        raise ConfigError(f"--experts: {experts_of(config)}")
     if request.experts is not None:
         check_experts(request.experts, len(config.moe_layers), config.moe.num_experts)
     if request.is_segmentation:
@@ -188,10 +199,7 @@ def _check_backbone(name: str, request: Request, config: Config) -> None:
         rule = f"must be one of {', '.join(known)}{more} or timm:NAME"
         if name.partition(":")[0] not in _OWN.values():
             raise ConfigError(f"--backbone {name}: {rule}")
-        what = {"dense": "no experts", "token": "experts of tokens"}.get(
-            kind, "experts of clusters"
-        )
-        raise ConfigError(f"--backbone {name}: the run has {what} (moe.kind {kind}); {rule}")
+        raise ConfigError(f"--backbone {name}: {experts_of(config)}; {rule}")
     if not is_moce(name):
         return
     select = name.partition(":")[2] or config.transfer.select

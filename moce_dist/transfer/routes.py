@@ -68,8 +68,6 @@ def list_routes(run: Run, config: Config, stage: Stage) -> list[Route]:
     Raises:
         ConfigError: the checkpoint has no experts, or the assignments are missing.
     """
-    if not moe_shape(stage.weights)[0]:
-        raise ConfigError(f"{stage.checkpoint}: has no experts (moe.kind {config.moe.kind})")
     table = routes(stage.weights, config.gate, num_groups=config.parallel.num_groups)
     sizes = cluster_sizes(run, table.shape[1])
     found: dict[tuple[int, ...], dict[int, int]] = {}
