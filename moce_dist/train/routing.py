@@ -125,9 +125,10 @@ class Router:
         is_due = force or step % self._config.gate.refresh_steps == 0 or not self._is_planned
         if not is_due:
             return
-        table = torch.from_numpy(self.compute_table(gate, step))
-        device = gate.weight.device
-        shared = table.to(device)
+        # one rank computes: with many clusters and experts it takes longer than the broadcast
+        is_first = dist.get_rank() == 0
+        table = self.compute_table(gate, step) if is_first else np.empty_like(self.table)
+        shared = torch.from_numpy(table).to(gate.weight.device)
         dist.broadcast(shared, 0)
         self.table = shared.cpu().numpy()
 
