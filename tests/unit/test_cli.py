@@ -13,7 +13,7 @@ from moce_dist.cli import job_parser
 from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[2]
-JOBS = sorted((ROOT / "jobs").glob("*.py"))
+JOBS = [p for p in sorted((ROOT / "jobs").glob("*.py")) if p.name != "interpreter.py"]
 
 JOB = """
 import sys, time
