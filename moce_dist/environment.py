@@ -177,9 +177,9 @@ def bind_ranks(master: str) -> None:
     127.0.1.1. A user's GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME stays.
     """
     address = _own_address(master)
-    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != int(os.environ.get("WORLD_SIZE", "1")):
-        # the name of the first rank's host may mean the loopback there
-        address = _own_address(_ELSEWHERE) if _is_loopback(address) else address
+    if _is_loopback(address) and master != "localhost" and not master.startswith("127."):
+        # the first rank's host itself, under its own name
+        address = _outer_address() or address
     name = interface_of(address)
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -192,6 +192,19 @@ def _own_address(other: str) -> str:
         probe.connect((other, 9))
         return str(probe.getsockname()[0])
     return ""
+
+
+def _outer_address() -> str:
+    import psutil
+
+    every = (found for each in psutil.net_if_addrs().values() for found in each)
+    others = (
+        found.address
+        for found in every
+        if found.family == socket.AF_INET and not _is_loopback(found.address)
+    )
+    # without a default route, whatever there is
+    return _own_address(_ELSEWHERE) or next(others, "")
 
 
 def _is_loopback(address: str) -> bool:

@@ -94,7 +94,7 @@ def test_sockets_of_ray_get_a_short_folder(monkeypatch, tmp_path):
 
 @pytest.fixture
 def no_interfaces(monkeypatch):
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         # set first, so that what the code sets is undone
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -102,8 +102,6 @@ def no_interfaces(monkeypatch):
 
 
 def test_ranks_of_one_host_meet_on_the_loopback(no_interfaces):
-    no_interfaces.setenv("WORLD_SIZE", "2")
-    no_interfaces.setenv("LOCAL_WORLD_SIZE", "2")
     bind_ranks("127.0.0.1")
     name = os.environ["GLOO_SOCKET_IFNAME"]
     assert environment.interface_of("127.0.0.1") == name
@@ -118,11 +116,10 @@ def test_interface_that_a_user_names_stays(no_interfaces):
 
 
 def test_host_whose_name_is_the_loopback_is_reached_by_its_other_interface(no_interfaces):
-    no_interfaces.setattr(environment, "_own_address", lambda other: other)
-    no_interfaces.setattr(environment, "_ELSEWHERE", "10.0.0.7")
-    no_interfaces.setattr(environment, "interface_of", {"10.0.0.7": "eth0", "127.0.1.1": "lo"}.get)
-    no_interfaces.setenv("WORLD_SIZE", "2")
-    bind_ranks("127.0.1.1")
+    own = {"debian": "127.0.0.1", environment._ELSEWHERE: "10.0.0.7"}
+    no_interfaces.setattr(environment, "_own_address", own.get)
+    no_interfaces.setattr(environment, "interface_of", {"10.0.0.7": "eth0", "127.0.0.1": "lo"}.get)
+    bind_ranks("debian")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "eth0"
     assert os.environ["NCCL_SOCKET_IFNAME"] == "=eth0"
 
