@@ -20,6 +20,7 @@ recipe (scale 0.2 to 1, bicubic, mirror) from He et al. 2022, appendix A.1.
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
@@ -41,6 +42,7 @@ from moce_dist.data.orientation import AS_STORED, Turn
 from moce_dist.data.resize import Pixels, Size, resize, resize_all
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 MEAN = (0.485, 0.456, 0.406)
@@ -264,12 +266,18 @@ def decode_image(content: Encoded) -> Pixels:
     return np.asarray(open_image(content))
 
 
+@cache
+def _levels(device: "torch.device") -> tuple["Tensor", ...]:
+    import torch
+
+    return (torch.tensor([MEAN, STD], device=device) * 255).view(2, 3, 1, 1).unbind()
+
+
 def normalise(images: "Tensor") -> "Tensor":
     """Bring (..., 3, S, S) uint8 to float32 by ImageNet's mean and deviation, where it lies."""
     import torch
 
-    levels = torch.tensor([MEAN, STD], device=images.device) * 255
-    mean, std = levels.view(2, 3, 1, 1)
+    mean, std = _levels(images.device)
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 

@@ -42,9 +42,11 @@ def resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) ->
     if down is None or across is None:
         image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box)
         return np.asarray(image)
+    crop = pixels[down.start : down.stop, across.start : across.stop]
+    if crop.shape[:2] == (size, size) and down.scale == across.scale == 1:
+        return crop
     import torch
 
-    crop = pixels[down.start : down.stop, across.start : across.stop]
     # Pillow's filter, but vectorised; rows of RGB are what torch calls "channels last"
     resized = torch.ops.aten._upsample_bicubic2d_aa(
         torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1).unsqueeze(0),

@@ -203,6 +203,17 @@ def test_draws_are_keyed_by_sample():
         assert (first != other.random(3)).all()
 
 
+@pytest.mark.parametrize("size", [8, 28, 32, 224])
+def test_a_crop_of_the_samples_size_is_what_the_filter_makes_of_it(size):
+    pixels = np.random.default_rng(size).integers(0, 256, (size + 9, size + 5, 3), np.uint8)
+    crop = pixels[4 : 4 + size, 3 : 3 + size]
+    planes = torch.from_numpy(crop.copy()).permute(2, 0, 1)[None]
+    filtered = torch.ops.aten._upsample_bicubic2d_aa(planes, [size, size], False, 1.0, 1.0)
+    box = images.Box(3, 4, 3 + size, 4 + size)
+    found = images.Decoded(pixels).crop(box, size)
+    assert (found == crop).all() and (found == filtered[0].permute(1, 2, 0).numpy()).all()
+
+
 def test_a_generator_set_anew_is_a_new_one():
     draws = SampleDraws()
     for number in range(3):
