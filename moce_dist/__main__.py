@@ -18,6 +18,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -28,6 +29,7 @@ from moce_dist.environment import loopback_of
 from moce_dist.workers import legal_worker_counts
 
 _GIB = 2**30
+_IN_PLACE_OF = {"faiss-gpu": "faiss-cpu"}
 _COMMANDS = ("routes", "predict", "onnx")
 
 
@@ -53,15 +55,19 @@ def packages(_: Config) -> Iterator[Check]:
     requirements = [Requirement(text) for text in metadata.requires("moce-dist") or []]
     needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     for requirement in needed:
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            version = "not installed"
+        version = _version(requirement.name)
         if version == "not installed" or version not in requirement.specifier:
             wrong.append(f"{requirement.name}{requirement.specifier} ({version})")
     seen = f"Python {platform.python_version()}, {len(needed) - len(wrong)} of {len(needed)} fit"
     level: Literal["ok", "fail"] = "fail" if wrong else "ok"
     yield Check(level, "packages", seen, f"install: {', '.join(wrong)}")
+
+
+def _version(name: str) -> str:
+    for installed in (name, _IN_PLACE_OF.get(name, name)):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(installed)
+    return "not installed"
 
 
 def frameworks(_: Config) -> Iterator[Check]:
@@ -178,13 +184,12 @@ def network(_: Config) -> Iterator[Check]:
                 )
 
 
-def compilers(_: Config) -> Iterator[Check]:
-    """Look for what DeepSpeed builds its operators with."""
-    folders = os.pathsep.join((os.environ.get("PATH", ""), str(Path(sys.executable).parent)))
-    missing = [t for t in ("c++", "ninja") if shutil.which(t, path=folders) is None]
-    seen = f"not found: {', '.join(missing)}" if missing else "c++ and ninja"
-    advice = "DeepSpeed builds an operator for CPU ranks at its first start; GPU ranks need none"
-    yield Check("warn" if missing else "ok", "compilers", seen, advice)
+def compilers(config: Config) -> Iterator[Check]:
+    """Look for what torch.compile builds with; nothing else is built at run time."""
+    is_there = shutil.which("c++") is not None
+    level: Literal["ok", "warn"] = "ok" if is_there or not config.parallel.compile else "warn"
+    seen = "c++" if is_there else "c++ not found"
+    yield Check(level, "compilers", seen, "parallel.compile builds kernels when it starts")
 
 
 def open_files(_: Config) -> Iterator[Check]:

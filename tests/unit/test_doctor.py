@@ -39,7 +39,7 @@ def test_healthy_machine_passes_every_check():
 
 def test_gpu_that_is_asked_for_and_missing_fails_with_advice(tmp_path):
     config = tmp_path / "config.yaml"
-    config.write_text("parallel: {use_gpu: true, num_workers: 2, num_groups: 4}")
+    config.write_text("parallel: {use_gpu: true, num_workers: 2, num_groups: 4, compile: true}")
     done = run("--config", str(config), CUDA_VISIBLE_DEVICES="", PATH="/nowhere")
     assert done.returncode == 1
     assert "fail  GPUs" in done.stdout and "set auto or false" in done.stdout
