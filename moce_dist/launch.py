@@ -7,8 +7,9 @@ reports through files of the run directory, so a job looks the same under plain 
 When a worker is lost, all start again from the newest checkpoint, on as many nodes as there are
 then: `elastic.py` decides, and Ray neither restarts nor resizes anything by itself.
 A node that drains, room for more workers, or SIGTERM to the driver stop the training between two
-steps, with its state saved. An error of the training itself is not tried again: it is left in
-`failed.json`, and workers that find one leave at once.
+steps, with its state saved; so does the drain of the driver's own node, which the driver leaves.
+An error of the training itself is not tried again: it is left in `failed.json`, and workers that
+find one leave at once.
 """
 
 import json
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -147,7 +148,7 @@ def train(job: Job) -> None:
         ConfigError: the cluster's labels do not fit the groups.
         RuntimeError: with the error that the workers left; or nodes or workers were missing for too
             long or too often.
-        StoppedError: this process got SIGTERM; the state is saved.
+        StoppedError: this process got SIGTERM, or its node drains; the state is saved.
     """
     (job.folder / FAILED).unlink(missing_ok=True)
     if "RANK" in os.environ or not needs_ray(job.parallel):
@@ -155,8 +156,28 @@ def train(job: Job) -> None:
             job.run(is_terminated)
         return
     connect(job.parallel)
-    with heed_sigterm() as is_terminated:
-        _supervise(job, is_terminated)
+    with heed_sigterm() as is_terminated, _asking_for_room(job.parallel):
+        _supervise(job, lambda: is_terminated() or _is_leaving())
+
+
+@contextmanager
+def _asking_for_room(parallel: ParallelConfig) -> Iterator[None]:
+    """Have an autoscaler, where there is one, bring and keep a place for every worker."""
+    from ray.autoscaler.sdk import request_resources
+
+    resource = "GPU" if uses_gpu(parallel) else "CPU"
+    request_resources(bundles=[{resource: 1}] * parallel.num_workers)
+    try:
+        yield
+    finally:
+        # what was asked for would stay asked for
+        with suppress(RayError, RuntimeError):
+            request_resources(bundles=[])
+
+
+def _is_leaving() -> bool:
+    """Tell whether the node of this process drains: in Kubernetes the head's pod is to go."""
+    return ray.get_runtime_context().get_node_id() in cluster_state.get_draining_nodes()
 
 
 def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
@@ -176,7 +197,8 @@ def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
         if ending.is_finished:
             return
         if is_terminated():
-            raise StoppedError(f"SIGTERM; {ending.cause}")
+            why = "this node drains" if _is_leaving() else "SIGTERM"
+            raise StoppedError(f"{why}; {ending.cause}")
         if ending.is_saved and start.has_room_for_more:
             log.info("%s: there is room for more workers", job.name)
             continue

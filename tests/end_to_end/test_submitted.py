@@ -1,0 +1,90 @@
+"""What a submitted job meets: its wrapper, and a head that goes.
+
+The clusters are Ray's own, of raylets on this machine.
+"""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ray._raylet import GcsClient
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from moce_dist.elastic import GROUP_LABEL
+
+ROOT = Path(__file__).parents[2]
+READY = ("ingested", "mae", "features", "clusters", "shards")
+
+
+@pytest.fixture
+def head(monkeypatch):
+    """A head without CPUs, and its dashboard."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True}
+    )
+    yield cluster
+    cluster.shutdown()
+
+
+def finish(client, *words, timeout_s=200):
+    """Submit a command as KubeRay does, wait for its end; status and log."""
+    address = {"RAY_API_SERVER_ADDRESS": client.get_address()}
+    command = " ".join(str(word) for word in (sys.executable, ROOT / "k8s" / "run.py", *words))
+    job = client.submit_job(entrypoint=command, runtime_env={"env_vars": address})
+    end = time.monotonic() + timeout_s
+    while not client.get_job_status(job).is_terminal() and time.monotonic() < end:
+        time.sleep(0.5)
+    return client.get_job_status(job), client.get_job_logs(job)
+
+
+def test_only_a_wrong_request_ends_a_submitted_job_for_good(head, tmp_path):
+    client = JobSubmissionClient(f"http://{head.webui_url}")
+    pretrain = ROOT / "jobs" / "pretrain.py"
+    wrong = finish(client, pretrain, "--set", "moe.experts=4")
+    # KubeRay takes a stopped job for complete, and tries a failed one again
+    assert wrong[0] == JobStatus.STOPPED, wrong
+    assert "error: moe.experts = 4: unknown key" in wrong[1]
+    assert "the request is wrong, so the job is stopped and not tried again" in wrong[1]
+    script = tmp_path / "job.py"
+    script.write_text("raise SystemExit(1)")
+    assert finish(client, script)[0] == JobStatus.FAILED
+    right = finish(client, pretrain, "--run", tmp_path / "run", "--dry-run")
+    assert right[0] == JobStatus.SUCCEEDED and str(tmp_path / "run") in right[1]
+
+
+def test_a_driver_whose_node_drains_has_its_workers_save_and_leaves(
+    head, start, arguments, part_of, tmp_path
+):
+    head.add_node(num_cpus=1, labels={GROUP_LABEL: "g0"})
+    head.add_node(num_cpus=1, labels={GROUP_LABEL: "g1"})
+    run = part_of(*READY)
+    command = (*arguments(run, "checkpoint.every_steps=1000"), "--stage", "moce")
+    job = start("pretrain", *command, env={"RAY_ADDRESS": head.address})
+    metrics = run / "moce" / "metrics.jsonl"
+    job.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 10, "a step")
+    assert asked_for(head) == [{"CPU": 1}, {"CPU": 1}]
+    # what a pod's SIGTERM does to the head: `ray start --block` announces its end
+    drain(head, head.head_node)
+    result = job.finish()
+    assert result.status == 128 + signal.SIGTERM, result.err
+    assert result.error.startswith("stopped: this node drains; moce: state saved at step")
+    assert len(list((run / "moce" / "checkpoints").glob("step_*"))) == 1
+    assert asked_for(head) == []
+
+
+def asked_for(cluster):
+    """What an autoscaler is asked to bring, as Ray keeps it."""
+    kept = GcsClient(address=cluster.address).internal_kv_get(b"autoscaler_resource_request")
+    return json.loads(kept)
+
+
+def drain(cluster, node, seconds=150):
+    reason = autoscaler_pb2.DrainNodeReason.DRAIN_NODE_REASON_PREEMPTION
+    deadline_ms = int((time.time() + seconds) * 1000)
+    GcsClient(address=cluster.address).drain_node(node.node_id, reason, "test", deadline_ms)
