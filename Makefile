@@ -6,9 +6,10 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 RUN ?= runs/quickstart
-SOURCES := moce_dist jobs tests
+SOURCES := moce_dist jobs tests k8s
 BIN := .venv/bin
 READY := .venv/.ready
+CHECKOV := .venv/checkov/.ready
 
 # the tests are many small processes: threads of one only slow down the others
 export OMP_NUM_THREADS ?= 1
@@ -53,7 +54,13 @@ imports: $(READY)
 
 check: lint types imports ## Lint, types and import rules, without tests
 
-test: check ## Check, then all tests except the long ones
+# pins versions that ours must not have
+$(CHECKOV): checkov.txt | $(READY)
+	$(BIN)/python -m venv .venv/checkov
+	.venv/checkov/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r checkov.txt
+	@touch $@
+
+test: check $(CHECKOV) ## Check, then all tests except the long ones
 	$(BIN)/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist loadfile tests/unit
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup --ignore tests/unit
 

@@ -72,6 +72,12 @@ def test_lock_holds_nothing_else_by_name():
     assert not {"tensorflow", "keras", "pyright", "hypothesis"} & set(pins("constraints.txt"))
 
 
+def test_checkov_is_locked_apart_from_what_it_would_hold_back():
+    assert "checkov" in pins("checkov.txt") and "checkov" not in pins("constraints.txt")
+    done = make("test").stdout
+    assert done.index("-r checkov.txt") < done.index("-m pytest")
+
+
 def test_sample_packages_are_the_versions_that_the_reader_knows():
     assert pins("samples.txt") == {
         canonicalize_name(name): version for name, version in carriers._VERSIONS.items()
