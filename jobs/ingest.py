@@ -68,8 +68,8 @@ def parse(argv: Sequence[str]) -> Any:
     return parser.parse_args(argv)
 
 
-def plan(source: str, *, allow_pipes: bool) -> str:
-    """Say what would be read.
+def plan(source: str, *, allow_pipes: bool) -> tuple[str, str]:
+    """Say what would be read, and what would be left out of a folder.
 
     Raises:
         ConfigError: the source is wrong.
@@ -77,21 +77,19 @@ def plan(source: str, *, allow_pipes: bool) -> str:
     kind, rest = parse_source(source)
     if kind == "folder":
         folder = list_folder(Path(rest))
-        return (
-            f"{len(folder.files)} pictures, {folder.num_bytes} bytes, "
-            f"{len(folder.faults)} unusable files"
-        )
+        taken = f"{len(folder.files)} images, {folder.num_bytes} bytes"
+        return f"{taken}, {len(folder.faults)} unusable files", folder.left_out
     if kind == "shards":
         urls = expand_shards(rest, allow_pipes=allow_pipes)
         pipes = [url for url in urls if url.startswith(PIPE)]
         local = sum(os.path.getsize(url) for url in urls if "://" not in url and url not in pipes)
         stored = f"; {len(pipes)} more that commands write, stored" if pipes else ""
         lying = f"{len(urls) - len(pipes)} shards, {local} bytes on local disks"
-        return f"{lying}, indexed where they lie{stored}"
+        return f"{lying}, indexed where they lie{stored}", ""
     from moce_dist.data import carriers, desktop
 
     (desktop if rest == COMPOSITED else carriers).check_installed()
-    return "images of installed packages"
+    return "images of installed packages", ""
 
 
 def place(args: Any, config: Config) -> tuple[Path, Path | None]:
@@ -145,7 +143,7 @@ def held_out(out: Path) -> list[ShardIndex]:
     return [read_index(out / HOLDOUT)] if (out / HOLDOUT / INDEX_NAME).is_file() else []
 
 
-def summarise(indices: Sequence[ShardIndex], out: Path, num_faults: int) -> None:
+def summarise(indices: Sequence[ShardIndex], out: Path, num_faults: int, left_out: str) -> None:
     """Print what the data set consists of: images for training, then those held out."""
     index, *holdout = indices
     num_shards = sum(len(part.shards) for part in indices)
@@ -163,6 +161,8 @@ def summarise(indices: Sequence[ShardIndex], out: Path, num_faults: int) -> None
     print(f"shards   {num_shards}, {num_bytes} bytes")
     print(f"domains  {len(domains)}: {shown}{more}")
     print(f"faults   {num_faults}")
+    if left_out:
+        print(f"left out {left_out}")
     print(f"path     {out / INDEX_NAME}")
 
 
@@ -175,14 +175,19 @@ def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> N
     from moce_dist.data.audit import verify
     from moce_dist.launch import map_shared
 
-    known = {(f["shard"], f["key"]) for f in read_faults(ledger) if f["stage"] == "verify"}
+    ledgered = {
+        stage: {(f["shard"], f["key"]) for f in read_faults(ledger) if f["stage"] == stage}
+        for stage in ("ingest", "verify")
+    }
     faults = [
         fault
         for index in indices
-        for fault in verify(index, config.data, partial(map_shared, config.parallel))
+        for fault in verify(
+            index, config.data, partial(map_shared, config.parallel), ledgered["ingest"]
+        )
     ]
     for fault in faults:
-        if (fault.shard, fault.key) not in known:
+        if (fault.shard, fault.key) not in ledgered["verify"]:
             record_fault(ledger, stage="verify", **fault._asdict())
     total = sum(index.num_samples for index in indices)
     named = f"; each is named in {ledger}" if faults else ""
@@ -224,12 +229,14 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--against {args.against}: is not a folder")
     if is_task and (args.verify or args.against):
         raise ConfigError(f"--verify, --against: are for pre-training data, not for {source}")
-    reads = plan(source, allow_pipes=config.data.allow_pipes)
+    reads, left_out = plan(source, allow_pipes=config.data.allow_pipes)
     out, root = place(args, config)
     ledger = (root or out) / "faults.jsonl"
     if args.dry_run:
         form = "class folders" if is_task else f"tars of {config.data.shard_bytes} bytes"
         print(f"reads    {source}: {reads}")
+        if left_out:
+            print(f"left out {left_out}")
         print(f"writes   {out}, {form if kind != 'shards' else 'an index'}")
         print(f"holdout  {0 if is_task else config.data.holdout_fraction}")
         print(f"faults   {ledger}")
@@ -238,10 +245,10 @@ def main(argv: Sequence[str]) -> None:
         if is_task:
             write_task(name, out)
         else:
-            make_shards(args, config, out, ledger)
+            make_shards(args, config, out, ledger, left_out)
 
 
-def make_shards(args: Any, config: Config, out: Path, ledger: Path) -> None:
+def make_shards(args: Any, config: Config, out: Path, ledger: Path, left_out: str) -> None:
     """Make the shards and say what they are; then check and compare them, if that was asked for."""
     from moce_dist.launch import map_shared
 
@@ -249,7 +256,7 @@ def make_shards(args: Any, config: Config, out: Path, ledger: Path) -> None:
     index = ingest(source, out, config.data, ledger, tasks)
     faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
     indices = [index, *held_out(out)]
-    summarise(indices, out, len(faults))
+    summarise(indices, out, len(faults), left_out)
     if args.against:
         compare_with(Path(args.against), indices, out, config)
     if args.verify:

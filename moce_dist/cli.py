@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from moce_dist.names import open_output
 from moce_dist.run import StoppedError
 from moce_dist.settings import ConfigError
 
@@ -100,6 +101,7 @@ def _one_line(error: BaseException) -> str:
 
 def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a job's `main(argv)` and leave the process with the promised exit status."""
+    open_output()
     try:
         main(sys.argv[1:])
         status = 0

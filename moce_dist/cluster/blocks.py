@@ -28,6 +28,7 @@ from torch import Tensor
 
 from moce_dist.cluster.residents import residents
 from moce_dist.mapping import MapTasks, map_here
+from moce_dist.names import as_text
 from moce_dist.settings import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -120,9 +121,9 @@ class FeatureFiles:
         """
         for path, rows in zip(self.paths, self.rows, strict=True):
             keys = _keys_of(path, rows)
-            shard = path.name if keys is None else path.stem
+            shard = as_text(path.name if keys is None else path.stem)
             for row in range(rows):
-                yield shard, f"{path.name}:{row}" if keys is None else keys[row]
+                yield shard, f"{shard}:{row}" if keys is None else as_text(keys[row])
 
     def labels(self) -> Iterator[tuple[int, list[str | None]]]:
         """First row and classes of every file with a readable `.labels.json` beside it."""

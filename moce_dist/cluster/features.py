@@ -33,6 +33,7 @@ from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_f
 from moce_dist.cluster.decoding import ImageBatch, ShardImages
 from moce_dist.data.framing import Framing
 from moce_dist.data.shards import Shard, ShardIndex
+from moce_dist.names import as_text
 from moce_dist.run import read_faults, record_fault, write_atomic
 
 FEATURE_FILES = ("*.npy", "*.keys.json", "*.labels.json")
@@ -101,7 +102,7 @@ def feature_names(index: ShardIndex) -> list[str]:
     return [
         stem
         if counts[stem] == 1
-        else f"{stem}-{hashlib.sha256(shard.path.encode()).hexdigest()[:8]}"
+        else f"{stem}-{hashlib.sha256(as_text(shard.path).encode()).hexdigest()[:8]}"
         for stem, shard in zip(stems, index.shards, strict=True)
     ]
 

@@ -17,31 +17,40 @@ Source: signs of differences as in the difference hash of N. Krawetz, "Kind of l
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import os
+import tarfile
+from bisect import bisect_right
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from moce_dist.config import DataConfig
-from moce_dist.data.decoders import ImageError
+from moce_dist.data.decoders import ImageError, image_endings
 from moce_dist.data.images import decode_image
+from moce_dist.data.listing import ending
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import Content, RangeReader, Wanted
-from moce_dist.data.shards import Fault, Shard, ShardIndex, scan_shard
+from moce_dist.data.shards import Fault, Shard, ShardIndex
 from moce_dist.data.sources import list_folder
+from moce_dist.data.tarscan import is_hidden_member, split_name
 from moce_dist.mapping import MapTasks, map_here
+from moce_dist.names import as_text
 from moce_dist.settings import ConfigError
 
+_BLOCK = 512
 _GRID = 8
 _THUMBNAIL = 16
 _MIN_CORRELATION = 0.95
 _MAX_DISTANCE = 10
 _Task = tuple[str, Shard]
+_Known = frozenset[tuple[str, str | None]]
 
 
 class Copy(NamedTuple):
@@ -56,26 +65,94 @@ class Copy(NamedTuple):
     """Signs of 128 that differ."""
 
 
-def verify(index: ShardIndex, data: DataConfig, map_tasks: MapTasks = map_here) -> Iterator[Fault]:
-    """Read and decode every sample; yield what is wrong, by shard, in their order."""
+def verify(
+    index: ShardIndex,
+    data: DataConfig,
+    map_tasks: MapTasks = map_here,
+    known: Collection[tuple[str, str | None]] = (),
+) -> Iterator[Fault]:
+    """Read and decode every sample; yield what is wrong, by shard, in their order.
+
+    `known` are shard and key of faults that the index lacks already.
+    """
     tasks = _tasks(index)
-    found = map_tasks(verify_shard, data, tasks)
+    found = map_tasks(verify_shard, (data, frozenset(known)), tasks)
     for faults in track(found, "shards verified", total=len(tasks)):
         yield from faults
 
 
-def verify_shard(data: DataConfig, task: _Task) -> list[Fault]:
+def verify_shard(
+    shared: tuple[DataConfig, frozenset[tuple[str, str | None]]], task: _Task
+) -> list[Fault]:
     """Compare a tar with its index entry and decode all its images."""
-    url, shard = task
+    (data, known), (url, shard) = shared, task
     try:
-        parsed, _ = scan_shard(url)
-    except (ConfigError, OSError) as error:
-        return [Fault(url, None, str(error).removeprefix(f"{url}: "))]
-    faults = []
-    if parsed.sha256 != shard.sha256:
-        faults.append(Fault(url, None, "is not what was indexed (sha256 differs)"))
+        with fsspec.open(url, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            faults = list(unaccounted(file, url, shard))
+    except FileNotFoundError:
+        return [Fault(url, None, "no such shard")]
+    except OSError as error:
+        return [Fault(url, None, str(error))]
+    faults = [f for f in faults if not _names_of(f.key) & {key for at, key in known if at == url}]
+    if digest != shard.sha256:
+        faults.insert(0, Fault(url, None, "is not what was indexed (sha256 differs)"))
     problems = ((key, _problem(content)) for key, content in _images(url, shard, data))
     return [*faults, *(Fault(url, key, why) for key, why in problems if why)]
+
+
+def _names_of(member: str | None) -> set[str | None]:
+    # a fault is called by the key of its sample, or by that and the rest of the member's name
+    if member is None:
+        return {None}
+    stem, _, last = member.rpartition(".")
+    return {member, f"{stem}.{last.lower()}", (split_name(member) or (member,))[0]}
+
+
+def unaccounted(file: IO[bytes], url: str, shard: Shard) -> Iterator[Fault]:
+    """Yield what a tar holds that its index entry has not: images, and bytes of no member.
+
+    Rests on nothing that the reader of the index assumes: neither on where an archive ends, nor on
+    keys.
+    """
+    end = 0
+    file.seek(0)
+    try:
+        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, encoding="utf-8") as tar:
+            while (member := tar.next()) is not None:
+                name = as_text(member.name)
+                is_image = ending(name) in image_endings() and not is_hidden_member(name)
+                if is_image and not member.isdir() and not _is_inside(member.offset, shard):
+                    yield Fault(url, name, "is an image that the index has not")
+                if junk := _junk(file, end, member.offset):
+                    yield Fault(url, None, junk)
+                end = tar.offset
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        yield Fault(url, None, f"is damaged ({error})")
+        return
+    size = file.seek(0, os.SEEK_END)
+    if junk := "is cut off" if end > size else _junk(file, end, size):
+        yield Fault(url, None, junk)
+
+
+def _is_inside(position: int, shard: Shard) -> bool:
+    row = bisect_right(shard.starts, position) - 1
+    return row >= 0 and position < shard.ends[row]
+
+
+def _junk(file: IO[bytes], start: int, end: int) -> str:
+    while start < end:
+        file.seek(start)
+        block = file.read(_BLOCK)
+        if block[156:157] == tarfile.XGLTYPE:
+            # notes that count for all members: no member has them
+            length = int(block[124:135].strip(b" \0") or b"0", 8)
+            start += _BLOCK + -(-length // _BLOCK) * _BLOCK
+        elif block.strip(b"\0"):
+            return f"bytes that are part of no member, at byte {start}"
+        else:
+            start += _BLOCK
+    return ""
 
 
 def _problem(content: Content) -> str | None:

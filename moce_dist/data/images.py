@@ -40,6 +40,7 @@ from moce_dist.data.decoders import (
 )
 from moce_dist.data.orientation import AS_STORED, Turn
 from moce_dist.data.resize import Pixels, Size, resize, resize_all
+from moce_dist.names import as_text
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ class SampleDraws:
 
     def of(self, seed: int, epoch: int, key: str) -> np.random.Generator:
         """Return the generator of one image in one epoch, which is so until the next call."""
-        digest = hashlib.blake2b(f"{seed}/{epoch}/{key}".encode(), digest_size=16).digest()
+        digest = hashlib.blake2b(as_text(f"{seed}/{epoch}/{key}").encode(), digest_size=16).digest()
         self._start["state"]["key"] = np.frombuffer(digest, "<u8")
         self._bits.state = self._start
         return self._generator
@@ -128,12 +129,42 @@ def open_image(content: Encoded) -> Image.Image:
     Raises:
         ImageError: see `open_stored`; or values are not finite.
     """
+    image, turn = _open_rgb(content)
+    return _turned(image, turn)
+
+
+def _open_rgb(content: Encoded) -> tuple[Image.Image, Turn]:
     stored = open_stored(content)
     with door():
-        image = _to_rgb(stored.image)
-        if stored.turn == AS_STORED:
-            return image
-        return Image.fromarray(stored.turn.apply(np.asarray(image)))
+        return _to_rgb(stored.image), stored.turn
+
+
+def _turned(image: Image.Image, turn: Turn) -> Image.Image:
+    return image if turn == AS_STORED else Image.fromarray(turn.apply(np.asarray(image)))
+
+
+class Annotated(NamedTuple):
+    """An image, RGB, in which its annotations are where they say."""
+
+    image: Image.Image
+    is_in_doubt: bool
+    """Its size does not tell whether they are for the upright image; it is taken for that."""
+
+
+def open_annotated(content: Encoded, size: tuple[int, int]) -> Annotated:
+    """Decode upright, or as stored where annotations of `size`, (width, height), are for that.
+
+    Raises:
+        ImageError: see `open_image`; or it is of neither size.
+    """
+    image, turn = _open_rgb(content)
+    upright = _turned(image, turn)
+    if upright.size == size:
+        return Annotated(upright, turn != AS_STORED and image.size == size)
+    if image.size == size:
+        return Annotated(image, False)
+    has, wants = (f"{width} x {height}" for width, height in (upright.size, size))
+    raise ImageError(f"it has {has} pixels, its annotations are for {wants}")
 
 
 class Picture(Protocol):

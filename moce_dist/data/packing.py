@@ -13,9 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from moce_dist.data.listing import ending
 from moce_dist.data.shards import Fault, Shard
 from moce_dist.data.sources import ImageFile, read_picture
 from moce_dist.data.writer import ShardWriter, finished_tar, note_finished
+from moce_dist.names import as_text
 
 HOLDOUT = "holdout"
 
@@ -38,7 +40,7 @@ class Written(NamedTuple):
 
 def share(name: str) -> float:
     """Place of a name in [0, 1), the same for good: below a fraction means held out."""
-    digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+    digest = hashlib.sha256(as_text(name).encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
@@ -72,7 +74,7 @@ def plan_id(tars: Iterable[FileTar]) -> str:
         digest.update(f"{tar.folder}/{tar.name}\n".encode())
         for file in tar.files:
             line = f"{file.path}\0{file.key}\0{file.size}\0{file.label}\n"
-            digest.update(line.encode(errors="surrogateescape"))
+            digest.update(as_text(line).encode())
     return digest.hexdigest()
 
 
@@ -94,7 +96,7 @@ def write_files(out: Path, tar: FileTar) -> Written:
             continue
         writer = writer or ShardWriter(folder, tar.name)
         label = {} if file.label is None else {"cls": str(file.label).encode()}
-        writer.add(file.key, {file.path.suffix[1:].lower(): content, **label})
+        writer.add(file.key, {ending(file.path.name): content, **label})
     if writer is None:
         return Written(tar.folder, Shard(tar.name), faults)
     shard = writer.close()

@@ -12,6 +12,7 @@ that any sample can be read by one range request and copied without unpacking it
 
 import io
 import json
+import logging
 import tarfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -20,12 +21,14 @@ from typing import Any, NamedTuple
 
 import fsspec
 
+from moce_dist.data.listing import counted
 from moce_dist.data.tarscan import TarSample, scan_tar, split_name
 from moce_dist.environment import check_url
+from moce_dist.names import as_text
 from moce_dist.run import write_atomic
 from moce_dist.settings import ConfigError
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+logger = logging.getLogger(__name__)
 INDEX_NAME = "index.json"
 _FORMAT = "moce_dist.index.v1"
 _LABEL_BYTES = 200
@@ -97,18 +100,13 @@ class ShardIndex:
         return f"{self.root.rstrip('/')}/{shard.path}"
 
 
-def is_image_name(extension: str) -> bool:
-    """Tell whether a member with this extension is the sample's picture."""
-    return extension in IMAGE_EXTENSIONS
-
-
 def scan_shard(
     url: str, *, path: str | None = None, cluster: int | None = None
 ) -> tuple[Shard, list[Fault]]:
     """Index one tar in one pass over its bytes.
 
     Returns the shard (`path` as it shall stand in the index, default `url`) and what in it cannot
-    be used: a truncated or damaged tail, samples without an image, empty images.
+    be used: a truncated or damaged tail, and every image that is lost (`TarSample.problems`).
 
     Raises:
         ConfigError: the file is missing or is no tar at all.
@@ -120,25 +118,25 @@ def scan_shard(
         raise ConfigError(f"{url}: no such shard") from None
     except tarfile.ReadError as error:
         raise ConfigError(f"{url}: is not an uncompressed tar file ({error})") from None
+    if scan.left_out:
+        logger.warning("%s: left out: %s", as_text(url), counted(scan.left_out))
     shard = Shard(path or url, bytes=scan.bytes, sha256=scan.sha256, cluster=cluster)
-    faults = [fault for sample in scan.samples if (fault := _add_sample(shard, url, sample))]
+    for sample in scan.samples:
+        _add_sample(shard, sample)
+    faults = [Fault(url, *problem) for sample in scan.samples for problem in sample.problems()]
     if scan.problem or not scan.samples:
         faults.append(Fault(url, None, scan.problem or "holds no samples"))
     return replace(shard, num_samples=len(shard.keys)), faults
 
 
-def _add_sample(shard: Shard, url: str, sample: TarSample) -> Fault | None:
-    image = next((m for e, m in sample.members.items() if is_image_name(e)), None)
-    if image is None:
-        return Fault(url, sample.key, "sample has no image member")
-    if image.size == 0:
-        return Fault(url, sample.key, "image is empty")
+def _add_sample(shard: Shard, sample: TarSample) -> None:
+    if (image := sample.image) is None:
+        return
     shard.keys.append(sample.key)
     shard.starts.append(sample.start)
     shard.ends.append(sample.end)
     shard.offsets.append(image.offset_data)
     shard.sizes.append(image.size)
-    return None
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:
@@ -198,7 +196,7 @@ def class_label(sample: bytes) -> str | None:
     A class is a number or a name: what is no short text is none.
     """
     try:
-        with tarfile.open(fileobj=io.BytesIO(sample + TAR_END), mode="r:") as tar:
+        with tarfile.open(fileobj=io.BytesIO(sample + TAR_END), mode="r:", encoding="utf-8") as tar:
             for member in tar:
                 name = split_name(member.name)
                 if name is None or name[1] != "cls" or not member.isfile():

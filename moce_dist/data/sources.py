@@ -10,7 +10,6 @@ import glob
 import io
 import logging
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +19,10 @@ import fsspec
 from braceexpand import braceexpand
 
 from moce_dist.data.decoders import ImageError, check_header
-from moce_dist.data.shards import IMAGE_EXTENSIONS, Fault
+from moce_dist.data.listing import Listing, is_hidden, list_images
+from moce_dist.data.shards import Fault
 from moce_dist.environment import check_url, local_path
+from moce_dist.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,8 @@ class Folder(NamedTuple):
 
     files: list[ImageFile]
     faults: list[Fault]
+    left_out: str
+    """What else is there, counted; see `Listing.rest`."""
 
     @property
     def num_bytes(self) -> int:
@@ -99,74 +102,44 @@ def _is_url(name: str) -> bool:
 
 
 def list_folder(root: Path) -> Folder:
-    """List the pictures of a folder tree, class folders in sorted order, each folder once.
+    """List the images of a folder tree, class folders in sorted order, each folder once.
 
-    Faults are empty files, what is no regular file, folders that cannot be listed, and pictures
+    Faults are empty files, what is no regular file, folders that cannot be listed, and images
     whose key another one has already.
 
     Raises:
-        ConfigError: the folder is missing, empty, or holds no pictures.
+        ConfigError: the folder is missing, empty, or holds no images.
     """
     if not root.is_dir():
         raise ConfigError(
             f"folder:{root}: {'is not a folder' if root.exists() else 'no such folder'}"
         )
-    faults: list[Fault] = []
-    paths = sorted(path for path in _walk(root, faults) if _is_picture(path))
-    if not paths and not any(root.iterdir()):
-        raise ConfigError(f"folder:{root}: is empty")
-    if not paths:
-        kinds = ", ".join(IMAGE_EXTENSIONS)
-        raise ConfigError(f"folder:{root}: holds no pictures (files ending in {kinds})")
-    return Folder(list(_usable(root, paths, faults)), faults)
+    listing = list_images(root)
+    if not listing.files and not listing.unusable:
+        rest = f"only {listing.rest()}" if listing.left_out else "is empty"
+        raise ConfigError(f"folder:{root}: holds no images ({rest})")
+    faults = [Fault(str(path), _key(root, path), why) for path, why in listing.unusable]
+    return Folder(list(_usable(listing, faults)), faults, listing.rest())
 
 
-def _is_picture(path: Path) -> bool:
-    return path.suffix[1:].lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+def _key(root: Path, path: Path) -> str:
+    return as_text(path.relative_to(root).with_suffix("")).replace(".", "_")
 
 
-def _walk(root: Path, faults: list[Fault]) -> Iterator[Path]:
-    seen: set[tuple[int, int]] = set()
-
-    def unlisted(error: OSError) -> None:
-        faults.append(Fault(str(error.filename), None, f"cannot be listed: {error.strerror}"))
-
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=unlisted):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            logger.warning("%s: leads to a folder that was listed already; left out", folder)
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder, name) for name in names)
-
-
-def _usable(root: Path, paths: list[Path], faults: list[Fault]) -> Iterator[ImageFile]:
-    relative = [path.relative_to(root) for path in paths]
+def _usable(listing: Listing, faults: list[Fault]) -> Iterator[ImageFile]:
+    root = listing.root
+    relative = [file.path.relative_to(root) for file in listing.files]
     classes = sorted({path.parts[0] for path in relative if len(path.parts) > 1})
     label_of = {name: label for label, name in enumerate(classes)}
     owner: dict[str, Path] = {}
-    for path, inner in zip(paths, relative, strict=True):
-        key = inner.with_suffix("").as_posix().replace(".", "_")
-        size, reason = _check_file(path)
-        if reason is None and key in owner:
-            reason = f"key is taken by {owner[key].name}"
-        if reason is not None:
+    for (path, size), inner in zip(listing.files, relative, strict=True):
+        key = _key(root, path)
+        taken = f"key is taken by {as_text(owner[key].name)}" if key in owner else None
+        if reason := "file is empty" if not size else taken:
             faults.append(Fault(str(path), key, reason))
             continue
         owner[key] = path
         yield ImageFile(path, key, label_of[inner.parts[0]] if len(inner.parts) > 1 else None, size)
-
-
-def _check_file(path: Path) -> tuple[int, str | None]:
-    try:
-        status = path.stat()
-    except OSError as error:
-        return 0, f"cannot be read: {error.strerror}"
-    if not stat.S_ISREG(status.st_mode):
-        return 0, "is not a regular file"
-    return status.st_size, None if status.st_size else "file is empty"
 
 
 def header_problem(picture: IO[bytes] | Path) -> str | None:
@@ -272,4 +245,5 @@ def _glob(pattern: str) -> list[str]:
     return [
         filesystem.unstrip_protocol(name) if "://" in pattern else name
         for name in sorted(filesystem.glob(path))
+        if not is_hidden(name.rpartition("/")[2])
     ]

@@ -1,51 +1,118 @@
 """Where the samples of a tar stand: one sequential pass over its headers, hashing as it goes.
 
-A sample is a run of members that share a key, as WebDataset groups them. Python's tarfile ends
-quietly at a damaged header, so the scan looks at what it ended on: a tar is whole when that is a
-block of zeros, the archive's end mark.
+A sample is a run of members that share a key, as WebDataset groups them. Nothing is lost unsaid:
+
+    a.tar, then b.tar      archives one behind the other are all read, as `tar -i` reads them
+    a damaged header       Python's tarfile ends there quietly; the scan looks at what it ended on
+    links, sparse files    their bytes stand elsewhere or in parts: named, one by one
+    IMG_2020.01.000.jpg    belongs to the key IMG_2020, as do its neighbours: each is named
+    ._IMG.jpg, __MACOSX    hidden, passed over
 
 Source: WebDataset's naming rule, webdataset/webdataset tariterators.py (base_plus_ext and
-group_by_keys).
+group_by_keys); POSIX pax and GNU tar's formats as Python's tarfile reads them.
 """
 
 import hashlib
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import IO, NamedTuple
+from dataclasses import dataclass, field
+from typing import IO, Any, NamedTuple
+
+from moce_dist.data.decoders import image_endings
+from moce_dist.data.listing import ending, is_hidden
+from moce_dist.names import as_text
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"^__[^/]*__$")
-_READ_BYTES = 2**20
+# so that a file of another kind, such as KEY.im, is not taken for the image beside it
+_USUAL = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
+# what stands between the dots of a name, not of a kind of member: a number, or with a space in it
+_PART_OF_A_NAME = re.compile(r"\d+|.*[\s()].*")
+_READ_BYTES, _BLOCK = 2**20, 512
+_ODD = {
+    tarfile.LNKTYPE: "is a hard link to",
+    tarfile.SYMTYPE: "is a symbolic link to",
+}
+
+
+def is_hidden_member(name: str) -> bool:
+    """Tell whether a member, or a folder that it lies in, is hidden."""
+    return any(is_hidden(part) for part in name.split("/") if part not in (".", "..", ""))
 
 
 def split_name(name: str) -> tuple[str, str] | None:
     """Split a member's path into (key, extension), e.g. `a.b/c.seg.png` -> (`a.b/c`, `seg.png`).
 
-    None for what WebDataset passes over: names without an extension, hidden files, `__meta__`.
+    None for what is passed over: names without an extension, hidden files, `__meta__`.
     """
     match = _NAME.match(name)
-    if match is None or _META.match(name):
+    if match is None or _META.match(name) or is_hidden_member(name):
         return None
-    return match.group(1), match.group(2).lower()
+    return as_text(match.group(1)), as_text(match.group(2)).lower()
 
 
-class TarSample(NamedTuple):
+class Problem(NamedTuple):
+    """An image that is lost: by which name, and why."""
+
+    key: str
+    reason: str
+
+
+@dataclass
+class TarSample:
     """The members of one sample by extension; positions are bytes in the tar."""
 
     key: str
-    members: dict[str, tarfile.TarInfo]
+    start: int
+    """Where the header of the first member begins."""
+    end: int
+    """Where the padding of the last member ends."""
+    members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
+    odd: dict[str, str] = field(default_factory=dict)
+    """Members whose bytes do not stand behind their header, and why."""
+
+    def has(self, extension: str) -> bool:
+        """Tell whether it has a member of this extension."""
+        return extension in self.members or extension in self.odd
 
     @property
-    def start(self) -> int:
-        """Where the header of the first member begins."""
-        return next(iter(self.members.values())).offset
+    def image(self) -> tarfile.TarInfo | None:
+        """The member that is the image, None if it cannot be used; of several a usual format."""
+        found = [extension for extension in self.members if extension in image_endings()]
+        usual = [extension for extension in found if extension in _USUAL]
+        image = self.members[(usual or found)[0]] if found and not self.odd else None
+        return image if image is not None and image.size else None
 
-    @property
-    def end(self) -> int:
-        """Where the padding of the last member ends."""
-        last = next(reversed(self.members.values()))
-        return last.offset_data + (last.size + 511) // 512 * 512
+    def problems(self) -> list[Problem]:
+        """Name every image that is lost; where `image` is None that is one at least."""
+        if self.odd:
+            lost = [e for e in self.odd if _is_image(e)] or list(self.odd)[:1]
+            return self._named(lost, lambda e: f"member {e} {self.odd[e]}")
+        if not any(extension in image_endings() for extension in self.members):
+            lost = [e for e in self.members if _is_image(e)]
+            if len(lost) < 2:
+                return [Problem(self.key, "sample has no image member")]
+        elif self.image is None:
+            return [Problem(self.key, "image is empty")]
+        else:
+            lost = [e for e in self.members if _is_image(e) and _is_part_of_a_name(e)]
+        rule = "a key ends at the first dot"
+        return [Problem(f"{self.key}.{e}", f"is no image of its own: {rule}") for e in lost]
+
+    def _named(self, lost: list[str], reason: Any) -> list[Problem]:
+        if len(lost) == 1:
+            return [Problem(self.key, reason(lost[0]))]
+        return [Problem(f"{self.key}.{e}", reason(e)) for e in lost]
+
+
+def _is_image(extension: str) -> bool:
+    return extension.rpartition(".")[2] in image_endings()
+
+
+def _is_part_of_a_name(extension: str) -> bool:
+    return any(_PART_OF_A_NAME.fullmatch(part) for part in extension.split(".")[:-1])
 
 
 class TarScan(NamedTuple):
@@ -55,6 +122,13 @@ class TarScan(NamedTuple):
     problem: str | None
     bytes: int
     sha256: str
+    left_out: Counter[str]
+    """Members that are passed over, by what they are."""
+
+
+class _Member(NamedTuple):
+    info: tarfile.TarInfo
+    end: int
 
 
 class _HashingReader:
@@ -64,22 +138,46 @@ class _HashingReader:
         self._file = file
         self._position = 0
         self._digest = hashlib.sha256()
+        self._again = b""
         self.last = b""
 
     def tell(self) -> int:
         return self._position
 
     def read(self, size: int) -> bytes:
-        self.last = self._file.read(size)
-        self._digest.update(self.last)
-        self._position += len(self.last)
+        # what damaged headers claim is never asked for at once
+        parts = []
+        while size > 0 and (part := self._read(min(size, _READ_BYTES))):
+            parts.append(part)
+            size -= len(part)
+        self.last = b"".join(parts)
         return self.last
 
+    def _read(self, size: int) -> bytes:
+        part, self._again = self._again[:size], self._again[size:]
+        if not part:
+            part = self._file.read(size)
+            self._digest.update(part)
+        self._position += len(part)
+        return part
+
     def seek(self, position: int) -> int:
-        assert position >= self._position, "tar headers are read in order"
+        if position < self._position:
+            raise tarfile.ReadError("a header of negative size")
         while self._position < position and self.read(min(_READ_BYTES, position - self._position)):
             pass
         return self._position
+
+    def skip_zeros(self) -> bool:
+        """Go on to the next block that is not all zeros; False at the end of the file."""
+        while part := self.read(_READ_BYTES):
+            filled = len(part) - len(part.lstrip(b"\0"))
+            if filled < len(part):
+                start = filled // _BLOCK * _BLOCK
+                self._again = part[start:] + self._again
+                self._position -= len(part) - start
+                return True
+        return False
 
     def drain(self) -> tuple[int, str]:
         """Read to the end; return the size and the sha256 of the whole."""
@@ -89,32 +187,47 @@ class _HashingReader:
 
 
 def scan_tar(file: IO[bytes]) -> TarScan:
-    """Scan an uncompressed tar from its start.
+    """Scan an uncompressed tar from its start, and the archives that follow in the same file.
 
     Raises:
         tarfile.ReadError: it is no tar at all.
     """
-    reader = _HashingReader(file)
-    members: list[tarfile.TarInfo] = []
-    problem = _read_headers(reader, members)
+    reader, samples = _HashingReader(file), list[TarSample]()
+    left_out: Counter[str] = Counter()
+    while True:
+        begin = reader.tell()
+        members, problem = _read_headers(reader)
+        if begin and not members and problem:
+            problem = f"bytes follow the end mark, at byte {begin}, that are no tar"
+        samples += _group(members, left_out)
+        if problem or not reader.skip_zeros():
+            break
     size, sha256 = reader.drain()
-    samples = list(_group(members))
     if samples and (samples[-1].end > size or (problem and _lacks_members(samples))):
         samples.pop()
-    return TarScan(samples, problem, size, sha256)
+    return TarScan(samples, problem, size, sha256, left_out)
 
 
-def _read_headers(reader: _HashingReader, members: list[tarfile.TarInfo]) -> str | None:
-    with tarfile.open(fileobj=reader, mode="r:") as tar:  # type: ignore[call-overload]
-        try:
-            members.extend(member for member in tar if member.isfile())
-        except tarfile.ReadError as error:
-            return f"cut off or damaged after {len(members)} members ({error})"
-        if len(reader.last) < 512:
-            return f"cut off after {len(members)} members (no end mark)"
-        if any(reader.last):
-            return f"damaged header after {len(members)} members, at byte {tar.offset}"
-    return None
+def _read_headers(reader: _HashingReader) -> tuple[list[_Member], str | None]:
+    members: list[_Member] = []
+    is_first = reader.tell() == 0
+    try:
+        with tarfile.open(fileobj=reader, mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
+            while (member := tar.next()) is not None:
+                members.append(_Member(member, tar.offset))
+            offset = tar.offset
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        # of damaged headers tarfile raises more than its own errors
+        if is_first and not members:
+            raise tarfile.ReadError(str(error)) from None
+        return members, f"cut off or damaged after {len(members)} members ({error})"
+    if len(reader.last) < _BLOCK:
+        return members, f"cut off after {len(members)} members (no end mark)"
+    if any(reader.last):
+        return members, f"damaged header after {len(members)} members, at byte {offset}"
+    return members, None
 
 
 def _lacks_members(samples: list[TarSample]) -> bool:
@@ -122,18 +235,39 @@ def _lacks_members(samples: list[TarSample]) -> bool:
     return samples[-1].members.keys() < samples[0].members.keys()
 
 
-def _group(members: Iterable[tarfile.TarInfo]) -> Iterator[TarSample]:
+def _group(members: Iterable[_Member], left_out: Counter[str]) -> Iterator[TarSample]:
     sample: TarSample | None = None
-    for member in members:
+    for member, end in members:
+        if member.isdir():
+            continue
         name = split_name(member.name)
         if name is None:
+            left_out[_passed_over(member.name)] += 1
             continue
         key, extension = name
         # the same extension again is the same key again: a second sample, not a second member
-        if sample is None or key != sample.key or extension in sample.members:
+        if sample is None or key != sample.key or sample.has(extension):
             if sample is not None:
                 yield sample
-            sample = TarSample(key, {})
-        sample.members[extension] = member
+            sample = TarSample(key, member.offset, end)
+        sample.end = end
+        if reason := _oddity(member):
+            sample.odd[extension] = reason
+        else:
+            sample.members[extension] = member
     if sample is not None:
         yield sample
+
+
+def _passed_over(name: str) -> str:
+    if is_hidden_member(name):
+        return "hidden"
+    return f".{ending(name)}" if ending(name) else "without an ending"
+
+
+def _oddity(member: tarfile.TarInfo) -> str:
+    if member.issparse():
+        return "is a sparse file, which is stored in parts"
+    if member.type in _ODD:
+        return f"{_ODD[member.type]} {as_text(member.linkname)}"
+    return "" if member.isfile() else f"is of the type {member.type!r}"

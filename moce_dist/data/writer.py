@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from moce_dist.data.shards import TAR_END, Fault, Shard, is_image_name
+from moce_dist.data.decoders import image_endings
+from moce_dist.data.shards import TAR_END, Fault, Shard
 from moce_dist.run import COMPLETE, write_atomic
 from moce_dist.settings import ConfigError
 
@@ -144,8 +145,8 @@ class ShardWriter:
         for extension, content in members.items():
             header = tarfile.TarInfo(f"{key}.{extension}")
             header.size = len(content)
-            self._append(header.tobuf(tarfile.GNU_FORMAT))
-            if is_image_name(extension):
+            self._append(header.tobuf(tarfile.GNU_FORMAT, encoding="utf-8"))
+            if extension in image_endings():
                 position = (self._position, len(content))
             self._append(content + bytes(-len(content) % 512))
         self._record(key, start, *position)

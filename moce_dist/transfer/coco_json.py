@@ -20,11 +20,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moce_dist.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 
 Entry = dict[str, Any]
+_LARGEST = 2.0**53
 
 
 class Annotation(NamedTuple):
@@ -74,9 +76,9 @@ def read_annotations(path: Path) -> AnnotationFile:
         found[entry["image_id"]].append(_annotation(entry))
     _warn_of_empty_boxes(path, found.values())
     return AnnotationFile(
-        [(key, str(categories[key]["name"])) for key in sorted(categories)],
+        [(key, as_text(categories[key]["name"])) for key in sorted(categories)],
         [
-            Image(key, str(i["file_name"]), int(i["width"]), int(i["height"]), found[key])
+            Image(key, i["file_name"], i["width"], i["height"], found[key])
             for key, i in sorted(images.items())
         ],
     )
@@ -85,7 +87,7 @@ def read_annotations(path: Path) -> AnnotationFile:
 def _parse(path: Path) -> dict[str, list[Entry]]:
     try:
         tree = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{path}: is no JSON: {error}") from None
     for name in ("images", "annotations", "categories"):
         entries = tree.get(name) if isinstance(tree, dict) else None
@@ -104,6 +106,9 @@ def _by_id(path: Path, tree: dict[str, list[Entry]], name: str, keys: Sequence[s
             raise ConfigError(f"{path}: {name}[{number}] has no {lacking[0]}")
         if type(entry["id"]) is not int or entry["id"] in found:
             raise ConfigError(f"{path}: {name}[{number}].id ({entry['id']}) must be a number once")
+        for text in ("name", "file_name"):
+            if text in keys and (type(entry[text]) is not str or not entry[text]):
+                raise ConfigError(f"{path}: {name}[{number}].{text} {entry[text]!r:.50} is no text")
         for side in ("width", "height"):
             if side in keys and (type(entry[side]) is not int or entry[side] < 1):
                 raise ConfigError(f"{path}: image {entry['id']}: {side} {entry[side]} is no size")
@@ -128,16 +133,32 @@ def _annotation_problems(
         elif type(category_id) is not int or category_id not in categories:
             problem = f"category_id {category_id} is no category's"
         else:
-            problem = _box_problem(entry.get("bbox"), image) or _segmentation_problem(
-                entry.get("segmentation"), image
+            problem = (
+                _box_problem(entry.get("bbox"), image)
+                or _segmentation_problem(entry.get("segmentation"), image)
+                or _area_problem(entry.get("area", 0))
+                or _crowd_problem(entry.get("iscrowd", 0))
             )
         if problem:
             yield f"annotation {entry.get('id', f'number {number}')}: {problem}"
 
 
+def _is_number(value: Any) -> bool:
+    # true and false are no numbers here, and nothing compares with NaN
+    return type(value) in (int, float) and abs(value) <= _LARGEST
+
+
+def _area_problem(area: Any) -> str:
+    return "" if _is_number(area) and area >= 0 else f"area {area!r:.50} must be a number of pixels"
+
+
+def _crowd_problem(is_crowd: Any) -> str:
+    return "" if is_crowd in (0, 1) else f"iscrowd {is_crowd!r:.50} must be 0 or 1"
+
+
 def _box_problem(box: Any, image: Entry) -> str:
     is_box = isinstance(box, list) and len(box) == 4
-    if not is_box or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+    if not is_box or not all(_is_number(v) for v in box):
         return f"bbox {box} must be four numbers x, y, width, height"
     x, y, width, height = box
     if width <= 0 or height <= 0:
@@ -154,10 +175,12 @@ def _segmentation_problem(segmentation: Any, image: Entry) -> str:
     if isinstance(segmentation, dict):
         return _run_lengths_problem(segmentation, [image["height"], image["width"]])
     try:
-        arrays = [np.asarray(polygon, np.float64) for polygon in segmentation]
+        arrays = [np.asarray(polygon) for polygon in segmentation]
     except (TypeError, ValueError):
         arrays = []
-    is_good = [a.ndim == 1 and len(a) >= 6 and not len(a) % 2 for a in arrays]
+    is_good = [
+        a.dtype.kind in "iuf" and a.ndim == 1 and len(a) >= 6 and not len(a) % 2 for a in arrays
+    ]
     if not arrays or not all(is_good) or not all(np.isfinite(a).all() for a in arrays):
         return "segmentation must be polygons [x, y, x, y, ...] of three points or more"
     return ""

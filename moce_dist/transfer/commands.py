@@ -5,7 +5,6 @@ one fitted model, or an exported backbone (RUN/transfer/TASK/backbone, for `onnx
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,8 +14,9 @@ from typing import Any
 
 from moce_dist.cli import command_parser, quiet_libraries
 from moce_dist.config import load_config
-from moce_dist.data.shards import IMAGE_EXTENSIONS
+from moce_dist.data.listing import list_images
 from moce_dist.lease import hold
+from moce_dist.names import as_text, json_line
 from moce_dist.run import load_run, resolve_run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.request import experts_of, parse_experts
@@ -92,7 +92,7 @@ def predict(argv: Sequence[str]) -> None:
     bad = 0
     with hold(*([Path(args.out)] if args.out else [])):
         for line in _lines(folder, pictures, args):
-            _say(json.dumps(line, ensure_ascii=False))
+            _say(json_line(line))
             bad += "error" in line
     if bad:
         raise RuntimeError(f"{bad} of {len(pictures)} pictures could not be read")
@@ -213,14 +213,13 @@ def list_pictures(paths: Sequence[str]) -> list[Item]:
     found = []
     for path in map(Path, paths):
         if path.is_file():
-            found.append(Item(path.name, path, 0))
+            found.append(Item(as_text(path.name), path, 0))
             continue
         if not path.is_dir():
             raise ConfigError(f"{path}: is neither a file nor a folder")
-        inside = sorted(p for p in path.rglob("*") if p.suffix[1:].lower() in IMAGE_EXTENSIONS)
-        if not inside:
-            raise ConfigError(f"{path}: holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
-        found += [Item(str(p.relative_to(path)), p, 0) for p in inside]
+        if not (inside := list_images(path).usable()):
+            raise ConfigError(f"{path}: holds no images")
+        found += [Item(as_text(p.relative_to(path)), p, 0) for p in inside]
     return found
 
 

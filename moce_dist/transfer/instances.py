@@ -23,11 +23,12 @@ import numpy as np
 from PIL import Image
 
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import open_image
+from moce_dist.data.images import Annotated, open_annotated
+from moce_dist.names import as_text
 from moce_dist.run import file_sha256
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.coco_json import Annotation, AnnotationFile, read_annotations
-from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item
+from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item, warn_of_doubt
 
 logger = logging.getLogger(__name__)
 _YEAR = "2017"
@@ -146,7 +147,14 @@ def _check_classes(files: Sequence[Path], read: Sequence[AnnotationFile]) -> Non
 
 def _pictures(folder: Path, read: AnnotationFile) -> list[Picture]:
     found = [
-        Picture(f"{folder.name}/{i.file_name}", folder / i.file_name, i.id, i.width, i.height, a)
+        Picture(
+            as_text(f"{folder.name}/{i.file_name}"),
+            folder / i.file_name,
+            i.id,
+            i.width,
+            i.height,
+            a,
+        )
         for i in read.images
         for a in [i.annotations]
     ]
@@ -169,19 +177,20 @@ def _have_masks(data: Path, pictures: Sequence[Picture]) -> bool:
 
 
 def load_picture(picture: Picture) -> Image.Image:
-    """Decode a picture, upright, RGB.
+    """Decode a picture, RGB: upright, or as stored where its annotations are for that.
 
     Raises:
         ImageError: it cannot be read, or is not of the size that the annotations are for.
     """
+    return _load(picture).image
+
+
+def _load(picture: Picture) -> Annotated:
     try:
-        found = open_image(picture.image.read_bytes())
+        content = picture.image.read_bytes()
     except OSError as error:
         raise ImageError(str(error)) from None
-    if found.size != (picture.width, picture.height):
-        size, said = (f"{w} x {h}" for w, h in (found.size, (picture.width, picture.height)))
-        raise ImageError(f"it has {size} pixels, its annotations are for {said}")
-    return found
+    return open_annotated(content, (picture.width, picture.height))
 
 
 def check_instances(instances: Instances, *, threads: int) -> None:
@@ -196,14 +205,14 @@ def check_instances(instances: Instances, *, threads: int) -> None:
         return
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         found = list(pool.map(_fault, every))
-    if bad := [fault for fault in found if fault]:
+    if bad := [fault for fault, _ in found if fault]:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ConfigError(bad[0] + more)
+    warn_of_doubt([p.key for p, (_, doubt) in zip(every, found, strict=True) if doubt])
 
 
-def _fault(picture: Picture) -> str:
+def _fault(picture: Picture) -> tuple[str, bool]:
     try:
-        load_picture(picture)
+        return "", _load(picture).is_in_doubt
     except ImageError as error:
-        return f"{picture.image}: unreadable image: {error}"
-    return ""
+        return f"{picture.image}: unreadable image: {error}", False

@@ -29,10 +29,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from moce_dist.data.listing import list_folders, list_images
+from moce_dist.names import as_text, read_names
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import Item, Metric, Task
 
-_CALTECH_TRAIN = 30
+_CALTECH_TRAIN, _CALTECH_BACKGROUND = 30, "BACKGROUND_Google"
 _CIFAR_SIDE = 32
 _VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -65,11 +67,10 @@ def _listed(pairs: Iterable[Labelled], data: Path) -> list[Item]:
     Raises:
         ConfigError: naming the first file that is not there, and how many.
     """
-    items = [Item(str(path.relative_to(data)), path, label) for path, label in pairs]
-    lacking = [item.key for item in items if not (data / item.key).is_file()]
-    if lacking:
-        raise ConfigError(f"{data / lacking[0]}: is listed but missing ({len(lacking)} such)")
-    return items
+    listed = list(pairs)
+    if lacking := [path for path, _ in listed if not path.is_file()]:
+        raise ConfigError(f"{lacking[0]}: is listed but missing ({len(lacking)} such)")
+    return [Item(as_text(path.relative_to(data)), path, label) for path, label in listed]
 
 
 def _pairs(dataset: Any, files: str = "_image_files") -> list[Labelled]:
@@ -85,22 +86,18 @@ def _aircraft(data: Path) -> Splits:
 
 
 def _caltech(data: Path) -> Splits:
-    from torchvision.datasets import Caltech101
-
-    found = Caltech101(data)
-    folder = data / "caltech101" / "101_ObjectCategories"
-    files = [
-        folder / found.categories[y] / f"image_{i:04d}.jpg"
-        for y, i in zip(found.y, found.index, strict=True)
-    ]
-    items, draws = _listed(zip(files, found.y, strict=True), data), np.random.default_rng(0)
-    chosen: set[int] = set()
-    for label in range(len(found.categories)):
-        rows = np.flatnonzero(np.array(found.y) == label)
-        count = _CALTECH_TRAIN if len(rows) > _CALTECH_TRAIN else len(rows) // 2
-        chosen |= {int(row) for row in draws.permutation(rows)[:count]}
-    train, test = ([x for i, x in enumerate(items) if (i in chosen) == t] for t in (True, False))
-    return Splits(found.categories, train, test)
+    # torchvision counts all that lies in a folder, so that a stray file becomes an image
+    folder, draws = data / "caltech101" / "101_ObjectCategories", np.random.default_rng(0)
+    classes = [name for name in list_folders(folder) if name != _CALTECH_BACKGROUND]
+    train: list[Item] = []
+    test: list[Item] = []
+    for label, name in enumerate(classes):
+        items = _listed(((path, label) for path in list_images(folder / name).usable()), data)
+        count = _CALTECH_TRAIN if len(items) > _CALTECH_TRAIN else len(items) // 2
+        chosen = set(draws.permutation(len(items))[:count].tolist())
+        train += [item for row, item in enumerate(items) if row in chosen]
+        test += [item for row, item in enumerate(items) if row not in chosen]
+    return Splits(classes, train, test)
 
 
 def _cars(data: Path) -> Splits:
@@ -131,7 +128,7 @@ def _cifar_items(files: Sequence[Path], label_bytes: int) -> list[Item]:
 
 def _cifar(folder: Path, names: str, train: Sequence[str], label_bytes: int) -> Splits:
     test = "test_batch.bin" if label_bytes == 1 else "test.bin"
-    classes = [line.strip() for line in (folder / names).read_text().splitlines() if line.strip()]
+    classes = read_names(folder / names)
     splits = [_cifar_items([folder / f for f in files], label_bytes) for files in (train, [test])]
     return Splits(classes, *splits)
 
@@ -185,18 +182,21 @@ def _pets(data: Path) -> Splits:
 
 
 def _sun(data: Path) -> Splits:
-    from torchvision.datasets import SUN397
-
-    found, folder = SUN397(data), data / "SUN397"
-    labels = dict(_pairs(found))
+    # torchvision looks for images in all folders, so that a stray one ends it
+    folder = data / "SUN397"
+    # /a/abbey is the class abbey
+    classes = [line.lstrip("/").partition("/")[2] for line in read_names(folder / "ClassName.txt")]
+    label_of = {name: label for label, name in enumerate(classes)}
     parts = []
     for name in ("Training_01.txt", "Testing_01.txt"):
-        lines = (folder / name).read_text().splitlines()
-        files = [folder / line.strip().lstrip("/") for line in lines if line.strip()]
-        if stray := [path for path in files if path not in labels]:
-            raise ConfigError(f"{stray[0]}: is listed but missing ({len(stray)} such)")
-        parts.append(_listed([(path, labels[path]) for path in files], data))
-    return Splits(found.classes, *parts)
+        files = [line.lstrip("/") for line in read_names(folder / name)]
+        labels = [label_of.get("/".join(file.split("/")[1:-1])) for file in files]
+        pairs = [(folder / f, y) for f, y in zip(files, labels, strict=True) if y is not None]
+        if len(pairs) < len(files):
+            odd = folder / files[labels.index(None)]
+            raise ConfigError(f"{odd}: is of no class of ClassName.txt")
+        parts.append(_listed(pairs, data))
+    return Splits(classes, *parts)
 
 
 def _voc_label(annotation: Path) -> tuple[int, ...]:
@@ -236,9 +236,7 @@ _AIRCRAFT_NEEDS = _below(
     "fgvc-aircraft-2013b/data",
     *("images", "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"),
 )
-_CALTECH_NEEDS = _below(
-    "caltech101", "101_ObjectCategories", "101_ObjectCategories/BACKGROUND_Google"
-)
+_CALTECH_NEEDS = _below("caltech101", "101_ObjectCategories")
 _CARS_NEEDS = _below(
     "stanford_cars",
     *("devkit/cars_train_annos.mat", "devkit/cars_meta.mat", "cars_test_annos_withlabels.mat"),

@@ -12,7 +12,8 @@ mmsegmentation's configs for ADE20K.
 """
 
 import hashlib
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +24,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moce_dist.data.decoders import ImageError, open_stored
-from moce_dist.data.images import MEAN, STD, open_image
-from moce_dist.data.shards import IMAGE_EXTENSIONS
+from moce_dist.data.images import MEAN, STD, Annotated, open_annotated
+from moce_dist.data.listing import list_images
+from moce_dist.names import as_text, read_names
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item
+from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item, warn_of_doubt
+
+logger = logging.getLogger(__name__)
 
 IGNORE = -1
+_SHARES_SHOWN = 20
 _NUM_CLASSES = 150
+# what keeps every number as it was
+_MASK_ENDINGS = frozenset(("png", "tif", "tiff", "bmp", "gif", "pgm", "pnm"))
 _SCALES = (0.5, 2.0)
 _MEAN = np.array(MEAN, np.float32) * 255
 _STD = np.array(STD, np.float32) * 255
@@ -78,10 +85,9 @@ class Scenes:
 def _classes(data: Path) -> list[str]:
     plain, official = data / "classes.txt", data / "objectInfo150.txt"
     if plain.is_file():
-        names = [line.strip() for line in plain.read_text().splitlines() if line.strip()]
+        names = read_names(plain)
     elif official.is_file():
-        rows = official.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-        names = [row.split("\t")[-1].strip() for row in rows if row.strip()]
+        names = [row.split("\t")[-1].strip() for row in read_names(official)[1:]]
     else:
         return [str(i + 1) for i in range(_NUM_CLASSES)]
     if len(names) < 2:
@@ -95,15 +101,24 @@ def _split(data: Path, split: str) -> list[Scene]:
     for folder in (pictures, masks):
         if not folder.is_dir():
             raise ConfigError(f"{folder}: is no folder; {layout}")
-    by_stem = {p.stem: p for p in sorted(masks.glob("*.png"))}
-    found = [p for p in sorted(pictures.iterdir()) if p.suffix[1:].lower() in IMAGE_EXTENSIONS]
-    if not found:
-        raise ConfigError(f"{pictures}: holds no pictures; {layout}")
-    if lacking := [p.name for p in found if p.stem not in by_stem]:
-        raise ConfigError(f"{pictures / lacking[0]}: has no mask in {masks} ({len(lacking)} such)")
-    if stray := sorted(set(by_stem) - {p.stem for p in found}):
-        raise ConfigError(f"{by_stem[stray[0]]}: mask without a picture ({len(stray)} such)")
-    return [Scene(f"{split}/{p.stem}", p, by_stem[p.stem]) for p in found]
+    shown, masked = _by_stem(pictures, None), _by_stem(masks, _MASK_ENDINGS)
+    if not shown:
+        raise ConfigError(f"{pictures}: holds no images; {layout}")
+    if lacking := [stem for stem in shown if stem not in masked]:
+        raise ConfigError(f"{shown[lacking[0]]}: has no mask in {masks} ({len(lacking)} such)")
+    if stray := [stem for stem in masked if stem not in shown]:
+        raise ConfigError(f"{masked[stray[0]]}: mask without an image ({len(stray)} such)")
+    return [Scene(f"{split}/{as_text(stem)}", path, masked[stem]) for stem, path in shown.items()]
+
+
+def _by_stem(folder: Path, endings: Collection[str] | None) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in list_images(folder, endings).usable():
+        stem = str(path.relative_to(folder).with_suffix(""))
+        if stem in found:
+            raise ConfigError(f"{path}: {found[stem].name} has the same name; leave one there")
+        found[stem] = path
+    return found
 
 
 def read_scenes(name: str, data: Path | None) -> Scenes:
@@ -141,41 +156,72 @@ def load_scene(scene: Scene, num_classes: int) -> tuple[Image.Image, Labels]:
         ImageError: one of them is unreadable, or the mask has another size or holds a class that
             the task does not have; names the file.
     """
+    shown, mask = _load(scene, num_classes)
+    return shown.image, mask
+
+
+def _load(scene: Scene, num_classes: int) -> tuple[Annotated, Labels]:
+    mask = read_mask(scene.mask)
     try:
-        picture = open_image(scene.image.read_bytes())
+        shown = open_annotated(scene.image.read_bytes(), (mask.shape[1], mask.shape[0]))
     except (ImageError, OSError) as error:
         raise ImageError(f"{scene.image}: unreadable image: {error}") from None
-    mask = read_mask(scene.mask)
-    if mask.shape != (picture.height, picture.width):
-        raise ImageError(f"{scene.mask}: has shape {mask.shape}, its picture {picture.size[::-1]}")
     if mask.max() >= num_classes:
-        most = f"must be at most {num_classes} (classes)"
+        most = f"must be at most {num_classes} (classes; 0 is ignored)"
         raise ImageError(f"{scene.mask}: holds {mask.max() + 1}, {most}")
-    return picture, mask
+    return shown, mask
 
 
 def check_scenes(scenes: Scenes, *, threads: int) -> None:
-    """Decode all pictures and masks of a task below `SCAN_LIMIT_BYTES` and compare them.
+    """Decode all images and masks of a task below `SCAN_LIMIT_BYTES` and compare them.
+
+    Logs how often every number of a mask occurs, and warns of classes that are in no mask.
 
     Raises:
         ConfigError: naming the first scene that `load_scene` refuses, and how many there are.
     """
-    every = [*scenes.train, *scenes.test]
+    every, num_classes = [*scenes.train, *scenes.test], len(scenes.classes)
     if sum(scene.image.stat().st_size for scene in every) > SCAN_LIMIT_BYTES:
         return
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        found = list(pool.map(lambda scene: _fault(scene, len(scenes.classes)), every))
-    if bad := [fault for fault in found if fault]:
+        found = list(pool.map(lambda scene: _look(scene, num_classes), every))
+    if bad := [look.fault for look in found if look.fault]:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ConfigError(bad[0] + more)
+    warn_of_doubt([s.key for s, look in zip(every, found, strict=True) if look.is_in_doubt])
+    _describe(scenes, np.sum([look.counts for look in found], axis=0))
 
 
-def _fault(scene: Scene, num_classes: int) -> str:
+class _Look(NamedTuple):
+    fault: str
+    is_in_doubt: bool
+    counts: Labels
+    """(C + 1,) pixels of a mask by the number that stands in it."""
+
+
+def _look(scene: Scene, num_classes: int) -> _Look:
     try:
-        load_scene(scene, num_classes)
+        shown, mask = _load(scene, num_classes)
     except ImageError as error:
-        return str(error)
-    return ""
+        return _Look(str(error), False, np.zeros(num_classes + 1, np.int64))
+    counts = np.bincount(mask.ravel() - IGNORE, minlength=num_classes + 1)
+    return _Look("", shown.is_in_doubt, counts)
+
+
+def _describe(scenes: Scenes, counts: Labels) -> None:
+    names = ["ignored", *scenes.classes]
+    shares = [
+        f"{number} ({names[number]}) {count / counts.sum():.1%}"
+        for number, count in enumerate(counts.tolist())
+        if count
+    ]
+    logger.info("masks hold %s", ", ".join(shares[:_SHARES_SHOWN]))
+    if absent := [number for number in range(1, len(counts)) if not counts[number]]:
+        logger.warning(
+            "class %d (%s) is in no mask (%d such classes of %d): masks count classes from 1, and "
+            "0 is ignored; to masks that count from 0 add 1",
+            *(absent[-1], names[absent[-1]], len(absent), len(scenes.classes)),
+        )
 
 
 def scaled(picture: Image.Image, short_side: int) -> Image.Image:

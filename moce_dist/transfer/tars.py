@@ -12,11 +12,14 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from moce_dist.data.shards import is_image_name, read_range
+from moce_dist.data.shards import read_range
 from moce_dist.data.tarscan import TarSample, scan_tar
+from moce_dist.names import as_text, read_names
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import Item, Range, Task
 
+# more classes than that are a mistake, whose list would not fit in memory
+_LABEL_DIGITS = 7
 _LAYOUT = "expected DATA/train-*.tar and DATA/test-*.tar (or DATA/val-*.tar)"
 
 
@@ -47,12 +50,14 @@ def _items(tar: Path) -> Iterator[Item]:
         raise ConfigError(f"{tar}: is not an uncompressed tar file ({error})") from None
     if scan.problem or not scan.samples:
         raise ConfigError(f"{tar}: {scan.problem or 'holds no samples'}")
+    if lost := [problem for sample in scan.samples for problem in sample.problems()]:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise ConfigError(f"{tar}: {lost[0].key}: {lost[0].reason}{more}")
     for sample in scan.samples:
-        image = next((m for e, m in sample.members.items() if is_image_name(e)), None)
-        if image is None:
-            raise ConfigError(f"{tar}: sample {sample.key} has no image")
+        image = sample.image
+        assert image is not None, "a sample without problems has an image"
         content = Range(tar, image.offset_data, image.size)
-        yield Item(f"{tar.name}/{sample.key}", content, _label(tar, sample))
+        yield Item(f"{as_text(tar.name)}/{sample.key}", content, _label(tar, sample))
 
 
 def _label(tar: Path, sample: TarSample) -> int:
@@ -60,7 +65,7 @@ def _label(tar: Path, sample: TarSample) -> int:
     if member is None:
         raise ConfigError(f"{tar}: sample {sample.key} has no label (a member {sample.key}.cls)")
     text = read_range(str(tar), member.offset_data, member.size).decode("utf-8", "replace").strip()
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or len(text) > _LABEL_DIGITS:
         raise ConfigError(f"{tar}: {sample.key}.cls = {text[:40]!r}: must be a class number")
     return int(text)
 
@@ -68,10 +73,8 @@ def _label(tar: Path, sample: TarSample) -> int:
 def _classes(data: Path, items: list[Item]) -> list[str]:
     most, listed = max((i.label, i.key) for i in items), data / "classes.txt"
     assert isinstance(most[0], int)
-    if not listed.is_file():
-        names = [str(i) for i in range(most[0] + 1)]
-    else:
-        names = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+    has_list = listed.is_file()
+    names = read_names(listed) if has_list else [str(i) for i in range(most[0] + 1)]
     if most[0] >= len(names):
         raise ConfigError(f"{most[1]}.cls = {most[0]}: {listed} lists {len(names)} classes")
     if len(names) < 2:

@@ -16,6 +16,7 @@ Source: torchvision.datasets.ImageFolder for the layout.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,10 +28,13 @@ import numpy as np
 from moce_dist.data import samples
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import open_image
+from moce_dist.data.listing import list_folders, list_images
 from moce_dist.data.packing import share
-from moce_dist.data.shards import IMAGE_EXTENSIONS, read_range
+from moce_dist.data.shards import read_range
+from moce_dist.names import as_text
 from moce_dist.settings import ConfigError
 
+logger = logging.getLogger(__name__)
 SCAN_LIMIT_BYTES = 10 * 10**9
 _VALIDATION = 0.2
 
@@ -108,26 +112,24 @@ class Task:
         return replace(self, train=[self.train[i] for i in sorted(kept)])
 
 
-def _image_files(folder: Path) -> list[Path]:
-    found = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    return [p for p in found if p.suffix[1:].lower() in IMAGE_EXTENSIONS]
-
-
-def _class_folders(split: Path) -> list[str]:
-    return sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith("."))
-
-
 def _split_items(split: Path, classes: Sequence[str]) -> list[Item]:
-    items = []
-    for label, name in enumerate(classes):
-        files = _image_files(split / name)
-        if not files:
-            raise ConfigError(
-                f"{split / name}: holds no images; a class folder holds files ending in "
-                f"{', '.join(IMAGE_EXTENSIONS)}"
-            )
-        items += [Item(f"{split.name}/{p.relative_to(split)}", p, label) for p in files]
-    return items
+    found: dict[str, list[Path]] = {name: [] for name in classes}
+    beside = 0
+    for path in list_images(split).usable():
+        inner = path.relative_to(split)
+        if len(inner.parts) > 1:
+            found[inner.parts[0]].append(path)
+        else:
+            beside += 1
+    if beside:
+        logger.warning("%s: left out: %d images in no class folder", split, beside)
+    if empty := [name for name in classes if not found[name]]:
+        raise ConfigError(f"{split / empty[0]}: holds no images ({len(empty)} such class folders)")
+    return [
+        Item(f"{split.name}/{as_text(path.relative_to(split))}", path, label)
+        for label, name in enumerate(classes)
+        for path in found[name]
+    ]
 
 
 def image_folder(name: str, data: Path | None, test_names: Sequence[str] = ("test", "val")) -> Task:
@@ -147,14 +149,14 @@ def image_folder(name: str, data: Path | None, test_names: Sequence[str] = ("tes
         if not found:
             raise ConfigError(f"--data {data}: has no folder {split}; {layout}")
     assert test_name is not None
-    classes, others = _class_folders(data / "train"), _class_folders(data / test_name)
+    classes, others = list_folders(data / "train"), list_folders(data / test_name)
     if len(classes) < 2:
         raise ConfigError(f"{data / 'train'}: has {len(classes)} class folders, needs two or more")
     if classes != others:
-        odd = sorted(set(classes) ^ set(others))
+        odd = [as_text(name) for name in sorted(set(classes) ^ set(others))]
         raise ConfigError(f"--data {data}: train and {test_name} differ in the classes {odd[:5]}")
     train, test = (_split_items(data / split, classes) for split in ("train", test_name))
-    return Task(name, classes, train, test)
+    return Task(name, [as_text(name) for name in classes], train, test)
 
 
 def has_three_splits(data: Path | None) -> bool:
@@ -226,6 +228,16 @@ def _why_unreadable(item: Item) -> str:
     except (ImageError, OSError) as error:
         return str(error)
     return ""
+
+
+def warn_of_doubt(keys: Sequence[str]) -> None:
+    """Name the annotated images that are turned by their EXIF, their size telling nothing."""
+    if keys:
+        logger.warning(
+            "%d annotated images are turned by EXIF, the first is %s: their sizes do not tell "
+            "whether annotations are for the turned image, as is assumed, or for the stored one",
+            *(len(keys), keys[0]),
+        )
 
 
 def check_images(task: Task, *, threads: int) -> None:

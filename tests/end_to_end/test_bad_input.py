@@ -43,7 +43,7 @@ def test_a_wrong_request_names_the_field_and_writes_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("name", "reason"), [(None, "is empty"), ("a.txt", "holds no pictures")])
+@pytest.mark.parametrize(("name", "reason"), [(None, "is empty"), ("a.txt", "holds no images")])
 def test_a_folder_without_pictures_is_refused(run_job, arguments, tmp_path, name, reason):
     folder = tmp_path / "pictures"
     folder.mkdir()

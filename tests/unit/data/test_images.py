@@ -2,6 +2,7 @@
 
 import io
 import math
+import struct
 from hashlib import blake2b
 
 import numpy as np
@@ -69,6 +70,42 @@ def test_transparency_lies_on_black_and_16_bit_keeps_its_range():
     assert images.decode_image(encode(picture)).tolist() == [[[255, 0, 0], [0, 0, 0]]]
     deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     assert images.decode_image(encode(deep))[0, :, 0].tolist() == [0, 128, 255]
+
+
+GREY = np.random.default_rng(5).integers(0, 256, (24, 24))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (GREY / 255).astype(np.float32),
+        (GREY * 1e30 - 1e30).astype(np.float32),
+        GREY.astype(np.int32),
+        (GREY * 1000).astype(np.int32),
+        ((GREY - 128) * 2**23).astype(np.int32),
+    ],
+    ids=["0 to 1", "large", "as 8 bits", "to 255000", "negative"],
+)
+def test_32_bits_are_stretched_from_their_least_to_their_largest_value(values):
+    expected = np.rint((GREY - GREY.min()) * (255 / np.ptp(GREY)))
+    pixels = images.decode_image(encode(Image.fromarray(values), "TIFF"))
+    assert np.abs(pixels[..., 0] - expected).max() <= 1
+
+
+def test_unsigned_32_bits_do_not_wrap():
+    content = encode(Image.fromarray((GREY.astype(np.uint32) << 24).view(np.int32)), "TIFF")
+    signed = struct.pack("<HHLL", 339, 3, 1, 2)
+    assert signed in content
+    pixels = images.decode_image(content.replace(signed, struct.pack("<HHLL", 339, 3, 1, 1)))
+    assert np.corrcoef(pixels[..., 0].ravel(), GREY.ravel())[0, 1] > 0.999
+
+
+def test_one_value_is_black_and_what_is_not_finite_is_no_image():
+    flat = np.full((4, 4), 0.5, np.float32)
+    assert not images.decode_image(encode(Image.fromarray(flat), "TIFF")).any()
+    flat[1, 1] = np.nan
+    with pytest.raises(ImageError, match="not finite"):
+        images.decode_image(encode(Image.fromarray(flat), "TIFF"))
 
 
 @pytest.mark.parametrize("cut", [0, 10, 200])

@@ -126,8 +126,8 @@ def test_symlink_loop_ends_and_nothing_is_read_twice(tmp_path, image_folder):
         (lambda root: None, "no such folder"),
         (lambda root: root.mkdir(), "is empty"),
         (lambda root: root.write_text("file"), "is not a folder"),
-        (lambda root: (root / "deep").mkdir(parents=True), "holds no pictures"),
-        (lambda root: (root.mkdir(), (root / "a.txt").touch()), "holds no pictures"),
+        (lambda root: (root / "deep").mkdir(parents=True), "holds no images"),
+        (lambda root: (root.mkdir(), (root / "a.txt").touch()), "holds no images"),
     ],
 )
 def test_folder_without_pictures_is_refused_by_name(tmp_path, make, message):
@@ -523,7 +523,7 @@ def test_job_prints_a_summary_and_exits_with_zero(tmp_path, image_folder):
 def test_job_dry_run_writes_nothing(tmp_path, image_folder):
     done = job("--source", f"folder:{image_folder}", "--out", tmp_path / "out", "--dry-run")
     assert done.returncode == 0, done.stderr
-    assert "12 pictures" in done.stdout
+    assert "12 images" in done.stdout
     assert not (tmp_path / "out").exists()
 
 

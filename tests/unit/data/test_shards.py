@@ -28,8 +28,6 @@ def test_names_split_as_webdataset_splits_them():
         "x/y.z/c.seg.PNG",
         "x.y/README",
         "README",
-        ".hidden.png",
-        "d/._c.jpg",
         "a/b..png",
         "é/ü.jpg",
     ]
@@ -38,6 +36,9 @@ def test_names_split_as_webdataset_splits_them():
         assert split_name(name) == (None if key is None else (key, extension.lower())), name
     assert split_name("__meta__.json") == ("__meta__", "json")
     assert split_name("__meta.json__") is None
+    # WebDataset takes d/ for the key of the last one
+    hidden = [".hidden.png", "d/._c.jpg", "./._c.jpg", "__MACOSX/c.jpg", "d/.Trash/c.jpg"]
+    assert [split_name(name) for name in hidden] == [None] * 5
 
 
 def test_scan_finds_every_sample_where_tarfile_finds_it(three_tars):

@@ -263,7 +263,7 @@ def test_model_that_is_not_there_is_named_with_those_that_are(task, tmp_path):
         ([str(task), str(image), "--best"], "holds no best model"),
         ([str(task), str(image), "--seed", "7"], "only mae-finetune-0, mae-linear-0, moce-fine"),
         ([str(task), str(tmp_path / "b.png")], "b.png: is neither a file nor a folder"),
-        ([str(task), str(task / "models")], "holds no pictures"),
+        ([str(task), str(task / "models")], "holds no images"),
         ([str(task), str(image), "--top", "0"], "--top 0"),
         ([str(task), str(image), "--min-score", "0.3"], "--min-score 0.3: .* is no detector"),
         ([str(task / "backbone"), str(image)], "is a backbone without classes"),

@@ -13,7 +13,7 @@ from pycocotools import mask as run_lengths
 
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.coco_json import unpack_counts
-from moce_dist.transfer.instances import check_instances, read_instances
+from moce_dist.transfer.instances import check_instances, load_picture, read_instances
 
 Tree = dict[str, Any]
 
@@ -114,6 +114,27 @@ def first(tree: Tree, **changes: Any) -> None:
             r"images\[1\].id \(1000\) must be a number once",
         ),
         (lambda t: t["images"][1].update(height=0), "height 0 is no size"),
+        *(
+            (lambda t, v=v: first(t, area=v), r"annotation 1: area .* must be a number of pixels")
+            for v in (None, "900", float("nan"), float("inf"), -1, True, [9], 10**400)
+        ),
+        *(
+            (lambda t, v=v: first(t, iscrowd=v), r"annotation 1: iscrowd .* must be 0 or 1")
+            for v in (None, "0", 2, float("nan"), {})
+        ),
+        (lambda t: first(t, bbox=["8", "8", "30", "30"]), "must be four numbers"),
+        (lambda t: first(t, bbox=[8, 8, 10**400, 30]), "must be four numbers"),
+        (lambda t: first(t, segmentation=[8, 8, 38, 8, 38, 38]), "must be polygons"),
+        (lambda t: first(t, segmentation=[["8", "8", "38", "8", "38", "38"]]), "must be polygons"),
+        (lambda t: first(t, segmentation=[[]]), "must be polygons"),
+        (lambda t: first(t, segmentation=[[[8, 8], [38, 8], [38, 38]]]), "must be polygons"),
+        (lambda t: first(t, category_id=3.0), r"category_id 3\.0 is no category's"),
+        (lambda t: t["images"][0].update(width=56.0), r"width 56\.0 is no size"),
+        (
+            lambda t: t["images"][0].update(file_name=None),
+            r"file_name None is no text",
+        ),
+        (lambda t: t["categories"][0].update(name=7), r"categories\[0\]\.name 7 is no text"),
         (lambda t: t.update(annotations=[]), "its list annotations is empty"),
         (lambda t: t.pop("categories"), "has no list categories"),
         (lambda t: t["categories"].pop(), r"annotation 2: category_id 8 .* \(and 5 more\)"),
@@ -186,3 +207,44 @@ def test_fingerprint_follows_annotations_and_files(data):
     assert read_instances("coco", data).fingerprint() == before
     change(data, lambda t: first(t, bbox=[3, 3, 5, 5]))
     assert read_instances("coco", data).fingerprint() != before
+
+
+def test_json_that_is_too_deep_is_named(data):
+    (data / "annotations" / "instances_val2017.json").write_text("[" * 10**5)
+    with pytest.raises(ConfigError, match=r"instances_val2017\.json: is no JSON"):
+        read_instances("coco", data)
+
+
+def turned(path: Path, orientation: int, size: tuple[int, int]) -> Image.Image:
+    """Rewrite an image as a camera that was held otherwise stores it; return it as stored."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    draws = np.random.default_rng(orientation)
+    stored = Image.fromarray(draws.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    stored.save(path, "PNG", exif=exif)
+    return stored
+
+
+@pytest.mark.parametrize(
+    ("orientation", "stored", "rotation"),
+    [
+        (6, (40, 56), Image.Transpose.ROTATE_270),  # annotated 56 x 40, as it is upright
+        (6, (56, 40), None),  # annotated as it is stored
+        (3, (56, 40), Image.Transpose.ROTATE_180),  # nobody can tell
+    ],
+)
+def test_annotations_of_a_turned_image_stay_in_place(data, caplog, orientation, stored, rotation):
+    found = read_instances("coco", data)
+    assert (found.train[0].width, found.train[0].height) == (56, 40)
+    image = turned(found.train[0].image, orientation, stored)
+    expected = image if rotation is None else image.transpose(rotation)
+    np.testing.assert_array_equal(np.asarray(load_picture(found.train[0])), np.asarray(expected))
+    check_instances(found, threads=1)
+    assert ("1 annotated images are turned by EXIF" in caplog.text) == (orientation == 3)
+
+
+def test_a_turned_image_of_neither_size_is_named(data):
+    found = read_instances("coco", data)
+    turned(found.train[0].image, 6, (41, 57))
+    with pytest.raises(ConfigError, match="it has 57 x 41 pixels, its annotations are for 56 x 40"):
+        check_instances(found, threads=1)

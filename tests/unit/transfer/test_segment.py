@@ -77,7 +77,7 @@ def test_picture_without_mask_and_mask_without_picture_are_named(data):
         read_scenes("ade20k", data)
     (data / "images" / "training" / "2.jpg").unlink()
     (data / "images" / "validation" / "1.jpg").unlink()
-    with pytest.raises(ConfigError, match=r"validation/1\.png: mask without a picture"):
+    with pytest.raises(ConfigError, match=r"validation/1\.png: mask without an image"):
         read_scenes("ade20k", data)
 
 
@@ -85,7 +85,7 @@ def test_picture_without_mask_and_mask_without_picture_are_named(data):
     ("mask", "message"),
     [
         (np.full((40, 48), 4, np.uint8), "holds 4, must be at most 3"),
-        (np.ones((40, 47), np.uint8), "has shape"),
+        (np.ones((40, 47), np.uint8), "its annotations are for 47 x 40"),
         (np.ones((40, 48, 3), np.uint8), "mode RGB"),
     ],
 )
@@ -229,3 +229,42 @@ def test_training_separates_two_plain_areas(config, models, scene_folder, tmp_pa
     }
     preview = np.asarray(Image.open(tmp_path / "1.png"))
     assert preview.shape == (43, 3 * 48, 3)
+
+
+def recount(data, change):
+    """Rewrite all masks of a set."""
+    for path in (data / "annotations").rglob("*.png"):
+        with Image.open(path) as image:
+            mask = np.asarray(image)
+        Image.fromarray(change(mask).astype(np.uint8)).save(path)
+
+
+def test_masks_that_count_from_0_are_noticed(data, caplog):
+    caplog.set_level("INFO")
+    scenes = read_scenes("ade20k", data)
+    check_scenes(scenes, threads=1)
+    assert "masks hold " in caplog.text and "is in no mask" not in caplog.text
+    caplog.clear()
+    recount(data, lambda mask: mask - 1.0 * (mask > 0))
+    check_scenes(scenes, threads=1)
+    assert f"class 3 ({scenes.classes[2]}) is in no mask (1 such classes of 3)" in caplog.text
+    assert "to masks that count from 0 add 1" in caplog.text
+
+
+def test_ids_of_masks_are_counted(data, caplog):
+    caplog.set_level("INFO")
+    recount(data, lambda mask: np.arange(mask.size).reshape(mask.shape) % 4)
+    check_scenes(read_scenes("ade20k", data), threads=1)
+    assert "masks hold 0 (ignored) 25.0%, 1 (" in caplog.text
+
+
+def test_an_image_that_exif_turns_is_as_its_mask_has_it(data, caplog):
+    scenes = read_scenes("ade20k", data)
+    scene, exif = scenes.train[0], Image.Exif()
+    exif[0x0112] = 6
+    shape = read_mask(scene.mask).shape
+    for height, width in (shape, shape[::-1]):
+        pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
+        Image.fromarray(pixels).save(scene.image, "PNG", exif=exif)
+        expected = pixels if (height, width) == shape else np.rot90(pixels, -1)
+        np.testing.assert_array_equal(np.asarray(load_scene(scene, 3)[0]), expected)

@@ -1,0 +1,51 @@
+r"""Names are bytes: file and class names as text that every table, log and terminal can hold.
+
+Linux takes any bytes for a name, and Python hands over those that are no UTF-8 as lone surrogates,
+which nothing can encode. Paths stay as they are; whatever else is made of a name, a key, a class,
+a line of output, goes through here.
+
+    bytes caf\xe9.png    path caf\udce9.png    text caf\xe9.png in letters, on any locale
+"""
+
+import json
+import os
+import sys
+from codecs import BOM_UTF8
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+
+def as_text(name: str | bytes | os.PathLike[str]) -> str:
+    r"""Return a name as text that is valid UTF-8; bytes that are none stand as `\xNN`."""
+    if isinstance(name, str) and name.isascii():
+        return name
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:
+        # no name of this file system: text of a file, that may hold half a letter
+        raw = str(name).encode("utf-8", "surrogatepass")
+    return raw.decode("utf-8", "backslashreplace")
+
+
+def read_names(path: Path) -> list[str]:
+    """Read the names of a file, one a line, whatever its encoding; empty lines do not count."""
+    text = as_text(path.read_bytes().removeprefix(BOM_UTF8))
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def open_output() -> None:
+    """Let standard output and error take any text: what they cannot show is escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def json_line(value: Any) -> str:
+    """Return JSON for standard output, readable where that can show it, in ASCII elsewhere."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
