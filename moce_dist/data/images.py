@@ -25,21 +25,18 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from moce_dist.data.decoders import (
     Encoded,
-    ImageError,
     check_bytes,
     check_pixels,
-    door,
     jpeg_header,
     jpeg_pixels,
-    open_stored,
     read_turn,
 )
 from moce_dist.data.orientation import AS_STORED, Turn
 from moce_dist.data.resize import Pixels, Size, resize, resize_all
+from moce_dist.data.upright import decode_image
 from moce_dist.names import as_text
 
 if TYPE_CHECKING:
@@ -48,9 +45,6 @@ if TYPE_CHECKING:
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-# 16 bits that Pillow keeps in 32
-_DEEP_16 = ("PNG", "PPM")
-_SAMPLE_FORMAT, _UNSIGNED = 339, 1
 _ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _JPEG_END = b"\xff\xd9"
 # libjpeg-turbo has vectorised inverse DCTs for these only
@@ -87,84 +81,6 @@ class SampleDraws:
 def sample_generator(seed: int, epoch: int, key: str) -> np.random.Generator:
     """Make the generator of one image in one epoch; equal arguments give equal draws anywhere."""
     return SampleDraws().of(seed, epoch, key)
-
-
-def _stretched(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    if image.format == "TIFF" and image.mode == "I" and _sample_format(image) == _UNSIGNED:
-        values = values.view(np.uint32)
-    levels = values.astype(np.float64)
-    if not np.isfinite(levels).all():
-        raise ImageError("image holds values that are not finite")
-    levels -= levels.min()
-    if levels.any():
-        levels *= 255 / levels.max()
-    return Image.fromarray(np.rint(levels).astype(np.uint8))
-
-
-def _sample_format(image: Image.Image) -> object:
-    found = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, _UNSIGNED)
-    return found[0] if isinstance(found, tuple) and found else found
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    # Pillow clips deep greys to 8 bits when it converts
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_16):
-        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        image = _stretched(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image)
-    return image.convert("RGB")
-
-
-def open_image(content: Encoded) -> Image.Image:
-    """Decode to an upright RGB image: transparency on black, of an animation the first frame.
-
-    Greys of 16 bits keep their upper byte. What 32-bit integers and floats mean no file says: they
-    are stretched, so that their smallest value is black and their largest one white.
-
-    Raises:
-        ImageError: see `open_stored`; or values are not finite.
-    """
-    image, turn = _open_rgb(content)
-    return _turned(image, turn)
-
-
-def _open_rgb(content: Encoded) -> tuple[Image.Image, Turn]:
-    stored = open_stored(content)
-    with door():
-        return _to_rgb(stored.image), stored.turn
-
-
-def _turned(image: Image.Image, turn: Turn) -> Image.Image:
-    return image if turn == AS_STORED else Image.fromarray(turn.apply(np.asarray(image)))
-
-
-class Annotated(NamedTuple):
-    """An image, RGB, in which its annotations are where they say."""
-
-    image: Image.Image
-    is_in_doubt: bool
-    """Its size does not tell whether they are for the upright image; it is taken for that."""
-
-
-def open_annotated(content: Encoded, size: tuple[int, int]) -> Annotated:
-    """Decode upright, or as stored where annotations of `size`, (width, height), are for that.
-
-    Raises:
-        ImageError: see `open_image`; or it is of neither size.
-    """
-    image, turn = _open_rgb(content)
-    upright = _turned(image, turn)
-    if upright.size == size:
-        return Annotated(upright, turn != AS_STORED and image.size == size)
-    if image.size == size:
-        return Annotated(image, False)
-    has, wants = (f"{width} x {height}" for width, height in (upright.size, size))
-    raise ImageError(f"it has {has} pixels, its annotations are for {wants}")
 
 
 class Picture(Protocol):
@@ -286,15 +202,6 @@ def open_picture(content: Encoded) -> Jpeg | Decoded:
         return Decoded(decode_image(content))
     check_pixels(header.width, header.height)
     return Jpeg(content, header.width, header.height, read_turn(content))
-
-
-def decode_image(content: Encoded) -> Pixels:
-    """Decode to (H, W, 3) uint8 RGB.
-
-    Raises:
-        ImageError: see `open_image`.
-    """
-    return np.asarray(open_image(content))
 
 
 @cache

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import Annotated, open_annotated
+from moce_dist.data.upright import Annotated, open_annotated
 from moce_dist.names import as_text
 from moce_dist.run import file_sha256
 from moce_dist.settings import ConfigError

@@ -8,7 +8,8 @@ import pytest
 
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import Box, eval_image, open_image, open_picture
+from moce_dist.data.images import Box, eval_image, open_picture
+from moce_dist.data.upright import open_image
 
 from .samples_of_formats import seeds
 
@@ -112,5 +113,5 @@ def test_fuzzing_notices_what_escapes(monkeypatch):
             image.load()
             return decoders.Stored(image, decoders.AS_STORED)
 
-    monkeypatch.setattr("moce_dist.data.images.open_stored", outside)
+    monkeypatch.setattr("moce_dist.data.upright.open_stored", outside)
     assert fuzz(200, 0)[2]

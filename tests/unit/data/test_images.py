@@ -18,6 +18,7 @@ from torchvision.transforms import v2
 from moce_dist.data import decoders, images
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import MEAN, STD, SampleDraws, sample_generator
+from moce_dist.data.upright import decode_image, open_image
 
 
 def encode(picture, kind="PNG", **options):
@@ -36,9 +37,7 @@ def photo():
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
 def test_formats(photo, kind):
     small = photo.resize((40, 30))
-    pixels = images.decode_image(
-        encode(small, kind, **({"lossless": True} if kind == "WEBP" else {}))
-    )
+    pixels = decode_image(encode(small, kind, **({"lossless": True} if kind == "WEBP" else {})))
     assert pixels.shape == (30, 40, 3) and pixels.dtype == np.uint8
     if kind not in ("GIF",):
         np.testing.assert_array_equal(pixels, np.asarray(small))
@@ -46,13 +45,13 @@ def test_formats(photo, kind):
 
 def test_gray_cmyk_and_progressive_jpeg(photo):
     small = photo.resize((64, 48))
-    gray = images.decode_image(encode(small.convert("L"), "JPEG", quality=95))
+    gray = decode_image(encode(small.convert("L"), "JPEG", quality=95))
     assert (gray[..., 0] == gray[..., 1]).all()
     for content in (
         encode(small.convert("CMYK"), "JPEG", quality=95),
         encode(small, "JPEG", quality=95, progressive=True),
     ):
-        difference = images.decode_image(content).astype(int) - np.asarray(small)
+        difference = decode_image(content).astype(int) - np.asarray(small)
         assert np.abs(difference).mean() < 8
 
 
@@ -61,15 +60,15 @@ def test_exif_orientation_is_upright(photo):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored turned by 90 degrees
     content = encode(small.transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
-    np.testing.assert_array_equal(images.decode_image(content), np.asarray(small))
+    np.testing.assert_array_equal(decode_image(content), np.asarray(small))
 
 
 def test_transparency_lies_on_black_and_16_bit_keeps_its_range():
     picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     picture.putpixel((1, 0), (0, 255, 0, 0))
-    assert images.decode_image(encode(picture)).tolist() == [[[255, 0, 0], [0, 0, 0]]]
+    assert decode_image(encode(picture)).tolist() == [[[255, 0, 0], [0, 0, 0]]]
     deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
-    assert images.decode_image(encode(deep))[0, :, 0].tolist() == [0, 128, 255]
+    assert decode_image(encode(deep))[0, :, 0].tolist() == [0, 128, 255]
 
 
 GREY = np.random.default_rng(5).integers(0, 256, (24, 24))
@@ -88,7 +87,7 @@ GREY = np.random.default_rng(5).integers(0, 256, (24, 24))
 )
 def test_32_bits_are_stretched_from_their_least_to_their_largest_value(values):
     expected = np.rint((GREY - GREY.min()) * (255 / np.ptp(GREY)))
-    pixels = images.decode_image(encode(Image.fromarray(values), "TIFF"))
+    pixels = decode_image(encode(Image.fromarray(values), "TIFF"))
     assert np.abs(pixels[..., 0] - expected).max() <= 1
 
 
@@ -96,31 +95,31 @@ def test_unsigned_32_bits_do_not_wrap():
     content = encode(Image.fromarray((GREY.astype(np.uint32) << 24).view(np.int32)), "TIFF")
     signed = struct.pack("<HHLL", 339, 3, 1, 2)
     assert signed in content
-    pixels = images.decode_image(content.replace(signed, struct.pack("<HHLL", 339, 3, 1, 1)))
+    pixels = decode_image(content.replace(signed, struct.pack("<HHLL", 339, 3, 1, 1)))
     assert np.corrcoef(pixels[..., 0].ravel(), GREY.ravel())[0, 1] > 0.999
 
 
 def test_one_value_is_black_and_what_is_not_finite_is_no_image():
     flat = np.full((4, 4), 0.5, np.float32)
-    assert not images.decode_image(encode(Image.fromarray(flat), "TIFF")).any()
+    assert not decode_image(encode(Image.fromarray(flat), "TIFF")).any()
     flat[1, 1] = np.nan
     with pytest.raises(ImageError, match="not finite"):
-        images.decode_image(encode(Image.fromarray(flat), "TIFF"))
+        decode_image(encode(Image.fromarray(flat), "TIFF"))
 
 
 @pytest.mark.parametrize("cut", [0, 10, 200])
 def test_truncated_or_empty_is_refused(photo, cut):
     content = encode(photo.resize((64, 48)), "JPEG")
     with pytest.raises(ImageError):
-        images.decode_image(content[:cut])
+        decode_image(content[:cut])
     with pytest.raises(ImageError):
-        images.decode_image(content[: len(content) // 2])
+        decode_image(content[: len(content) // 2])
 
 
 def test_bomb_is_refused(monkeypatch):
     monkeypatch.setattr(decoders, "MAX_PIXELS", 99)
     with pytest.raises(ImageError, match="10 x 10"):
-        images.decode_image(encode(Image.new("L", (10, 10))))
+        decode_image(encode(Image.new("L", (10, 10))))
 
 
 def test_bytes_are_limited_too(monkeypatch):
@@ -159,7 +158,7 @@ def test_crop_of_a_turned_jpeg_is_the_crop_of_the_upright_one(photo, reduction, 
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encode(photo, "JPEG", quality=95, exif=exif)
-    picture, upright = images.open_picture(content), images.open_image(content)
+    picture, upright = images.open_picture(content), open_image(content)
     assert (picture.width, picture.height) == upright.size
     side, size = 320, 240 // reduction
     box = images.Box(33, 22, 33 + side, 22 + side)
@@ -174,7 +173,7 @@ def test_every_kind_of_jpeg_crops_as_pillow_has_it(photo, mode, progressive):
     content = encode(photo.convert(mode), "JPEG", quality=95, progressive=progressive)
     box, size = images.Box(100, 50, 500, 400), 100
     crop = images.open_picture(content).crop(box, size).astype(int)
-    expected = images.open_image(content).resize((size, size), Image.Resampling.BICUBIC, box=box)
+    expected = open_image(content).resize((size, size), Image.Resampling.BICUBIC, box=box)
     assert np.abs(crop - np.asarray(expected)).mean() < 3
 
 
@@ -184,14 +183,14 @@ def test_what_only_pillow_accepts_is_decoded(photo):
     tables = content.index(b"\xff\xdb")
     odd = content[:tables] + b"\0\0\0" + content[tables:]
     crop = images.open_picture(odd).crop(images.Box(0, 0, 48, 48), 48)
-    np.testing.assert_array_equal(crop, np.asarray(images.open_image(content))[:, :48])
+    np.testing.assert_array_equal(crop, np.asarray(open_image(content))[:, :48])
 
 
 def test_animation_is_its_first_frame(photo):
     first, second = photo.resize((40, 30)), photo.resize((40, 30)).rotate(180)
     content = encode(first, "GIF", save_all=True, append_images=[second])
-    alone = images.decode_image(encode(first, "GIF"))
-    np.testing.assert_array_equal(images.decode_image(content), alone)
+    alone = decode_image(encode(first, "GIF"))
+    np.testing.assert_array_equal(decode_image(content), alone)
 
 
 def test_crop_and_resize_equal_torchvision(photo):

@@ -72,7 +72,7 @@ def test_damaged_picture_is_named_by_its_sample(tars):
     ("members", "message"),
     [
         ([("x.png", b"p")], "sample x has no label"),
-        ([("x.cls", b"1")], "sample x has no image"),
+        ([("x.cls", b"1")], "x: sample has no image"),
         ([("x.png", b"p"), ("x.cls", b"cat")], "'cat': must be a class number"),
         ([("x.png", b"p"), ("x.cls", b"-1")], "'-1': must be a class number"),
         ([], "holds no samples"),
