@@ -80,7 +80,9 @@ def command_parser(name: str, description: str | None, example: str) -> argparse
 
 def quiet_libraries() -> None:
     """Set up logging for people: our lines at INFO, of the libraries only errors."""
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    # DeepSpeed would look itself, whichever module imports it first, and warn on standard output
+    accelerator = "cuda" if os.path.exists("/dev/nvidiactl") else "cpu"
+    os.environ.setdefault("DS_ACCELERATOR", accelerator)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # after an interruption a call of Ray's must not start a second cluster

@@ -22,8 +22,6 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if os.path.exists("/dev/nvidiactl") else "cpu")
-
 import deepspeed
 import torch
 import torch.distributed as dist
