@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from moce_dist.environment import shorten_sockets
 from moce_dist.names import open_output
 from moce_dist.run import StoppedError
 from moce_dist.settings import ConfigError
@@ -79,7 +80,7 @@ def command_parser(name: str, description: str | None, example: str) -> argparse
 
 
 def quiet_libraries() -> None:
-    """Set up logging for people: our lines at INFO, of the libraries only errors."""
+    """Set up a process for people: our lines at INFO, of the libraries only errors."""
     # DeepSpeed would look itself, whichever module imports it first, and warn on standard output
     accelerator = "cuda" if os.path.exists("/dev/nvidiactl") else "cpu"
     os.environ.setdefault("DS_ACCELERATOR", accelerator)
@@ -91,6 +92,7 @@ def quiet_libraries() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
+    shorten_sockets()
     for name in _QUIET:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

@@ -6,6 +6,7 @@ setting goes first, and the rest is refused with the name of the variable.
 """
 
 import ipaddress
+import multiprocessing.util
 import os
 import socket
 import tempfile
@@ -103,14 +104,32 @@ def ray_folder() -> str | None:
                 f"{_SOCKET_BYTES} bytes; name a folder of {_most_bytes()} bytes at most"
             )
         return given
-    if _is_short(tempfile.gettempdir()):
-        return None
-    for folder in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - Ray makes a folder of its own
+    return None if _is_short(tempfile.gettempdir()) else _short_folder()
+
+
+def shorten_sockets() -> None:
+    """Give the sockets over which loader processes hand batches on a folder short enough for them.
+
+    Raises:
+        ConfigError: TMPDIR is too long for sockets, and there is no other folder.
+    """
+    before = tempfile.tempdir
+    if not _is_short(tempfile.gettempdir()):
+        tempfile.tempdir = _short_folder()
+        try:
+            # multiprocessing remembers it, and so do its processes
+            multiprocessing.util.get_temp_dir()
+        finally:
+            tempfile.tempdir = before
+
+
+def _short_folder() -> str:
+    for folder in ("/tmp", "/var/tmp", "/dev/shm"):  # noqa: S108 - folders of our own in there
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
     raise ConfigError(
-        f"TMPDIR = {tempfile.gettempdir()}: is too long for Ray's sockets; set RAY_TMPDIR (or "
-        f"TMPDIR) to a folder of {_most_bytes()} bytes at most"
+        f"TMPDIR = {tempfile.gettempdir()}: is too long for sockets; set it, or RAY_TMPDIR, to a "
+        f"folder of {_most_bytes()} bytes at most"
     )
 
 

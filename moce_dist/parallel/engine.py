@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from moce_dist.config import ParallelConfig
-from moce_dist.environment import bind_ranks
+from moce_dist.environment import bind_ranks, shorten_sockets
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.reduction import GradientReducer
@@ -86,6 +86,7 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
     other up to `timeout`; None: as long as torch thinks right.
     """
     _choose_accelerator(device)
+    shorten_sockets()
     os.environ.setdefault("LOCAL_RANK", "0")
     # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler
     # needed

@@ -83,13 +83,34 @@ def test_sockets_of_ray_get_a_short_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(tempfile, "tempdir", str(long))
     assert ray_folder() == "/tmp"
     monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(ConfigError, match=r"TMPDIR = .*x: is too long .* set RAY_TMPDIR"):
+    with pytest.raises(ConfigError, match=r"TMPDIR = .*x: is too long .* RAY_TMPDIR"):
         ray_folder()
     monkeypatch.setenv("RAY_TMPDIR", "/scratch/me")
     assert ray_folder() == "/scratch/me"
     monkeypatch.setenv("RAY_TMPDIR", str(long))
     with pytest.raises(ConfigError, match=r"RAY_TMPDIR = .*x: is too long"):
         ray_folder()
+
+
+LOADER = """
+import torch
+from torch.utils.data import DataLoader
+from moce_dist.cli import quiet_libraries
+quiet_libraries()
+batches = list(DataLoader([torch.ones(3)] * 4, batch_size=None, num_workers=1, timeout=20))
+print(torch.stack(batches).sum())
+"""
+
+
+def test_loader_processes_hand_batches_on_under_a_long_tmpdir(tmp_path):
+    long = tmp_path / ("x" * 90)
+    long.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER], capture_output=True, text=True, check=False,
+        env=os.environ | {"TMPDIR": str(long)},
+    )  # fmt: skip
+    assert done.stdout == "tensor(12.)\n", done.stderr
+    assert list(long.iterdir()) == []
 
 
 @pytest.fixture
