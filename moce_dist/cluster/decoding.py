@@ -18,13 +18,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, NamedTuple
 
-import fsspec
 import numpy as np
 
 from moce_dist.cluster.blocks import Float32, clean_label
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.framing import Framing, framed_image
-from moce_dist.data.shards import Shard, class_label
+from moce_dist.data.shards import Shard, class_label, open_shard
 
 _BATCHES_AHEAD = 1
 _BLOCK, _MOST_BESIDE = 512, 2**16
@@ -83,7 +82,7 @@ class ShardImages:
             FileNotFoundError: the shard is gone.
         """
         starts = range(0, max(len(self.shard.keys), 1), self.batch_size)
-        with fsspec.open(self.url, "rb") as file:
+        with open_shard(self.url) as file:
             if self.num_threads == 1:
                 yield from (self._begin(file, first, _at_once).finish() for first in starts)
             else:

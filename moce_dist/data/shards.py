@@ -100,6 +100,11 @@ class ShardIndex:
         return f"{self.root.rstrip('/')}/{shard.path}"
 
 
+def open_shard(url: str) -> Any:
+    """Open a file or URL for reading; a path is a path, even with `::` in it."""
+    return fsspec.open(url, "rb") if "://" in url else Path(url).open("rb")
+
+
 def scan_shard(
     url: str, *, path: str | None = None, cluster: int | None = None
 ) -> tuple[Shard, list[Fault]]:
@@ -112,7 +117,7 @@ def scan_shard(
         ConfigError: the file is missing or is no tar at all.
     """
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_shard(url) as file:
             scan = scan_tar(file)
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{url}: no such shard") from None
@@ -157,7 +162,7 @@ def read_index(root: str | Path) -> ShardIndex:
     if "://" in url:
         check_url(url)
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_shard(url) as file:
             document = json.load(file)
         shards = [Shard(**shard) for shard in document["shards"]]
     except FileNotFoundError:
@@ -173,7 +178,7 @@ def read_index(root: str | Path) -> ShardIndex:
 
 def read_range(url: str, start: int, size: int) -> bytes:
     """Read `size` bytes of a file or object from `start`; fewer when it ends before."""
-    with fsspec.open(url, "rb") as file:
+    with open_shard(url) as file:
         file.seek(start)
         content: bytes = file.read(size)
     return content

@@ -1,7 +1,11 @@
 """What is there is a path before it is a pattern."""
 
+import io
+import tarfile
+
 import pytest
 
+from moce_dist.data.shards import read_range, scan_shard
 from moce_dist.data.sources import expand_shards, parse_source
 from moce_dist.settings import ConfigError
 
@@ -27,6 +31,21 @@ def expand(pattern):
 @pytest.mark.parametrize("name", FILES)
 def test_file_that_is_named_exactly_is_that_file(name, folder):
     assert expand(name) == expand(folder / name) == [str(folder / name)]
+
+
+@pytest.mark.parametrize(
+    "name", ["a::b", "q#r?s%20", "file: x", "[a]*", "\u00fc{1,2}", "a,b", "s3:", "~"]
+)
+def test_tar_in_a_folder_of_any_name_is_read(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with tarfile.open(tmp_path / name / "p.tar", "w") as tar:
+        member = tarfile.TarInfo("0.png")
+        member.size = 5
+        tar.addfile(member, io.BytesIO(b"image"))
+    (url,) = expand(tmp_path / name / "p.tar")
+    shard, faults = scan_shard(url)
+    assert (shard.keys, faults) == (["0"], [])
+    assert read_range(url, shard.offsets[0], shard.sizes[0]) == b"image"
 
 
 @pytest.mark.parametrize(
