@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
+from moce_dist import lease
 from moce_dist.config import Config, to_yaml
 from moce_dist.run import (
     Run,
@@ -31,6 +32,22 @@ from .conftest import NUM_CLUSTERS, ROOT, by_global_name, transfer, write_checkp
 
 def metrics_of(run: Run, task: str) -> dict[str, Any]:
     return json.loads((run.transfer(task) / "metrics.json").read_text())
+
+
+def test_results_of_a_run_that_must_not_be_written_go_to_out(run, image_folder, job, tmp_path):
+    def content():
+        files = (path for path in run.root.rglob("*") if path.is_file())
+        return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+    before, out = content(), tmp_path / "out"
+    flags = ["--run", str(run.root), "--task", "imagefolder", "--data", str(image_folder)]
+    flags += ["--backbone", "moce,mae", "--out", str(out)]
+    job.main([*flags, "--protocol", "knn"])
+    assert content() == before
+    found = json.loads((out / "imagefolder" / "metrics.json").read_text())
+    assert [row["backbone"] for row in found["results"]] == ["moce", "mae"]
+    assert (out / "imagefolder" / "backbone" / "model.safetensors").is_file()
+    assert not (out / "imagefolder" / lease.LOCK).exists()
 
 
 def test_comparison_is_written_skipped_and_extended(run, image_folder, job, caplog):
