@@ -17,6 +17,7 @@ from moce_dist.lease import hold
 from moce_dist.rows import backbone_texts, value_text
 from moce_dist.run import Run, resolve_run
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.continuing import FurtherJob
 from moce_dist.transfer.official import OFFICIAL
 from moce_dist.transfer.request import (
     Request,
@@ -38,6 +39,7 @@ from moce_dist.transfer.suite import (
     carry_out,
     collect,
     list_task,
+    prepare,
 )
 
 DEFAULT_RUN = "quickstart"
@@ -62,7 +64,14 @@ def parse(argv: Sequence[str]) -> Any:
         "--backbone",
         metavar="LIST",
         help="moce, moce:SELECT (as transfer.select), control, mae, random, timm:NAME (default: "
-        "moce, and the control or, where the run has none, mae)",
+        "moce, and the control or, where the run has none, mae); with --continue-images also "
+        "moce+own, control+own, control+all",
+    )
+    parser.add_argument(
+        "--continue-images",
+        metavar="N",
+        type=int,
+        help="train dense models on, on N images: +own of the task's clusters, +all of all data",
     )
     parser.add_argument("--protocol", metavar="LIST", help="finetune, linear, knn (default: all)")
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="fits of each kind")
@@ -84,10 +93,11 @@ def make_request(args: Any, run: Run | None, config: Config) -> Request:
         local_path(args.data, "--data").absolute() if args.data else None,
         parse_names(args.backbone, "--backbone")
         if args.backbone
-        else default_backbones(run, config),
+        else default_backbones(run, config, continues=args.continue_images is not None),
         parse_names(args.protocol, "--protocol") if args.protocol else protocols_of(task),
         args.seeds,
         parse_experts(args.experts),
+        continue_images=args.continue_images,
     )
 
 
@@ -142,6 +152,10 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
     select = transfer.select if config.moe.kind == "cluster" else experts_of(config)
     print(f"experts    {request.experts or select}, MoE blocks {config.moe_layers}")
     print(f"clusters   features of cluster.encoder {config.cluster.encoder}")
+    if request.continue_images is not None:
+        continued = transfer.continued.stage(config.moce, 1.0)
+        steps = max(1, round(request.continue_images / continued.batch_size))
+        print(f"continued  {steps} steps of {continued.batch_size} images, each that names + steps")
     print(f"protocols  {', '.join(request.protocols)}, {request.num_seeds} seeds")
     if request.is_segmentation:
         print(
@@ -197,8 +211,8 @@ def check_torchrun(args: Any, config: Config) -> None:
         raise ConfigError("--task all: not under torchrun; its tasks have one worker each")
 
 
-def train_on_workers(job: FitsJob) -> None:
-    """Train the fits of a task on as many workers as there are."""
+def train_on_workers(job: FitsJob | FurtherJob) -> None:
+    """Train the fits of a task, or further steps before them, on as many workers as there are."""
     from moce_dist.launch import train
 
     train(job)
@@ -213,6 +227,7 @@ def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
     quiet_libraries()
     from moce_dist.launch import map_tasks
 
+    prepare(run, orders, train_on_workers)
     outcomes = map_tasks(attempt, orders, parallel=config.parallel, gpu=True, shared=(run,))
     metrics = collect(run, outcomes)
     if metrics["summary"]:

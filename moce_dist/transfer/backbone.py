@@ -72,6 +72,8 @@ class Backbone:
     std: tuple[float, ...] = STD
     choice: list[int | list[float]] | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
+    cost: Mapping[str, float] | None = None
+    """Of further steps: images and seconds."""
 
     def features_model(self, seed: int) -> nn.Module:
         """Build (B, 3, S, S) -> (B, D) in evaluation mode; `seed` draws what has no weights."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +28,15 @@ from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.classify import encode
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine
-from moce_dist.transfer.request import BY_USE, SELECTION_FIELDS, STAGES, Request
+from moce_dist.transfer.request import (
+    BY_USE,
+    SELECTION_FIELDS,
+    STAGES,
+    Request,
+    base_of,
+    is_chosen,
+    stage_of,
+)
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.select import choose_experts, mix_of, task_clusters
 from moce_dist.transfer.skips import Skips, record_skips
@@ -73,6 +81,20 @@ def open_stage(run: Run, name: str) -> Stage | None:
     return Stage(checkpoint, read_manifest(checkpoint))
 
 
+class Dense(NamedTuple):
+    """A dense MAE: what it depends on, its weights with the decoder, and the mix of its experts."""
+
+    identity: dict[str, Any]
+    weights: dict[str, Tensor]
+    mix: list[int | list[float]] | None = None
+
+
+def dense_backbone(name: str, config: Config, dense: Dense) -> Backbone:
+    """Take the encoder of a dense model as a backbone called `name`."""
+    weights = customize(dense.weights, ())
+    return run_backbone(name, config, weights, choice=dense.mix, identity=dense.identity)
+
+
 class Chooser:
     """The choices for one request on one run; `choices` are those known so far, by backbone."""
 
@@ -104,8 +126,10 @@ class Chooser:
     def choice(self, name: str = "moce") -> dict[str, Any]:
         """Return the content of a backbone's choice file, chosen now unless that was done before.
 
-        `moce` chooses as the configuration says, `moce:SELECT` as its name does.
+        `moce` chooses as the configuration says, `moce:SELECT` as its name does. Further steps
+        choose nothing.
         """
+        name = base_of(name)
         if name not in self.choices:
             self.choices[name] = self._choose(name)
         return self.choices[name]
@@ -150,7 +174,7 @@ class Chooser:
 
     def file(self, name: str) -> Path:
         """Return where the choice of `moce`, `moce:SELECT` or `token` stands."""
-        _, colon, how = name.partition(":")
+        _, colon, how = base_of(name).partition(":")
         return self.folder / f"choice{colon and '-'}{how}.json"
 
     def _encoder_identity(self) -> str:
@@ -204,28 +228,36 @@ class Chooser:
         choices = {
             name: self._chosen(config) for name, config in candidate_configs(self.config).items()
         }
-        candidates = [self.customised(name, choice) for name, choice in choices.items()]
+        models = {name: self._dense_of(choice) for name, choice in choices.items()}
         if control is not None:
-            candidates.append(run_backbone(CONTROL, self.config, customize(control.weights, ())))
+            models[CONTROL] = self.dense(CONTROL)
+        candidates = [dense_backbone(name, self.config, dense) for name, dense in models.items()]
         tried = try_candidates(candidates, task, self.config, self.machine)
         return validated(choices, tried, self.config.transfer)
 
-    def customised(self, name: str, choice: dict[str, Any]) -> Backbone:
-        """Make the backbone of a choice, called `name`.
+    def dense(self, name: str) -> Dense:
+        """Return the dense model of `moce`, `moce:SELECT`, `control` or `mae`, with its decoder.
 
         Raises:
             ConfigError: the checkpoint of its stage is missing.
         """
+        if is_chosen(name):
+            return self._dense_of(self.choice(name))
+        origin = stage_of(name, self.config)
+        assert origin is not None, name
+        stage = self.stage(origin)
+        weights = customize(stage.weights, (), with_decoder=True)
+        return Dense({origin: stage.identity}, weights)
+
+    def _dense_of(self, choice: dict[str, Any]) -> Dense:
         if choice.get("chosen") == CONTROL:
             control = self._finished_control()
             assert control is not None
-            weights = customize(control.weights, ())
-            return run_backbone(name, self.config, weights, identity={"control": control.identity})
-        mix, moce = mix_of(choice), self.stage("moce")
-        return run_backbone(
-            name,
-            self.config,
-            customize(without_gates(moce.weights), mix, scale=choice["scale"]),
-            choice=mix,
-            identity={"moce": moce.identity, "experts": mix, "scale": choice["scale"]},
+            weights = customize(control.weights, (), with_decoder=True)
+            return Dense({CONTROL: control.identity}, weights)
+        mix, scale, moce = mix_of(choice), choice["scale"], self.stage("moce")
+        return Dense(
+            {"moce": moce.identity, "experts": mix, "scale": scale},
+            customize(without_gates(moce.weights), mix, scale=scale, with_decoder=True),
+            mix,
         )

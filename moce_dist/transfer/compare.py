@@ -12,15 +12,15 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moce_dist.config import Config
-from moce_dist.model.customize import customize
-from moce_dist.run import Run, is_complete, mark_complete, write_atomic
+from moce_dist.run import Run, artefact_id, is_complete, mark_complete, write_atomic
 from moce_dist.train.checkpoint import trained_steps
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
-from moce_dist.transfer.choosing import AnyTask, Chooser
+from moce_dist.transfer.choosing import AnyTask, Chooser, Dense, dense_backbone
 from moce_dist.transfer.classify import (
     Features,
     knn,
@@ -29,17 +29,28 @@ from moce_dist.transfer.classify import (
     save_linear,
     task_features,
 )
+from moce_dist.transfer.continuing import Train, further_folder, further_jobs
 from moce_dist.transfer.detect import Detection, detect
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.finetune import finetune
 from moce_dist.transfer.fit import Kept, never
+from moce_dist.transfer.further import (
+    Start,
+    cost_of,
+    further_weights,
+    shares_of,
+    take_further_steps,
+)
 from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine, machine_of
 from moce_dist.transfer.ranks import from_first
 from moce_dist.transfer.request import (
     Request,
     backbones_of,
+    base_of,
+    further_of,
     is_chosen,
+    is_moce,
     labels_per_class,
     own_backbone,
     stage_of,
@@ -47,6 +58,7 @@ from moce_dist.transfer.request import (
 from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
 from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.segment import segment
+from moce_dist.transfer.select import mix_of
 from moce_dist.transfer.skips import Fitted, Skips, record_skips
 from moce_dist.transfer.tasks import Task
 from moce_dist.transfer.validate import CONTROL
@@ -83,14 +95,32 @@ class Comparison:
             return timm_backbone(name)
         if name == "random":
             return run_backbone(name, self.config, None, identity={"random": True})
-        if is_chosen(name):
-            return self.chooser.customised(name, self.chooser.choice(name))
-        origin = stage_of(name, self.config)
-        assert origin is not None, name
-        stage = self.chooser.stage(origin)
-        return run_backbone(
-            name, self.config, customize(stage.weights, ()), identity={"mae": stage.identity}
-        )
+        if further_of(name):
+            return self._further(name)
+        return dense_backbone(name, self.config, self.chooser.dense(name))
+
+    def _further(self, name: str) -> Backbone:
+        folder = further_folder(self.run, self.request, name)
+        checkpoint, weights = further_weights(folder)
+        mix = mix_of(self.chooser.choice(name)) if is_moce(name) else None
+        identity = {"further": artefact_id(folder), "checkpoint": checkpoint}
+        backbone = dense_backbone(name, self.config, Dense(identity, weights, mix))
+        return replace(backbone, cost=cost_of(folder))
+
+    def take_further_steps(self, train: Train) -> None:
+        """Take the further steps that the request needs; `train` runs a job on all ranks.
+
+        Raises:
+            ConfigError: the run lacks what they need.
+        """
+        chooser, images = self.chooser, self.request.continue_images
+        for name, job in further_jobs(self.run, self.config, self.request).items():
+            assert images is not None
+            shares, dense = None, chooser.dense(base_of(name))
+            if further_of(name) == "own":
+                clusters = chooser.choice(name if is_moce(name) else "moce")["clusters"]
+                shares = shares_of(clusters, self.config.cluster.num_clusters)
+            take_further_steps(job, images, Start(*dense[:2]), shares, train)
 
     def steps_fewer(self) -> dict[str, int]:
         """Count, by backbone of the run, the optimiser steps that it lacks to stage moce."""
@@ -171,6 +201,7 @@ class Comparison:
             "num_train": len(task.train),
             "num_test": len(task.test),
             "choice": backbone.choice,
+            **({} if backbone.cost is None else {"cost": dict(backbone.cost)}),
             **figures,
         }
 
@@ -294,17 +325,22 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
 
 
 def _export(comparison: Comparison, own: Backbone, metrics: dict[str, Any]) -> list[Path]:
-    chooser, choice, file = comparison.chooser, None, comparison.folder / "choice.json"
-    if is_chosen(own.name):
-        choice, file = chooser.choice(own.name), chooser.file(own.name)
-    stage = "control" if choice and choice.get("chosen") == CONTROL else "moce"
+    chooser, request, name = comparison.chooser, comparison.request, own.name
+    choice = chooser.choice(name) if is_chosen(name) else None
+    stage = CONTROL if choice and choice.get("chosen") == CONTROL else "moce"
     about = {
         "run": comparison.run.root.name,
         "data": comparison.config.data.source,
         "checkpoint": f"{stage}/{chooser.stage(stage).checkpoint.name}",
         **({} if choice is None else {"selection": choice["select"]}),
     }
-    folder = file.with_name(file.stem.replace("choice", "backbone"))
+    if own.cost is not None:
+        folder = further_folder(comparison.run, request, name).name
+        where = f"{own.cost['images']} images of the task's own clusters"
+        about["trained on"] = (
+            f"{where}, continued/{folder}/checkpoints/{own.identity['checkpoint']}"
+        )
+    how = re.sub("^[a-z]+", "", name).replace(":", "-")
     card = model_card(metrics["task"], choice, metrics, about)
-    written = export_backbone(own, folder, card)
-    return written if choice is None else [*written, file]
+    written = export_backbone(own, comparison.folder / f"backbone{how}", card)
+    return written if choice is None else [*written, chooser.file(name)]

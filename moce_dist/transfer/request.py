@@ -44,6 +44,7 @@ class Request:
     num_seeds: int
     experts: tuple[int, ...] | None
     name: str = ""
+    continue_images: int | None = None
 
     @property
     def folder(self) -> str:
@@ -66,9 +67,22 @@ class Request:
         return self.task not in SAMPLE_TASKS
 
 
+def base_of(backbone: str) -> str:
+    """Name what a backbone with further steps began as: `moce:merge` of `moce:merge+own`."""
+    return backbone if backbone.startswith("timm:") else backbone.partition("+")[0]
+
+
+def further_of(backbone: str) -> str:
+    """Say what a backbone's further steps are on: `own` clusters, `all` images, "" if it has none.
+
+    See `further.py`.
+    """
+    return backbone.removeprefix(base_of(backbone)).removeprefix("+")
+
+
 def is_moce(backbone: str) -> bool:
-    """Tell whether a backbone is made of a run's experts: `moce`, or `moce:SELECT`."""
-    return backbone.partition(":")[0] == "moce"
+    """Tell whether a backbone is made of a run's experts: `moce`, `moce:SELECT`, `moce+own`."""
+    return base_of(backbone).partition(":")[0] == "moce"
 
 
 def is_chosen(backbone: str) -> bool:
@@ -96,9 +110,9 @@ def backbones_of(config: Config) -> tuple[str, ...]:
 def stage_of(name: str, config: Config) -> str | None:
     """Name the training stage that a backbone's weights come from; None for others' weights.
 
-    Of a name like `moce:HOW` what stands before the colon counts.
+    Of a name like `moce:HOW` or `control+own` what stands before the sign counts.
     """
-    kind = name.partition(":")[0]
+    kind = base_of(name).partition(":")[0]
     if kind == own_backbone(config):
         return "moce"
     return kind if kind in STAGES else None
@@ -111,15 +125,21 @@ def experts_of(config: Config) -> str:
     return f"the run has {what.get(kind, 'experts that clusters choose')} (moe.kind {kind})"
 
 
-def default_backbones(run: Run | None, config: Config) -> tuple[str, ...]:
+def default_backbones(
+    run: Run | None, config: Config, *, continues: bool = False
+) -> tuple[str, ...]:
     """Choose what is compared where nothing is asked for: the run's own, and what it must beat.
 
     That is the control where it is finished (without a run: is to be made), else the MAE, which was
-    trained for fewer steps.
+    trained for fewer steps. With `continues` each also with further steps.
     """
     own = own_backbone(config)
     has_control = config.control if run is None else read_marker(run.stage("control")) is not None
-    return (own, "control" if has_control and own != "control" else "mae")
+    chosen = (own, "control" if has_control and own != "control" else "mae")
+    if not continues:
+        return chosen
+    partners = ("control+own", "control+all") if "control" in chosen else ()
+    return (*chosen, f"{own}+own", *partners)
 
 
 def is_protocol(name: str, task: str) -> bool:
@@ -171,6 +191,7 @@ def check_request(request: Request, config: Config) -> None:
         raise ConfigError(f"--task {request.task}: must be one of {', '.join(tasks)}")
     for name in request.backbones:
         _check_backbone(name, request, config)
+    _check_further(request, config)
     for name in request.protocols:
         if not is_protocol(name, request.task):
             known = protocols_of(request.task)
@@ -190,8 +211,38 @@ def check_request(request: Request, config: Config) -> None:
         _check_detection(config)
 
 
-def _check_backbone(name: str, request: Request, config: Config) -> None:
-    known, kind = backbones_of(config), config.moe.kind
+def _check_further(request: Request, config: Config) -> None:
+    names = [name for name in request.backbones if further_of(name)]
+    images, parallel = request.continue_images, config.parallel
+    for name in names:
+        if base_of(name) != "control" and (not is_moce(name) or further_of(name) != "own"):
+            raise ConfigError(
+                f"--backbone {name}: must be moce+own, moce:SELECT+own, control+own or control+all"
+            )
+        if config.moe.kind != "cluster":
+            raise ConfigError(f"--backbone {name}: the run has no clusters' experts")
+    if not names and images is None:
+        return
+    if images is None:
+        raise ConfigError(f"--backbone {names[0]}: needs --continue-images")
+    if not names:
+        raise ConfigError(f"--continue-images {images}: --backbone names nothing +own or +all")
+    batch = config.transfer.continued.stage(config.moce, 1.0).batch_size
+    if images < batch:
+        raise ConfigError(f"--continue-images {images}: must be at least a batch ({batch})")
+    unit = max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches
+    if batch % unit:
+        raise ConfigError(
+            f"transfer.continued.batch_size ({batch}) must be a multiple of "
+            "max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches "
+            f"({unit})"
+        )
+
+
+def _check_backbone(given: str, request: Request, config: Config) -> None:
+    name, known, kind = base_of(given), backbones_of(config), config.moe.kind
+    if further_of(given) not in ("", "own", "all") or given.endswith("+"):
+        raise ConfigError(f"--backbone {given}: after + must stand own or all")
     if name in known or name.startswith("timm:"):
         pass
     elif not (is_moce(name) and kind == "cluster"):
@@ -277,10 +328,12 @@ def check_stages(request: Request, run: Run, config: Config) -> None:
     """
     stages = dict.fromkeys(stage_of(name, config) for name in request.backbones)
     needed = [run.stage(stage) / "checkpoints" for stage in stages if stage is not None]
-    if any(map(is_moce, request.backbones)):
-        needed.append(run.clusters)
+    if any(is_moce(name) or further_of(name) == "own" for name in request.backbones):
+        needed += [run.stage("moce") / "checkpoints", run.clusters]
         if config.cluster.encoder == "mae":
             needed.append(run.stage("mae") / "checkpoints")
+    if any(map(further_of, request.backbones)):
+        needed.append(run.shards)
     for folder in needed:
         if not folder.is_dir():
             stage = " --stage control" if folder.parent == run.stage("control") else ""

@@ -10,11 +10,13 @@ lines that still hold:
      "differences": [{"backbone": "moce", "protocol": "knn", "reference": "control", "mean": 0.02,
      ...}, ...]}
 
+A row of a backbone with further steps has their `cost`: {"images": 100000, "seconds": 812.5}.
 A row of the summary whose backbone was trained less than stage moce has `steps_fewer`. That of a
 suite of tasks has the rows of all of them, the means over tasks and what failed.
 """
 
 import json
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +83,7 @@ class Ledger:
         return found
 
     def _stage(self, backbone: str) -> str | None:
-        return self.stages.get(backbone.partition(":")[0])
+        return self.stages.get(re.split("[:+]", backbone)[0])
 
     def identity(self, fit: Fit) -> str:
         """Fingerprint of everything that a fit's result depends on."""

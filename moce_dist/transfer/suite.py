@@ -18,6 +18,7 @@ from moce_dist.config import Config, ParallelConfig
 from moce_dist.lease import hold
 from moce_dist.run import Run, set_aside, write_atomic
 from moce_dist.transfer.catalog import load_task
+from moce_dist.transfer.continuing import FurtherJob, further_jobs
 from moce_dist.transfer.instances import Instances, check_instances, read_instances
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Ledger, suite_metrics
@@ -141,14 +142,15 @@ class FitsJob:
         return ""
 
 
-def train_here(job: FitsJob) -> None:
-    """Train the fits of an order in this process, to their end."""
+Train = Callable[[FitsJob | FurtherJob], None]
+
+
+def train_here(job: FitsJob | FurtherJob) -> None:
+    """Train the fits, or the further steps, of an order in this process, to their end."""
     job.run(lambda: False)
 
 
-def carry_out(
-    run: Run, order: Order, train: Callable[[FitsJob], None] = train_here
-) -> dict[str, Any]:
+def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, Any]:
     """List, check, compare; return the content of metrics.json, or {} on ranks but the first.
 
     Raises:
@@ -157,6 +159,8 @@ def carry_out(
     job = FitsJob(run, order)
     quiet_libraries()
     if not is_first_process():
+        for further in further_jobs(run, order.config, order.request).values():
+            train(further)
         train(job)
         return {}
     task = list_task(order.request, order.config)
@@ -164,9 +168,7 @@ def carry_out(
         return _compare(job, task, train)
 
 
-def _compare(
-    job: FitsJob, task: Task | Scenes | Instances, train: Callable[[FitsJob], None]
-) -> dict[str, Any]:
+def _compare(job: FitsJob, task: Task | Scenes | Instances, train: Train) -> dict[str, Any]:
     order = job.order
     scan(task, order.config)
     if order.is_fresh:
@@ -174,11 +176,27 @@ def _compare(
     from moce_dist.transfer.compare import Comparison, compare
 
     comparison = Comparison(order.request, job.place, order.config, task)
+    comparison.take_further_steps(train)
 
     def train_fits(ledger: Ledger) -> None:
         train(replace(job, choices=comparison.chooser.choices, ledger=ledger))
 
     return compare(comparison, train_fits)
+
+
+def prepare(run: Run, orders: Iterable[Order], train: Train) -> None:
+    """Take the further steps that tasks of a suite share, before they run side by side.
+
+    Raises:
+        ConfigError: the run has no control.
+    """
+    for order in orders:
+        job = further_jobs(run, order.config, order.request).get("control+all")
+        if job is not None:
+            from moce_dist.transfer.further import take_shared_steps
+
+            assert order.request.continue_images is not None
+            take_shared_steps(job, order.request.continue_images, train)
 
 
 def _alone(order: Order) -> Order:

@@ -1,0 +1,139 @@
+"""Further steps of dense models: a task's own, and those that are fair to them.
+
+    moce+own      the customised ViT, on N images of the task's own clusters, by its mass over them
+    control+own   the control, on the same images: do experts help as a start?
+    control+all   the control, on N more images of all the data; one for all tasks of a run
+
+    RUN/transfer/TASK/continued/moce+own-N/{start/, metrics.jsonl, checkpoints/}
+    RUN/control_more/N/{start/, metrics.jsonl, checkpoints/}
+
+The images stream by plan from the run's cluster-sharded tars, through the loop of all stages; the
+optimiser is a new one, the schedule that of `transfer.continued`. What was finished from the same
+inputs is not repeated, what was interrupted goes on.
+
+Letters: K clusters.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from moce_dist.data.plan import Shares, quotas_of
+from moce_dist.lease import hold
+from moce_dist.model.customize import customize
+from moce_dist.run import artefact_id, is_complete, mark_complete, read_jsonl
+from moce_dist.settings import ConfigError
+from moce_dist.train.checkpoint import latest_checkpoint, load_weights, write_weights
+from moce_dist.train.finished import begin_stage, has_last_checkpoint
+from moce_dist.train.job import MoreSteps
+from moce_dist.transfer.choosing import open_stage
+from moce_dist.transfer.continuing import FurtherJob, Train
+from moce_dist.transfer.validate import CONTROL
+
+logger = logging.getLogger(__name__)
+METRICS = "metrics.jsonl"
+
+
+class Start(NamedTuple):
+    """What further steps begin with: dense weights with their decoder, and what they depend on."""
+
+    identity: Mapping[str, Any]
+    weights: Mapping[str, Tensor]
+
+
+def take_further_steps(
+    job: FurtherJob, images: int, start: Start, shares: Shares | None, train: Train
+) -> None:
+    """Train a model on about `images` images, or find that this is done; on the first process.
+
+    `shares` (K,) says how much of every cluster; None: all images alike. `train` runs a job on all
+    ranks.
+
+    Raises:
+        ConfigError: the run has no tars of clusters, or none of the clusters with a share.
+    """
+    run, folder, config = job.place, job.folder, job.config
+    steps = _plan_steps(job, images, shares)
+    inputs = {
+        "start": dict(start.identity),
+        "shards": artefact_id(run.shards),
+        "quotas": None if steps.quotas is None else list(steps.quotas),
+        "images": images,
+        "optimisation": steps.stage_config.model_dump(mode="json"),
+        "seed": config.seed,
+    }
+    if is_complete(folder, inputs) and has_last_checkpoint(folder):
+        logger.info("%s: complete", job.out)
+        if "RANK" in os.environ:
+            train(job)
+        return
+    with hold(folder.parent):
+        begin_stage(folder, inputs)
+        write_weights(folder / "start", start.weights)
+        train(replace(job, steps=replace(steps, start=str(folder / "start"))))
+        checkpoint = latest_checkpoint(folder / "checkpoints")
+        assert checkpoint is not None
+        mark_complete(folder, inputs, [*checkpoint.iterdir(), folder / METRICS])
+
+
+def take_shared_steps(job: FurtherJob, images: int, train: Train) -> None:
+    """Train the control on, on all images, for all tasks of a run; see `take_further_steps`.
+
+    Raises:
+        ConfigError: there is no control.
+    """
+    control = open_stage(job.place, CONTROL)
+    if control is None:
+        raise ConfigError(f"{job.place.stage(CONTROL)}: holds no whole checkpoint")
+    weights = customize(control.weights, (), with_decoder=True)
+    take_further_steps(job, images, Start({CONTROL: control.identity}, weights), None, train)
+
+
+def _plan_steps(job: FurtherJob, images: int, shares: Shares | None) -> MoreSteps:
+    config, index = job.config, str(job.place.shards)
+    steps = MoreSteps(config, job.run_root, "control", index, out=job.out)
+    plan = steps.plan()
+    if shares is not None:
+        try:
+            quotas = quotas_of(shares, plan.table.cluster_sizes, job.batch_size)
+        except ValueError:
+            raise ConfigError(f"{index}: holds no image of the task's clusters") from None
+        steps = replace(steps, quotas=tuple(quotas.tolist()))
+        plan = replace(plan, quotas=quotas)
+    count = max(1, round(images / job.batch_size))
+    return replace(steps, epochs=count / plan.steps_per_epoch)
+
+
+def shares_of(clusters: Mapping[str, int], num_clusters: int) -> Shares:
+    """Return a task's mass over clusters, (K,), from the images by cluster of a choice.json."""
+    counts = np.zeros(num_clusters)
+    for cluster, count in clusters.items():
+        counts[int(cluster)] = count
+    return counts / counts.sum()
+
+
+def further_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
+    """Read what further steps have ended in: the checkpoint's name and all weights.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    if checkpoint is None:
+        raise ConfigError(f"{folder / 'checkpoints'}: holds no whole checkpoint")
+    return checkpoint.name, load_weights(checkpoint)
+
+
+def cost_of(folder: Path) -> dict[str, float]:
+    """Sum up further steps: the images that they saw, and the seconds that they took."""
+    seen, seconds = 0, 0.0
+    for line in read_jsonl(folder / METRICS):
+        seconds += (line["images_seen"] - seen) / max(line["images_per_s"], 1e-9)
+        seen = line["images_seen"]
+    return {"images": seen, "seconds": round(seconds, 2)}

@@ -1,0 +1,176 @@
+"""Further steps by the job: what they begin with, what they see, when they are not repeated."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from moce_dist.data.shards import write_index
+from moce_dist.data.writer import ShardWriter
+from moce_dist.model.customize import customize
+from moce_dist.run import Run, mark_complete, read_jsonl
+from moce_dist.settings import ConfigError
+from moce_dist.train import loop
+from moce_dist.train.checkpoint import latest_checkpoint, load_weights
+
+from .conftest import NUM_CLUSTERS, by_global_name, png, texture, write_checkpoint
+
+IMAGES = 48
+
+
+@pytest.fixture
+def clustered(run: Run, config, models) -> Run:
+    """The run with a control and tars of 12 images a cluster; the last one is empty."""
+    control = {n: t * 1.1 for n, t in by_global_name(models["mae"], config).items()}
+    write_checkpoint(run.stage("control") / "checkpoints" / "step_00000005", control)
+    mark_complete(run.stage("control"), {}, [])
+    draws, shards = np.random.default_rng(0), []
+    for cluster in range(NUM_CLUSTERS - 1):
+        writer = ShardWriter(run.shards, f"cluster-{cluster:05d}-000000.tar", cluster=cluster)
+        for number in range(12):
+            writer.add(f"c{cluster}/{number}", {"png": png(texture(cluster % 2, draws))})
+        shards.append(writer.close())
+    write_index(run.shards, shards)
+    mark_complete(run.shards, {}, [])
+    return run
+
+
+def compare(job, run: Run, data, *flags: str) -> dict:
+    job.main(
+        [
+            *("--run", str(run.root), "--task", "imagefolder", "--data", str(data)),
+            *("--protocol", "knn", "--set", "transfer.continued.batch_size=8"),
+            *("--set", "logging.every_steps=1", "--set", "logging.tensorboard=false", *flags),
+        ]
+    )
+    return json.loads((run.transfer("imagefolder") / "metrics.json").read_text())
+
+
+@pytest.fixture
+def seen(monkeypatch) -> list[list[str]]:
+    """Keys of the batches of all training steps."""
+    batches, original = [], loop.train_step
+
+    def recorded(state, batch):
+        batches.append(batch.keys)
+        return original(state, batch)
+
+    monkeypatch.setattr(loop, "train_step", recorded)
+    return batches
+
+
+def test_own_steps_and_their_fair_partners(clustered, image_folder, job, seen, config):
+    run, folder = clustered, clustered.transfer("imagefolder")
+    metrics = compare(job, run, image_folder, "--continue-images", str(IMAGES))
+    rows = {row["backbone"]: row for row in metrics["results"]}
+    assert list(rows) == ["moce", "control", "moce+own", "control+own", "control+all"]
+    assert "cost" not in rows["moce"] and rows["moce+own"]["choice"] == rows["moce"]["choice"]
+    for name in ("moce+own", "control+own", "control+all"):
+        assert rows[name]["cost"]["images"] == IMAGES and rows[name]["cost"]["seconds"] > 0
+    # own steps of both see the same images, by the task's mass over clusters that hold any
+    own, partner, everything = (seen[i : i + 6] for i in (0, 6, 12))
+    assert len(seen) == 18 and own == partner
+    clusters = json.loads((folder / "choice.json").read_text())["clusters"]
+    counts = np.array([clusters.get(str(k), 0) for k in range(NUM_CLUSTERS)], float)
+    counts[-1] = 0
+    used = np.bincount([int(k[1]) for keys in own for k in keys], minlength=NUM_CLUSTERS)
+    # largest remainders of every epoch of whole batches
+    np.testing.assert_allclose(used / IMAGES, counts / counts.sum(), atol=1 / 8)
+    assert not used[counts == 0].any()
+    assert {k[:2] for keys in everything for k in keys} == {f"c{c}" for c in range(5)}
+
+    # they begin with the customised experts, or the control, and with the decoder of each
+    start = load_weights(folder / "continued" / f"moce+own-{IMAGES}" / "start")
+    moce = load_weights(latest_checkpoint(run.stage("moce") / "checkpoints"))
+    expected = customize(moce, rows["moce"]["choice"], with_decoder=True)
+    assert start.keys() == expected.keys() and "decoder_pred.weight" in start
+    assert all(torch.equal(start[name], expected[name]) for name in start)
+    control = load_weights(latest_checkpoint(run.stage("control") / "checkpoints"))
+    for out in (
+        folder / "continued" / f"control+own-{IMAGES}",
+        run.root / f"control_more/{IMAGES}",
+    ):
+        begun = load_weights(out / "start")
+        assert all(torch.equal(begun[name], control[name]) for name in begun)
+    card = (folder / "backbone+own" / "README.md").read_text()
+    assert f"{IMAGES} images of the task's own clusters" in card
+
+    # nothing is repeated; the steps on all images are those of any task
+    seen.clear()
+    again = compare(job, run, image_folder, "--continue-images", str(IMAGES))
+    assert again == metrics and not seen
+    shutil.rmtree(folder)
+    names = ["--backbone", "control,control+all"]
+    compare(job, run, image_folder, "--continue-images", str(IMAGES), *names)
+    assert not seen
+
+
+def test_other_experts_and_other_numbers_train_anew(clustered, image_folder, job, seen):
+    flags = ["--continue-images", "16", "--backbone", "moce:average+own,moce:vote+own"]
+    metrics = compare(job, clustered, image_folder, *flags)
+    assert len(seen) == 4 and seen[:2] == seen[2:]
+    weights = [row["choice"] for row in metrics["results"]]
+    assert weights[0] == [pytest.approx([1 / 3] * 3)] * 2 and all(
+        isinstance(e, int) for e in weights[1]
+    )
+    folder = clustered.transfer("imagefolder") / "continued"
+    losses = [
+        read_jsonl(folder / f"moce-{name}+own-16" / "metrics.jsonl")[0]["loss"]
+        for name in ("average", "vote")
+    ]
+    assert losses[0] != losses[1]
+    seen.clear()
+    one = ["--backbone", "moce:vote+own"]
+    compare(job, clustered, image_folder, "--continue-images", "16", *one, "--experts", "0,1")
+    assert len(seen) == 2
+    compare(job, clustered, image_folder, "--continue-images", "24", *one, "--experts", "0,1")
+    assert len(seen) == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--backbone", "moce+own"], "needs --continue-images"),
+        (["--backbone", "moce,mae", "--continue-images", "16"], "names nothing [+]own"),
+        (["--backbone", "mae+own", "--continue-images", "16"], "must be moce[+]own"),
+        (["--backbone", "moce+all", "--continue-images", "16"], "must be moce[+]own"),
+        (["--backbone", "moce+", "--continue-images", "16"], "after [+] must stand"),
+        (["--backbone", "moce+own", "--continue-images", "7"], "must be at least a batch"),
+        (
+            [
+                "--backbone",
+                "moce+own",
+                "--continue-images",
+                "16",
+                "--set",
+                "parallel.num_workers=3",
+            ],
+            "multiple of",
+        ),
+    ],
+)
+def test_requests_that_cannot_be_are_refused(flags, message, clustered, image_folder, job):
+    with pytest.raises(ConfigError, match=message):
+        compare(job, clustered, image_folder, *flags)
+
+
+def test_run_without_tars_is_refused(run, image_folder, job):
+    with pytest.raises(ConfigError, match="shards: is missing"):
+        compare(job, run, image_folder, "--backbone", "moce+own", "--continue-images", "16")
+
+
+def test_tasks_of_a_suite_share_the_steps_on_all_images(clustered, image_folder, job, seen):
+    entries = json.dumps([{"task": "imagefolder", "name": name} for name in ("one", "two")])
+    flags = ["--backbone", "control+all", "--continue-images", "16"]
+    flags += ["--task", "all", "--set", f"transfer.suite={entries}"]
+    job.main(
+        [
+            *("--run", str(clustered.root), "--data", str(image_folder), "--protocol", "knn"),
+            *("--set", "transfer.continued.batch_size=8", *flags),
+        ]
+    )
+    assert len(seen) == 2
+    rows = json.loads((clustered.transfer("all") / "metrics.json").read_text())["results"]
+    assert [(row["task"], row["cost"]["images"]) for row in rows] == [("one", 16), ("two", 16)]
