@@ -208,8 +208,13 @@ class ClusterConfig(Section):
 
     num_clusters: int = Field(256, ge=1)
     """Number of clusters, K."""
-    encoder: str = Field("mae", pattern=r"^(mae|timm:.+|.+[.](pth|pt|safetensors))$")
-    """Whose features: `mae` (the run's own), `timm:NAME`, or a file of published MAE weights."""
+    source: Literal["features", "random", "folder"] = "features"
+    """Clusters of similar features; drawn at random; the domains (first folders of the keys)."""
+    encoder: str = Field("mae", pattern=r"^(mae|pixels|timm:.+|.+[.](pth|pt|safetensors))$")
+    """Whose features: `mae` (the run's own), `pixels` (colours of 8 x 8 fields), `timm:NAME`, or a
+    file of published MAE weights."""
+    feature_block: int | None = Field(None, ge=0)
+    """Block of the MAE's encoder whose patch tokens are the features; None: the last, normed."""
     balance: Literal["exact", "soft", "off"] = "exact"
     """Sizes differ by at most one; sizes within `soft_bound` of the mean; plain k-means."""
     spherical: bool = False

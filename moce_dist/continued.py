@@ -23,6 +23,7 @@ FREE = (
     "model.mask_ratio",
     "model.init",
     "moe.capacity_factor",
+    "cluster.source",
     "cluster.balance",
     "cluster.spherical",
     "cluster.soft_bound",

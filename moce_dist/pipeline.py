@@ -129,7 +129,9 @@ class Pipeline:
     def _encoder_inputs(self) -> dict[str, str]:
         # features of another encoder do not depend on the MAE, nor do the clusters
         if self.config.cluster.encoder == OWN:
-            return {"mae": trained_id(self.run.stage("mae"))}
+            block = self.config.cluster.feature_block
+            where = {} if block is None else {"block": str(block)}
+            return {"mae": trained_id(self.run.stage("mae")), **where}
         return {"encoder": encoder_id(self.config)}
 
     def _extract(self, source: Path, jobs: list[FeatureJob]) -> None:

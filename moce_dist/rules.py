@@ -40,6 +40,23 @@ def _stage_rules(config: "Config") -> Iterable[str]:
         yield "moce.epochs (0) must be greater than 0"
 
 
+def _cluster_rules(config: "Config") -> Iterable[str]:
+    cluster, depth = config.cluster, config.model.shape.depth
+    if config.base_run is not None and cluster.source != "features":
+        yield (
+            f"cluster.source = {cluster.source!r}: must be features with base_run, whose clusters "
+            "are taken"
+        )
+    if (block := cluster.feature_block) is not None:
+        if cluster.encoder == "pixels" or cluster.encoder.startswith("timm:"):
+            yield (
+                f"cluster.feature_block ({block}): needs cluster.encoder mae or a file of its "
+                f"weights, not {cluster.encoder}"
+            )
+        if block >= depth:
+            yield f"cluster.feature_block ({block}) must be a block below {depth}"
+
+
 def _parallel_rules(config: "Config") -> Iterable[str]:
     parallel, groups = config.parallel, config.parallel.num_groups
     workers = parallel.num_workers
@@ -77,10 +94,8 @@ def _parallel_rules(config: "Config") -> Iterable[str]:
 
 def cross_field_errors(config: "Config") -> list[str]:
     """Every rule that ties two fields together and that `config` breaks."""
-    broken, data = (
-        [*_model_rules(config), *_stage_rules(config), *_parallel_rules(config)],
-        config.data,
-    )
+    rules = (_model_rules, _stage_rules, _cluster_rules, _parallel_rules)
+    broken, data = [text for rule in rules for text in rule(config)], config.data
     if data.read_deadline_s >= (stall := data.stall_timeout_s):
         broken.append(
             f"data.read_deadline_s ({data.read_deadline_s:g}) must be below {stall:g}, "

@@ -41,6 +41,7 @@ from moce_dist.cluster.blocks import (
 )
 from moce_dist.cluster.candidates import Int64
 from moce_dist.cluster.domains import domain_figures, label_figures
+from moce_dist.cluster.given import given_labels
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import (
     Lloyd,
@@ -141,6 +142,7 @@ def run_clustering(
 ) -> dict[str, Any]:
     """Cluster a folder of features and write the result; return its summary.
 
+    Clusters that are not found in the features (`cluster.source`) are as they are given.
     With `subtract_mean` rows are f -> normalise(f - mean), as for the features of a run; without,
     they are taken as they are, or normalised when `cluster.spherical`. `inputs` are recorded in
     COMPLETE, by default the fingerprint of the request; a folder that is complete for them is left
@@ -164,9 +166,14 @@ def run_clustering(
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / COMPLETE).unlink(missing_ok=True)
     state_file, sample_file = out_dir / "state.npz", out_dir / "sample.npy"
-    lloyd = Lloyd(matrix, draw_sample(matrix, config.num_clusters, seed, sample_file), config)
-    state = kmeans(lloyd, seed=seed, state_file=state_file)
-    settled = settle(lloyd, state)
+    if config.source == "features":
+        lloyd = Lloyd(matrix, draw_sample(matrix, config.num_clusters, seed, sample_file), config)
+        state = kmeans(lloyd, seed=seed, state_file=state_file)
+        settled = settle(lloyd, state)
+    else:
+        zeros = np.zeros((config.num_clusters, files.dim))
+        lloyd, state = Lloyd(matrix, matrix, config), State(zeros, zeros[:, 0])
+        settled = Settled(given_labels(files, config, seed), None, {"source": config.source})
     figures = _write_result(out_dir, lloyd, state, settled)
     summary = {
         **figures,
@@ -177,8 +184,8 @@ def run_clustering(
     }
     write_atomic(out_dir / "summary.json", json.dumps(summary, indent=1))
     mark_complete(out_dir, given, [p for p in artefacts(out_dir) if p.is_file()])
-    state_file.unlink()
-    sample_file.unlink()
+    for file in (state_file, sample_file):
+        file.unlink(missing_ok=True)
     return summary
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from moce_dist.cluster.blocks import FeatureFiles
+from moce_dist.cluster.given import domain_of
 
 _MOST_LABELS = 8
 """Labels that are listed of a cluster, the commonest ones."""
@@ -27,7 +28,7 @@ def domain_figures(keys: Iterable[str], labels: NDArray[Any], num_clusters: int)
     mixes: list[Counter[str]] = [Counter() for _ in range(num_clusters)]
     domains: Counter[str] = Counter()
     for key, label in zip(keys, labels, strict=True):
-        domain = key.partition("/")[0] if "/" in key else ""
+        domain = domain_of(key)
         mixes[label][domain] += 1
         domains[domain] += 1
     if len(domains) < 2:

@@ -43,7 +43,7 @@ that size is so large that it is not mere chance which rows of the sample it is.
 _CLOSE, _FINEST = 0.01, 0.001
 """Shares of a sample's rows beyond the sizes at which prices are good enough, and very good."""
 _SPLIT = 1 / 1024
-_NOT_OF_CLUSTERS = {"encoder", "batch_size", "with_prices", "border_rows"}
+_NOT_OF_CLUSTERS = {"encoder", "feature_block", "batch_size", "with_prices", "border_rows"}
 """Settings of how features come about, of what is done with clusters, and of memory."""
 
 
@@ -62,13 +62,15 @@ def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
     """Fingerprint what decides a result: features (by their mean), their view, config, seed."""
     files, view = matrix.files, matrix.view
     names = [path.name for path in files.paths]
+    # a request of before there were other sources is the same request
+    not_asked = {"source"} if config.source == "features" else set()
     return fingerprint(
         {
             "files": list(zip(names, files.rows, strict=True)),
             "mean": view.mean.tobytes().hex(),
             "normalise": view.normalise,
             "centre": view.centre,
-            "config": config.model_dump(exclude=_NOT_OF_CLUSTERS),
+            "config": config.model_dump(exclude=_NOT_OF_CLUSTERS | not_asked),
             "seed": seed,
         }
     )

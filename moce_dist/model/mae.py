@@ -15,6 +15,7 @@ Source: He et al. 2022, arXiv 2111.06377, sections 3 and A.1.
 """
 
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
@@ -81,10 +82,13 @@ class MaskedAutoencoder(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
-    def _encode(self, x: Tensor, dispatcher: Dispatcher | None, scales: Tensor | None) -> Tensor:
+    def _with_token(self, x: Tensor) -> Tensor:
         # x (B, V, D) embedded patches; returns (B, 1 + V, D) with the class token first
         token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = torch.cat([token, x], dim=1)
+        return torch.cat([token, x], dim=1)
+
+    def _encode(self, x: Tensor, dispatcher: Dispatcher | None, scales: Tensor | None) -> Tensor:
+        x = self._with_token(x)
         for block in self.blocks:
             x = block(x, dispatcher, scales) if isinstance(block, MoceBlock) else block(x)
         return self.norm(x)
@@ -145,3 +149,16 @@ class MaskedAutoencoder(nn.Module):
         with self._autocast(images):
             tokens = self._encode(self._embed(images), dispatcher, scales)
         return tokens[:, 1:].to(images.dtype).mean(dim=1)
+
+    def block_features(self, images: Tensor, index: int) -> Tensor:
+        """Encode whole images (B, 3, S, S) by a dense model up to block `index`: (B, D).
+
+        Patch tokens are scaled to zero mean and unit variance each, as the next block's norm would
+        without its parameters; then their mean.
+        """
+        with self._autocast(images):
+            x = self._with_token(self._embed(images))
+            for block in self.blocks[: index + 1]:
+                x = block(x)
+        tokens = x[:, 1:].to(images.dtype)
+        return F.layer_norm(tokens, tokens.shape[-1:], eps=1e-6).mean(dim=1)

@@ -1,6 +1,8 @@
 """The frozen encoder whose features are clustered: the run's MAE, published weights, a timm model.
 
-    cluster.encoder  mae        the trained MAE of the run: mean of the patch tokens after the norm
+    cluster.encoder  mae        the trained MAE of the run: mean of the patch tokens after the norm,
+                                or of those of a block before (cluster.feature_block)
+                     pixels     the mean colours of 8 x 8 fields of the image, no model
                      FILE       the same encoder with the weights of a published file
                      timm:NAME  of a ViT the same mean, of any other model what its own head sees
 
@@ -14,12 +16,14 @@ Letters: B images, S side in pixels, N patches, D width.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -33,7 +37,8 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import load_weights
 from moce_dist.train.pretrained import dense_weights
 
-OWN = "mae"
+OWN, PIXELS = "mae", "pixels"
+_FIELDS = 8
 _TIMM, _FIELD = "timm:", "cluster.encoder"
 
 
@@ -123,6 +128,8 @@ def build_encoder(config: Config, checkpoint: Path | None, device: torch.device)
     """
     bf16 = device.type == "cuda" and config.parallel.precision == "bf16"
     name = config.cluster.encoder
+    if name == PIXELS:
+        return Encoder(field_colours, encoder_pixels(config), device)
     if name.startswith(_TIMM):
         return timm_encoder(name.removeprefix(_TIMM), encoder_pixels(config), device, bf16=bf16)
     if name == OWN:
@@ -133,7 +140,14 @@ def build_encoder(config: Config, checkpoint: Path | None, device: torch.device)
     parallel = config.parallel.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
     model = MaskedAutoencoder(config.model_copy(update={"parallel": parallel}))
     model.load_state_dict(weights)
-    return Encoder(_frozen(model, device).features, encoder_pixels(config), device, bf16=bf16)
+    frozen, block = _frozen(model, device), config.cluster.feature_block
+    features = frozen.features if block is None else partial(frozen.block_features, index=block)
+    return Encoder(features, encoder_pixels(config), device, bf16=bf16)
+
+
+def field_colours(images: Tensor) -> Tensor:
+    """Average images (B, 3, S, S) over 8 x 8 fields: (B, 192)."""
+    return F.adaptive_avg_pool2d(images, _FIELDS).flatten(1)
 
 
 def timm_encoder(
@@ -186,7 +200,7 @@ def check_encoder(config: Config) -> None:
     encoder = config.cluster.encoder
     if encoder.startswith(_TIMM):
         encoder_pixels(config)
-    elif encoder != OWN:
+    elif encoder not in (OWN, PIXELS):
         dense_weights(config, encoder, _FIELD)
 
 
@@ -198,10 +212,14 @@ def encoder_id(config: Config) -> str:
     """
     encoder = config.cluster.encoder
     assert encoder != OWN
+    if encoder == PIXELS:
+        return f"{PIXELS}, {_FIELDS} x {_FIELDS} fields"
     if (framing := encoder_pixels(config).framing) is not None:
         return f"{encoder}, {framing.mode} {framing.crop_pct:g} {framing.method}"
+    block = config.cluster.feature_block
     try:
-        return f"sha256:{file_sha256(Path(encoder))}"
+        sha256 = f"sha256:{file_sha256(Path(encoder))}"
+        return sha256 if block is None else f"{sha256}, block {block}"
     except OSError as error:
         raise ConfigError(f"{_FIELD} ({encoder}): {error.strerror}") from None
 
@@ -212,7 +230,7 @@ def encoder_spec(config: Config, checkpoint: Path | None, *, identity: str = "")
     `identity` is what the weights are known by.
     """
     cluster = config.cluster
-    if cluster.encoder != OWN and not cluster.encoder.startswith(_TIMM):
+    if cluster.encoder not in (OWN, PIXELS) and not cluster.encoder.startswith(_TIMM):
         path = str(Path(cluster.encoder).absolute())
         cluster = cluster.model_copy(update={"encoder": path})
     resolved = config.model_copy(update={"cluster": cluster})

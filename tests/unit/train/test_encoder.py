@@ -71,6 +71,45 @@ def test_weights_without_decoder_are_an_encoder(mae, tmp_path):
         assert found.equal(mae.features(images(32)))
 
 
+@torch.no_grad()
+def test_features_of_a_block_are_the_mean_of_its_normed_patch_tokens(mae, published):
+    tokens = []
+    hook = mae.blocks[0].register_forward_hook(lambda module, given, out: tokens.append(out))
+    mae.features(images(32))
+    hook.remove()
+    patches = tokens[0][:, 1:]
+    deviation = patches.var(dim=2, correction=0, keepdim=True).add(1e-6).sqrt()
+    expected = ((patches - patches.mean(dim=2, keepdim=True)) / deviation).mean(dim=1)
+    config = configure(f"cluster.encoder={published}", "cluster.feature_block=0")
+    torch.testing.assert_close(build_encoder(config, None, CPU)(images(32)), expected)
+    assert encoder_id(config).endswith(", block 0")
+    assert encoder_id(config) != encoder_id(configure(f"cluster.encoder={published}"))
+
+
+def test_pixels_are_the_colours_of_fields():
+    encoder = build_encoder(configure("cluster.encoder=pixels"), None, CPU)
+    shown = images(32)
+    found = encoder(shown).reshape(3, 3, 8, 8)
+    torch.testing.assert_close(found[1, 2, 7, 0], shown[1, 2, 28:, :4].mean())
+    config = configure("cluster.encoder=pixels")
+    assert encoder_id(config) == "pixels, 8 x 8 fields"
+    spec = encoder_spec(config, None)
+    torch.testing.assert_close(spec.factory(*spec.arguments)(shown), encoder(shown))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["cluster.encoder=pixels", "cluster.feature_block=0"], "needs cluster.encoder mae"),
+        (["cluster.feature_block=99"], r"feature_block \(99\) must be a block below"),
+        (["base_run=x", "cluster.source=random"], "must be features with base_run"),
+    ],
+)
+def test_features_that_cannot_be_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        configure(*overrides)
+
+
 def own_images(given, ours):
     """Images normalised by ImageNet's statistics, as the model wants them."""
     as_column = [torch.tensor(x)[:, None, None] for x in (*ours, *given)]
