@@ -171,6 +171,13 @@ class MoeConfig(Section):
     layers: tuple[int, ...] | None = None
     """Blocks whose MLP becomes experts, by index; default every second one, the last included."""
 
+    shared_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of an MoE block's hidden units that are no expert's: all images go through them."""
+    lr_scale: float = Field(1.0, gt=0)
+    """The experts' learning rate over the model's."""
+    mean_decay: float | None = Field(None, ge=0)
+    """Weight decay of experts towards their mean, in place of the stage's towards 0."""
+
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """Return the indices of the MoE blocks of an encoder of `depth` blocks."""
         if self.kind == "dense":
@@ -185,8 +192,9 @@ class GateConfig(Section):
 
     combine: Literal["prob", "straight_through"] = "straight_through"
     """Weight of an expert's output: its probability p, or p / stop_gradient(p)."""
-    assign: Literal["argmax", "balanced"] = "argmax"
-    """Each cluster takes its best expert, or all get those of greatest logits at equal loads."""
+    assign: Literal["argmax", "balanced", "fixed"] = "argmax"
+    """Each cluster takes its best expert; all get those of greatest logits at equal loads; similar
+    clusters share an expert from the start, at equal loads, and the gate learns nothing."""
     groups: Literal["free", "shared"] = "free"
     """Choose among all experts, or keep a cluster in one expert group in all layers."""
     noise: float = Field(1.0, ge=0)
@@ -519,6 +527,11 @@ class Config(Section):
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the encoder blocks that carry experts."""
         return self.moe.layer_indices(self.model.shape.depth)
+
+    @property
+    def shared_units(self) -> int:
+        """Hidden units of an MoE block that its experts share, in eights, as GPUs want them."""
+        return 8 * round(self.moe.shared_fraction * self.model.shape.width / 2)
 
     @property
     def without_experts(self) -> "Config":

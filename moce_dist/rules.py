@@ -40,6 +40,27 @@ def _stage_rules(config: "Config") -> Iterable[str]:
         yield "moce.epochs (0) must be greater than 0"
 
 
+def _expert_rules(config: "Config") -> Iterable[str]:
+    moe, hidden = config.moe, 4 * config.model.shape.width
+    if moe.shared_fraction and not 0 < config.shared_units < hidden:
+        yield (
+            f"moe.shared_fraction ({moe.shared_fraction:g}) must leave eight or more of the "
+            f"{hidden} hidden units to either side"
+        )
+    if config.gate.assign == "fixed" and config.gate.combine == "prob":
+        yield (
+            "gate.combine = 'prob': must be straight_through when gate.assign is fixed, whose gate "
+            "has no opinion"
+        )
+    if moe.kind == "token":
+        for name, value, usual in (
+            ("shared_fraction", moe.shared_fraction, 0.0),
+            ("mean_decay", moe.mean_decay, None),
+        ):
+            if value != usual:
+                yield f"moe.{name} ({value:g}) needs experts of clusters, moe.kind is token"
+
+
 def _cluster_rules(config: "Config") -> Iterable[str]:
     cluster, depth = config.cluster, config.model.shape.depth
     if config.base_run is not None and cluster.source != "features":
@@ -70,10 +91,11 @@ def _parallel_rules(config: "Config") -> Iterable[str]:
             f"moe.num_experts ({config.moe.num_experts}) must be a multiple of "
             f"parallel.num_groups ({groups})"
         )
-    if config.gate.assign == "balanced" and config.cluster.num_clusters % config.moe.num_experts:
+    assign = config.gate.assign
+    if assign != "argmax" and config.cluster.num_clusters % config.moe.num_experts:
         yield (
             f"cluster.num_clusters ({config.cluster.num_clusters}) must be a multiple of "
-            f"moe.num_experts ({config.moe.num_experts}) when gate.assign is balanced"
+            f"moe.num_experts ({config.moe.num_experts}) when gate.assign is {assign}"
         )
     for name, stage in (("mae", config.mae), ("moce", config.moce)):
         legal = legal_worker_counts(groups, stage.batch_size, parallel.micro_batches)
@@ -94,7 +116,7 @@ def _parallel_rules(config: "Config") -> Iterable[str]:
 
 def cross_field_errors(config: "Config") -> list[str]:
     """Every rule that ties two fields together and that `config` breaks."""
-    rules = (_model_rules, _stage_rules, _cluster_rules, _parallel_rules)
+    rules = (_model_rules, _stage_rules, _expert_rules, _cluster_rules, _parallel_rules)
     broken, data = [text for rule in rules for text in rule(config)], config.data
     if data.read_deadline_s >= (stall := data.stall_timeout_s):
         broken.append(

@@ -32,16 +32,17 @@ def image_bytes(config: Config) -> int:
     return num_visible(config) * config.model.shape.width * element_size(config)
 
 
-def mlp_parameters(config: Config) -> int:
-    """Parameters of a block's MLP, which are those of an expert."""
+def expert_parameters(config: Config) -> int:
+    """Parameters of an expert: a block's MLP, without the hidden units that experts share."""
     width = config.model.shape.width
-    return 2 * width * 4 * width + 4 * width + width
+    hidden = 4 * width - config.shared_units
+    return 2 * width * hidden + hidden + width
 
 
 def expert_bytes(config: Config) -> int:
     """Bytes of one expert as it moves: float32 weights, and under AdamW two moments."""
     tensors = _ADAM_TENSORS if config.moce.optimizer == "adamw" else 1
-    return mlp_parameters(config) * _FLOAT32 * tensors
+    return expert_parameters(config) * _FLOAT32 * tensors
 
 
 def _block_parameters(width: int) -> int:
@@ -67,7 +68,7 @@ def dense_parameters(config: Config) -> int:
 
 def shared_parameters(config: Config) -> int:
     """Trained parameters that all ranks hold in stage moce, the gate left out."""
-    return dense_parameters(config) - len(config.moe_layers) * mlp_parameters(config)
+    return dense_parameters(config) - len(config.moe_layers) * expert_parameters(config)
 
 
 def local_expert_parameters(config: Config) -> int:
@@ -75,7 +76,7 @@ def local_expert_parameters(config: Config) -> int:
     parallel = config.parallel
     places = min(parallel.num_workers, parallel.num_groups)
     local = config.moe.num_experts // places
-    return len(config.moe_layers) * local * mlp_parameters(config)
+    return len(config.moe_layers) * local * expert_parameters(config)
 
 
 def blocks_flop(tokens: int, width: int, depth: int) -> int:

@@ -101,7 +101,7 @@ def ddp_stepper(state: TrainState, count: int) -> Callable[[], None]:
     )
     if config.parallel.reduce_dtype == "bf16":
         wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
-    groups = parameter_groups(model, config.moce, 1.0)
+    groups = parameter_groups(model, config.moce, config.gate, config.moe)
     optimizer = torch.optim.AdamW(groups, lr=config.moce.lr, betas=config.moce.betas, fused=True)
     batches = iter(synthetic_batches(state, count))
 

@@ -4,6 +4,8 @@ The gate of a layer sees the centroid of the image's cluster, never the tokens. 
 of a step are one table of L x K experts, made before the forward pass, and both auxiliary losses
 follow from the K x E probabilities and the step's number of images per cluster.
 
+`assign: fixed` learns nothing: similar clusters share an expert, the same one in all layers.
+
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, D width, B images.
 
 Source: Liu et al. 2023, arXiv 2402.05382 (cluster-conditional routing); Riquelme et al. 2021,
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from moce_dist.config import GateConfig
 
 _FORBIDDEN = -1e9
+_STARTS = 8
 
 
 def standardise(centroids: Tensor) -> Tensor:
@@ -36,6 +39,35 @@ def standardise(centroids: Tensor) -> Tensor:
     return (centroids - centroids.mean(dim=0)) / deviation
 
 
+def fixed_weight(cluster_embedding: Tensor, num_experts: int, seed: int) -> Tensor:
+    """Return gate weights (E, D) whose balanced routing keeps similar clusters together.
+
+    They are the means of a partition of the cluster embeddings (K, D) into E equal groups, found by
+    alternating between means and the balanced assignment to them. As the groups are equal, the
+    assignment of greatest logits is that of least squared distances. Several starts are drawn with
+    the seed.
+    """
+    points = cluster_embedding.double().numpy()
+    draws, best = np.random.default_rng(seed), (-np.inf, np.empty(0))
+    for _ in range(_STARTS):
+        # a start in which clusters that lie together in some direction are together
+        order = (points @ draws.standard_normal(points.shape[1])).argsort(kind="stable")
+        table = np.empty(len(points), np.int64)
+        table[order] = np.arange(len(points)) * num_experts // len(points)
+        while True:
+            means = np.stack([points[table == e].mean(axis=0) for e in range(num_experts)])
+            # in float32, as the gate will
+            scores = (points.astype(np.float32) @ means.T.astype(np.float32)).astype(np.float64)
+            found = _balanced(scores)
+            reached = scores[np.arange(len(points)), found].sum()
+            if reached <= scores[np.arange(len(points)), table].sum():
+                break
+            table = found
+        if reached > best[0]:
+            best = reached, means
+    return torch.from_numpy(best[1]).float()
+
+
 class Gate(nn.Module):
     """Logits of the experts per cluster: one linear map a layer on the cluster embedding.
 
@@ -47,17 +79,29 @@ class Gate(nn.Module):
     cluster_group: Tensor
 
     def __init__(
-        self, num_layers: int, num_experts: int, centroids: Tensor, *, seed: int = 0
+        self,
+        num_layers: int,
+        num_experts: int,
+        centroids: Tensor,
+        *,
+        seed: int = 0,
+        is_fixed: bool = False,
     ) -> None:
-        """Start with logits of about unit variance; `centroids` (K, D)."""
+        """Start with logits of about unit variance; `centroids` (K, D).
+
+        With `is_fixed` all layers start with `fixed_weight`, and nobody is to change it.
+        """
         super().__init__()
         width = centroids.shape[1]
         # own generator: the start must not depend on how many experts this rank built before
         draws = torch.randn(
             num_layers, num_experts, width, generator=torch.Generator().manual_seed(seed)
         )
-        self.weight = nn.Parameter(draws * width**-0.5)
         self.register_buffer("cluster_embedding", standardise(centroids.float()))
+        weight = draws * width**-0.5
+        if is_fixed:
+            weight = fixed_weight(self.cluster_embedding, num_experts, seed).expand_as(draws)
+        self.weight = nn.Parameter(weight.clone())
         undecided = torch.full((len(centroids),), -1, dtype=torch.int64)
         self.register_buffer("cluster_group", undecided)
 
@@ -128,7 +172,7 @@ def routing_table(
         if cluster_group is not None and bool((cluster_group >= 0).all()):
             groups = cluster_group.cpu().numpy()
         table = _mask_other_groups(table, groups, num_groups)
-    if gate.assign == "balanced":
+    if gate.assign in ("balanced", "fixed"):
         return np.stack([_balanced(layer) for layer in table])
     return table.argmax(axis=2)
 

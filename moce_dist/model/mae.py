@@ -47,7 +47,11 @@ class MaskedAutoencoder(nn.Module):
         if centroids is not None:
             self._insert_experts(num_local_experts)
             self.gate = Gate(
-                len(config.moe_layers), config.moe.num_experts, centroids, seed=config.seed
+                len(config.moe_layers),
+                config.moe.num_experts,
+                centroids,
+                seed=config.seed,
+                is_fixed=config.gate.assign == "fixed",
             )
 
     def _build_encoder(self) -> None:
@@ -72,8 +76,10 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_pred = nn.Linear(width, model.patch_size**2 * 3)
 
     def _insert_experts(self, num_local_experts: int) -> None:
+        shared = self.config.shared_units
         for layer, index in enumerate(self.config.moe_layers):
-            self.blocks[index] = MoceBlock(self.blocks[index], num_local_experts, layer)
+            block = self.blocks[index]
+            self.blocks[index] = MoceBlock(block, num_local_experts, layer, shared_units=shared)
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         enabled = self.config.parallel.precision == "bf16"

@@ -140,48 +140,88 @@ def is_groupable(rows: Tensor, counts: Sequence[int]) -> bool:
     )
 
 
-class MoceMlp(nn.Module):
-    """What stands where the dense block has its MLP: the experts of one layer."""
+class SharedMlp(nn.Module):
+    """The hidden units of a layer that all images go through; the output's bias is the experts'."""
 
-    def __init__(self, num_experts: int, width: int) -> None:
+    def __init__(self, width: int, units: int) -> None:
         super().__init__()
-        self.experts = Experts(num_experts, width, 4 * width)
+        self.fc1 = nn.Linear(width, units)
+        self.fc2 = nn.Linear(units, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens (B, N, D)."""
+        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return y
+
+
+class MoceMlp(nn.Module):
+    """What stands where the dense block has its MLP: the experts of one layer.
+
+    Of its 4 D hidden units `shared_units` may be of no expert: as many FLOPs an image as ever.
+    """
+
+    def __init__(self, num_experts: int, width: int, shared_units: int = 0) -> None:
+        super().__init__()
+        self.experts = Experts(num_experts, width, 4 * width - shared_units)
+        self.shared = SharedMlp(width, shared_units) if shared_units else None
 
 
 class MoceBlock(Block):  # type: ignore[misc]
     """A transformer block whose MLP is chosen per image."""
 
-    def __init__(self, block: Block, num_local_experts: int, layer: int) -> None:
+    def __init__(
+        self, block: Block, num_local_experts: int, layer: int, *, shared_units: int = 0
+    ) -> None:
         """Take over attention and norms of a dense `block`; `layer` counts MoE layers from 0."""
         nn.Module.__init__(self)
         self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
         self.layer = layer
         width = block.norm1.weight.shape[0]
-        self.mlp = MoceMlp(num_local_experts, width)
+        self.mlp = MoceMlp(num_local_experts, width, shared_units)
 
     def forward(self, x: Tensor, dispatcher: Dispatcher, scales: Tensor) -> Tensor:
         """Transform tokens (B, N, D); `scales` (L, B) weights the experts' outputs."""
         x = x + self.attn(self.norm1(x))
-        parts = dispatcher.dispatch(self.norm2(x), self.layer)
+        normed = self.norm2(x)
+        parts = dispatcher.dispatch(normed, self.layer)
         # one part after the other: the experts work on one while the next still travels
         outputs = [self.mlp.experts(rows, counts) for rows, counts in parts]
         y = dispatcher.combine(outputs, self.layer)
-        return x + y * scales[self.layer, :, None, None].to(y.dtype)
+        y = y * scales[self.layer, :, None, None].to(y.dtype)
+        return x + y if self.mlp.shared is None else x + y + self.mlp.shared(normed)
 
 
 def experts_from_dense(
-    weights: Mapping[str, Tensor], layers: Sequence[int], num_experts: int
+    weights: Mapping[str, Tensor],
+    layers: Sequence[int],
+    num_experts: int,
+    *,
+    shared_units: int = 0,
 ) -> dict[str, Tensor]:
-    """Replace the MLPs of `layers` by `num_experts` equal copies, under global expert names."""
+    """Replace the MLPs of `layers` by `num_experts` equal copies, under global expert names.
+
+    The first `shared_units` hidden units become the layer's shared ones. Together they compute what
+    the dense MLP computes.
+    """
     result = {}
     for name, tensor in weights.items():
         found = re.fullmatch(r"blocks\.(\d+)\.mlp\.(fc[12]\.(?:weight|bias))", name)
-        if found and int(found[1]) in layers:
-            for expert in range(num_experts):
-                result[f"blocks.{found[1]}.mlp.experts.{expert}.{found[2]}"] = tensor.clone()
-        else:
+        if not found or int(found[1]) not in layers:
             result[name] = tensor
+            continue
+        stem, part, hidden = f"blocks.{found[1]}.mlp", found[2], hidden_axis(found[2])
+        routed = tensor
+        if hidden is not None and shared_units:
+            sizes = [shared_units, tensor.shape[hidden] - shared_units]
+            result[f"{stem}.shared.{part}"], routed = torch.split(tensor, sizes, dim=hidden)
+        for expert in range(num_experts):
+            result[f"{stem}.experts.{expert}.{part}"] = routed.clone()
     return result
+
+
+def hidden_axis(part: str) -> int | None:
+    """Return the axis of an MLP's parameter that counts hidden units; the output's has none."""
+    return {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1, "fc2.bias": None}[part]
 
 
 def is_stacked(name: str) -> bool:

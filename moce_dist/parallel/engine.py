@@ -258,6 +258,26 @@ class Engine:
                     parameter.grad.mul_(limit / norm)
         return norm
 
+    @torch.no_grad()
+    def pull_experts(self, share: float) -> None:
+        """Move every expert by a share of the way to the mean of its layer's experts.
+
+        Collective over the expert-parallel group, and over the replicas at ZeRO-1 and 2.
+        """
+        partitioned = self.spec.parallel.zero_stage > 0
+        stacks = [p for name, p in self.module.named_parameters() if is_stacked(name)]
+        weights = [safe_get_full_fp32_param(p) if partitioned else p.data for p in stacks]
+        sums = torch.cat([weight.sum(dim=0).flatten() for weight in weights])
+        dist.all_reduce(sums, group=self.expert_group)
+        means = torch.split(sums / self.spec.num_experts, [w[0].numel() for w in weights])
+        for parameter, weight, mean in zip(stacks, weights, means, strict=True):
+            self._set_weight(parameter, weight.lerp(mean.view_as(weight[0]), share))
+
+    def _set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        parameter.data.copy_(weight)
+        if self.spec.parallel.zero_stage > 0:
+            safe_set_full_fp32_param(parameter, weight.to(parameter.device))
+
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, averaged gradient) of every parameter, between `backward` and `step`."""
         for name, parameter in self.module.named_parameters():
@@ -307,9 +327,7 @@ class Engine:
         partitioned = self.spec.parallel.zero_stage > 0
         weight = lookup("weight")
         if weight is not None:
-            parameter.data.copy_(weight)
-            if partitioned:
-                safe_set_full_fp32_param(parameter, weight.to(parameter.device))
+            self._set_weight(parameter, weight)
         for kind in MOMENTS:
             moment = lookup(kind)
             if moment is None:

@@ -28,7 +28,8 @@ def prepare_blocks(blocks: Iterable[Any], parallel: ParallelConfig) -> None:
 
 
 def expert_modules(block: nn.Module) -> list[nn.Module]:
-    """Modules of a block that compute experts."""
+    """Modules of a block that compute experts, and what they share."""
     if isinstance(block, MoceBlock):
-        return [block.mlp.experts]
+        shared = block.mlp.shared
+        return [block.mlp.experts] if shared is None else [block.mlp.experts, shared]
     return [module for module in block.get_submodule("mlp").modules() if isinstance(module, Mlp)]

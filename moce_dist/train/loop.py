@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from moce_dist.data.images import normalise
@@ -107,6 +108,7 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
         # before the optimiser has seen the gradients: a bad step must not reach the weights
         if micro == micro_batches - 1:
             check_finite(state, sums)
+            decay_to_mean(state, lr)
         norm = engine.step()
     # unreadable images weigh 0 but stay in the divisor, so no rank has to hear of them first
     metrics = {
@@ -119,6 +121,13 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
     }
     state.faults += count - int(sums[1])
     return metrics | moe_metrics(state, batch, metrics["loss"], auxiliary)
+
+
+def decay_to_mean(state: TrainState, lr: float) -> None:
+    """Decay experts towards their mean, where `moe.mean_decay` says so, as AdamW towards 0."""
+    moe = state.job.config.moe
+    if moe.mean_decay and state.model.gate is not None:
+        state.engine.pull_experts(lr * moe.lr_scale * moe.mean_decay)
 
 
 def forward(
@@ -147,8 +156,11 @@ def forward(
         group=state.engine.expert_group,
         device=device,
     )
-    p = gate.logits().softmax(dim=-1)
     table = torch.from_numpy(router.table).to(device)
+    if config.gate.assign == "fixed":
+        p = F.one_hot(table, config.moe.num_experts).float()
+    else:
+        p = gate.logits().softmax(dim=-1)
     clusters = batch.clusters[state.rank, part].to(device)
     scales = output_scales(p, table, clusters, config.gate.combine)
     losses = state.engine.forward(normalise(images), noise, exchange, scales)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from moce_dist.config import StageConfig
-from moce_dist.model.moce import is_stacked
+from moce_dist.config import GateConfig, MoeConfig, StageConfig
+from moce_dist.model.moce import is_expert, is_stacked
 
 _TOKENS = ("cls_token", "mask_token")
 
@@ -26,19 +26,29 @@ def has_decay(name: str, parameter: nn.Parameter) -> bool:
 
 
 def parameter_groups(
-    model: nn.Module, stage: StageConfig, gate_lr_scale: float
+    model: nn.Module, stage: StageConfig, gate: GateConfig, moe: MoeConfig
 ) -> list[dict[str, Any]]:
-    """Split trainable parameters into groups with and without decay, and the gate."""
+    """Split trainable parameters into groups with and without decay, the gate, and the experts.
+
+    Experts have groups of their own where their learning rate or their decay is another.
+    """
+    gate_scale = 0.0 if gate.assign == "fixed" else gate.lr_scale
+    # towards the mean they are pulled by the loop
+    expert_decay = stage.weight_decay if moe.mean_decay is None else 0.0
     groups: dict[str, dict[str, Any]] = {
         "decay": {"weight_decay": stage.weight_decay, "lr_scale": 1.0},
         "no_decay": {"weight_decay": 0.0, "lr_scale": 1.0},
-        "gate": {"weight_decay": 0.0, "lr_scale": gate_lr_scale},
+        "experts_decay": {"weight_decay": expert_decay, "lr_scale": moe.lr_scale},
+        "experts_no_decay": {"weight_decay": 0.0, "lr_scale": moe.lr_scale},
+        "gate": {"weight_decay": 0.0, "lr_scale": gate_scale},
     }
     for name, group in groups.items():
         group.update(name=name, params=[])
+    are_apart = moe.lr_scale != 1 or moe.mean_decay is not None
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "decay" if has_decay(name, parameter) else "no_decay"
+            kind = f"experts_{kind}" if are_apart and is_expert(name) else kind
             groups["gate" if name.startswith("gate.") else kind]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 

@@ -75,7 +75,8 @@ class Router:
         self._config, self._topology, self._sizes = config, topology, cluster_sizes
         self._total_steps = total_steps
         noisy_steps = int(total_steps * config.gate.noise_fraction)
-        self._noise = NoiseSchedule(config.seed, config.gate.noise, noisy_steps)
+        level = 0.0 if config.gate.assign == "fixed" else config.gate.noise
+        self._noise = NoiseSchedule(config.seed, level, noisy_steps)
         layers, clusters = len(config.moe_layers), len(cluster_sizes)
         self.table: Ints = np.zeros((layers, clusters), np.int64)
         self.contiguous = contiguous_placement(

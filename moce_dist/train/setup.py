@@ -182,7 +182,7 @@ def assemble(
     prepare_blocks([*model.blocks, *model.decoder_blocks], config.parallel)
     engine = Engine(
         model,
-        parameter_groups(model, stage, config.gate.lr_scale),
+        parameter_groups(model, stage, config.gate, config.moe),
         optimizer_factory(stage),
         EngineSpec(
             config.parallel, topology, config.moe.num_experts, stage.batch_size, stage.clip_norm
@@ -255,7 +255,8 @@ def _first_weights(job: StageJob) -> dict[str, Tensor]:
     if mae is None and (job.run_root / "mae").exists():
         raise ConfigError(f"{job.run_root / 'mae'}: holds no undamaged checkpoint to start from")
     dense = initial_weights(config) if mae is None else load_weights(mae)
-    return experts_from_dense(dense, config.moe_layers, config.moe.num_experts)
+    layers, experts = config.moe_layers, config.moe.num_experts
+    return experts_from_dense(dense, layers, experts, shared_units=config.shared_units)
 
 
 def _centroids(job: StageJob) -> Tensor | None:

@@ -136,6 +136,25 @@ def test_clipped_step_moves_weights_as_the_clipped_gradient(
             assert_close(name, moved, clipped, clip, 1e-3)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_shared_units_equal_one_process(pools, cases, clustered_run, zero_stage):
+    extra = ["moe.shared_fraction=0.5", "moce.optimizer=sgd"]
+    configuration = (2, 2, zero_stage, 1, "scrambled")
+    overrides, results = run(pools, clustered_run, configuration, extra)
+    expected = reference(
+        cases.make_job(clustered_run, overrides), results[0]["table"], "straight_through"
+    )
+    gradients = merged(results, "gradients")
+    assert gradients.keys() == expected["gradients"].keys()
+    assert {"blocks.1.mlp.shared.fc2.weight", "blocks.1.mlp.experts.0.fc2.bias"} <= gradients.keys()
+    for name, gradient in gradients.items():
+        assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
+    # it begins with the loss of the dense model
+    whole = run(pools, clustered_run, configuration, ["moce.optimizer=sgd"])[1]
+    first, dense = (each[0]["metrics"][0]["loss"] for each in (results, whole))
+    assert first == pytest.approx(dense, rel=1e-5)
+
+
 def test_prob_combine_equals_one_process(pools, cases, clustered_run):
     extra = ["gate.combine=prob"]
     overrides, results = run(pools, clustered_run, (2, 2, 0, 1, "scrambled"), extra)

@@ -10,13 +10,19 @@ from moce_dist.config import Config, GateConfig, make_config
 from moce_dist.model.customize import cluster_probabilities, customize, moe_shape, routes
 from moce_dist.model.gate import output_scales
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.model.moce import LocalDispatcher, experts_from_dense, global_names, is_stacked
+from moce_dist.model.moce import (
+    LocalDispatcher,
+    experts_from_dense,
+    global_names,
+    hidden_axis,
+    is_stacked,
+)
 
 NUM_EXPERTS = 3
 
 
-@pytest.fixture(scope="module")
-def config() -> Config:
+@pytest.fixture(scope="module", params=[0.0, 0.5], ids=["routed", "shared"])
+def config(request: pytest.FixtureRequest) -> Config:
     return make_config(
         {
             "data": {"image_size": 16},
@@ -24,7 +30,10 @@ def config() -> Config:
                 **{"width": 24, "depth": 4, "num_heads": 2, "patch_size": 4},
                 **{"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
             },
-            "moe": {"num_experts": NUM_EXPERTS, "layers": [1, 3]},
+            "moe": {
+                **{"num_experts": NUM_EXPERTS, "layers": [1, 3]},
+                "shared_fraction": request.param,
+            },
             "parallel": {"precision": "fp32"},
         }
     )
@@ -125,7 +134,9 @@ def test_dense_mae_loses_only_its_decoder(config):
 
 def test_experts_copied_from_dense_customise_back_to_it(config):
     dense = MaskedAutoencoder(config).state_dict()
-    grown = experts_from_dense(dense, config.moe_layers, NUM_EXPERTS)
+    grown = experts_from_dense(
+        dense, config.moe_layers, NUM_EXPERTS, shared_units=config.shared_units
+    )
     assert moe_shape(grown) == ([1, 3], NUM_EXPERTS)
     back = customize(grown, (2, 0))
     assert back.keys() == customize(dense, ()).keys()
@@ -140,8 +151,9 @@ def test_a_row_of_one_expert_is_its_route_to_the_bit(weights):
     assert all(torch.equal(route[name], rows[name]) for name in route)
 
 
-def test_weights_average_experts_and_scale_folds_into_the_last_linear(weights):
+def test_weights_average_experts_and_scale_folds_into_the_last_linear(config, weights):
     found = customize(weights, [[0.5, 0.25, 0.25], 1], scale=(0.8, 1.0))
+    units = config.shared_units
     for part, factor in (
         ("fc1.weight", 1),
         ("fc1.bias", 1),
@@ -149,15 +161,25 @@ def test_weights_average_experts_and_scale_folds_into_the_last_linear(weights):
         ("fc2.bias", 0.8),
     ):
         a, b, c = (weights[f"blocks.1.mlp.experts.{e}.{part}"] for e in range(3))
-        expected = factor * (a / 2 + b / 4 + c / 4)
-        torch.testing.assert_close(found[f"blocks.1.mlp.{part}"], expected, rtol=0, atol=1e-14)
-        assert torch.equal(found[f"blocks.3.mlp.{part}"], weights[f"blocks.3.mlp.experts.1.{part}"])
+        axis = hidden_axis(part)
+        routed, other = (
+            t if axis is None else t.narrow(axis, units, t.shape[axis] - units)
+            for t in (found[f"blocks.1.mlp.{part}"], found[f"blocks.3.mlp.{part}"])
+        )
+        torch.testing.assert_close(routed, factor * (a / 2 + b / 4 + c / 4), rtol=0, atol=1e-14)
+        assert torch.equal(other, weights[f"blocks.3.mlp.experts.1.{part}"])
+        if axis is not None and units:
+            # what is shared has no weight of the gate's
+            shared = found[f"blocks.1.mlp.{part}"].narrow(axis, 0, units)
+            assert torch.equal(shared, weights[f"blocks.1.mlp.shared.{part}"])
 
 
 @pytest.mark.parametrize("row", [[1 / 3] * 3, [0.2, 0.5, 0.3]])
 def test_averages_of_equal_experts_are_the_dense_model_to_the_bit(row, config):
     dense = MaskedAutoencoder(config).state_dict()
-    grown = experts_from_dense(dense, config.moe_layers, NUM_EXPERTS)
+    grown = experts_from_dense(
+        dense, config.moe_layers, NUM_EXPERTS, shared_units=config.shared_units
+    )
     back = customize(grown, [row, row])
     assert all(torch.equal(back[name], dense[name]) for name in back)
     grown["blocks.1.mlp.experts.1.fc1.weight"] = grown["blocks.1.mlp.experts.1.fc1.weight"] * 1.001

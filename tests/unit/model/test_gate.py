@@ -1,5 +1,7 @@
 """The gate's decisions and losses on numbers that can be checked by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -114,3 +116,35 @@ def test_gate_starts_equal_for_equal_seeds_whatever_was_drawn_before():
     torch.randn(100)
     assert first.equal(Gate(2, 3, centroids, seed=1).weight)
     assert not first.equal(Gate(2, 3, centroids, seed=2).weight)
+
+
+def test_a_fixed_gate_gives_similar_clusters_one_expert_in_all_layers():
+    draws = torch.Generator().manual_seed(0)
+    kinds = torch.randperm(12, generator=draws) % 4
+    centroids = torch.randn(4, 16, generator=draws)[kinds] + 0.1 * torch.randn(12, 16)
+    gate = Gate(3, 4, centroids, seed=1, is_fixed=True)
+    table = routing_table(gate.logits(), GateConfig(assign="fixed"))
+    assert (table == table[0]).all()
+    # three clusters an expert, those of one kind
+    assert np.bincount(table[0], minlength=4).tolist() == [3] * 4
+    assert len(set(zip(kinds.tolist(), table[0].tolist(), strict=True))) == 4
+    again = Gate(3, 4, centroids, seed=1, is_fixed=True)
+    assert gate.weight.equal(again.weight)
+    # planted: logits drawn at random keep them apart
+    drawn = routing_table(Gate(3, 4, centroids, seed=1).logits(), GateConfig(assign="fixed"))
+    assert len(set(zip(kinds.tolist(), drawn[0].tolist(), strict=True))) > 4
+
+
+def test_a_fixed_gate_is_at_least_as_near_as_any_exchange_of_two_clusters():
+    points = torch.randn(12, 6, generator=torch.Generator().manual_seed(3))
+    gate = Gate(1, 3, points, seed=0, is_fixed=True)
+    table = routing_table(gate.logits(), GateConfig(assign="fixed"))[0]
+    embedding = gate.cluster_embedding.double().numpy()
+    means = np.stack([embedding[table == e].mean(axis=0) for e in range(3)])
+    np.testing.assert_allclose(gate.weight[0].detach().numpy(), means, atol=1e-5)
+    distances = ((embedding[:, None] - means) ** 2).sum(axis=2)
+    for one, other in itertools.combinations(range(12), 2):
+        swapped = table.copy()
+        swapped[[one, other]] = table[[other, one]]
+        rows = np.arange(12)
+        assert distances[rows, table].sum() <= distances[rows, swapped].sum() + 1e-4

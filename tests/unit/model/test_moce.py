@@ -71,11 +71,14 @@ def test_idle_experts_get_zero_gradients_not_none():
     assert layer.fc1.weight.grad[1].abs().sum() > 0
 
 
-def test_experts_start_as_the_dense_mlp():
-    config = load_config(None, SMALL)
+@pytest.mark.parametrize("shared", [0.0, 0.5, 0.25])
+def test_experts_start_as_the_dense_mlp(shared):
+    config = load_config(None, [*SMALL, f"moe.shared_fraction={shared}"])
     dense = MaskedAutoencoder(config)
     sparse = MaskedAutoencoder(config, centroids=torch.randn(6, 32), num_local_experts=3)
-    weights = experts_from_dense(dense.state_dict(), config.moe_layers, 3)
+    units = config.shared_units
+    assert units == shared * 128
+    weights = experts_from_dense(dense.state_dict(), config.moe_layers, 3, shared_units=units)
     state = sparse.state_dict()
     for name in state:
         if is_stacked(name):

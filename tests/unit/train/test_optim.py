@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moce_dist.config import StageConfig, load_config
+from moce_dist.config import GateConfig, MoeConfig, StageConfig, load_config
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.train.optim import (
     has_decay,
@@ -49,10 +49,39 @@ def test_decay_is_for_matrices_only():
 
 def test_every_parameter_is_in_one_group_and_the_gate_has_its_own_rate():
     model = small_moce()
-    groups = parameter_groups(model, STAGE, gate_lr_scale=10)
+    groups = parameter_groups(model, STAGE, GateConfig(lr_scale=10), MoeConfig())
     members = [id(p) for g in groups for p in g["params"]]
     assert len(members) == len(set(members)) == len(list(model.parameters()))
     optimizer = optimizer_factory(STAGE)(groups)
     set_learning_rate(optimizer, 0.5)
     rates = {g["name"]: g["lr"] for g in optimizer.param_groups}
     assert rates == {"decay": 0.5, "no_decay": 0.5, "gate": 5.0}
+
+
+def test_experts_have_a_rate_and_a_decay_of_their_own_where_they_differ():
+    model, gate = small_moce(), GateConfig()
+    usual = {g["name"] for g in parameter_groups(model, STAGE, gate, MoeConfig())}
+    assert usual == {"decay", "no_decay", "gate"}
+    for moe, decay, rate in (
+        (MoeConfig(lr_scale=3), STAGE.weight_decay, 1.5),
+        (MoeConfig(mean_decay=0.1), 0.0, 0.5),
+    ):
+        groups = parameter_groups(model, STAGE, gate, moe)
+        optimizer = optimizer_factory(STAGE)(groups)
+        set_learning_rate(optimizer, 0.5)
+        by_name = {g["name"]: g for g in optimizer.param_groups}
+        experts = {id(p) for n, p in model.named_parameters() if ".experts." in n}
+        apart = by_name["experts_decay"]["params"] + by_name["experts_no_decay"]["params"]
+        assert {id(p) for p in apart} == experts
+        assert by_name["experts_decay"]["weight_decay"] == decay
+        assert by_name["experts_no_decay"]["weight_decay"] == 0
+        assert {by_name[name]["lr"] for name in ("experts_decay", "experts_no_decay")} == {rate}
+        assert by_name["decay"]["lr"] == by_name["gate"]["lr"] == 0.5
+        assert by_name["decay"]["weight_decay"] == STAGE.weight_decay
+
+
+def test_a_fixed_gate_is_not_changed():
+    groups = parameter_groups(small_moce(), STAGE, GateConfig(assign="fixed"), MoeConfig())
+    optimizer = optimizer_factory(STAGE)(groups)
+    set_learning_rate(optimizer, 0.5)
+    assert {g["name"]: g["lr"] for g in optimizer.param_groups}["gate"] == 0
