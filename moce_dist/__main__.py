@@ -3,7 +3,8 @@
 `python -m moce_dist [--config FILE]` prints one line a check, `ok`, `warn` or `fail`, the last two
 with advice, and how ranks and expert groups would stand. Exit status 0 when nothing failed, 1
 otherwise, 2 for a wrong configuration. `python -m moce_dist schema` prints the configuration's JSON
-schema. `routes`, `predict` and `onnx` use what was trained: `python -m moce_dist predict --help`.
+schema. `routes`, `heldout`, `predict` and `onnx` use what was trained: `python -m moce_dist predict
+--help`.
 
 Every check stands alone: what is missing is a finding, never a crash.
 """
@@ -30,7 +31,7 @@ from moce_dist.workers import legal_worker_counts
 
 _GIB = 2**30
 _IN_PLACE_OF = {"faiss-gpu": "faiss-cpu"}
-_COMMANDS = ("routes", "predict", "onnx")
+_COMMANDS = ("routes", "heldout", "predict", "onnx")
 
 
 class Check(NamedTuple):

@@ -1,4 +1,4 @@
-"""The commands that use what was trained: `routes`, `predict`, `onnx` of `python -m moce_dist`.
+"""Commands that use what was trained: `routes`, `heldout`, `predict`, `onnx` of `-m moce_dist`.
 
 A MODEL is a task's folder in a run (RUN/transfer/TASK: its fits are chosen by flags), the folder of
 one fitted model, or an exported backbone (RUN/transfer/TASK/backbone, for `onnx`).
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import command_parser, quiet_libraries
-from moce_dist.config import load_config
+from moce_dist.config import Config, load_config
 from moce_dist.data.listing import list_images
 from moce_dist.lease import hold
 from moce_dist.names import as_text, json_line
-from moce_dist.run import load_run, resolve_run
+from moce_dist.run import Run, load_run, resolve_run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.request import experts_of, parse_experts
 from moce_dist.transfer.tasks import Item
@@ -43,10 +43,7 @@ def routes(argv: Sequence[str]) -> None:
     experts = parse_experts(args.experts)
     if (experts is None) != (args.out is None):
         raise ConfigError("--experts and --out: name both to export a route, none to list them")
-    is_here = (Path(args.run) / "config.yaml").is_file()
-    run, config = load_run(
-        Path(args.run).resolve() if is_here else resolve_run(args.run, load_config(None))
-    )
+    run, config = _open_run(args.run)
     if config.moe.kind != "cluster":
         raise ConfigError(f"{run.root}: has no routes: {experts_of(config)}")
     quiet_libraries()
@@ -57,6 +54,30 @@ def routes(argv: Sequence[str]) -> None:
     else:
         with hold(Path(args.out)):
             _say(*map(str, export_route(run, config, experts, Path(args.out))))
+
+
+def _open_run(given: str) -> tuple[Run, Config]:
+    is_here = (Path(given) / "config.yaml").is_file()
+    return load_run(Path(given).resolve() if is_here else resolve_run(given, load_config(None)))
+
+
+def heldout(argv: Sequence[str]) -> None:
+    """Say how well experts reconstruct held-out images of their own clusters, and others do.
+
+    One line of JSON a cluster and one of all: images, and mean losses by the image's own experts,
+    by others (their mean, and the worst), by the average of all experts, by the control.
+
+    Raises:
+        ConfigError: there is no such run, or it has no experts of clusters or held-out images.
+    """
+    parser = command_parser("heldout", heldout.__doc__, "heldout runs/quickstart")
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    run, config = _open_run(parser.parse_args(argv).run)
+    quiet_libraries()
+    from moce_dist.transfer.heldout import held_out_losses
+
+    for row in held_out_losses(run, config):
+        _say(json.dumps(row))
 
 
 def predict(argv: Sequence[str]) -> None:
@@ -152,6 +173,7 @@ def onnx(argv: Sequence[str]) -> None:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "routes": routes,
+    "heldout": heldout,
     "predict": predict,
     "onnx": onnx,
 }

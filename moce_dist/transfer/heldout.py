@@ -1,0 +1,162 @@
+"""Held-out loss by cluster: of an image's own experts, of others, of their average, of the control.
+
+Are experts experts? Every held-out image is reconstructed, under one crop and one mask,
+
+    own       by the experts that its cluster takes
+    others    by those s further in every layer, s = 1 .. E - 1; the mean of these losses
+    worst     by the worst s of a cluster
+    average   by the plain mean of all experts
+    control   by the control, where the run has one
+
+A lower loss says nothing of features: see the tasks for these.
+
+Letters: B images of a batch, K clusters, L MoE layers, E experts.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moce_dist.cluster.assign import read_assignments
+from moce_dist.config import Config
+from moce_dist.data.images import normalise
+from moce_dist.data.plan import Plan, SampleTable, sample_table
+from moce_dist.data.shards import read_index
+from moce_dist.data.stream import Batch, Layout, StreamSpec, stream
+from moce_dist.model.customize import cluster_probabilities, customize, routes
+from moce_dist.model.gate import output_scales
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
+from moce_dist.run import Run, read_marker
+from moce_dist.settings import ConfigError
+from moce_dist.train.encoder import encoder_device
+from moce_dist.train.job import HOLDOUT_TABLE
+from moce_dist.transfer.choosing import open_stage
+from moce_dist.transfer.routes import moce_stage
+from moce_dist.transfer.validate import CONTROL
+
+_HOLDOUT = "holdout"
+
+
+class Reconstructors:
+    """The models of a run that reconstruct held-out images, on one device."""
+
+    def __init__(self, run: Run, config: Config) -> None:
+        """Load them.
+
+        Raises:
+            ConfigError: the run has no experts of clusters.
+        """
+        if config.moe.kind != "cluster":
+            raise ConfigError(
+                f"{run.root}: has no experts of clusters (moe.kind {config.moe.kind})"
+            )
+        self._config, self.device = config, encoder_device(config.parallel)
+        weights = moce_stage(run).weights
+        self._p = cluster_probabilities(weights)
+        self._table = routes(weights, config.gate, num_groups=config.parallel.num_groups)
+        self._moce = self._load(weights, weights["gate.cluster_embedding"])
+        even = [[1 / config.moe.num_experts] * config.moe.num_experts] * len(config.moe_layers)
+        self._dense = {"average": self._load(customize(weights, even, with_decoder=True))}
+        control = open_stage(run, CONTROL)
+        if control is not None and read_marker(run.stage(CONTROL)) is not None:
+            self._dense[CONTROL] = self._load(control.weights)
+
+    def _load(
+        self, weights: dict[str, Tensor], embedding: Tensor | None = None
+    ) -> MaskedAutoencoder:
+        config, experts = self._config, self._config.moe.num_experts
+        local = 0 if embedding is None else experts
+        model = MaskedAutoencoder(config, centroids=embedding, num_local_experts=local)
+        residents = [range(experts)] * len(config.moe_layers)
+        found = {
+            name: torch.stack(
+                [weights[n] for n in global_names(name, config.moe_layers, residents)]
+            )
+            if is_stacked(name)
+            else weights[name]
+            for name in model.state_dict()
+        }
+        model.load_state_dict(found)
+        return model.to(self.device).eval()
+
+    @torch.inference_mode()
+    def losses(self, batch: Batch) -> dict[str, NDArray[np.float64]]:
+        """Return the loss of every image of a batch: `own`, `average`, `control` (B,), `others`.
+
+        `others` is (E - 1, B), by the experts s further.
+        """
+        config, clusters = self._config, batch.clusters[0]
+        images, noise = normalise(batch.images.to(self.device)), batch.noise.to(self.device)
+        own = self._table[:, clusters.clamp_min(0)]
+        # as loud as its own, so that what differs is what the experts know
+        scales = output_scales(self._p, self._table, clusters, config.gate.combine).to(self.device)
+        by_shift = []
+        for shift in range(config.moe.num_experts):
+            experts = ((own + shift) % config.moe.num_experts).to(self.device)
+            dispatcher = LocalDispatcher(experts, config.moe.num_experts)
+            by_shift.append(self._moce(images, noise, dispatcher, scales))
+        found = {"own": by_shift[0], "others": torch.stack(by_shift[1:] or by_shift)}
+        found |= {name: model(images, noise) for name, model in self._dense.items()}
+        return {name: loss.double().cpu().numpy() for name, loss in found.items()}
+
+
+def held_out_losses(run: Run, config: Config) -> Iterator[dict[str, Any]]:
+    """Yield a row for every cluster, and one of all: images and mean losses (null without images).
+
+    Raises:
+        ConfigError: the run has no experts of clusters, or no held-out images.
+    """
+    table, models = held_out_table(run, config), Reconstructors(run, config)
+    clusters, parts = [], []
+    for batch in _batches(table, config):
+        is_used = batch.weights.numpy() > 0
+        clusters.append(batch.clusters[0].numpy()[is_used])
+        parts.append({k: v[..., is_used] for k, v in models.losses(batch).items()})
+    ids = np.concatenate(clusters)
+    losses = {name: np.concatenate([part[name] for part in parts], axis=-1) for name in parts[0]}
+    for cluster in range(config.cluster.num_clusters):
+        yield {"cluster": cluster, **_row(losses, ids == cluster)}
+    yield {"cluster": "all", **_row(losses, np.ones(len(ids), bool))}
+
+
+def _row(losses: dict[str, NDArray[np.float64]], chosen: NDArray[np.bool_]) -> dict[str, Any]:
+    means = {name: values[..., chosen] for name, values in losses.items()}
+    others = means.pop("others")
+    has_any = bool(chosen.any())
+    row = {name: float(values.mean()) if has_any else None for name, values in means.items()}
+    row["others"] = float(others.mean()) if has_any else None
+    row["worst"] = float(others.mean(axis=1).max()) if has_any else None
+    return {"images": int(chosen.sum()), **row}
+
+
+def held_out_table(run: Run, config: Config) -> SampleTable:
+    """Read the held-out images with the clusters that they were assigned to.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    source = config.data.source
+    data = Path(source.removeprefix("index:")) if source.startswith("index:") else run.ingested
+    folder, assigned = data / _HOLDOUT, run.shards / HOLDOUT_TABLE
+    if not folder.is_dir() or not assigned.is_file():
+        raise ConfigError(f"{run.root}: has no held-out images (data.holdout_fraction)")
+    table, clusters = sample_table(read_index(folder)), read_assignments(assigned)
+    return replace(table, cluster=np.array([clusters[key] for key in table.keys], np.int64))
+
+
+def _batches(table: SampleTable, config: Config) -> Iterator[Batch]:
+    plan = Plan(table, config.cluster.batch_size, config.seed)
+    # unreadable images stand in the run's ledger already
+    ledger, layout = Path(os.devnull), Layout(1, 1)
+    spec = StreamSpec(plan, config.data, config.num_patches, layout, 0, ledger, _HOLDOUT)
+    yield from stream(
+        spec, lambda ids: np.zeros(len(ids), np.int64), start=0, stop=plan.steps_per_epoch
+    )
