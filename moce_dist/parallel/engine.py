@@ -258,22 +258,13 @@ class Engine:
                     parameter.grad.mul_(limit / norm)
         return norm
 
-    @torch.no_grad()
-    def pull_experts(self, share: float) -> None:
-        """Move every expert by a share of the way to the mean of its layer's experts.
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """Return a parameter's float32 weights; collective over the replicas at ZeRO-1 and 2."""
+        is_whole = self.spec.parallel.zero_stage == 0
+        return parameter.data if is_whole else safe_get_full_fp32_param(parameter)
 
-        Collective over the expert-parallel group, and over the replicas at ZeRO-1 and 2.
-        """
-        partitioned = self.spec.parallel.zero_stage > 0
-        stacks = [p for name, p in self.module.named_parameters() if is_stacked(name)]
-        weights = [safe_get_full_fp32_param(p) if partitioned else p.data for p in stacks]
-        sums = torch.cat([weight.sum(dim=0).flatten() for weight in weights])
-        dist.all_reduce(sums, group=self.expert_group)
-        means = torch.split(sums / self.spec.num_experts, [w[0].numel() for w in weights])
-        for parameter, weight, mean in zip(stacks, weights, means, strict=True):
-            self._set_weight(parameter, weight.lerp(mean.view_as(weight[0]), share))
-
-    def _set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
+    def set_weight(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        """Set a parameter's float32 weights; collective as `weight`."""
         parameter.data.copy_(weight)
         if self.spec.parallel.zero_stage > 0:
             safe_set_full_fp32_param(parameter, weight.to(parameter.device))
@@ -282,8 +273,8 @@ class Engine:
         """Yield (name, averaged gradient) of every parameter, between `backward` and `step`."""
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                partitioned = self.spec.parallel.zero_stage > 0
-                gradient = safe_get_full_grad(parameter) if partitioned else parameter.grad
+                is_whole = self.spec.parallel.zero_stage == 0
+                gradient = parameter.grad if is_whole else safe_get_full_grad(parameter)
                 assert gradient is not None, name
                 yield name, gradient
 
@@ -297,14 +288,13 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
+            yield name, "weight", self.weight(parameter)
             if self.spec.parallel.zero_stage == 0:
-                yield name, "weight", parameter.data
                 moments = self.optimizer.state.get(parameter, {})
                 yield from ((name, kind, moments[kind]) for kind in MOMENTS if kind in moments)
-            else:
-                yield name, "weight", safe_get_full_fp32_param(parameter)
-                for kind in MOMENTS if self._has_moments() else ():
-                    yield name, kind, safe_get_full_optimizer_state(parameter, kind)
+                continue
+            for kind in MOMENTS if self._has_moments() else ():
+                yield name, kind, safe_get_full_optimizer_state(parameter, kind)
 
     def load_state(self, lookup: Callable[[str, str], Tensor | None], *, step: int) -> None:
         """Set weights, and moments where `lookup(name, kind)` has them, after `step` steps."""
@@ -321,22 +311,16 @@ class Engine:
             for state in self.optimizer.state.values():
                 state["step"] = torch.tensor(float(step))
 
-    def _load_parameter(
-        self, parameter: nn.Parameter, lookup: Callable[[str], Tensor | None]
-    ) -> None:
-        partitioned = self.spec.parallel.zero_stage > 0
-        weight = lookup("weight")
-        if weight is not None:
-            self._set_weight(parameter, weight)
+    def _load_parameter(self, parameter: nn.Parameter, lookup: Callable[[str], Any]) -> None:
+        if (weight := lookup("weight")) is not None:
+            self.set_weight(parameter, weight)
         for kind in MOMENTS:
-            moment = lookup(kind)
-            if moment is None:
+            if (moment := lookup(kind)) is None:
                 continue
-            moment = moment.to(parameter.device)
-            if partitioned:
-                safe_set_full_optimizer_state(parameter, moment, kind)
+            if self.spec.parallel.zero_stage:
+                safe_set_full_optimizer_state(parameter, moment.to(parameter.device), kind)
             else:
-                self.optimizer.state[parameter][kind] = moment.clone()
+                self.optimizer.state[parameter][kind] = moment.to(parameter.device, copy=True)
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         wrapped = self.spec.parallel.zero_stage > 0

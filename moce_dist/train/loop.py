@@ -33,7 +33,7 @@ from moce_dist.train.expert_metrics import moe_metrics
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.migrate import replan
-from moce_dist.train.optim import learning_rate, set_learning_rate
+from moce_dist.train.optim import decay_to_mean, learning_rate, set_learning_rate
 from moce_dist.train.setup import TrainState, build_state, holdout_table, never
 
 log = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
         # before the optimiser has seen the gradients: a bad step must not reach the weights
         if micro == micro_batches - 1:
             check_finite(state, sums)
-            decay_to_mean(state, lr)
+            decay_to_mean(state.engine, state.job.config.moe, lr)
         norm = engine.step()
     # unreadable images weigh 0 but stay in the divisor, so no rank has to hear of them first
     metrics = {
@@ -121,13 +121,6 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
     }
     state.faults += count - int(sums[1])
     return metrics | moe_metrics(state, batch, metrics["loss"], auxiliary)
-
-
-def decay_to_mean(state: TrainState, lr: float) -> None:
-    """Decay experts towards their mean, where `moe.mean_decay` says so, as AdamW towards 0."""
-    moe = state.job.config.moe
-    if moe.mean_decay and state.model.gate is not None:
-        state.engine.pull_experts(lr * moe.lr_scale * moe.mean_decay)
 
 
 def forward(

@@ -7,13 +7,17 @@ with the batch. Source: He et al. 2022, arXiv 2111.06377, table 8; Goyal et al. 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from moce_dist.config import GateConfig, MoeConfig, StageConfig
 from moce_dist.model.moce import is_expert, is_stacked
+
+if TYPE_CHECKING:
+    from moce_dist.parallel.engine import Engine
 
 _TOKENS = ("cls_token", "mask_token")
 
@@ -81,3 +85,21 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Set the rate of every parameter group, scaled by the group's `lr_scale`."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+@torch.no_grad()
+def decay_to_mean(engine: "Engine", moe: MoeConfig, lr: float) -> None:
+    """Decay experts towards their mean, where `moe.mean_decay` says so, as AdamW does towards 0.
+
+    Collective over the expert-parallel group, and over the replicas at ZeRO-1 and 2.
+    """
+    stacks = [p for name, p in engine.module.named_parameters() if is_stacked(name)]
+    if not (moe.mean_decay and stacks):
+        return
+    weights = [engine.weight(parameter) for parameter in stacks]
+    sums = torch.cat([weight.sum(dim=0).flatten() for weight in weights])
+    dist.all_reduce(sums, group=engine.expert_group)
+    means = torch.split(sums / moe.num_experts, [weight[0].numel() for weight in weights])
+    for parameter, weight, mean in zip(stacks, weights, means, strict=True):
+        share = lr * moe.lr_scale * moe.mean_decay
+        engine.set_weight(parameter, weight.lerp(mean.view_as(weight[0]), share))

@@ -73,10 +73,7 @@ def base_of(backbone: str) -> str:
 
 
 def further_of(backbone: str) -> str:
-    """Say what a backbone's further steps are on: `own` clusters, `all` images, "" if it has none.
-
-    See `further.py`.
-    """
+    """Say what a backbone's further steps are on: `own` clusters, `all` images, "" without any."""
     return backbone.removeprefix(base_of(backbone)).removeprefix("+")
 
 
@@ -234,8 +231,7 @@ def _check_further(request: Request, config: Config) -> None:
     if batch % unit:
         raise ConfigError(
             f"transfer.continued.batch_size ({batch}) must be a multiple of "
-            "max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches "
-            f"({unit})"
+            f"max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches ({unit})"
         )
 
 
