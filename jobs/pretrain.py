@@ -112,6 +112,9 @@ def check_source(data: DataConfig, root: Path) -> None:
         expand_shards(rest, allow_pipes=data.allow_pipes)
 
 
+_CLUSTERS = {"features": "", "random": "drawn at random; ", "folder": "the first folders; "}
+
+
 def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
     """Describe what would run: stages, shapes, ranks, groups, bytes, and the budget of a step."""
     shape, parallel = config.model.shape, config.parallel
@@ -130,8 +133,8 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"encoder    width {shape.width}, depth {shape.depth}, heads {shape.num_heads}, "
         f"{sizes.num_visible(config)} of {config.num_patches + 1} tokens visible",
         expert_line(config),
-        f"clusters   {config.cluster.num_clusters}, balance {config.cluster.balance}, "
-        f"features of {config.cluster.encoder}",
+        f"clusters   {config.cluster.num_clusters}, {_CLUSTERS[config.cluster.source]}"
+        f"balance {config.cluster.balance}, features of {config.cluster.encoder}",
         f"ranks      {parallel.num_workers}{fewest} in {ep_size} places, "
         f"{parallel.num_groups} groups, "
         f"{config.moe.num_experts // ep_size} experts of a layer on each rank",

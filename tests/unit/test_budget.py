@@ -31,7 +31,7 @@ def test_terms_by_hand():
     assert found.gradient_bytes() == 4 * shared
     # 2 * 3 / 4 of it through 12.5 GB/s; experts stay inside a node: 8 replicas over NVLink
     between = 1.5 * 4 * shared / 12.5e9
-    inside = 2 * 7 / 8 * 4 * 2 * 6 * sizes.mlp_parameters(found.config) / 450e9
+    inside = 2 * 7 / 8 * 4 * 2 * 6 * sizes.expert_parameters(found.config) / 450e9
     assert found.gradients().value == pytest.approx(1e3 * (between + inside))
     last = 1e3 * 1.5 * BUCKET_BYTES / 12.5e9
     left = 1e3 * (between + inside) - 2 / 3 * found.compute().value

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from moce_dist.model.customize import customize
 from moce_dist.run import Run, mark_complete, read_jsonl
 from moce_dist.settings import ConfigError
 from moce_dist.train import loop
-from moce_dist.train.checkpoint import latest_checkpoint, load_weights
+from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 
-from .conftest import NUM_CLUSTERS, by_global_name, png, texture, write_checkpoint
+from .conftest import NUM_CLUSTERS, by_global_name, png, texture, transfer, write_checkpoint
 
 IMAGES = 48
 
@@ -174,3 +175,37 @@ def test_tasks_of_a_suite_share_the_steps_on_all_images(clustered, image_folder,
     assert len(seen) == 2
     rows = json.loads((clustered.transfer("all") / "metrics.json").read_text())["results"]
     assert [(row["task"], row["cost"]["images"]) for row in rows] == [("one", 16), ("two", 16)]
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_of_torchrun_share_the_steps(clustered, image_folder, job):
+    flags = ["--task", "imagefolder", "--data", str(image_folder), "--protocol", "knn"]
+    flags += ["--backbone", "moce+own,control+all", "--continue-images", "16"]
+    for setting in ("transfer.continued.batch_size=8", "logging.every_steps=1"):
+        flags += ["--set", setting]
+    whole = [read_jsonl(out / "metrics.jsonl") for out in alone(job, clustered, flags)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--"]
+    done = transfer(clustered, *flags, "--set", "parallel.num_workers=2", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    for out, lines in zip(folders(clustered), whole, strict=True):
+        shared = read_jsonl(out / "metrics.jsonl")
+        assert [x["images_seen"] for x in shared] == [x["images_seen"] for x in lines] == [8, 16]
+        losses = [[x["loss"] for x in each] for each in (shared, lines)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        files = read_manifest(latest_checkpoint(out / "checkpoints"))["files"]
+        assert len(files) == 2
+
+
+def folders(run: Run) -> tuple[Path, ...]:
+    own = run.transfer("imagefolder") / "continued" / "moce+own-16"
+    return own, run.root / "control_more" / "16"
+
+
+def alone(job, run: Run, flags: list[str]) -> list[Path]:
+    """Take the same steps in this process, and set what they left aside."""
+    job.main(["--run", str(run.root), *flags])
+    aside = []
+    for number, out in enumerate(folders(run)):
+        aside.append(run.root / "aside" / str(number))
+        shutil.move(out, aside[-1])
+    return aside
