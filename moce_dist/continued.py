@@ -23,6 +23,8 @@ FREE = (
     "model.mask_ratio",
     "model.init",
     "moe.capacity_factor",
+    "moe.lr_scale",
+    "moe.mean_decay",
     "cluster.source",
     "cluster.balance",
     "cluster.spherical",

@@ -30,8 +30,8 @@ from moce_dist.transfer.instances import Instances
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.request import (
     BY_USE,
-    SELECTION_FIELDS,
     STAGES,
+    VALIDATION_FIELDS,
     Request,
     base_of,
     is_chosen,
@@ -149,7 +149,8 @@ class Chooser:
             "clusters": artefact_id(self.run.clusters),
             "max_train": transfer.max_train,
             "experts": self.request.experts,
-            "select": transfer.model_dump(include=SELECTION_FIELDS),
+            "select": [transfer.select, transfer.merge_temperature],
+            "validated": transfer.model_dump(include=VALIDATION_FIELDS) if is_validated else None,
             "control": control.identity if control else None,
         }
         return self._known_or(

@@ -21,11 +21,10 @@ STAGES = ("mae", "moce", "control")
 BY_USE = "token"
 _OWN = {"cluster": "moce", "token": BY_USE, "dense": "control"}
 SELECTIONS: tuple[str, ...] = get_args(Selection)
-SELECTION_FIELDS = {
-    *("select", "merge_temperature", "validate_by", "validate_folds", "validate_images"),
-    *("knn_k", "linear_epochs"),
+VALIDATION_FIELDS = {
+    *("validate_by", "validate_folds", "validate_images", "knn_k", "linear_epochs"),
 }
-"""Fields of `transfer` that a choice may depend on."""
+"""Fields of `transfer` that a choice by evidence depends on."""
 CLASSIFICATION = ("finetune", "linear", "knn")
 SEGMENTATION = ("finetune",)
 DETECTION = ("finetune",)
