@@ -193,8 +193,7 @@ class GateConfig(Section):
     combine: Literal["prob", "straight_through"] = "straight_through"
     """Weight of an expert's output: its probability p, or p / stop_gradient(p)."""
     assign: Literal["argmax", "balanced", "fixed"] = "argmax"
-    """Each cluster takes its best expert; all get those of greatest logits at equal loads; similar
-    clusters share an expert from the start, at equal loads, and the gate learns nothing."""
+    """A cluster's best expert; the best at equal loads; similar clusters share one, unlearnt."""
     groups: Literal["free", "shared"] = "free"
     """Choose among all experts, or keep a cluster in one expert group in all layers."""
     noise: float = Field(1.0, ge=0)
@@ -219,8 +218,7 @@ class ClusterConfig(Section):
     source: Literal["features", "random", "folder"] = "features"
     """Clusters of similar features; drawn at random; the domains (first folders of the keys)."""
     encoder: str = Field("mae", pattern=r"^(mae|pixels|timm:.+|.+[.](pth|pt|safetensors))$")
-    """Whose features: `mae` (the run's own), `pixels` (colours of 8 x 8 fields), `timm:NAME`, or a
-    file of published MAE weights."""
+    """Whose features: `mae` (the run's), `pixels`, `timm:NAME`, a file of published MAE weights."""
     feature_block: int | None = Field(None, ge=0)
     """Block of the MAE's encoder whose patch tokens are the features; None: the last, normed."""
     balance: Literal["exact", "soft", "off"] = "exact"

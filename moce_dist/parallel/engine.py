@@ -322,10 +322,8 @@ class Engine:
             else:
                 self.optimizer.state[parameter][kind] = moment.to(parameter.device, copy=True)
 
-    def _inner_optimizer(self) -> torch.optim.Optimizer:
-        wrapped = self.spec.parallel.zero_stage > 0
-        inner: torch.optim.Optimizer = self.optimizer.optimizer if wrapped else self.optimizer
-        return inner
+    def _inner_optimizer(self) -> Any:
+        return self.optimizer.optimizer if self.spec.parallel.zero_stage else self.optimizer
 
     def _has_moments(self) -> bool:
         return any(MOMENTS[0] in state for state in self._inner_optimizer().state.values())

@@ -164,11 +164,11 @@ def assemble(
 ) -> TrainState:
     """Build model, groups and engine around a plan, untrained; collective over all ranks.
 
-    `centroids` (K, D) but for stage mae.
+    `centroids` (K, D) of a model with experts of clusters.
     """
     config, stage, rank = job.config, job.stage_config, dist.get_rank()
     topology = Topology(dist.get_world_size(), config.parallel.num_groups)
-    clusters = 1 if centroids is None else len(centroids)
+    clusters = plan.table.num_clusters if centroids is None else len(centroids)
     sizes = np.bincount(plan.table.cluster, minlength=clusters)
     router = Router(config, topology, sizes, total_steps=total_steps(stage, plan))
     model = MaskedAutoencoder(
@@ -260,7 +260,7 @@ def _first_weights(job: StageJob) -> dict[str, Tensor]:
 
 
 def _centroids(job: StageJob) -> Tensor | None:
-    if job.stage == "mae":
+    if job.stage != "moce" or job.config.moe.kind != "cluster":
         return None
     path = Run(job.run_root).clusters / "centroids.npy"
     return torch.from_numpy(np.load(path, allow_pickle=False)).float()

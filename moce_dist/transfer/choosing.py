@@ -31,7 +31,6 @@ from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.request import (
     BY_USE,
     STAGES,
-    VALIDATION_FIELDS,
     Request,
     base_of,
     is_chosen,
@@ -53,6 +52,8 @@ from moce_dist.transfer.validate import (
 logger = logging.getLogger(__name__)
 
 AnyTask = Task | Scenes | Instances
+_VALIDATION = {"validate_by", "validate_folds", "validate_images", "knn_k", "linear_epochs"}
+"""Fields of `transfer` that a choice by evidence depends on."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Chooser:
             "max_train": transfer.max_train,
             "experts": self.request.experts,
             "select": [transfer.select, transfer.merge_temperature],
-            "validated": transfer.model_dump(include=VALIDATION_FIELDS) if is_validated else None,
+            "validated": transfer.model_dump(include=_VALIDATION) if is_validated else None,
             "control": control.identity if control else None,
         }
         return self._known_or(

@@ -21,10 +21,6 @@ STAGES = ("mae", "moce", "control")
 BY_USE = "token"
 _OWN = {"cluster": "moce", "token": BY_USE, "dense": "control"}
 SELECTIONS: tuple[str, ...] = get_args(Selection)
-VALIDATION_FIELDS = {
-    *("validate_by", "validate_folds", "validate_images", "knn_k", "linear_epochs"),
-}
-"""Fields of `transfer` that a choice by evidence depends on."""
 CLASSIFICATION = ("finetune", "linear", "knn")
 SEGMENTATION = ("finetune",)
 DETECTION = ("finetune",)
@@ -208,29 +204,28 @@ def check_request(request: Request, config: Config) -> None:
 
 
 def _check_further(request: Request, config: Config) -> None:
-    names = [name for name in request.backbones if further_of(name)]
     images, parallel = request.continue_images, config.parallel
+    names = [name for name in request.backbones if further_of(name)]
     for name in names:
         if base_of(name) != "control" and (not is_moce(name) or further_of(name) != "own"):
             raise ConfigError(
                 f"--backbone {name}: must be moce+own, moce:SELECT+own, control+own or control+all"
             )
         if config.moe.kind != "cluster":
-            raise ConfigError(f"--backbone {name}: the run has no clusters' experts")
-    if not names and images is None:
-        return
+            raise ConfigError(f"--backbone {name}: {experts_of(config)}")
     if images is None:
-        raise ConfigError(f"--backbone {names[0]}: needs --continue-images")
+        if names:
+            raise ConfigError(f"--backbone {names[0]}: needs --continue-images")
+        return
     if not names:
         raise ConfigError(f"--continue-images {images}: --backbone names nothing +own or +all")
-    batch = config.transfer.continued.stage(config.moce, 1.0).batch_size
-    if images < batch:
+    if images < (batch := config.transfer.continued.stage(config.moce, 1.0).batch_size):
         raise ConfigError(f"--continue-images {images}: must be at least a batch ({batch})")
     unit = max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches
     if batch % unit:
         raise ConfigError(
-            f"transfer.continued.batch_size ({batch}) must be a multiple of "
-            f"max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches ({unit})"
+            f"transfer.continued.batch_size ({batch}) must be a multiple of {unit}: "
+            "max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches"
         )
 
 
