@@ -77,7 +77,7 @@ def heldout(argv: Sequence[str]) -> None:
     from moce_dist.transfer.heldout import held_out_losses
 
     for row in held_out_losses(run, config):
-        _say(json.dumps(row))
+        _say(json_line(row))
 
 
 def predict(argv: Sequence[str]) -> None:
