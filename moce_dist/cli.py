@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from typing import NoReturn
 
 from moce_dist.environment import shorten_sockets
 from moce_dist.names import open_output
-from moce_dist.run import StoppedError
+from moce_dist.run import WRITER, StoppedError
 from moce_dist.settings import ConfigError
 
 _QUIET = (
@@ -120,6 +121,10 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     except Exception as error:  # noqa: BLE001 - the one place where a failure becomes an exit status
         status = _fail(error, 1)
     sys.stdout.flush()
+    if any(thread.name == WRITER for thread in threading.enumerate()):
+        # a save in flight is lost, and the next start removes it: nobody is kept waiting for a disk
+        sys.stderr.flush()
+        os._exit(status)
     sys.exit(status)
 
 

@@ -24,6 +24,8 @@ from moce_dist.environment import local_path
 from moce_dist.settings import ConfigError, read_tree, validate
 
 COMPLETE = "COMPLETE"
+WRITER = "checkpoint"
+"""Name of a thread that writes a checkpoint, which a process that leaves need not wait for."""
 _PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "moce-dist")
 
 

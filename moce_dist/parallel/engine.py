@@ -15,6 +15,7 @@ Letters: R ranks, B images of a step, G expert groups.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -233,14 +234,20 @@ class Engine:
     def step(self) -> float:
         """Clip, update, and return the global gradient norm before clipping.
 
-        Call after every micro-batch; only the last one of a step updates (others return nan).
+        Call after every micro-batch; only the last one of a step updates (others return nan). A
+        norm that is not finite is so on all ranks, and then nothing is updated.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return float("nan")
-        norm = self._clip_unpartitioned() if self.spec.parallel.zero_stage == 0 else None
-        self._engine.step()
-        return float(self._engine.get_global_grad_norm()) if norm is None else norm
+        if self.spec.parallel.zero_stage > 0:
+            # leaves everything as it is when the norm is not finite
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm())
+        norm = self._clip_unpartitioned()
+        if math.isfinite(norm):
+            self._engine.step()
+        return norm
 
     def _clip_unpartitioned(self) -> float:
         # replicas hold equal gradients, so one sum over the places counts every expert once

@@ -19,7 +19,7 @@ cluster, follows from it and is compared when a stage resumes.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,6 +117,20 @@ def write_weights(checkpoint: Path, weights: Mapping[str, Tensor]) -> None:
     manifest = {"format": FORMAT, "step": 0, "files": {path.name: file_sha256(path)}}
     # last, and sealed: without it there is no checkpoint
     write_atomic(checkpoint / MANIFEST, json.dumps({**manifest, "sha256": fingerprint(manifest)}))
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse state that nothing can be learnt from.
+
+    The magnitudes of a tensor must have a finite sum in float32: a second moment that began as the
+    square of a finite norm has, weights about 1e37 have not, though each of them is a number.
+
+    Raises:
+        FloatingPointError: naming the first tensor that is not so.
+    """
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not torch.isfinite(torch.linalg.vector_norm(tensor, 1)):
+            raise FloatingPointError(f"{name} is not finite")
 
 
 def _tensors(checkpoint: Path) -> Iterator[tuple[str, Path]]:

@@ -2,9 +2,9 @@
 
     build, resume; for each step: next batch, routing table, train_step, log, save; held-out loss
 
-The order of the lines is the order of time. A loss that is not finite stops all ranks together,
-before the optimiser has seen it. Whoever starts the training may ask it to stop: the ranks agree on
-that in the same collective, save and leave.
+The order of the lines is the order of time. A loss or a gradient that is not finite stops all ranks
+together, before the weights have changed. Whoever starts the training may ask it to stop: the ranks
+agree on that in the same collective, save and leave.
 
 Letters: R ranks, b images of a rank, B images of a step, M micro-batches, L MoE layers, E experts.
 """
@@ -46,7 +46,8 @@ def pretrain(job: StageJob, should_stop: Callable[[], bool] = never) -> dict[str
     `should_stop` is asked once a step; a yes on one rank is enough.
 
     Raises:
-        FloatingPointError: the loss is not finite.
+        FloatingPointError: the loss, the gradient's norm or what a checkpoint would hold is not
+            finite.
         StoppedError: on all ranks, after the step in which one of them was asked to stop was saved.
         TooManyFaultsError: too many images were unreadable.
         OSError: a checkpoint could not be written.
@@ -90,7 +91,7 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
     """Take one optimiser step on this rank's part of a batch; metrics are the same on all ranks.
 
     Raises:
-        FloatingPointError: on all ranks, before the optimiser step.
+        FloatingPointError: on all ranks, before the weights have changed.
     """
     engine, count = state.engine, max(1, int(batch.cluster_counts.sum()))
     micro_batches = state.micro_batches
@@ -110,6 +111,7 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
             check_finite(state, sums)
             decay_to_mean(state.engine, state.job.config.moe, lr)
         norm = engine.step()
+    stop_unless_finite(state, "gradient norm", norm)
     # unreadable images weigh 0 but stay in the divisor, so no rank has to hear of them first
     metrics = {
         "step": batch.step,
@@ -173,8 +175,17 @@ def check_finite(state: TrainState, sums: Tensor) -> None:
     dist.all_reduce(shared)
     sums.copy_(shared[:-1])
     state.is_stopping |= bool(shared[-1] > 0)
-    if not math.isfinite(float(sums[0])):
-        raise FloatingPointError(f"{state.job.name}: loss is {float(sums[0])} at step {state.step}")
+    stop_unless_finite(state, "loss", float(sums[0]))
+
+
+def stop_unless_finite(state: TrainState, what: str, value: float) -> None:
+    """Stop when a figure, which is the same on all ranks, is not finite.
+
+    Raises:
+        FloatingPointError: naming the stage, the figure and the step.
+    """
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{state.job.name}: {what} is {value} at step {state.step}")
 
 
 def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
@@ -282,7 +293,10 @@ def open_log(state: TrainState) -> MetricsLog | None:
 
 @torch.no_grad()
 def evaluate(state: TrainState) -> dict[str, Any] | None:
-    """Mean loss over the held-out images, without gate noise; collective over all ranks."""
+    """Mean loss over the held-out images, without gate noise; collective over all ranks.
+
+    None when there are no such images, or none that can be read.
+    """
     table = holdout_table(state.job)
     if table is None:
         return None
@@ -298,4 +312,6 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
             losses, weights, *_ = forward(state, batch, micro)
             sums += torch.stack([(losses * weights).sum(), weights.sum()]).double().cpu()
     check_finite(state, sums)
+    if sums[1] == 0:
+        return None
     return {"loss": float(sums[0] / sums[1]), "images": int(sums[1])}

@@ -1,6 +1,7 @@
 """metrics.jsonl and TensorBoard: one line a logged step, steps increasing, cut on resume."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,17 @@ class MetricsLog:
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
 
     def write(self, metrics: dict[str, Any]) -> None:
-        """Append one line; `metrics["step"]` must be greater than any before."""
+        """Append one line; `metrics["step"]` must be greater than any before.
+
+        JSON has no word for a figure that is not finite: it is written as null.
+        """
+        metrics = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in metrics.items()
+        }
         lease.check()
         with self._path.open("a") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
         if self._writer is not None:
             for name, value in metrics.items():
                 if isinstance(value, int | float) and name != "step":

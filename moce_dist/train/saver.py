@@ -24,6 +24,8 @@ names it, and one rename publishes both. What was half-written lies in a hidden 
 of this process group's own; the next start removes it, and a lost process that still writes into
 its own cannot spoil another's.
 
+What is not finite is not published: the background looks at what it writes.
+
 Memory on the host: 12 bytes a parameter, divided among the ranks.
 """
 
@@ -48,8 +50,15 @@ from torch import Tensor
 
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
-from moce_dist.run import file_sha256, fingerprint, write_atomic
-from moce_dist.train.checkpoint import FORMAT, MANIFEST, Naming, complete_checkpoints, step_folder
+from moce_dist.run import WRITER, file_sha256, fingerprint, write_atomic
+from moce_dist.train.checkpoint import (
+    FORMAT,
+    MANIFEST,
+    Naming,
+    check_finite,
+    complete_checkpoints,
+    step_folder,
+)
 
 if TYPE_CHECKING:
     from moce_dist.parallel.engine import Engine
@@ -62,19 +71,21 @@ class _Background(threading.Thread):
     """One call on a thread that gives way to training; ends with `result` or `error`."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
-        # a daemon: an interrupted process leaves at once, what it was writing is removed later
-        super().__init__(name="checkpoint", daemon=True)
+        # no daemon: those that are inside a library when the interpreter ends abort the process
+        super().__init__(name=WRITER)
         self._action = action
         self.result: Any = None
-        self.error: str | None = None
+        self.error: Exception | None = None
         self.start()
         self._set_niceness(_LOWEST_PRIORITY)
 
     def run(self) -> None:
         try:
             self.result = self._action()
+        except FloatingPointError as error:
+            self.error = error
         except Exception as error:  # noqa: BLE001 - safetensors has its own for a full disk
-            self.error = f"{error}"
+            self.error = OSError(f"{error}")
 
     def finish(self) -> None:
         """Wait for the end; at normal priority, for nobody is left to give way to."""
@@ -141,6 +152,7 @@ class Saver:
         """Take the save in flight a stage further when all ranks are ready; call at every step.
 
         Raises:
+            FloatingPointError: on all ranks, when what one would write is not finite.
             OSError: on all ranks, when one could not write; nothing half-written stays.
         """
         if self._save is None:
@@ -167,7 +179,7 @@ class Saver:
             self._save = None
             if self._rank == 0:
                 shutil.rmtree(save.temporary, ignore_errors=True)
-            raise OSError(f"{self._folder}: checkpoint not written: {failed}")
+            raise type(failed)(f"{self._folder}: checkpoint not written: {failed}")
         if save.is_written:
             self._save = None
             return
@@ -232,6 +244,7 @@ class Shares:
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     if not tensors:
         return {}
+    check_finite(tensors.items())
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, path)
     with path.open("rb") as file:

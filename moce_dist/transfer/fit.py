@@ -14,7 +14,7 @@ Letters: B images of a rank.
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moce_dist.run import StoppedError, read_jsonl, write_atomic
+from moce_dist.train.checkpoint import check_finite
 from moce_dist.transfer.loading import Machine, Progress
 from moce_dist.transfer.measure import Measures
 from moce_dist.transfer.ranks import from_first
@@ -101,7 +102,8 @@ def run_fit(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
     Collective over the ranks of the machine; the measures are the same on all.
 
     Raises:
-        FloatingPointError: the loss is no number.
+        FloatingPointError: on all ranks; the loss, the gradient's norm or what would be saved or
+            measured is not finite.
         StoppedError: a rank was asked to stop, and the state is saved.
     """
     # DeepSpeed takes seconds to import, which protocols without training need not wait for
@@ -143,7 +145,8 @@ def _prepared(
     return (inputs, targets) if fitting.prepare is None else fitting.prepare(inputs, targets)
 
 
-def _measured(fitting: Fitting) -> Measures:
+def _measured(fitting: Fitting, step: int) -> Measures:
+    _check_state(fitting.name, step, fitting.model.state_dict().items())
     fitting.model.eval()
     found = fitting.view()
     fitting.model.train()
@@ -160,11 +163,11 @@ def _keep(
     is_stopping: bool,
 ) -> None:
     if kept.view_every and step % kept.view_every == 0:
-        found = _measured(fitting)
+        found = _measured(fitting, step)
         if machine.rank == 0:
             _view(fitting, kept, step, found)
     if is_stopping or step % kept.save_every == 0:
-        _save_state(trainer, machine, kept, step)
+        _save_state(fitting, trainer, machine, kept, step)
     if is_stopping:
         raise StoppedError(f"{fitting.name}: state saved at step {step} of {fitting.steps}")
 
@@ -181,7 +184,7 @@ def _view(fitting: Fitting, kept: Kept, step: int, found: Measures) -> None:
 
 
 def _finish(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
-    found = _measured(fitting)
+    found = _measured(fitting, fitting.steps)
     if kept is None or machine.rank > 0:
         return found
     if kept.view_every:
@@ -193,9 +196,19 @@ def _finish(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
     return found
 
 
-def _save_state(trainer: "Trainer", machine: Machine, kept: Kept, step: int) -> None:
+def _check_state(fit: str, step: int, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    try:
+        check_finite(tensors)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{fit}: after step {step}: {error}") from None
+
+
+def _save_state(
+    fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept, step: int
+) -> None:
     copies = {}
     for name, tensor in trainer.state():
+        _check_state(fitting.name, step, [(name, tensor)])
         if machine.rank == 0:
             copies[name] = tensor.cpu().contiguous()
     if machine.rank > 0:

@@ -1,4 +1,4 @@
-"""The learning rate of a fit, and the stop when its loss is no number.
+"""The learning rate of a fit, and the stop when its figures are not finite.
 
 Source: facebookresearch/mae util/lr_sched.py @efb2a80; for detection ViTDet, Li et al. 2022, arXiv
 2203.16527, appendix A.2.
@@ -7,7 +7,6 @@ Source: facebookresearch/mae util/lr_sched.py @efb2a80; for detection ViTDet, Li
 import math
 
 import torch
-from torch import Tensor
 
 _MIN_LR = 1e-6
 # 163889 and 177546 of 184375 steps, in ViTDet
@@ -35,11 +34,11 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def check_loss(loss: Tensor, what: str, step: int) -> None:
-    """Stop a fit whose loss is no number.
+def stop_unless_finite(value: float, what: str, fit: str, step: int) -> None:
+    """Stop a fit when a figure, which is the same on all ranks, is not finite.
 
     Raises:
-        FloatingPointError: naming the fit and the step.
+        FloatingPointError: naming the fit, the figure and the step.
     """
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"{what}: loss is {loss.item()} in step {step}")
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{fit}: {what} is {value} in step {step}")

@@ -20,7 +20,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.blocks import prepare_blocks
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.ranks import add_up, share_batch_norm
-from moce_dist.transfer.schedule import check_loss, set_learning_rate
+from moce_dist.transfer.schedule import set_learning_rate, stop_unless_finite
 
 _PREFIX, _BUFFER = "model.", "buffer"
 Loss = Callable[[Tensor, Any], Tensor]
@@ -100,8 +100,9 @@ class Trainer:
             if number == len(parts):
                 sums[1] = should_stop()
                 sums = add_up(sums, machine)
-                check_loss(sums[0], self._name, step)
-            self._engine.step()
+                stop_unless_finite(float(sums[0]), "loss", self._name, step)
+            norm = self._engine.step()
+        stop_unless_finite(norm, "gradient norm", self._name, step)
         return bool(sums[1] > 0)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

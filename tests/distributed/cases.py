@@ -360,6 +360,62 @@ def train_with_small_files(run, overrides, rank):
     return None
 
 
+def train_with_bad_gradient(run, overrides, rank, parameter, at_step):
+    """Run the stage; in one step one rank's gradient of one parameter is infinite.
+
+    Returns the error of this rank, whether its weights and moments are those before the step, and
+    what is published.
+    """
+    init_distributed(torch.device("cpu"))
+    step, seen = loop.train_step, {}
+
+    def snapshot(state):
+        return {(n, kind): tensor.clone() for n, kind, tensor in state.engine.state()}
+
+    def watched(state, batch):
+        if batch.step != at_step:
+            return step(state, batch)
+        seen.update(state=state, before=snapshot(state))
+        state.saver.wait()
+        weight = state.model.get_parameter(parameter)
+        if dist.get_rank() == rank:
+            weight.register_hook(lambda gradient: gradient * np.inf)
+        return step(state, batch)
+
+    loop.train_step = watched
+    try:
+        loop.pretrain(make_job(run, overrides))
+    except FloatingPointError as error:
+        after = snapshot(seen["state"])
+        is_same = all(tensor.equal(after[key]) for key, tensor in seen["before"].items())
+        return str(error), is_same, sorted(os.listdir(Path(run) / "moce" / "checkpoints"))
+    finally:
+        loop.train_step = step
+    raise AssertionError("nobody stopped")
+
+
+def train_to_ruin(run, overrides, rank):
+    """Run the stage; after the last step one rank's experts are beyond what can be summed."""
+    init_distributed(torch.device("cpu"))
+    save = loop.save
+
+    def ruin(state):
+        if state.step == state.total_steps and dist.get_rank() == rank:
+            for name, _, tensor in state.engine.state():
+                if is_stacked(name):
+                    tensor.fill_(1e37)
+        save(state)
+
+    loop.save, evaluate, loop.evaluate = ruin, loop.evaluate, lambda state: None
+    try:
+        loop.pretrain(make_job(run, overrides))
+    except FloatingPointError as error:
+        return str(error)
+    finally:
+        loop.save, loop.evaluate = save, evaluate
+    raise AssertionError("nobody stopped")
+
+
 def _shuffled(placement, step):
     # experts anywhere, as many in every group as before; readers as planned
     draws = np.random.default_rng(step)

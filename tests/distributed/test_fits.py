@@ -209,6 +209,7 @@ def test_fit_goes_on_elsewhere_after_one_rank_was_asked_to_stop(pools, roots, tm
     ("field", "said"),
     [
         ("transfer.finetune.base_lr=1e38", "FloatingPointError: .* loss is nan in step"),
+        ("transfer.finetune.base_lr=1e12", "FloatingPointError: .* gradient norm is nan in step"),
         ("transfer.finetune.batch_size=2", r"parallel.num_workers \(2\) must be at most 1 for"),
     ],
 )
@@ -217,3 +218,11 @@ def test_all_ranks_end_with_one_line(field, said, pools, roots, tmp_path):
     found = pools(2).run("fit", **common, overrides=on(2, field))
     assert found[0] == found[1]
     assert re.search(said, found[0])
+
+
+def test_a_fit_whose_weights_are_ruined_leaves_no_model(pools, roots, tmp_path):
+    common = call(roots, "classify", out=tmp_path, overrides=on(2)) | {"function": "ruined_fit"}
+    found = pools(2).run("fit", **common)
+    assert found[0] == found[1]
+    assert re.fullmatch(r"FloatingPointError: .*: after step 6: \S+ is not finite", found[0])
+    assert not (tmp_path / "last").exists() and not (tmp_path / "best").exists()

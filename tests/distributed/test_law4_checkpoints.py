@@ -144,6 +144,32 @@ def test_one_rank_that_cannot_write_ends_all_with_one_error(pools, own_run, rank
     assert latest_checkpoint(folder) is not None
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("name", ["blocks.1.mlp.experts.fc1.weight", "blocks.0.norm1.bias"])
+def test_an_infinite_gradient_of_one_rank_stops_all_before_the_weights_change(
+    pools, own_run, zero_stage, name
+):
+    found = pools(2).run(
+        "train_with_bad_gradient", run=str(own_run), overrides=overrides(2, zero_stage), rank=1,
+        parameter=name, at_step=5,
+    )  # fmt: skip
+    for error, is_same, published in found:
+        assert error.startswith("moce: gradient norm is ") and error.endswith(" at step 5")
+        assert is_same
+        assert published == ["step_00000004"]
+    # the same run goes on from what is good, to the end
+    pools(2).run("train_to_end", run=str(own_run), overrides=overrides(2, zero_stage))
+
+
+def test_weights_that_cannot_be_summed_are_not_published(pools, own_run):
+    folder = own_run / "moce" / "checkpoints"
+    errors = pools(2).run("train_to_ruin", run=str(own_run), overrides=overrides(2), rank=1)
+    assert errors[0] == errors[1]
+    assert errors[0].startswith(f"{folder}: checkpoint not written: weight/blocks.")
+    assert errors[0].endswith(" is not finite")
+    assert sorted(p.name for p in folder.iterdir()) == ["step_00000004", "step_00000008"]
+
+
 def test_a_folder_that_cannot_be_made_ends_all_with_one_error(pools, own_run):
     folder = own_run / "moce" / "checkpoints"
     folder.parent.mkdir()
