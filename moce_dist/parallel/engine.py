@@ -47,6 +47,7 @@ from moce_dist.environment import bind_ranks, shorten_sockets
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.reduction import GradientReducer
+from moce_dist.parallel.rendezvous import fresh_store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
@@ -96,7 +97,10 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             bind_ranks(os.environ["MASTER_ADDR"])
-            dist.init_process_group(backend, timeout=timeout)
+            store, rank, world_size = fresh_store(timeout)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+            )
         else:
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

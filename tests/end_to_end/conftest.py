@@ -183,8 +183,8 @@ def start_torchrun():
     """Start jobs/pretrain.py on several processes without Ray."""
     jobs = []
 
-    def begin(num_processes, *arguments):
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    def begin(num_processes, *arguments, flags=("--standalone",)):
+        launcher = [sys.executable, "-m", "torch.distributed.run", *flags]
         command = [f"--nproc-per-node={num_processes}", "--", ROOT / "jobs" / "pretrain.py"]
         jobs.append(Job(*launcher, *command, *arguments))
         return jobs[-1]

@@ -1,0 +1,68 @@
+"""How the ranks of one start find each other, and nobody of the start before.
+
+torchrun keeps one store for all of its restarts, so what ranks wrote there before they were lost
+is still there: gloo then calls on processes that are dead. Its count of restarts does not help,
+nodes count for themselves. So the ranks agree on a name that only this start knows:
+
+    rank r > 0   hello/r = a number of its own                     ack: I saw my own number
+    rank 0       offer = {name, the numbers that it sees}, again when one changes, until all acked
+"""
+
+import json
+import time
+import uuid
+from datetime import timedelta
+
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
+
+_LOOK_EVERY_S = 0.05
+
+
+def fresh_store(timeout: timedelta | None) -> tuple[Store, int, int]:
+    """Return a store that holds nothing of an earlier start, this rank, and the number of ranks.
+
+    Collective over the ranks that a launcher's environment describes.
+
+    Raises:
+        TimeoutError: not all ranks came.
+    """
+    timeout = timeout or default_pg_timeout
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    name = agree(store, rank, world_size, timeout)
+    return PrefixStore(f"start-{name}", store), rank, world_size
+
+
+def agree(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """Agree on a name for this start with all ranks that are in it.
+
+    Raises:
+        TimeoutError: not all ranks came.
+    """
+    end, mine = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        while (offer := _read(store, "offer")) is None or offer["seen"].get(str(rank)) != mine:
+            _wait(end, "rank 0")
+        store.set(f"ack/{offer['name']}/{rank}", "")
+        return str(offer["name"])
+    others, seen = range(1, world_size), None
+    while not all(store.check([f"ack/{mine}/{other}"]) for other in others):
+        there = [other for other in others if store.check([f"hello/{other}"])]
+        hellos = {str(other): store.get(f"hello/{other}").decode() for other in there}
+        if hellos != seen:
+            seen = hellos
+            store.set("offer", json.dumps({"name": mine, "seen": seen}))
+        _wait(end, "the other ranks")
+    return mine
+
+
+def _read(store: Store, key: str) -> dict[str, dict[str, str]] | None:
+    return json.loads(store.get(key)) if store.check([key]) else None
+
+
+def _wait(end: float, who: str) -> None:
+    if time.monotonic() > end:
+        raise TimeoutError(f"waited in vain for {who} to join")
+    time.sleep(_LOOK_EVERY_S)
