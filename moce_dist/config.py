@@ -46,6 +46,7 @@ RUNTIME_FIELDS = (
     "parallel.max_failures",
     "parallel.max_preemptions",
     "parallel.start_timeout_s",
+    "parallel.step_timeout_s",
     "checkpoint",
     "logging",
     "transfer",
@@ -313,6 +314,8 @@ class ParallelConfig(Section):
     """Restarts after the loss, or the announced loss, of a worker's node."""
     start_timeout_s: float = Field(600, gt=0)
     """Time in which nodes with room for the fewest workers must be there, seconds."""
+    step_timeout_s: float = Field(300, gt=0)
+    """A rank in one step for so long, and for ten times the median, is restarted, seconds."""
 
     @property
     def fewest_workers(self) -> int:

@@ -13,6 +13,7 @@ Letters: R ranks, G expert groups.
 """
 
 import logging
+import re
 import signal
 import socket
 import textwrap
@@ -21,11 +22,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from moce_dist.config import ParallelConfig
+from moce_dist.follow import Failure
 from moce_dist.parallel.groups import Topology, natural_key
+from moce_dist.pulse import Beat, Sign, standing_still
 from moce_dist.run import StoppedError
 from moce_dist.settings import ConfigError
 
@@ -33,6 +36,8 @@ log = logging.getLogger(__name__)
 GROUP_LABEL = "moce.dist/expert-group"
 """Ray node label that names the expert group of a node."""
 _SETTLE_S = 5.0
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+_STOP_WAIT_S = 60
 _LOOK_EVERY_S = 1.0
 
 
@@ -171,13 +176,22 @@ class Budgets:
     parallel: ParallelConfig
     failures: int = 0
     preemptions: int = 0
+    _reached: dict[str, int] = field(default_factory=dict)
+    _last: str = ""
 
-    def charge(self, *, is_preemption: bool, cause: str) -> str:
-        """Count a loss and say so in a line.
+    def charge(self, *, is_preemption: bool, cause: str, reached: Mapping[str, int]) -> str:
+        """Count a loss and say so in a line; `reached` are the last steps of the loops.
 
         Raises:
-            RuntimeError: naming the budget that this loss exceeds.
+            RuntimeError: naming the budget that this loss exceeds; or the cause is that of the loss
+                before, and no step was gained since.
         """
+        has_gained = any(step > self._reached.get(loop, -1) for loop, step in reached.items())
+        self._reached |= {k: max(step, self._reached.get(k, -1)) for k, step in reached.items()}
+        # numbers of ranks, processes and ports differ from time to time
+        last, self._last = self._last, "" if is_preemption else re.sub(r"\d+", "#", cause)
+        if self._last and self._last == last and not has_gained:
+            raise RuntimeError(f"{self.name}: twice, without a step gained in between: {cause}")
         name = "preemptions" if is_preemption else "failures"
         count, limit = getattr(self, name) + 1, getattr(self.parallel, f"max_{name}")
         setattr(self, name, count)
@@ -190,11 +204,14 @@ class Budgets:
 
 
 class Desk:
-    """Where driver and workers leave word: on which nodes they are, and whether to stop."""
+    """Where driver and workers leave word: where they are, how far, what failed, when to stop."""
 
     def __init__(self) -> None:
         """Begin with nobody there."""
         self._nodes: list[str] = []
+        self._signs: dict[int, Sign] = {}
+        self._reached: dict[str, int] = {}
+        self._failures: list[Failure] = []
         self._seats: Any = None
         self._is_stopping = False
 
@@ -211,13 +228,40 @@ class Desk:
         """List the nodes of the workers, one entry a worker."""
         return self._nodes
 
+    def join(self, rank: int, sign: Sign) -> None:
+        """Note that a rank is about to begin."""
+        self._signs[rank] = replace(sign, at=time.monotonic())
+
+    def beat(self, rank: int, beat: Beat) -> bool:
+        """Note that a rank is alive, and how far it is; tell whether the workers are to stop."""
+        if rank in self._signs:
+            self._signs[rank] = replace(self._signs[rank], at=time.monotonic(), beat=beat)
+        if beat.step >= 0:
+            self._reached[beat.loop] = max(beat.step, self._reached.get(beat.loop, -1))
+        return self._is_stopping
+
+    def leave(self, rank: int, failure: Failure | None = None) -> None:
+        """Note that a rank has ended, and by what."""
+        self._signs.pop(rank, None)
+        if failure is not None:
+            self._failures.append(failure)
+
+    def failure(self) -> Failure | None:
+        """Return a failure that another try would not cure, the first of them."""
+        return next((failure for failure in self._failures if failure.is_final), None)
+
+    def reached(self) -> dict[str, int]:
+        """Return the last step of every loop."""
+        return self._reached
+
+    def standing_still(self, timeout_s: float) -> list[tuple[Sign, str]]:
+        """List the ranks that stand still, each with a line that says so."""
+        found = standing_still(self._signs, timeout_s, time.monotonic())
+        return [(self._signs[rank], line) for rank, line in sorted(found.items())]
+
     def stop(self) -> None:
         """Ask the workers to stop."""
         self._is_stopping = True
-
-    def is_stopping(self) -> bool:
-        """Tell whether the workers were asked to stop."""
-        return self._is_stopping
 
 
 @dataclass(frozen=True)
@@ -260,6 +304,22 @@ def answers(node: Mapping[str, Any]) -> bool:
     except OSError:
         return False
     return True
+
+
+def short_stop(environment: Mapping[str, str]) -> str:
+    """Say that `ray job stop` would kill this job before its state is saved; "" where it would not.
+
+    Ray's default is 3 s between SIGTERM and SIGKILL.
+    """
+    wait = environment.get(_STOP_WAIT, "3")
+    is_long = wait.isdecimal() and int(wait) >= _STOP_WAIT_S
+    if is_long or "RAY_JOB_CONFIG_JSON_ENV_VAR" not in environment:
+        return ""
+    return (
+        f"{_STOP_WAIT} ({wait}) is less than {_STOP_WAIT_S} s: `ray job stop` kills this job "
+        "before a large checkpoint is written; set it to 120 in the head's environment, or in "
+        "the env_vars of the job's runtime environment"
+    )
 
 
 @contextmanager

@@ -1,21 +1,25 @@
-"""A job of several workers, what they leave in files, and who tells a person how they get on."""
+"""A job of several workers, why it may fail, and who tells a person how the workers get on."""
 
-import json
+import errno
 import logging
+import os
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from moce_dist.config import ParallelConfig
-from moce_dist.run import write_atomic
+from moce_dist.pulse import Pulse
 from moce_dist.train.job import TooManyFaultsError
 
-FAILED = "failed.json"
-"""In a job's folder: the error that ended the training, and that trying again would not cure."""
 LOG = "log.txt"
 """In a job's folder: what workers have to say."""
 log = logging.getLogger(__name__)
+_OF_A_NETWORK = {
+    getattr(errno, name)
+    for name in ("ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH", "ESTALE", "EIO")
+}
+_FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
 
 
 class Job(Protocol):
@@ -44,34 +48,37 @@ class Job(Protocol):
     def batch_size(self) -> int:
         """What every number of workers below the full one must divide."""
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
+    def run(self, pulse: Pulse) -> None:
         """Carry it out on this rank.
 
         Raises:
-            StoppedError: `should_stop` said so on one rank, and the state is saved.
+            StoppedError: `pulse` said so on one rank, and the state is saved.
         """
 
     def progress(self) -> str:
         """Say in a line how far it is; "" when its log says that, or nobody knows."""
 
 
-def error_left(job: Job) -> str | None:
-    """Return the error that workers of a job left, if any."""
-    failed = job.folder / FAILED
-    return str(json.loads(failed.read_text())["error"]) if failed.exists() else None
+@dataclass(frozen=True)
+class Failure:
+    """What ended a worker, in a line; final when another try would not cure it."""
+
+    text: str
+    is_final: bool
 
 
-def leave_error(job: Job, error: Exception) -> None:
-    """Leave an error of the training itself, unless another try may be worth it."""
-    if _is_final(error):
-        write_atomic(job.folder / FAILED, json.dumps({"error": _one_line(error)}))
+def failure_of(error: Exception) -> Failure:
+    """Tell errors of the training itself from what a lost worker does to the others.
 
-
-def _is_final(error: Exception) -> bool:
-    # when a worker is lost, the others meet errors of the connection: those are worth another try
-    if isinstance(error, TooManyFaultsError):
-        return True
-    return not isinstance(error, RuntimeError | ConnectionError | TimeoutError)
+    A wrong request, figures that are not finite, a full or read-only disk, small shared memory
+    stay as they are. Connections break, and torch says RuntimeError to most things: those may heal.
+    """
+    text = _one_line(error)
+    if isinstance(error, OSError):
+        is_lost = isinstance(error, ConnectionError | TimeoutError) or error.errno in _OF_A_NETWORK
+        return Failure(text, not is_lost)
+    is_final = isinstance(error, TooManyFaultsError) or not isinstance(error, RuntimeError)
+    return Failure(text, is_final or any(said in text for said in _FULL))
 
 
 def _one_line(error: Exception) -> str:

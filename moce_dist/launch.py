@@ -8,13 +8,14 @@ When a worker is lost, all start again from the newest checkpoint, on as many no
 then: `elastic.py` decides, and Ray neither restarts nor resizes anything by itself.
 A node that drains, room for more workers, or SIGTERM to the driver stop the training between two
 steps, with its state saved; so does the drain of the driver's own node, which the driver leaves.
-An error of the training itself is not tried again: it is left in `failed.json`, and workers that
-find one leave at once.
+A rank that stands still is killed, which is a loss like any other. An error of the training itself
+is not tried again; it reaches the driver through the desk, not a disk.
 """
 
 import json
 import logging
 import os
+import signal
 import threading
 import time
 from collections import Counter, deque
@@ -50,17 +51,21 @@ from moce_dist.elastic import (
     answers,
     cause_of,
     heed_sigterm,
+    short_stop,
     wait_for_seats,
 )
-from moce_dist.follow import FAILED, Follower, Job, error_left, leave_error, log_to_file
+from moce_dist.follow import Follower, Job, failure_of, log_to_file
 from moce_dist.mapping import Item, Result, Shared
 from moce_dist.parallel.groups import Station, free_port, rank_order
+from moce_dist.pulse import Pulse, Sign
 from moce_dist.run import StoppedError
 
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 * 2**20
 _LOOK_EVERY_S = 1.0
 _GROW_EVERY_S = 30.0
+_BEATS_A_S = 100
+"""Signs of life of all ranks that the desk takes in a second."""
 
 
 def connect(parallel: ParallelConfig) -> None:
@@ -150,10 +155,9 @@ def train(job: Job) -> None:
             long or too often.
         StoppedError: this process got SIGTERM, or its node drains; the state is saved.
     """
-    (job.folder / FAILED).unlink(missing_ok=True)
     if "RANK" in os.environ or not needs_ray(job.parallel):
         with heed_sigterm() as is_terminated:
-            job.run(is_terminated)
+            job.run(Pulse(is_terminated))
         return
     connect(job.parallel)
     with heed_sigterm() as is_terminated, _asking_for_room(job.parallel):
@@ -187,13 +191,15 @@ def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
     wanted = Wanted(job.name, parallel, job.batch_size, resource)
     look = partial(live_hosts, resource)
     budgets, follower = Budgets(job.name, parallel), Follower(job)
+    if warning := short_stop(os.environ):
+        log.warning("%s", warning)
     while True:
         labels = wait_for_seats(wanted, look, is_terminated)
         log.info("%s: %d of %d workers", job.name, len(labels), parallel.num_workers)
         start = Start(job, wanted, labels)
         ending = start.run(follower, is_terminated)
-        if error := error_left(job):
-            raise RuntimeError(error)
+        if failure := ray.get(start.desk.failure.remote()):
+            raise RuntimeError(failure.text)
         if ending.is_finished:
             return
         if is_terminated():
@@ -204,7 +210,9 @@ def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
             continue
         start.free_seats()
         lost = start.hosting() - {host.node for host in look()}
-        log.warning("%s", budgets.charge(is_preemption=bool(lost), cause=ending.cause))
+        reached = ray.get(start.desk.reached.remote())
+        line = budgets.charge(is_preemption=bool(lost), cause=ending.cause, reached=reached)
+        log.warning("%s", line)
 
 
 def live_hosts(resource: str) -> list[Host]:
@@ -229,37 +237,52 @@ class Start:
         """Begin a start of one worker for each label."""
         self._wanted, self._labels = wanted, labels
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
         # in a process of its own: here Ray Train would take over SIGINT, and a thread of it that is
         # still waiting when Ray is shut down would end this process with the wrong exit status
         fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
-        self._ending = fit.remote(job, wanted.resource, labels, self._desk, lease.held())
+        self._ending = fit.remote(job, wanted.resource, labels, self.desk, lease.held())
         self._grow_at = time.monotonic() + _GROW_EVERY_S
         self.has_room_for_more = False
 
     def hosting(self) -> set[str]:
         """Return the nodes on which workers arrived."""
-        return set(ray.get(self._desk.nodes.remote()))
+        return set(ray.get(self.desk.nodes.remote()))
 
     def free_seats(self) -> None:
         """Give back what the workers held, when whoever does that for Ray Train is gone as well.
 
         Ray's own cleaner asks the dashboard, which an embedded cluster has not.
         """
-        if (seats := ray.get(self._desk.seats.remote())) is not None:
+        if (seats := ray.get(self.desk.seats.remote())) is not None:
             remove_placement_group(seats)
 
     def run(self, follower: Follower, is_terminated: Callable[[], bool]) -> Ending:
         """Follow the workers to their end, however it comes."""
+        killed: list[str] = []
         while not ray.wait([self._ending], timeout=_LOOK_EVERY_S)[0]:
             if is_terminated() or self._is_draining() or self._can_grow():
-                self._desk.stop.remote()
+                self.desk.stop.remote()
+            killed = killed or self._kill_who_stands_still()
             follower.report()
         follower.report_log()
+        if killed:
+            return Ending(cause="; ".join(killed))
         try:
             return ray.get(self._ending)
         except RayError as error:
             return Ending(cause=cause_of(error))
+
+    def _kill_who_stands_still(self) -> list[str]:
+        timeout_s = self._wanted.parallel.step_timeout_s
+        found = ray.get(self.desk.standing_still.remote(timeout_s))
+        for sign, line in found:
+            log.warning("%s: %s; it is killed", self._wanted.name, line)
+            there = NodeAffinitySchedulingStrategy(sign.node, soft=False)
+            # by a task, because a stopped process does not hear what Ray says to it
+            kill = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there)
+            kill.remote(sign.process)
+        return [line for _, line in found]
 
     def _is_draining(self) -> bool:
         draining = cluster_state.get_draining_nodes()
@@ -270,7 +293,7 @@ class Start:
         if is_full or time.monotonic() < self._grow_at:
             return self.has_room_for_more
         self._grow_at = time.monotonic() + _GROW_EVERY_S
-        mine = Counter(ray.get(self._desk.nodes.remote()))
+        mine = Counter(ray.get(self.desk.nodes.remote()))
         hosts = [
             replace(host, slots=host.slots + mine[host.node])
             for host in live_hosts(self._wanted.resource)
@@ -278,6 +301,11 @@ class Start:
         best = self._wanted.best_seats(hosts)
         self.has_room_for_more = best is not None and len(best) > len(self._labels)
         return self.has_room_for_more
+
+
+def _kill(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def _fit(job: Job, resource: str, labels: list[str], desk: Any, leases: Any) -> Ending:
@@ -339,34 +367,39 @@ def _train_worker(config: dict[str, Any]) -> str | None:
     job, desk = config["job"], config["desk"]
     # a driver that stands still cannot tell its workers that another has taken the run over
     lease.watch(config["leases"])
-    if error_left(job):
-        return None
-    seats = get_current_placement_group()
-    ray.get(desk.arrive.remote(ray.get_runtime_context().get_node_id(), seats))
+    node = ray.get_runtime_context().get_node_id()
+    ray.get(desk.arrive.remote(node, get_current_placement_group()))
     _join(job.parallel.start_timeout_s)
     is_first = ray.train.get_context().get_world_rank() == 0
     log_to_file(job, logging.INFO if is_first else logging.WARNING)
+    rank = int(os.environ["RANK"])
+    ray.get(desk.join.remote(rank, Sign(node, ray.util.get_node_ip_address(), os.getpid(), 0.0)))
     try:
-        # one rank that asks is enough: the ranks agree with every step
-        job.run(_watch(desk) if is_first else lambda: False)
+        job.run(_watch(desk, rank))
     except StoppedError as stopped:
         return str(stopped)
     except Exception as error:
-        leave_error(job, error)
+        with suppress(RayError):
+            ray.get(desk.leave.remote(rank, failure_of(error)))
         raise
+    finally:
+        desk.leave.remote(rank)
     return None
 
 
-def _watch(desk: Any) -> Callable[[], bool]:
-    """Ask the desk in the background, so that a step never waits for an answer."""
+def _watch(desk: Any, rank: int) -> Pulse:
+    """Tell the desk in the background that this rank is alive, and hear whether it is to stop."""
     asked = threading.Event()
+    pulse = Pulse(asked.is_set)
+    every_s = max(_LOOK_EVERY_S, int(os.environ["WORLD_SIZE"]) / _BEATS_A_S)
 
-    def ask() -> None:
+    def beat() -> None:
         # without a driver there is no desk, and soon no worker
         with suppress(RayError):
-            while not ray.get(desk.is_stopping.remote()):
-                time.sleep(_LOOK_EVERY_S)
-            asked.set()
+            while True:
+                if ray.get(desk.beat.remote(rank, pulse.beat())):
+                    asked.set()
+                time.sleep(every_s)
 
-    threading.Thread(target=ask, name="watch", daemon=True).start()
-    return asked.is_set
+    threading.Thread(target=beat, name="watch", daemon=True).start()
+    return pulse

@@ -10,9 +10,11 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -44,12 +46,42 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError that does not: writing says nothing but "No space left"."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Have a folder in two places: hard links of its files, copies where these cannot be.
+
+    Files of a run are replaced, never changed, so both places may hold them.
+    """
+
+    def link(file: str, to: str) -> None:
+        try:
+            os.link(file, to)
+        except OSError:
+            with naming(Path(to)):
+                shutil.copyfile(file, to)
+
+    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns(".*"))
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that readers see the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with (
+            naming(path),
+            temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+        ):
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -130,7 +162,8 @@ def record_fault(ledger: Path, **fault: Any) -> None:
     line = json.dumps({"time": round(time.time(), 3), **fault}) + "\n"
     descriptor = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        os.write(descriptor, line.encode())
+        with naming(ledger):
+            os.write(descriptor, line.encode())
     finally:
         os.close(descriptor)
 
@@ -232,13 +265,24 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
     elif root.exists() and any(path.name not in lease.FILES for path in root.iterdir()):
         raise ConfigError(f"{root}: is not a run directory (no config.yaml) and not empty")
     write_atomic(resolved, to_yaml(config))
+    origin = {k: v for k, v in read_provenance(root).items() if k == "forked_from"}
     provenance = {
+        **origin,
         "versions": versions(),
         "command": sys.argv,
         "time": time.strftime("%FT%TZ", time.gmtime()),
     }
     write_atomic(root / "provenance.json", json.dumps(provenance, indent=1))
     return Run(root)
+
+
+def read_provenance(root: Path) -> dict[str, Any]:
+    """Read what a run directory says of its making; {} where there is nothing to read."""
+    try:
+        found: dict[str, Any] = json.loads((root / "provenance.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found
 
 
 def differing_fields(config: Config, other: Config) -> list[str]:

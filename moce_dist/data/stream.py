@@ -12,9 +12,6 @@ Letters: B images of a step over all ranks, b = B / R images of a rank, N patche
 (pixels).
 """
 
-import ctypes
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -26,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from moce_dist.config import DataConfig
 from moce_dist.data.cache import SampleCache
@@ -41,13 +38,13 @@ from moce_dist.data.images import (
     open_picture,
 )
 from moce_dist.data.kept import KeptSamples
+from moce_dist.data.loaders import load
 from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
 from moce_dist.data.ranges import Content, Range, RangeReader, Wanted, is_remote
 from moce_dist.run import record_fault
 
 GroupOf = Callable[[Ids], Ids]
 
-_PR_SET_PDEATHSIG = 1
 _CPU = torch.device("cpu")
 
 
@@ -297,18 +294,18 @@ def stream(
 
     Raises:
         ConfigError: nothing is installed that decodes on a device.
+        OSError: shared memory is too small for the batches.
         RuntimeError: the loader delivered nothing for `data.stall_timeout_s`, or a process died.
     """
     processes = spec.data.loader_processes
     on_device = spec.data.decode_on == "device"
     decoder = DeviceDecoder(spec.data.image_size, device) if on_device else None
-    loader = DataLoader(
+    loader = load(
         PlannedStream(spec, group_of, range(start, stop)),
+        processes,
+        stall_s=spec.data.stall_timeout_s,
         batch_size=None,
-        num_workers=processes,
         prefetch_factor=spec.data.prefetch_batches if processes else None,
-        timeout=spec.data.stall_timeout_s if processes else 0,
-        worker_init_fn=_die_with_parent if processes else None,
     )
     for batch in loader:
         yield batch if decoder is None else _decoded(batch, decoder, spec)
@@ -325,9 +322,3 @@ def _decoded(batch: Batch, decoder: DeviceDecoder, spec: StreamSpec) -> Batch:
                 batch.weights[slot] = 0.0
                 _record(spec, batch.step, sample_id, str(square))
     return batch._replace(images=images, waiting=None)
-
-
-def _die_with_parent(_: int) -> None:
-    # a loader process asks for its parent only between batches; a stalled read would outlive it
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,6 +1,5 @@
 """A training stage as it is sent to the workers: small, and everything else is read from disk."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 from moce_dist.config import Config, ParallelConfig, StageConfig
 from moce_dist.data.plan import Plan, sample_table
 from moce_dist.data.shards import read_index
+from moce_dist.pulse import Pulse
 from moce_dist.run import read_jsonl
 
 HOLDOUT_TABLE = "holdout.parquet"
@@ -88,11 +88,11 @@ class StageJob:
         """Optimiser steps of the stage."""
         return total_steps(self.stage_config, self.plan())
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
+    def run(self, pulse: Pulse) -> None:
         """Train the stage to its end; collective over all ranks."""
         from moce_dist.train.loop import pretrain
 
-        pretrain(self, should_stop)
+        pretrain(self, pulse)
 
     def progress(self) -> str:
         """Say how far the training is, by the newest line of its metrics; "" before the first."""

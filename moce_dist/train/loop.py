@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -28,22 +28,23 @@ from moce_dist.data.stream import Batch, stream
 from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import ExpertExchange
 from moce_dist.parallel.token import token_balance_loss
+from moce_dist.pulse import Pulse
 from moce_dist.run import StoppedError, write_atomic
 from moce_dist.train.expert_metrics import moe_metrics
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.migrate import replan
 from moce_dist.train.optim import decay_to_mean, learning_rate, set_learning_rate
-from moce_dist.train.setup import TrainState, build_state, holdout_table, never
+from moce_dist.train.setup import TrainState, build_state, holdout_table
 
 log = logging.getLogger(__name__)
 _FAULTS_BEFORE_STOP = 8
 
 
-def pretrain(job: StageJob, should_stop: Callable[[], bool] = never) -> dict[str, Any]:
+def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     """Train one stage to its end and return its summary; collective over all ranks.
 
-    `should_stop` is asked once a step; a yes on one rank is enough.
+    `pulse` is asked once a step whether to stop; a yes on one rank is enough.
 
     Raises:
         FloatingPointError: the loss, the gradient's norm or what a checkpoint would hold is not
@@ -53,7 +54,7 @@ def pretrain(job: StageJob, should_stop: Callable[[], bool] = never) -> dict[str
         OSError: a checkpoint could not be written.
     """
     state = build_state(job)
-    state.should_stop = should_stop
+    state.pulse = pulse or state.pulse
     start = state.step
     metrics_log = open_log(state)
     clock = Clock()
@@ -70,6 +71,7 @@ def pretrain(job: StageJob, should_stop: Callable[[], bool] = never) -> dict[str
             if metrics_log is not None:
                 metrics_log.write(metrics | clock.lap())
         if state.is_stopping or is_due(state, job.config.checkpoint.every_steps):
+            state.pulse.rest()
             save(state)
         if state.is_stopping:
             break
@@ -108,7 +110,8 @@ def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
         sums += torch.stack([loss.detach(), (weights > 0).sum()]).double().cpu()
         # before the optimiser has seen the gradients: a bad step must not reach the weights
         if micro == micro_batches - 1:
-            check_finite(state, sums)
+            asked = state.pulse(state.job.name, state.step)
+            check_finite(state, sums, asked=asked)
             decay_to_mean(state.engine, state.job.config.moe, lr)
         norm = engine.step()
     stop_unless_finite(state, "gradient norm", norm)
@@ -167,11 +170,10 @@ def forward(
     return losses, weights, total, torch.stack([balance, confidence]).detach().cpu()
 
 
-def check_finite(state: TrainState, sums: Tensor) -> None:
+def check_finite(state: TrainState, sums: Tensor, *, asked: bool = False) -> None:
     """Add up the ranks' sums in place and stop all ranks when the loss is not finite."""
     # who was asked to stop travels along: agreeing on it costs no collective of its own
-    asked = sums.new_tensor([state.should_stop()])
-    shared = torch.cat([sums, asked]).to(state.engine.device)
+    shared = torch.cat([sums, sums.new_tensor([asked])]).to(state.engine.device)
     dist.all_reduce(shared)
     sums.copy_(shared[:-1])
     state.is_stopping |= bool(shared[-1] > 0)

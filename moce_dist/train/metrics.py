@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist import lease
-from moce_dist.run import read_jsonl, write_atomic
+from moce_dist.run import naming, read_jsonl, write_atomic
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -36,7 +36,7 @@ class MetricsLog:
             for k, v in metrics.items()
         }
         lease.check()
-        with self._path.open("a") as file:
+        with naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
         if self._writer is not None:
             for name, value in metrics.items():

@@ -2,8 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +23,7 @@ from moce_dist.model.moce import experts_from_dense, is_stacked
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.token import insert_token_experts
+from moce_dist.pulse import Pulse
 from moce_dist.run import Run, forget_faults
 from moce_dist.settings import ConfigError
 from moce_dist.train.blocks import prepare_blocks
@@ -46,11 +46,6 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 3600
 
 
-def never() -> bool:
-    """Never ask a training to stop."""
-    return False
-
-
 @dataclass
 class TrainState:
     """Everything one rank trains with."""
@@ -65,7 +60,7 @@ class TrainState:
     saver: Saver
     step: int = 0
     faults: int = 0
-    should_stop: Callable[[], bool] = never
+    pulse: Pulse = field(default_factory=Pulse)
     is_stopping: bool = False
 
     @cached_property

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.config import Config
+from moce_dist.pulse import Pulse
 from moce_dist.run import Run, artefact_id, is_complete, mark_complete, write_atomic
 from moce_dist.train.checkpoint import trained_steps
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
@@ -34,7 +35,7 @@ from moce_dist.transfer.continuing import Train, further_folder, further_jobs
 from moce_dist.transfer.detect import Detection, detect
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.finetune import finetune
-from moce_dist.transfer.fit import Kept, never
+from moce_dist.transfer.fit import Kept
 from moce_dist.transfer.further import (
     Start,
     cost_of,
@@ -82,7 +83,7 @@ class Comparison:
         self.request, self.run, self.config, self.task = request, run, config, task
         self.folder = run.transfer(request.folder)
         self.machine = machine or machine_of(config)
-        self.should_stop: Callable[[], bool] = never
+        self.pulse = Pulse()
         self.chooser = Chooser(request, run, config, task, self.machine)
         self._features: tuple[tuple[str, int], Features] | None = None
 
@@ -231,7 +232,7 @@ class Comparison:
             transfer.save_every_steps,
             transfer.view_every_steps,
             transfer.save_models,
-            self.should_stop,
+            self.pulse,
         )
 
     def _classify(self, fit: Fit, backbone: Backbone, task: Task, kept: Kept) -> Fitted:

@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from moce_dist.config import TransferConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
+from moce_dist.data.loaders import load
 from moce_dist.run import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.finding import Scored, evaluate
@@ -116,10 +117,10 @@ class Detection:
         batch_size = min(transfer.detect_batch_size, len(train))
         epochs = -(-transfer.detect_steps // (len(train) // batch_size))
         order = TrainingOrder(len(train), batch_size, epochs, seed)
-        loader = DataLoader(
+        loader = load(
             _Squares(self.instances, transfer, seed),
+            self.machine.loader_processes,
             batch_sampler=rank_draws(order, self.machine, start, transfer.detect_steps),
-            num_workers=self.machine.loader_processes,
             collate_fn=_as_list,
         )
         skips.start(start)

@@ -15,7 +15,7 @@ Letters: B images of a rank.
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moce_dist.pulse import Pulse
 from moce_dist.run import StoppedError, read_jsonl, write_atomic
 from moce_dist.train.checkpoint import check_finite
 from moce_dist.transfer.loading import Machine, Progress
@@ -42,16 +43,11 @@ _FORMAT = "moce_dist.fit.v2"
 _VIEWS = "views.jsonl"
 
 
-def never() -> bool:
-    """Never ask a fit to stop."""
-    return False
-
-
 @dataclass(frozen=True)
 class Kept:
     """Where a fit keeps what, and how often; `identity` is what its result depends on.
 
-    `should_stop` is asked once a step; a yes on one rank is enough for the fit to save and leave.
+    `pulse` is asked once a step; a yes on one rank is enough for the fit to save and leave.
     """
 
     folder: Path
@@ -59,7 +55,7 @@ class Kept:
     save_every: int
     view_every: int | None
     models: bool = True
-    should_stop: Callable[[], bool] = never
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @dataclass(frozen=True)
@@ -120,7 +116,7 @@ def run_fit(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
 def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | None) -> None:
     start = _resume(fitting, trainer, machine, kept) if kept else 0
     progress = Progress(fitting.name, fitting.steps - start, "steps")
-    should_stop = kept.should_stop if kept else never
+    pulse = kept.pulse if kept else Pulse()
     fitting.model.train()
     for step, batch in enumerate(fitting.batches(start), start):
         seed_step(fitting.seed, step)
@@ -130,7 +126,7 @@ def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | 
             step, steps=fitting.steps, warmup=fitting.warmup, peak=fitting.peak_lr
         )
         inputs, targets = _prepared(fitting, machine, *batch)
-        is_stopping = trainer.step(step, (inputs, targets), fitting.weigh, rate, should_stop)
+        is_stopping = trainer.step(step, (inputs, targets), fitting.weigh, rate, pulse)
         progress.advance()
         if kept and step + 1 < fitting.steps:
             _keep(fitting, trainer, machine, kept, step + 1, is_stopping=is_stopping)
@@ -163,10 +159,12 @@ def _keep(
     is_stopping: bool,
 ) -> None:
     if kept.view_every and step % kept.view_every == 0:
+        kept.pulse.rest()
         found = _measured(fitting, step)
         if machine.rank == 0:
             _view(fitting, kept, step, found)
     if is_stopping or step % kept.save_every == 0:
+        kept.pulse.rest()
         _save_state(fitting, trainer, machine, kept, step)
     if is_stopping:
         raise StoppedError(f"{fitting.name}: state saved at step {step} of {fitting.steps}")
@@ -184,6 +182,8 @@ def _view(fitting: Fitting, kept: Kept, step: int, found: Measures) -> None:
 
 
 def _finish(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
+    if kept is not None:
+        kept.pulse.rest()
     found = _measured(fitting, fitting.steps)
     if kept is None or machine.rank > 0:
         return found

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from moce_dist.config import Config, FinetuneConfig, ParallelConfig
 from moce_dist.data.framing import framed_image
 from moce_dist.data.images import centre_sample, draw_cut, sample_generator, to_sample
 from moce_dist.data.kept import KeptPictures
+from moce_dist.data.loaders import load
 from moce_dist.settings import ConfigError
 from moce_dist.train.encoder import Pixels, renormalisation
 from moce_dist.transfer.backbone import Backbone
@@ -248,7 +249,7 @@ def eval_batches(
     ]
     mine = order[machine.rank :: machine.num_ranks]
     dataset = TaskImages(items, model, machine.pictures)
-    for look in DataLoader(dataset, batch_sampler=mine, num_workers=machine.loader_processes):
+    for look in load(dataset, machine.loader_processes, batch_sampler=mine):
         yield look.pixels, look.label, look.faults()
 
 

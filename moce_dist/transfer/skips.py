@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from moce_dist.data.loaders import load
 from moce_dist.run import read_jsonl, record_fault, write_atomic
 from moce_dist.transfer.fit import Kept
 from moce_dist.transfer.loading import Draw, Fault, Look, Machine
@@ -124,7 +125,7 @@ def training_batches(
     Notes the images that others stand in for. Collective over the ranks.
     """
     skips.start(start)
-    loader = DataLoader(images, batch_sampler=draws, num_workers=machine.loader_processes)
+    loader = load(images, machine.loader_processes, batch_sampler=draws)
     for step, look in enumerate(loader, start):
         skips.note(step, look.faults())
         yield look.pixels, look.label

@@ -16,6 +16,7 @@ from typing import Any
 from moce_dist.cli import quiet_libraries
 from moce_dist.config import Config, ParallelConfig
 from moce_dist.lease import hold
+from moce_dist.pulse import Pulse
 from moce_dist.run import Run, set_aside, write_atomic
 from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.continuing import FurtherJob, further_jobs
@@ -120,7 +121,7 @@ class FitsJob:
             return transfer.detect_batch_size
         return transfer.finetune.batch_size
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
+    def run(self, pulse: Pulse) -> None:
         """Train what is left on this rank; collective over all ranks."""
         from moce_dist.transfer.compare import Comparison, train_fits
         from moce_dist.transfer.ranks import from_first, join
@@ -133,7 +134,7 @@ class FitsJob:
         task = list_task(request, config)
         comparison = Comparison(request, self.place, config, task, machine)
         comparison.chooser.choices.update(choices or {})
-        comparison.should_stop = should_stop
+        comparison.pulse = pulse
         assert ledger is not None
         train_fits(comparison, ledger)
 
@@ -147,7 +148,7 @@ Train = Callable[[FitsJob | FurtherJob], None]
 
 def train_here(job: FitsJob | FurtherJob) -> None:
     """Train the fits, or the further steps, of an order in this process, to their end."""
-    job.run(lambda: False)
+    job.run(Pulse())
 
 
 def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from moce_dist.config import ParallelConfig
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
+from moce_dist.pulse import Pulse
 from moce_dist.settings import ConfigError
 from moce_dist.train.blocks import prepare_blocks
 from moce_dist.transfer.loading import Machine
@@ -76,7 +77,7 @@ class Trainer:
         batch: tuple[Tensor, Any],
         weigh: Callable[[Any], int],
         rate: float,
-        should_stop: Callable[[], bool],
+        pulse: Pulse,
     ) -> bool:
         """Take a step on this rank's inputs (n, ...) and targets (n, ...) or a list of n.
 
@@ -98,7 +99,7 @@ class Trainer:
             self._engine.backward(loss * scale)
             sums[0] += loss.detach()
             if number == len(parts):
-                sums[1] = should_stop()
+                sums[1] = pulse(self._name, step)
                 sums = add_up(sums, machine)
                 stop_unless_finite(float(sums[0]), "loss", self._name, step)
             norm = self._engine.step()

@@ -19,6 +19,7 @@ from moce_dist.model.moce import is_stacked
 from moce_dist.parallel import engine, reduction
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
+from moce_dist.pulse import Pulse
 from moce_dist.run import StoppedError
 from moce_dist.train import loop, migrate, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
@@ -240,7 +241,7 @@ def train_until_asked(run, overrides, asked_rank, questions):
         return dist.get_rank() == asked_rank and len(asked) == questions
 
     try:
-        loop.pretrain(make_job(run, overrides), should_stop)
+        loop.pretrain(make_job(run, overrides), Pulse(should_stop))
     except StoppedError as stopped:
         return str(stopped)
     raise AssertionError("nobody stopped")

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from moce_dist.config import load_config
+from moce_dist.pulse import Pulse
 from moce_dist.run import StoppedError
 from moce_dist.transfer import detect, finding, finetune, fit, segment, upernet
 from moce_dist.transfer.backbone import run_backbone
@@ -113,7 +114,7 @@ def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_e
         return machine.rank == machine.num_ranks - 1 and len(asked) == ask
 
     out = Path(out)
-    kept = fit.Kept(out, "a", save_every, views, should_stop=should_stop)
+    kept = fit.Kept(out, "a", save_every, views, pulse=Pulse(should_stop))
     with ExitStack() as patches:
         patches.enter_context(patch.object(segment, "_DROP_PATH", 0.0))
         patches.enter_context(patch.object(upernet, "_DROPOUT", 0.0))

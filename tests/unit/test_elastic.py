@@ -1,5 +1,6 @@
 """Where workers go, spelt out; and what a loss costs."""
 
+import errno
 import os
 import signal
 import time
@@ -9,16 +10,21 @@ import pytest
 from moce_dist.config import ParallelConfig
 from moce_dist.elastic import (
     Budgets,
+    Desk,
     Host,
     Wanted,
     cause_of,
     heed_sigterm,
     seats,
+    short_stop,
     wait_for_seats,
 )
+from moce_dist.follow import Failure, failure_of
 from moce_dist.parallel.groups import Topology
+from moce_dist.pulse import Beat, Sign
 from moce_dist.run import StoppedError
 from moce_dist.settings import ConfigError
+from moce_dist.train.job import TooManyFaultsError
 
 
 def hosts(*slots_by_label):
@@ -138,13 +144,64 @@ def test_waiting_heeds_a_wish_to_stop():
 def test_failures_and_preemptions_have_budgets_of_their_own():
     budgets = Budgets("mae", ParallelConfig(max_failures=1, max_preemptions=2))
     for _ in range(2):
-        budgets.charge(is_preemption=True, cause="node gone")
-    said = budgets.charge(is_preemption=False, cause="killed")
+        budgets.charge(is_preemption=True, cause="node gone", reached={})
+    said = budgets.charge(is_preemption=False, cause="killed", reached={})
     assert said == "mae: failure 1 of at most 1: killed"
     with pytest.raises(RuntimeError, match=r"2 failures, more than parallel\.max_failures \(1\)"):
-        budgets.charge(is_preemption=False, cause="killed")
+        budgets.charge(is_preemption=False, cause="killed", reached={"mae": 1})
     with pytest.raises(RuntimeError, match=r"3 preemptions, .*parallel\.max_preemptions \(2\)"):
-        budgets.charge(is_preemption=True, cause="node gone")
+        budgets.charge(is_preemption=True, cause="node gone", reached={})
+
+
+def test_the_same_cause_twice_without_a_step_gained_is_not_tried_again():
+    budgets = Budgets("mae", ParallelConfig(max_failures=9))
+    budgets.charge(is_preemption=False, cause="worker 1: port 4711", reached={"mae": 5})
+    # a step further, then one of another kind, then a lost node
+    budgets.charge(is_preemption=False, cause="worker 0: port 4712", reached={"mae": 6})
+    budgets.charge(is_preemption=False, cause="out of memory", reached={"mae": 6})
+    budgets.charge(is_preemption=True, cause="out of memory", reached={"mae": 6})
+    budgets.charge(is_preemption=False, cause="worker 0: port 1", reached={"mae": 3})
+    with pytest.raises(RuntimeError, match=r"mae: twice, without a step gained .*: worker 1: port"):
+        budgets.charge(is_preemption=False, cause="worker 1: port 2", reached={"mae": 6})
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/metrics.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_final", "said"),
+    [
+        (FULL, True, "[Errno 28] No space left on device: '/data/metrics.jsonl'"),
+        (RuntimeError("Caught OSError:\n No space left on device"), True, "No space left"),
+        (FloatingPointError("mae: loss is nan at step 3"), True, "mae: loss is nan at step 3"),
+        (ConfigError("a.b = 3: must be 4"), True, "a.b = 3: must be 4"),
+        (TooManyFaultsError("9 of 10"), True, "9 of 10"),
+        (KeyError("x"), True, "KeyError: 'x'"),
+        (ConnectionResetError("gone"), False, "gone"),
+        (TimeoutError("waited in vain"), False, "waited in vain"),
+        (OSError(errno.ESTALE, "Stale file handle", "/nfs/a"), False, "/nfs/a"),
+        (RuntimeError("Gloo connectFullMesh failed"), False, "connectFullMesh"),
+    ],
+)
+def test_errors_that_another_try_would_not_cure_are_told_apart(error, is_final, said):
+    failure = failure_of(error)
+    assert failure.is_final is is_final
+    assert said in failure.text and "\n" not in failure.text
+
+
+def test_the_desk_passes_on_what_ranks_say():
+    desk = Desk()
+    for rank in (0, 1):
+        desk.join(rank, Sign(f"n{rank}", f"10.0.0.{rank}", 70 + rank, 0.0))
+    assert not desk.beat(0, Beat("mae", 7, 0.1, 0.1))
+    desk.leave(1, Failure("connection closed", is_final=False))
+    assert desk.failure() is None
+    desk.leave(0, Failure("no space", is_final=True))
+    desk.stop()
+    # a beat that was on its way does not bring a rank back
+    assert desk.beat(0, Beat("mae", 8, 0.1, 0.1))
+    assert desk.failure().text == "no space" and desk.reached() == {"mae": 8}
+    assert desk.standing_still(0.0) == []
 
 
 def test_the_worker_that_died_is_named_before_what_its_neighbours_met():
@@ -155,6 +212,14 @@ def test_the_worker_that_died_is_named_before_what_its_neighbours_met():
     lost.worker_failures = {0: RuntimeError("connection\nclosed")}
     assert cause_of(lost) == "worker 0: RuntimeError: connection closed"
     assert cause_of(TimeoutError("no\nroom")) == "TimeoutError: no room"
+
+
+def test_a_submitted_job_says_when_a_stop_would_kill_it_too_soon():
+    submitted = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}
+    assert short_stop({}) == "" and short_stop({"RAY_JOB_STOP_WAIT_TIME_S": "3"}) == ""
+    assert short_stop(submitted).startswith("RAY_JOB_STOP_WAIT_TIME_S (3) is less than 60 s")
+    assert "(a while)" in short_stop(submitted | {"RAY_JOB_STOP_WAIT_TIME_S": "a while"})
+    assert short_stop(submitted | {"RAY_JOB_STOP_WAIT_TIME_S": "120"}) == ""
 
 
 def test_sigterm_becomes_a_question_and_the_old_handler_comes_back():

@@ -1,0 +1,84 @@
+"""A loader process that cannot go on is noticed at once, and says why in one line."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from moce_dist.data.loaders import load
+from moce_dist.run import record_fault
+
+
+class Faulty(Dataset):
+    """Numbers; one of them does something else."""
+
+    def __init__(self, action=None, size=1):
+        self.action, self.size = action, size
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        if index == 5 and self.action is not None:
+            self.action()
+        return torch.full((self.size,), index)
+
+
+def batches(action=None, size=1, **options):
+    return [int(batch[0]) for batch in load(Faulty(action, size), 2, batch_size=None, **options)]
+
+
+def test_processes_give_the_same_in_the_same_order():
+    here = [int(batch[0]) for batch in load(Faulty(), 0, batch_size=None)]
+    assert batches() == here == list(range(8))
+
+
+def test_a_killed_process_is_not_waited_for():
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid.* exited unexpectedly|Killed"):
+        batches(lambda: os.kill(os.getpid(), signal.SIGKILL), stall_s=100)
+    assert time.monotonic() - begin < 30
+
+
+def test_a_process_that_delivers_nothing_is_given_up():
+    message = r"the loader delivered nothing for data\.stall_timeout_s \(2 s\)"
+    with pytest.raises(RuntimeError, match=message):
+        batches(lambda: time.sleep(60), stall_s=2)
+
+
+def test_an_error_is_the_one_of_the_process_in_a_line(tmp_path):
+    def write():
+        record_fault(tmp_path, stage="mae")
+
+    with pytest.raises(IsADirectoryError) as caught:
+        batches(write)
+    assert str(caught.value) == f"[Errno 21] Is a directory: '{tmp_path}'"
+
+
+SMALL = """
+import time
+import torch
+from test_loaders import batches
+begin = time.monotonic()
+try:
+    batches(size=2**20, stall_s=100)
+except OSError as error:
+    print(f"{error.errno} {error.filename} {error.strerror}", time.monotonic() - begin < 30)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a /dev/shm of its own")
+def test_small_shared_memory_is_named_at_once():
+    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, SMALL],
+        capture_output=True, text=True, cwd=os.path.dirname(__file__), check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.stdout.startswith("28 /dev/shm shared memory is too small"), done.stderr
+    assert done.stdout.strip().endswith("True")
