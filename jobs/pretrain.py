@@ -2,11 +2,13 @@
 
 python jobs/pretrain.py                                  the quickstart, on real images, no GPU
 python jobs/pretrain.py --config configs/pretrain/vit_base.yaml --run base
+python jobs/pretrain.py --fork runs/base --at 12000 --run lower --set mae.base_lr=5e-5
 torchrun --nproc-per-node 8 -- jobs/pretrain.py --stage moce --config ... --run ...
 """
 
 import json
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +22,9 @@ from moce_dist.continued import base_control, base_of, check_base
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.environment import local_path
+from moce_dist.fork import SHARED, Fork, fork_config, make_fork, plan_fork
 from moce_dist.lease import hold
-from moce_dist.run import COMPLETE, Run, open_run, resolve_run
+from moce_dist.run import COMPLETE, Run, open_run, resolve_run, set_aside
 from moce_dist.settings import ConfigError
 
 STAGES = ("all", "mae", "cluster", "moce", "control")
@@ -36,25 +39,63 @@ def main(argv: Sequence[str]) -> None:
         "python jobs/pretrain.py --config configs/quickstart.yaml --run quickstart",
     )
     parser.add_argument("--stage", choices=STAGES, default="all", help="run one stage only")
+    parser.add_argument(
+        "--fork", metavar="RUN", help="go on from a checkpoint of RUN, with its settings and --set"
+    )
+    parser.add_argument("--at", metavar="STEP", type=int, help="the step of that checkpoint")
     arguments = parser.parse_args(argv)
+    check_fork_flags(arguments)
     path = Path(arguments.config or QUICKSTART)
-    config = load_config(path, arguments.overrides)
+    if arguments.fork:
+        config = fork_config(arguments.fork, arguments.overrides)
+    else:
+        config = load_config(path, arguments.overrides)
     root = resolve_run(arguments.run or path.stem, config)
+    fork = None
+    if arguments.fork:
+        fork = plan_fork(arguments.fork, arguments.at, arguments.stage, config, root)
+        if not arguments.fresh:
+            fork.is_made(root)
     check_request(config, arguments.stage)
     check_base(config, root)
     check_init(config, root, arguments.stage)
     if arguments.fresh and "RANK" in os.environ:
         raise ConfigError("--fresh: not under torchrun, whose processes would all set it aside")
     if arguments.dry_run:
-        print("\n".join(plan_lines(config, root, arguments.stage)))
+        print("\n".join([*plan_lines(config, root, arguments.stage), *fork_lines(fork)]))
         return
-    check_source(config.data, root)
+    check_source(config.data, root if fork is None else Path(fork.run))
     quiet_libraries()
     with hold(root):
-        run = open_run(root, config, fresh=arguments.fresh)
+        if fork is not None:
+            if arguments.fresh and (root / "config.yaml").exists():
+                set_aside(root)
+            make_fork(fork, config, root)
+        run = open_run(root, config, fresh=arguments.fresh and fork is None)
         run_stage(run, config, arguments.stage)
     if os.environ.get("RANK", "0") == "0":
         print("\n".join([*loss_lines(run), f"done: {root}"]))
+
+
+def check_fork_flags(arguments: Namespace) -> None:
+    """Refuse flags that do not go together."""
+    if (arguments.fork is None) != (arguments.at is None):
+        raise ConfigError("--fork RUN and --at STEP go together")
+    if arguments.fork and arguments.config:
+        raise ConfigError("--config: not with --fork, which takes the settings of RUN and --set")
+    if arguments.fork and not arguments.run:
+        raise ConfigError("--run: a fork needs a folder of its own")
+
+
+def fork_lines(fork: Fork | None) -> list[str]:
+    """Describe what a fork takes from another run."""
+    if fork is None:
+        return []
+    changed = "; ".join(fork.changed) or "no setting"
+    return [
+        f"forked     from {fork.checkpoint}: shares {', '.join(SHARED[fork.stage])}; "
+        f"changes {changed}"
+    ]
 
 
 def check_request(config: Config, stage: str) -> None:

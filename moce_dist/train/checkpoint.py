@@ -139,6 +139,13 @@ def _tensors(checkpoint: Path) -> Iterator[tuple[str, Path]]:
             yield from ((key, checkpoint / name) for key in file.keys())  # noqa: SIM118
 
 
+def stored(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (KIND/NAME, tensor) of all that a checkpoint holds."""
+    for key, path in _tensors(checkpoint):
+        with safe_open(path, "pt") as file:
+            yield key, file.get_tensor(key)
+
+
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Read all weights by global name, float32 on the CPU."""
     weights = {}

@@ -17,6 +17,7 @@ from moce_dist.run import (
     COMPLETE,
     artefact_id,
     is_complete,
+    link_tree,
     mark_complete,
     read_marker,
     set_aside,
@@ -83,20 +84,14 @@ def link_stage(source: Path, folder: Path) -> None:
 
 
 def link_checkpoint(checkpoint: Path, folder: Path) -> Path:
-    """Put another run's checkpoint into `folder`: hard links, copies where these cannot be.
+    """Put another run's checkpoint into `folder`, by `link_tree`.
 
-    Files of a checkpoint are never changed, so both runs may hold them. Returns the new folder,
-    which has its name when it is whole.
+    Returns the new folder, which has its name when it is whole.
     """
     target = folder / checkpoint.name
     temporary = folder / f".{checkpoint.name}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for file in checkpoint.iterdir():
-        try:
-            os.link(file, temporary / file.name)
-        except OSError:
-            shutil.copyfile(file, temporary / file.name)
+    link_tree(checkpoint, temporary)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     return target

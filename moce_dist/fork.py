@@ -1,0 +1,205 @@
+"""A new run that goes on from the middle of another one, with other settings of the optimiser.
+
+    python jobs/pretrain.py --fork runs/base --at 12000 --run lower --set mae.base_lr=5e-5
+
+    RUN/ingested, and for a fork in stage moce mae, features, clusters, shards   shared as they are
+    RUN/STAGE/checkpoints/step_STEP, its metrics up to there                     goes on from there
+    every later stage                                                            made anew
+
+Shared means hard links: files of a run are replaced, never changed, so either run may be removed.
+What such a run came from stands in its `provenance.json`.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from moce_dist import lease
+from moce_dist.config import Config, checked, to_yaml
+from moce_dist.run import (
+    Run,
+    differing_fields,
+    link_tree,
+    load_run,
+    read_jsonl,
+    read_provenance,
+    read_resolved,
+    resolve_run,
+    write_atomic,
+)
+from moce_dist.settings import ConfigError
+from moce_dist.workers import is_first_process
+
+SHARED = {"mae": ("ingested",), "moce": ("ingested", "mae", "features", "clusters", "shards")}
+"""By stage of the fork, newest stage last: what comes from the other run as it is."""
+_OPTIMISATION = (
+    *("epochs", "warmup_epochs", "base_lr", "min_lr"),
+    *("weight_decay", "betas", "clip_norm"),
+)
+_OF_GATE = ("noise", "noise_fraction", "balance_weight", "confidence_weight", "lr_scale")
+_MAKING = ".fork"
+_WAIT_S = 3600.0
+
+
+def free_fields(stage: str) -> list[str]:
+    """Fields in which a fork of a stage may differ: the optimisation of what it trains."""
+    stages = ("mae", "moce") if stage == "mae" else ("moce",)
+    fields = [f"{name}.{field}" for name in stages for field in _OPTIMISATION]
+    return fields + [f"gate.{field}" for field in _OF_GATE]
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Where a run came from: another one, a stage of it, a step, and what is changed."""
+
+    run: str
+    stage: Literal["mae", "moce"]
+    step: int
+    changed: list[str]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The checkpoint that the fork goes on from."""
+        return Path(self.run) / self.stage / "checkpoints" / f"step_{self.step:08d}"
+
+    def is_made(self, root: Path) -> bool:
+        """Tell whether the run in `root` is this fork already.
+
+        Raises:
+            ConfigError: it is another run.
+        """
+        if not (root / "config.yaml").is_file():
+            return False
+        found = read_provenance(root).get("forked_from", {})
+        mine = asdict(self)
+        if any(found.get(key) != mine[key] for key in ("run", "stage", "step")):
+            raise ConfigError(f"--run {root}: is another run; choose another --run, or --fresh")
+        return True
+
+
+def fork_config(source: str, overrides: Iterable[str]) -> Config:
+    """Read the settings of the run to fork, changed by `a.b=value` overrides.
+
+    Raises:
+        ConfigError: there is no such run, or an override is wrong.
+    """
+    root = resolve_run(source, Config(), "--fork")
+    load_run(root, "--fork")
+    return checked(read_resolved(root / "config.yaml", overrides))
+
+
+def plan_fork(source: str, step: int, stage: str, config: Config, root: Path) -> Fork:
+    """Check that the run in `root` can be forked from a checkpoint of `source`.
+
+    `stage` is `mae`, `moce`, or `all` for the newest that has a checkpoint of that step.
+
+    Raises:
+        ConfigError: naming what is not there, and the fields that may not differ.
+    """
+    run, made_with = load_run(resolve_run(source, config, "--fork"), "--fork")
+    if run.root == root:
+        raise ConfigError(f"--fork {source}: is the run itself; a fork needs a --run of its own")
+    stages = [name for name in reversed(SHARED) if stage in (name, "all")]
+    if not stages:
+        raise ConfigError(f"--stage {stage}: a fork goes on from stage {' or '.join(SHARED)}")
+    for name in stages:
+        fork = Fork(str(run.root), name, step, differing_fields(config, made_with))  # type: ignore[arg-type]
+        if (fork.checkpoint / "manifest.json").is_file():
+            break
+    else:
+        there = {n: sorted(run.stage(n).glob("checkpoints/step_*/manifest.json")) for n in stages}
+        steps = "; ".join(
+            f"{n}: {', '.join(str(int(p.parent.name[5:])) for p in paths) or 'none'}"
+            for n, paths in there.items()
+        )
+        raise ConfigError(f"--at {step}: {run.root} has no checkpoint of that step ({steps})")
+    free = free_fields(fork.stage)
+    refused = [line for line in fork.changed if line.split(":")[0] not in free]
+    if refused:
+        raise ConfigError(
+            f"--fork {source}: a fork of stage {fork.stage} may not change {'; '.join(refused)}; "
+            f"it may change {', '.join(free)}"
+        )
+    return fork
+
+
+def make_fork(fork: Fork, config: Config, root: Path) -> None:
+    """Make the run, in a folder that this process holds; begun anew when it was interrupted.
+
+    Other processes of torchrun wait for the first one.
+
+    Raises:
+        ConfigError: the folder holds something else, the checkpoint is damaged or not finite, or
+            the stage would be over before it.
+    """
+    if not is_first_process():
+        _wait_for(root / "config.yaml")
+        return
+    making = root / _MAKING
+    if not fork.is_made(root):
+        others = [path for path in root.iterdir() if path.name not in lease.FILES]
+        if others and not making.exists():
+            raise ConfigError(f"--run {root}: is not empty; a fork needs a folder of its own")
+        seal = _check_checkpoint(fork, config)
+        for path in others:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        making.mkdir()
+        _share(fork, root)
+        about = {"forked_from": {**asdict(fork), "checkpoint": seal}}
+        write_atomic(root / "provenance.json", json.dumps(about, indent=1))
+        write_atomic(root / "config.yaml", to_yaml(config))
+    if making.exists():
+        making.rmdir()
+
+
+def _wait_for(path: Path) -> None:
+    end = time.monotonic() + _WAIT_S
+    while not path.exists():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{path}: waited in vain for the first process to make the fork")
+        time.sleep(0.2)
+
+
+def _check_checkpoint(fork: Fork, config: Config) -> str:
+    # torch takes seconds to import, which a wrong request need not wait for
+    from moce_dist.train.checkpoint import check_finite, damage, read_manifest, stored
+    from moce_dist.train.job import StageJob
+
+    if reason := damage(fork.checkpoint):
+        raise ConfigError(f"--at {fork.step}: {fork.checkpoint}: {reason}")
+    try:
+        check_finite(stored(fork.checkpoint))
+    except FloatingPointError as error:
+        raise ConfigError(f"--at {fork.step}: {fork.checkpoint}: {error}") from None
+    run = Run(Path(fork.run))
+    source = config.data.source
+    data = source.removeprefix("index:") if source.startswith("index:") else run.ingested
+    index = data if fork.stage == "mae" else run.shards
+    total = StageJob(config, run.root, fork.stage, str(index)).total_steps
+    if fork.step >= total:
+        raise ConfigError(
+            f"--at {fork.step}: stage {fork.stage} is over after {total} steps "
+            f"({fork.stage}.epochs = {getattr(config, fork.stage).epochs:g})"
+        )
+    return str(read_manifest(fork.checkpoint)["sha256"])
+
+
+def _share(fork: Fork, root: Path) -> None:
+    source = Path(fork.run)
+    for name in SHARED[fork.stage]:
+        if (source / name).is_dir():
+            link_tree(source / name, root / name)
+    old, new = source / fork.stage, root / fork.stage
+    link_tree(fork.checkpoint, new / "checkpoints" / fork.checkpoint.name)
+    lines = [line for line in read_jsonl(old / "metrics.jsonl") if line["step"] < fork.step]
+    write_atomic(new / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    for path in [old / "inputs.json", *old.glob("routing/step_*"), *old.glob("placement/step_*")]:
+        if path.name == "inputs.json" or int(path.stem[5:]) <= fork.step:
+            (new / path.relative_to(old)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, new / path.relative_to(old))
+    if (source / "faults.jsonl").exists():
+        shutil.copyfile(source / "faults.jsonl", root / "faults.jsonl")
