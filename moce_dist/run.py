@@ -48,13 +48,23 @@ def file_sha256(path: Path) -> str:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an OSError that does not: writing says nothing but "No space left"."""
+    """Name the file in an error that does not: writing says nothing but "No space left".
+
+    Raises:
+        OSError: for every error of writing, also those that numpy and safetensors call otherwise.
+    """
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:
+        if error.filename is not None:
+            raise
+        if error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+        raise OSError(f"{path}: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(f"{path}: {error}") from None
 
 
 def link_tree(source: Path, target: Path) -> None:

@@ -57,7 +57,7 @@ from moce_dist.cluster.spread import centroid_figures
 from moce_dist.cluster.sweeps import as_tensor
 from moce_dist.config import ClusterConfig
 from moce_dist.mapping import HERE, Workers
-from moce_dist.run import COMPLETE, is_complete, mark_complete, write_atomic
+from moce_dist.run import COMPLETE, is_complete, mark_complete, naming, write_atomic
 from moce_dist.settings import ConfigError
 
 _TABLE_ROWS = 2**20
@@ -227,12 +227,13 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
     for first, part in matrix.distances(centroids.astype(np.float64) - origin, settled.labels):
         distances[first : first + len(part)] = part
         total += float(part.sum())
-    np.save(out_dir / "centroids.npy", centroids, allow_pickle=False)
-    if matrix.view.normalise:
-        np.save(out_dir / "mean.npy", matrix.view.origin, allow_pickle=False)
-    if settled.prices is not None:
-        np.save(out_dir / "prices.npy", settled.prices, allow_pickle=False)
-    write_assignments(out_dir / "assignments.parquet", matrix.files, settled.labels, distances)
+    with naming(out_dir):
+        np.save(out_dir / "centroids.npy", centroids, allow_pickle=False)
+        if matrix.view.normalise:
+            np.save(out_dir / "mean.npy", matrix.view.origin, allow_pickle=False)
+        if settled.prices is not None:
+            np.save(out_dir / "prices.npy", settled.prices, allow_pickle=False)
+        write_assignments(out_dir / "assignments.parquet", matrix.files, settled.labels, distances)
     return {
         "num_images": len(distances),
         "num_clusters": len(centroids),

@@ -34,7 +34,7 @@ from moce_dist.cluster.decoding import ImageBatch, ShardImages
 from moce_dist.data.framing import Framing
 from moce_dist.data.shards import Shard, ShardIndex
 from moce_dist.names import as_text
-from moce_dist.run import read_faults, record_fault, write_atomic
+from moce_dist.run import naming, read_faults, record_fault, write_atomic
 
 FEATURE_FILES = ("*.npy", "*.keys.json", "*.labels.json")
 """Names of what a shard's features are written to."""
@@ -166,7 +166,7 @@ def _encode(job: FeatureJob, batch: ImageBatch) -> Float32:
 def _write_array(path: Path, array: NDArray[Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(temporary), temporary.open("wb") as file:
             np.save(file, array, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())

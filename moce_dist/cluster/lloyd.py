@@ -27,7 +27,7 @@ from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.seeding import choose_centroids
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
-from moce_dist.run import fingerprint
+from moce_dist.run import fingerprint, naming
 
 _log = logging.getLogger(__name__)
 _SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 256, 16_384, 131_072
@@ -79,7 +79,7 @@ def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
 def save_state(path: Path, state: State, request: str) -> None:
     """Write the state of `request` so that a reader sees all of it or the one before."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with naming(temporary), temporary.open("wb") as file:
         np.savez(
             file,
             allow_pickle=False,
@@ -167,7 +167,8 @@ def draw_sample(matrix: Matrix, num_clusters: int, seed: int, file: Path) -> Mat
     size = min(num_rows, max(int(wanted), int(_FEWEST_PER_CLUSTER * num_clusters)))
     chosen = np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False))
     rows = matrix.files.take(chosen, matrix.view)[:, :-1]
-    np.save(file, rows, allow_pickle=False)
+    with naming(file):
+        np.save(file, rows, allow_pickle=False)
     return replace(
         matrix,
         files=FeatureFiles((file,), (size,), matrix.files.dim, rows.nbytes),

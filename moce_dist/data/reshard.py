@@ -36,7 +36,7 @@ from moce_dist.data.shards import (
 )
 from moce_dist.data.writer import all_or_nothing, finished_tar, note_finished
 from moce_dist.mapping import MapTasks, map_here
-from moce_dist.run import fingerprint, is_complete, mark_complete
+from moce_dist.run import fingerprint, is_complete, mark_complete, naming
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def write_tar(shared: _Writing, tar: TarPlan) -> Shard:
     # of this process alone: a lost worker that still writes must not spoil another's file
     temporary = shared.out / f".{tar.name}.{os.getpid()}.tmp"
     digest = hashlib.sha256()
-    with temporary.open("wb") as file:
+    with naming(temporary), temporary.open("wb") as file:
         for content in _contents(shared, tar):
             digest.update(content)
             file.write(content)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from moce_dist.data.decoders import image_endings
 from moce_dist.data.shards import TAR_END, Fault, Shard
-from moce_dist.run import COMPLETE, write_atomic
+from moce_dist.run import COMPLETE, naming, write_atomic
 from moce_dist.settings import ConfigError
 
 _BEGUN, _FINISHED = ".begun", ".finished"
@@ -135,7 +135,7 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        with self._temporary.open("ab") as file:
+        with naming(self._temporary), self._temporary.open("ab") as file:
             file.write(self._buffer)
         self._buffer.clear()
 

@@ -50,7 +50,7 @@ from torch import Tensor
 
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
-from moce_dist.run import WRITER, file_sha256, fingerprint, write_atomic
+from moce_dist.run import WRITER, file_sha256, fingerprint, naming, write_atomic
 from moce_dist.train.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -84,7 +84,7 @@ class _Background(threading.Thread):
             self.result = self._action()
         except FloatingPointError as error:
             self.error = error
-        except Exception as error:  # noqa: BLE001 - safetensors has its own for a full disk
+        except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
             self.error = OSError(f"{error}")
 
     def finish(self) -> None:
@@ -246,7 +246,8 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
         return {}
     check_finite(tensors.items())
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
+    with naming(path):
+        save_file(tensors, path)
     with path.open("rb") as file:
         # on disk before a manifest names it, and on a shared file system there for other hosts
         os.fsync(file.fileno())

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moce_dist.pulse import Pulse
-from moce_dist.run import StoppedError, read_jsonl, write_atomic
+from moce_dist.run import StoppedError, naming, read_jsonl, write_atomic
 from moce_dist.train.checkpoint import check_finite
 from moce_dist.transfer.loading import Machine, Progress
 from moce_dist.transfer.measure import Measures
@@ -216,7 +216,8 @@ def _save_state(
     kept.folder.mkdir(parents=True, exist_ok=True)
     temporary = kept.folder / f".{_STATE}.tmp"
     about = {"format": _FORMAT, "of": kept.identity, "step": str(step)}
-    save_file(copies, temporary, metadata=about)
+    with naming(kept.folder / _STATE):
+        save_file(copies, temporary, metadata=about)
     temporary.replace(kept.folder / _STATE)
 
 

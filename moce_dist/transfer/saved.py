@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
-from moce_dist.run import write_atomic
+from moce_dist.run import naming, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 
@@ -210,7 +210,8 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in weights.items()}
-    save_file(tensors, temporary, metadata={"format": "pt"})
+    with naming(path):
+        save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(path)
 
 

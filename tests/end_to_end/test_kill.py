@@ -4,7 +4,11 @@ At equal ranks and one thread what is learned equals that of the run which nothi
 for bit: metrics, routing, weights, moments.
 """
 
+import contextlib
+import os
+import re
 import signal
+import subprocess
 
 import pytest
 
@@ -104,6 +108,43 @@ def test_the_same_command_goes_on_at_any_moment(
         moment, how, overrides,
         start=start, arguments=arguments, part_of=part_of, learned=learned, finished=finished,
     )  # fmt: skip
+
+
+@pytest.mark.long
+def test_a_rank_that_is_stopped_is_named_killed_and_the_stage_ends_with_the_same_bits(
+    start, arguments, part_of, learned, finished
+):
+    run = part_of(*BEFORE["moce"])
+    job = start("pretrain", *arguments(run, "parallel.step_timeout_s=15"), "--stage", "moce")
+    job.wait_until(lambda: has_come(run, "moce"), "moce")
+    job.workers()[-1].suspend()
+    result = job.finish().assert_done()
+    job.assert_nothing_stays()
+    said = r"moce: rank [01] on node [\d.]+ \(process \d+\) stands still: no sign of life for 1\d s"
+    assert re.search(f"{said}; it is killed", result.err), result.err
+    assert "moce: failure 1 of at most 3: rank" in result.err
+    assert "moce: resuming at step" in result.err
+    assert learned(run / "moce") == learned(finished / "moce")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a disk of its own")
+def test_a_disk_that_fills_ends_the_job_at_once_and_is_named(start, arguments, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
+    try:
+        run = disk / "run"
+        job = start("pretrain", *arguments(run, "mae.epochs=2000"), "--stage", "mae")
+        job.wait_until(lambda: has_come(run, "mae"), "mae")
+        with contextlib.suppress(OSError), (disk / "fill").open("wb", 0) as file:
+            while True:
+                file.write(bytes(4096))
+        result = job.finish()
+        result.assert_refused(1, "No space left on device", run)
+        assert "failure 1 of" not in result.err
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_a_killed_ingest_starts_again(start, run_job, arguments, tmp_path, finished):

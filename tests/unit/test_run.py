@@ -1,7 +1,9 @@
 """Run directories: identity, completion markers, the ledger of faults."""
 
+import errno
 import json
 import multiprocessing
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,7 @@ from moce_dist.run import (
     is_complete,
     load_run,
     mark_complete,
+    naming,
     open_run,
     read_faults,
     read_jsonl,
@@ -178,3 +181,28 @@ def test_line_cut_off_by_a_kill_is_left_out(tmp_path):
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "lo')
     assert [line["step"] for line in read_jsonl(file)] == [1, 2]
     assert read_jsonl(tmp_path / "none.jsonl") == []
+
+
+def test_an_error_of_writing_names_its_file(tmp_path):
+    path = tmp_path / "a.npy"
+    full, unknown = (
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("8 requested, 0 written"),
+    )
+    for error, said in (
+        (full, f"[Errno 28] No space left on device: '{path}'"),
+        (unknown, f"{path}: 8 requested, 0 written"),
+        (type("SafetensorError", (Exception,), {})("I/O error"), f"{path}: I/O error"),
+    ):
+        with pytest.raises(OSError) as caught, naming(path):
+            raise error
+        assert str(caught.value) == said
+    with pytest.raises(KeyError), naming(path):
+        raise KeyError("other errors stay what they are")
+    message = r"\[Errno 28\] No space left on device: .*a\.npy"
+    with (
+        Path("/dev/full").open("wb", 0) as device,
+        pytest.raises(OSError, match=message),
+        naming(path),
+    ):
+        device.write(b"x")
