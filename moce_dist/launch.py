@@ -371,10 +371,10 @@ def _train_worker(config: dict[str, Any]) -> str | None:
     ray.get(desk.arrive.remote(node, get_current_placement_group()))
     _join(job.parallel.start_timeout_s)
     is_first = ray.train.get_context().get_world_rank() == 0
-    log_to_file(job, logging.INFO if is_first else logging.WARNING)
     rank = int(os.environ["RANK"])
     ray.get(desk.join.remote(rank, Sign(node, ray.util.get_node_ip_address(), os.getpid(), 0.0)))
     try:
+        log_to_file(job, logging.INFO if is_first else logging.WARNING)
         job.run(_watch(desk, rank))
     except StoppedError as stopped:
         return str(stopped)

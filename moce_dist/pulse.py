@@ -91,7 +91,11 @@ def standing_still(signs: Mapping[int, Sign], timeout_s: float, now: float) -> d
     silent = {rank: now - sign.at for rank, sign in signs.items() if now - sign.at > limit}
     if silent:
         return {r: _say(r, signs[r], f"no sign of life for {s:.0f} s") for r, s in silent.items()}
-    ages = {r: sign.beat.age_s + now - sign.at for r, sign in signs.items() if sign.beat.age_s}
+    ages = {
+        rank: sign.beat.age_s + now - sign.at
+        for rank, sign in signs.items()
+        if sign.beat.age_s is not None
+    }
     # a rank that rests may be at what the others wait for
     if len(ages) < len(signs) or max(ages.values(), default=0.0) <= limit:
         return {}

@@ -31,10 +31,7 @@ class MetricsLog:
 
         JSON has no word for a figure that is not finite: it is written as null.
         """
-        metrics = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in metrics.items()
-        }
+        metrics = _finite(metrics)
         lease.check()
         with naming(self._path), self._path.open("a") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
@@ -47,6 +44,14 @@ class MetricsLog:
         """Flush TensorBoard's file."""
         if self._writer is not None:
             self._writer.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Clock:

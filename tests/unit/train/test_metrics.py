@@ -30,9 +30,17 @@ def test_tensorboard_gets_every_number(tmp_path):
 
 def test_what_is_not_finite_is_null(tmp_path):
     log = MetricsLog(tmp_path, start_step=0, tensorboard=False)
-    log.write({"step": 0, "grad_norm": float("nan"), "loss": float("inf"), "lr": 0.5})
+    log.write(
+        {
+            "step": 0,
+            "grad_norm": float("nan"),
+            "loss": float("inf"),
+            "lr": 0.5,
+            "a": [[float("nan"), 1]],
+        }
+    )
     text = (tmp_path / "metrics.jsonl").read_text()
-    assert text == '{"step": 0, "grad_norm": null, "loss": null, "lr": 0.5}\n'
+    assert text == '{"step": 0, "grad_norm": null, "loss": null, "lr": 0.5, "a": [[null, 1]]}\n'
 
 
 def test_lap_starts_anew():
