@@ -280,8 +280,8 @@ class Start:
             log.warning("%s: %s; it is killed", self._wanted.name, line)
             there = NodeAffinitySchedulingStrategy(sign.node, soft=False)
             # by a task, because a stopped process does not hear what Ray says to it
-            kill = ray.remote(_kill).options(num_cpus=0, scheduling_strategy=there)
-            kill.remote(sign.process)
+            kill = ray.remote(lambda process: os.kill(process, signal.SIGKILL))
+            kill.options(num_cpus=0, scheduling_strategy=there).remote(sign.process)
         return [line for _, line in found]
 
     def _is_draining(self) -> bool:
@@ -301,11 +301,6 @@ class Start:
         best = self._wanted.best_seats(hosts)
         self.has_room_for_more = best is not None and len(best) > len(self._labels)
         return self.has_room_for_more
-
-
-def _kill(process: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
 
 
 def _fit(job: Job, resource: str, labels: list[str], desk: Any, leases: Any) -> Ending:
@@ -370,11 +365,10 @@ def _train_worker(config: dict[str, Any]) -> str | None:
     node = ray.get_runtime_context().get_node_id()
     ray.get(desk.arrive.remote(node, get_current_placement_group()))
     _join(job.parallel.start_timeout_s)
-    is_first = ray.train.get_context().get_world_rank() == 0
     rank = int(os.environ["RANK"])
     ray.get(desk.join.remote(rank, Sign(node, ray.util.get_node_ip_address(), os.getpid(), 0.0)))
     try:
-        log_to_file(job, logging.INFO if is_first else logging.WARNING)
+        log_to_file(job, logging.INFO if rank == 0 else logging.WARNING)
         job.run(_watch(desk, rank))
     except StoppedError as stopped:
         return str(stopped)
