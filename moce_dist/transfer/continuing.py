@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_dist.config import Config, ParallelConfig
+from moce_dist.pulse import Pulse
 from moce_dist.run import Run
 from moce_dist.train.job import MoreSteps
 from moce_dist.transfer.request import Request, further_of
@@ -47,13 +48,13 @@ class FurtherJob:
         """Images of a step, which every number of workers below the full one divides."""
         return self.config.transfer.continued.stage(self.config.moce, 1.0).batch_size
 
-    def run(self, should_stop: Callable[[], bool]) -> None:
+    def run(self, pulse: Pulse) -> None:
         """Train to the end on this rank; collective over all ranks."""
         from moce_dist.transfer.ranks import from_first, join
 
         steps = from_first(self.steps, join(self.config))
         if steps is not None:
-            steps.run(should_stop)
+            steps.run(pulse)
 
     def progress(self) -> str:
         """Say how far the training is; "" before its first line."""
