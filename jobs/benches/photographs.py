@@ -9,8 +9,8 @@ from PIL import Image
 
 from benches.settings import BenchConfig
 from moce_dist.data.carriers import earth
+from moce_dist.data.images import open_image
 from moce_dist.data.sources import list_folder, parse_source
-from moce_dist.data.upright import open_image
 
 QUALITY = 90
 

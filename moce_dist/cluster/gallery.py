@@ -17,9 +17,9 @@ from PIL import Image, ImageOps
 
 from moce_dist.config import DataConfig
 from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import open_image
 from moce_dist.data.ranges import Content, RangeReader, Wanted
 from moce_dist.data.shards import ShardIndex
-from moce_dist.data.upright import open_image
 
 GALLERY = "gallery"
 NUM_NEAREST, NUM_FARTHEST = 10, 4

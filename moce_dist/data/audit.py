@@ -33,13 +33,13 @@ from PIL import Image
 
 from moce_dist.config import DataConfig
 from moce_dist.data.decoders import ImageError, image_endings
+from moce_dist.data.images import decode_image
 from moce_dist.data.listing import ending
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import Content, RangeReader, Wanted
 from moce_dist.data.shards import Fault, Shard, ShardIndex
 from moce_dist.data.sources import list_folder
 from moce_dist.data.tarscan import is_hidden_member, split_name
-from moce_dist.data.upright import decode_image
 from moce_dist.mapping import MapTasks, map_here
 from moce_dist.names import as_text
 from moce_dist.settings import ConfigError

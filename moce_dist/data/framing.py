@@ -24,9 +24,8 @@ import numpy as np
 from PIL import Image
 
 from moce_dist.data.decoders import Encoded
-from moce_dist.data.images import Sample, eval_image, open_picture, to_sample
+from moce_dist.data.images import Sample, eval_image, open_image, open_picture, to_sample
 from moce_dist.data.resize import Pixels, Size
-from moce_dist.data.upright import open_image
 
 MODES = ("center", "squash", "border")
 METHODS = tuple(method.name.lower() for method in Image.Resampling)

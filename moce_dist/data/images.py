@@ -25,9 +25,11 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from moce_dist.data.decoders import (
     Encoded,
+    ImageError,  # noqa: F401 - what everything here raises
     check_bytes,
     check_pixels,
     jpeg_header,
@@ -36,7 +38,7 @@ from moce_dist.data.decoders import (
 )
 from moce_dist.data.orientation import AS_STORED, Turn
 from moce_dist.data.resize import Pixels, Size, resize, resize_all
-from moce_dist.data.upright import decode_image
+from moce_dist.data.upright import open_rgb, turned
 from moce_dist.names import as_text
 
 if TYPE_CHECKING:
@@ -81,6 +83,24 @@ class SampleDraws:
 def sample_generator(seed: int, epoch: int, key: str) -> np.random.Generator:
     """Make the generator of one image in one epoch; equal arguments give equal draws anywhere."""
     return SampleDraws().of(seed, epoch, key)
+
+
+def open_image(content: Encoded) -> Image.Image:
+    """Decode to an upright RGB image, see `moce_dist.data.upright`.
+
+    Raises:
+        ImageError: see `open_stored`; or values are not finite.
+    """
+    return turned(*open_rgb(content))
+
+
+def decode_image(content: Encoded) -> Pixels:
+    """Decode to (H, W, 3) uint8 RGB.
+
+    Raises:
+        ImageError: see `open_image`.
+    """
+    return np.asarray(open_image(content))
 
 
 class Picture(Protocol):

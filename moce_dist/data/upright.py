@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from moce_dist.data.decoders import Encoded, ImageError, Pixels, door, open_stored
+from moce_dist.data.decoders import Encoded, ImageError, door, open_stored
 from moce_dist.data.orientation import AS_STORED, Turn
 
 # 16 bits that Pillow keeps in 32
@@ -52,23 +52,19 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def open_image(content: Encoded) -> Image.Image:
-    """Decode to an upright RGB image: transparency on black, of an animation the first frame.
+def open_rgb(content: Encoded) -> tuple[Image.Image, Turn]:
+    """Decode to RGB as stored, and say what makes it upright.
 
     Raises:
         ImageError: see `open_stored`; or values are not finite.
     """
-    image, turn = _open_rgb(content)
-    return _turned(image, turn)
-
-
-def _open_rgb(content: Encoded) -> tuple[Image.Image, Turn]:
     stored = open_stored(content)
     with door():
         return _to_rgb(stored.image), stored.turn
 
 
-def _turned(image: Image.Image, turn: Turn) -> Image.Image:
+def turned(image: Image.Image, turn: Turn) -> Image.Image:
+    """Turn an image as a whole."""
     return image if turn == AS_STORED else Image.fromarray(turn.apply(np.asarray(image)))
 
 
@@ -84,22 +80,13 @@ def open_annotated(content: Encoded, size: tuple[int, int]) -> Annotated:
     """Decode upright, or as stored where annotations of `size`, (width, height), are for that.
 
     Raises:
-        ImageError: see `open_image`; or it is of neither size.
+        ImageError: see `open_rgb`; or it is of neither size.
     """
-    image, turn = _open_rgb(content)
-    upright = _turned(image, turn)
+    image, turn = open_rgb(content)
+    upright = turned(image, turn)
     if upright.size == size:
         return Annotated(upright, turn != AS_STORED and image.size == size)
     if image.size == size:
         return Annotated(image, False)
     has, wants = (f"{width} x {height}" for width, height in (upright.size, size))
     raise ImageError(f"it has {has} pixels, its annotations are for {wants}")
-
-
-def decode_image(content: Encoded) -> Pixels:
-    """Decode to (H, W, 3) uint8 RGB.
-
-    Raises:
-        ImageError: see `open_image`.
-    """
-    return np.asarray(open_image(content))

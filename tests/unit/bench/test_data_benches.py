@@ -7,7 +7,7 @@ from benches import decode, stream
 from benches.photographs import photographs
 from benches.settings import make_bench_config
 
-from moce_dist.data.upright import open_image
+from moce_dist.data.images import open_image
 
 
 def config(**bench):

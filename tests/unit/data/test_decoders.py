@@ -14,8 +14,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError, image_endings
 from moce_dist.data.framing import Framing, framed_image
-from moce_dist.data.images import Box, eval_image, open_picture
-from moce_dist.data.upright import open_image
+from moce_dist.data.images import Box, eval_image, open_image, open_picture
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ORIENTATION = (0x0112, 3, 1, struct.pack("<H", 6))

@@ -8,8 +8,7 @@ import pytest
 
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import Box, eval_image, open_picture
-from moce_dist.data.upright import open_image
+from moce_dist.data.images import Box, eval_image, open_image, open_picture
 
 from .samples_of_formats import seeds
 

@@ -17,8 +17,7 @@ from torchvision.transforms import v2
 
 from moce_dist.data import decoders, images
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import MEAN, STD, SampleDraws, sample_generator
-from moce_dist.data.upright import decode_image, open_image
+from moce_dist.data.images import MEAN, STD, SampleDraws, decode_image, open_image, sample_generator
 
 
 def encode(picture, kind="PNG", **options):

@@ -8,12 +8,11 @@ import pytest
 from PIL import Image
 
 from moce_dist.config import DataConfig
-from moce_dist.data.images import Decoded, Jpeg, open_picture
+from moce_dist.data.images import Decoded, Jpeg, decode_image, open_picture
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import Plan, sample_table
 from moce_dist.data.shards import write_index
 from moce_dist.data.stream import Layout, StreamSpec, stream
-from moce_dist.data.upright import decode_image
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run import read_faults
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from moce_dist.data.upright import decode_image
+from moce_dist.data.images import decode_image
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.official import OFFICIAL
