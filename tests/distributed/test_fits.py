@@ -224,5 +224,5 @@ def test_a_fit_whose_weights_are_ruined_leaves_no_model(pools, roots, tmp_path):
     common = call(roots, "classify", out=tmp_path, overrides=on(2)) | {"function": "ruined_fit"}
     found = pools(2).run("fit", **common)
     assert found[0] == found[1]
-    assert re.fullmatch(r"FloatingPointError: .*: after step 6: \S+ is not finite", found[0])
+    assert re.fullmatch(r"FloatingPointError: .*: after step \d+: \S+ is not finite", found[0])
     assert not (tmp_path / "last").exists() and not (tmp_path / "best").exists()
