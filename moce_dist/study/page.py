@@ -21,7 +21,10 @@ def render(found: Line) -> str:
     )
     return environment.get_template("page.html.jinja").render(
         found=found,
-        tables=[_table(table, found["reference"]) for table in reversed(found["tables"])],
+        tables=[
+            _table(table, found["reference"])
+            for table in sorted(found["tables"], key=lambda table: table["protocol"] != MEAN)
+        ],
         costs=_costs(found["arms"], found["reference"]),
         study=dump_yaml(found["study"]),
     )

@@ -36,13 +36,17 @@ Kind = Literal["mae", "features", "cluster", "moce", "control", "transfer"]
 STAGES: tuple[Kind, ...] = ("mae", "features", "cluster", "moce", "control")
 SHARED = {"mae": ("mae",), "features": ("features",), "cluster": ("clusters", "shards")}
 """Folders of the stages that runs share."""
-_MAE = ("seed", "data", "model", "mae", "parallel", "base_run")
-_LEARNT_FROM: dict[Kind, tuple[str, ...]] = {
-    "mae": _MAE,
-    "features": (*_MAE, "cluster.encoder", "cluster.batch_size"),
-    "cluster": (*_MAE, "cluster"),
+_EXPERTS = ("moe", "gate", "moce")
+_CLUSTERING = (
+    *("num_clusters", "source", "balance", "spherical", "soft_bound", "iterations", "tolerance"),
+    *("block_rows", "num_candidates", "index_from", "index_recall", "with_prices"),
+)
+_LEARNT_LATER: dict[Kind, tuple[str, ...]] = {
+    "mae": (*_EXPERTS, "cluster"),
+    "features": (*_EXPERTS, *(f"cluster.{name}" for name in _CLUSTERING)),
+    "cluster": _EXPERTS,
 }
-"""Sections and fields of the configuration that decide what a shared stage makes."""
+"""Sections and fields of the configuration that a shared stage does not depend on."""
 
 
 class Source(NamedTuple):
@@ -271,11 +275,11 @@ class Planner:
     def _share(self) -> None:
         made: dict[str, str] = {}
         for run in self.runs.values():
-            for stage, sections in _LEARNT_FROM.items():
-                parts = tuple(f"{section}." for section in sections)
+            for stage, sections in _LEARNT_LATER.items():
+                later = tuple(f"{section}." for section in sections)
                 if stage in run.makers:
                     learnt = identity(run.config).items()
-                    key = [(k, v) for k, v in learnt if f"{k}.".startswith(parts)]
+                    key = [(k, v) for k, v in learnt if not f"{k}.".startswith(later)]
                     maker = made.setdefault(fingerprint([stage, key]), run.name)
                     run.makers[stage] = maker
 

@@ -60,9 +60,10 @@ def carry_out(piece: Piece) -> Outcome:
 
 def _make(run: Run, piece: Piece) -> None:
     if piece.request is not None:
+        from moce_dist.launch import train
         from moce_dist.transfer import suite
 
-        suite.carry_out(run, suite.Order(piece.request, piece.config))
+        suite.carry_out(run, suite.Order(piece.request, piece.config), train)
         return
     from moce_dist.pipeline import Pipeline
 
