@@ -1,8 +1,9 @@
 """What a study would do, told before anything is done: runs, shared stages, images, cost."""
 
+from statistics import fmean
+
 from moce_dist.config import Config
-from moce_dist.study.plan import STAGES, Plan, stages_of
-from moce_dist.study.request import arm_config
+from moce_dist.study.plan import STAGES, Plan
 
 
 def forecast(plan: Plan) -> list[str]:
@@ -19,16 +20,21 @@ def forecast(plan: Plan) -> list[str]:
         lines.append(
             f"  {run.name}: {', '.join(own) or 'none to train'}, {flop / 1e12:,.1f} TFLOP{shared}"
         )
-    lines.append("arms       images of mae, then; TFLOP of training, of clusters; as if alone")
+    lines.append(
+        "arms       images of mae, then; TFLOP of training, of clusters: a run, as if alone"
+    )
     for name, arm in study.arms.items():
-        names = dict.fromkeys(cell.run for cell in plan.cells if cell.arm == name)
-        first = plan.runs[next(iter(names))]
-        cost = first.cost(stages_of(arm.backbone, arm_config(study, arm), paid=True))
-        tasks = dict.fromkeys(cell.task for cell in plan.cells if cell.arm == name)
+        runs, stages = plan.runs_of(name), plan.stages_of(name)
+        costs = [run.cost(stages) for run in runs]
+        mae, moce, training, clustering = (
+            fmean(getattr(cost, field) for cost in costs)
+            for field in ("mae_images", "moce_images", "training", "clustering")
+        )
+        tasks = {cell.task for cell in plan.cells if cell.arm == name}
         lines.append(
-            f"  {name}: {arm.backbone} of {len(names)} runs, {len(tasks)} tasks; "
-            f"{cost.mae_images:,} + {cost.moce_images:,} images; {cost.training / 1e12:,.1f} + "
-            f"{cost.clustering / 1e12:,.1f} TFLOP{_hours(cost.flop, rate, first.config)}"
+            f"  {name}: {arm.backbone} of {len(runs)} runs, {len(tasks)} tasks; "
+            f"{mae:,.0f} + {moce:,.0f} images; {training / 1e12:,.1f} + "
+            f"{clustering / 1e12:,.1f} TFLOP{_hours(training + clustering, rate, runs[0].config)}"
         )
     workers = next(iter(plan.runs.values())).config
     lines.append(
@@ -37,6 +43,6 @@ def forecast(plan: Plan) -> list[str]:
     return lines
 
 
-def _hours(flop: int, rate: float | None, config: Config) -> str:
+def _hours(flop: float, rate: float | None, config: Config) -> str:
     workers = config.parallel.num_workers
     return f", {flop / rate / workers / 3600:,.1f} h on {workers} workers" if rate else ""

@@ -141,6 +141,15 @@ class Plan:
     cells: list[Cell]
     pieces: list[Piece]
 
+    def runs_of(self, arm: str) -> list[PlannedRun]:
+        """List the runs that an arm evaluates backbones of."""
+        return [self.runs[n] for n in dict.fromkeys(c.run for c in self.cells if c.arm == arm)]
+
+    def stages_of(self, arm: str) -> tuple[Kind, ...]:
+        """List the stages that an arm's cost counts."""
+        given = self.study.arms[arm]
+        return stages_of(given.backbone, arm_config(self.study, given), paid=True)
+
 
 def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kind, ...]:
     """List the stages that a backbone is made by; with `paid`, those that its cost counts.

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 
 from moce_dist.config import identity
 from moce_dist.run import Run, fingerprint, read_jsonl, versions
-from moce_dist.study.plan import Kind, PlannedRun, stages_of
-from moce_dist.study.request import arm_config
+from moce_dist.study.plan import Kind, PlannedRun
 from moce_dist.study.runner import Runner
 from moce_dist.study.statistics import Table, spread
 
@@ -149,8 +148,7 @@ def _row(table: Table, tasks: Sequence[str], draws: int) -> Line:
 
 def _arm(runner: Runner, name: str) -> Line:
     plan, arm = runner.plan, runner.plan.study.arms[name]
-    runs = [plan.runs[run] for run in dict.fromkeys(c.run for c in plan.cells if c.arm == name)]
-    kinds = stages_of(arm.backbone, arm_config(plan.study, arm), paid=True)
+    runs, kinds = plan.runs_of(name), plan.stages_of(name)
     costs = [run.cost(kinds, _iterations(run)) for run in runs]
     seconds = [stage_seconds(runner, run, kinds) for run in runs]
     known = [each for each in seconds if each is not None]
