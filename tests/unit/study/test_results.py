@@ -1,0 +1,154 @@
+"""Tables, costs and the page, from values made by hand."""
+
+import json
+import os
+import re
+
+import pytest
+
+from moce_dist.run import COMPLETE, mark_complete
+from moce_dist.study.page import render
+from moce_dist.study.results import tables, training_seconds
+from moce_dist.study.work import link_artefact
+
+
+def value(arm, seed, task, protocol, share):
+    of = {"arm": arm, "seed": seed, "task": task, "protocol": protocol}
+    return {**of, "metric": "accuracy", "value": share}
+
+
+@pytest.fixture
+def values():
+    """Two seeds of two tasks and protocols; of one arm a task is missing."""
+    made = [
+        *(("control", 0, "a", "knn", 0.50), ("control", 0, "b", "knn", 0.70)),
+        *(("control", 1, "a", "knn", 0.54), ("control", 1, "b", "knn", 0.72)),
+        *(("moce", 0, "a", "knn", 0.53), ("moce", 0, "b", "knn", 0.71)),
+        *(("moce", 1, "a", "knn", 0.59), ("moce", 1, "b", "knn", 0.75)),
+        *(("own", 0, "a", "knn", 0.60), ("own", 1, "a", "knn", 0.62)),
+    ]
+    few = [(arm, seed, task, "logistic10", share - 0.1) for arm, seed, task, _, share in made]
+    return [value(*row) for row in [*made, *few]]
+
+
+def made(values):
+    return {
+        table["protocol"]: table["arms"]
+        for table in tables(values, ["control", "moce", "own"], "control", 2000)
+    }
+
+
+def test_table_by_hand(values):
+    knn = made(values)["knn"]
+    assert knn["control"]["mean"]["mean"] == pytest.approx(0.615)
+    # the means of the seeds are .60 and .63
+    assert knn["control"]["mean"]["std"] == pytest.approx(0.03 / 2**0.5)
+    assert knn["moce"]["tasks"]["a"]["mean"] == pytest.approx(0.56)
+    gain = knn["moce"]["difference"]
+    assert gain["mean"]["mean"] == pytest.approx((0.03 + 0.01 + 0.05 + 0.03) / 4)
+    assert gain["tasks"]["a"]["mean"] == pytest.approx(0.04)
+    # paired: .02 and .04; the deviation of the unpaired means would be greater
+    assert gain["mean"]["std"] == pytest.approx(0.02 / 2**0.5)
+    assert 0.01 <= gain["mean"]["low"] < gain["mean"]["high"] <= 0.05
+    assert "difference" not in knn["control"]
+
+
+def test_an_arm_with_some_tasks_is_compared_on_those(values):
+    own = made(values)["knn"]["own"]
+    assert (own["mean"]["num_tasks"], own["mean"]["mean"]) == (1, pytest.approx(0.61))
+    assert own["difference"]["mean"]["mean"] == pytest.approx((0.10 + 0.08) / 2)
+    assert "b" not in own["tasks"]
+
+
+def test_mean_over_protocols(values):
+    assert made(values)["mean"]["moce"]["mean"]["mean"] == pytest.approx(0.645 - 0.05)
+    alone = [v for v in values if v["protocol"] == "knn"]
+    assert set(made(alone)) == {"knn"}
+
+
+def test_metrics_of_other_kinds_have_tables_of_their_own(values):
+    scene = {**value("control", 0, "c", "finetune", 0.3), "metric": "mIoU"}
+    found = tables([*values, scene], ["control"], "control", 1000)
+    assert [(t["protocol"], t["metric"], t["tasks"]) for t in found][2:] == [
+        ("finetune", "mIoU", ["c"]),
+        ("mean", "accuracy", ["a", "b"]),
+    ]
+
+
+def test_seconds_of_training_are_images_over_rates():
+    lines = [(100, 50), (300, 100), (400, 25)]
+    metrics = [{"images_seen": seen, "images_per_s": rate} for seen, rate in lines]
+    assert training_seconds(metrics) == 2 + 2 + 4
+    assert training_seconds([]) == 0
+
+
+@pytest.fixture
+def content(values):
+    cost = {"mae_images": 10, "moce_images": 20, "training_flop": 3e12, "clustering_flop": 1e12}
+    arm = {"about": "<b>", "backbone": "moce", "runs": ["r"], "cost": {**cost, "seconds": None}}
+    run = {"data": "all", "num_images": 9, "stages": {"mae": {"made_by": "other"}}}
+    return {
+        **{"title": "T & T", "split": "val", "reference": "control", "seeds": [0, 1], "left": 3},
+        **{"arms": {"control": arm, "moce": arm, "own": arm}, "failed": {"r/mae": "<oops>"}},
+        "tables": tables(values, ["control", "moce", "own"], "control", 2000),
+        "runs": {"r": run},
+        "study": {"tasks": ["a", "b"]},
+        "machine": {"name": "m", "cores": 2, "memory_gib": 1, "system": "s", "gpu": None},
+        **{"versions": {"python": "3"}, "time": "now"},
+    }
+
+
+def test_page_shows_points_and_escapes_what_it_shows(content):
+    page = render(content)
+    assert "+3.00" in page and "61.50 ± 2.12" in page
+    assert "T &amp; T" in page and "&lt;oops&gt;" in page and "&lt;b&gt;" in page
+    assert "(1 of the tasks)" in page and "3 pieces of work are not finished" in page
+    assert not re.search(r"<script|https?://|url\(", page)
+    assert page.index("mean of the protocols") < page.index(">knn")
+
+
+def test_interval_is_drawn_where_it_is(content):
+    page = render(content)
+    # the greatest end of a table lies at 92 of 100 on its side
+    assert 'x2="192.0"' in page
+    assert json.loads(json.dumps(content)) == content, "study.json holds all of it"
+
+
+def test_page_before_anything_is_finished(content):
+    page = render({**content, "tables": [], "failed": {}, "seeds": [0]})
+    assert "No task is finished yet" in page and "One seed has no deviation" in page
+
+
+@pytest.fixture
+def artefact(tmp_path):
+    folder = tmp_path / "a" / "mae"
+    (folder / "checkpoints").mkdir(parents=True)
+    weights, log = folder / "checkpoints" / "w.safetensors", folder / "metrics.jsonl"
+    weights.write_text("weights")
+    log.write_text("line\n")
+    mark_complete(folder, {"data": 1}, [weights, log])
+    return folder
+
+
+def test_link_shares_files_but_no_logs(artefact, tmp_path):
+    target = tmp_path / "b" / "mae"
+    target.parent.mkdir()
+    link_artefact(artefact, target)
+    for name, is_shared in (("checkpoints/w.safetensors", True), ("metrics.jsonl", False)):
+        assert (target / name).read_text() == (artefact / name).read_text()
+        assert os.path.samefile(artefact / name, target / name) == is_shared
+    assert [p.name for p in target.parent.iterdir()] == ["mae"]
+
+
+def test_link_is_made_anew_when_the_artefact_was(artefact, tmp_path):
+    target = tmp_path / "mae"
+    link_artefact(artefact, target)
+    (target / "mine").touch()
+    link_artefact(artefact, target)
+    assert (target / "mine").exists(), "what is there is left alone"
+    mark_complete(artefact, {"data": 2}, [artefact / "metrics.jsonl"])
+    link_artefact(artefact, target)
+    assert not (target / "mine").exists()
+    assert (target / COMPLETE).read_text() == (artefact / COMPLETE).read_text()
+    with pytest.raises(FileNotFoundError):
+        link_artefact(tmp_path / "nowhere", target)
