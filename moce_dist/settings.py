@@ -217,7 +217,8 @@ def _typed(value: Any, wanted: Any) -> Any:
         sections = (o for o in options if isinstance(o, type) and issubclass(o, Section))
         section = next(sections, Section)
         fields = {name: field.annotation for name, field in section.model_fields.items()}
-        return {key: _typed(inner, fields.get(key, Any)) for key, inner in value.items()}
+        named = next((get_args(o)[1] for o in options if get_origin(o) is dict), Any)
+        return {key: _typed(inner, fields.get(key, named)) for key, inner in value.items()}
     if isinstance(value, list):
         items = next((get_args(o) for o in options if get_origin(o) is tuple), (Any,))
         kinds = repeat(items[0]) if items[-1] is ... else chain(items, repeat(Any))

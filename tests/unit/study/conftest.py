@@ -44,10 +44,10 @@ SIZES = {"all": 1000, "sprites": 250}
 def read(tmp_path):
     """Read a study of these fields, as a user's file."""
 
-    def read(**fields):
+    def read(*overrides, **fields):
         path = tmp_path / "study.yaml"
         path.write_text(json.dumps({**STUDY, **fields}))
-        return read_study(path)
+        return read_study(path, overrides)
 
     return read
 

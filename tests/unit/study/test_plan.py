@@ -153,6 +153,19 @@ def test_forecast_names_runs_and_counts_shared_stages_once(read, plan):
     assert double == pytest.approx(2 * total, abs=0.2)
 
 
+def test_fields_of_a_study_are_overridden_from_the_command_line(read):
+    study = read(
+        "seeds=[3]",
+        "arms.moce.seeds=[3]",
+        'arms.more={"backbone": "mae", "set": {"mae.base_lr": 1e-3, "cluster.balance": "off"}}',
+        "config.mae.base_lr=2e-3",
+        "images.mae=77",
+    )
+    assert study.seeds == study.arms["moce"].seeds == (3,)
+    assert study.arms["more"].set == {"mae.base_lr": 1e-3, "cluster.balance": "off"}
+    assert (study.config["mae"]["base_lr"], study.images.mae) == (2e-3, 77)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
