@@ -24,8 +24,8 @@ def forecast(plan: Plan) -> list[str]:
         "arms       images of mae, then; TFLOP of training, of clusters: a run, as if alone"
     )
     for name, arm in study.arms.items():
-        runs, stages = plan.runs_of(name), plan.stages_of(name)
-        costs = [run.cost(stages) for run in runs]
+        runs = plan.runs_of(name)
+        costs = [plan.cost(name, run) for run in runs]
         mae, moce, training, clustering = (
             fmean(getattr(cost, field) for cost in costs)
             for field in ("mae_images", "moce_images", "training", "clustering")

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 from moce_dist.config import Config, StageConfig, identity
 from moce_dist.run import Run, fingerprint
 from moce_dist.settings import ConfigError
+from moce_dist.sizes import training_flop
 from moce_dist.study.cost import Cost, run_cost
 from moce_dist.study.request import (
     Arm,
@@ -30,7 +31,7 @@ from moce_dist.study.request import (
     task_request,
     tasks_of,
 )
-from moce_dist.transfer.request import Request, is_moce, stage_of
+from moce_dist.transfer.request import Request, base_of, further_of, is_moce, stage_of
 
 Kind = Literal["mae", "features", "cluster", "moce", "control", "transfer"]
 STAGES: tuple[Kind, ...] = ("mae", "features", "cluster", "moce", "control")
@@ -150,6 +151,16 @@ class Plan:
         given = self.study.arms[arm]
         return stages_of(given.backbone, arm_config(self.study, given), paid=True)
 
+    def cost(self, arm: str, run: PlannedRun, iterations: int | None = None) -> Cost:
+        """Cost of an arm's model of one task, as if it were alone."""
+        cost, further = run.cost(self.stages_of(arm), iterations), self.study.arms[arm]
+        images = further.continue_images or 0
+        return replace(
+            cost,
+            moce_images=cost.moce_images + images,
+            training=cost.training + images * training_flop(run.config),
+        )
+
 
 def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kind, ...]:
     """List the stages that a backbone is made by; with `paid`, those that its cost counts.
@@ -161,9 +172,12 @@ def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kin
     if last is None:
         return ()
     needed = {"mae", last}
-    if last != "mae" and not (paid and backbone == "control"):
+    if last != "mae" and not (paid and backbone in ("control", "control+all")):
         needed |= SHARED.keys()
-    select = backbone.partition(":")[2] or config.transfer.select
+    if not paid and further_of(backbone) == "own":
+        # a choice of experts says which clusters are the task's
+        needed.add("moce")
+    select = base_of(backbone).partition(":")[2] or config.transfer.select
     if is_moce(backbone) and select == "validate":
         needed.add("control")
     return tuple(stage for stage in STAGES if stage in needed)
@@ -260,7 +274,7 @@ class Planner:
         of_run = identity(run.config)
         if changed := [path for path, v in identity(config).items() if v != of_run[path]]:
             raise ConfigError(f"tasks, {task.folder}.set: {', '.join(changed)} is of a run")
-        request = task_request(study, task, (arm.backbone,), self.split)
+        request = task_request(study, task, arm, self.split)
         evaluated = {"transfer.evaluate": self.split}
         if config.transfer != arm_config(study, Arm(), evaluated, task.set).transfer:
             own = fingerprint(config.transfer.model_dump(mode="json"))[:6]
@@ -311,8 +325,15 @@ class Planner:
         by_folder: dict[str, list[Cell]] = {}
         for cell in cells:
             by_folder.setdefault(cell.request.folder, []).append(cell)
+        first: dict[int | None, str] = {}
         for group in by_folder.values():
             backbones = tuple(dict.fromkeys(cell.backbone for cell in group))
             request = replace(group[0].request, backbones=backbones)
             config = group[0].config.model_copy(update={"control": "control" in run.makers})
-            yield Piece("transfer", run.name, run.root, config, needs, links, request)
+            before = needs
+            if any(further_of(name) == "all" for name in backbones):
+                # one control goes on for all tasks: the first of them trains it
+                mine = piece_id(run.name, "transfer", request)
+                earlier = first.setdefault(request.continue_images, mine)
+                before = needs if earlier == mine else (*needs, earlier)
+            yield Piece("transfer", run.name, run.root, config, before, links, request)

@@ -42,6 +42,8 @@ class Arm(Section):
     domains: Literal["all", "own_equal_images", "own_equal_steps"] = "all"
     """Train on all data; or a run for every domain that tasks name, on its images alone: on as many
     as a run on all data sees of that domain, or on as many as that sees of all."""
+    continue_images: int | None = Field(None, ge=1)
+    """Images of the further steps that a backbone `+own` or `+all` takes for every task."""
     seeds: tuple[int, ...] | None = None
     """Seeds that it is made with; None: all of the study."""
     tasks: tuple[str, ...] | None = None
@@ -133,7 +135,7 @@ def _check_arm(study: StudyConfig, name: str, arm: Arm) -> None:
     for task in tasks_of(study, arm):
         try:
             config = arm_config(study, arm, overrides=task.set)
-            check_request(task_request(study, task, (arm.backbone,)), config)
+            check_request(task_request(study, task, arm), config)
         except ConfigError as error:
             raise ConfigError(f"arms.{name}, task {task.folder}: {error}") from None
 
@@ -165,17 +167,20 @@ def arm_config(
     return config.model_copy(update={"data": config.data.model_copy(update={"source": source})})
 
 
-def task_request(
-    study: StudyConfig, task: StudyTask, backbones: tuple[str, ...], split: Split = "test"
-) -> Request:
-    """Make the request of a task's comparison of backbones of one run."""
+def task_request(study: StudyConfig, task: StudyTask, arm: Arm, split: Split = "test") -> Request:
+    """Make the request of an arm on a task."""
     usual = tuple(name for name in study.protocols if is_protocol(name, task.task))
     wanted = task.protocol or usual or protocols_of(task.task)
     data = None
     if task.task not in SAMPLE_TASKS:
         data = Path(study.data, task.data or task.folder).absolute()
     name = task.folder if split == "test" else f"{task.folder}-{split}"
-    return Request(task.task, data, backbones, wanted, 1, None, name)
+    further = arm.continue_images
+    return Request(
+        *(task.task, data, (arm.backbone,), wanted, 1, None),
+        name=name if further is None else f"{name}-{further}",
+        continue_images=further,
+    )
 
 
 def json_schema() -> dict[str, Any]:

@@ -39,7 +39,7 @@ def collect(runner: Runner, split: str) -> Line:
         "split": split,
         "reference": study.reference,
         "seeds": list(study.seeds),
-        "arms": {name: _arm(runner, name) for name in study.arms},
+        "arms": {name: _arm(runner, name, values) for name in study.arms},
         "tables": tables(values, list(study.arms), study.reference, study.draws),
         "values": values,
         "runs": {name: _run(runner, run) for name, run in plan.runs.items()},
@@ -77,7 +77,7 @@ def read_values(runner: Runner) -> list[Line]:
         for row in metrics["results"]:
             is_mine = row["backbone"] == cell.backbone and row["protocol"] in cell.request.protocols
             if is_mine and row["seed"] == cell.seed:
-                known = {k: row[k] for k in ("num_train", "num_test", "choice") if k in row}
+                known = {k: row[k] for k in ("num_train", "num_test", "choice", "cost") if k in row}
                 found.append(
                     {
                         "arm": cell.arm,
@@ -146,12 +146,13 @@ def _row(table: Table, tasks: Sequence[str], draws: int) -> Line:
     }
 
 
-def _arm(runner: Runner, name: str) -> Line:
+def _arm(runner: Runner, name: str, values: list[Line]) -> Line:
     plan, arm = runner.plan, runner.plan.study.arms[name]
     runs, kinds = plan.runs_of(name), plan.stages_of(name)
-    costs = [run.cost(kinds, _iterations(run)) for run in runs]
+    costs = [plan.cost(name, run, _iterations(run)) for run in runs]
     seconds = [stage_seconds(runner, run, kinds) for run in runs]
     known = [each for each in seconds if each is not None]
+    further = [v["cost"]["seconds"] for v in values if v["arm"] == name and v.get("cost")]
     return {
         **arm.model_dump(mode="json"),
         "runs": [run.name for run in runs],
@@ -160,7 +161,9 @@ def _arm(runner: Runner, name: str) -> Line:
             "moce_images": statistics.fmean(cost.moce_images for cost in costs),
             "training_flop": statistics.fmean(cost.training for cost in costs),
             "clustering_flop": statistics.fmean(cost.clustering for cost in costs),
-            "seconds": statistics.fmean(known) if known else None,
+            "seconds": statistics.fmean(known) + (statistics.fmean(further) if further else 0)
+            if known
+            else None,
         },
     }
 

@@ -68,6 +68,7 @@ def piece_fingerprint(piece: Piece) -> str:
         transfer = [
             request.backbones,
             request.protocols,
+            request.continue_images,
             piece.config.transfer.model_dump(mode="json"),
             _stamp(request.data),
         ]

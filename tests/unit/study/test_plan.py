@@ -105,6 +105,27 @@ def test_a_choice_by_evidence_has_a_control_to_try_and_pays_for_it(read, plan):
     assert any(line.startswith("validate: ") and "1,000 + 10,000 images" in line for line in lines)
 
 
+def test_steps_of_a_tasks_own_are_counted_and_shared_ones_come_first(read, plan):
+    further = {"continue_images": 2000}
+    arms = {
+        "mae": {"backbone": "mae"},
+        "own": {"backbone": "control+own", **further},
+        "all": {"backbone": "control+all", **further},
+        "less": {"backbone": "control+own", "continue_images": 500},
+    }
+    found = plan(read(arms=arms, seeds=[0]))
+    (main,) = found.runs
+    assert set(found.runs[main].makers) == {"mae", "features", "cluster", "moce", "control"}
+    assert [found.cost(arm, found.runs[main]).moce_images for arm in arms] == [0, 7000, 7000, 5500]
+    assert found.cost("own", found.runs[main]).clustering > 0
+    assert found.cost("all", found.runs[main]).clustering == 0
+    pieces = {piece.request.folder: piece for piece in found.pieces if piece.request}
+    assert set(pieces) == {f"{t}{n}" for t in ("sprites", "emoji") for n in ("", "-2000", "-500")}
+    assert pieces["emoji-2000"].request.continue_images == 2000
+    assert pieces["sprites-2000"].id in pieces["emoji-2000"].needs
+    assert pieces["sprites-2000"].needs == pieces["emoji-500"].needs
+
+
 def test_an_arm_may_have_only_some_seeds_and_tasks(read, plan):
     few = {"backbone": "moce", "seeds": [1], "tasks": ["emoji"]}
     found = plan(read(arms={"mae": {"backbone": "mae"}, "few": few}))
