@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -76,11 +77,31 @@ def write_combination(copy, kind, name, components):
     return folder
 
 
+def render_batch(copy, number, folders):
+    """Render folders of one object each in one go, which takes a third of the time.
+
+    Objects must differ in name within one rendering, so each gets a suffix, taken off again.
+    """
+    for place, folder in enumerate(folders):
+        member = copy / f"batch{number}" / str(place)
+        member.mkdir(parents=True)
+        written = {"resources": [f"../../{folder.relative_to(copy)}"], "nameSuffix": f"x{place}"}
+        (member / "kustomization.yaml").write_text(yaml.safe_dump(written))
+    written = yaml.safe_dump({"resources": [str(place) for place in range(len(folders))]})
+    (copy / f"batch{number}" / "kustomization.yaml").write_text(written)
+    found = [[] for _ in folders]
+    for document in kustomize(copy / f"batch{number}"):
+        name, _, place = document["metadata"]["name"].rpartition("x")
+        document["metadata"]["name"] = name
+        found[int(place)].append(document)
+    return found
+
+
 def render_all(scratch):
     """Render every setup, overlay and job, with every set of components; {name: documents}."""
     copy = scratch / "k8s"
     shutil.copytree(K8S, copy)
-    folders = {name: copy / name for name in SETUPS}
+    folders = {}
     for kind, names in (("overlays", OVERLAYS), ("jobs", JOBS)):
         for name in names:
             for components in combinations(kind, name):
@@ -88,8 +109,12 @@ def render_all(scratch):
                 folders[title] = copy / kind / name
                 if components:
                     folders[title] = write_combination(copy, kind, name, components)
+    every = list(folders.values())
+    batches = [every[start : start + 40] for start in range(0, len(every), 40)]
     with ThreadPoolExecutor(4) as pool:
-        return dict(zip(folders, pool.map(kustomize, folders.values()), strict=True))
+        rendered = pool.map(partial(render_batch, copy), range(len(batches)), batches)
+        found = dict(zip(folders, itertools.chain(*rendered), strict=True))
+    return {name: kustomize(copy / name) for name in SETUPS} | found
 
 
 def is_custom(document):

@@ -1,5 +1,6 @@
 """The manifests agree with the configurations that they run, and their numbers with each other."""
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -223,43 +224,102 @@ def save_s(config):
     return 12 * (12 * width**2 * depth + decoder + experts) / STORAGE_BYTES_PER_S
 
 
+def late(document, save):
+    """Yield times that are too short: of a save, of a drain, of a pod's last seconds."""
+    drain, stop = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_JOB_STOP_WAIT_TIME_S"
+    pods = dict(templates(document))
+    head, worker = pods["head"], pods["experts"]
+    grace = {k: pods[k]["spec"]["terminationGracePeriodSeconds"] for k in ("head", "experts")}
+    if not grace["experts"] > seconds(worker, drain) > save:
+        yield "a worker's drain"
+    # the driver outlives the workers' save
+    if not grace["head"] > seconds(head, drain) > seconds(worker, drain):
+        yield "the head's drain"
+    if not grace["head"] > seconds(head, stop) > save:
+        yield "the stop of a job"
+
+
 @pytest.mark.parametrize("job", TRAINING)
 def test_a_pod_lives_longer_than_it_drains_and_drains_longer_than_a_save_takes(rays, job):
-    drain, stop = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_JOB_STOP_WAIT_TIME_S"
+    save = save_s(job_config(words_of(rays[f"jobs/{job}"])))
     for name in (name for name in rays if name.split("+")[0] == f"jobs/{job}"):
-        pods = dict(templates(rays[name]))
-        head, worker = pods["head"], pods["experts"]
-        save = save_s(job_config(words_of(rays[name])))
-        grace = {k: pods[k]["spec"]["terminationGracePeriodSeconds"] for k in ("head", "experts")}
-        assert grace["experts"] > seconds(worker, drain) > save, name
-        # the driver outlives the workers' save
-        assert grace["head"] > seconds(head, drain) > seconds(worker, drain), name
-        assert grace["head"] > seconds(head, stop) > save, name
+        assert list(late(rays[name], save)) == [], name
 
 
 def test_storage_that_the_times_assume_is_what_the_readme_asks_for():
     assert f"{STORAGE_BYTES_PER_S / 1e9:.0f} GB/s" in (K8S / "README.md").read_text()
 
 
+def tight(document):
+    """Yield what has no room: Ray's object store, NCCL and loaders, logs and spilled objects."""
+    cluster = cluster_of(document)
+    for group in (cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])):
+        spec = group["template"]["spec"]
+        sizes = {
+            v["name"]: amount(v["emptyDir"].get("sizeLimit", "1000Ti"))
+            for v in spec["volumes"]
+            if "emptyDir" in v
+        }
+        resources = spec["containers"][0]["resources"]
+        store = int(group["rayStartParams"].get("object-store-memory", 2**60))
+        # half of shared memory and more stays for NCCL and loaders
+        if not 75 * 2**20 < store <= sizes["shm"] / 2:
+            yield "object store"
+        if sizes["shm"] > amount(resources["limits"]["memory"]) / 4:
+            yield "shared memory"
+        if sizes["tmp"] >= amount(resources["requests"].get("ephemeral-storage", 0)):
+            yield "ephemeral storage"
+        if resources["requests"] != resources["limits"]:
+            yield "limits"
+
+
 def test_shared_memory_and_disks_hold_what_is_put_there(rays):
     for name, document in rays.items():
-        cluster = cluster_of(document)
-        groups = [cluster["headGroupSpec"], *cluster.get("workerGroupSpecs", [])]
-        for group in groups:
-            spec = group["template"]["spec"]
-            sizes = {
-                v["name"]: amount(v["emptyDir"]["sizeLimit"])
-                for v in spec["volumes"]
-                if "emptyDir" in v
-            }
-            limits = spec["containers"][0]["resources"]["limits"]
-            requests = spec["containers"][0]["resources"]["requests"]
-            store = int(group["rayStartParams"]["object-store-memory"])
-            # half of it and more stays for NCCL and loaders
-            assert 75 * 2**20 < store <= sizes["shm"] / 2, name
-            assert sizes["shm"] <= amount(limits["memory"]) / 4, name
-            assert sizes["tmp"] < amount(requests["ephemeral-storage"]), name
-            assert requests == limits, name
+        assert list(tight(document)) == [], name
+
+
+def env_of(group, variable):
+    env = group["template"]["spec"]["containers"][0]["env"]
+    return next(entry for entry in env if entry["name"] == variable)
+
+
+DRAIN, STOP = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_JOB_STOP_WAIT_TIME_S"
+PLANTED = {
+    "a worker's drain": lambda head, group: env_of(group, DRAIN).update(value="150"),
+    "the head's drain": lambda head, group: head["template"]["spec"].update(
+        terminationGracePeriodSeconds=30
+    ),
+    "the stop of a job": lambda head, group: env_of(head, STOP).update(value="3"),
+    "object store": lambda head, group: group["rayStartParams"].pop("object-store-memory"),
+    "shared memory": lambda head, group: group["template"]["spec"]["volumes"][2].update(
+        emptyDir={"medium": "Memory", "sizeLimit": "400Gi"}
+    ),
+    "ephemeral storage": lambda head, group: head["template"]["spec"]["volumes"][1].update(
+        emptyDir={}
+    ),
+}
+
+
+@pytest.mark.parametrize("words", PLANTED)
+def test_planted_times_and_sizes_are_caught(rays, words):
+    document = copy.deepcopy(rays["jobs/pretrain"])
+    cluster = cluster_of(document)
+    PLANTED[words](cluster["headGroupSpec"], cluster["workerGroupSpecs"][0])
+    assert words in [*late(document, save=5), *tight(document)]
+
+
+def test_planted_numbers_of_nodes_and_labels_are_caught(rays):
+    document = copy.deepcopy(rays["jobs/pretrain"])
+    parallel = job_config(words_of(document)).parallel
+    wanted = Wanted("moce", parallel.model_copy(update={"min_workers": None}), 4096, "GPU")
+    assert len(wanted.best_seats(hosts_of(document))) == 32
+    (group,) = cluster_of(document)["workerGroupSpecs"]
+    group["replicas"] = 3
+    assert wanted.best_seats(hosts_of(document)) is None
+    # without the operator's feature the number is missing, so all pods have one label
+    group["replicas"] = 4
+    env_of(group, "RAY_OVERRIDE_LABELS")["value"] = json.dumps({GROUP_LABEL: "g"})
+    assert wanted.best_seats(hosts_of(document)) is None
 
 
 def test_the_network_cards_of_a_node_are_asked_for(rays):
