@@ -258,6 +258,7 @@ def main(argv: Sequence[str]) -> None:
         metrics = carry_out(run, orders[0], train_on_workers)
         if metrics:
             print_table([metrics], f"{metrics['task']}: {metrics['metric']}")
+            print("".join(f"{note}\n" for note in metrics["notes"]), end="")
 
 
 if __name__ == "__main__":

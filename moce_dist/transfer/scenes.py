@@ -173,24 +173,24 @@ def _load(scene: Scene, num_classes: int) -> tuple[Annotated, Labels]:
     return shown, mask
 
 
-def check_scenes(scenes: Scenes, *, threads: int) -> None:
+def check_scenes(scenes: Scenes, *, threads: int) -> list[str]:
     """Decode all images and masks of a task below `SCAN_LIMIT_BYTES` and compare them.
 
-    Logs how often every number of a mask occurs, and warns of classes that are in no mask.
+    Returns notes: how often every number of a mask occurs, and which class is in no mask.
 
     Raises:
         ConfigError: naming the first scene that `load_scene` refuses, and how many there are.
     """
     every, num_classes = [*scenes.train, *scenes.test], len(scenes.classes)
     if sum(scene.image.stat().st_size for scene in every) > SCAN_LIMIT_BYTES:
-        return
+        return []
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         found = list(pool.map(lambda scene: _look(scene, num_classes), every))
     if bad := [look.fault for look in found if look.fault]:
         more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
         raise ConfigError(bad[0] + more)
     warn_of_doubt([s.key for s, look in zip(every, found, strict=True) if look.is_in_doubt])
-    _describe(scenes, np.sum([look.counts for look in found], axis=0))
+    return _describe(scenes, np.sum([look.counts for look in found], axis=0))
 
 
 class _Look(NamedTuple):
@@ -209,20 +209,22 @@ def _look(scene: Scene, num_classes: int) -> _Look:
     return _Look("", shown.is_in_doubt, counts)
 
 
-def _describe(scenes: Scenes, counts: Labels) -> None:
+def _describe(scenes: Scenes, counts: Labels) -> list[str]:
     names = ["ignored", *scenes.classes]
     shares = [
         f"{number} ({names[number]}) {count / counts.sum():.1%}"
         for number, count in enumerate(counts.tolist())
         if count
     ]
-    logger.info("masks hold %s", ", ".join(shares[:_SHARES_SHOWN]))
+    notes = [f"masks hold {', '.join(shares[:_SHARES_SHOWN])}"]
     if absent := [number for number in range(1, len(counts)) if not counts[number]]:
-        logger.warning(
-            "class %d (%s) is in no mask (%d such classes of %d): masks count classes from 1, and "
-            "0 is ignored; to masks that count from 0 add 1",
-            *(absent[-1], names[absent[-1]], len(absent), len(scenes.classes)),
+        last = f"class {absent[-1]} ({names[absent[-1]]}) is in no mask"
+        notes.append(
+            f"{last} ({len(absent)} such classes of {len(scenes.classes)}): masks count classes "
+            "from 1, and 0 is ignored; to masks that count from 0 add 1"
         )
+        logger.warning(notes[-1])
+    return notes
 
 
 def scaled(picture: Image.Image, short_side: int) -> Image.Image:

@@ -65,18 +65,21 @@ def list_task(request: Request, config: Config) -> Task | Scenes | Instances:
     return task if config.transfer.evaluate == "test" else validation_split(task)
 
 
-def scan(task: Task | Scenes | Instances, config: Config) -> None:
+def scan(task: Task | Scenes | Instances, config: Config) -> list[str]:
     """Read all files of a task once, so that a damaged one is known before training.
+
+    Returns notes on what the files hold.
 
     Raises:
         ConfigError: naming the first damaged file.
     """
     if isinstance(task, Scenes):
-        check_scenes(task, threads=config.data.loader_processes)
-    elif isinstance(task, Instances):
+        return check_scenes(task, threads=config.data.loader_processes)
+    if isinstance(task, Instances):
         check_instances(task, threads=config.data.loader_processes)
     else:
         check_images(task, threads=config.data.loader_processes)
+    return []
 
 
 @dataclass(frozen=True)
@@ -171,7 +174,7 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
 
 def _compare(job: FitsJob, task: Task | Scenes | Instances, train: Train) -> dict[str, Any]:
     order = job.order
-    scan(task, order.config)
+    notes = scan(task, order.config)
     if order.is_fresh:
         set_aside(job.folder)
     from moce_dist.transfer.compare import Comparison, compare
@@ -182,7 +185,7 @@ def _compare(job: FitsJob, task: Task | Scenes | Instances, train: Train) -> dic
     def train_fits(ledger: Ledger) -> None:
         train(replace(job, choices=comparison.chooser.choices, ledger=ledger))
 
-    return compare(comparison, train_fits)
+    return {**compare(comparison, train_fits), "notes": notes}
 
 
 def prepare(run: Run, orders: Iterable[Order], train: Train) -> None:
