@@ -20,5 +20,7 @@ def write_for_long(tensors, path):
 
 
 saver.save_file = write_for_long
-sys.argv[0] = str(Path(__file__).parents[2] / "jobs" / "pretrain.py")
+jobs = Path(__file__).parents[2] / "jobs"
+# as when it is started itself
+sys.path[0], sys.argv[0] = str(jobs), str(jobs / "pretrain.py")
 runpy.run_path(sys.argv[0], run_name="__main__")
