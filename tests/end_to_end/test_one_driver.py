@@ -11,12 +11,14 @@ from moce_dist.lease import LOCK
 from .conftest import ROOT, Job
 
 ALONE = ("parallel.num_workers=1", "parallel.num_groups=1", "mae.epochs=60")
+STEPS = 60 * 9
 SHORT_LEASE = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT / "jobs")!r})
 from moce_dist import lease
 lease.EVERY_S, lease.STALE_S = 0.5, 4.0
-runpy.run_path(sys.argv[1], run_name="__main__")
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
@@ -33,7 +35,7 @@ def test_of_two_drivers_of_a_run_one_is_refused(gap_s, tmp_path, start, argument
     # standard output is the job's own: DeepSpeed warns there when it looks for a device itself
     assert "WARNING" not in done.assert_done().out
     refused.assert_refused(2, run, "is in use by process", "since")
-    assert len(read_metrics(run / "mae")) == 60 * 10 and not (run / LOCK).exists()
+    assert len(read_metrics(run / "mae")) == STEPS and not (run / LOCK).exists()
 
 
 @pytest.mark.long
@@ -42,13 +44,17 @@ def test_driver_that_was_stopped_and_replaced_leaves(overrides, tmp_path, argume
     run = tmp_path / "run"
     job = ROOT / "jobs" / "pretrain.py"
     command = [sys.executable, "-c", SHORT_LEASE, job, *arguments(run, *overrides)]
-    first = Job(*command, "--stage", "mae")
-    first.wait_until(lambda: len(read_metrics(run / "mae")) > 20, "training")
-    first.process.send_signal(signal.SIGSTOP)
-    time.sleep(5)
-    second = Job(*command, "--stage", "mae")
-    second.wait_until(lambda: str(second.process.pid) in (run / LOCK).read_text(), "the lease")
-    first.process.send_signal(signal.SIGCONT)
-    first.finish().assert_refused(1, run, f"was taken over by process {second.process.pid}")
-    second.finish().assert_done()
-    assert len(read_metrics(run / "mae")) == 60 * 10
+    first = second = Job(*command, "--stage", "mae")
+    try:
+        first.wait_until((run / "mae" / "metrics.jsonl").exists, "training")
+        first.process.send_signal(signal.SIGSTOP)
+        time.sleep(5)
+        second = Job(*command, "--stage", "mae")
+        second.wait_until(lambda: f'"pid": {second.process.pid},' in (run / LOCK).read_text(), LOCK)
+        first.process.send_signal(signal.SIGCONT)
+        first.finish().assert_refused(1, run, f"was taken over by process {second.process.pid}")
+        second.finish().assert_done()
+    finally:
+        first.kill_all()
+        second.kill_all()
+    assert len(read_metrics(run / "mae")) == STEPS
