@@ -24,7 +24,7 @@ ALONE = ("parallel.num_workers=1", "data.holdout_fraction=0")
     ("override", "parts"),
     [
         ("model.widht=64", ["model.widht", "unknown key"]),
-        ("mae.batch_size=many", ["mae.batch_size = 'many'", "valid integer"]),
+        ("mae.batch_size=many", ["mae.batch_size = many", "valid integer"]),
         ("mae.epochs=0", ["mae.epochs = 0", "greater than 0"]),
         ("moe.num_experts=5", ["moe.num_experts (5)", "multiple", "parallel.num_groups (2)"]),
         ("moce.batch_size=33", ["moce.batch_size (33)", "multiple", "(2)"]),
