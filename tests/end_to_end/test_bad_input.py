@@ -25,7 +25,8 @@ ALONE = ("parallel.num_workers=1", "data.holdout_fraction=0")
     [
         ("model.widht=64", ["model.widht", "unknown key"]),
         ("mae.batch_size=many", ["mae.batch_size = many", "valid integer"]),
-        ("mae.epochs=0", ["mae.epochs = 0", "greater than 0"]),
+        ("mae.epochs=0", ["mae.epochs (0)", "model.init"]),
+        ("moce.epochs=0", ["moce.epochs (0)", "greater than 0"]),
         ("moe.num_experts=5", ["moe.num_experts (5)", "multiple", "parallel.num_groups (2)"]),
         ("moce.batch_size=33", ["moce.batch_size (33)", "multiple", "(2)"]),
         ("parallel.num_workers=3", ["parallel.num_workers (3)", "legal here: [1, 2, 4, 8]"]),

@@ -110,8 +110,14 @@ def test_every_job_explains_itself_with_an_example(path):
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
 def test_every_job_refuses_an_unknown_field_before_anything_heavy(path, tmp_path):
     started = time.monotonic()
-    name = ["step"] if path.name == "bench.py" else []
-    done = run(path, *name, "--set", "mae.epoch=1", "--run", str(tmp_path / "run"))
+    where = ["--run", str(tmp_path / "run")]
+    flags = {
+        "bench.py": ["step", *where],
+        "study.py": ["--config", "configs/studies/tiny.yaml", "--out", str(tmp_path / "run")],
+    }
+    # a study has fields of its own beside the configuration's
+    prefix = "config." if path.name == "study.py" else ""
+    done = run(path, *flags.get(path.name, where), "--set", f"{prefix}mae.epoch=1")
     assert done.returncode == 2
     assert "mae.epoch" in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
