@@ -1,10 +1,16 @@
 """Tests that need a GPU skip themselves where there is none; slow folders run side by side."""
 
+import signal
 from pathlib import Path
 
 import pytest
 
 HERE = Path(__file__).parent
+
+
+def pytest_configure():
+    """Let children be interrupted: background jobs of a shell ignore SIGINT, and pass that on."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -201,13 +201,16 @@ class _Balance:
                 return self._matrix.candidates(self._centroids, charged, self._num, rows)
 
             done = finish(border.found, self._prices, nearest, self._sizes, border.settled)
-            if done is not None:
-                if np.ptp(done.prices - border.prices) <= border.reach:
-                    border.labels[border.rows] = done.labels
-                    return border.labels, done
+            went = np.inf if done is None else float(np.ptp(done.prices - border.prices))
+            if done is not None and went <= border.reach:
+                border.labels[border.rows] = done.labels
+                return border.labels, done
+            # with all rows at hand it ends; prices that went on a little are nearer, and mostly
+            # suffice, while those that went far have left what the border says of the others
+            is_near = done is not None and went <= _WIDER * border.reach
+            if done is not None and is_near:
                 self._prices = done.prices
-            # with all rows at hand it ends; prices that went on are nearer, and mostly suffice
-            self._reach *= _WIDER if done is None else min(num_tried, 2)
+            self._reach *= min(num_tried, 2) if is_near else _WIDER
             del border
             self._improve()
 
