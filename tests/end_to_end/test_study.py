@@ -191,7 +191,8 @@ def test_a_task_that_fails_leaves_the_others(run_job, arguments, data, tmp_path)
     (tmp_path / "both").mkdir()
     (tmp_path / "pretrain").symlink_to(data / "pretrain")
     out = tmp_path / "out"
-    only = ["seeds=[0]", "arms={mae: {backbone: mae}, random: {backbone: random}}"]
+    arms = "arms={mae: {backbone: mae}, random: {backbone: random}}"
+    only = ["seeds=[0]", "reference=mae", arms]
     sets = [x for text in only for x in ("--set", text)]
     result = run_job("study", *arguments(out), *sets, "--data", tmp_path)
     result.assert_refused(1, "1 of 3 pieces failed", "both-val", "has no folder train")

@@ -12,6 +12,7 @@ import argparse
 import collections
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,8 @@ def main():
     import torch
 
     on_gpu = torch.cuda.is_available()
+    # DeepSpeed says on standard output what it finds, unless it is told
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if on_gpu else "cpu")
     proof = {"torch": torch.__version__, "device": device_name(), "sections": {}}
     begin = time.monotonic()
     for name, (section, cap_s) in SECTIONS.items():
