@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES = 25 * 2**20
+BUCKET_BYTES, _LEAST_BYTES, _FEWEST_BUCKETS = 25 * 2**20, 2**20, 8
+"""A bucket is closed at 25 MiB, or sooner in a model so small that nothing would overlap."""
 
 
 @dataclass
@@ -70,7 +71,7 @@ class GradientReducer:
         parameters: Iterable[tuple[nn.Parameter, dist.ProcessGroup | None]],
         *,
         dtype: torch.dtype | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
     ) -> None:
         """Lay out buckets and hook into the backward pass.
 
@@ -78,13 +79,17 @@ class GradientReducer:
             parameters: (parameter, ranks that hold it; None: all), in the order in which the
                 backward pass finishes them. A group of one rank sums nothing.
             dtype: of what travels; None: that of the parameters.
-            bucket_bytes: at which a bucket is closed.
+            bucket_bytes: at which a bucket is closed; None: by the size of the model.
         """
+        listed = list(parameters)
+        if bucket_bytes is None:
+            total = sum(p.numel() * (dtype or p.dtype).itemsize for p, _ in listed)
+            bucket_bytes = min(BUCKET_BYTES, max(_LEAST_BYTES, total // _FEWEST_BUCKETS))
         self._buckets: list[Bucket] = []
         self._is_armed = False
         self._next = 0
         self._hooks: list[Any] = []
-        for members, group in _fill(list(parameters), dtype, bucket_bytes):
+        for members, group in _fill(listed, dtype, bucket_bytes):
             bucket = _make_bucket(members, group, dtype)
             self._buckets.append(bucket)
             for position, parameter in enumerate(members):
