@@ -21,10 +21,6 @@ from moce_dist.config import Config
 from moce_dist.hardware import HardwareConfig
 from moce_dist.settings import ConfigError, validate
 
-TRANSFERS = 4
-"""An image's tokens travel there and back, forward and backward."""
-BUCKET_BYTES = 25 * 2**20
-"""Gradients that travel together; the last ones have no backward pass to hide behind."""
 _BACKWARD = 2 / 3
 _FLOAT32_SLOWER = 16
 _ADAM_PASSES = 7
@@ -114,7 +110,7 @@ class Budget:
         whole = self.gradients()
         if self.config.parallel.zero_stage:
             return Term("gradients exposed", whole.value, "ms", whole.source)
-        last = self._all_reduce_ms(BUCKET_BYTES, self.config.parallel.num_workers)
+        last = self._all_reduce_ms(sizes.BUCKET_BYTES, self.config.parallel.num_workers)
         left = max(whole.value - _BACKWARD * self.compute().value, 0.0)
         return Term("gradients exposed", min(whole.value, left + last), "ms", whole.source)
 
@@ -132,7 +128,7 @@ class Budget:
     def exchange(self) -> Term:
         """All-to-alls of images whose expert is elsewhere."""
         layers = len(self.config.moe_layers)
-        moved = self.images * layers * self.images_leaving().value * TRANSFERS
+        moved = self.images * layers * self.images_leaving().value * sizes.TRANSFERS
         moved *= sizes.image_bytes(self.config)
         here = min(self.config.parallel.num_workers, self.hardware.gpus_per_node)
         rate = (
@@ -257,6 +253,5 @@ def budget_lines(config: Config, num_images: int | None) -> list[str]:
 
 
 def _open_files(config: Config) -> str:
-    # a loader process keeps the tars of one window of steps open: one a cluster at most
     processes = max(1, config.data.loader_processes) * config.parallel.num_workers
-    return f"up to {processes * config.cluster.num_clusters:,}"
+    return f"up to {processes * sizes.MAX_OPEN_FILES:,}"

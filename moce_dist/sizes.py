@@ -12,6 +12,12 @@ Letters: N patches, V visible ones, D width, T tokens, P patch side, K clusters,
 from moce_dist.config import Config
 
 CHANNELS = 3
+TRANSFERS = 4
+"""An image's tokens travel there and back, forward and backward."""
+BUCKET_BYTES = 25 * 2**20
+"""Gradients that travel together, at most: a bucket."""
+MAX_OPEN_FILES = 256
+"""Tars that a loader process keeps open."""
 _FLOAT32 = 4
 _ADAM_TENSORS = 3
 """A weight and its two moments."""

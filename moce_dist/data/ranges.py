@@ -31,6 +31,8 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from moce_dist.sizes import MAX_OPEN_FILES
+
 if TYPE_CHECKING:
     from moce_dist.data.cache import SampleCache
 
@@ -42,7 +44,6 @@ _MAX_WASTE = 0.2
 _FREE_GAP = 4096
 _MAX_RANGE_BYTES = 8 * 2**20
 _PORTION_BYTES = 32 * 2**20
-_MAX_OPEN_FILES = 256
 _MAX_REQUESTS = 64
 _TRY_AGAIN = (408, 425, 429)
 
@@ -182,7 +183,7 @@ class RangeReader:
 
     def _file(self, path: str) -> int:
         if path not in self._open:
-            if len(self._open) >= _MAX_OPEN_FILES:
+            if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
             self._open[path] = os.open(path, os.O_RDONLY)
         self._open.move_to_end(path)

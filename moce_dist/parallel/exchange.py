@@ -27,8 +27,6 @@ from moce_dist.model.moce import Part
 from moce_dist.parallel.groups import ExpertMap
 
 Ints = NDArray[np.int64]
-TRANSFERS = 4
-"""An image's tokens travel there and back, forward and backward."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-BUCKET_BYTES, _LEAST_BYTES, _FEWEST_BUCKETS = 25 * 2**20, 2**20, 8
-"""A bucket is closed at 25 MiB, or sooner in a model so small that nothing would overlap."""
+from moce_dist.sizes import BUCKET_BYTES
+
+_LEAST_BYTES, _FEWEST_BUCKETS = 2**20, 8
+"""A small model's buckets are closed sooner, or nothing would overlap."""
 
 
 @dataclass

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from moce_dist.config import Config
-from moce_dist.parallel.exchange import TRANSFERS
 from moce_dist.parallel.placement import Placement
 from moce_dist.parallel.transport import Floats, Ints
-from moce_dist.sizes import image_bytes
+from moce_dist.sizes import TRANSFERS, image_bytes
 
 
 @dataclass

@@ -29,7 +29,6 @@ from moce_dist.model.gate import (
     routing_table,
     shared_groups,
 )
-from moce_dist.parallel.exchange import TRANSFERS
 from moce_dist.parallel.groups import ExpertMap, Topology, expert_map
 from moce_dist.parallel.placement import Placement, contiguous_placement, plan_placement
 from moce_dist.parallel.traffic import (
@@ -38,7 +37,7 @@ from moce_dist.parallel.traffic import (
     predict_traffic,
 )
 from moce_dist.run import write_atomic
-from moce_dist.sizes import expert_bytes, image_bytes
+from moce_dist.sizes import TRANSFERS, expert_bytes, image_bytes
 
 Ints = NDArray[np.int64]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moce_dist import sizes
-from moce_dist.budget import BUCKET_BYTES, budget, budget_lines
+from moce_dist.budget import budget, budget_lines
 from moce_dist.config import load_config
 from moce_dist.settings import ConfigError
 
@@ -33,7 +33,7 @@ def test_terms_by_hand():
     between = 1.5 * 4 * shared / 12.5e9
     inside = 2 * 7 / 8 * 4 * 2 * 6 * sizes.expert_parameters(found.config) / 450e9
     assert found.gradients().value == pytest.approx(1e3 * (between + inside))
-    last = 1e3 * 1.5 * BUCKET_BYTES / 12.5e9
+    last = 1e3 * 1.5 * sizes.BUCKET_BYTES / 12.5e9
     left = 1e3 * (between + inside) - 2 / 3 * found.compute().value
     assert found.gradients_exposed().value == pytest.approx(left + last)
     assert found.exchange().value == 0

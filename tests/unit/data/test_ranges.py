@@ -45,7 +45,7 @@ def test_ranges_are_bounded_and_waste_at_most_a_fifth():
 
 
 def test_samples_of_many_files_arrive_in_the_order_asked_with_few_files_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(ranges, "_MAX_OPEN_FILES", 3)
+    monkeypatch.setattr(ranges, "MAX_OPEN_FILES", 3)
     contents = {str(tmp_path / f"{i}.tar"): os.urandom(50_000) for i in range(8)}
     for path, content in contents.items():
         (tmp_path / path).write_bytes(content)
