@@ -92,4 +92,13 @@ def _explain(error: Exception, reasons: Any, loader: Any) -> Exception:
             "data.loader_processes or data.prefetch_batches",
             _SHARED_MEMORY,
         )
-    return RuntimeError(f"a loader process ended: {reason}") if reason else error
+    if reason:
+        return RuntimeError(f"a loader process ended: {reason}")
+    if isinstance(error, OSError | EOFError):
+        # a tensor's file is fetched from the process that made it: that one was gone by then
+        for process in loader._workers:
+            process.join(_LOOK_EVERY_S)
+            if process.exitcode:
+                message = f"DataLoader worker (pid {process.pid}) exited unexpectedly"
+                return RuntimeError(f"{message}, status {process.exitcode}")
+    return error
