@@ -20,9 +20,9 @@ import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
-from moce_dist.environment import local_path
-from moce_dist.lease import hold
-from moce_dist.run import load_run, open_run, resolve_run, set_aside
+from moce_dist.run.directory import load_run, open_run, resolve_run, set_aside
+from moce_dist.run.environment import local_path
+from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:
@@ -139,9 +139,9 @@ def cluster_folder(arguments: Namespace) -> None:
         return
     quiet_libraries()
     from moce_dist.cluster.assign import run_clustering
-    from moce_dist.crew import hold_crew
+    from moce_dist.launch.actors import hold_actors
 
-    with hold(out), hold_crew(config.parallel, gpu=True) as workers:
+    with hold(out), hold_actors(config.parallel, gpu=True) as workers:
         if arguments.fresh:
             set_aside(out)
         summary = run_clustering(
@@ -167,9 +167,9 @@ def assign_new(arguments: Namespace) -> None:
         print("\n".join(assignment_lines(files, clusters, arguments, config)))
         return
     quiet_libraries()
-    from moce_dist.crew import hold_crew
+    from moce_dist.launch.actors import hold_actors
 
-    with hold(out), hold_crew(config.parallel, gpu=True) as workers:
+    with hold(out), hold_actors(config.parallel, gpu=True) as workers:
         if arguments.fresh:
             set_aside(out)
         summary = assign_folder(

@@ -27,17 +27,11 @@ from moce_dist.data.sources import (
     list_folder,
     parse_source,
 )
-from moce_dist.environment import local_path
-from moce_dist.lease import hold
-from moce_dist.run import (
-    COMPLETE,
-    open_run,
-    read_faults,
-    record_fault,
-    resolve_run,
-    set_aside,
-    write_atomic,
-)
+from moce_dist.run.artefacts import COMPLETE
+from moce_dist.run.directory import open_run, resolve_run, set_aside
+from moce_dist.run.environment import local_path
+from moce_dist.run.files import read_faults, record_fault, write_atomic
+from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 
 COPIES = "copies.jsonl"
@@ -173,7 +167,7 @@ def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> N
         RuntimeError: they are more than `data.max_fault_fraction` of the data.
     """
     from moce_dist.data.audit import verify
-    from moce_dist.launch import map_shared
+    from moce_dist.launch.tasks import map_shared
 
     ledgered = {
         stage: {(f["shard"], f["key"]) for f in read_faults(ledger) if f["stage"] == stage}
@@ -200,7 +194,7 @@ def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> N
 def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config: Config) -> None:
     """Look for pictures of a downstream set; `copies.jsonl` of the data names each."""
     from moce_dist.data.audit import find_copies
-    from moce_dist.launch import map_shared
+    from moce_dist.launch.tasks import map_shared
 
     copies = [
         copy
@@ -250,7 +244,7 @@ def main(argv: Sequence[str]) -> None:
 
 def make_shards(args: Any, config: Config, out: Path, ledger: Path, left_out: str) -> None:
     """Make the shards and say what they are; then check and compare them, if that was asked for."""
-    from moce_dist.launch import map_shared
+    from moce_dist.launch.tasks import map_shared
 
     source, tasks = config.data.source, partial(map_shared, config.parallel)
     index = ingest(source, out, config.data, ledger, tasks)

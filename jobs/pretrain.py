@@ -14,18 +14,19 @@ from pathlib import Path
 
 import interpreter  # noqa: F401 - says which Python to take
 
-from moce_dist import sizes
-from moce_dist.budget import budget_lines
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, DataConfig, load_config
-from moce_dist.continued import base_control, base_of, check_base
+from moce_dist.cost import sizes
+from moce_dist.cost.budget import budget_lines
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
-from moce_dist.environment import local_path
-from moce_dist.fork import SHARED, Fork, fork_config, make_fork, plan_fork
-from moce_dist.lease import hold
-from moce_dist.run import COMPLETE, Run, open_run, resolve_run, set_aside
+from moce_dist.run.artefacts import COMPLETE
+from moce_dist.run.base import base_control, base_of, check_base
+from moce_dist.run.directory import Run, open_run, resolve_run, set_aside
+from moce_dist.run.environment import local_path
+from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
+from moce_dist.train.fork import SHARED, Fork, fork_config, make_fork, plan_fork
 
 STAGES = ("all", "mae", "cluster", "moce", "control")
 TRAINED = ("mae", "moce", "control")

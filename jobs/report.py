@@ -10,8 +10,8 @@ import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, run_job
 from moce_dist.config import load_config
-from moce_dist.environment import check_writable, local_path
-from moce_dist.run import resolve_run
+from moce_dist.run.directory import resolve_run
+from moce_dist.run.environment import check_writable, local_path
 from moce_dist.settings import ConfigError
 
 

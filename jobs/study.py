@@ -10,9 +10,9 @@ from typing import Any
 import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.environment import local_path
-from moce_dist.lease import hold
-from moce_dist.run import set_aside
+from moce_dist.run.directory import set_aside
+from moce_dist.run.environment import local_path
+from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 from moce_dist.study.forecast import forecast
 from moce_dist.study.plan import Planner, wanted_sources

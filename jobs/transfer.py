@@ -12,10 +12,10 @@ import interpreter  # noqa: F401 - says which Python to take
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, SuiteEntry, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
-from moce_dist.environment import check_writable, local_path
-from moce_dist.lease import hold
-from moce_dist.rows import backbone_texts, value_text
-from moce_dist.run import Run, resolve_run
+from moce_dist.run.directory import Run, resolve_run
+from moce_dist.run.environment import check_writable, local_path
+from moce_dist.run.lease import hold
+from moce_dist.run.rows import backbone_texts, value_text
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.continuing import FurtherJob
 from moce_dist.transfer.official import OFFICIAL
@@ -213,7 +213,7 @@ def check_torchrun(args: Any, config: Config) -> None:
 
 def train_on_workers(job: FitsJob | FurtherJob) -> None:
     """Train the fits of a task, or further steps before them, on as many workers as there are."""
-    from moce_dist.launch import train
+    from moce_dist.launch.training import train
 
     train(job)
 
@@ -225,7 +225,7 @@ def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
         RuntimeError: naming the tasks that failed; the others are done and reported.
     """
     quiet_libraries()
-    from moce_dist.launch import map_tasks
+    from moce_dist.launch.tasks import map_tasks
 
     prepare(run, orders, train_on_workers)
     outcomes = map_tasks(attempt, orders, parallel=config.parallel, gpu=True, shared=(run,))

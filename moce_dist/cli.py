@@ -17,9 +17,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from moce_dist.environment import shorten_sockets
-from moce_dist.names import open_output
-from moce_dist.run import WRITER, StoppedError
+from moce_dist.run.directory import StoppedError
+from moce_dist.run.environment import shorten_sockets
+from moce_dist.run.files import WRITER
+from moce_dist.run.names import open_output
 from moce_dist.settings import ConfigError
 
 _QUIET = (

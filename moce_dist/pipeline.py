@@ -5,7 +5,7 @@
 A stage is skipped when its artefact is complete and was made from the same inputs; otherwise it is
 made, or taken up where it stopped. This module only wires chapters to `launch`.
 
-Stage control is wanted with `control: true`. A run with `base_run` (continued.py) trains no stage
+Stage control is wanted with `control: true`. A run with `base_run` (run/base.py) trains no stage
 mae and makes no clusters: it takes those of that run.
 """
 
@@ -29,28 +29,29 @@ from moce_dist.cluster.features import (
 )
 from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
-from moce_dist.continued import base_control, check_base
-from moce_dist.crew import gets_gpu, hold_crew
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import INDEX_NAME, read_index
-from moce_dist.launch import map_shared, map_tasks, train
-from moce_dist.mapping import MapTasks, Workers
-from moce_dist.run import (
-    Run,
+from moce_dist.launch.actors import gets_gpu, hold_actors
+from moce_dist.launch.tasks import map_shared, map_tasks
+from moce_dist.launch.training import train
+from moce_dist.run.artefacts import (
     artefact_id,
     fingerprint,
     is_complete,
     mark_complete,
     read_marker,
 )
+from moce_dist.run.base import base_control, check_base
+from moce_dist.run.directory import Run
+from moce_dist.run.environment import is_first_process
+from moce_dist.run.tasks import MapTasks, Workers
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
 from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob, StageName
-from moce_dist.workers import is_first_process
 
 log = logging.getLogger(__name__)
 HOLDOUT = "holdout"
@@ -196,7 +197,7 @@ class Pipeline:
         if is_complete(self.run.clusters, inputs):
             log.info("clusters: complete")
             return read_summary(self.run.clusters)
-        with hold_crew(self.config.parallel, gpu=True) as workers:
+        with hold_actors(self.config.parallel, gpu=True) as workers:
             if self.base is not None:
                 return self._assign(self.base.clusters, inputs, workers)
             return run_clustering(

@@ -1,14 +1,7 @@
-"""Which numbers of workers a stage may run on, and which of them speaks for all.
+"""Which numbers of workers a stage may run on.
 
 Letters: R workers, G expert groups.
 """
-
-import os
-
-
-def is_first_process() -> bool:
-    """Tell whether this process speaks for all: always, unless torchrun started several."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def legal_worker_counts(

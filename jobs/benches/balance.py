@@ -30,7 +30,7 @@ from moce_dist.cluster.blocks import Float64, View, column_mean, open_features
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, save_state, state_request
 from moce_dist.cluster.settle import settle
-from moce_dist.mapping import map_here
+from moce_dist.run.tasks import map_here
 
 _PACKAGES = {"k_means_constrained": "k_means_constrained", "pot": "ot"}
 _OURS = {"k_means_constrained": "moce_dist", "pot": "moce_dist_settle"}

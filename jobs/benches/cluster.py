@@ -29,8 +29,8 @@ from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_f
 from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, save_state, state_request
 from moce_dist.config import ClusterConfig
-from moce_dist.crew import hold_crew
-from moce_dist.mapping import Workers
+from moce_dist.launch.actors import hold_actors
+from moce_dist.run.tasks import Workers
 from moce_dist.settings import ConfigError
 
 _ROWS_AT_ONCE, _NUM_FILES, _GROUPS_PER_CLUSTER = 16_384, 10, 2
@@ -202,7 +202,7 @@ def run(config: BenchConfig) -> Report:
         ConfigError: `bench.variants` names one that there is not.
     """
     report, asked = Report("cluster", config), _asked(config.bench.variants)
-    with tempfile.TemporaryDirectory() as folder, hold_crew(config.parallel, gpu=True) as workers:
+    with tempfile.TemporaryDirectory() as folder, hold_actors(config.parallel, gpu=True) as workers:
         bench = Bench(config, Path(folder), workers)
         last: dict[str, Float64] = {}
         variants: dict[str, Callable[[], Any]] = {

@@ -23,9 +23,9 @@ from benches.harness import Report, interleave, run_ranks
 from benches.settings import BenchConfig
 from benches.step import KINDS, ddp_stepper, stepper, variant
 from benches.synthetic import synthetic_state
+from moce_dist.cost.sizes import element_size, num_visible
 from moce_dist.parallel.token import token_bytes_exchanged
 from moce_dist.settings import ConfigError
-from moce_dist.sizes import element_size, num_visible
 from moce_dist.train.setup import TrainState, worker_device
 
 _FIGURES = ("link_mbit", "token_communication_over_compute", "allreduce_over_compute")

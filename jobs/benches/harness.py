@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from benches.settings import BenchConfig
-from moce_dist.budget import read_terms
+from moce_dist.cost.budget import read_terms
 from moce_dist.parallel.groups import free_port
-from moce_dist.run import write_atomic
+from moce_dist.run.files import write_atomic
 from moce_dist.settings import flatten
 
 _RANK_TIMEOUT_S = 600.0

@@ -19,10 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 from benches.harness import Report, interleave, run_ranks
 from benches.settings import BenchConfig, make_bench_config
 from benches.synthetic import synthetic_batches, synthetic_state
+from moce_dist.cost.sizes import training_flop
 from moce_dist.data.images import normalise
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import Experts
-from moce_dist.sizes import training_flop
 from moce_dist.train.loop import train_step
 from moce_dist.train.optim import parameter_groups
 from moce_dist.train.setup import TrainState, worker_device

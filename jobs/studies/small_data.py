@@ -30,7 +30,7 @@ from moce_dist.cli import command_parser, quiet_libraries, run_job
 from moce_dist.data import detection, samples
 from moce_dist.data.audit import Looks, find_match, look_at
 from moce_dist.data.sources import COMPOSITED, SEGMENTATION, list_folder
-from moce_dist.run import write_atomic
+from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 
 MAX_DOMAIN = 8000

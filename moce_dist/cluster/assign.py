@@ -56,8 +56,9 @@ from moce_dist.cluster.settle import Settled, settle
 from moce_dist.cluster.spread import centroid_figures
 from moce_dist.cluster.sweeps import as_tensor
 from moce_dist.config import ClusterConfig
-from moce_dist.mapping import HERE, Workers
-from moce_dist.run import COMPLETE, is_complete, mark_complete, naming, write_atomic
+from moce_dist.run.artefacts import COMPLETE, is_complete, mark_complete
+from moce_dist.run.files import naming, write_atomic
+from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
 
 _TABLE_ROWS = 2**20

@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.cluster.residents import residents
-from moce_dist.mapping import MapTasks, map_here
-from moce_dist.names import as_text
+from moce_dist.run.names import as_text
+from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
 _log = logging.getLogger(__name__)

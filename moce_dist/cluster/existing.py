@@ -44,16 +44,16 @@ from moce_dist.cluster.blocks import (
 from moce_dist.cluster.candidates import Int64
 from moce_dist.cluster.domains import domain_figures, label_figures
 from moce_dist.cluster.spread import centroid_figures
-from moce_dist.mapping import HERE, Workers
-from moce_dist.run import (
+from moce_dist.run.artefacts import (
     COMPLETE,
     artefact_id,
     fingerprint,
     is_complete,
     mark_complete,
     read_marker,
-    write_atomic,
 )
+from moce_dist.run.files import write_atomic
+from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
 
 _COPIED = ("centroids.npy", "mean.npy", "prices.npy")

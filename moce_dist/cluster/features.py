@@ -33,8 +33,8 @@ from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_f
 from moce_dist.cluster.decoding import ImageBatch, ShardImages
 from moce_dist.data.framing import Framing
 from moce_dist.data.shards import Shard, ShardIndex
-from moce_dist.names import as_text
-from moce_dist.run import naming, read_faults, record_fault, write_atomic
+from moce_dist.run.files import naming, read_faults, record_fault, write_atomic
+from moce_dist.run.names import as_text
 
 FEATURE_FILES = ("*.npy", "*.keys.json", "*.labels.json")
 """Names of what a shard's features are written to."""

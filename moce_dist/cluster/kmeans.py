@@ -30,7 +30,7 @@ from moce_dist.cluster.sweeps import (
     squares_of_group,
     sum_group,
 )
-from moce_dist.mapping import MapTasks
+from moce_dist.run.tasks import MapTasks
 
 _Bounds = tuple[tuple[Block, ...], int, int]
 _TRIAL_ROWS = 512

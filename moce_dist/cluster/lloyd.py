@@ -27,7 +27,8 @@ from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.seeding import choose_centroids
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
-from moce_dist.run import fingerprint, naming
+from moce_dist.run.artefacts import fingerprint
+from moce_dist.run.files import naming
 
 _log = logging.getLogger(__name__)
 _SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 256, 16_384, 131_072

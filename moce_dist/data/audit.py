@@ -40,8 +40,8 @@ from moce_dist.data.ranges import Content, RangeReader, Wanted
 from moce_dist.data.shards import Fault, Shard, ShardIndex
 from moce_dist.data.sources import list_folder
 from moce_dist.data.tarscan import is_hidden_member, split_name
-from moce_dist.mapping import MapTasks, map_here
-from moce_dist.names import as_text
+from moce_dist.run.names import as_text
+from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
 _BLOCK = 512

@@ -39,7 +39,7 @@ from moce_dist.data.decoders import (
 from moce_dist.data.orientation import AS_STORED, Turn
 from moce_dist.data.resize import Pixels, Size, resize, resize_all
 from moce_dist.data.upright import open_rgb, turned
-from moce_dist.names import as_text
+from moce_dist.run.names import as_text
 
 if TYPE_CHECKING:
     import torch

@@ -45,15 +45,9 @@ from moce_dist.data.sources import (
     parse_source,
 )
 from moce_dist.data.writer import ShardSeries, all_or_nothing
-from moce_dist.mapping import MapTasks, map_here
-from moce_dist.run import (
-    fingerprint,
-    is_complete,
-    mark_complete,
-    read_faults,
-    read_marker,
-    record_fault,
-)
+from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete, read_marker
+from moce_dist.run.files import read_faults, record_fault
+from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from moce_dist.data.listing import ending
 from moce_dist.data.shards import Fault, Shard
 from moce_dist.data.sources import ImageFile, read_picture
 from moce_dist.data.writer import ShardWriter, finished_tar, note_finished
-from moce_dist.names import as_text
+from moce_dist.run.names import as_text
 
 HOLDOUT = "holdout"
 

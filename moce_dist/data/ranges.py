@@ -31,7 +31,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from moce_dist.sizes import MAX_OPEN_FILES
+from moce_dist.cost.sizes import MAX_OPEN_FILES
 
 if TYPE_CHECKING:
     from moce_dist.data.cache import SampleCache

@@ -35,8 +35,9 @@ from moce_dist.data.shards import (
     write_index,
 )
 from moce_dist.data.writer import all_or_nothing, finished_tar, note_finished
-from moce_dist.mapping import MapTasks, map_here
-from moce_dist.run import fingerprint, is_complete, mark_complete, naming
+from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete
+from moce_dist.run.files import naming
+from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)

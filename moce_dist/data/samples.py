@@ -30,7 +30,7 @@ from moce_dist.data import carriers
 from moce_dist.data.carriers import Pixels
 from moce_dist.data.sources import SEGMENTATION, TASKS
 from moce_dist.data.writer import all_or_nothing
-from moce_dist.run import is_complete, mark_complete
+from moce_dist.run.artefacts import is_complete, mark_complete
 from moce_dist.settings import ConfigError
 
 Part = Literal["train", "test", "pretrain"]

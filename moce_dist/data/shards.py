@@ -23,9 +23,9 @@ import fsspec
 
 from moce_dist.data.listing import counted
 from moce_dist.data.tarscan import TarSample, scan_tar, split_name
-from moce_dist.environment import check_url
-from moce_dist.names import as_text
-from moce_dist.run import write_atomic
+from moce_dist.run.environment import check_url
+from moce_dist.run.files import write_atomic
+from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -21,8 +21,8 @@ from braceexpand import braceexpand
 from moce_dist.data.decoders import ImageError, check_header
 from moce_dist.data.listing import Listing, is_hidden, list_images
 from moce_dist.data.shards import Fault
-from moce_dist.environment import check_url, local_path
-from moce_dist.names import as_text
+from moce_dist.run.environment import check_url, local_path
+from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)

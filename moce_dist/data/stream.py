@@ -41,7 +41,7 @@ from moce_dist.data.kept import KeptSamples
 from moce_dist.data.loaders import load
 from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
 from moce_dist.data.ranges import Content, Range, RangeReader, Wanted, is_remote
-from moce_dist.run import record_fault
+from moce_dist.run.files import record_fault
 
 GroupOf = Callable[[Ids], Ids]
 

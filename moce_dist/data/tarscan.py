@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 
 from moce_dist.data.decoders import image_endings
 from moce_dist.data.listing import ending, is_hidden
-from moce_dist.names import as_text
+from moce_dist.run.names import as_text
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
 _META = re.compile(r"^__[^/]*__$")

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from moce_dist.data.decoders import image_endings
 from moce_dist.data.shards import TAR_END, Fault, Shard
-from moce_dist.run import COMPLETE, naming, write_atomic
+from moce_dist.run.artefacts import COMPLETE
+from moce_dist.run.files import naming, write_atomic
 from moce_dist.settings import ConfigError
 
 _BEGUN, _FINISHED = ".begun", ".finished"

@@ -43,11 +43,11 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from moce_dist.config import ParallelConfig
-from moce_dist.environment import bind_ranks, shorten_sockets
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.reduction import GradientReducer
 from moce_dist.parallel.rendezvous import fresh_store
+from moce_dist.run.environment import bind_ranks, shorten_sockets
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]

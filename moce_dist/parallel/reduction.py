@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moce_dist.sizes import BUCKET_BYTES
+from moce_dist.cost.sizes import BUCKET_BYTES
 
 _LEAST_BYTES, _FEWEST_BUCKETS = 2**20, 8
 """A small model's buckets are closed sooner, or nothing would overlap."""

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from moce_dist.config import Config
+from moce_dist.cost.sizes import TRANSFERS, image_bytes
 from moce_dist.parallel.placement import Placement
 from moce_dist.parallel.transport import Floats, Ints
-from moce_dist.sizes import TRANSFERS, image_bytes
 
 
 @dataclass

@@ -13,8 +13,8 @@ from moce_dist.report import figures
 from moce_dist.report.figures import evenly
 from moce_dist.report.record import Line, Record, read_record
 from moce_dist.report.summary import cluster_notes, domain_mix, label_mix
-from moce_dist.rows import backbone_texts, difference_text, value_text
-from moce_dist.run import write_atomic
+from moce_dist.run.files import write_atomic
+from moce_dist.run.rows import backbone_texts, difference_text, value_text
 from moce_dist.settings import flatten
 
 PAGE_NAME = "report.html"

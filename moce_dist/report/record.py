@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_dist.config import Config
-from moce_dist.rows import without_deviations
-from moce_dist.run import Run, load_run, read_faults, read_jsonl
+from moce_dist.run.directory import Run, load_run
+from moce_dist.run.files import read_faults, read_jsonl
+from moce_dist.run.rows import without_deviations
 from moce_dist.settings import ConfigError
 
 Line = dict[str, Any]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from moce_dist.report.record import Clusters, Record, read_record
-from moce_dist.rows import backbone_texts, difference_text, value_text
+from moce_dist.run.rows import backbone_texts, difference_text, value_text
 
 _MAX_CLUSTERS = 16
 

@@ -1,11 +1,11 @@
-"""What a run costs: images seen, and floating-point operations by the formulas of sizes.py."""
+"""What a run costs: images seen, and floating-point operations by the formulas of cost/sizes.py."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from moce_dist.config import Config
-from moce_dist.sizes import clustering_flop, features_flop, training_flop
+from moce_dist.cost.sizes import clustering_flop, features_flop, training_flop
 
 
 @dataclass(frozen=True)

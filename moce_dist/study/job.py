@@ -4,8 +4,8 @@ import json
 import logging
 from pathlib import Path
 
-from moce_dist.lease import hold
-from moce_dist.run import write_atomic
+from moce_dist.run.files import write_atomic
+from moce_dist.run.lease import hold
 from moce_dist.settings import dump_yaml
 from moce_dist.study.page import render
 from moce_dist.study.plan import Planner, wanted_sources

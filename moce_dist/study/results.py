@@ -21,7 +21,9 @@ import torch
 from numpy.typing import NDArray
 
 from moce_dist.config import identity
-from moce_dist.run import Run, fingerprint, read_jsonl, versions
+from moce_dist.run.artefacts import fingerprint, versions
+from moce_dist.run.directory import Run
+from moce_dist.run.files import read_jsonl
 from moce_dist.study.plan import Kind, PlannedRun
 from moce_dist.study.runner import Runner
 from moce_dist.study.statistics import Table, spread

@@ -30,18 +30,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from moce_dist import lease
 from moce_dist.config import identity
-from moce_dist.elastic import heed_sigterm
-from moce_dist.run import (
-    StoppedError,
-    artefact_id,
-    fingerprint,
-    is_complete,
-    read_jsonl,
-    read_marker,
-    write_atomic,
-)
+from moce_dist.launch.job import heed_sigterm
+from moce_dist.run import lease
+from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, read_marker
+from moce_dist.run.directory import StoppedError
+from moce_dist.run.files import read_jsonl, write_atomic
 from moce_dist.study.plan import Piece, Plan
 from moce_dist.study.work import Outcome, carry_out, carry_out_alone, carry_out_quietly, prepare
 
@@ -147,7 +141,7 @@ def _executor(plan: Plan, jobs: int) -> Iterator[tuple[Executor, Callable[[Piece
     """Choose what pieces are submitted to, as which function, and how many may be under way."""
     parallel = plan.pieces[0].config.parallel
     if os.environ.get("RAY_ADDRESS") and parallel.num_workers == 1:
-        from moce_dist.launch import connect, map_tasks
+        from moce_dist.launch.tasks import connect, map_tasks
 
         connect(parallel)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from moce_dist.config import Config
 from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
 from moce_dist.data.sources import list_folder
-from moce_dist.run import read_marker
+from moce_dist.run.artefacts import read_marker
 from moce_dist.settings import ConfigError
 from moce_dist.study.plan import Source
 

@@ -11,9 +11,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from moce_dist import lease
 from moce_dist.cli import quiet_libraries
-from moce_dist.run import COMPLETE, Run, StoppedError, open_run
+from moce_dist.run import lease
+from moce_dist.run.artefacts import COMPLETE
+from moce_dist.run.directory import Run, StoppedError, open_run
 from moce_dist.study.plan import SHARED, Piece
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def carry_out(piece: Piece) -> Outcome:
 
 def _make(run: Run, piece: Piece) -> None:
     if piece.request is not None:
-        from moce_dist.launch import train
+        from moce_dist.launch.training import train
         from moce_dist.transfer import suite
 
         suite.carry_out(run, suite.Order(piece.request, piece.config), train)

@@ -31,7 +31,8 @@ from torch import Tensor
 
 from moce_dist.model.moce import global_names, is_expert, is_stacked
 from moce_dist.parallel.groups import ExpertMap
-from moce_dist.run import file_sha256, fingerprint, write_atomic
+from moce_dist.run.artefacts import file_sha256, fingerprint
+from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:  # who only reads checkpoints need not wait for deepspeed

@@ -32,7 +32,8 @@ from moce_dist.config import Config, ParallelConfig
 from moce_dist.data.framing import BLACK, METHODS, MODES, Framing
 from moce_dist.data.images import MEAN, STD
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.run import Run, file_sha256, read_marker
+from moce_dist.run.artefacts import file_sha256, read_marker
+from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import load_weights
 from moce_dist.train.pretrained import dense_weights

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from moce_dist.cost.sizes import TRANSFERS, element_size, image_bytes, num_visible
 from moce_dist.data.stream import Batch
 from moce_dist.parallel.exchange import images_exchanged
 from moce_dist.parallel.token import token_bytes_exchanged
-from moce_dist.sizes import TRANSFERS, element_size, image_bytes, num_visible
 from moce_dist.train.setup import TrainState
 
 

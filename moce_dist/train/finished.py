@@ -13,19 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moce_dist.run import (
-    COMPLETE,
-    artefact_id,
-    is_complete,
-    link_tree,
-    mark_complete,
-    read_marker,
-    set_aside,
-    write_atomic,
-)
+from moce_dist.run.artefacts import COMPLETE, artefact_id, is_complete, mark_complete, read_marker
+from moce_dist.run.directory import set_aside
+from moce_dist.run.environment import is_first_process
+from moce_dist.run.files import link_tree, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
-from moce_dist.workers import is_first_process
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import numpy as np
 from moce_dist.config import Config, ParallelConfig, StageConfig
 from moce_dist.data.plan import Plan, sample_table
 from moce_dist.data.shards import read_index
-from moce_dist.pulse import Pulse
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
+from moce_dist.train.pulse import Pulse
 
 HOLDOUT_TABLE = "holdout.parquet"
 StageName = Literal["mae", "moce", "control"]

@@ -28,13 +28,14 @@ from moce_dist.data.stream import Batch, stream
 from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import ExpertExchange
 from moce_dist.parallel.token import token_balance_loss
-from moce_dist.pulse import Pulse
-from moce_dist.run import StoppedError, write_atomic
+from moce_dist.run.directory import StoppedError
+from moce_dist.run.files import write_atomic
 from moce_dist.train.expert_metrics import moe_metrics
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.migrate import replan
 from moce_dist.train.optim import decay_to_mean, learning_rate, set_learning_rate
+from moce_dist.train.pulse import Pulse
 from moce_dist.train.setup import TrainState, build_state, holdout_table
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from moce_dist import lease
-from moce_dist.run import naming, read_jsonl, write_atomic
+from moce_dist.run import lease
+from moce_dist.run.files import naming, read_jsonl, write_atomic
 
 METRICS_NAME = "metrics.jsonl"
 

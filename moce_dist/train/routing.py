@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.config import Config
+from moce_dist.cost.sizes import TRANSFERS, expert_bytes, image_bytes
 from moce_dist.model.gate import (
     Gate,
     NoiseSchedule,
@@ -36,8 +37,7 @@ from moce_dist.parallel.traffic import (
     no_traffic,
     predict_traffic,
 )
-from moce_dist.run import write_atomic
-from moce_dist.sizes import TRANSFERS, expert_bytes, image_bytes
+from moce_dist.run.files import write_atomic
 
 Ints = NDArray[np.int64]
 

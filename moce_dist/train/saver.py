@@ -50,7 +50,8 @@ from torch import Tensor
 
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
-from moce_dist.run import WRITER, file_sha256, fingerprint, naming, write_atomic
+from moce_dist.run.artefacts import file_sha256, fingerprint
+from moce_dist.run.files import WRITER, naming, write_atomic
 from moce_dist.train.checkpoint import (
     FORMAT,
     MANIFEST,

@@ -24,8 +24,8 @@ from moce_dist.model.moce import experts_from_dense, is_stacked
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.token import insert_token_experts
-from moce_dist.pulse import Pulse
-from moce_dist.run import Run, forget_faults
+from moce_dist.run.directory import Run
+from moce_dist.run.files import forget_faults
 from moce_dist.settings import ConfigError
 from moce_dist.train.blocks import prepare_blocks
 from moce_dist.train.checkpoint import (
@@ -40,6 +40,7 @@ from moce_dist.train.checkpoint import (
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob, total_steps
 from moce_dist.train.optim import optimizer_factory, parameter_groups
 from moce_dist.train.pretrained import initial_weights
+from moce_dist.train.pulse import Pulse
 from moce_dist.train.routing import Router
 from moce_dist.train.saver import Saver
 

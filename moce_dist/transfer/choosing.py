@@ -20,7 +20,9 @@ from torch import Tensor
 
 from moce_dist.config import Config
 from moce_dist.model.customize import customize
-from moce_dist.run import Run, artefact_id, fingerprint, read_marker, write_atomic
+from moce_dist.run.artefacts import artefact_id, fingerprint, read_marker
+from moce_dist.run.directory import Run
+from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 from moce_dist.train.encoder import OWN, Pixels, build_encoder, same_encoder

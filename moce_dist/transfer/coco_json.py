@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moce_dist.names import as_text
+from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)

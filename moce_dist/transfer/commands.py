@@ -15,9 +15,9 @@ from typing import Any
 from moce_dist.cli import command_parser, quiet_libraries
 from moce_dist.config import Config, load_config
 from moce_dist.data.listing import list_images
-from moce_dist.lease import hold
-from moce_dist.names import as_text, json_line
-from moce_dist.run import Run, load_run, resolve_run
+from moce_dist.run.directory import Run, load_run, resolve_run
+from moce_dist.run.lease import hold
+from moce_dist.run.names import as_text, json_line
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.request import experts_of, parse_experts
 from moce_dist.transfer.tasks import Item

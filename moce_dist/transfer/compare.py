@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.config import Config
-from moce_dist.pulse import Pulse
-from moce_dist.run import Run, artefact_id, is_complete, mark_complete, write_atomic
+from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
+from moce_dist.run.directory import Run
+from moce_dist.run.files import write_atomic
 from moce_dist.train.checkpoint import trained_steps
+from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.choosing import AnyTask, Chooser, Dense, dense_backbone
 from moce_dist.transfer.classify import (

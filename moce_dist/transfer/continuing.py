@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_dist.config import Config, ParallelConfig
-from moce_dist.pulse import Pulse
-from moce_dist.run import Run
+from moce_dist.run.directory import Run
 from moce_dist.train.job import MoreSteps
+from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.request import Request, further_of
 
 

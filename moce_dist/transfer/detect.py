@@ -27,7 +27,7 @@ from moce_dist.config import TransferConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
 from moce_dist.data.loaders import load
-from moce_dist.run import write_atomic
+from moce_dist.run.files import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.finding import Scored, evaluate
 from moce_dist.transfer.fit import Fitting, Kept, run_fit

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moce_dist.rows import backbone_texts, difference_text, value_text
-from moce_dist.run import write_atomic
+from moce_dist.run.files import write_atomic
+from moce_dist.run.rows import backbone_texts, difference_text, value_text
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.saved import CONFIG, WEIGHTS, features_spec, timm_config, write_weights
 

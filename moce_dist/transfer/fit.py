@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moce_dist.pulse import Pulse
-from moce_dist.run import StoppedError, naming, read_jsonl, write_atomic
+from moce_dist.run.directory import StoppedError
+from moce_dist.run.files import naming, read_jsonl, write_atomic
 from moce_dist.train.checkpoint import check_finite
+from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.loading import Machine, Progress
 from moce_dist.transfer.measure import Measures
 from moce_dist.transfer.ranks import from_first

@@ -25,9 +25,10 @@ import numpy as np
 from torch import Tensor
 
 from moce_dist.data.plan import Shares, quotas_of
-from moce_dist.lease import hold
 from moce_dist.model.customize import customize
-from moce_dist.run import artefact_id, is_complete, mark_complete, read_jsonl
+from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
+from moce_dist.run.files import read_jsonl
+from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, write_weights
 from moce_dist.train.finished import begin_stage, has_last_checkpoint

@@ -34,7 +34,8 @@ from moce_dist.model.customize import cluster_probabilities, customize, routes
 from moce_dist.model.gate import output_scales
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
-from moce_dist.run import Run, read_marker
+from moce_dist.run.artefacts import read_marker
+from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.train.encoder import encoder_device
 from moce_dist.train.job import HOLDOUT_TABLE

@@ -24,8 +24,8 @@ from PIL import Image
 
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.upright import Annotated, open_annotated
-from moce_dist.names import as_text
-from moce_dist.run import file_sha256
+from moce_dist.run.artefacts import file_sha256
+from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.coco_json import Annotation, AnnotationFile, read_annotations
 from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item, warn_of_doubt

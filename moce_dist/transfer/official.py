@@ -30,7 +30,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from moce_dist.data.listing import list_folders, list_images
-from moce_dist.names import as_text, read_names
+from moce_dist.run.names import as_text, read_names
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import Item, Metric, Task
 

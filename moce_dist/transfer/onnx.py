@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moce_dist.run import write_atomic
+from moce_dist.run.files import write_atomic
 from moce_dist.transfer.saved import Spec
 
 _OPSET = 17

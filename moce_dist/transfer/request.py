@@ -12,7 +12,8 @@ from typing import get_args
 
 from moce_dist.config import Config, Selection, SuiteEntry, checked, load_config
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
-from moce_dist.run import Run, differing_fields, load_run, read_marker, read_resolved
+from moce_dist.run.artefacts import read_marker
+from moce_dist.run.directory import Run, differing_fields, load_run, read_resolved
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.catalog import TASKS
 from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS

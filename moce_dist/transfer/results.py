@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moce_dist.config import TransferConfig
-from moce_dist.run import fingerprint, read_jsonl, write_atomic
+from moce_dist.run.artefacts import fingerprint
+from moce_dist.run.files import read_jsonl, write_atomic
 
 Row = dict[str, Any]
 

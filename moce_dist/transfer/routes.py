@@ -16,7 +16,7 @@ import numpy as np
 from moce_dist.cluster.assign import read_assignments
 from moce_dist.config import Config
 from moce_dist.model.customize import customize, moe_shape, routes
-from moce_dist.run import Run
+from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.choosing import Stage, open_stage

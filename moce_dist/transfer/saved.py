@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
-from moce_dist.run import naming, write_atomic
+from moce_dist.run.files import naming, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 

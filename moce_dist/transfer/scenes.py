@@ -27,7 +27,7 @@ from moce_dist.data.decoders import ImageError, open_stored
 from moce_dist.data.images import MEAN, STD
 from moce_dist.data.listing import list_images
 from moce_dist.data.upright import Annotated, open_annotated
-from moce_dist.names import as_text, read_names
+from moce_dist.run.names import as_text, read_names
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import SCAN_LIMIT_BYTES, Item, warn_of_doubt
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moce_dist.data.loaders import load
-from moce_dist.run import read_jsonl, record_fault, write_atomic
+from moce_dist.run.files import read_jsonl, record_fault, write_atomic
 from moce_dist.transfer.fit import Kept
 from moce_dist.transfer.loading import Draw, Fault, Look, Machine
 from moce_dist.transfer.measure import Measures

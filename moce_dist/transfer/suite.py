@@ -15,9 +15,11 @@ from typing import Any
 
 from moce_dist.cli import quiet_libraries
 from moce_dist.config import Config, ParallelConfig
-from moce_dist.lease import hold
-from moce_dist.pulse import Pulse
-from moce_dist.run import Run, set_aside, write_atomic
+from moce_dist.run.directory import Run, set_aside
+from moce_dist.run.environment import is_first_process
+from moce_dist.run.files import write_atomic
+from moce_dist.run.lease import hold
+from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.continuing import FurtherJob, further_jobs
 from moce_dist.transfer.instances import Instances, check_instances, read_instances
@@ -25,7 +27,6 @@ from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Ledger, suite_metrics
 from moce_dist.transfer.scenes import Scenes, check_scenes, read_scenes
 from moce_dist.transfer.tasks import Task, check_images, validation_split
-from moce_dist.workers import is_first_process
 
 logger = logging.getLogger(__name__)
 ALL = "all"

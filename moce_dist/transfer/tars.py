@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moce_dist.data.shards import read_range
 from moce_dist.data.tarscan import TarSample, scan_tar
-from moce_dist.names import as_text, read_names
+from moce_dist.run.names import as_text, read_names
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import Item, Range, Task
 

@@ -31,7 +31,7 @@ from moce_dist.data.images import open_image
 from moce_dist.data.listing import list_folders, list_images
 from moce_dist.data.packing import share
 from moce_dist.data.shards import read_range
-from moce_dist.names import as_text
+from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from moce_dist.model.moce import is_stacked
 from moce_dist.parallel import engine, reduction
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
-from moce_dist.pulse import Pulse
-from moce_dist.run import StoppedError
+from moce_dist.run.directory import StoppedError
 from moce_dist.train import loop, migrate, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
 from moce_dist.train.job import MoreSteps, StageJob
+from moce_dist.train.pulse import Pulse
 
 TINY = (
     "model.size=tiny", "model.width=32", "model.num_heads=2", "model.depth=4",

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 
 from moce_dist.config import load_config
-from moce_dist.pulse import Pulse
-from moce_dist.run import StoppedError
+from moce_dist.run.directory import StoppedError
+from moce_dist.train.pulse import Pulse
 from moce_dist.transfer import detect, finding, finetune, fit, segment, upernet
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.catalog import load_task

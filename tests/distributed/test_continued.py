@@ -8,7 +8,7 @@ from PIL import Image
 
 from moce_dist.data.shards import write_index
 from moce_dist.data.writer import ShardWriter
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights
 
 SIZES = {0: 9, 1: 30, 3: 17, 4: 1}

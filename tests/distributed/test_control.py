@@ -2,7 +2,7 @@
 
 import pytest
 
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from moce_dist.run import read_faults, read_jsonl
+from moce_dist.run.files import read_faults, read_jsonl
 
 DAMAGED = ["train2017/000003.jpg", "val2017/000001.jpg"]
 

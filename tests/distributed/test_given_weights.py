@@ -5,7 +5,7 @@ import torch
 
 from moce_dist.config import make_config
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 from moce_dist.train.job import StageJob
 

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
 
 
 def overrides(ranks, zero=0, **more):

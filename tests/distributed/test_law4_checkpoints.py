@@ -8,7 +8,7 @@ import pytest
 from comparing import merged
 from safetensors.torch import load_file
 
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
 from moce_dist.train.checkpoint import damage, latest_checkpoint, load_weights
 
 

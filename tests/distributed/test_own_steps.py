@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest, write_weights
 from moce_dist.train.pretrained import initial_weights
 

@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
 
 CONFIGURATIONS = [
     # ranks, groups, ZeRO stage

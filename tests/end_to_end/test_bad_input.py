@@ -14,7 +14,8 @@ import tarfile
 import pytest
 from PIL import Image
 
-from moce_dist.run import COMPLETE, read_faults
+from moce_dist.run.artefacts import COMPLETE
+from moce_dist.run.files import read_faults
 from moce_dist.train.checkpoint import damage
 
 ALONE = ("parallel.num_workers=1", "data.holdout_fraction=0")

@@ -13,7 +13,8 @@ from moce_dist.cluster.blocks import open_features
 from moce_dist.config import load_config
 from moce_dist.data.shards import read_index
 from moce_dist.pipeline import Pipeline
-from moce_dist.run import COMPLETE, is_complete, open_run, read_marker
+from moce_dist.run.artefacts import COMPLETE, is_complete, read_marker
+from moce_dist.run.directory import open_run
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 
 STAGES = ("ingested", "mae", "features", "clusters", "shards", "moce")

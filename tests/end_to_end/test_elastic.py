@@ -17,7 +17,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from moce_dist.elastic import GROUP_LABEL
+from moce_dist.launch.nodes import GROUP_LABEL
 
 RAY = Path(sys.executable).parent / "ray"
 READY = ("ingested", "mae", "features", "clusters", "shards")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from moce_dist.run import read_marker
+from moce_dist.run.artefacts import read_marker
 
 ENCODER = "timm:test_vit.r160_in1k"
 

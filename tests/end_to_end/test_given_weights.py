@@ -7,7 +7,7 @@ import torch
 
 from moce_dist.config import load_config
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.run import is_complete, read_marker
+from moce_dist.run.artefacts import is_complete, read_marker
 
 STAGES = ("ingested", "mae", "features", "clusters", "shards", "moce", "control")
 

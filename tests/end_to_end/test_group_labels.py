@@ -8,9 +8,9 @@ import ray.train
 from ray.cluster_utils import Cluster
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from moce_dist import launch
 from moce_dist.config import ParallelConfig
-from moce_dist.elastic import GROUP_LABEL, Wanted
+from moce_dist.launch import training
+from moce_dist.launch.nodes import GROUP_LABEL, Requirements
 from moce_dist.settings import ConfigError
 
 
@@ -28,19 +28,19 @@ def two_nodes():
 
 
 def test_live_nodes_are_seen_with_label_and_room(two_nodes):
-    found = sorted((host.group, host.slots) for host in launch.live_hosts("CPU"))
+    found = sorted((host.group, host.slots) for host in training.live_hosts("CPU"))
     assert found == [("", 0), ("g0", 2), ("g1", 2)]
 
 
 def test_every_worker_is_asked_onto_its_group(two_nodes):
-    wanted = Wanted("mae", ParallelConfig(num_workers=4, num_groups=2), 64, "CPU")
-    assert wanted.best_seats(launch.live_hosts("CPU")) == ["g0", "g0", "g1", "g1"]
+    wanted = Requirements("mae", ParallelConfig(num_workers=4, num_groups=2), 64, "CPU")
+    assert wanted.best_seats(training.live_hosts("CPU")) == ["g0", "g0", "g1", "g1"]
 
 
 def test_labels_that_do_not_fit_the_groups_are_refused(two_nodes):
-    wanted = Wanted("mae", ParallelConfig(num_workers=1, num_groups=1), 64, "CPU")
+    wanted = Requirements("mae", ParallelConfig(num_workers=1, num_groups=1), 64, "CPU")
     with pytest.raises(ConfigError, match=r"needs 1 values of the node label.*\['g0', 'g1'\]"):
-        wanted.best_seats(launch.live_hosts("CPU"))
+        wanted.best_seats(training.live_hosts("CPU"))
 
 
 def test_ranks_follow_labels_not_the_order_of_starting(two_nodes, tmp_path):
@@ -50,7 +50,7 @@ def test_ranks_follow_labels_not_the_order_of_starting(two_nodes, tmp_path):
 
         import torch.distributed as dist
 
-        launch._join(60)
+        training._join(60)
         dist.init_process_group("gloo")
         label = ray.get_runtime_context().get_node_labels()[GROUP_LABEL]
         gathered = [None] * dist.get_world_size()

@@ -12,7 +12,7 @@ import subprocess
 
 import pytest
 
-from moce_dist.run import read_marker
+from moce_dist.run.artefacts import read_marker
 
 BEFORE = {
     "ingest": (),

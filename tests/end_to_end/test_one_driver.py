@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from moce_dist.lease import LOCK
+from moce_dist.run.lease import LOCK
 
 from .conftest import ROOT, Job
 
@@ -15,7 +15,7 @@ STEPS = 60 * 9
 SHORT_LEASE = f"""
 import runpy, sys
 sys.path.insert(0, {str(ROOT / "jobs")!r})
-from moce_dist import lease
+from moce_dist.run import lease
 lease.EVERY_S, lease.STALE_S = 0.5, 4.0
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

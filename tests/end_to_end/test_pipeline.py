@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moce_dist.data.shards import read_index, read_members
-from moce_dist.run import COMPLETE, is_complete, read_marker
+from moce_dist.run.artefacts import COMPLETE, is_complete, read_marker
 
 STAGES = ("ingested", "mae", "features", "clusters", "shards", "moce")
 EVERY_STEP = {

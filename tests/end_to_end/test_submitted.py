@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from moce_dist.elastic import GROUP_LABEL
+from moce_dist.launch.nodes import GROUP_LABEL
 
 ROOT = Path(__file__).parents[2]
 READY = ("ingested", "mae", "features", "clusters", "shards")

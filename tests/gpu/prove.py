@@ -321,7 +321,7 @@ def clustering(on_gpu, _):
 
     from moce_dist.cluster.assign import run_clustering
     from moce_dist.config import ClusterConfig
-    from moce_dist.mapping import HERE
+    from moce_dist.run.tasks import HERE
 
     rows, width, clusters = (1_281_167, 768, 256) if on_gpu else (4000, 16, 8)
     draws = np.random.default_rng(0)

@@ -10,7 +10,7 @@ from moce_dist.cluster.nearest import make_base, search
 from moce_dist.cluster.residents import residents
 from moce_dist.cluster.sweeps import add_rows
 from moce_dist.config import ClusterConfig
-from moce_dist.mapping import HERE, Workers
+from moce_dist.run.tasks import HERE, Workers
 
 pytestmark = [
     pytest.mark.gpu,

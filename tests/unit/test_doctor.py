@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moce_dist import __main__ as doctor
+from moce_dist import doctor
 from moce_dist.config import json_schema, make_config
 
 ROOT = Path(__file__).parents[2]
@@ -100,17 +100,17 @@ def test_folder_without_room_or_rights_fails(monkeypatch, tmp_path):
         (1, ("  rank   0", "  group  g0 g1 g2 g3")),
     ],
 )
-def test_picture_shows_ranks_over_their_groups(workers, rows):
+def test_ranks_are_shown_over_their_groups(workers, rows):
     config = make_config({"parallel": {"num_workers": workers, "num_groups": 4}})
-    assert tuple(doctor.picture(config)[1:3]) == rows
+    assert tuple(doctor.topology_lines(config)[1:3]) == rows
 
 
-def test_picture_names_the_smaller_starts_of_an_elastic_run():
+def test_lines_name_the_smaller_starts_of_an_elastic_run():
     parallel = {"num_workers": 8, "num_groups": 4, "min_workers": 2}
-    lines = doctor.picture(make_config({"parallel": parallel}))
+    lines = doctor.topology_lines(make_config({"parallel": parallel}))
     smaller = "with nodes missing: 4 (micro-batches 2), 2 (micro-batches 4)"
     assert lines[-2:] == [f"  mae {smaller}", f"  moce {smaller}"]
-    fixed = doctor.picture(make_config({"parallel": {"num_workers": 8, "num_groups": 4}}))
+    fixed = doctor.topology_lines(make_config({"parallel": {"num_workers": 8, "num_groups": 4}}))
     assert "legal numbers of ranks" in fixed[-1]
 
 

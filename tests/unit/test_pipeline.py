@@ -14,7 +14,8 @@ from moce_dist.config import make_config
 from moce_dist.data.shards import read_index
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.pipeline import Pipeline
-from moce_dist.run import COMPLETE, open_run, read_marker
+from moce_dist.run.artefacts import COMPLETE, read_marker
+from moce_dist.run.directory import open_run
 from moce_dist.settings import ConfigError
 
 TIMM = "timm:test_vit.r160_in1k"

@@ -4,7 +4,7 @@ import numpy as np
 
 from moce_dist.cluster.blocks import View, column_mean, open_features
 from moce_dist.cluster.kmeans import Matrix
-from moce_dist.mapping import map_here
+from moce_dist.run.tasks import map_here
 
 
 def mixture(num_rows, dim, num_groups, seed=0, spread=1.0):

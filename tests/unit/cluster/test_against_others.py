@@ -8,7 +8,7 @@ from moce_dist.cluster.kmeans import Matrix
 from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans
 from moce_dist.cluster.settle import settle
 from moce_dist.config import ClusterConfig
-from moce_dist.mapping import map_here
+from moce_dist.run.tasks import map_here
 
 ROWS, DIM, CLUSTERS = 6000, 24, 24
 

@@ -16,7 +16,7 @@ from moce_dist.cluster.assign import (
 from moce_dist.cluster.domains import domain_figures
 from moce_dist.cluster.features import transform
 from moce_dist.config import ClusterConfig
-from moce_dist.run import is_complete
+from moce_dist.run.artefacts import is_complete
 from moce_dist.settings import ConfigError
 
 

@@ -16,8 +16,8 @@ from moce_dist.cluster.assign import read_assignments, run_clustering
 from moce_dist.cluster.existing import assign_files, assign_folder, open_new_features, read_clusters
 from moce_dist.cluster.features import transform
 from moce_dist.config import ClusterConfig
-from moce_dist.mapping import Workers
-from moce_dist.run import is_complete, mark_complete, read_marker
+from moce_dist.run.artefacts import is_complete, mark_complete, read_marker
+from moce_dist.run.tasks import Workers
 from moce_dist.settings import ConfigError
 
 K, D = 5, 6

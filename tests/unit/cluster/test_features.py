@@ -36,7 +36,7 @@ from moce_dist.data.framing import Framing, framed_image
 from moce_dist.data.images import MEAN, STD, eval_image
 from moce_dist.data.shards import Shard, ShardIndex, write_index
 from moce_dist.data.writer import ShardWriter
-from moce_dist.run import read_faults
+from moce_dist.run.files import read_faults
 from moce_dist.train.encoder import Pixels, describe_timm, timm_encoder
 
 ROOT = Path(__file__).parents[3]
@@ -345,7 +345,7 @@ import torch
 from moce_dist.cluster.features import EncoderSpec, FeatureJob, extract_shard, feature_names
 from moce_dist.config import ParallelConfig
 from moce_dist.data.shards import read_index
-from moce_dist.launch import map_tasks
+from moce_dist.launch.tasks import map_tasks
 
 root = Path(sys.argv[1])
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moce_dist.config import load_config
-from moce_dist.run import open_run
+from moce_dist.run.directory import open_run
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,7 +11,7 @@ import pytest
 
 from moce_dist.cluster.assign import read_assignments, run_clustering
 from moce_dist.config import ClusterConfig
-from moce_dist.mapping import Workers
+from moce_dist.run.tasks import Workers
 from moce_dist.settings import ConfigError
 
 FILES = ("centroids.npy", "assignments.parquet", "prices.npy")

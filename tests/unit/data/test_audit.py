@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 from moce_dist.config import DataConfig
 from moce_dist.data.audit import find_copies, verify
 from moce_dist.data.shards import scan_shard, write_index
-from moce_dist.run import read_faults
+from moce_dist.run.files import read_faults
 
 ROOT = Path(__file__).parents[3]
 DATA = DataConfig()

@@ -17,7 +17,7 @@ from moce_dist.data.plan import Plan, sample_table
 from moce_dist.data.shards import write_index
 from moce_dist.data.stream import Layout, StreamSpec, stream
 from moce_dist.data.writer import ShardWriter
-from moce_dist.run import read_faults
+from moce_dist.run.files import read_faults
 from moce_dist.settings import ConfigError
 
 SIZE, BATCH = 64, 6

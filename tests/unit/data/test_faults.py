@@ -15,7 +15,7 @@ from moce_dist.data.plan import Plan, sample_table
 from moce_dist.data.shards import write_index
 from moce_dist.data.stream import Layout, StreamSpec, stream
 from moce_dist.data.writer import ShardWriter
-from moce_dist.run import read_faults
+from moce_dist.run.files import read_faults
 
 PER_TAR, TARS = 10, 20
 SAMPLE_FAULTS = ("truncated JPEG", "zero bytes", "wrong type", "bomb")

@@ -19,7 +19,8 @@ from moce_dist.data import packing
 from moce_dist.data.ingest import ingest
 from moce_dist.data.shards import read_index, read_members
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
-from moce_dist.run import load_run, read_faults
+from moce_dist.run.directory import load_run
+from moce_dist.run.files import read_faults
 from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]

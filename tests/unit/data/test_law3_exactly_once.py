@@ -20,7 +20,7 @@ from moce_dist.data.plan import Plan, sample_table
 from moce_dist.data.shards import write_index
 from moce_dist.data.stream import Layout, StreamSpec, stream
 from moce_dist.data.writer import ShardWriter
-from moce_dist.run import write_atomic
+from moce_dist.run.files import write_atomic
 
 SAMPLES, BATCH, KILLS = 1199, 12, 20
 RANKS = (1, 2, 4, 3)

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from moce_dist.data.loaders import load
-from moce_dist.run import record_fault
+from moce_dist.run.files import record_fault
 
 
 class Faulty(Dataset):

@@ -16,7 +16,7 @@ from moce_dist.data import ranges
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import read_index, read_range, scan_shard, write_index
-from moce_dist.run import is_complete
+from moce_dist.run.artefacts import is_complete
 from moce_dist.settings import ConfigError
 
 INPUTS = {"clusters": "abc"}

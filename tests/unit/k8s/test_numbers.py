@@ -24,7 +24,7 @@ from manifests import (
 )
 
 from moce_dist.config import load_config, to_yaml
-from moce_dist.elastic import GROUP_LABEL, Host, Wanted
+from moce_dist.launch.nodes import GROUP_LABEL, Host, Requirements
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.request import open_request_run
 
@@ -120,7 +120,7 @@ def test_ranks_groups_and_labels_are_the_configurations(rays, job):
     assert sum(host.slots for host in hosts) == parallel.num_workers
     assert {host.group for host in hosts} == {f"g{n}" for n in range(parallel.num_groups)}
     resource = "GPU" if "nvidia.com/gpu" in json.dumps(document) else "CPU"
-    seats = Wanted(job, parallel, config.moce.batch_size, resource).best_seats(hosts)
+    seats = Requirements(job, parallel, config.moce.batch_size, resource).best_seats(hosts)
     each = parallel.num_workers // parallel.num_groups
     expected = [f"g{n}" for n in range(parallel.num_groups) for _ in range(each)]
     assert seats == expected
@@ -131,7 +131,7 @@ def test_a_run_goes_on_without_one_node_and_at_its_fewest_ranks(rays, job):
     document = rays[f"jobs/{job}"]
     config, hosts = job_config(words_of(document)), hosts_of(document)
     assert config.parallel.fewest_workers < config.parallel.num_workers
-    wanted = Wanted(job, config.parallel, config.moce.batch_size, "GPU")
+    wanted = Requirements(job, config.parallel, config.moce.batch_size, "GPU")
     assert len(wanted.best_seats(hosts[1:])) >= config.parallel.fewest_workers
     enough = config.parallel.fewest_workers // hosts[0].slots
     assert len(wanted.best_seats(hosts[:enough])) == config.parallel.fewest_workers
@@ -311,7 +311,7 @@ def test_planted_times_and_sizes_are_caught(rays, words):
 def test_planted_numbers_of_nodes_and_labels_are_caught(rays):
     document = copy.deepcopy(rays["jobs/pretrain"])
     parallel = job_config(words_of(document)).parallel
-    wanted = Wanted("moce", parallel.model_copy(update={"min_workers": None}), 4096, "GPU")
+    wanted = Requirements("moce", parallel.model_copy(update={"min_workers": None}), 4096, "GPU")
     assert len(wanted.best_seats(hosts_of(document))) == 32
     (group,) = cluster_of(document)["workerGroupSpecs"]
     group["replicas"] = 3

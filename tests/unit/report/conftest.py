@@ -10,7 +10,8 @@ import pytest
 
 from moce_dist.config import make_config
 from moce_dist.report.page import write_report
-from moce_dist.run import open_run, record_fault
+from moce_dist.run.directory import open_run
+from moce_dist.run.files import record_fault
 
 DOMAINS = ("digits", "silhouettes", "satellite", "elevation", "relief", "brain")
 LAYERS, EXPERTS, CLUSTERS, BATCH = 2, 4, 12, 64

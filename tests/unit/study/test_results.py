@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from moce_dist.run import COMPLETE, mark_complete
+from moce_dist.run.artefacts import COMPLETE, mark_complete
 from moce_dist.study.page import render
 from moce_dist.study.results import tables, training_seconds
 from moce_dist.study.work import link_artefact

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moce_dist.run import COMPLETE, file_sha256, fingerprint, is_complete, mark_complete
+from moce_dist.run.artefacts import COMPLETE, file_sha256, fingerprint, is_complete, mark_complete
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import FORMAT, MANIFEST, damage, load_weights, start_from
 from moce_dist.train.finished import has_last_checkpoint, link_stage, trained_id

@@ -1,6 +1,6 @@
 """metrics.jsonl: increasing steps, cut back on resume, whole lines only."""
 
-from moce_dist.run import read_jsonl
+from moce_dist.run.files import read_jsonl
 from moce_dist.train.metrics import Clock, MetricsLog
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from moce_dist.config import load_config
+from moce_dist.cost.sizes import expert_bytes, image_bytes
 from moce_dist.parallel.groups import Topology
-from moce_dist.sizes import expert_bytes, image_bytes
 from moce_dist.train.routing import Router
 
 

@@ -21,7 +21,8 @@ from moce_dist.config import Config, make_config
 from moce_dist.data.images import eval_image
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import global_names, is_stacked
-from moce_dist.run import Run, file_sha256, fingerprint, mark_complete, open_run
+from moce_dist.run.artefacts import file_sha256, fingerprint, mark_complete
+from moce_dist.run.directory import Run, open_run
 
 ROOT = Path(__file__).parents[3]
 NUM_EXPERTS, NUM_CLUSTERS, SIZE = 3, 6, 16

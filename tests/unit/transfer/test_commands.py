@@ -20,7 +20,7 @@ from moce_dist.cluster.assign import write_assignments
 from moce_dist.cluster.blocks import open_features
 from moce_dist.data.images import eval_image
 from moce_dist.model.customize import customize, routes
-from moce_dist.run import Run
+from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.onnx import averages

@@ -13,16 +13,11 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
-from moce_dist import lease
 from moce_dist.config import Config, to_yaml
-from moce_dist.run import (
-    Run,
-    file_sha256,
-    mark_complete,
-    read_faults,
-    read_marker,
-    write_atomic,
-)
+from moce_dist.run import lease
+from moce_dist.run.artefacts import file_sha256, mark_complete, read_marker
+from moce_dist.run.directory import Run
+from moce_dist.run.files import read_faults, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.official import OFFICIAL

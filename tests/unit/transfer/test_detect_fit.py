@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from moce_dist.__main__ import main
 from moce_dist.model.customize import customize
-from moce_dist.run import read_faults, read_jsonl
+from moce_dist.run.files import read_faults, read_jsonl
 from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit as loop
 from moce_dist.transfer.backbone import Backbone, run_backbone

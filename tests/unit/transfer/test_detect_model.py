@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from moce_dist.model.customize import customize
-from moce_dist.run import Run
+from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.commands import predict

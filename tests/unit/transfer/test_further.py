@@ -11,7 +11,9 @@ import torch
 from moce_dist.data.shards import write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.model.customize import customize
-from moce_dist.run import Run, mark_complete, read_jsonl
+from moce_dist.run.artefacts import mark_complete
+from moce_dist.run.directory import Run
+from moce_dist.run.files import read_jsonl
 from moce_dist.settings import ConfigError
 from moce_dist.train import loop
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest

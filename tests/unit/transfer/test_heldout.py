@@ -15,7 +15,9 @@ from moce_dist.data.shards import write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.model.customize import customize, routes
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.run import Run, mark_complete, write_atomic
+from moce_dist.run.artefacts import mark_complete
+from moce_dist.run.directory import Run
+from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer import heldout
 

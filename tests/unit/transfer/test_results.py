@@ -5,7 +5,7 @@ import json
 import pytest
 
 from moce_dist.config import TransferConfig
-from moce_dist.rows import backbone_texts, difference_text, value_text
+from moce_dist.run.rows import backbone_texts, difference_text, value_text
 from moce_dist.transfer.results import (
     Fit,
     Ledger,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moce_dist.run import Run
+from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.suite import FitsJob, Order

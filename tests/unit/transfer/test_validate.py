@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moce_dist.model.customize import customize
-from moce_dist.run import mark_complete
+from moce_dist.run.artefacts import mark_complete
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.catalog import load_task

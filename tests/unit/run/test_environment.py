@@ -17,14 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_dist import environment
 from moce_dist.config import make_config
 from moce_dist.data.sources import expand_shards, parse_source
-from moce_dist.environment import bind_ranks, check_ray_address, local_path, ray_folder
-from moce_dist.run import open_run
+from moce_dist.run import environment
+from moce_dist.run.directory import open_run
+from moce_dist.run.environment import bind_ranks, check_ray_address, local_path, ray_folder
 from moce_dist.settings import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def refused(monkeypatch, address):

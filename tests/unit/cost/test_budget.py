@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from moce_dist import sizes
-from moce_dist.budget import budget, budget_lines
 from moce_dist.config import load_config
+from moce_dist.cost import sizes
+from moce_dist.cost.budget import budget, budget_lines
 from moce_dist.settings import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NODES = (
     "parallel.num_workers=32", "parallel.num_groups=4", "moce.batch_size=4096",
     "data.loader_processes=100", "hardware.host_ms=0",

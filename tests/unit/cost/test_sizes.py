@@ -2,8 +2,8 @@
 
 import pytest
 
-from moce_dist import sizes
 from moce_dist.config import load_config
+from moce_dist.cost import sizes
 from moce_dist.model.mae import MaskedAutoencoder
 
 SMALL = [

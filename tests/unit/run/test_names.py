@@ -20,13 +20,13 @@ from moce_dist.data.images import sample_generator
 from moce_dist.data.ingest import ingest
 from moce_dist.data.packing import share
 from moce_dist.data.shards import read_index, scan_shard
-from moce_dist.names import as_text, json_line, open_output, read_names
-from moce_dist.run import read_faults, record_fault, write_atomic
+from moce_dist.run.files import read_faults, record_fault, write_atomic
+from moce_dist.run.names import as_text, json_line, open_output, read_names
 from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.commands import list_pictures
 from moce_dist.transfer.scenes import read_scenes
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LATIN = "caf\udce9"
 LOCALES = {
     "ascii output": {"PYTHONIOENCODING": "ascii"},

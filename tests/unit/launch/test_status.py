@@ -2,7 +2,8 @@
 
 import time
 
-from moce_dist.pulse import Beat, Pulse, Sign, standing_still
+from moce_dist.launch.status import Sign, standing_still
+from moce_dist.train.pulse import Beat, Pulse
 
 
 def signs(**ranks):

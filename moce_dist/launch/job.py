@@ -1,20 +1,26 @@
-"""A job of several workers, why it may fail, and who tells a person how the workers get on."""
+"""A job of several workers: what it is, why it may fail, how it is followed and asked to stop."""
 
 import errno
 import logging
 import os
+import signal
+import threading
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from moce_dist.config import ParallelConfig
-from moce_dist.pulse import Pulse
 from moce_dist.train.job import TooManyFaultsError
+from moce_dist.train.pulse import Pulse
 
 LOG = "log.txt"
 """In a job's folder: what workers have to say."""
 log = logging.getLogger(__name__)
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+_STOP_WAIT_S = 60
 _OF_A_NETWORK = {
     getattr(errno, name)
     for name in ("ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH", "ESTALE", "EIO")
@@ -129,3 +135,34 @@ class Follower:
             whole, newline, _ = file.read().rpartition(b"\n")
         self._position += len(whole) + len(newline)
         return whole.decode(errors="replace").splitlines()
+
+
+def short_stop(environment: Mapping[str, str]) -> str:
+    """Say that `ray job stop` would kill this job before its state is saved; "" where it would not.
+
+    Ray's default is 3 s between SIGTERM and SIGKILL.
+    """
+    wait = environment.get(_STOP_WAIT, "3")
+    is_long = wait.isdecimal() and int(wait) >= _STOP_WAIT_S
+    if is_long or "RAY_JOB_CONFIG_JSON_ENV_VAR" not in environment:
+        return ""
+    return (
+        f"{_STOP_WAIT} ({wait}) is less than {_STOP_WAIT_S} s: `ray job stop` kills this job "
+        "before a large checkpoint is written; set it to 120 in the head's environment, or in "
+        "the env_vars of the job's runtime environment"
+    )
+
+
+@contextmanager
+def heed_sigterm() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM into a question that can be asked."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        # None when it was not Python that had set the handler
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -1,15 +1,14 @@
-"""The door to Ray (the other is `crew.py`): map a function over items, run a job on its workers.
+"""Training on Ray Train's workers, started again as often as it takes.
 
-A running cluster is used when RAY_ADDRESS names one, as in `ray job submit`; else an embedded one
-is started in this process and ends with it. What runs on the workers knows nothing of Ray and
-reports through files of the run directory, so a job looks the same under plain torchrun.
+What runs on the workers knows nothing of Ray and reports through files of the run directory, so a
+job looks the same under plain torchrun.
 
 When a worker is lost, all start again from the newest checkpoint, on as many nodes as there are
-then: `elastic.py` decides, and Ray neither restarts nor resizes anything by itself.
+then: `nodes.py` decides, and Ray neither restarts nor resizes anything by itself.
 A node that drains, room for more workers, or SIGTERM to the driver stop the training between two
 steps, with its state saved; so does the drain of the driver's own node, which the driver leaves.
 A rank that stands still is killed, which is a loss like any other. An error of the training itself
-is not tried again; it reaches the driver through the desk, not a disk.
+is not tried again; it reaches the driver through the status board, not a disk.
 """
 
 import json
@@ -18,8 +17,8 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -33,117 +32,27 @@ import ray
 import ray.train
 from ray._private.state import available_resources_per_node
 from ray._private.state import state as cluster_state
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.train.collective import broadcast_from_rank_zero
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import get_current_placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from moce_dist import environment, lease
 from moce_dist.config import ParallelConfig
-from moce_dist.elastic import (
-    GROUP_LABEL,
-    Budgets,
-    Desk,
-    Ending,
-    Host,
-    Wanted,
-    answers,
-    cause_of,
-    heed_sigterm,
-    short_stop,
-    wait_for_seats,
-)
-from moce_dist.follow import Follower, Job, failure_of, log_to_file
-from moce_dist.mapping import Item, Result, Shared
+from moce_dist.launch.job import Follower, Job, failure_of, heed_sigterm, log_to_file, short_stop
+from moce_dist.launch.nodes import GROUP_LABEL, Host, Requirements, answers, wait_for_seats
+from moce_dist.launch.status import Ending, LossBudget, Sign, StatusBoard, cause_of
+from moce_dist.launch.tasks import connect, needs_ray, uses_gpu
 from moce_dist.parallel.groups import Station, free_port, rank_order
-from moce_dist.pulse import Pulse, Sign
-from moce_dist.run import StoppedError
+from moce_dist.run import lease
+from moce_dist.run.directory import StoppedError
+from moce_dist.train.pulse import Pulse
 
 log = logging.getLogger(__name__)
-_OBJECT_STORE_BYTES = 256 * 2**20
 _LOOK_EVERY_S = 1.0
 _GROW_EVERY_S = 30.0
 _BEATS_A_S = 100
-"""Signs of life of all ranks that the desk takes in a second."""
-
-
-def connect(parallel: ParallelConfig) -> None:
-    """Join the running Ray cluster, or start an embedded one with a CPU for every worker."""
-    if ray.is_initialized():
-        return
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
-        with environment.joining_a_cluster():
-            ray.init(**quiet)
-        return
-    log.info("ray: starting an embedded cluster (set RAY_ADDRESS to use a running one)")
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, parallel.num_workers),
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        _temp_dir=environment.ray_folder(),
-        **quiet,
-    )
-
-
-def needs_ray(parallel: ParallelConfig) -> bool:
-    """Tell whether work is spread by Ray: with several workers, or when a cluster is named."""
-    return parallel.num_workers > 1 or bool(os.environ.get("RAY_ADDRESS"))
-
-
-def uses_gpu(parallel: ParallelConfig) -> bool:
-    """Tell whether workers ask for a GPU; `auto` asks when the cluster has one."""
-    if parallel.use_gpu == "auto":
-        return ray.cluster_resources().get("GPU", 0) > 0
-    return parallel.use_gpu
-
-
-def map_tasks(
-    function: Callable[..., Result],
-    items: Iterable[Any],
-    *,
-    parallel: ParallelConfig,
-    gpu: bool = False,
-    shared: Sequence[Any] = (),
-) -> Iterator[Result]:
-    """Apply a module-level function to items on `num_workers` workers; results in the items' order.
-
-    The function is called as `function(*shared, item)`; what is shared reaches every node once.
-    A task whose worker died is run again elsewhere. With one worker and no cluster it runs here.
-
-    Raises:
-        Exception: the first error of the function, as it was raised.
-    """
-    if not needs_ray(parallel):
-        yield from (function(*shared, item) for item in items)
-        return
-    connect(parallel)
-    common = [ray.put(value) for value in shared]
-    gpus = 1 if gpu and uses_gpu(parallel) else 0
-    task = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_retries=3)
-    window: deque[Any] = deque()
-    try:
-        for item in items:
-            window.append(task.remote(*common, item))
-            if len(window) > 2 * parallel.num_workers:
-                yield ray.get(window.popleft())
-        while window:
-            yield ray.get(window.popleft())
-    except RayTaskError as error:
-        raise error.cause from None
-
-
-def map_shared(
-    parallel: ParallelConfig,
-    function: Callable[[Shared, Item], Result],
-    shared: Shared,
-    items: Sequence[Item],
-    /,
-) -> Iterator[Result]:
-    """`map_tasks` in the form that chapters ask for (`mapping.MapTasks`)."""
-    return map_tasks(function, items, parallel=parallel, shared=(shared,))
+"""Signs of life of all ranks that the status board takes in a second."""
 
 
 def train(job: Job) -> None:
@@ -188,17 +97,17 @@ def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
     parallel = job.parallel
     # known once: when the last node with a GPU is lost, training waits for one
     resource = "GPU" if uses_gpu(parallel) else "CPU"
-    wanted = Wanted(job.name, parallel, job.batch_size, resource)
+    wanted = Requirements(job.name, parallel, job.batch_size, resource)
     look = partial(live_hosts, resource)
-    budgets, follower = Budgets(job.name, parallel), Follower(job)
+    budgets, follower = LossBudget(job.name, parallel), Follower(job)
     if warning := short_stop(os.environ):
         log.warning("%s", warning)
     while True:
         labels = wait_for_seats(wanted, look, is_terminated)
         log.info("%s: %d of %d workers", job.name, len(labels), parallel.num_workers)
-        start = Start(job, wanted, labels)
+        start = Attempt(job, wanted, labels)
         ending = start.run(follower, is_terminated)
-        if failure := ray.get(start.desk.failure.remote()):
+        if failure := ray.get(start.board.failure.remote()):
             raise RuntimeError(failure.text)
         if ending.is_finished:
             return
@@ -210,7 +119,7 @@ def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
             continue
         start.free_seats()
         lost = start.hosting() - {host.node for host in look()}
-        reached = ray.get(start.desk.reached.remote())
+        reached = ray.get(start.board.reached.remote())
         line = budgets.charge(is_preemption=bool(lost), cause=ending.cause, reached=reached)
         log.warning("%s", line)
 
@@ -230,31 +139,31 @@ def live_hosts(resource: str) -> list[Host]:
     ]
 
 
-class Start:
+class Attempt:
     """One start of all workers, from the newest checkpoint until they are done or lost."""
 
-    def __init__(self, job: Job, wanted: Wanted, labels: list[str]) -> None:
+    def __init__(self, job: Job, wanted: Requirements, labels: list[str]) -> None:
         """Begin a start of one worker for each label."""
         self._wanted, self._labels = wanted, labels
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.desk = ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+        self.board = ray.remote(StatusBoard).options(num_cpus=0, scheduling_strategy=here).remote()
         # in a process of its own: here Ray Train would take over SIGINT, and a thread of it that is
         # still waiting when Ray is shut down would end this process with the wrong exit status
         fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
-        self._ending = fit.remote(job, wanted.resource, labels, self.desk, lease.held())
+        self._ending = fit.remote(job, wanted.resource, labels, self.board, lease.held())
         self._grow_at = time.monotonic() + _GROW_EVERY_S
         self.has_room_for_more = False
 
     def hosting(self) -> set[str]:
         """Return the nodes on which workers arrived."""
-        return set(ray.get(self.desk.nodes.remote()))
+        return set(ray.get(self.board.nodes.remote()))
 
     def free_seats(self) -> None:
         """Give back what the workers held, when whoever does that for Ray Train is gone as well.
 
         Ray's own cleaner asks the dashboard, which an embedded cluster has not.
         """
-        if (seats := ray.get(self.desk.seats.remote())) is not None:
+        if (seats := ray.get(self.board.seats.remote())) is not None:
             remove_placement_group(seats)
 
     def run(self, follower: Follower, is_terminated: Callable[[], bool]) -> Ending:
@@ -262,7 +171,7 @@ class Start:
         killed: list[str] = []
         while not ray.wait([self._ending], timeout=_LOOK_EVERY_S)[0]:
             if is_terminated() or self._is_draining() or self._can_grow():
-                self.desk.stop.remote()
+                self.board.stop.remote()
             killed = killed or self._kill_who_stands_still()
             follower.report()
         follower.report_log()
@@ -275,7 +184,7 @@ class Start:
 
     def _kill_who_stands_still(self) -> list[str]:
         timeout_s = self._wanted.parallel.step_timeout_s
-        found = ray.get(self.desk.standing_still.remote(timeout_s))
+        found = ray.get(self.board.standing_still.remote(timeout_s))
         for sign, line in found:
             log.warning("%s: %s; it is killed", self._wanted.name, line)
             there = NodeAffinitySchedulingStrategy(sign.node, soft=False)
@@ -293,7 +202,7 @@ class Start:
         if is_full or time.monotonic() < self._grow_at:
             return self.has_room_for_more
         self._grow_at = time.monotonic() + _GROW_EVERY_S
-        mine = Counter(ray.get(self.desk.nodes.remote()))
+        mine = Counter(ray.get(self.board.nodes.remote()))
         hosts = [
             replace(host, slots=host.slots + mine[host.node])
             for host in live_hosts(self._wanted.resource)
@@ -303,7 +212,7 @@ class Start:
         return self.has_room_for_more
 
 
-def _fit(job: Job, resource: str, labels: list[str], desk: Any, leases: Any) -> Ending:
+def _fit(job: Job, resource: str, labels: list[str], board: Any, leases: Any) -> Ending:
     """Run Ray Train with one worker for each label; say how it ended."""
     parallel = job.parallel
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
@@ -312,7 +221,7 @@ def _fit(job: Job, resource: str, labels: list[str], desk: Any, leases: Any) -> 
     selectors = [{GROUP_LABEL: label} for label in labels if label]
     trainer = DataParallelTrainer(
         _train_worker,
-        train_loop_config={"job": job, "desk": desk, "leases": leases},
+        train_loop_config={"job": job, "board": board, "leases": leases},
         scaling_config=ray.train.ScalingConfig(
             num_workers=len(labels), use_gpu=resource == "GPU", label_selector=selectors or None
         ),
@@ -359,39 +268,39 @@ def _join(timeout_s: float) -> None:
 
 def _train_worker(config: dict[str, Any]) -> str | None:
     """Train on one worker; None at the end of the job, else what was said on leaving it early."""
-    job, desk = config["job"], config["desk"]
+    job, board = config["job"], config["board"]
     # a driver that stands still cannot tell its workers that another has taken the run over
     lease.watch(config["leases"])
     node = ray.get_runtime_context().get_node_id()
-    ray.get(desk.arrive.remote(node, get_current_placement_group()))
+    ray.get(board.arrive.remote(node, get_current_placement_group()))
     _join(job.parallel.start_timeout_s)
     rank = int(os.environ["RANK"])
-    ray.get(desk.join.remote(rank, Sign(node, ray.util.get_node_ip_address(), os.getpid(), 0.0)))
+    ray.get(board.join.remote(rank, Sign(node, ray.util.get_node_ip_address(), os.getpid(), 0.0)))
     try:
         log_to_file(job, logging.INFO if rank == 0 else logging.WARNING)
-        job.run(_watch(desk, rank))
+        job.run(_watch(board, rank))
     except StoppedError as stopped:
         return str(stopped)
     except Exception as error:
         with suppress(RayError):
-            ray.get(desk.leave.remote(rank, failure_of(error)))
+            ray.get(board.leave.remote(rank, failure_of(error)))
         raise
     finally:
-        desk.leave.remote(rank)
+        board.leave.remote(rank)
     return None
 
 
-def _watch(desk: Any, rank: int) -> Pulse:
-    """Tell the desk in the background that this rank is alive, and hear whether it is to stop."""
+def _watch(board: Any, rank: int) -> Pulse:
+    """Tell the board in the background that this rank is alive, and hear whether it is to stop."""
     asked = threading.Event()
     pulse = Pulse(asked.is_set)
     every_s = max(_LOOK_EVERY_S, int(os.environ["WORLD_SIZE"]) / _BEATS_A_S)
 
     def beat() -> None:
-        # without a driver there is no desk, and soon no worker
+        # without a driver there is no board, and soon no worker
         with suppress(RayError):
             while True:
-                if ray.get(desk.beat.remote(rank, pulse.beat())):
+                if ray.get(board.beat.remote(rank, pulse.beat())):
                     asked.set()
                 time.sleep(every_s)
 

@@ -18,21 +18,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from moce_dist import lease
 from moce_dist.config import Config, checked, to_yaml
-from moce_dist.run import (
+from moce_dist.run import lease
+from moce_dist.run.directory import (
     Run,
     differing_fields,
-    link_tree,
     load_run,
-    read_jsonl,
     read_provenance,
     read_resolved,
     resolve_run,
-    write_atomic,
 )
+from moce_dist.run.environment import is_first_process
+from moce_dist.run.files import link_tree, read_jsonl, write_atomic
 from moce_dist.settings import ConfigError
-from moce_dist.workers import is_first_process
 
 SHARED = {"mae": ("ingested",), "moce": ("ingested", "mae", "features", "clusters", "shards")}
 """By stage of the fork, newest stage last: what comes from the other run as it is."""

@@ -35,6 +35,11 @@ def _refused(reason: str) -> ConfigError:
     return ConfigError(f"{RAY_ADDRESS} = {os.environ.get(RAY_ADDRESS, '')}: {reason}; {_MAY_BE}")
 
 
+def is_first_process() -> bool:
+    """Tell whether this process speaks for all: always, unless torchrun started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def joining_a_cluster() -> Iterator[None]:
     """Look whether RAY_ADDRESS leads to a cluster, then let Ray join it; errors name the variable.

@@ -1,4 +1,4 @@
-"""Workers that keep what they have from one sweep over the data to the next: a crew of Ray actors.
+"""Workers that keep what they have from one sweep over the data to the next: Ray actors.
 
 Items are dealt out like cards: worker w gets numbers w, w + W, ..., so in every sweep a block of
 rows goes to the same worker, which still has its file open or, on a GPU, the rows themselves. Who
@@ -25,8 +25,8 @@ from ray.exceptions import (
 )
 
 from moce_dist.config import ParallelConfig
-from moce_dist.launch import connect, needs_ray, uses_gpu
-from moce_dist.mapping import Item, Result, Shared, Workers, map_here
+from moce_dist.launch.tasks import connect, needs_ray, uses_gpu
+from moce_dist.run.tasks import Item, Result, Shared, Workers, map_here
 
 _DEATHS = (RayActorError, OutOfMemoryError)
 _IN_HAND = 2
@@ -40,7 +40,7 @@ _MAX_LOSSES = 3
 
 
 @contextmanager
-def hold_crew(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Workers]:
+def hold_actors(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Workers]:
     """Hold `parallel.num_workers` workers; with one and no cluster the work is done here.
 
     With `gpu` each has one of the cluster's GPUs, where it has any and `parallel` allows.
@@ -55,11 +55,11 @@ def hold_crew(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Worker
         return
     connect(parallel)
     has_gpu = gpu and uses_gpu(parallel)
-    crew = Crew(parallel, gpu=has_gpu)
+    pool = ActorPool(parallel, gpu=has_gpu)
     try:
-        yield Workers(crew, "cuda" if has_gpu else "cpu")
+        yield Workers(pool, "cuda" if has_gpu else "cpu")
     finally:
-        crew.dismiss()
+        pool.dismiss()
 
 
 def gets_gpu(parallel: ParallelConfig) -> bool:
@@ -105,8 +105,8 @@ class _Worker:
         return function(shared, item)
 
 
-class Crew:
-    """Workers with state, started when they are needed first (`mapping.MapTasks`)."""
+class ActorPool:
+    """Workers with state, started when they are needed first (`run/tasks.py`, `MapTasks`)."""
 
     def __init__(self, parallel: ParallelConfig, *, gpu: bool) -> None:
         self.num_workers, self._gpu = parallel.num_workers, gpu
@@ -193,9 +193,9 @@ class Crew:
 class _Sweep:
     """Items of one call: who has which of them, and what is done."""
 
-    def __init__(self, crew: Crew, number: int, job: list[Any], items: Sequence[Any]) -> None:
-        self._crew, self._number, self._job, self._items = crew, number, job, items
-        count = crew.num_workers
+    def __init__(self, pool: ActorPool, number: int, job: list[Any], items: Sequence[Any]) -> None:
+        self._pool, self._number, self._job, self._items = pool, number, job, items
+        count = pool.num_workers
         self._queues = [deque(range(w, len(items), count)) for w in range(count)]
         self._running: dict[Any, tuple[Any, int]] = {}
         self._done: dict[int, Any] = {}
@@ -209,7 +209,7 @@ class _Sweep:
             yield self._done.pop(wanted)
 
     def _give_out(self, limit: int) -> None:
-        present = self._crew.present()
+        present = self._pool.present()
         for number, worker in present.items():
             in_hand = sum(at == worker for at, _ in self._running.values())
             for _ in range(in_hand, _IN_HAND):
@@ -230,9 +230,9 @@ class _Sweep:
         return longest.pop() if longest and longest[-1] < limit else None
 
     def _take_in(self) -> None:
-        for reference in ray.wait([*self._running, *self._crew.greetings])[0]:
+        for reference in ray.wait([*self._running, *self._pool.greetings])[0]:
             if reference not in self._running:
-                self._crew.hear(reference)
+                self._pool.hear(reference)
                 continue
             worker, item = self._running.pop(reference)
             try:
@@ -246,7 +246,7 @@ class _Sweep:
                 lost = [i for at, i in self._running.values() if at == worker]
                 self._running = {r: at for r, at in self._running.items() if at[0] != worker}
                 self._put_back([item, *lost])
-                self._crew.replace(worker, error)
+                self._pool.replace(worker, error)
 
     def _put_back(self, items: list[int]) -> None:
         for item in sorted(items, reverse=True):

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce_dist import sizes
 from moce_dist.config import Config
+from moce_dist.cost import sizes
 from moce_dist.hardware import HardwareConfig
 from moce_dist.settings import ConfigError, validate
 

@@ -32,8 +32,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from moce_dist.run.environment import is_first_process
 from moce_dist.settings import ConfigError
-from moce_dist.workers import is_first_process
 
 LOCK = "lock"
 TAKING = "lock.new"

@@ -1,6 +1,7 @@
-"""How a stage hands out tasks: one by one here, or to workers (`launch.map_shared`, `crew.Crew`).
+"""How a stage hands out tasks: one by one here, or to workers.
 
-What gives out tasks need not know which, as results come back in the order of the items.
+The workers are those of `launch/tasks.py` or `launch/actors.py`. What gives out tasks need not know
+which, as results come back in the order of the items.
 """
 
 from collections.abc import Callable, Iterable, Sequence

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_dist import lease
 from moce_dist.config import make_config
-from moce_dist.lease import LOCK, Claim, hold
-from moce_dist.run import open_run, set_aside
+from moce_dist.run import lease
+from moce_dist.run.directory import open_run, set_aside
+from moce_dist.run.lease import LOCK, Claim, hold
 from moce_dist.settings import ConfigError
 
 # holds a folder and writes into it until its input ends
 HOLDER = """
 import sys, time
 from pathlib import Path
-from moce_dist import lease
+from moce_dist.run import lease
 from moce_dist.cli import run_job
-from moce_dist.run import record_fault, write_atomic
+from moce_dist.run.files import record_fault, write_atomic
 
 lease.EVERY_S, lease.STALE_S, lease._LOOK_S = 0.2, 1.5, 0.2
 
@@ -221,7 +221,7 @@ def test_what_works_for_a_holder_leaves_with_it(tmp_path, start):
     folder = tmp_path / "run"
     script = tmp_path / "worker.py"
     script.write_text(
-        "import sys, time\nfrom pathlib import Path\nfrom moce_dist import lease\n"
+        "import sys, time\nfrom pathlib import Path\nfrom moce_dist.run import lease\n"
         "lease.EVERY_S = 0.2\nlease.watch([(Path(sys.argv[1]), sys.argv[2])])\n"
         "print('held', flush=True)\ntime.sleep(60)\n"
     )
@@ -263,7 +263,7 @@ def test_folder_that_cannot_be_written_is_named_with_the_reason(tmp_path, monkey
 
 
 def job(name):
-    path = Path(__file__).parents[2] / "jobs" / f"{name}.py"
+    path = Path(__file__).parents[3] / "jobs" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"{name}_job", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from moce_dist.config import ParallelConfig
-from moce_dist.crew import hold_crew
+from moce_dist.launch.actors import hold_actors
 
 
 class Shared:
@@ -65,15 +65,15 @@ def two_cpus():
 
 
 def test_more_workers_than_there_is_room_for_do_all_items(two_cpus, monkeypatch):
-    monkeypatch.setattr("moce_dist.crew._START_S", 3)
+    monkeypatch.setattr("moce_dist.launch.actors._START_S", 3)
     # every third item is dealt to a worker that never comes, the first ones among them
-    with hold_crew(ParallelConfig(num_workers=3, use_gpu=False)) as held:
+    with hold_actors(ParallelConfig(num_workers=3, use_gpu=False)) as held:
         assert list(held.map_tasks(double, None, list(range(200)))) == list(range(0, 400, 2))
 
 
 @pytest.fixture(scope="module")
 def workers(two_cpus):
-    with hold_crew(ParallelConfig(num_workers=2, use_gpu=False), gpu=True) as held:
+    with hold_actors(ParallelConfig(num_workers=2, use_gpu=False), gpu=True) as held:
         assert list(held.map_tasks(refuse, None, [1, 2])) == [1, 2]
         yield held
 
@@ -117,14 +117,14 @@ def test_a_crew_for_which_there_is_no_room_is_an_error(workers):
     # the first one holds all CPUs
     parallel = ParallelConfig(num_workers=2, use_gpu=False, start_timeout_s=2)
     with (
-        hold_crew(parallel) as held,
+        hold_actors(parallel) as held,
         pytest.raises(RuntimeError, match=r"no worker has started in 2 s; each needs a CPU"),
     ):
         list(held.map_tasks(refuse, None, [1]))
 
 
 def test_one_worker_is_this_process(tmp_path):
-    with hold_crew(ParallelConfig(num_workers=1, use_gpu=False)) as held:
+    with hold_actors(ParallelConfig(num_workers=1, use_gpu=False)) as held:
         assert list(held.map_tasks(refuse, None, [1, 2])) == [1, 2]
         assert [pid for _, pid in held.map_tasks(note, Shared(tmp_path), [3])] == [os.getpid()]
 

@@ -8,23 +8,14 @@ import time
 import pytest
 
 from moce_dist.config import ParallelConfig
-from moce_dist.elastic import (
-    Budgets,
-    Desk,
-    Host,
-    Wanted,
-    cause_of,
-    heed_sigterm,
-    seats,
-    short_stop,
-    wait_for_seats,
-)
-from moce_dist.follow import Failure, failure_of
+from moce_dist.launch.job import Failure, failure_of, heed_sigterm, short_stop
+from moce_dist.launch.nodes import Host, Requirements, seats, wait_for_seats
+from moce_dist.launch.status import LossBudget, Sign, StatusBoard, cause_of
 from moce_dist.parallel.groups import Topology
-from moce_dist.pulse import Beat, Sign
-from moce_dist.run import StoppedError
+from moce_dist.run.directory import StoppedError
 from moce_dist.settings import ConfigError
 from moce_dist.train.job import TooManyFaultsError
+from moce_dist.train.pulse import Beat
 
 
 def hosts(*slots_by_label):
@@ -35,7 +26,7 @@ def hosts(*slots_by_label):
 
 
 def wanted(batch_size=64, **parallel):
-    return Wanted("moce", ParallelConfig(**parallel), batch_size, "CPU")
+    return Requirements("moce", ParallelConfig(**parallel), batch_size, "CPU")
 
 
 def never():
@@ -142,7 +133,7 @@ def test_waiting_heeds_a_wish_to_stop():
 
 
 def test_failures_and_preemptions_have_budgets_of_their_own():
-    budgets = Budgets("mae", ParallelConfig(max_failures=1, max_preemptions=2))
+    budgets = LossBudget("mae", ParallelConfig(max_failures=1, max_preemptions=2))
     for _ in range(2):
         budgets.charge(is_preemption=True, cause="node gone", reached={})
     said = budgets.charge(is_preemption=False, cause="killed", reached={})
@@ -154,7 +145,7 @@ def test_failures_and_preemptions_have_budgets_of_their_own():
 
 
 def test_the_same_cause_twice_without_a_step_gained_is_not_tried_again():
-    budgets = Budgets("mae", ParallelConfig(max_failures=9))
+    budgets = LossBudget("mae", ParallelConfig(max_failures=9))
     budgets.charge(is_preemption=False, cause="worker 1: port 4711", reached={"mae": 5})
     # a step further, then one of another kind, then a lost node
     budgets.charge(is_preemption=False, cause="worker 0: port 4712", reached={"mae": 6})
@@ -190,7 +181,7 @@ def test_errors_that_another_try_would_not_cure_are_told_apart(error, is_final, 
 
 
 def test_the_desk_passes_on_what_ranks_say():
-    desk = Desk()
+    desk = StatusBoard()
     for rank in (0, 1):
         desk.join(rank, Sign(f"n{rank}", f"10.0.0.{rank}", 70 + rank, 0.0))
     assert not desk.beat(0, Beat("mae", 7, 0.1, 0.1))

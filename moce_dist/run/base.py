@@ -14,7 +14,8 @@ mean something only under the settings that they were made with, so those must b
 from pathlib import Path
 
 from moce_dist.config import Config, identity
-from moce_dist.run import Run, load_run, read_marker, resolve_run
+from moce_dist.run.artefacts import read_marker
+from moce_dist.run.directory import Run, load_run, resolve_run
 from moce_dist.settings import ConfigError
 
 KEPT = ("data.image_size", "model", "moe", "gate.combine", "gate.groups", "cluster")

@@ -8,20 +8,9 @@ from pathlib import Path
 import pytest
 
 from moce_dist.config import Config, make_config, to_yaml
-from moce_dist.run import (
-    artefact_id,
-    differing_fields,
-    is_complete,
-    load_run,
-    mark_complete,
-    naming,
-    open_run,
-    read_faults,
-    read_jsonl,
-    record_fault,
-    resolve_run,
-    write_atomic,
-)
+from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
+from moce_dist.run.directory import differing_fields, load_run, open_run, resolve_run
+from moce_dist.run.files import naming, read_faults, read_jsonl, record_fault, write_atomic
 from moce_dist.settings import ConfigError
 
 SMALL = make_config({"seed": 1})

@@ -3,8 +3,9 @@
 import pytest
 
 from moce_dist.config import Config, identity, make_config
-from moce_dist.continued import FREE, KEPT, base_control, base_of, check_base, unlike
-from moce_dist.run import mark_complete, open_run
+from moce_dist.run.artefacts import mark_complete
+from moce_dist.run.base import FREE, KEPT, base_control, base_of, check_base, unlike
+from moce_dist.run.directory import open_run
 from moce_dist.settings import ConfigError
 
 TREE = {

@@ -1,0 +1,256 @@
+"""The doctor: say whether this machine can run a request, before the hours are spent.
+
+Every check stands alone: what is missing is a finding, never a crash.
+"""
+
+import importlib
+import os
+import platform
+import resource
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from moce_dist.config import Config
+from moce_dist.run.environment import loopback_of
+from moce_dist.workers import legal_worker_counts
+
+_GIB = 2**30
+_IN_PLACE_OF = {"faiss-gpu": "faiss-cpu"}
+
+
+class Check(NamedTuple):
+    """One finding: how it stands, what was looked at, what was seen, what to do about it."""
+
+    level: Literal["ok", "warn", "fail"]
+    name: str
+    seen: str
+    advice: str = ""
+
+    def line(self) -> str:
+        """Write the finding as one line, its advice as a second."""
+        advice = f"\n      {'':15}{self.advice}" if self.advice and self.level != "ok" else ""
+        return f"{self.level:4}  {self.name:15}{self.seen}{advice}"
+
+
+def packages(_: Config) -> Iterator[Check]:
+    """Compare what is installed with what pyproject.toml asks for."""
+    from packaging.requirements import Requirement
+
+    wrong = []
+    requirements = [Requirement(text) for text in metadata.requires("moce-dist") or []]
+    needed = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
+    for requirement in needed:
+        version = _version(requirement.name)
+        if version == "not installed" or version not in requirement.specifier:
+            wrong.append(f"{requirement.name}{requirement.specifier} ({version})")
+    seen = f"Python {platform.python_version()}, {len(needed) - len(wrong)} of {len(needed)} fit"
+    level: Literal["ok", "fail"] = "fail" if wrong else "ok"
+    yield Check(level, "packages", seen, f"install: {', '.join(wrong)}")
+
+
+def _version(name: str) -> str:
+    for installed in (name, _IN_PLACE_OF.get(name, name)):
+        with suppress(metadata.PackageNotFoundError):
+            return metadata.version(installed)
+    return "not installed"
+
+
+def frameworks(_: Config) -> Iterator[Check]:
+    """Import the compiled libraries, which fail late and obscurely when builds do not match."""
+    for name in ("torch", "torchvision", "timm", "faiss"):
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError, RuntimeError) as error:
+            advice = "reinstall torch and torchvision together, so that pip picks matching builds"
+            yield Check("fail", name, " ".join(str(error).split())[:200], advice)
+        else:
+            yield Check("ok", name, str(module.__version__))
+
+
+def devices(config: Config) -> Iterator[Check]:
+    """Count GPUs and compare them with the ranks."""
+    import torch
+
+    workers, elsewhere = config.parallel.num_workers, os.environ.get("RAY_ADDRESS")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count:
+        names = {torch.cuda.get_device_name(i) for i in range(count)}
+        level: Literal["ok", "warn"] = "ok" if count >= workers or elsewhere else "warn"
+        advice = f"parallel.num_workers ({workers}) wants one GPU each: join a Ray cluster that has"
+        yield Check(level, "GPUs", f"{count} x {', '.join(sorted(names))}", advice)
+    elif shutil.which("nvidia-smi"):
+        advice = f"this torch was built for CUDA {torch.version.cuda}: is the driver new enough?"
+        yield Check("fail", "GPUs", "nvidia-smi is there, but torch sees no GPU", advice)
+    elif config.parallel.use_gpu is True and not elsewhere:
+        yield Check("fail", "GPUs", "none", "parallel.use_gpu is true; set auto or false")
+    else:
+        yield Check("ok", "GPUs", "none: workers compute on the CPU and talk over gloo")
+
+
+def cores(config: Config) -> Iterator[Check]:
+    """Compare cores with ranks and their threads."""
+    count = len(os.sched_getaffinity(0))
+    wanted = config.parallel.num_workers * config.parallel.threads_per_worker
+    level: Literal["ok", "warn"] = "ok" if count >= wanted else "warn"
+    yield Check(level, "cores", f"{count}, ranks want {wanted}", "ranks will take turns on a core")
+
+
+def memory(_: Config) -> Iterator[Check]:
+    """Measure the memory that this process may use, a container's limit included."""
+    import psutil
+
+    limit = psutil.virtual_memory().total
+    cgroup = Path("/sys/fs/cgroup/memory.max")
+    if cgroup.is_file() and (text := cgroup.read_text().strip()).isdigit():
+        limit = min(limit, int(text))
+    free = min(limit, psutil.virtual_memory().available)
+    level: Literal["ok", "warn", "fail"] = (
+        "ok" if free >= 4 * _GIB else "warn" if free >= _GIB else "fail"
+    )
+    seen = f"{free / _GIB:.1f} GiB free of {limit / _GIB:.1f}"
+    yield Check(level, "memory", seen, "the quickstart wants 4 GiB")
+
+
+def disk(config: Config) -> Iterator[Check]:
+    """Measure the space where runs will lie."""
+    folder = Path(config.run.root).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / _GIB
+    level: Literal["ok", "warn", "fail"] = "ok" if free >= 20 else "warn" if free >= 2 else "fail"
+    advice = "a run holds its tars twice, its features, and checkpoint.keep checkpoints a stage"
+    yield Check(level, "disk", f"{free:.0f} GiB free for {config.run.root}", advice)
+    if not os.access(folder, os.W_OK):
+        yield Check("fail", "disk", f"{folder} cannot be written", "set run.root")
+
+
+def shared_memory(config: Config) -> Iterator[Check]:
+    """Measure /dev/shm, through which loaders, Ray's object store and NCCL hand data over."""
+    folder = Path("/dev") / "shm"
+    if not folder.is_dir():
+        yield Check(
+            "warn", "shared memory", "is not there", "loaders fall back to files; set TMPDIR"
+        )
+        return
+    size = shutil.disk_usage(folder).total / _GIB
+    level: Literal["ok", "warn"] = "ok" if size >= 1 else "warn"
+    advice = "containers give 64 MiB: mount a memory volume, or set data.loader_processes to 0"
+    yield Check(level, "shared memory", f"{size:.1f} GiB", advice)
+
+
+def _reach(address: str) -> bool:
+    with (
+        socket.create_server((address, 0)) as server,
+        socket.create_connection(server.getsockname()[:2], timeout=5) as client,
+    ):
+        client.sendall(b"x")
+        connection, _ = server.accept()
+        with connection:
+            return connection.recv(1) == b"x"
+
+
+def network(_: Config) -> Iterator[Check]:
+    """Bind a port and connect to it, on the loopback and under the host's own name."""
+    for name, advice in (
+        ("127.0.0.1", "ranks and Ray need free ports on the loopback: is there a firewall?"),
+        (socket.gethostname(), "name this host in /etc/hosts, or set GLOO_SOCKET_IFNAME"),
+    ):
+        try:
+            reached = _reach(socket.gethostbyname(name))
+        except OSError as error:
+            yield Check("fail" if name == "127.0.0.1" else "warn", "network", f"{error}", advice)
+        else:
+            yield Check("ok" if reached else "warn", "network", f"{name} answers", advice)
+            if name != "127.0.0.1" and (address := loopback_of(name)):
+                yield Check(
+                    *("warn", "network", f"{name} stands for {address} in /etc/hosts"),
+                    "one host is enough for that; among several, ranks take the interface by which "
+                    "they reach each other, other programs may not",
+                )
+
+
+def compilers(config: Config) -> Iterator[Check]:
+    """Look for what torch.compile builds with; nothing else is built at run time."""
+    is_there = shutil.which("c++") is not None
+    level: Literal["ok", "warn"] = "ok" if is_there or not config.parallel.compile else "warn"
+    seen = "c++" if is_there else "c++ not found"
+    yield Check(level, "compilers", seen, "parallel.compile builds kernels when it starts")
+
+
+def open_files(_: Config) -> Iterator[Check]:
+    """Read the limit of open files, which Ray and many loaders meet first."""
+    soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    level: Literal["ok", "warn"] = "ok" if soft >= 1024 else "warn"
+    yield Check(level, "open files", str(soft), "raise it: ulimit -n 65536")
+
+
+CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
+    packages,
+    frameworks,
+    devices,
+    cores,
+    memory,
+    disk,
+    shared_memory,
+    network,
+    compilers,
+    open_files,
+)
+
+
+def topology_lines(config: Config) -> list[str]:
+    """Draw where ranks and expert groups would stand, as in `parallel/groups.py`."""
+    from moce_dist.parallel.groups import Topology
+
+    workers, groups = config.parallel.num_workers, config.parallel.num_groups
+    topology = Topology(workers, groups)
+    places = range(topology.ep_size)
+    ranks = [
+        " ".join(map(str, topology.replica_ranks(place * topology.num_replicas)))
+        for place in places
+    ]
+    hosted = [" ".join(f"g{g}" for g in topology.hosted_groups(place)) for place in places]
+    width = max(map(len, ranks + hosted)) + 3
+    exchange = topology.expert_parallel_ranks(0)
+    per_group = config.moe.num_experts // groups
+    held = f"a group holds {per_group} of the {config.moe.num_experts} experts of each of "
+    layers = f"{held}{len(config.moe_layers)} layers" if config.moe_layers else "no experts"
+    return [
+        f"{workers} rank(s), {groups} expert group(s); {layers}",
+        "  rank   " + "".join(text.ljust(width) for text in ranks).rstrip(),
+        "  group  " + "".join(text.ljust(width) for text in hosted).rstrip(),
+        f"  rank 0 exchanges images with {exchange}; legal numbers of ranks: "
+        f"{legal_worker_counts(groups, config.moce.batch_size, config.parallel.micro_batches)}",
+        *_smaller_starts(config),
+    ]
+
+
+def _smaller_starts(config: Config) -> Iterator[str]:
+    parallel = config.parallel
+    if parallel.fewest_workers < parallel.num_workers:
+        for name, stage in (("mae", config.mae), ("moce", config.moce)):
+            starts = ", ".join(
+                f"{ranks} (micro-batches {parallel.micro_batches_on(ranks, stage.batch_size)})"
+                for ranks in parallel.worker_counts(stage.batch_size)[1:]
+            )
+            yield f"  {name} with nodes missing: {starts or 'no legal number of ranks'}"
+
+
+def examine(check: Callable[[Config], Iterator[Check]], config: Config) -> Iterator[Check]:
+    """Run one check; a package that cannot be imported is its finding."""
+    try:
+        yield from check(config)
+    except (ImportError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        yield Check("fail", check.__name__, reason, "install what pyproject.toml names")
+
+
+def diagnose(config: Config) -> Iterator[Check]:
+    """Run all checks, one after the other."""
+    for check in CHECKS:
+        yield from examine(check, config)

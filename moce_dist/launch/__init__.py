@@ -1,0 +1,1 @@
+"""Work on many machines: the only chapter that knows Ray."""

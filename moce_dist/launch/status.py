@@ -1,0 +1,191 @@
+"""How a start of the workers gets on: who is where, who stands still, how it ended.
+
+Workers leave word on a status board; the driver looks at it every second:
+
+    rank 0   step 41, for 310 s      waits for rank 1 in a collective
+    rank 1   step 40, for 312 s      is behind: it stands still, and is killed
+    rank 2   nothing for 305 s       its process is stopped: it stands still, too
+
+While a loop rests (`train/pulse.py`) only silence counts. Nothing here knows Ray.
+"""
+
+import re
+import textwrap
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from moce_dist.config import ParallelConfig
+from moce_dist.launch.job import Failure
+from moce_dist.train.pulse import Beat
+
+_MEDIANS = 10
+
+
+@dataclass(frozen=True)
+class Sign:
+    """A rank's last beat, when it came (seconds of this host's clock), and where the rank is."""
+
+    node: str
+    address: str
+    process: int
+    at: float
+    beat: Beat = field(default_factory=Beat)
+
+
+def standing_still(signs: Mapping[int, Sign], timeout_s: float, now: float) -> dict[int, str]:
+    """Find the ranks that stand still, each with a line that says so.
+
+    None does before `timeout_s`, nor before ten times the median step.
+    """
+    limit = max([timeout_s, *(_MEDIANS * sign.beat.median_s for sign in signs.values())])
+    silent = {rank: now - sign.at for rank, sign in signs.items() if now - sign.at > limit}
+    if silent:
+        return {r: _say(r, signs[r], f"no sign of life for {s:.0f} s") for r, s in silent.items()}
+    ages = {
+        rank: sign.beat.age_s + now - sign.at
+        for rank, sign in signs.items()
+        if sign.beat.age_s is not None
+    }
+    # a rank that rests may be at what the others wait for
+    if len(ages) < len(signs) or max(ages.values(), default=0.0) <= limit:
+        return {}
+    last = min(sign.beat.step for sign in signs.values())
+    return {
+        rank: _say(rank, sign, f"in step {last} of {sign.beat.loop} for {ages[rank]:.0f} s")
+        for rank, sign in signs.items()
+        if sign.beat.step == last
+    }
+
+
+def _say(rank: int, sign: Sign, what: str) -> str:
+    return f"rank {rank} on node {sign.address} (process {sign.process}) stands still: {what}"
+
+
+class StatusBoard:
+    """Where driver and workers leave word: where they are, how far, what failed, when to stop."""
+
+    def __init__(self) -> None:
+        """Begin with nobody there."""
+        self._nodes: list[str] = []
+        self._signs: dict[int, Sign] = {}
+        self._reached: dict[str, int] = {}
+        self._failures: list[Failure] = []
+        self._seats: Any = None
+        self._is_stopping = False
+
+    def arrive(self, node: str, seats: Any) -> None:
+        """Note that a worker runs on a node, in a placement group that all share."""
+        self._nodes.append(node)
+        self._seats = seats
+
+    def seats(self) -> Any:
+        """Return the placement group of the workers, None before the first has arrived."""
+        return self._seats
+
+    def nodes(self) -> list[str]:
+        """List the nodes of the workers, one entry a worker."""
+        return self._nodes
+
+    def join(self, rank: int, sign: Sign) -> None:
+        """Note that a rank is about to begin."""
+        self._signs[rank] = replace(sign, at=time.monotonic())
+
+    def beat(self, rank: int, beat: Beat) -> bool:
+        """Note that a rank is alive, and how far it is; tell whether the workers are to stop."""
+        if rank in self._signs:
+            self._signs[rank] = replace(self._signs[rank], at=time.monotonic(), beat=beat)
+        if beat.step >= 0:
+            self._reached[beat.loop] = max(beat.step, self._reached.get(beat.loop, -1))
+        return self._is_stopping
+
+    def leave(self, rank: int, failure: Failure | None = None) -> None:
+        """Note that a rank has ended, and by what."""
+        self._signs.pop(rank, None)
+        if failure is not None:
+            self._failures.append(failure)
+
+    def failure(self) -> Failure | None:
+        """Return a failure that another try would not cure, the first of them."""
+        return next((failure for failure in self._failures if failure.is_final), None)
+
+    def reached(self) -> dict[str, int]:
+        """Return the last step of every loop."""
+        return self._reached
+
+    def standing_still(self, timeout_s: float) -> list[tuple[Sign, str]]:
+        """List the ranks that stand still, each with a line that says so."""
+        found = standing_still(self._signs, timeout_s, time.monotonic())
+        return [(self._signs[rank], line) for rank, line in sorted(found.items())]
+
+    def stop(self) -> None:
+        """Ask the workers to stop."""
+        self._is_stopping = True
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a start of the workers ended: at the end of the job, or before, and why."""
+
+    is_finished: bool = False
+    is_saved: bool = False
+    """They left when they were asked to, with their state saved."""
+    cause: str = ""
+
+
+def cause_of(error: Exception) -> str:
+    """Say in a line what ended a start: which worker died, else what the first of them met."""
+    failures = getattr(error, "worker_failures", {})
+    if died := next((item for item in failures.items() if _is_death(item[1])), None):
+        rank, met = died
+        # the last line tells the exit status, or that the machine was out of memory
+        detail = textwrap.shorten(str(met).strip().splitlines()[-1], 300, placeholder=" ...")
+        return f"worker {rank} died: {detail}"
+    for rank, met in failures.items():
+        return f"worker {rank}: {_shorten(met)}"
+    return _shorten(error)
+
+
+def _is_death(error: Exception) -> bool:
+    # Ray's words for a worker that does not answer any more; what it wraps differs
+    return type(error).__name__.startswith("WorkerHealthCheck")
+
+
+def _shorten(error: Exception) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300, placeholder=" ...")
+
+
+@dataclass
+class LossBudget:
+    """Losses so far, counted by their kind."""
+
+    name: str
+    parallel: ParallelConfig
+    failures: int = 0
+    preemptions: int = 0
+    _reached: dict[str, int] = field(default_factory=dict)
+    _last: str = ""
+
+    def charge(self, *, is_preemption: bool, cause: str, reached: Mapping[str, int]) -> str:
+        """Count a loss and say so in a line; `reached` are the last steps of the loops.
+
+        Raises:
+            RuntimeError: naming the budget that this loss exceeds; or the cause is that of the loss
+                before, and no step was gained since.
+        """
+        has_gained = any(step > self._reached.get(loop, -1) for loop, step in reached.items())
+        self._reached |= {k: max(step, self._reached.get(k, -1)) for k, step in reached.items()}
+        # numbers of ranks, processes and ports differ from time to time
+        last, self._last = self._last, "" if is_preemption else re.sub(r"\d+", "#", cause)
+        if self._last and self._last == last and not has_gained:
+            raise RuntimeError(f"{self.name}: twice, without a step gained in between: {cause}")
+        name = "preemptions" if is_preemption else "failures"
+        count, limit = getattr(self, name) + 1, getattr(self.parallel, f"max_{name}")
+        setattr(self, name, count)
+        if count > limit:
+            raise RuntimeError(
+                f"{self.name}: {count} {name}, more than parallel.max_{name} ({limit}) allows; "
+                f"the last one: {cause}"
+            )
+        return f"{self.name}: {name.removesuffix('s')} {count} of at most {limit}: {cause}"

@@ -1,0 +1,99 @@
+"""Ray's cluster, found or started, and functions mapped over items on its workers.
+
+A running cluster is used when RAY_ADDRESS names one, as in `ray job submit`; else an embedded one
+is started in this process and ends with it.
+"""
+
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+from moce_dist.config import ParallelConfig
+from moce_dist.run import environment
+from moce_dist.run.tasks import Item, Result, Shared
+
+log = logging.getLogger(__name__)
+_OBJECT_STORE_BYTES = 256 * 2**20
+
+
+def connect(parallel: ParallelConfig) -> None:
+    """Join the running Ray cluster, or start an embedded one with a CPU for every worker."""
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        with environment.joining_a_cluster():
+            ray.init(**quiet)
+        return
+    log.info("ray: starting an embedded cluster (set RAY_ADDRESS to use a running one)")
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, parallel.num_workers),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _temp_dir=environment.ray_folder(),
+        **quiet,
+    )
+
+
+def needs_ray(parallel: ParallelConfig) -> bool:
+    """Tell whether work is spread by Ray: with several workers, or when a cluster is named."""
+    return parallel.num_workers > 1 or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def uses_gpu(parallel: ParallelConfig) -> bool:
+    """Tell whether workers ask for a GPU; `auto` asks when the cluster has one."""
+    if parallel.use_gpu == "auto":
+        return ray.cluster_resources().get("GPU", 0) > 0
+    return parallel.use_gpu
+
+
+def map_tasks(
+    function: Callable[..., Result],
+    items: Iterable[Any],
+    *,
+    parallel: ParallelConfig,
+    gpu: bool = False,
+    shared: Sequence[Any] = (),
+) -> Iterator[Result]:
+    """Apply a module-level function to items on `num_workers` workers; results in the items' order.
+
+    The function is called as `function(*shared, item)`; what is shared reaches every node once.
+    A task whose worker died is run again elsewhere. With one worker and no cluster it runs here.
+
+    Raises:
+        Exception: the first error of the function, as it was raised.
+    """
+    if not needs_ray(parallel):
+        yield from (function(*shared, item) for item in items)
+        return
+    connect(parallel)
+    common = [ray.put(value) for value in shared]
+    gpus = 1 if gpu and uses_gpu(parallel) else 0
+    task = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_retries=3)
+    window: deque[Any] = deque()
+    try:
+        for item in items:
+            window.append(task.remote(*common, item))
+            if len(window) > 2 * parallel.num_workers:
+                yield ray.get(window.popleft())
+        while window:
+            yield ray.get(window.popleft())
+    except RayTaskError as error:
+        raise error.cause from None
+
+
+def map_shared(
+    parallel: ParallelConfig,
+    function: Callable[[Shared, Item], Result],
+    shared: Shared,
+    items: Sequence[Item],
+    /,
+) -> Iterator[Result]:
+    """`map_tasks` in the form that chapters ask for (`run/tasks.py`, `MapTasks`)."""
+    return map_tasks(function, items, parallel=parallel, shared=(shared,))

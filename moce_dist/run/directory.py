@@ -1,0 +1,170 @@
+"""Run directories: paths, identity, provenance.
+
+A run is one directory that belongs to one identity (`config.identity`); every stage writes one
+artefact folder inside it (`artefacts.py`).
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moce_dist.config import Config, identity, to_yaml
+from moce_dist.run import lease
+from moce_dist.run.artefacts import versions
+from moce_dist.run.environment import local_path
+from moce_dist.run.files import write_atomic
+from moce_dist.settings import ConfigError, read_tree, validate
+
+
+class StoppedError(RuntimeError):
+    """A run was asked to stop and has saved its state; the same command goes on from there."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run directory and the paths inside it."""
+
+    root: Path
+    out: Path | None = None
+    """Where transfers write, if not into the run, which may be read-only."""
+
+    @property
+    def faults(self) -> Path:
+        """Ledger of unreadable shards and samples."""
+        return (self.out or self.root) / "faults.jsonl"
+
+    @property
+    def ingested(self) -> Path:
+        """Shards that the run ingested itself."""
+        return self.root / "ingested"
+
+    @property
+    def features(self) -> Path:
+        """One feature file per shard."""
+        return self.root / "features"
+
+    @property
+    def clusters(self) -> Path:
+        """Centroids, mean, assignments."""
+        return self.root / "clusters"
+
+    @property
+    def shards(self) -> Path:
+        """Cluster-sharded tars."""
+        return self.root / "shards"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a training stage, `mae`, `moce` or `control`."""
+        return self.root / name
+
+    def transfer(self, task: str) -> Path:
+        """Folder of a downstream task."""
+        return (self.out or self.root / "transfer") / task
+
+
+def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
+    """Absolute path of a run directory; a relative one lies in `run.root`.
+
+    `named` is what an error calls it.
+
+    Raises:
+        ConfigError: inside a submitted job both are relative: the run would be in a temporary copy.
+    """
+    run = Path(path)
+    if not run.is_absolute() and run.parts[:1] != Path(config.run.root).parts[:1]:
+        run = Path(config.run.root) / run
+    return local_path(run, named, " or run.root").resolve()
+
+
+def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
+    """Create a run directory, or take up an existing one of the same identity; `lease.hold` it.
+
+    Raises:
+        ConfigError: the directory belongs to another identity or to another version's settings, or
+            holds files but no run.
+    """
+    resolved = root / "config.yaml"
+    if fresh and resolved.exists():
+        set_aside(root)
+    if resolved.exists():
+        differing = differing_fields(config, read_resolved(resolved))
+        if differing:
+            raise ConfigError(
+                f"{root}: belongs to another run: {'; '.join(differing)}; "
+                "choose another --run, or --fresh"
+            )
+    elif root.exists() and any(path.name not in lease.FILES for path in root.iterdir()):
+        raise ConfigError(f"{root}: is not a run directory (no config.yaml) and not empty")
+    write_atomic(resolved, to_yaml(config))
+    origin = {k: v for k, v in read_provenance(root).items() if k == "forked_from"}
+    provenance = {
+        **origin,
+        "versions": versions(),
+        "command": sys.argv,
+        "time": time.strftime("%FT%TZ", time.gmtime()),
+    }
+    write_atomic(root / "provenance.json", json.dumps(provenance, indent=1))
+    return Run(root)
+
+
+def read_provenance(root: Path) -> dict[str, Any]:
+    """Read what a run directory says of its making; {} where there is nothing to read."""
+    try:
+        found: dict[str, Any] = json.loads((root / "provenance.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+    return found
+
+
+def differing_fields(config: Config, other: Config) -> list[str]:
+    """Identity fields in which two configurations differ, as `path: other -> config`."""
+    mine, theirs = identity(config), identity(other)
+    return [f"{k}: {theirs.get(k)!r} -> {mine[k]!r}" for k in mine if mine[k] != theirs.get(k)]
+
+
+def load_run(root: Path, named: str = "--run") -> tuple[Run, Config]:
+    """Read an existing run directory and the configuration that it was made with.
+
+    `named` is what an error calls it.
+
+    Raises:
+        ConfigError: there is no run, or one with settings that this version does not know.
+    """
+    resolved = root / "config.yaml"
+    if not resolved.is_file():
+        raise ConfigError(f"{named} {root}: is not a run directory (no config.yaml)")
+    return Run(root), read_resolved(resolved)
+
+
+def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = None) -> Config:
+    """Read the configuration that a run was made with, and lay a file and overrides over it.
+
+    Raises:
+        ConfigError: an override is wrong, or this version does not know a setting of the run.
+    """
+    tree = read_tree(path, overrides, over)
+    tree.pop("bench", None)  # runs of version 0.1 list the settings of benchmarks too
+    try:
+        return validate(Config, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: does not fit this version of moce_dist: {error}") from None
+
+
+def set_aside(root: Path) -> None:
+    """Rename a folder: a fresh start must not destroy days of training on a typing error.
+
+    One that is held stays, and all that lies in it is moved.
+    """
+    stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{time.time_ns() % 10**9:09d}"
+    aside = root.with_name(f"{root.name}.before-{stamp}")
+    if not (root / lease.LOCK).exists():
+        root.rename(aside)
+        return
+    aside.mkdir()
+    for path in root.iterdir():
+        if path.name not in lease.FILES:
+            path.rename(aside / path.name)

@@ -1,0 +1,109 @@
+"""Files of a run: written whole or not at all, linked, read by lines; the ledger of faults."""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moce_dist.run import lease
+
+WRITER = "checkpoint"
+"""Name of a thread that writes a checkpoint, which a process that leaves need not wait for."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an error that does not: writing says nothing but "No space left".
+
+    Raises:
+        OSError: for every error of writing, also those that numpy and safetensors call otherwise.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        if error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(f"{path}: {error}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise OSError(f"{path}: {error}") from None
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Have a folder in two places: hard links of its files, copies where these cannot be.
+
+    Files of a run are replaced, never changed, so both places may hold them.
+    """
+
+    def link(file: str, to: str) -> None:
+        try:
+            os.link(file, to)
+        except OSError:
+            with naming(Path(to)):
+                shutil.copyfile(file, to)
+
+    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns(".*"))
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file so that readers see the old one or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with (
+            naming(path),
+            temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        lease.check()
+        temporary.replace(path)
+    except OSError as error:
+        # the folder is what a person can do something about
+        if error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path.parent)) from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def record_fault(ledger: Path, **fault: Any) -> None:
+    """Append one line to a `faults.jsonl`; whole lines from several processes do not mix."""
+    lease.check()
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": round(time.time(), 3), **fault}) + "\n"
+    descriptor = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        with naming(ledger):
+            os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_faults(ledger: Path) -> list[dict[str, Any]]:
+    """All lines of a `faults.jsonl`, oldest first; a missing ledger is an empty one."""
+    return read_jsonl(ledger)
+
+
+def forget_faults(ledger: Path, stage: str, step: int) -> None:
+    """Drop a stage's faults from `step` on: those steps run again, and a line is a use."""
+    faults = read_faults(ledger)
+    kept = [f for f in faults if f["stage"] != stage or f["step"] < step]
+    if len(kept) < len(faults):
+        write_atomic(ledger, "".join(json.dumps(fault) + "\n" for fault in kept))

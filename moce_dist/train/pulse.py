@@ -1,0 +1,64 @@
+"""Signs of life of a training: the loop and step that a rank is in, and for how long.
+
+A loop asks its pulse once a step whether to stop. Time between two steps in which something else is
+done (a save, a measurement) is no step: there the loop rests. Who judges what ranks say is
+`launch/status.py`.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_STEPS = 64
+
+
+def never() -> bool:
+    """Never ask a training to stop."""
+    return False
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank says of itself: loop and step that it is in, and for how long.
+
+    `age_s` is None while no step is under way; `median_s` is the median of the last steps.
+    """
+
+    loop: str = ""
+    step: int = -1
+    age_s: float | None = None
+    median_s: float = 0.0
+
+
+class Pulse:
+    """Asked once a step whether to stop; a yes on one rank is enough for all to save and leave."""
+
+    def __init__(self, should_stop: Callable[[], bool] = never) -> None:
+        self._should_stop = should_stop
+        self._loop, self._step = "", -1
+        self._since: float | None = None
+        self._steps = deque[float](maxlen=_STEPS)
+
+    def __call__(self, loop: str, step: int) -> bool:
+        """Note that a loop is in a step; tell whether to stop after it."""
+        now = time.monotonic()
+        if self._since is not None:
+            self._steps.append(now - self._since)
+        self._loop, self._step, self._since = loop, step, now
+        return self._should_stop()
+
+    def rest(self) -> None:
+        """Note that what follows, until the next step, may take its time."""
+        self._since = None
+
+    def beat(self) -> Beat:
+        """Return what there is to say now; called on another thread."""
+        since, steps = self._since, [*self._steps]
+        return Beat(
+            self._loop,
+            self._step,
+            None if since is None else time.monotonic() - since,
+            statistics.median(steps) if steps else 0.0,
+        )
