@@ -34,6 +34,7 @@ from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import INDEX_NAME, read_index
 from moce_dist.launch.actors import gets_gpu, hold_actors
+from moce_dist.launch.job import PretrainJob
 from moce_dist.launch.tasks import map_shared, map_tasks
 from moce_dist.launch.training import train
 from moce_dist.run.artefacts import (
@@ -51,7 +52,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
 from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
-from moce_dist.train.job import HOLDOUT_TABLE, StageJob, StageName
+from moce_dist.train.job import HOLDOUT_TABLE, StageName
 
 log = logging.getLogger(__name__)
 HOLDOUT = "holdout"
@@ -293,7 +294,7 @@ class Pipeline:
             return
         begin_stage(folder, inputs)
         holdout = str(self.data / HOLDOUT) if self._has_holdout else None
-        job = StageJob(self.config, self.run.root, stage, str(data), holdout, **start)
+        job = PretrainJob(self.config, self.run.root, stage, str(data), holdout, **start)
         if job.stage_config.epochs:
             log.info("%s: training on %d workers", stage, self.config.parallel.num_workers)
         else:

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from moce_dist.config import DataConfig
+from moce_dist.data.cache import Wanted
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import open_image
-from moce_dist.data.ranges import Content, RangeReader, Wanted
+from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import ShardIndex
 
 GALLERY = "gallery"

@@ -32,11 +32,12 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moce_dist.config import DataConfig
+from moce_dist.data.cache import Wanted
 from moce_dist.data.decoders import ImageError, image_endings
 from moce_dist.data.images import decode_image
 from moce_dist.data.listing import ending
 from moce_dist.data.progress import track
-from moce_dist.data.ranges import Content, RangeReader, Wanted
+from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import Fault, Shard, ShardIndex
 from moce_dist.data.sources import list_folder
 from moce_dist.data.tarscan import is_hidden_member, split_name

@@ -15,11 +15,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-from moce_dist.data.ranges import Wanted
+from typing import NamedTuple
 
 log = logging.getLogger(__name__)
 _CHECKSUM_BYTES = 4
+
+
+class Wanted(NamedTuple):
+    """Where the bytes of one sample stand."""
+
+    url: str
+    offset: int
+    size: int
 
 
 @dataclass

@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 import fsspec.asyn
@@ -32,9 +32,7 @@ from tenacity import (
 )
 
 from moce_dist.cost.sizes import MAX_OPEN_FILES
-
-if TYPE_CHECKING:
-    from moce_dist.data.cache import SampleCache
+from moce_dist.data.cache import SampleCache, Wanted
 
 Content = memoryview | OSError
 """The bytes of a sample, or why they cannot be had."""
@@ -51,14 +49,6 @@ _TRY_AGAIN = (408, 425, 429)
 def is_remote(url: str) -> bool:
     """Tell whether a shard has to be asked for over a network."""
     return "://" in url
-
-
-class Wanted(NamedTuple):
-    """Where the bytes of one sample stand."""
-
-    url: str
-    offset: int
-    size: int
 
 
 class Range(NamedTuple):
@@ -105,7 +95,7 @@ class RangeReader:
     """A remote range that takes longer is requested again."""
     deadline_s: float = 240.0
     """How long requests are repeated."""
-    cache: "SampleCache | None" = None
+    cache: SampleCache | None = None
     """What is kept of remote shards."""
     _open: OrderedDict[str, int] = field(default_factory=OrderedDict)
 

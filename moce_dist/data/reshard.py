@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moce_dist.config import DataConfig
+from moce_dist.data.cache import Wanted
 from moce_dist.data.progress import track
-from moce_dist.data.ranges import RangeReader, Wanted
+from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import (
     INDEX_NAME,
     TAR_END,

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from moce_dist.config import DataConfig
-from moce_dist.data.cache import SampleCache
+from moce_dist.data.cache import SampleCache, Wanted
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.device import DeviceDecoder, Undecoded, Waiting
 from moce_dist.data.images import (
@@ -40,7 +40,7 @@ from moce_dist.data.images import (
 from moce_dist.data.kept import KeptSamples
 from moce_dist.data.loaders import load
 from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
-from moce_dist.data.ranges import Content, Range, RangeReader, Wanted, is_remote
+from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
 from moce_dist.run.files import record_fault
 
 GroupOf = Callable[[Ids], Ids]

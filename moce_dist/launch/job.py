@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from moce_dist.config import ParallelConfig
-from moce_dist.train.job import TooManyFaultsError
+from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.pulse import Pulse
 
 LOG = "log.txt"
@@ -63,6 +63,18 @@ class Job(Protocol):
 
     def progress(self) -> str:
         """Say in a line how far it is; "" when its log says that, or nobody knows."""
+
+
+@dataclass(frozen=True)
+class PretrainJob(StageJob):
+    """A stage of pre-training as a job of workers."""
+
+    def run(self, pulse: Pulse) -> None:
+        """Train the stage to its end; collective over all ranks."""
+        # the driver needs no DeepSpeed
+        from moce_dist.train.loop import pretrain
+
+        pretrain(self, pulse)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from moce_dist.config import Config, ParallelConfig, StageConfig
 from moce_dist.data.plan import Plan, sample_table
 from moce_dist.data.shards import read_index
 from moce_dist.run.files import read_jsonl
-from moce_dist.train.pulse import Pulse
 
 HOLDOUT_TABLE = "holdout.parquet"
 StageName = Literal["mae", "moce", "control"]
@@ -87,12 +86,6 @@ class StageJob:
     def total_steps(self) -> int:
         """Optimiser steps of the stage."""
         return total_steps(self.stage_config, self.plan())
-
-    def run(self, pulse: Pulse) -> None:
-        """Train the stage to its end; collective over all ranks."""
-        from moce_dist.train.loop import pretrain
-
-        pretrain(self, pulse)
 
     def progress(self) -> str:
         """Say how far the training is, by the newest line of its metrics; "" before the first."""

@@ -50,11 +50,12 @@ class FurtherJob:
 
     def run(self, pulse: Pulse) -> None:
         """Train to the end on this rank; collective over all ranks."""
+        from moce_dist.train.loop import pretrain
         from moce_dist.transfer.ranks import from_first, join
 
         steps = from_first(self.steps, join(self.config))
         if steps is not None:
-            steps.run(pulse)
+            pretrain(steps, pulse)
 
     def progress(self) -> str:
         """Say how far the training is; "" before its first line."""

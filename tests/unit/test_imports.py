@@ -41,6 +41,41 @@ def dotted(node: ast.AST) -> str:
     return node.id if isinstance(node, ast.Name) else ""
 
 
+def imported_files(package):
+    """File -> files of the package that it imports, in functions and for types too."""
+    files = {
+        ".".join(path.relative_to(package.parent).with_suffix("").parts): path
+        for path in package.rglob("*.py")
+    }
+    graph = {}
+    for name, path in files.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                named = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= named & files.keys() or {node.module}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+        graph[name] = found & files.keys()
+    return graph
+
+
+def circles(graph):
+    """Files that can be reached from themselves, each with those of its circle."""
+    reached = {name: set(targets) for name, targets in graph.items()}
+    while grown := {
+        name: more
+        for name, targets in reached.items()
+        if (more := targets.union(*(reached[target] for target in targets))) != targets
+    }:
+        reached |= grown
+    return {
+        name: {other for other in targets if name in reached[other]}
+        for name, targets in reached.items()
+        if name in targets
+    }
+
+
 @pytest.fixture(autouse=True)
 def loggers_as_before():
     """The linter's logging set-up turns off every logger that it finds."""
@@ -77,6 +112,22 @@ def test_contracts_notice_a_wrong_import(tmp_path, monkeypatch, capsys):
     assert done.returncode == 1
     assert "moce_dist.data.shards -> ray" in done.stdout
     assert "moce_dist.data.shards -> moce_dist.model.gate" in done.stdout
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    # sections and their rules become one package
+    rebuilt = {"moce_dist.config", "moce_dist.rules"}
+    assert circles(imported_files(ROOT / "moce_dist")).keys() - rebuilt == set()
+
+
+def test_a_circle_of_files_is_noticed_inside_functions_too(tmp_path):
+    package = tmp_path / "moce_dist"
+    package.mkdir()
+    (package / "a.py").write_text("from moce_dist import b\n")
+    (package / "b.py").write_text("def f():\n    from moce_dist.c import g\n")
+    (package / "c.py").write_text("import moce_dist.a\n")
+    (package / "d.py").write_text("import moce_dist.a\n")
+    assert circles(imported_files(package)).keys() == {f"moce_dist.{n}" for n in "abc"}
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda path: path.name)

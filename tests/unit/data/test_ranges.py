@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from moce_dist.data import ranges
-from moce_dist.data.ranges import Range, RangeReader, Wanted, coalesce
+from moce_dist.data.cache import Wanted
+from moce_dist.data.ranges import Range, RangeReader, coalesce
 
 
 def test_neighbours_become_one_range_and_far_ones_do_not():
