@@ -20,19 +20,19 @@ from typing import Any
 
 from moce_dist.cluster.assign import read_assignments, read_summary, run_clustering
 from moce_dist.cluster.existing import assign_folder, assign_table
-from moce_dist.cluster.features import (
-    FEATURE_FILES,
-    FeatureJob,
-    begin_features,
-    extract_shard,
-    feature_names,
-)
 from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import INDEX_NAME, read_index
+from moce_dist.features.extract import (
+    FEATURE_FILES,
+    FeatureJob,
+    begin_features,
+    extract_shard,
+    feature_names,
+)
 from moce_dist.launch.actors import gets_gpu, hold_actors
 from moce_dist.launch.job import PretrainJob
 from moce_dist.launch.tasks import map_shared, map_tasks

@@ -26,9 +26,10 @@ from threadpoolctl import threadpool_limits
 from benches.cluster import write_mixture
 from benches.harness import Report, interleave
 from benches.settings import BenchConfig
-from moce_dist.cluster.blocks import Float64, View, column_mean, open_features
-from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, save_state, state_request
+from moce_dist.cluster.arrays import Float64
+from moce_dist.cluster.blocks import View, column_mean, open_features
+from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans, save_state, state_request
+from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.settle import settle
 from moce_dist.run.tasks import map_here
 

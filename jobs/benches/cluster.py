@@ -24,10 +24,11 @@ import psutil
 
 from benches.harness import Report, interleave
 from benches.settings import BenchConfig
+from moce_dist.cluster.arrays import Float32, Float64
 from moce_dist.cluster.assign import run_clustering
-from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
-from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans, save_state, state_request
+from moce_dist.cluster.blocks import View, column_mean, open_features
+from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans, save_state, state_request
+from moce_dist.cluster.matrix import Matrix
 from moce_dist.config import ClusterConfig
 from moce_dist.launch.actors import hold_actors
 from moce_dist.run.tasks import Workers

@@ -10,15 +10,10 @@ Letters: s rows, K clusters, m candidates of a row.
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moce_dist.cluster.arrays import Float32, Int32, Int64
 from moce_dist.cluster.candidates import Candidates
 from moce_dist.cluster.compiled import compiled
-
-Float32 = NDArray[np.float32]
-Int32 = NDArray[np.int32]
-Int64 = NDArray[np.int64]
-
 
 _SAMPLED_FROM = 600
 """Numbers from which on the search for one of them begins in a sample."""

@@ -32,12 +32,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_dist.cluster.arrays import Float32, Float64, Int64
 from moce_dist.cluster.ascent import Bounds, Ranks, dual, make_lists, rank_rows, reprice
-from moce_dist.cluster.candidates import Candidates, Int64
+from moce_dist.cluster.candidates import Candidates
 from moce_dist.config import ClusterConfig
 
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
 _LONGEST = 2**20
 """Longest step of the line search, in changes of a round."""
 _OUTDATED = 0.1

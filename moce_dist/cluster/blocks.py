@@ -26,14 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_dist.cluster.arrays import Float32, Float64
 from moce_dist.cluster.residents import residents
-from moce_dist.run.names import as_text
+from moce_dist.run.names import as_text, clean_label
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
 _log = logging.getLogger(__name__)
-Float32 = NDArray[np.float32]
-Float64 = NDArray[np.float64]
 
 SCAN_FIRST_BYTES = 10 * 10**9
 _MAX_GROUPS, _MIN_GROUPS = 128, 8
@@ -44,8 +43,6 @@ _GROUP_SUMS_BYTES = 2**30
 _SCAN_ROWS = 8192
 CACHED_ROWS = 256
 """Rows that stay in the processor's cache while more than one thing is done to them."""
-_LABEL_LENGTH = 200
-"""Longest name of a class."""
 _SHORTEST = 1e-12
 """Length below which a row is not scaled to 1."""
 
@@ -63,6 +60,8 @@ class Block(NamedTuple):
 class View:
     """How a raw feature f becomes what is clustered: x = f - mean, then x / |x| if `normalise`.
 
+    The features of a masked autoencoder share a large common direction that says nothing about the
+    image; it is taken off with the mean.
     The mean (D,) is that of the data; without `centre` it is not taken off.
     """
 
@@ -167,14 +166,6 @@ def _labels_of(path: Path, rows: int) -> list[str | None] | None:
         _log.warning("%s: is no list of %d labels; none of them counts", names, rows)
         return None
     return [clean_label(label) for label in labels]
-
-
-def clean_label(label: Any) -> str | None:
-    """Return a class, a number or a short name that can be printed, as text; of others None."""
-    if isinstance(label, bool) or not isinstance(label, str | int | float):
-        return None
-    text = str(label).strip()
-    return text if text.isprintable() and 0 < len(text) <= _LABEL_LENGTH else None
 
 
 def open_array(path: Path) -> NDArray[Any]:

@@ -31,14 +31,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_dist.cluster.arrays import Float64, Int64
 from moce_dist.cluster.balance import Sizes
-from moce_dist.cluster.candidates import Candidates, Int64, choose, find_twins
+from moce_dist.cluster.candidates import Candidates, choose, find_twins
 from moce_dist.cluster.flow import (
     DONE,
     FULL,
     NONE,
     Edges,
-    Float64,
     Frontier,
     Graph,
     Lists,

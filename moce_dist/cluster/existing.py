@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_dist.cluster.arrays import Float64, Int64
 from moce_dist.cluster.assign import (
     Clusters,
     artefacts,
@@ -35,13 +36,11 @@ from moce_dist.cluster.assign import (
 from moce_dist.cluster.blocks import (
     Block,
     FeatureFiles,
-    Float64,
     column_mean,
     group_blocks,
     open_features,
     read_block,
 )
-from moce_dist.cluster.candidates import Int64
 from moce_dist.cluster.domains import domain_figures, label_figures
 from moce_dist.cluster.spread import centroid_figures
 from moce_dist.run.artefacts import (

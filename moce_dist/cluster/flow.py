@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_dist.cluster.arrays import Float64, Int64
 from moce_dist.cluster.compiled import compiled
 
-Float64 = NDArray[np.float64]
-Int64 = NDArray[np.int64]
 NONE = -1
 DONE, STUCK, FULL = 0, 1, 2
 """How `move_surplus` ends: all is moved, no way leads on, no memory is left for lots."""

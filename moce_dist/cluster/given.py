@@ -9,8 +9,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from moce_dist.cluster.arrays import Int32
 from moce_dist.cluster.blocks import FeatureFiles
-from moce_dist.cluster.candidates import Int32
 from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError
 

@@ -1,168 +1,214 @@
-"""Sweeps of balanced k-means over a matrix of features that lies in files.
+"""Lloyd's iterations under balance; the labels they end in are found in `settle.py`.
 
-K centroids and K prices are all that couples the rows: a sweep over all of them returns sums and
-counts per cluster, from which the objective and the means follow, or the best clusters of each row.
-What a worker does in one is in `sweeps.py`; here tasks are handed out and results put together.
+    for each iteration:  prices that balance a sample between the centroids   (balance.py)
+                         one sweep over all rows under the prices             (matrix.py)
+                         centroids = means
+    at the end:          exact sizes at the least cost                        (exact.py)
 
-Letters: n rows, D width, K clusters, m candidates.
+The state is on disk after every iteration; a start that finds the state of the same request goes on
+from it, bit for bit. What is not a sweep happens in the calling process on one thread and on a
+sample that depends on the seed alone, so no result depends on the number of workers.
+
+Letters: n rows, s sampled rows, D width, K clusters, m candidates.
+
+Source: splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import os
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from moce_dist.cluster.blocks import Block, FeatureFiles, Float64, View, group_blocks
-from moce_dist.cluster.candidates import Border, Candidates, Int32, Int64
-from moce_dist.cluster.nearest import build_index, make_base
-from moce_dist.cluster.sweeps import (
-    Sums,
-    Sweep,
-    Task,
-    border_of_group,
-    candidates_of_group,
-    distances_of_group,
-    nearest_of_group,
-    squares_of_group,
-    sum_group,
-)
-from moce_dist.run.tasks import MapTasks
+from moce_dist.cluster.arrays import Float64
+from moce_dist.cluster.balance import allowed_sizes, ascend
+from moce_dist.cluster.blocks import FeatureFiles, View
+from moce_dist.cluster.matrix import Matrix
+from moce_dist.cluster.seeding import choose_centroids
+from moce_dist.config import ClusterConfig
+from moce_dist.data.progress import track
+from moce_dist.run.artefacts import fingerprint
+from moce_dist.run.files import naming
 
-_Bounds = tuple[tuple[Block, ...], int, int]
-_TRIAL_ROWS = 512
-"""Rows, spread over all files, that an index is tried on."""
+_log = logging.getLogger(__name__)
+_SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 256, 16_384, 131_072
+_FEWEST_PER_CLUSTER = 3.5
+"""Not a whole number: sizes of the sample need some room."""
+_SAMPLE_BLOCK_ROWS = 2048
+"""Small, for a sample is few rows and all workers search it."""
+PRICE_ROUNDS, _PRICE_CANDIDATES = 20, 32
+_SAMPLE_SEARCHES, _SMALLEST, _MANY_ROWS = 16, 0.9, 16
+"""Searches of a sample at most; share of its least size that every cluster of it must reach, if
+that size is so large that it is not mere chance which rows of the sample it is.
+"""
+_CLOSE, _FINEST = 0.01, 0.001
+"""Shares of a sample's rows beyond the sizes at which prices are good enough, and very good."""
+_SPLIT = 1 / 1024
+_NOT_OF_CLUSTERS = {"encoder", "feature_block", "batch_size", "with_prices", "border_rows"}
+"""Settings of how features come about, of what is done with clusters, and of memory."""
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """The features of a request, cut into groups of blocks, and who computes on them.
+class State:
+    """All that a next iteration depends on: centroids (K, D), prices (K,), how far k-means is."""
 
-    From `index_from` clusters on, a search on CPUs may use an index that finds the share
-    `index_recall` of the best clusters. `device` is the workers': cpu, or cuda.
+    centroids: Float64
+    prices: Float64
+    iteration: int = 0
+    objective: float = float("inf")
+    is_done: bool = False
+
+
+def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
+    """Fingerprint what decides a result: features (by their mean), their view, config, seed."""
+    files, view = matrix.files, matrix.view
+    names = [path.name for path in files.paths]
+    # a request of before there were other sources is the same request
+    not_asked = {"source"} if config.source == "features" else set()
+    return fingerprint(
+        {
+            "files": list(zip(names, files.rows, strict=True)),
+            "mean": view.mean.tobytes().hex(),
+            "normalise": view.normalise,
+            "centre": view.centre,
+            "config": config.model_dump(exclude=_NOT_OF_CLUSTERS | not_asked),
+            "seed": seed,
+        }
+    )
+
+
+def save_state(path: Path, state: State, request: str) -> None:
+    """Write the state of `request` so that a reader sees all of it or the one before."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with naming(temporary), temporary.open("wb") as file:
+        np.savez(
+            file,
+            allow_pickle=False,
+            request=request,
+            centroids=state.centroids,
+            prices=state.prices,
+            scalars=np.array([state.iteration, state.objective, state.is_done]),
+        )
+    temporary.replace(path)
+
+
+def load_state(path: Path, request: str) -> State | None:
+    """Read the state of `request`; None where there is none or it belongs to another request."""
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as stored:
+        if str(stored["request"]) != request:
+            return None
+        iteration, objective, is_done = stored["scalars"].tolist()
+        return State(
+            stored["centroids"], stored["prices"], int(iteration), objective, bool(is_done)
+        )
+
+
+@dataclass(frozen=True)
+class Lloyd:
+    """One request: the matrix of all rows, that of the seeded sample, the settings."""
+
+    matrix: Matrix
+    sample: Matrix
+    config: ClusterConfig
+
+    def first_state(self, seed: int) -> State:
+        """Choose centroids from the sample; prices are 0."""
+        num_clusters = self.config.num_clusters
+        centroids = choose_centroids(self.sample, num_clusters, seed)
+        return State(centroids, np.zeros(num_clusters))
+
+    def prices(self, centroids: Float64, prices: Float64) -> Float64:
+        """Find prices (K,) that balance the sample between the centroids, from `prices` on."""
+        if self.config.balance == "off":
+            return prices
+        num = min(len(centroids), _PRICE_CANDIDATES)
+        num_rows = self.sample.files.num_rows
+        sizes = allowed_sizes(num_rows, len(centroids), self.config)
+        for _ in range(_SAMPLE_SEARCHES):
+            found = self.sample.nearest(centroids, prices, num)
+            done = ascend(found, prices, sizes, rounds=PRICE_ROUNDS, close=_FINEST)
+            prices = done.prices
+            # a cluster far from all rows is a small part of them, and needs some all the same
+            is_large = sizes.smallest >= _MANY_ROWS
+            has_all = not is_large or done.least >= _SMALLEST * sizes.smallest
+            # sizes under the new prices are known for sure after a search under them
+            if done.excess_before <= (_CLOSE if has_all else _FINEST) * num_rows:
+                break
+        return prices
+
+    def iterate(self, state: State) -> State:
+        """Run one iteration: prices, a sweep over all rows, means (empty clusters split)."""
+        prices = self.prices(state.centroids, state.prices)
+        sums = self.matrix.sums(state.centroids, prices)
+        objective = self.matrix.objective(sums, state.centroids)
+        centroids = sums.means(state.centroids)
+        if self.config.balance == "off":
+            centroids = split_empty(centroids, sums.counts)
+        if self.config.spherical:
+            centroids = directions(centroids)
+        _log.info(
+            "k-means iteration %d: mean squared distance %.6g, largest over mean size %.3f",
+            state.iteration + 1,
+            objective / self.matrix.files.num_rows,
+            sums.counts.max() / sums.counts.mean(),
+        )
+        is_done = abs(state.objective - objective) <= self.config.tolerance * abs(objective)
+        return State(centroids, prices, state.iteration + 1, objective, is_done)
+
+
+def draw_sample(matrix: Matrix, num_clusters: int, seed: int, file: Path) -> Matrix:
+    """Write rows drawn by the seed to `file`, as clustering sees them; all rows when they are few.
+
+    Workers read them there, like those of all files.
     """
-
-    files: FeatureFiles
-    view: View
-    block_rows: int
-    map_blocks: MapTasks
-    index_from: int = 2**31
-    index_recall: float = 1.0
-    device: str = "cpu"
-
-    def _tasks(self, labels: Int32 | None = None, result_bytes: int = 0) -> list[Task]:
-        groups = group_blocks(self.files.blocks(self.block_rows), result_bytes)
-        if labels is None:
-            return [Task(group) for group in groups]
-        return [Task(group, labels[first:end]) for group, first, end in self._bounds(groups)]
-
-    def _bounds(self, groups: Sequence[tuple[Block, ...]]) -> Iterator[_Bounds]:
-        firsts = [group[0].row for group in groups] + [self.files.num_rows]
-        for group, (first, end) in zip(groups, pairwise(firsts), strict=True):
-            yield group, first, end
-
-    def _some(self, rows: Int64) -> Iterator[Task]:
-        for group, first, end in self._bounds(group_blocks(self.files.blocks(self.block_rows))):
-            low, high = np.searchsorted(rows, (first, end))
-            if low < high:
-                yield Task(group, chosen=rows[low:high] - first)
-
-    def sweep(self, centroids: Float64, prices: Float64, num: int = 1) -> Sweep:
-        """Prepare a search for the best `num` clusters."""
-        if len(centroids) >= self.index_from and self.device == "cpu":
-            index = build_index(self._trial, centroids, prices, num=num, recall=self.index_recall)
-            if index is not None:
-                return Sweep(self.view, centroids, num, index=index)
-        base = make_base(centroids, prices)
-        return Sweep(self.view, centroids, num, base=base, device=self.device)
-
-    @cached_property
-    def _trial(self) -> Tensor:
-        return self.spread_rows(_TRIAL_ROWS)
-
-    def spread_rows(self, num: int) -> Tensor:
-        """Read at most `num` rows, spread over all files, with a column of ones, (num, D + 1)."""
-        last = self.files.num_rows - 1
-        rows = np.linspace(0, last, min(num, last + 1)).astype(int)
-        return torch.from_numpy(self.files.take(rows, self.view))
-
-    @cached_property
-    def squares(self) -> float:
-        """Sum of |x|^2 over all rows."""
-        sweep = Sweep(self.view, np.zeros((0, self.files.dim)), device=self.device)
-        return sum(self.map_blocks(squares_of_group, sweep, self._tasks()))
-
-    def sums(self, centroids: Float64, prices: Float64, labels: Int32 | None = None) -> Sums:
-        """Add up all rows per cluster, in block order."""
-        fixed = Sweep(self.view, centroids, device=self.device)
-        sweep = self.sweep(centroids, prices) if labels is None else fixed
-        tasks = self._tasks(labels, centroids.nbytes)
-        total: Sums | None = None
-        for part in self.map_blocks(sum_group, sweep, tasks):
-            total = part if total is None else total + part
-        assert total is not None
-        return total
-
-    def objective(self, sums: Sums, centroids: Float64) -> float:
-        """Return the sum of |x - c|^2 over all rows, from a sweep's sums."""
-        return sums.objective(centroids, self.squares)
-
-    def labels(self, centroids: Float64, prices: Float64) -> Int32:
-        """Find the best cluster of all rows, (n,)."""
-        return self.nearest(centroids, prices, 1).ids[:, 0]
-
-    def nearest(self, centroids: Float64, prices: Float64, num: int) -> Candidates:
-        """Find the best `num` clusters of all rows; distances as searched, less |x|^2 or so."""
-        parts = self.map_blocks(nearest_of_group, self.sweep(centroids, prices, num), self._tasks())
-        found = _collect(parts, self.files.num_rows, num)
-        found.distances[...] += prices.astype(np.float32)[found.ids]
-        return found
-
-    def candidates(self, centroids: Float64, prices: Float64, num: int, rows: Int64) -> Candidates:
-        """Find the best `num` clusters of sorted `rows` and the distances to them, all digits."""
-        sweep = self.sweep(centroids, prices, num)
-        parts = self.map_blocks(candidates_of_group, sweep, list(self._some(rows)))
-        return _collect(parts, len(rows), num)
-
-    def border(self, centroids: Float64, prices: Float64, num: int, reach: float) -> Border:
-        """Find the best cluster of all rows, and `num` candidates of those between clusters.
-
-        They are between two where the second best is worse by at most `reach`.
-        """
-        sweep = replace(self.sweep(centroids, prices, num), prices=prices, reach=reach)
-        labels, first = np.empty(self.files.num_rows, np.int32), 0
-        settled = np.zeros(len(prices), np.int64)
-        rows, ids, distances = [], [], []
-        for part in self.map_blocks(border_of_group, sweep, self._tasks()):
-            labels[first : first + len(part.labels)] = part.labels
-            settled += np.bincount(part.labels, minlength=len(settled))
-            settled -= np.bincount(part.labels[part.rows], minlength=len(settled))
-            rows.append(part.rows + first)
-            ids.append(part.found.ids)
-            distances.append(part.found.distances)
-            first += len(part.labels)
-        found = Candidates(np.concatenate(ids), np.concatenate(distances))
-        return Border(labels, np.concatenate(rows), found, settled, prices, reach)
-
-    def distances(self, centroids: Float64, labels: Int32) -> Iterator[tuple[int, Float64]]:
-        """Yield the squared distances of all rows to the centroids of their labels, part by part.
-
-        With every part comes the number of its first row.
-        """
-        sweep, first = Sweep(self.view, centroids, device=self.device), 0
-        for part in self.map_blocks(distances_of_group, sweep, self._tasks(labels)):
-            yield first, part
-            first += len(part)
+    num_rows = matrix.files.num_rows
+    wanted = np.clip(_SAMPLE_PER_CLUSTER * num_clusters, _MIN_SAMPLE, _MAX_SAMPLE)
+    size = min(num_rows, max(int(wanted), int(_FEWEST_PER_CLUSTER * num_clusters)))
+    chosen = np.sort(np.random.default_rng(seed).choice(num_rows, size, replace=False))
+    rows = matrix.files.take(chosen, matrix.view)[:, :-1]
+    with naming(file):
+        np.save(file, rows, allow_pickle=False)
+    return replace(
+        matrix,
+        files=FeatureFiles((file,), (size,), matrix.files.dim, rows.nbytes),
+        view=View(np.zeros(matrix.files.dim, np.float32), normalise=False),
+        block_rows=min(matrix.block_rows, _SAMPLE_BLOCK_ROWS),
+    )
 
 
-def _collect(parts: Iterable[Candidates], num_rows: int, num: int) -> Candidates:
-    shape, first = (num_rows, num), 0
-    found = Candidates(np.empty(shape, np.int32), np.empty(shape, np.float32))
-    for part in parts:
-        rows = slice(first, first + len(part.ids))
-        found.ids[rows], found.distances[rows] = part
-        first = rows.stop
-    return found
+def directions(centroids: Float64) -> Float64:
+    """Scale centroids to length 1; those without a direction stay zero."""
+    lengths = np.linalg.norm(centroids, axis=1, keepdims=True)
+    return centroids / np.where(lengths > 0, lengths, 1)
+
+
+def split_empty(centroids: Float64, counts: Float64) -> Float64:
+    """Give every empty cluster half of the largest one: two centroids a little to either side."""
+    centroids, counts = centroids.copy(), counts.copy()
+    sides = np.where(np.arange(centroids.shape[1]) % 2, -_SPLIT, _SPLIT)
+    sides *= np.sqrt(np.square(centroids).mean())
+    for empty in np.flatnonzero(counts == 0):
+        largest = int(counts.argmax())
+        centroids[empty] = centroids[largest] + sides
+        centroids[largest] = centroids[largest] - sides
+        counts[empty] = counts[largest] = counts[largest] / 2
+    return centroids
+
+
+def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
+    """Iterate until the objective settles or the iterations are used up.
+
+    A state of the same request in `state_file` is continued; it is written after every iteration.
+    """
+    request = state_request(lloyd.matrix, lloyd.config, seed)
+    state = load_state(state_file, request) or lloyd.first_state(seed)
+    left = range(state.iteration, lloyd.config.iterations)
+    for _ in track(left, "k-means iterations at most", total=len(left)):
+        if state.is_done:
+            break
+        state = lloyd.iterate(state)
+        save_state(state_file, state, request)
+    return state

@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.cluster.blocks import Float32, Float64
+from moce_dist.cluster.arrays import Float32, Float64
 from moce_dist.cluster.compiled import compiled_sums
 
 _DEVICE_ROWS = 65_536

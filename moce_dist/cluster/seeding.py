@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from moce_dist.cluster.blocks import Float64, open_array
-from moce_dist.cluster.candidates import Int64
-from moce_dist.cluster.kmeans import Matrix
+from moce_dist.cluster.arrays import Float64, Int64
+from moce_dist.cluster.blocks import open_array
+from moce_dist.cluster.matrix import Matrix
 
 _ROWS_PER_CLUSTER, _FEWEST_ROWS = 64, 16_384
 """Rows that centroids are chosen from, where the sample has more: for each, and in all."""

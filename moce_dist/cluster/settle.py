@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from moce_dist.cluster.arrays import Float64, Int32, Int64
 from moce_dist.cluster.balance import (
     Ascended,
     Others,
@@ -32,11 +33,10 @@ from moce_dist.cluster.balance import (
     ascend,
     misfits,
 )
-from moce_dist.cluster.blocks import Float64
-from moce_dist.cluster.candidates import Border, Candidates, Int32, Int64, margins_of
+from moce_dist.cluster.candidates import Border, Candidates, margins_of
 from moce_dist.cluster.exact import Finish, dual_bound, finish
-from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.lloyd import PRICE_ROUNDS, Lloyd, State
+from moce_dist.cluster.kmeans import PRICE_ROUNDS, Lloyd, State
+from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.nearest import measure_index
 
 _log = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-Float64 = NDArray[np.float64]
+from moce_dist.cluster.arrays import Float64
+
 _BLOCK = 512
 _LOOKED_AT = 4096
 

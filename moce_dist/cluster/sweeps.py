@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.cluster.blocks import CACHED_ROWS, Block, Float32, Float64, View, read_block
-from moce_dist.cluster.candidates import Candidates, Int32, Int64
+from moce_dist.cluster.arrays import Float32, Float64, Int32, Int64
+from moce_dist.cluster.blocks import CACHED_ROWS, Block, View, read_block
+from moce_dist.cluster.candidates import Candidates
 from moce_dist.cluster.nearest import (
     Nearest,
     candidate_distances,

@@ -15,6 +15,9 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+_LABEL_LENGTH = 200
+"""Longest name of a class."""
+
 
 def as_text(name: str | bytes | os.PathLike[str]) -> str:
     r"""Return a name as text that is valid UTF-8; bytes that are none stand as `\xNN`."""
@@ -32,6 +35,14 @@ def read_names(path: Path) -> list[str]:
     """Read the names of a file, one a line, whatever its encoding; empty lines do not count."""
     text = as_text(path.read_bytes().removeprefix(BOM_UTF8))
     return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def clean_label(label: Any) -> str | None:
+    """Return a class, a number or a short name that can be printed, as text; of others None."""
+    if isinstance(label, bool) or not isinstance(label, str | int | float):
+        return None
+    text = str(label).strip()
+    return text if text.isprintable() and 0 < len(text) <= _LABEL_LENGTH else None
 
 
 def open_output() -> None:

@@ -1,4 +1,4 @@
-"""The frozen encoder whose features are clustered: the run's MAE, published weights, a timm model.
+"""The encoder whose features are clustered: the run's MAE, published weights, a timm model.
 
     cluster.encoder  mae        the trained MAE of the run: mean of the patch tokens after the norm,
                                 or of those of a block before (cluster.feature_block)
@@ -6,31 +6,26 @@
                      FILE       the same encoder with the weights of a published file
                      timm:NAME  of a ViT the same mean, of any other model what its own head sees
 
-The images of a task meet the encoder that the clusters were made with, so both build it here. It
-takes images as `framed_image` makes them: for a timm model resized and cut as timm evaluates it,
-for the others the full centre square, bicubic. They are normalised by ImageNet's statistics; the
-step from these to the statistics of a timm model is taken on the device. On a GPU matrix products
-are bfloat16 (`parallel.precision`), on a CPU all is float32.
-
-Letters: B images, S side in pixels, N patches, D width.
+The images of a task meet the encoder that the clusters were made with, so both build it here. On a
+GPU matrix products are bfloat16 (`parallel.precision`), on a CPU all is float32.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
-import timm
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from moce_dist.cluster.features import EncoderSpec
-from moce_dist.config import Config, ParallelConfig
-from moce_dist.data.framing import BLACK, METHODS, MODES, Framing
-from moce_dist.data.images import MEAN, STD
+from moce_dist.config import Config
+from moce_dist.features.encoder import (
+    FIELDS,
+    Encoder,
+    Pixels,
+    describe_timm,
+    encoder_device,
+    field_colours,
+    mae_encoder,
+    timm_encoder,
+)
+from moce_dist.features.extract import EncoderSpec
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.run.artefacts import file_sha256, read_marker
 from moce_dist.run.directory import Run
@@ -39,86 +34,7 @@ from moce_dist.train.checkpoint import load_weights
 from moce_dist.train.pretrained import dense_weights
 
 OWN, PIXELS = "mae", "pixels"
-_FIELDS = 8
 _TIMM, _FIELD = "timm:", "cluster.encoder"
-
-
-class Pixels(NamedTuple):
-    """Images that a model takes: their side S, and the statistics that they are normalised with.
-
-    `framing` is how a picture is resized and cut; None: its full centre square, bicubic.
-    """
-
-    image_size: int
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-    framing: Framing | None = None
-
-
-def describe_timm(name: str, what: str) -> Pixels:
-    """Say what images a model of timm's takes, without loading it; `what` names it in errors.
-
-    Raises:
-        ConfigError: timm has no such model, no weights for it, or its images are not (3, S, S) or
-            are framed in a way that is not known here.
-    """
-    if not timm.is_model(name) or not timm.is_model_pretrained(name):
-        raise ConfigError(f"{what}: is no model of timm's with weights")
-    given = timm.get_pretrained_cfg(name)
-    channels, height, width = given.input_size
-    if channels != 3 or height != width:
-        raise ConfigError(f"{what}: takes images of {given.input_size}, must be (3, S, S)")
-    mean, std = tuple(given.mean), tuple(given.std)
-    if given.crop_mode not in MODES or given.interpolation not in METHODS:
-        raise ConfigError(
-            f"{what}: takes images by {given.interpolation} and {given.crop_mode}, must be of "
-            f"{', '.join(METHODS)} and {', '.join(MODES)}"
-        )
-    # timm pads with the mean what it fits in whole, else with black
-    fill = tuple(round(255 * level) for level in mean) if given.crop_mode == "border" else BLACK
-    framing = Framing(given.crop_pct, given.crop_mode, given.interpolation, fill)
-    return Pixels(width, mean, std, framing)
-
-
-def renormalisation(
-    mean: Sequence[float], std: Sequence[float]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return factor and shift, (3, 1, 1) each, from ImageNet's statistics to a model's own."""
-    given_mean, given_std, own_mean, own_std = (
-        np.array(values, np.float32).reshape(3, 1, 1) for values in (MEAN, STD, mean, std)
-    )
-    return given_std / own_std, (given_mean - own_mean) / own_std
-
-
-class Encoder:
-    """A frozen encoder on its device; `pixels` are the images that it is called with."""
-
-    def __init__(
-        self,
-        features: Callable[[Tensor], Tensor],
-        own: Pixels,
-        device: torch.device,
-        *,
-        bf16: bool = False,
-    ) -> None:
-        """Wrap `features`, (B, 3, S, S) to (B, D), of a model on `device` that takes `own`."""
-        self.pixels = Pixels(own.image_size, framing=own.framing)
-        self._features, self._device, self._bf16 = features, device, bf16
-        difference = renormalisation(own.mean, own.std)
-        self._factor, self._shift = (torch.from_numpy(x).to(device) for x in difference)
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, S, S) of any device to features (B, D) float32 on the encoder's."""
-        pixels = images.to(self._device) * self._factor + self._shift
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return self._features(pixels).float()
-
-
-def encoder_device(parallel: ParallelConfig) -> torch.device:
-    """Choose this process's device: its GPU, unless there is none or `parallel.use_gpu` forbids."""
-    has_gpu = parallel.use_gpu is not False and torch.cuda.is_available()
-    return torch.device("cuda" if has_gpu else "cpu")
 
 
 def build_encoder(config: Config, checkpoint: Path | None, device: torch.device) -> Encoder:
@@ -141,43 +57,8 @@ def build_encoder(config: Config, checkpoint: Path | None, device: torch.device)
     parallel = config.parallel.model_copy(update={"precision": "bf16" if bf16 else "fp32"})
     model = MaskedAutoencoder(config.model_copy(update={"parallel": parallel}))
     model.load_state_dict(weights)
-    frozen, block = _frozen(model, device), config.cluster.feature_block
-    features = frozen.features if block is None else partial(frozen.block_features, index=block)
-    return Encoder(features, encoder_pixels(config), device, bf16=bf16)
-
-
-def field_colours(images: Tensor) -> Tensor:
-    """Average images (B, 3, S, S) over 8 x 8 fields: (B, 192)."""
-    return F.adaptive_avg_pool2d(images, _FIELDS).flatten(1)
-
-
-def timm_encoder(
-    name: str, own: Pixels, device: torch.device, *, bf16: bool = False, pretrained: bool = True
-) -> Encoder:
-    """Build the encoder of a timm model that takes `own`; unless `pretrained`, draw its weights."""
-    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    return Encoder(pooled_features(_frozen(model, device)), own, device, bf16=bf16)
-
-
-def pooled_features(model: Any) -> Callable[[Tensor], Tensor]:
-    """Return (B, 3, S, S) -> (B, D) of a timm model without classifier.
-
-    Of a ViT that would give its class token or a learned pooling: the mean of its patch tokens
-    (B, N, D) after the final norm. Of any other what timm gives.
-    """
-
-    def mean_of_patches(images: Tensor) -> Tensor:
-        tokens: Tensor = model.forward_features(images)
-        return tokens[:, model.num_prefix_tokens :].float().mean(dim=1)
-
-    # a ViT that pools by the mean has its final norm behind it, so it is asked itself
-    is_asked = getattr(model, "global_pool", "avg") == "avg"
-    return model if is_asked or not hasattr(model, "num_prefix_tokens") else mean_of_patches
-
-
-def _frozen(model: Any, device: torch.device) -> Any:
-    assert isinstance(model, nn.Module)
-    return model.to(device).eval().requires_grad_(requires_grad=False)
+    block = config.cluster.feature_block
+    return mae_encoder(model, encoder_pixels(config), device, block=block, bf16=bf16)
 
 
 def encoder_pixels(config: Config) -> Pixels:
@@ -214,7 +95,7 @@ def encoder_id(config: Config) -> str:
     encoder = config.cluster.encoder
     assert encoder != OWN
     if encoder == PIXELS:
-        return f"{PIXELS}, {_FIELDS} x {_FIELDS} fields"
+        return f"{PIXELS}, {FIELDS} x {FIELDS} fields"
     if (framing := encoder_pixels(config).framing) is not None:
         return f"{encoder}, {framing.mode} {framing.crop_pct:g} {framing.method}"
     block = config.cluster.feature_block

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from moce_dist.config import Config
 from moce_dist.data.images import MEAN, STD
+from moce_dist.features.encoder import describe_timm
 from moce_dist.settings import ConfigError
-from moce_dist.train.encoder import describe_timm
 
 _ARCHITECTURES = {
     "tiny": "vit_tiny_patch16_224",

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.config import Config
+from moce_dist.features.encoder import Pixels
 from moce_dist.model.customize import customize
 from moce_dist.run.artefacts import artefact_id, fingerprint, read_marker
 from moce_dist.run.directory import Run
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
-from moce_dist.train.encoder import OWN, Pixels, build_encoder, same_encoder
+from moce_dist.train.encoder import OWN, build_encoder, same_encoder
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.classify import encode
 from moce_dist.transfer.instances import Instances

@@ -24,8 +24,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
+from moce_dist.features.encoder import Pixels
 from moce_dist.settings import ConfigError
-from moce_dist.train.encoder import Pixels
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.loading import Fault, Machine, Progress, eval_batches
 from moce_dist.transfer.measure import Measures, measure, multi_label_loss

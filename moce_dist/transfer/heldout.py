@@ -30,6 +30,7 @@ from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan, SampleTable, sample_table
 from moce_dist.data.shards import read_index
 from moce_dist.data.stream import Batch, Layout, StreamSpec, stream
+from moce_dist.features.encoder import encoder_device
 from moce_dist.model.customize import cluster_probabilities, customize, routes
 from moce_dist.model.gate import output_scales
 from moce_dist.model.mae import MaskedAutoencoder
@@ -37,7 +38,6 @@ from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
 from moce_dist.run.artefacts import read_marker
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
-from moce_dist.train.encoder import encoder_device
 from moce_dist.train.job import HOLDOUT_TABLE
 from moce_dist.transfer.choosing import open_stage
 from moce_dist.transfer.routes import moce_stage

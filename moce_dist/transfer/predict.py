@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from moce_dist.data.images import eval_image, open_image
-from moce_dist.train.encoder import renormalisation
+from moce_dist.features.encoder import renormalisation
 from moce_dist.transfer.drawing import draw_found
 from moce_dist.transfer.finding import find
 from moce_dist.transfer.loading import Machine

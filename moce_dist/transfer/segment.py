@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 from moce_dist.config import TransferConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
+from moce_dist.features.encoder import renormalisation
 from moce_dist.run.files import write_atomic
-from moce_dist.train.encoder import renormalisation
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.fit import Fitting, Kept, run_fit
 from moce_dist.transfer.loading import (

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from moce_dist.config import load_config
+from moce_dist.features.encoder import Pixels, encoder_device, timm_encoder
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.train.encoder import Pixels, build_encoder, encoder_device, timm_encoder
+from moce_dist.train.encoder import build_encoder
 
 pytestmark = pytest.mark.gpu
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from moce_dist.cluster.blocks import View, column_mean, open_features
-from moce_dist.cluster.kmeans import Matrix
+from moce_dist.cluster.matrix import Matrix
 from moce_dist.run.tasks import map_here
 
 
@@ -22,6 +22,12 @@ def matrix_of(folder, rows, *, files=3, block_rows=64):
     opened = open_features(folder)
     view = View(column_mean(opened).astype(np.float32), normalise=False)
     return Matrix(opened, view, block_rows, map_here)
+
+
+def transform(rows, mean):
+    """What is clustered of raw rows: less the mean, scaled to length 1."""
+    centred = rows.astype(np.float32) - np.asarray(mean, np.float32)
+    return centred / np.linalg.norm(centred, axis=1, keepdims=True).clip(1e-12)
 
 
 def brute_force(rows, centroids):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from moce_dist.cluster.blocks import View, column_mean, open_features
-from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans
+from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans
+from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.settle import settle
 from moce_dist.config import ClusterConfig
 from moce_dist.run.tasks import map_here

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from mixtures import transform
 from sklearn.metrics import normalized_mutual_info_score
 
 from moce_dist.cluster.assign import (
@@ -13,8 +15,8 @@ from moce_dist.cluster.assign import (
     read_centroids,
     run_clustering,
 )
+from moce_dist.cluster.blocks import View, column_mean, open_features
 from moce_dist.cluster.domains import domain_figures
-from moce_dist.cluster.features import transform
 from moce_dist.config import ClusterConfig
 from moce_dist.run.artefacts import is_complete
 from moce_dist.settings import ConfigError
@@ -146,3 +148,20 @@ def test_missing_or_broken_results_are_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"broken")
     with pytest.raises(ConfigError, match=name):
         read(tmp_path / name)
+
+
+def test_what_is_clustered_is_less_the_mean_and_of_length_one(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float16) + 3
+    for number, part in enumerate(np.array_split(rows, 3)):
+        np.save(tmp_path / f"{number}.npy", part)
+    mean = column_mean(open_features(tmp_path))
+    np.testing.assert_allclose(mean, rows.astype(np.float64).mean(axis=0), rtol=1e-12)
+    centred = rows.astype(np.float64) - mean
+    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)
+    view = View(mean.astype(np.float32), normalise=True)
+    np.testing.assert_allclose(
+        open_features(tmp_path).take(np.arange(50), view)[:, :-1], expected, atol=1e-5
+    )
+    out = torch.empty(1, 6)
+    view.apply(torch.from_numpy(view.mean[None]), out)
+    assert out.tolist() == [[0] * 6]

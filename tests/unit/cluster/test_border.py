@@ -9,8 +9,8 @@ from mixtures import brute_force, matrix_of, mixture
 from moce_dist.cluster.balance import Others, Sizes, ascend
 from moce_dist.cluster.candidates import Candidates, margins_of
 from moce_dist.cluster.exact import finish
-from moce_dist.cluster.kmeans import Matrix
-from moce_dist.cluster.lloyd import Lloyd, State, draw_sample, kmeans
+from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans
+from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.settle import settle
 from moce_dist.config import ClusterConfig
 

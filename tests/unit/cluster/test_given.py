@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from mixtures import transform
 
 from moce_dist.cluster.assign import (
     assign_features,
@@ -11,7 +12,6 @@ from moce_dist.cluster.assign import (
     read_centroids,
     run_clustering,
 )
-from moce_dist.cluster.features import transform
 from moce_dist.cluster.given import random_clusters
 from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError

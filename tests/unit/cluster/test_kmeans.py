@@ -9,7 +9,7 @@ import torch
 from mixtures import brute_force, matrix_of, mixture
 
 from moce_dist.cluster.blocks import group_blocks
-from moce_dist.cluster.lloyd import Lloyd, draw_sample, kmeans, split_empty
+from moce_dist.cluster.kmeans import Lloyd, draw_sample, kmeans, split_empty
 from moce_dist.cluster.nearest import (
     build_index,
     make_base,

@@ -13,8 +13,8 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError, image_endings
-from moce_dist.data.framing import Framing, framed_image
 from moce_dist.data.images import Box, eval_image, open_image, open_picture
+from moce_dist.features.framing import Framing, framed_image
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ORIENTATION = (0x0112, 3, 1, struct.pack("<H", 6))

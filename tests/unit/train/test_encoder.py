@@ -8,20 +8,18 @@ import torch
 from safetensors.torch import save_file
 
 from moce_dist.config import load_config
-from moce_dist.data.framing import Framing
+from moce_dist.features.encoder import Pixels, describe_timm, timm_encoder
+from moce_dist.features.framing import Framing
 from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
 from moce_dist.train.encoder import (
-    Pixels,
     build_encoder,
     check_encoder,
-    describe_timm,
     encoder_id,
     encoder_pixels,
     encoder_spec,
     load_encoder,
-    timm_encoder,
 )
 
 CPU = torch.device("cpu")

@@ -23,21 +23,19 @@ from timm.data import create_transform, resolve_data_config
 from moce_dist.cluster import decoding, features
 from moce_dist.cluster.assign import assign_features
 from moce_dist.cluster.blocks import open_features
-from moce_dist.cluster.features import (
+from moce_dist.data.images import MEAN, STD, eval_image
+from moce_dist.data.shards import Shard, ShardIndex, write_index
+from moce_dist.data.writer import ShardWriter
+from moce_dist.features.encoder import Pixels, describe_timm, timm_encoder
+from moce_dist.features.extract import (
     EncoderSpec,
     FeatureJob,
     begin_features,
     extract_shard,
     feature_names,
-    features_mean,
-    transform,
 )
-from moce_dist.data.framing import Framing, framed_image
-from moce_dist.data.images import MEAN, STD, eval_image
-from moce_dist.data.shards import Shard, ShardIndex, write_index
-from moce_dist.data.writer import ShardWriter
+from moce_dist.features.framing import Framing, framed_image
 from moce_dist.run.files import read_faults
-from moce_dist.train.encoder import Pixels, describe_timm, timm_encoder
 
 ROOT = Path(__file__).parents[3]
 SIZE = 16
@@ -342,7 +340,7 @@ from pathlib import Path
 
 import torch
 
-from moce_dist.cluster.features import EncoderSpec, FeatureJob, extract_shard, feature_names
+from moce_dist.features.extract import EncoderSpec, FeatureJob, extract_shard, feature_names
 from moce_dist.config import ParallelConfig
 from moce_dist.data.shards import read_index
 from moce_dist.launch.tasks import map_tasks
@@ -418,15 +416,3 @@ def test_equal_tar_names_get_different_features():
     names = feature_names(ShardIndex("", shards))
     assert len(set(names)) == 3 and names[2] == "1"
     assert names[0].startswith("0-") and names[1].startswith("0-")
-
-
-def test_transform_subtracts_the_mean_and_scales_to_length_one(tmp_path):
-    rows = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float16) + 3
-    for number, part in enumerate(np.array_split(rows, 3)):
-        np.save(tmp_path / f"{number}.npy", part)
-    mean = features_mean(tmp_path)
-    np.testing.assert_allclose(mean, rows.astype(np.float64).mean(axis=0), rtol=1e-12)
-    centred = rows.astype(np.float64) - mean
-    expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)
-    np.testing.assert_allclose(transform(rows, mean), expected, atol=1e-5)
-    assert transform(mean[None], mean).tolist() == [[0] * 6]

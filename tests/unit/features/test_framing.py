@@ -8,8 +8,8 @@ from PIL import Image, ImageFilter, ImageOps
 from timm.data import create_transform
 
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.framing import Framing, framed_image
 from moce_dist.data.images import MEAN, STD, eval_image
+from moce_dist.features.framing import Framing, framed_image
 
 FRAMINGS = [
     Framing(0.875),

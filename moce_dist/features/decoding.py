@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from typing import IO, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from moce_dist.cluster.blocks import Float32, clean_label
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.framing import Framing, framed_image
 from moce_dist.data.shards import Shard, class_label, open_shard
+from moce_dist.features.framing import Framing, framed_image
+from moce_dist.run.names import clean_label
 
+Float32 = NDArray[np.float32]
 _BATCHES_AHEAD = 1
 _BLOCK, _MOST_BESIDE = 512, 2**16
 """Bytes of a header in a tar, and what members are padded to; those of a sample beside its picture

@@ -9,9 +9,6 @@ A file appears under its name when it is whole, so a restart skips what is there
 from the shard alone and the last one is padded, so a file does not depend on who wrote it. An
 unreadable image keeps its slot: a row of zeros and a line in the ledger of faults.
 
-Clustering uses f -> normalise(f - mean): the features of a masked autoencoder share a large
-common direction that says nothing about the image.
-
 Letters: B images of a batch, S side in pixels, D width.
 """
 
@@ -29,10 +26,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from moce_dist.cluster.blocks import Float32, Float64, View, column_mean, open_features
-from moce_dist.cluster.decoding import ImageBatch, ShardImages
-from moce_dist.data.framing import Framing
 from moce_dist.data.shards import Shard, ShardIndex
+from moce_dist.features.decoding import Float32, ImageBatch, ShardImages
+from moce_dist.features.framing import Framing
 from moce_dist.run.files import naming, read_faults, record_fault, write_atomic
 from moce_dist.run.names import as_text
 
@@ -173,21 +169,3 @@ def _write_array(path: Path, array: NDArray[Any]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def features_mean(folder: Path) -> Float64:
-    """Mean of all feature rows of a folder, (D,) float64, added in the order of the files.
-
-    Raises:
-        ConfigError: the folder holds no usable features.
-    """
-    return column_mean(open_features(folder))
-
-
-def transform(features: NDArray[Any], mean: NDArray[Any]) -> Float32:
-    """Subtract the mean (D,) from `features` (n, D) and scale every row to length 1."""
-    transformed = np.empty(features.shape, np.float32)
-    rows = torch.from_numpy(np.require(features, requirements=["C", "W"]))
-    view = View(np.asarray(mean, np.float32), normalise=True)
-    view.apply(rows, torch.from_numpy(transformed))
-    return transformed

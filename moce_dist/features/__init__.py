@@ -1,0 +1,1 @@
+"""Images to rows of features: decode, frame, encode, one file a shard."""

@@ -1,0 +1,156 @@
+"""Frozen models that make features of images, each with the images that it takes.
+
+An encoder takes images as `framed_image` makes them: for a timm model resized and cut as timm
+evaluates it, for the others the full centre square, bicubic. They are normalised by ImageNet's
+statistics; the step from these to the statistics of a timm model is taken on the device. Whether
+matrix products are bfloat16 is the caller's choice. Which encoder a run has is said in
+`train/encoder.py`.
+
+Letters: B images, S side in pixels, N patches, D width.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from moce_dist.config import ParallelConfig
+from moce_dist.data.images import MEAN, STD
+from moce_dist.features.framing import BLACK, METHODS, MODES, Framing
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.settings import ConfigError
+
+FIELDS = 8
+"""Fields of an image on a side whose mean colours are its features, for encoder `pixels`."""
+
+
+class Pixels(NamedTuple):
+    """Images that a model takes: their side S, and the statistics that they are normalised with.
+
+    `framing` is how a picture is resized and cut; None: its full centre square, bicubic.
+    """
+
+    image_size: int
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+    framing: Framing | None = None
+
+
+def describe_timm(name: str, what: str) -> Pixels:
+    """Say what images a model of timm's takes, without loading it; `what` names it in errors.
+
+    Raises:
+        ConfigError: timm has no such model, no weights for it, or its images are not (3, S, S) or
+            are framed in a way that is not known here.
+    """
+    if not timm.is_model(name) or not timm.is_model_pretrained(name):
+        raise ConfigError(f"{what}: is no model of timm's with weights")
+    given = timm.get_pretrained_cfg(name)
+    channels, height, width = given.input_size
+    if channels != 3 or height != width:
+        raise ConfigError(f"{what}: takes images of {given.input_size}, must be (3, S, S)")
+    mean, std = tuple(given.mean), tuple(given.std)
+    if given.crop_mode not in MODES or given.interpolation not in METHODS:
+        raise ConfigError(
+            f"{what}: takes images by {given.interpolation} and {given.crop_mode}, must be of "
+            f"{', '.join(METHODS)} and {', '.join(MODES)}"
+        )
+    # timm pads with the mean what it fits in whole, else with black
+    fill = tuple(round(255 * level) for level in mean) if given.crop_mode == "border" else BLACK
+    framing = Framing(given.crop_pct, given.crop_mode, given.interpolation, fill)
+    return Pixels(width, mean, std, framing)
+
+
+def renormalisation(
+    mean: Sequence[float], std: Sequence[float]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return factor and shift, (3, 1, 1) each, from ImageNet's statistics to a model's own."""
+    given_mean, given_std, own_mean, own_std = (
+        np.array(values, np.float32).reshape(3, 1, 1) for values in (MEAN, STD, mean, std)
+    )
+    return given_std / own_std, (given_mean - own_mean) / own_std
+
+
+class Encoder:
+    """A frozen encoder on its device; `pixels` are the images that it is called with."""
+
+    def __init__(
+        self,
+        features: Callable[[Tensor], Tensor],
+        own: Pixels,
+        device: torch.device,
+        *,
+        bf16: bool = False,
+    ) -> None:
+        """Wrap `features`, (B, 3, S, S) to (B, D), of a model on `device` that takes `own`."""
+        self.pixels = Pixels(own.image_size, framing=own.framing)
+        self._features, self._device, self._bf16 = features, device, bf16
+        difference = renormalisation(own.mean, own.std)
+        self._factor, self._shift = (torch.from_numpy(x).to(device) for x in difference)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, S, S) of any device to features (B, D) float32 on the encoder's."""
+        pixels = images.to(self._device) * self._factor + self._shift
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            return self._features(pixels).float()
+
+
+def encoder_device(parallel: ParallelConfig) -> torch.device:
+    """Choose this process's device: its GPU, unless there is none or `parallel.use_gpu` forbids."""
+    has_gpu = parallel.use_gpu is not False and torch.cuda.is_available()
+    return torch.device("cuda" if has_gpu else "cpu")
+
+
+def mae_encoder(
+    model: MaskedAutoencoder,
+    own: Pixels,
+    device: torch.device,
+    *,
+    block: int | None = None,
+    bf16: bool = False,
+) -> Encoder:
+    """Build the encoder of an MAE: mean of its patch tokens after the norm, or after a block."""
+    frozen = _frozen(model, device)
+    features = frozen.features if block is None else partial(frozen.block_features, index=block)
+    return Encoder(features, own, device, bf16=bf16)
+
+
+def field_colours(images: Tensor) -> Tensor:
+    """Average images (B, 3, S, S) over 8 x 8 fields: (B, 192)."""
+    return F.adaptive_avg_pool2d(images, FIELDS).flatten(1)
+
+
+def timm_encoder(
+    name: str, own: Pixels, device: torch.device, *, bf16: bool = False, pretrained: bool = True
+) -> Encoder:
+    """Build the encoder of a timm model that takes `own`; unless `pretrained`, draw its weights."""
+    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    return Encoder(pooled_features(_frozen(model, device)), own, device, bf16=bf16)
+
+
+def pooled_features(model: Any) -> Callable[[Tensor], Tensor]:
+    """Return (B, 3, S, S) -> (B, D) of a timm model without classifier.
+
+    Of a ViT that would give its class token or a learned pooling: the mean of its patch tokens
+    (B, N, D) after the final norm. Of any other what timm gives.
+    """
+
+    def mean_of_patches(images: Tensor) -> Tensor:
+        tokens: Tensor = model.forward_features(images)
+        return tokens[:, model.num_prefix_tokens :].float().mean(dim=1)
+
+    # a ViT that pools by the mean has its final norm behind it, so it is asked itself
+    is_asked = getattr(model, "global_pool", "avg") == "avg"
+    return model if is_asked or not hasattr(model, "num_prefix_tokens") else mean_of_patches
+
+
+def _frozen(model: Any, device: torch.device) -> Any:
+    assert isinstance(model, nn.Module)
+    return model.to(device).eval().requires_grad_(requires_grad=False)
