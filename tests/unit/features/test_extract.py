@@ -20,12 +20,12 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform, resolve_data_config
 
-from moce_dist.cluster import decoding, features
 from moce_dist.cluster.assign import assign_features
 from moce_dist.cluster.blocks import open_features
 from moce_dist.data.images import MEAN, STD, eval_image
 from moce_dist.data.shards import Shard, ShardIndex, write_index
 from moce_dist.data.writer import ShardWriter
+from moce_dist.features import decoding, extract
 from moce_dist.features.encoder import Pixels, describe_timm, timm_encoder
 from moce_dist.features.extract import (
     EncoderSpec,
@@ -214,7 +214,7 @@ def test_file_and_faults_do_not_depend_on_the_threads_that_decode(tmp_path, thre
     for name, number in (("alone", 1), ("many", threads)):
         folder = tmp_path / name
         more = {"out": folder, "ledger": tmp_path / f"{name}.jsonl", "decode_threads": number}
-        features._build_encoder.cache_clear()
+        extract._build_encoder.cache_clear()
         assert extract_shard(job_of(tmp_path, shard, **spec, **more)) == 4
         faults = read_faults(tmp_path / f"{name}.jsonl")
         # Pillow names the place in memory of what it cannot identify
@@ -294,7 +294,7 @@ def test_file_does_not_depend_on_other_shards_nor_on_who_writes_it(tmp_path):
     jobs = [job_of(tmp_path, s, name=s.path.removesuffix(".tar"), **spec) for s in shards]
     for folder, order in (("forwards", jobs), ("backwards", jobs[::-1]), ("alone", jobs[1:2])):
         # a process that begins anew draws nothing from what came before
-        features._build_encoder.cache_clear()
+        extract._build_encoder.cache_clear()
         for job in order:
             extract_shard(replace(job, out=tmp_path / folder))
     assert len(digests(tmp_path / "forwards")) == 6
@@ -321,7 +321,7 @@ def test_interrupted_shards_are_made_and_finished_ones_are_left(tmp_path, monkey
         raise InterruptedError
 
     with monkeypatch.context() as patched, pytest.raises(InterruptedError):
-        patched.setattr(features, "_write_array", killed)
+        patched.setattr(extract, "_write_array", killed)
         extract_shard(jobs[1])
     assert not jobs[1].target.exists()
     begin_features(folder, {"mae": "a"})
