@@ -333,8 +333,8 @@ class Planner:
             config = group[0].config.model_copy(update={"control": "control" in run.makers})
             before = needs
             if any(further_of(name) == "all" for name in backbones):
-                # one control goes on for all tasks: the first of them trains it
-                mine = piece_id(run.name, "transfer", request)
+                # one control goes on for all tasks: the first of them trains it, and one at a time
+                mine, others = piece_id(run.name, "transfer", request), tuple(first.values())
                 earlier = first.setdefault(request.continue_images, mine)
-                before = needs if earlier == mine else (*needs, earlier)
+                before = (*needs, *(others[-1:] if earlier == mine else (earlier,)))
             yield Piece("transfer", run.name, run.root, config, before, links, request)

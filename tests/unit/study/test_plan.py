@@ -126,6 +126,19 @@ def test_steps_of_a_tasks_own_are_counted_and_shared_ones_come_first(read, plan)
     assert pieces["sprites-2000"].needs == pieces["emoji-500"].needs
 
 
+def test_further_steps_of_the_control_are_trained_one_after_the_other(read, plan):
+    arms = {
+        "mae": {"backbone": "mae"},
+        "some": {"backbone": "control+all", "continue_images": 500},
+        "many": {"backbone": "control+all", "continue_images": 2000},
+    }
+    found = plan(read(arms=arms, seeds=[0]))
+    pieces = {piece.request.folder: piece for piece in found.pieces if piece.request}
+    assert pieces["sprites-500"].id in pieces["sprites-2000"].needs
+    assert not any("transfer" in need for need in pieces["sprites-500"].needs)
+    assert pieces["emoji-2000"].needs[-1] == pieces["sprites-2000"].id
+
+
 def test_an_arm_may_have_only_some_seeds_and_tasks(read, plan):
     few = {"backbone": "moce", "seeds": [1], "tasks": ["emoji"]}
     found = plan(read(arms={"mae": {"backbone": "mae"}, "few": few}))
