@@ -157,15 +157,16 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
         steps = max(1, round(request.continue_images / continued.batch_size))
         print(f"continued  {steps} steps of {continued.batch_size} images, each that names + steps")
     print(f"protocols  {', '.join(request.protocols)}, {request.num_seeds} seeds")
+    segmentation, detection = transfer.segmentation, transfer.detection
     if request.is_segmentation:
         print(
-            f"budget     {transfer.segment_steps} steps of {transfer.segment_batch_size} crops of "
-            f"{transfer.segment_crop} pixels"
+            f"budget     {segmentation.steps} steps of {segmentation.batch_size} crops of "
+            f"{segmentation.crop} pixels"
         )
     elif request.is_detection:
         print(
-            f"budget     {transfer.detect_steps} steps of {transfer.detect_batch_size} squares of "
-            f"{transfer.detect_size} pixels, windows of {transfer.detect_window} patches"
+            f"budget     {detection.steps} steps of {detection.batch_size} squares of "
+            f"{detection.size} pixels, windows of {detection.window} patches"
         )
     else:
         print(

@@ -6,16 +6,16 @@ it is for says what it can be: `off` is a word for `cluster.balance` and false f
 What follows `--set a.b=` is, for a field of text, the text as it was said: ` #` begins no comment,
 and only quotes around the whole of it are taken off. A key that stands twice is a mistake.
 
-What the fields are stands in config.py.
+What the fields are stands in config/.
 """
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, repeat
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,6 +31,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
+    RENAMED: ClassVar[Mapping[str, str]] = {}
+    """Beginnings of dotted paths that fields once had, and those of now."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -141,19 +143,18 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def read_tree(
-    path: str | Path | None, overrides: Iterable[str] = (), over: str | Path | None = None
+    path: str | Path | None, overrides: Iterable[str] = (), under: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Read a YAML file (None: an empty one) as nested dicts and apply `a.b=value` overrides.
 
-    `over` is a second file, whose fields go before those of the first.
+    `under` is a tree that they are laid over, in place.
 
     Raises:
         ConfigError: a file is missing or is not a mapping, or an override is malformed.
     """
-    tree: dict[str, Any] = {}
-    for file in (path, over):
-        if file is not None:
-            _lay_over(tree, _read_file(file))
+    tree = {} if under is None else under
+    if path is not None:
+        _lay_over(tree, _read_file(path))
     for override in overrides:
         _apply_override(tree, override)
     return tree
@@ -191,7 +192,7 @@ def validate(section: type[SectionT], tree: dict[str, Any]) -> SectionT:
     try:
         return section.model_validate_json(json.dumps(_typed(tree, section)), strict=True)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(error, tree))) from None
+        raise ConfigError("; ".join(_describe(error, tree, section.RENAMED))) from None
     except TypeError as error:
         raise ConfigError(f"configuration holds a value that is no plain YAML: {error}") from None
 
@@ -267,7 +268,9 @@ def _readings(text: Plain, options: tuple[Any, ...]) -> Iterator[Any]:
     yield text
 
 
-def _describe(error: ValidationError, tree: dict[str, Any]) -> list[str]:
+def _describe(
+    error: ValidationError, tree: dict[str, Any], renamed: Mapping[str, str]
+) -> list[str]:
     """Say what is wrong, a line a field, with the value as the user wrote it."""
     found: dict[str, list[str]] = {}
     for mistake in error.errors():
@@ -284,7 +287,11 @@ def _describe(error: ValidationError, tree: dict[str, Any]) -> list[str]:
         shown = f"{node}" if isinstance(node, Plain) else f"{mistake['input']!r}"
         rule = f"{mistake['msg'][0].lower()}{mistake['msg'][1:]}"
         if mistake["type"] == "extra_forbidden":
-            rule = "unknown key"
+            name = ".".join(path)
+            now = (
+                f"{new}{name[len(old) :]}" for old, new in renamed.items() if name.startswith(old)
+            )
+            rule = next((f"is now called {each}" for each in now), "unknown key")
         elif mistake["type"] == "string_type" and isinstance(node, dict | list):
             rule += '; text of such letters needs quotes: "..."'
         found.setdefault(f"{'.'.join(path)} = {shown}", []).append(rule)

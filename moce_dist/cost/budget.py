@@ -16,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce_dist.config import Config
+from moce_dist.config import Config, HardwareConfig
 from moce_dist.cost import sizes
-from moce_dist.hardware import HardwareConfig
 from moce_dist.settings import ConfigError, validate
 
 _BACKWARD = 2 / 3

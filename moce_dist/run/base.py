@@ -13,33 +13,11 @@ mean something only under the settings that they were made with, so those must b
 
 from pathlib import Path
 
-from moce_dist.config import Config, identity
+from moce_dist.config import Config, Role, identity, roles
 from moce_dist.run.artefacts import read_marker
 from moce_dist.run.directory import Run, load_run, resolve_run
 from moce_dist.settings import ConfigError
 
-KEPT = ("data.image_size", "model", "moe", "gate.combine", "gate.groups", "cluster")
-"""Fields and sections that must be the base run's."""
-FREE = (
-    "model.mask_ratio",
-    "model.init",
-    "moe.capacity_factor",
-    "moe.lr_scale",
-    "moe.mean_decay",
-    "cluster.source",
-    "cluster.balance",
-    "cluster.spherical",
-    "cluster.soft_bound",
-    "cluster.iterations",
-    "cluster.tolerance",
-    "cluster.block_rows",
-    "cluster.num_candidates",
-    "cluster.index_from",
-    "cluster.index_recall",
-    "cluster.batch_size",
-    "cluster.with_prices",
-)
-"""Fields among them that say how something was made, or how it goes on."""
 _SHARED = "parallel.num_groups"
 _ARTEFACTS = ("mae", "clusters", "moce")
 
@@ -93,13 +71,13 @@ def base_control(base: Run | None) -> Path | None:
 
 def unlike(config: Config, base: Config) -> list[str]:
     """List what must be the base run's and is not, as `path: base -> config`."""
-    mine, theirs = identity(config), identity(base)
-    # groups that experts learnt in are a matter of the weights only where the gate keeps to them
-    kept = (*KEPT, _SHARED) if config.gate.groups == "shared" else KEPT
+    mine, theirs, role = identity(config), identity(base), roles()
+    kept = {path for path in mine if role[path] is Role.IDENTITY}
+    if config.gate.groups == "shared":
+        # the groups that experts learnt in matter to the weights where the gate keeps to them
+        kept.add(_SHARED)
     return [
-        f"{field}: {theirs.get(field)!r} -> {mine[field]!r}"
-        for field in mine
-        if field not in FREE
-        and any(f"{field}.".startswith(f"{part}.") for part in kept)
-        and mine[field] != theirs.get(field)
+        f"{path}: {theirs.get(path)!r} -> {mine[path]!r}"
+        for path in mine
+        if path in kept and mine[path] != theirs.get(path)
     ]

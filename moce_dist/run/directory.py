@@ -7,17 +7,16 @@ artefact folder inside it (`artefacts.py`).
 import json
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moce_dist.config import Config, identity, to_yaml
+from moce_dist.config import Config, identity, read_resolved, to_yaml
 from moce_dist.run import lease
 from moce_dist.run.artefacts import versions
 from moce_dist.run.environment import local_path
 from moce_dist.run.files import write_atomic
-from moce_dist.settings import ConfigError, read_tree, validate
+from moce_dist.settings import ConfigError
 
 
 class StoppedError(RuntimeError):
@@ -138,20 +137,6 @@ def load_run(root: Path, named: str = "--run") -> tuple[Run, Config]:
     if not resolved.is_file():
         raise ConfigError(f"{named} {root}: is not a run directory (no config.yaml)")
     return Run(root), read_resolved(resolved)
-
-
-def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = None) -> Config:
-    """Read the configuration that a run was made with, and lay a file and overrides over it.
-
-    Raises:
-        ConfigError: an override is wrong, or this version does not know a setting of the run.
-    """
-    tree = read_tree(path, overrides, over)
-    tree.pop("bench", None)  # runs of version 0.1 list the settings of benchmarks too
-    try:
-        return validate(Config, tree)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: does not fit this version of moce_dist: {error}") from None
 
 
 def set_aside(root: Path) -> None:

@@ -63,7 +63,7 @@ def piece_fingerprint(piece: Piece) -> str:
             request.backbones,
             request.protocols,
             request.continue_images,
-            piece.config.transfer.model_dump(mode="json"),
+            piece.config.transfer.flat(),
             _stamp(request.data),
         ]
     return fingerprint([piece.id, identity(piece.config), transfer])

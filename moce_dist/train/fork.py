@@ -18,14 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from moce_dist.config import Config, checked, to_yaml
+from moce_dist.config import Config, checked, read_resolved, to_yaml
 from moce_dist.run import lease
 from moce_dist.run.directory import (
     Run,
     differing_fields,
     load_run,
     read_provenance,
-    read_resolved,
     resolve_run,
 )
 from moce_dist.run.environment import is_first_process

@@ -184,9 +184,9 @@ class Comparison:
         kept = self.kept(fit, identity)
         figures: Row = {}
         if isinstance(task, Scenes):
-            out, transfer = self._predictions(fit), self.config.transfer
+            out, recipe = self._predictions(fit), self.config.transfer.segmentation
             fitted = segment(
-                backbone, task, transfer, self.machine, seed=fit.seed, out=out, kept=kept
+                backbone, task, recipe, self.machine, seed=fit.seed, out=out, kept=kept
             )
         elif isinstance(task, Instances):
             figures = self._detect(fit, backbone, task, kept)
@@ -220,7 +220,7 @@ class Comparison:
         return self.folder / "predictions" / f"{fit.backbone.replace('/', '_')}-{fit.seed}"
 
     def _detect(self, fit: Fit, backbone: Backbone, instances: Instances, kept: Kept) -> Row:
-        detection = Detection(backbone, instances, self.config.transfer, self.machine)
+        detection = Detection(backbone, instances, self.config.transfer.detection, self.machine)
         out, ledger = self._predictions(fit), self.run.faults
         return dict(detect(detection, seed=fit.seed, out=out, ledger=ledger, kept=kept))
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moce_dist.config import TransferConfig
+from moce_dist.config import DetectionConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
 from moce_dist.data.loaders import load
@@ -51,17 +51,17 @@ Written = dict[str, dict[str, float | None]]
 class _Squares(Dataset[Sample | Fault]):
     """Training squares of pictures, drawn by (seed, epoch, key)."""
 
-    def __init__(self, instances: Instances, transfer: TransferConfig, seed: int) -> None:
-        self._instances, self._transfer, self._seed = instances, transfer, seed
+    def __init__(self, instances: Instances, recipe: DetectionConfig, seed: int) -> None:
+        self._instances, self._recipe, self._seed = instances, recipe, seed
 
     def __getitem__(self, draw: tuple[int, int]) -> Sample | Fault:
         epoch, index = draw
-        picture, transfer = self._instances.train[index], self._transfer
+        picture, recipe = self._instances.train[index], self._recipe
         try:
             return training_square(
                 picture,
-                transfer.detect_size,
-                (transfer.detect_scale_min, transfer.detect_scale_max),
+                recipe.size,
+                (recipe.scale_min, recipe.scale_max),
                 has_masks=self._instances.has_masks,
                 draws=sample_generator(self._seed, epoch, picture.key),
             )
@@ -82,23 +82,21 @@ class Detection:
     """One fit: a detector, the task that it learns, and the machine that it runs on."""
 
     def __init__(
-        self, backbone: Backbone, instances: Instances, transfer: TransferConfig, machine: Machine
+        self, backbone: Backbone, instances: Instances, recipe: DetectionConfig, machine: Machine
     ) -> None:
         self.backbone, self.instances = backbone, instances
-        self.transfer, self.machine = transfer, machine
+        self.recipe, self.machine = recipe, machine
         # class 0 is the background
         self._classes = {number: i + 1 for i, number in enumerate(instances.category_ids)}
 
     def build(self, seed: int) -> Any:
         """Build the detector, in training mode; `seed` draws its new weights."""
-        transfer = self.transfer
-        vit = self.backbone.dense_model(
-            transfer.detect_size, seed=seed, drop_path=transfer.detect_drop_path
-        )
+        recipe = self.recipe
+        vit = self.backbone.dense_model(recipe.size, seed=seed, drop_path=recipe.drop_path)
         return make_detector(
             vit,
             self.backbone,
-            transfer,
+            recipe,
             num_classes=len(self.instances.classes),
             has_masks=self.instances.has_masks,
             autocast=self.machine.autocast,
@@ -113,14 +111,14 @@ class Detection:
             ConfigError: a step has too few pictures for so many ranks.
             ValueError: no picture of a step can be read; on all ranks.
         """
-        transfer, train = self.transfer, self.instances.train
-        batch_size = min(transfer.detect_batch_size, len(train))
-        epochs = -(-transfer.detect_steps // (len(train) // batch_size))
+        recipe, train = self.recipe, self.instances.train
+        batch_size = min(recipe.batch_size, len(train))
+        epochs = -(-recipe.steps // (len(train) // batch_size))
         order = TrainingOrder(len(train), batch_size, epochs, seed)
         loader = load(
-            _Squares(self.instances, transfer, seed),
+            _Squares(self.instances, recipe, seed),
             self.machine.loader_processes,
-            batch_sampler=rank_draws(order, self.machine, start, transfer.detect_steps),
+            batch_sampler=rank_draws(order, self.machine, start, recipe.steps),
             collate_fn=_as_list,
         )
         skips.start(start)
@@ -138,7 +136,7 @@ class Detection:
         through the model's collectives like the others.
         """
         if not samples:
-            size = self.transfer.detect_size
+            size = self.recipe.size
             return torch.zeros(1, 3, size, size, dtype=torch.uint8), [None]
         squares = torch.stack([torch.from_numpy(sample.pixels) for sample in samples])
         return squares, [self._target(sample) for sample in samples]
@@ -154,7 +152,7 @@ class Detection:
         return target
 
     def _nothing(self) -> Target:
-        size = self.transfer.detect_size
+        size = self.recipe.size
         target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
         if self.instances.has_masks:
             target["masks"] = torch.zeros(0, size, size, dtype=torch.uint8)
@@ -176,12 +174,12 @@ class Detection:
 
     def fitting(self, model: Any, seed: int, skips: Skips, view: Callable[[], Measures]) -> Fitting:
         """Describe the training of a detector."""
-        transfer, instances = self.transfer, self.instances
-        steps = transfer.detect_steps
+        recipe, instances = self.recipe, self.instances
+        steps = recipe.steps
         return Fitting(
             name=f"{instances.name} {self.backbone.name} seed {seed}",
             model=model,
-            optimizer=make_optimizer(model, transfer.detect_layer_decay),
+            optimizer=make_optimizer(model, recipe.layer_decay),
             batches=lambda start: self.batches(seed, start, skips),
             loss=self.loss(model),
             view=view,
@@ -189,12 +187,12 @@ class Detection:
                 self.backbone,
                 instances.name,
                 instances.classes,
-                transfer,
+                recipe,
                 has_masks=instances.has_masks,
             ),
             steps=steps,
             warmup=min(_WARMUP_STEPS, math.ceil(_WARMUP_SHARE * steps)),
-            peak_lr=transfer.detect_lr,
+            peak_lr=recipe.lr,
             seed=seed,
             schedule=stepped_rate,
             weigh=count_pictures,

@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from moce_dist.config import Config, Selection, SuiteEntry, checked, load_config
+from moce_dist.config import (
+    Config,
+    Selection,
+    SuiteEntry,
+    checked,
+    load_config,
+    read_resolved,
+)
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run.artefacts import read_marker
-from moce_dist.run.directory import Run, differing_fields, load_run, read_resolved
+from moce_dist.run.directory import Run, differing_fields, load_run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.catalog import TASKS
 from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS
@@ -256,21 +263,21 @@ def _check_backbone(given: str, request: Request, config: Config) -> None:
 
 
 def _check_segmentation(config: Config) -> None:
-    transfer, patch_size = config.transfer, config.model.patch_size
-    if transfer.segment_crop % (2 * patch_size):
+    recipe, patch_size = config.transfer.segmentation, config.model.patch_size
+    if recipe.crop % (2 * patch_size):
         raise ConfigError(
-            f"transfer.segment_crop ({transfer.segment_crop}) must be a multiple of twice "
+            f"transfer.segmentation.crop ({recipe.crop}) must be a multiple of twice "
             f"model.patch_size ({patch_size})"
         )
-    if transfer.segment_batch_size < 2:
+    if recipe.batch_size < 2:
         raise ConfigError(
-            f"transfer.segment_batch_size ({transfer.segment_batch_size}) must be 2 or more "
-            "(batch normalisation)"
+            f"transfer.segmentation.batch_size ({recipe.batch_size}) must be 2 or more (batch "
+            "normalisation)"
         )
 
 
 def _check_detection(config: Config) -> None:
-    size, patch_size = config.transfer.detect_size, config.model.patch_size
+    size, patch_size = config.transfer.detection.size, config.model.patch_size
     if patch_size & (patch_size - 1):
         raise ConfigError(
             f"model.patch_size ({patch_size}) must be a power of two for detection, whose pyramid "
@@ -279,7 +286,7 @@ def _check_detection(config: Config) -> None:
     # the pyramid's coarsest stride
     coarsest = max(32, 2 * patch_size)
     if size % coarsest:
-        raise ConfigError(f"transfer.detect_size ({size}) must be a multiple of {coarsest}")
+        raise ConfigError(f"transfer.detection.size ({size}) must be a multiple of {coarsest}")
 
 
 def check_experts(given: Sequence[int], num_layers: int, num_experts: int) -> None:

@@ -47,7 +47,7 @@ def budget(
     transfer: TransferConfig, protocol: str, *, is_segmentation: bool, is_detection: bool = False
 ) -> dict[str, Any]:
     """Select the fields of the configuration that a protocol's result depends on."""
-    fields: dict[str, Any] = transfer.model_dump(mode="json")
+    fields = transfer.flat()
     if is_segmentation or is_detection:
         prefix = "segment_" if is_segmentation else "detect_"
         kept = [name for name in fields if name.startswith(prefix)]

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from moce_dist.config import TransferConfig
+from moce_dist.config import DetectionConfig
 from moce_dist.run.files import naming, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
@@ -75,16 +75,16 @@ class Spec:
     def _detector(self, vit: nn.Module) -> nn.Module:
         from moce_dist.transfer.vitdet import make_detector
 
-        transfer = TransferConfig(
-            detect_size=self.image_size,
-            detect_channels=self.channels,
-            detect_window=self.window,
-            detect_anchor_strides=self.anchor_strides,
+        recipe = DetectionConfig(
+            size=self.image_size,
+            channels=self.channels,
+            window=self.window,
+            anchor_strides=self.anchor_strides,
         )
         detector: nn.Module = make_detector(
             vit,
             self.backbone(),
-            transfer,
+            recipe,
             num_classes=len(self.classes),
             has_masks=self.has_masks,
             autocast=contextlib.nullcontext,
@@ -153,12 +153,12 @@ def detector_spec(
     backbone: Backbone,
     task: str,
     classes: Sequence[str],
-    transfer: TransferConfig,
+    recipe: DetectionConfig,
     *,
     has_masks: bool,
 ) -> Spec:
-    """Describe a backbone for squares of `transfer.detect_size` with pyramid and R-CNN."""
-    size = transfer.detect_size
+    """Describe a backbone for squares with pyramid and R-CNN."""
+    size = recipe.size
     return replace(
         features_spec(backbone),
         kind="detect",
@@ -166,10 +166,10 @@ def detector_spec(
         classes=list(classes),
         arguments={**backbone.arguments, "img_size": size, "num_classes": 0},
         image_size=size,
-        channels=transfer.detect_channels,
+        channels=recipe.channels,
         has_masks=has_masks,
-        window=transfer.detect_window,
-        anchor_strides=transfer.detect_anchor_strides,
+        window=recipe.window,
+        anchor_strides=recipe.anchor_strides,
     )
 
 

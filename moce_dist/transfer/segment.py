@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from moce_dist.config import TransferConfig
+from moce_dist.config import SegmentationConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
 from moce_dist.features.encoder import renormalisation
@@ -117,7 +117,7 @@ class _Crops(Dataset[Look]):
 def segment(
     backbone: Backbone,
     scenes: Scenes,
-    transfer: TransferConfig,
+    recipe: SegmentationConfig,
     machine: Machine,
     *,
     seed: int,
@@ -130,11 +130,9 @@ def segment(
     model is saved, and an interrupted fit goes on where it was. Collective over the machine's
     ranks.
     """
-    vit = backbone.dense_model(transfer.segment_crop, seed=seed, drop_path=_DROP_PATH)
-    model = Segmenter(vit, len(scenes.classes), transfer.segment_channels).to(machine.device)
-    window = Window(
-        transfer.segment_crop, tuple(transfer.segment_scales), flip=transfer.segment_flip
-    )
+    vit = backbone.dense_model(recipe.crop, seed=seed, drop_path=_DROP_PATH)
+    model = Segmenter(vit, len(scenes.classes), recipe.channels).to(machine.device)
+    window = Window(recipe.crop, tuple(recipe.scales), flip=recipe.flip)
 
     skips = Skips(machine, kept)
 
@@ -142,7 +140,7 @@ def segment(
         found, skips.test = _evaluate(model, scenes, backbone, window, machine, out)
         return found
 
-    fitting = _fitting(model, backbone, scenes, transfer, seed, skips, view)
+    fitting = _fitting(model, backbone, scenes, recipe, seed, skips, view)
     return Fitted(run_fit(fitting, machine, kept), skips.close())
 
 
@@ -150,15 +148,15 @@ def _fitting(
     model: Segmenter,
     backbone: Backbone,
     scenes: Scenes,
-    transfer: TransferConfig,
+    recipe: SegmentationConfig,
     seed: int,
     skips: Skips,
     view: Callable[[], Measures],
 ) -> Fitting:
     machine = skips.machine
-    steps, num_scenes = transfer.segment_steps, len(scenes.train)
-    batch_size = min(transfer.segment_batch_size, num_scenes)
-    crops = _Crops(scenes, transfer.segment_crop, backbone, seed)
+    steps, num_scenes = recipe.steps, len(scenes.train)
+    batch_size = min(recipe.batch_size, num_scenes)
+    crops = _Crops(scenes, recipe.crop, backbone, seed)
     order = TrainingOrder(num_scenes, batch_size, -(-steps // (num_scenes // batch_size)), seed)
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -181,12 +179,12 @@ def _fitting(
             backbone,
             scenes.name,
             scenes.classes,
-            crop=transfer.segment_crop,
-            channels=transfer.segment_channels,
+            crop=recipe.crop,
+            channels=recipe.channels,
         ),
         steps=steps,
         warmup=round(_WARMUP_SHARE * steps),
-        peak_lr=transfer.segment_lr,
+        peak_lr=recipe.lr,
         seed=seed,
         weigh=count_known,
     )

@@ -120,9 +120,9 @@ class FitsJob:
         """Images of a step, which every number of workers below the full one divides."""
         transfer = self.order.config.transfer
         if self.order.request.is_segmentation:
-            return transfer.segment_batch_size
+            return transfer.segmentation.batch_size
         if self.order.request.is_detection:
-            return transfer.detect_batch_size
+            return transfer.detection.batch_size
         return transfer.finetune.batch_size
 
     def run(self, pulse: Pulse) -> None:

@@ -37,7 +37,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
-from moce_dist.config import TransferConfig
+from moce_dist.config import DetectionConfig
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 
@@ -195,7 +195,7 @@ def _mask_parts(pyramid: Pyramid, num_classes: int, size: int) -> dict[str, nn.M
 def make_detector(
     vit: Any,
     backbone: Backbone,
-    transfer: TransferConfig,
+    recipe: DetectionConfig,
     *,
     num_classes: int,
     has_masks: bool,
@@ -208,12 +208,12 @@ def make_detector(
     Raises:
         ConfigError: it is no plain ViT, or its patch is no power of two.
     """
-    prepare_vit(vit, transfer.detect_window)
-    size, channels = transfer.detect_size, transfer.detect_channels
+    prepare_vit(vit, recipe.window)
+    size, channels = recipe.size, recipe.channels
     pyramid = Pyramid(vit, channels, autocast)
     layers = _HEAD_CONVOLUTIONS * [channels]
     anchors = AnchorGenerator(
-        tuple((transfer.detect_anchor_strides * stride,) for stride in pyramid.strides),
+        tuple((recipe.anchor_strides * stride,) for stride in pyramid.strides),
         len(pyramid.strides) * (_ASPECTS,),
     )
     parts: dict[str, Any] = {
@@ -224,7 +224,7 @@ def make_detector(
             (channels, 7, 7), layers, [_HEAD_WIDTH], norm_layer=LayerNorm2d
         ),
         "box_predictor": FastRCNNPredictor(_HEAD_WIDTH, num_classes + 1),
-        "box_batch_size_per_image": transfer.detect_rois,
+        "box_batch_size_per_image": recipe.rois,
     }
     if has_masks:
         model = MaskRCNN(pyramid, **parts, **_mask_parts(pyramid, num_classes + 1, size))

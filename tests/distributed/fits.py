@@ -25,10 +25,11 @@ TINY = (
     "transfer.finetune.epochs=2", "transfer.finetune.warmup_epochs=1",
     "transfer.finetune.batch_size=12", "transfer.finetune.drop_path=0",
     "transfer.finetune.mixup=0", "transfer.finetune.cutmix=0", "transfer.finetune.base_lr=1",
-    "transfer.segment_crop=32", "transfer.segment_steps=6", "transfer.segment_batch_size=5",
-    "transfer.segment_channels=8", "transfer.segment_lr=0.05",
-    "transfer.detect_size=64", "transfer.detect_channels=8", "transfer.detect_rois=8",
-    "transfer.detect_window=5", "transfer.detect_drop_path=0", "transfer.detect_lr=0.01",
+    "transfer.segmentation.crop=32", "transfer.segmentation.steps=6",
+    "transfer.segmentation.batch_size=5", "transfer.segmentation.channels=8",
+    "transfer.segmentation.lr=0.05",
+    "transfer.detection.size=64", "transfer.detection.channels=8", "transfer.detection.rois=8",
+    "transfer.detection.window=5", "transfer.detection.drop_path=0", "transfer.detection.lr=0.01",
 )  # fmt: skip
 
 
@@ -204,6 +205,6 @@ def measure_saved(kind, root, folder, overrides):
     backbone = run_backbone("random", config, None)
     if kind == "classify":
         return finetune.evaluate(model, backbone, load_task("imagefolder", Path(root)), machine)
-    window = segment.Window(config.transfer.segment_crop)
+    window = segment.Window(config.transfer.segmentation.crop)
     scenes = read_scenes("ade20k", Path(root))
     return segment._evaluate(model, scenes, backbone, window, machine, out)

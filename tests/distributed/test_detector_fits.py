@@ -58,7 +58,7 @@ def damaged(data, tmp_path_factory):
 
 
 def budget(ranks, batch_size, steps, *overrides):
-    sizes = f"transfer.detect_batch_size={batch_size}", f"transfer.detect_steps={steps}"
+    sizes = f"transfer.detection.batch_size={batch_size}", f"transfer.detection.steps={steps}"
     return [f"parallel.num_workers={ranks}", *sizes, *overrides]
 
 
@@ -79,7 +79,7 @@ def test_every_picture_is_used_once_and_scores_are_those_of_one_process(pools, d
         sorted(f"{folder}/{path.name}" for path in (data / folder).iterdir())
         for folder in ("train2017", "val2017")
     )
-    out, options = tmp_path / "fit", budget(2, 3, 4, "transfer.detect_lr=1e-3")
+    out, options = tmp_path / "fit", budget(2, 3, 4, "transfer.detection.lr=1e-3")
     fitting = {"function": "pictures_used", "root": str(data), "out": str(out)}
     found = pools(2).run("fit", **fitting, overrides=options)
     figures, learnt, seen, scored = zip(*found, strict=True)
@@ -133,7 +133,7 @@ def test_law_weights_are_those_of_one_process(
 
 def test_interrupted_fit_is_bit_equal_on_equal_ranks_and_goes_on_on_one(pools, damaged, tmp_path):
     options = {**call(damaged), "views": 3, "adam": True}
-    options["overrides"] = budget(2, 4, 5, "transfer.detect_drop_path=0.2")
+    options["overrides"] = budget(2, 4, 5, "transfer.detection.drop_path=0.2")
     whole, parts, alone = (tmp_path / name for name in ("whole", "parts", "alone"))
     expected = pools(2).run("fit", **options, out=str(whole))
     assert pools(2).run("fit", **options, out=str(parts), kill=3) == ["KilledError: "] * 2

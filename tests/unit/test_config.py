@@ -4,12 +4,13 @@ import jsonschema
 import pytest
 
 from moce_dist.config import (
-    RUNTIME_FIELDS,
     Config,
+    Role,
     identity,
     json_schema,
     load_config,
     make_config,
+    roles,
     to_yaml,
 )
 from moce_dist.settings import ConfigError, flatten, parse_yaml
@@ -196,11 +197,12 @@ def test_empty_file_is_the_defaults(tmp_path):
     assert load_config(file) == Config()
 
 
-def test_runtime_fields_exist_and_are_no_part_of_the_identity():
-    flat = flatten(Config().model_dump(mode="json"))
-    for field in RUNTIME_FIELDS:
-        assert [path for path in flat if f"{path}.".startswith(f"{field}.")], field
+def test_every_field_has_a_role_and_runtime_fields_are_no_part_of_the_identity():
+    assert roles().keys() == flatten(Config().model_dump(mode="json")).keys()
     mine = identity(Config())
+    assert mine.keys() == {path for path, role in roles().items() if role is not Role.RUNTIME}
+    sections = ("run.", "checkpoint.", "logging.", "transfer.", "hardware.")
+    assert not any(path.startswith(sections) for path in mine)
     assert "parallel.num_workers" not in mine and "transfer.finetune.epochs" not in mine
     for path in ("seed", "data.source", "mae.batch_size", "cluster.encoder", "gate.noise"):
         assert path in mine
@@ -254,3 +256,20 @@ def test_every_field_has_a_doc_line():
                 yield f"{prefix}{name}"
 
     assert list(undocumented(Config)) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("transfer.segment_crop", "transfer.segmentation.crop"),
+        ("transfer.detect_batch_size", "transfer.detection.batch_size"),
+    ],
+)
+def test_an_old_name_is_refused_with_the_new_one(old, new, tmp_path):
+    message = f"{old} = 64: is now called {new}"
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, [f"{old}=64"])
+    file = tmp_path / "config.yaml"
+    file.write_text(f"transfer: {{{old.partition('.')[2]}: 64}}")
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)

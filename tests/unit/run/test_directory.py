@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from moce_dist.config import Config, make_config, to_yaml
+from moce_dist.config import Config, make_config, read_resolved, to_yaml
 from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
 from moce_dist.run.directory import differing_fields, load_run, open_run, resolve_run
 from moce_dist.run.files import naming, read_faults, read_jsonl, record_fault, write_atomic
-from moce_dist.settings import ConfigError
+from moce_dist.settings import ConfigError, dump_yaml
 
 SMALL = make_config({"seed": 1})
 
@@ -130,6 +130,20 @@ def test_run_of_the_version_that_listed_benchmarks_is_taken_up(tmp_path):
     with (tmp_path / "run" / "config.yaml").open("a") as file:
         file.write("bench: {rounds: 8, warmup_rounds: 2}\n")
     assert load_run(tmp_path / "run")[1] == Config()
+    assert open_run(tmp_path / "run", Config()).root == tmp_path / "run"
+
+
+def test_run_with_the_names_of_version_0_1_is_taken_up(tmp_path):
+    open_run(tmp_path / "run", Config())
+    tree = Config().model_dump(mode="json")
+    tree["transfer"] = Config().transfer.flat() | {"segment_crop": 64, "detect_window": 5}
+    saved = tmp_path / "run" / "config.yaml"
+    saved.write_text(dump_yaml(tree))
+    transfer = load_run(tmp_path / "run")[1].transfer
+    assert (transfer.segmentation.crop, transfer.detection.window) == (64, 5)
+    assert read_resolved(saved, ["transfer.detection.window=7"]).transfer.detection.window == 7
+    with pytest.raises(ConfigError, match=r"is now called transfer\.detection\.window"):
+        read_resolved(saved, ["transfer.detect_window=7"])
     assert open_run(tmp_path / "run", Config()).root == tmp_path / "run"
 
 

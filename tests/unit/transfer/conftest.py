@@ -66,10 +66,11 @@ def config() -> Config:
                 "linear_epochs": 20,
                 "knn_k": 3,
                 "finetune": {"epochs": 2, "warmup_epochs": 1, "batch_size": 16},
-                **{"segment_crop": 32, "segment_steps": 4, "segment_batch_size": 2},
-                "segment_channels": 8,
-                **{"detect_size": 64, "detect_steps": 3, "detect_batch_size": 2},
-                **{"detect_channels": 8, "detect_rois": 8, "detect_window": 5},
+                "segmentation": {"crop": 32, "steps": 4, "batch_size": 2, "channels": 8},
+                "detection": {
+                    **{"size": 64, "steps": 3, "batch_size": 2},
+                    **{"channels": 8, "rois": 8, "window": 5},
+                },
             },
         }
     )

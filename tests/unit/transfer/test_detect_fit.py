@@ -60,8 +60,8 @@ def backbone(config, models) -> Backbone:
 @pytest.fixture(scope="module")
 def make_fit(backbone, config, coco_folder) -> MakeFit:
     def make(data: Path = coco_folder, **changes: Any) -> Detection:
-        transfer = config.transfer.model_copy(update=changes)
-        return Detection(backbone, read_instances("coco", data), transfer, machine_of(config))
+        recipe = config.transfer.detection.model_copy(update=changes)
+        return Detection(backbone, read_instances("coco", data), recipe, machine_of(config))
 
     return make
 
@@ -69,9 +69,9 @@ def make_fit(backbone, config, coco_folder) -> MakeFit:
 @pytest.fixture(scope="module")
 def fitted(make_fit, tmp_path_factory) -> Fitted:
     fit = make_fit(
-        **{"detect_steps": 90, "detect_batch_size": 4, "detect_lr": 3e-3, "detect_rois": 32},
-        **{"detect_scale_min": 0.8, "detect_scale_max": 1.25, "detect_channels": 16},
-        **{"detect_drop_path": 0.0, "detect_anchor_strides": 6.0, "detect_window": 7},
+        **{"steps": 90, "batch_size": 4, "lr": 3e-3, "rois": 32},
+        **{"scale_min": 0.8, "scale_max": 1.25, "channels": 16},
+        **{"drop_path": 0.0, "anchor_strides": 6.0, "window": 7},
     )
     root = tmp_path_factory.mktemp("fitted")
     kept = Kept(root / "models", "a", 1000, 60)
@@ -145,7 +145,7 @@ def test_saved_detector_scores_what_the_fit_measured(fitted, make_fit, tmp_path)
 def test_law_interrupted_detection_ends_bit_equal(make_fit, coco_folder, tmp_path, monkeypatch):
     """Weights, figures, views and skipped pictures are those of a fit that nothing interrupted."""
     data = Path(shutil.copytree(coco_folder, tmp_path / "data"))
-    fit = make_fit(data, detect_steps=7)
+    fit = make_fit(data, steps=7)
     (data / "train2017" / "000000000002.jpg").write_bytes(b"\xff\xd8 nothing")
     (data / "val2017" / "000000000001.jpg").write_bytes(b"")
 
@@ -176,7 +176,7 @@ def test_law_interrupted_detection_ends_bit_equal(make_fit, coco_folder, tmp_pat
 
 
 def test_early_views_change_nothing_and_seeds_do(make_fit, tmp_path):
-    fit = make_fit(detect_steps=3)
+    fit = make_fit(steps=3)
 
     def run(name: str, seed: int, view_every: int | None) -> Path:
         kept = Kept(tmp_path / name, "a", 100, view_every)
@@ -189,7 +189,7 @@ def test_early_views_change_nothing_and_seeds_do(make_fit, tmp_path):
 
 
 def test_parts_of_a_batch_add_up(make_fit):
-    fit = make_fit(detect_batch_size=4, detect_drop_path=0.0)
+    fit = make_fit(batch_size=4, drop_path=0.0)
     model, squares = fit.build(0), _Squares(fit.instances, fit.transfer, 0)
     images, targets = fit.batch([squares[0, i] for i in range(4)])
     # with every proposal taken, nothing of the heads' draws is left to chance
@@ -219,7 +219,7 @@ def test_only_the_pyramid_runs_in_bfloat16(make_fit):
 
 def test_damaged_pictures_are_skipped_counted_and_named(make_fit, coco_folder, tmp_path):
     data = Path(shutil.copytree(coco_folder, tmp_path / "data"))
-    fit = make_fit(data, detect_steps=3, detect_batch_size=6)
+    fit = make_fit(data, steps=3, batch_size=6)
     (data / "train2017" / "000000000002.jpg").write_bytes(b"\xff\xd8 nothing")
     (data / "val2017" / "000000000001.jpg").write_bytes(b"")
     ledger = tmp_path / "faults.jsonl"

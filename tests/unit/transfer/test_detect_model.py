@@ -46,12 +46,12 @@ def backbone(config, models) -> Backbone:
 
 
 def build(backbone: Backbone, config: Any, **changes: Any) -> Any:
-    transfer = config.transfer.model_copy(update=changes)
-    vit = backbone.dense_model(transfer.detect_size, seed=0, drop_path=0.0)
+    recipe = config.transfer.detection.model_copy(update=changes)
+    vit = backbone.dense_model(recipe.size, seed=0, drop_path=0.0)
     return make_detector(
         vit,
         backbone,
-        transfer,
+        recipe,
         num_classes=2,
         has_masks=True,
         autocast=contextlib.nullcontext,
@@ -114,10 +114,10 @@ def test_levels_have_their_strides_whatever_picture_comes_first(backbone, config
 
 
 def test_anchors_grow_with_the_strides(backbone, config):
-    model = build(backbone, config, detect_anchor_strides=4)
+    model = build(backbone, config, anchor_strides=4)
     sizes = model.rpn.anchor_generator.sizes
     assert sizes == ((16,), (32,), (64,), (128,), (256,))
-    assert config.transfer.detect_anchor_strides * 4 == 32
+    assert config.transfer.detection.anchor_strides * 4 == 32
 
 
 @pytest.mark.parametrize(("patch", "sides"), [(16, [16, 8, 4, 2, 1]), (8, [16, 8, 4, 2, 1])])
@@ -126,7 +126,7 @@ def test_pyramid_of_other_patches(patch, sides, config):
     other = config.model_validate(
         {**config.model_dump(), **{k: {**config.model_dump()[k], **v} for k, v in changes.items()}}
     )
-    model = build(run_backbone("random", other, None), config, detect_window=2)
+    model = build(run_backbone("random", other, None), config, window=2)
     assert [m.shape[-1] for m in model.backbone(torch.zeros(1, 3, 64, 64)).values()] == sides
     windows = [isinstance(b.attn, WindowAttention) for b in model.backbone.vit.blocks]
     assert windows == [i not in global_blocks(5) for i in range(5)]
@@ -141,7 +141,7 @@ def test_patch_that_is_no_power_of_two_is_refused(config):
         }
     )
     with pytest.raises(ConfigError, match="has patches of 14 pixels"):
-        build(run_backbone("random", other, None), config, detect_size=56)
+        build(run_backbone("random", other, None), config, size=56)
 
 
 @pytest.mark.parametrize(
@@ -149,13 +149,13 @@ def test_patch_that_is_no_power_of_two_is_refused(config):
     ["vit_tiny_patch16_224", "deit3_small_patch16_224", "vit_little_patch16_reg1_gap_256"],
 )
 def test_plain_vits_of_timm_with_and_without_tokens_beside_the_patches(architecture, config):
-    model = build(Backbone("timm:x", architecture, {}, 224), config, detect_window=2)
+    model = build(Backbone("timm:x", architecture, {}, 224), config, window=2)
     assert model.backbone(torch.zeros(1, 3, 64, 64))["2"].shape == (1, 8, 4, 4)
 
 
 def test_other_models_of_timm_are_refused(config):
     with pytest.raises(ConfigError, match="must be a plain ViT"):
-        build(Backbone("timm:x", "eva02_tiny_patch14_224", {}, 224), config, detect_size=56)
+        build(Backbone("timm:x", "eva02_tiny_patch14_224", {}, 224), config, size=56)
 
 
 def test_picture_is_fitted_and_boxes_come_back_in_its_own_pixels(backbone, config):
@@ -218,7 +218,7 @@ def test_job_compares_backbones_on_masks_and_boxes(run, coco_folder, job, tmp_pa
         for annotation in tree["annotations"]:
             del annotation["segmentation"], annotation["area"], annotation["iscrowd"]
         path.write_text(json.dumps(tree))
-    job.main([*flags[:-1], "mae", "--data", str(data), "--set", "transfer.detect_steps=2"])
+    job.main([*flags[:-1], "mae", "--data", str(data), "--set", "transfer.detection.steps=2"])
     (row,) = metrics_of(run)["results"]
     assert "mask" not in row and row["box"]["AP"] == row["value"]
 
@@ -232,7 +232,7 @@ def test_cocos_80_categories_run_through_the_full_size_recipe(run, job, tmp_path
     job.main([*recipe, "--dry-run"])
     assert "41 training, 5 test, 80 classes" in capsys.readouterr().out
     small = {"size": 64, "steps": 3, "batch_size": 4, "channels": 8, "rois": 8, "window": 5}
-    changes = [f"transfer.detect_{name}={value}" for name, value in small.items()]
+    changes = [f"transfer.detection.{name}={value}" for name, value in small.items()]
     changes += ["parallel.micro_batches=2", "data.loader_processes=0", "transfer.max_train=6"]
     flags = [part for change in changes for part in ("--set", change)]
     job.main([*recipe, *flags, "--run", str(run.root), "--backbone", "mae"])
@@ -244,7 +244,10 @@ def test_cocos_80_categories_run_through_the_full_size_recipe(run, job, tmp_path
     ("flags", "message"),
     [
         (["--protocol", "knn"], "must be one of finetune for coco"),
-        (["--set", "transfer.detect_size=48"], r"transfer.detect_size \(48\) must be a multiple"),
+        (
+            ["--set", "transfer.detection.size=48"],
+            r"transfer.detection.size \(48\) must be a multiple",
+        ),
         ([], "--task coco: needs --data; expected DATA/annotations"),
     ],
 )

@@ -146,5 +146,5 @@ def test_budget_names_what_a_protocol_depends_on():
             transfer, "finetune", is_segmentation=is_segmentation, is_detection=is_detection
         )
         assert {name for name in fields if name != "max_train"} == {
-            name for name in TransferConfig.model_fields if name.startswith(prefix)
+            name for name in transfer.flat() if name.startswith(prefix)
         }

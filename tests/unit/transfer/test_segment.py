@@ -215,11 +215,10 @@ def test_segmenter_starts_from_the_backbone_and_trains_all_of_it(config, models)
 def test_training_separates_two_plain_areas(config, models, scene_folder, tmp_path):
     scenes = read_scenes("ade20k", scene_folder)
     backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
-    transfer = config.transfer.model_copy(
-        update={"segment_steps": 60, "segment_lr": 3e-3, "segment_batch_size": 4}
-    )
+    changes = {"steps": 60, "lr": 3e-3, "batch_size": 4}
+    recipe = config.transfer.segmentation.model_copy(update=changes)
     machine = machine_of(config)
-    found = segment(backbone, scenes, transfer, machine, seed=0, out=tmp_path).measures
+    found = segment(backbone, scenes, recipe, machine, seed=0, out=tmp_path).measures
     assert found["mIoU"] > 0.7
     written = json.loads((tmp_path / "scores.json").read_text())
     assert written["mIoU"] == found["mIoU"] and written["IoU"].keys() == {

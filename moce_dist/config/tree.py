@@ -1,15 +1,89 @@
-"""The rules of a configuration that tie two fields together; those of one field stand at it."""
+"""The whole of a request, and the rules that tie two of its fields together."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import ClassVar
 
+from pydantic import Field
+
+from moce_dist.config.sections import (
+    WEIGHT_FILES,
+    CheckpointConfig,
+    ClusterConfig,
+    Continued,
+    DataConfig,
+    GateConfig,
+    HardwareConfig,
+    LoggingConfig,
+    ModelConfig,
+    MoeConfig,
+    ParallelConfig,
+    RunConfig,
+    Runtime,
+    StageConfig,
+)
+from moce_dist.config.transfer import RENAMED, TransferConfig
+from moce_dist.settings import Section
 from moce_dist.workers import legal_worker_counts
 
-if TYPE_CHECKING:
-    from moce_dist.config import Config
+
+class Config(Section):
+    """The whole of a request."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        f"transfer.{old}": f"transfer.{new}." for old, new in RENAMED.items()
+    }
+    seed: Continued[int] = Field(0, ge=0)
+    """Every random draw of a run is keyed by it."""
+    base_run: Continued[str | None] = None
+    """A finished run whose encoder, clusters and experts this run goes on from, on data.source."""
+    run: Runtime[RunConfig] = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    moe: MoeConfig = MoeConfig()
+    gate: GateConfig = GateConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    mae: Continued[StageConfig] = StageConfig()
+    moce: Continued[StageConfig] = StageConfig(epochs=200)
+    control: Runtime[bool] = False
+    """Also train the MAE on with the images and steps of stage moce, for a fair comparison."""
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: Runtime[CheckpointConfig] = CheckpointConfig()
+    logging: Runtime[LoggingConfig] = LoggingConfig()
+    transfer: Runtime[TransferConfig] = TransferConfig()
+    hardware: Runtime[HardwareConfig] = HardwareConfig()
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the encoder blocks that carry experts."""
+        return self.moe.layer_indices(self.model.shape.depth)
+
+    @property
+    def shared_units(self) -> int:
+        """Hidden units of an MoE block that its experts share, in eights, as GPUs want them."""
+        return 8 * round(self.moe.shared_fraction * self.model.shape.width / 2)
+
+    @property
+    def without_experts(self) -> "Config":
+        """The same request for a model without experts."""
+        return self.model_copy(update={"moe": self.moe.model_copy(update={"kind": "dense"})})
+
+    @property
+    def with_absolute_init(self) -> "Config":
+        """The same request from any folder: `model.init` is absolute where it is a file."""
+        init = self.model.init
+        if init is None or Path(init).suffix not in WEIGHT_FILES:
+            return self
+        model = self.model.model_copy(update={"init": str(Path(init).absolute())})
+        return self.model_copy(update={"model": model})
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, N."""
+        return (self.data.image_size // self.model.patch_size) ** 2
 
 
-def _model_rules(config: "Config") -> Iterable[str]:
+def _model_rules(config: Config) -> Iterable[str]:
     data, model, shape = config.data, config.model, config.model.shape
     if data.image_size % model.patch_size:
         yield (
@@ -33,14 +107,14 @@ def _model_rules(config: "Config") -> Iterable[str]:
         yield f"moe.layers ({list(config.moe_layers)}) must be distinct blocks below {shape.depth}"
 
 
-def _stage_rules(config: "Config") -> Iterable[str]:
+def _stage_rules(config: Config) -> Iterable[str]:
     if config.mae.epochs == 0 and config.model.init is None and config.base_run is None:
         yield "mae.epochs (0) needs model.init, the weights that are to be taken as they are"
     if config.moce.epochs == 0:
         yield "moce.epochs (0) must be greater than 0"
 
 
-def _expert_rules(config: "Config") -> Iterable[str]:
+def _expert_rules(config: Config) -> Iterable[str]:
     moe, hidden = config.moe, 4 * config.model.shape.width
     if moe.shared_fraction and not 0 < config.shared_units < hidden:
         yield (
@@ -61,7 +135,7 @@ def _expert_rules(config: "Config") -> Iterable[str]:
                 yield f"moe.{name} ({value:g}) needs experts of clusters, moe.kind is token"
 
 
-def _cluster_rules(config: "Config") -> Iterable[str]:
+def _cluster_rules(config: Config) -> Iterable[str]:
     cluster, depth = config.cluster, config.model.shape.depth
     if config.base_run is not None and cluster.source != "features":
         yield (
@@ -78,7 +152,7 @@ def _cluster_rules(config: "Config") -> Iterable[str]:
             yield f"cluster.feature_block ({block}) must be a block below {depth}"
 
 
-def _parallel_rules(config: "Config") -> Iterable[str]:
+def _parallel_rules(config: Config) -> Iterable[str]:
     parallel, groups = config.parallel, config.parallel.num_groups
     workers = parallel.num_workers
     if parallel.fewest_workers > workers:
@@ -114,7 +188,7 @@ def _parallel_rules(config: "Config") -> Iterable[str]:
             )
 
 
-def cross_field_errors(config: "Config") -> list[str]:
+def cross_field_errors(config: Config) -> list[str]:
     """Every rule that ties two fields together and that `config` breaks."""
     rules = (_model_rules, _stage_rules, _expert_rules, _cluster_rules, _parallel_rules)
     broken, data = [text for rule in rules for text in rule(config)], config.data

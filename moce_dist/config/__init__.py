@@ -1,0 +1,75 @@
+"""Typed configuration: one frozen tree, YAML files that hold only differences, `--set` overrides.
+
+sections.py   fields, defaults, bounds and roles of all sections but
+transfer.py   that of transfers
+tree.py       the whole, and the rules that tie fields together
+loading.py    from files and overrides to a checked configuration, and back
+"""
+
+from moce_dist.config.loading import (
+    checked,
+    identity,
+    json_schema,
+    load_config,
+    make_config,
+    read_resolved,
+    roles,
+    to_yaml,
+)
+from moce_dist.config.sections import (
+    WEIGHT_FILES,
+    CheckpointConfig,
+    ClusterConfig,
+    DataConfig,
+    GateConfig,
+    HardwareConfig,
+    LoggingConfig,
+    ModelConfig,
+    MoeConfig,
+    ParallelConfig,
+    Role,
+    RunConfig,
+    StageConfig,
+)
+from moce_dist.config.transfer import (
+    ContinuedConfig,
+    DetectionConfig,
+    FinetuneConfig,
+    SegmentationConfig,
+    Selection,
+    SuiteEntry,
+    TransferConfig,
+)
+from moce_dist.config.tree import Config
+
+__all__ = [
+    "WEIGHT_FILES",
+    "CheckpointConfig",
+    "ClusterConfig",
+    "Config",
+    "ContinuedConfig",
+    "DataConfig",
+    "DetectionConfig",
+    "FinetuneConfig",
+    "GateConfig",
+    "HardwareConfig",
+    "LoggingConfig",
+    "ModelConfig",
+    "MoeConfig",
+    "ParallelConfig",
+    "Role",
+    "RunConfig",
+    "SegmentationConfig",
+    "Selection",
+    "StageConfig",
+    "SuiteEntry",
+    "TransferConfig",
+    "checked",
+    "identity",
+    "json_schema",
+    "load_config",
+    "make_config",
+    "read_resolved",
+    "roles",
+    "to_yaml",
+]

@@ -1,0 +1,104 @@
+"""How a configuration is made: from YAML files that hold differences, and `--set` overrides.
+
+Every mistake of a request is reported at once, each with its dotted path, the value and the rule.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moce_dist.config.sections import Role
+from moce_dist.config.tree import Config, cross_field_errors
+from moce_dist.settings import ConfigError, Section, dump_yaml, flatten, read_tree, validate
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def checked(config: ConfigT) -> ConfigT:
+    """Return a configuration that breaks no rule.
+
+    Raises:
+        ConfigError: naming every rule that it breaks.
+    """
+    if broken := cross_field_errors(config):
+        raise ConfigError("; ".join(broken))
+    return config
+
+
+def make_config(tree: dict[str, Any]) -> Config:
+    """Build a checked `Config` from nested dicts.
+
+    Raises:
+        ConfigError: naming every unknown key, wrong type and broken rule.
+    """
+    return checked(validate(Config, tree))
+
+
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file of differences, apply `a.b=value` overrides, check everything.
+
+    Raises:
+        ConfigError: the file is missing, is not a mapping, or holds a mistake.
+    """
+    return make_config(read_tree(path, overrides))
+
+
+def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = None) -> Config:
+    """Read the configuration that a run was made with, and lay a file and overrides over it.
+
+    A run of version 0.1 is read too; what is laid over it must have the names of this version.
+
+    Raises:
+        ConfigError: an override is wrong, or this version does not know a setting of the run.
+    """
+    saved = read_tree(path)
+    # version 0.1 listed the settings of benchmarks too, and had other names
+    saved.pop("bench", None)
+    _rename(saved)
+    tree = read_tree(over, overrides, under=saved)
+    try:
+        return validate(Config, tree)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: does not fit this version of moce_dist: {error}") from None
+
+
+def _rename(tree: dict[str, Any]) -> None:
+    for old, new in Config.RENAMED.items():
+        section, prefix = old.split(".")
+        fields = tree.get(section, {})
+        for name in [name for name in fields if name.startswith(prefix)]:
+            inner = fields.setdefault(new.split(".")[1], {})
+            inner[name.removeprefix(prefix)] = fields.pop(name)
+
+
+@cache
+def roles(config: type[Config] = Config) -> dict[str, Role]:
+    """Role of every field of a configuration, by dotted path, as it stands in its type."""
+    return dict(_roles(config, "", Role.IDENTITY))
+
+
+def _roles(section: type[Section], prefix: str, outer: Role) -> Iterator[tuple[str, Role]]:
+    for name, field in section.model_fields.items():
+        role = next((each for each in field.metadata if isinstance(each, Role)), outer)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _roles(field.annotation, f"{prefix}{name}.", role)
+        else:
+            yield f"{prefix}{name}", role
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """Select the fields that decide what a run learns, as {dotted path: value}."""
+    role = roles(type(config))
+    flat = flatten(config.model_dump(mode="json"))
+    return {path: value for path, value in flat.items() if role[path] is not Role.RUNTIME}
+
+
+def to_yaml(config: Config) -> str:
+    """Write the resolved configuration as YAML."""
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the configuration, for completion in editors."""
+    return Config.model_json_schema()

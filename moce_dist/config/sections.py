@@ -1,0 +1,370 @@
+"""The sections of a configuration but that of transfers: fields, defaults, bounds, roles.
+
+Every default stands here and nowhere else. Derived values are properties, never written back. The
+role of a field is in its type:
+
+    int               decides what a run learns (identity); a continued run keeps its base run's
+    Continued[int]    decides what a run learns; a run with `base_run` may have another
+    Runtime[int]      may change between two starts of a run
+
+A section's role is that of all its fields.
+"""
+
+from enum import Enum
+from typing import Annotated, Literal, NamedTuple, TypeVar
+
+from pydantic import Field
+
+from moce_dist.settings import Section
+from moce_dist.workers import legal_worker_counts
+
+T = TypeVar("T")
+
+
+class Role(Enum):
+    """What a field has to do with a run directory."""
+
+    IDENTITY = "identity"
+    CONTINUED = "continued"
+    RUNTIME = "runtime"
+
+
+Continued = Annotated[T, Role.CONTINUED]
+Runtime = Annotated[T, Role.RUNTIME]
+
+
+class RunConfig(Section):
+    """Where run directories live."""
+
+    root: str = "runs"
+    """Folder in which a relative `--run` is resolved."""
+
+
+class DataConfig(Section):
+    """What is read, and how one image becomes a training sample."""
+
+    source: Continued[str] = ""
+    """`folder:PATH`, `shards:PATTERN`, `sample:NAME`, `index:DIR` (ingested, with index.json)."""
+    image_size: int = Field(224, ge=8, le=2048)
+    """Side of the square crop, pixels."""
+    crop_scale_min: Continued[float] = Field(0.2, gt=0, le=1)
+    """Smallest share of the image's area that RandomResizedCrop takes."""
+    hflip: Continued[bool] = True
+    """Mirror half of the images."""
+    holdout_fraction: Continued[float] = Field(0.01, ge=0, lt=0.5)
+    """Share of the images kept out of training, for the held-out loss."""
+    shard_bytes: Runtime[int] = Field(256 * 2**20, ge=2**16)
+    """Size at which a tar is closed, bytes."""
+    decode_on: Continued[Literal["loader", "device"]] = "loader"
+    """`device`: JPEG crops of training are decoded by the GPU (nvImageCodec), not by loaders."""
+    loader_processes: Runtime[int] = Field(4, ge=0)
+    """Decoding processes per worker, threads where a GPU makes features; 0: the worker decodes."""
+    prefetch_batches: Runtime[int] = Field(2, ge=1)
+    """Batches that every loader process keeps ready."""
+    stall_timeout_s: Runtime[float] = Field(300, gt=0)
+    """A loader that delivers nothing for so long ends the run, seconds."""
+    read_ahead_bytes: Runtime[int] = Field(32 * 2**20, ge=1)
+    """What a loader process reads of coming steps at once, bytes; it holds twice as much."""
+    read_timeout_s: Runtime[float] = Field(60, gt=0)
+    """A request to remote storage that takes longer is repeated, seconds."""
+    read_deadline_s: Runtime[float] = Field(240, gt=0)
+    """Requests are repeated for so long; then the samples are faults. Less than the stall's."""
+    keep: Runtime[Literal["none", "memory"]] = "none"
+    """`memory`: a worker keeps samples after their first use, small ones decoded; transfers too."""
+    keep_bytes: Runtime[int] = Field(2**30, ge=1)
+    """What a worker keeps at most; what does not fit is read at every use."""
+    cache: Runtime[str | None] = None
+    """Folder on a node's own disk for samples of remote shards; all ranks of the node share it."""
+    cache_bytes: Runtime[int] = Field(100 * 2**30, ge=1)
+    """What a data set may take of it: as many samples as fit are kept, and always the same ones."""
+    allow_pipes: Runtime[bool] = False
+    """Let ingest run the shell commands of `shards:pipe:COMMAND`, which write a tar each."""
+    max_fault_fraction: Runtime[float] = Field(0.01, ge=0, le=1)
+    """Share of unreadable images of a data set over which a job stops."""
+
+
+WEIGHT_FILES = (".pth", ".pt", ".safetensors")
+"""Endings of files with weights; another name is one of timm's hub."""
+
+
+class ViTShape(NamedTuple):
+    """Width D, depth and heads of an encoder."""
+
+    width: int
+    depth: int
+    num_heads: int
+
+
+VIT_SIZES = {
+    "tiny": ViTShape(192, 12, 3),
+    "small": ViTShape(384, 12, 6),
+    "base": ViTShape(768, 12, 12),
+    "large": ViTShape(1024, 24, 16),
+    "huge": ViTShape(1280, 32, 16),
+}
+
+
+class ModelConfig(Section):
+    """The masked autoencoder. Source: He et al. 2022, arXiv 2111.06377, table 8 and section 3."""
+
+    size: Literal["tiny", "small", "base", "large", "huge"] = "base"
+    """Named encoder shape; `width`, `depth` and `num_heads` override single numbers of it."""
+    width: int | None = Field(None, ge=8)
+    """Encoder width D."""
+    depth: int | None = Field(None, ge=1)
+    """Encoder blocks."""
+    num_heads: int | None = Field(None, ge=1)
+    """Attention heads of the encoder."""
+    patch_size: int = Field(16, ge=1)
+    """Side of a patch, pixels."""
+    decoder_width: int = Field(512, ge=8)
+    """Decoder width."""
+    decoder_depth: int = Field(8, ge=1)
+    """Decoder blocks."""
+    decoder_num_heads: int = Field(16, ge=1)
+    """Attention heads of the decoder."""
+    mask_ratio: Continued[float] = Field(0.75, gt=0, lt=1)
+    """Share of patches hidden from the encoder."""
+    norm_pix_loss: bool = True
+    """Predict patches normalised by their own mean and variance."""
+    init: Continued[str | None] = None
+    """Weights to start from: a published MAE `.pth`, a timm `.safetensors`, or a timm hub name."""
+
+    @property
+    def shape(self) -> ViTShape:
+        """Encoder shape after overrides."""
+        named = VIT_SIZES[self.size]
+        return ViTShape(
+            self.width or named.width, self.depth or named.depth, self.num_heads or named.num_heads
+        )
+
+
+class MoeConfig(Section):
+    """Which encoder blocks carry experts, and what routes to them."""
+
+    kind: Literal["cluster", "token", "dense"] = "cluster"
+    """MoCE; the baseline whose tokens choose experts, by DeepSpeed's own layer; no experts."""
+    capacity_factor: Continued[float] = Field(1.25, gt=0)
+    """Tokens that an expert takes over its even share (kind token); more are dropped."""
+    num_experts: int = Field(8, ge=1)
+    """Experts per MoE layer, E."""
+    layers: tuple[int, ...] | None = None
+    """Blocks whose MLP becomes experts, by index; default every second one, the last included."""
+
+    shared_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of an MoE block's hidden units that are no expert's: all images go through them."""
+    lr_scale: Continued[float] = Field(1.0, gt=0)
+    """The experts' learning rate over the model's."""
+    mean_decay: Continued[float | None] = Field(None, ge=0)
+    """Weight decay of experts towards their mean, in place of the stage's towards 0."""
+
+    def layer_indices(self, depth: int) -> tuple[int, ...]:
+        """Return the indices of the MoE blocks of an encoder of `depth` blocks."""
+        if self.kind == "dense":
+            return ()
+        if self.layers is not None:
+            return self.layers
+        return tuple(range((depth + 1) % 2, depth, 2))
+
+
+class GateConfig(Section):
+    """Cluster-conditional gate. Source: Liu et al. 2023, arXiv 2402.05382, section 3."""
+
+    combine: Literal["prob", "straight_through"] = "straight_through"
+    """Weight of an expert's output: its probability p, or p / stop_gradient(p)."""
+    assign: Continued[Literal["argmax", "balanced", "fixed"]] = "argmax"
+    """A cluster's best expert; the best at equal loads; similar clusters share one, unlearnt."""
+    groups: Literal["free", "shared"] = "free"
+    """Choose among all experts, or keep a cluster in one expert group in all layers."""
+    noise: Continued[float] = Field(1.0, ge=0)
+    """Training noise at the start: standard deviation over the spread of the logits."""
+    noise_fraction: Continued[float] = Field(0.5, ge=0, le=1)
+    """Share of the training over which the noise falls linearly to 0."""
+    balance_weight: Continued[float] = Field(0.01, ge=0)
+    """Coefficient alpha of the balance loss."""
+    confidence_weight: Continued[float] = Field(0.01, ge=0)
+    """Coefficient beta of the confidence loss."""
+    lr_scale: Continued[float] = Field(1.0, gt=0)
+    """The gate's learning rate over the model's."""
+    refresh_steps: Continued[int] = Field(1, ge=1)
+    """Steps between two routing tables."""
+
+
+class ClusterConfig(Section):
+    """Balanced clustering of the features."""
+
+    num_clusters: int = Field(256, ge=1)
+    """Number of clusters, K."""
+    source: Continued[Literal["features", "random", "folder"]] = "features"
+    """Clusters of similar features; drawn at random; the domains (first folders of the keys)."""
+    encoder: str = Field("mae", pattern=r"^(mae|pixels|timm:.+|.+[.](pth|pt|safetensors))$")
+    """Whose features: `mae` (the run's), `pixels`, `timm:NAME`, a file of published MAE weights."""
+    feature_block: int | None = Field(None, ge=0)
+    """Block of the MAE's encoder whose patch tokens are the features; None: the last, normed."""
+    balance: Continued[Literal["exact", "soft", "off"]] = "exact"
+    """Sizes differ by at most one; sizes within `soft_bound` of the mean; plain k-means."""
+    spherical: Continued[bool] = False
+    """Centroids have length 1; rows of `--features` are scaled to it, zero rows are refused."""
+    soft_bound: Continued[float] = Field(1.1, gt=1)
+    """Largest cluster over the mean size under `soft`."""
+    iterations: Continued[int] = Field(25, ge=1)
+    """Upper bound on the iterations of k-means."""
+    tolerance: Continued[float] = Field(1e-4, ge=0)
+    """Relative change of the objective below which k-means stops."""
+    block_rows: Continued[int] = Field(8192, ge=1)
+    """Rows in the unit of work; results do not depend on who computes a block."""
+    num_candidates: Continued[int] = Field(16, ge=2)
+    """Nearest clusters per image that the exact finish may move it to."""
+    border_rows: Runtime[int] = Field(2**20, ge=1)
+    """Images between two clusters that the driver holds under balance, at 0.5 KB each."""
+    index_from: Continued[int] = Field(16_384, ge=2)
+    """Clusters from which on the search uses an index over them where that is faster."""
+    index_recall: Continued[float] = Field(0.98, gt=0, le=1)
+    """Share of the best clusters that the index finds at least; more is slower."""
+    batch_size: Continued[int] = Field(256, ge=1)
+    """Images per forward pass when features are computed."""
+    with_prices: Continued[bool] = True
+    """With `base_run`: assign under the prices that balanced its clusters, where it has any."""
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class StageConfig(Section):
+    """Optimisation of one training stage."""
+
+    epochs: float = Field(800, ge=0)
+    """Passes over the data; `mae.epochs: 0` takes the weights of `model.init` as they are."""
+    warmup_epochs: float = Field(40, ge=0)
+    """Linear warm-up of the learning rate."""
+    batch_size: int = Field(4096, ge=1)
+    """Images per optimiser step over all workers, B."""
+    base_lr: float = Field(1.5e-4, gt=0)
+    """Learning rate per 256 images: lr = base_lr * batch_size / 256."""
+    min_lr: float = Field(0.0, ge=0)
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = Field(0.05, ge=0)
+    """AdamW's decay of matrices; biases, norms and tokens have none."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """AdamW's moment coefficients."""
+    clip_norm: float = Field(0.0, ge=0)
+    """Global gradient norm to clip to; 0 does not clip."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """SGD is there for equality checks: its steps are linear in the gradient."""
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate. Source: Goyal et al. 2017, linear scaling."""
+        return self.base_lr * self.batch_size / 256
+
+
+class ParallelConfig(Section):
+    """Ranks, expert groups and numerics."""
+
+    num_workers: Runtime[int] = Field(1, ge=1)
+    """Training processes R, one per GPU; R is a multiple or a divisor of `num_groups`."""
+    min_workers: Runtime[int | None] = Field(None, ge=1)
+    """Fewest processes to start or go on with when nodes are missing; None: all `num_workers`."""
+    num_groups: Continued[int] = Field(1, ge=1)
+    """Logical expert groups G, fixed for a run."""
+    micro_batches: Runtime[int] = Field(1, ge=1)
+    """Forward and backward passes per optimiser step on `num_workers` ranks; more on fewer."""
+    zero_stage: Runtime[Literal[0, 1, 2]] = 0
+    """DeepSpeed's partitioning of optimiser state (1) and gradients (2)."""
+    precision: Continued[Literal["fp32", "bf16"]] = "bf16"
+    """Matrix products of the model; weights, gradients and moments are float32, never TF32."""
+    deterministic: Runtime[bool] = False
+    """On GPUs take repeatable kernels only, so that a resumed run has the same bits; slower."""
+    reduce_dtype: Continued[Literal["fp32", "bf16"]] = "fp32"
+    """Type in which gradients are summed over the ranks; bf16 halves what travels."""
+    threads_per_worker: Runtime[int] = Field(1, ge=1)
+    """CPU threads of a worker's tensor operations; 1 gives repeatable sums."""
+    compile: Runtime[bool] = False
+    """torch.compile of the blocks; of those with experts only the attention."""
+    activation_checkpointing: Runtime[bool] = False
+    """Keep no activations inside blocks and compute them again in the backward pass."""
+    use_gpu: Continued[bool | Literal["auto"]] = "auto"
+    """Give every worker a GPU; auto: when there is one."""
+    replan_steps: Continued[int] = Field(100, ge=1)
+    """Steps between two placements."""
+    max_failures: Runtime[int] = Field(3, ge=0)
+    """Restarts after the loss of a worker whose node lives on."""
+    max_preemptions: Runtime[int] = Field(1000, ge=0)
+    """Restarts after the loss, or the announced loss, of a worker's node."""
+    start_timeout_s: Runtime[float] = Field(600, gt=0)
+    """Time in which nodes with room for the fewest workers must be there, seconds."""
+    step_timeout_s: Runtime[float] = Field(300, gt=0)
+    """A rank in one step for so long, and for ten times the median, is restarted, seconds."""
+
+    @property
+    def fewest_workers(self) -> int:
+        """Fewest ranks that a stage is trained on."""
+        return self.num_workers if self.min_workers is None else self.min_workers
+
+    def micro_batches_on(self, num_ranks: int, batch_size: int) -> int:
+        """Micro-batches of a step on `num_ranks` ranks.
+
+        The fewest under which no rank holds more images at a time than on `num_workers` ranks.
+        """
+        images = batch_size // num_ranks
+        fewest = -(-self.num_workers * self.micro_batches // num_ranks)
+        return next((m for m in range(fewest, images) if images % m == 0), images)
+
+    def worker_counts(self, batch_size: int) -> list[int]:
+        """Numbers of workers that a stage may start on, the most first.
+
+        `num_workers` and what is legal from there down to `min_workers`; micro-batches adapt.
+        """
+        legal = legal_worker_counts(self.num_groups, batch_size, 1, self.num_workers - 1)
+        fewer = [r for r in legal if r >= self.fewest_workers]
+        return [self.num_workers, *reversed(fewer)]
+
+
+class CheckpointConfig(Section):
+    """When training state is saved."""
+
+    every_steps: int = Field(500, ge=1)
+    """Steps between two checkpoints; the last step is always saved."""
+    keep: int = Field(2, ge=1)
+    """Complete checkpoints kept."""
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    every_steps: int = Field(20, ge=1)
+    """Steps between two lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files."""
+
+
+class HardwareConfig(Section):
+    """What `--dry-run` reckons a step's time with; the defaults are nodes of eight H100 SXM."""
+
+    gpus_per_node: int = Field(8, ge=1)
+    """Ranks of a node, which share its cards and cores."""
+    bf16_tflops: float = Field(989, gt=0)
+    """Peak of a GPU's dense bfloat16 products, TFLOP/s; float32 is reckoned at a sixteenth."""
+    utilisation: float = Field(0.4, gt=0, le=1)
+    """Share of the peak that forward and backward pass reach."""
+    memory_gb_s: float = Field(3350, gt=0)
+    """Bandwidth of a GPU's memory, GB/s."""
+    memory_gib: float = Field(80, gt=0)
+    """Memory of a GPU, GiB."""
+    node_gbit_s: float = Field(400, gt=0)
+    """A node's network, all its cards together, Gbit/s each way."""
+    nvlink_gb_s: float = Field(450, gt=0)
+    """What a GPU sends to those of its own node, GB/s each way."""
+    host_ms: float = Field(5, ge=0)
+    """Time of a step in which the host keeps the GPU waiting, ms."""
+    decode_images_s: float = Field(400, gt=0)
+    """Training samples that one loader process makes a second."""
+    sample_kb: float = Field(110, gt=0)
+    """Size of an encoded image, KB (1,000 bytes)."""
+    num_images: int | None = Field(None, ge=1)
+    """Images of the data set; None: of the run's index, where it is made."""
+    images_leaving: float | None = Field(None, ge=0, le=1)
+    """Share of images times layers whose expert is elsewhere; None: 0 with shared groups, else
+    that of images placed at random."""
+    terms: str | None = None
+    """File of measured terms, which go before these fields: `{"host_ms": 3.1, ...}`."""
