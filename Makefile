@@ -61,8 +61,8 @@ $(CHECKOV): checkov.txt | $(READY)
 	@touch $@
 
 test: check $(CHECKOV) ## Check, then all tests except the long ones
-	$(BIN)/python -m pytest -m "not long" -n logical --maxprocesses 4 --dist loadfile tests/unit
-	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadgroup --ignore tests/unit
+	$(BIN)/python -m pytest -m "not long" --durations 20 -n logical --maxprocesses 4 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -m "not long" --durations 20 -n 2 --dist loadgroup --ignore tests/unit
 
 test-long: $(READY) ## The full matrices
 	$(BIN)/python -m pytest -m long

@@ -1,11 +1,10 @@
 """Real processes for distributed tests: one warm pool per world size, gloo between them.
 
-DeepSpeed takes seconds to import, so the processes of a pool live for the whole session. A test
-names a function of cases.py; every process of the pool calls it with the same arguments and
-returns a result.
+DeepSpeed and what comes with it take seconds to import, so that is done once, in a server that all
+processes are forked from, and a pool lives for the whole session. A test names a function of
+cases.py; every process of the pool calls it with the same arguments and returns a result.
 """
 
-import contextlib
 import importlib.util
 import io
 import multiprocessing
@@ -14,6 +13,7 @@ import socket
 import sys
 import tempfile
 import traceback
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from moce_dist.data.writer import ShardWriter
 
 TIMEOUT_S = 240
 CASES = Path(__file__).parent / "cases.py"
+PRELOADED = ("moce_dist.train.loop", "segmentation_models_pytorch", "sklearn.linear_model")
 
 
 def load_cases():
@@ -49,8 +50,8 @@ def _serve(rank, world_size, port, pipe):
     log = Path(tempfile.gettempdir()) / f"moce-pool-{os.getppid()}-{world_size}-{rank}.log"
     sys.stdout = sys.stderr = log.open("w")
     cases = load_cases()
-    while (call := pipe.recv()) is not None:
-        name, arguments = call
+    while True:
+        name, arguments = pipe.recv()
         try:
             pipe.send((True, getattr(cases, name)(**arguments)))
         except BaseException:  # noqa: BLE001 - the test must hear of anything
@@ -63,11 +64,22 @@ def _free_port():
         return server.getsockname()[1]
 
 
+def _preloaded():
+    """Start the server that has the heavy imports behind it; no thread runs in it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("OMP_NUM_THREADS", "1")
+        environment.setenv("CUDA_VISIBLE_DEVICES", "")
+        forkserver.ensure_running()
+    return context
+
+
 class Pool:
     """Processes that form one gloo group; a failed or hung call ends them."""
 
     def __init__(self, world_size):
-        context = multiprocessing.get_context("spawn")
+        context = _preloaded()
         port = _free_port()
         self._pipes, self._processes = [], []
         for rank in range(world_size):
@@ -85,11 +97,11 @@ class Pool:
         results = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_S):
-                self.close()
+                self.kill()
                 pytest.fail(f"{name}: rank {rank} did not answer within {TIMEOUT_S} s")
             is_good, result = pipe.recv()
             if not is_good:
-                self.close()
+                self.kill()
                 pytest.fail(f"{name}: rank {rank}:\n{result}")
             results.append(result)
         return results
@@ -103,20 +115,12 @@ class Pool:
         """End all processes by SIGKILL."""
         for process in self._processes:
             process.kill()
+        for process in self._processes:
             process.join()
 
     @property
     def is_alive(self):
         return all(process.is_alive() for process in self._processes)
-
-    def close(self):
-        for pipe in self._pipes:
-            with contextlib.suppress(OSError):
-                pipe.send(None)
-        for process in self._processes:
-            process.join(5)
-            process.kill()
-            process.join()
 
 
 @pytest.fixture(scope="session")
@@ -131,7 +135,7 @@ def pools():
 
     yield pool
     for each in alive.values():
-        each.close()
+        each.kill()
 
 
 def _picture(draws):
