@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 500
@@ -174,6 +175,17 @@ def run_job(start):
 
     def run(job, *arguments, env=None):
         return start(job, *arguments, env=env).finish()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def ask():
+    """Run a job that is refused, or only plans, in this process: no interpreter has to start."""
+
+    def run(job, *arguments):
+        done = run_here(job, *arguments)
+        return Result(done.returncode, done.stdout, done.stderr)
 
     return run
 

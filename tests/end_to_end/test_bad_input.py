@@ -37,21 +37,21 @@ ALONE = ("parallel.num_workers=1", "data.holdout_fraction=0")
     ],
 )
 def test_a_wrong_request_names_the_field_and_writes_nothing(
-    run_job, arguments, tmp_path, override, parts
+    ask, arguments, tmp_path, override, parts
 ):
-    result = run_job("pretrain", *arguments(tmp_path / "run"), "--set", override)
+    result = ask("pretrain", *arguments(tmp_path / "run"), "--set", override)
     result.assert_refused(2, *parts)
     assert len(result.err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("name", "reason"), [(None, "is empty"), ("a.txt", "holds no images")])
-def test_a_folder_without_pictures_is_refused(run_job, arguments, tmp_path, name, reason):
+def test_a_folder_without_pictures_is_refused(ask, arguments, tmp_path, name, reason):
     folder = tmp_path / "pictures"
     folder.mkdir()
     if name is not None:
         (folder / name).write_text("no picture")
-    result = run_job("pretrain", *arguments(tmp_path / "run", source=f"folder:{folder}"))
+    result = ask("pretrain", *arguments(tmp_path / "run", source=f"folder:{folder}"))
     result.assert_refused(2, folder, reason)
     assert not (tmp_path / "run").exists()
 

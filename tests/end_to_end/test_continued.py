@@ -192,10 +192,10 @@ def test_with_prices_the_same_pictures_spread_otherwise(continued, run_job, comm
     assert priced.sum() == nearest.sum() and priced.tolist() != nearest.tolist()
 
 
-def test_what_does_not_fit_the_base_is_refused(run_job, command, arguments, finished, tmp_path):
+def test_what_does_not_fit_the_base_is_refused(ask, command, arguments, finished, tmp_path):
     run = tmp_path / "run"
-    refused = run_job("pretrain", *command(run, "moe.num_experts=2", "cluster.num_clusters=16"))
+    refused = ask("pretrain", *command(run, "moe.num_experts=2", "cluster.num_clusters=16"))
     refused.assert_refused(2, finished, "moe.num_experts: 4 -> 2", "cluster.num_clusters: 8 -> 16")
-    missing = run_job("pretrain", *arguments(run, f"base_run={tmp_path / 'none'}"))
+    missing = ask("pretrain", *arguments(run, f"base_run={tmp_path / 'none'}"))
     missing.assert_refused(2, "base_run", tmp_path / "none", "is not a run directory")
     assert not run.exists()

@@ -52,14 +52,14 @@ def test_run_with_an_encoder_of_another_width(tmp_path, run_job, arguments, over
 
 
 def test_encoder_that_does_not_exist_is_refused_before_anything_is_written(
-    tmp_path, run_job, arguments
+    tmp_path, ask, arguments
 ):
     name = "timm:no_such_model"
-    result = run_job("pretrain", *arguments(tmp_path / "run", f"cluster.encoder={name}"))
+    result = ask("pretrain", *arguments(tmp_path / "run", f"cluster.encoder={name}"))
     result.assert_refused(2, f"cluster.encoder ({name}): is no model of timm's with weights")
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_names_the_encoder(tmp_path, run_job, arguments):
+def test_dry_run_names_the_encoder(tmp_path, ask, arguments):
     flags = arguments(tmp_path / "run", f"cluster.encoder={ENCODER}")
-    assert f"features of {ENCODER}" in run_job("pretrain", *flags, "--dry-run").assert_done().out
+    assert f"features of {ENCODER}" in ask("pretrain", *flags, "--dry-run").assert_done().out

@@ -75,8 +75,9 @@ def test_a_fork_changes_the_rate_and_remembers_where_it_came_from(
         (20, ("--config", "x.yaml"), ("--config: not with --fork",)),
     ],
 )
-def test_what_a_fork_may_not_do_is_refused(fork, base, tmp_path, step, flags, parts):
-    fork(base, step, *flags).assert_refused(2, *parts)
+def test_what_a_fork_may_not_do_is_refused(ask, base, tmp_path, step, flags, parts):
+    command = ("--fork", base, "--at", step, "--run", tmp_path / "run", *flags, *STAGE)
+    ask("pretrain", *command).assert_refused(2, *parts)
     assert not (tmp_path / "run").exists()
 
 

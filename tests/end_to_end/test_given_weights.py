@@ -41,14 +41,12 @@ def test_no_step_of_stage_mae_is_needed(published, run_job, arguments, tmp_path)
     assert re.search(r"MAE loss: taken as given, held-out: \d\.\d+ on \d+ images", shown)
 
 
-def test_weights_that_are_not_there_or_do_not_fit_are_refused(
-    published, run_job, arguments, tmp_path
-):
+def test_weights_that_are_not_there_or_do_not_fit_are_refused(published, ask, arguments, tmp_path):
     run = tmp_path / "run"
-    without = run_job("pretrain", *arguments(run, "mae.epochs=0"))
+    without = ask("pretrain", *arguments(run, "mae.epochs=0"))
     without.assert_refused(2, "mae.epochs (0) needs model.init")
     missing = arguments(run, "mae.epochs=0", f"model.init={tmp_path}/none.pth")
-    run_job("pretrain", *missing).assert_refused(2, "model.init", "none.pth): no such file")
+    ask("pretrain", *missing).assert_refused(2, "model.init", "none.pth): no such file")
     other = arguments(run, "mae.epochs=0", f"model.init={published}", "model.width=64")
-    run_job("pretrain", *other).assert_refused(2, "model.init", "the configured model needs")
+    ask("pretrain", *other).assert_refused(2, "model.init", "the configured model needs")
     assert not run.exists()

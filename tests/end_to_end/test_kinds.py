@@ -22,11 +22,11 @@ def kind(request):
 
 
 @pytest.fixture(scope="module")
-def made(kind, tmp_path_factory, run_job, arguments):
+def made(kind, tmp_path_factory, run_job, ask, arguments):
     """A finished run of that kind, with `control: true`, and what the jobs said."""
     root = tmp_path_factory.mktemp(kind) / "run"
     flags = arguments(root, *SHORT, f"moe.kind={kind}", "control=true")
-    plan = run_job("pretrain", *flags, "--dry-run").assert_done().out
+    plan = ask("pretrain", *flags, "--dry-run").assert_done().out
     done = run_job("pretrain", *flags).assert_done()
     return root, plan, done
 
@@ -108,22 +108,22 @@ def test_report_summary_and_predictions(made, kind, transferred, run_job, capsys
     assert "probability" in json.loads(capsys.readouterr().out)["classes"][0]
 
 
-def test_what_it_does_not_have_is_refused_in_one_line(made, kind, task, run_job):
+def test_what_it_does_not_have_is_refused_in_one_line(made, kind, task, ask):
     root, named = made[0], "moe.kind " + kind
     flags = ("--run", root, "--task", "imagefolder", "--data", task)
-    refused = run_job("transfer", *flags, "--backbone", "moce,mae")
+    refused = ask("transfer", *flags, "--backbone", "moce,mae")
     refused.assert_refused(2, "--backbone moce", OTHERS[kind], named, ", ".join(KINDS[kind]))
-    run_job("transfer", *flags, "--experts", "0,0").assert_refused(2, "--experts", named)
+    ask("transfer", *flags, "--experts", "0,0").assert_refused(2, "--experts", named)
     with pytest.raises(ConfigError, match="has no routes: the run has"):
         command(["routes", str(root)])
-    shown = run_job("transfer", *flags, "--dry-run").assert_done().out
+    shown = ask("transfer", *flags, "--dry-run").assert_done().out
     assert f"backbones  {', '.join(KINDS[kind])}" in shown and named in shown
 
 
 def test_doctor_and_configuration(kind, tmp_path, capsys, config):
     path = tmp_path / "kind.yaml"
     path.write_text(config.read_text().replace("moe: {", f"moe: {{kind: {kind}, "))
-    from moce_dist.__main__ import picture
+    from moce_dist.doctor import topology_lines
 
-    lines = "\n".join(picture(load_config(path)))
+    lines = "\n".join(topology_lines(load_config(path)))
     assert ("no experts" in lines) == (kind == "dense")

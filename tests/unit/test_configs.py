@@ -3,12 +3,11 @@
 import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from benches.settings import load_bench_config
+from in_process import run_here
 
 from moce_dist.config import load_config
 from moce_dist.study.request import json_schema, read_study
@@ -60,12 +59,6 @@ def test_config_of_a_run_opens_with_its_cost_and_result(path):
 @pytest.mark.parametrize("path", PRETRAIN, ids=name)
 def test_pretraining_config_dry_runs(path, tmp_path):
     run = tmp_path / "run"
-    done = subprocess.run(
-        [sys.executable, "jobs/pretrain.py", "--config", path, "--run", run, "--dry-run"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    done = run_here("pretrain", "--config", path, "--run", run, "--dry-run")
     assert done.returncode == 0, done.stderr
     assert done.stdout and not run.exists()

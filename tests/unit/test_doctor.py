@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from in_process import run_here
 
 from moce_dist import doctor
 from moce_dist.config import json_schema, make_config
@@ -49,7 +50,7 @@ def test_gpu_that_is_asked_for_and_missing_fails_with_advice(tmp_path):
 def test_wrong_config_is_2_with_one_line(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("parallel: {workers: 2}")
-    done = run("--config", str(config))
+    done = run_here("moce_dist", "--config", config)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: parallel.workers = 2: unknown key\n"
 
@@ -115,7 +116,7 @@ def test_lines_name_the_smaller_starts_of_an_elastic_run():
 
 
 def test_schema_for_editors_is_the_one_of_the_code():
-    printed = run("schema")
+    printed = run_here("moce_dist", "schema")
     assert printed.returncode == 0 and json.loads(printed.stdout) == json_schema()
     committed = (ROOT / "configs" / "schema.json").read_text()
     assert committed == printed.stdout, "renew it with: make schema"

@@ -3,12 +3,11 @@
 import itertools
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -28,9 +27,7 @@ COMMANDS = sorted(
 
 @cache
 def help_of(job):
-    done = subprocess.run(
-        [sys.executable, job, "--help"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = run_here(Path(job).stem, "--help")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

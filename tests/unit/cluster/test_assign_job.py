@@ -1,15 +1,13 @@
 """jobs/cluster.py --assign-to: new features and clusters that are there, as a user asks for it."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from in_process import run_here
 
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.config import ClusterConfig
@@ -115,14 +113,7 @@ def test_flags_that_do_not_go_together_are_refused(tmp_path, old):
 def test_wrong_request_is_status_2_in_one_line(tmp_path, old, name, dim, parts):
     new, out = save(tmp_path / "new", seed=1, dim=dim), tmp_path / "out"
     words = ["--features", new, "--assign-to", old.parent / name, "--out", out]
-    done = subprocess.run(
-        [sys.executable, "jobs/cluster.py", *map(str, words)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_here("cluster", *words)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
     for part in parts:

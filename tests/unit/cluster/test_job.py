@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import run_here
 
 from moce_dist.config import load_config
 from moce_dist.run.directory import open_run
@@ -89,7 +90,7 @@ def test_wrong_request_is_status_2_and_writes_nothing(features, tmp_path, change
     if change is not None:
         change(features)
     out = tmp_path / "out"
-    done = start("--features", features, "--num-clusters", clusters, "--out", out)
+    done = run_here("cluster", "--features", features, "--num-clusters", clusters, "--out", out)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and done.stderr.startswith("error: ")
     for part in parts:
@@ -99,7 +100,9 @@ def test_wrong_request_is_status_2_and_writes_nothing(features, tmp_path, change
 
 def test_dry_run_shows_the_plan_and_writes_nothing(features, tmp_path):
     out = tmp_path / "out"
-    done = start("--features", features, "--num-clusters", 4, "--out", out, "--dry-run")
+    done = run_here(
+        "cluster", "--features", features, "--num-clusters", 4, "--out", out, "--dry-run"
+    )
     assert done.returncode == 0
     assert "202 rows of width 5 in 2 files" in done.stdout and "50.5 rows" in done.stdout
     assert not out.exists()
@@ -108,12 +111,14 @@ def test_dry_run_shows_the_plan_and_writes_nothing(features, tmp_path):
 def test_run_keeps_its_configuration_and_refuses_another_one(tmp_path):
     config = load_config(None, ["cluster.num_clusters=8", "data.source=folder:/pictures"])
     open_run(tmp_path / "run", config)
-    plan = start("--run", tmp_path / "run", "--set", "parallel.num_workers=2", "--dry-run")
+    plan = run_here(
+        "cluster", "--run", tmp_path / "run", "--set", "parallel.num_workers=2", "--dry-run"
+    )
     assert plan.returncode == 0, plan.stderr
     assert "clusters   8," in plan.stdout and "workers    2" in plan.stdout
-    other = start("--run", tmp_path / "run", "--num-clusters", 9)
+    other = run_here("cluster", "--run", tmp_path / "run", "--num-clusters", 9)
     assert other.returncode == 2 and "cluster.num_clusters: 8 -> 9" in other.stderr
-    fresh = start("--run", tmp_path / "run", "--fresh")
+    fresh = run_here("cluster", "--run", tmp_path / "run", "--fresh")
     assert fresh.returncode == 2 and "--fresh" in fresh.stderr
-    missing = start("--run", tmp_path / "nothing")
+    missing = run_here("cluster", "--run", tmp_path / "nothing")
     assert missing.returncode == 2 and "not a run directory" in missing.stderr

@@ -1,11 +1,10 @@
 """The budget of a step: literal numbers, monotony, measured terms, and what is refused."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from in_process import run_here
 
 from moce_dist.config import load_config
 from moce_dist.cost import sizes
@@ -105,11 +104,8 @@ def test_dry_run_of_512_gpus_and_a_billion_images_marks_every_term(tmp_path):
         "hardware.num_images=1000000000", "moce.batch_size=65536", "mae.batch_size=65536",
     )  # fmt: skip
     flags = [flag for override in overrides for flag in ("--set", override)]
-    done = subprocess.run(
-        [sys.executable, "jobs/pretrain.py", "--config", "configs/pretrain/vit_base.yaml",
-         "--run", tmp_path / "run", "--dry-run", *flags],
-        capture_output=True, text=True, cwd=ROOT, check=False,
-    )  # fmt: skip
+    config = ("--config", "configs/pretrain/vit_base.yaml")
+    done = run_here("pretrain", *config, "--run", tmp_path / "run", "--dry-run", *flags)
     assert done.returncode == 0, done.stderr
     budgeted = done.stdout[done.stdout.index("budget") :].splitlines()
     assert "64 nodes of 8 GPUs" in budgeted[0]

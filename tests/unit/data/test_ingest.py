@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torchvision
 import webdataset
+from in_process import run_here
 
 from moce_dist.config import DataConfig
 from moce_dist.data import ingest as module
@@ -41,13 +42,13 @@ def contents(folder):
     }
 
 
-def job(*flags, cwd=ROOT):
+def job(*flags):
     return subprocess.run(
         [sys.executable, str(ROOT / "jobs/ingest.py"), *map(str, flags)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=cwd,
+        cwd=ROOT,
     )
 
 
@@ -522,7 +523,9 @@ def test_job_prints_a_summary_and_exits_with_zero(tmp_path, image_folder):
 
 
 def test_job_dry_run_writes_nothing(tmp_path, image_folder):
-    done = job("--source", f"folder:{image_folder}", "--out", tmp_path / "out", "--dry-run")
+    done = run_here(
+        "ingest", "--source", f"folder:{image_folder}", "--out", tmp_path / "out", "--dry-run"
+    )
     assert done.returncode == 0, done.stderr
     assert "12 images" in done.stdout
     assert not (tmp_path / "out").exists()
@@ -567,7 +570,7 @@ def test_job_writes_into_a_run(tmp_path, image_folder):
     ],
 )
 def test_wrong_request_exits_with_two_and_one_line(tmp_path, flags, message):
-    done = job(*flags, cwd=tmp_path)
+    done = run_here("ingest", *flags, folder=tmp_path)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
