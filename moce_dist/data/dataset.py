@@ -1,0 +1,201 @@
+"""The planned stream for other trainings: samples of webdataset's form, exactly once an epoch.
+
+Plain tars with an `index.json` beside them (jobs/ingest.py writes both) are read by plan, on any
+number of ranks and loader processes:
+
+    samples = PlannedSamples("/data/shards", batch_size=256, rank=rank, num_ranks=num_ranks)
+    pipeline = webdataset.FluidWrapper(samples).decode("pil").to_tuple("jpg", "cls").map(make)
+    for epoch in range(90):
+        samples.set_epoch(epoch)
+        for batch in webdataset.WebLoader(pipeline, batch_size=samples.rank_batch, num_workers=4):
+            ...
+
+Step t is the same set of B samples for every number of ranks R; rank r has slots [r b, (r + 1) b),
+b = B / R, and of P loader processes each makes every P-th step. So a batch of b samples is a rank's
+part of one step, and "so many steps are done" is the whole position: a run that was killed goes on
+with `load_state_dict({"step": t})`, on other ranks and processes too.
+
+Letters: B samples of a step over all ranks, b of a rank, R ranks, P loader processes.
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.handlers import reraise_exception
+from webdataset.tariterators import group_by_keys
+
+from moce_dist.data.cache import Wanted
+from moce_dist.data.plan import PADDING, Plan, sample_table
+from moce_dist.data.ranges import Content, RangeReader
+from moce_dist.data.shards import TAR_END, read_index
+
+Sample = dict[str, Any]
+"""`__key__`, `__url__` and the bytes of every member by its ending, as webdataset has them."""
+_WINDOW_BYTES = 2**24
+
+
+class PlannedSamples(IterableDataset[Sample]):
+    """The samples of an index in the order of a plan; one iteration is the rest of an epoch.
+
+    An iteration begins where `set_epoch` or `load_state_dict` said. A sample that cannot be read
+    goes to `handler`, as in webdataset: by default its error is raised.
+    """
+
+    def __init__(
+        self,
+        index: str | Path,
+        *,
+        batch_size: int,
+        seed: int = 0,
+        rank: int | None = None,
+        num_ranks: int | None = None,
+        handler: Callable[[Exception], bool] = reraise_exception,
+    ) -> None:
+        """Read the index of a folder or URL; ranks are torchrun's unless they are given.
+
+        Raises:
+            ConfigError: there is no index, or it is not one of ours.
+            ValueError: the ranks do not divide `batch_size`, B.
+        """
+        self._rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+        ranks = int(os.environ.get("WORLD_SIZE", "1")) if num_ranks is None else num_ranks
+        if batch_size % ranks or not 0 <= self._rank < ranks:
+            raise ValueError(
+                f"batch_size ({batch_size}) must be a multiple of num_ranks ({ranks}), and rank "
+                f"({self._rank}) one of them"
+            )
+        self.rank_batch = batch_size // ranks
+        """Samples of this rank in a step, b."""
+        found = read_index(index)
+        self._plan = Plan(sample_table(found), batch_size, seed)
+        self._starts, ends = (
+            np.array([at for shard in found.shards for at in getattr(shard, name)], np.int64)
+            for name in ("starts", "ends")
+        )
+        self._sizes = ends - self._starts
+        self._handler = handler
+        # next step, samples of it that were yielded, and whether the step is this process's own
+        self._begin = self._now = (0, 0, False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of an epoch, the last of which may be smaller."""
+        return self._plan.steps_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin the next iteration with an epoch, unless it is inside of it already."""
+        if self._begin[0] // self.steps_per_epoch != epoch:
+            self._begin = self._now = (epoch * self.steps_per_epoch, 0, False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position of this process: `step`, and `slot` in it. `{"step": t}` will do."""
+        step, slot, is_own = self._now
+        return {"step": step, "slot": slot, "is_own": is_own, **self._order}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a position, in a loader process or before there are any.
+
+        Raises:
+            ValueError: the position is of other data, another batch or seed; or it is inside of a
+                step, and of another number of ranks.
+        """
+        slot, mine = state.get("slot", 0), self._order
+        for name, value in state.items():
+            # between two steps any number of ranks may go on
+            if name in mine and value != mine[name] and (slot or name != "rank_batch"):
+                raise ValueError(f"{name} of the state is {value}, here it is {mine[name]}")
+        is_own = state.get("is_own", False) and get_worker_info() is not None
+        self._begin = self._now = (state["step"], slot, is_own)
+
+    @property
+    def _order(self) -> dict[str, int]:
+        plan = self._plan
+        return {
+            "samples": plan.table.num_samples,
+            "batch_size": plan.batch_size,
+            "seed": plan.seed,
+            "rank_batch": self.rank_batch,
+        }
+
+    def __iter__(self) -> Iterator[Sample]:
+        worker = get_worker_info()
+        first, slot, is_own = self._begin
+        stop = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
+        every = 1 if worker is None else worker.num_workers
+        mine = first if worker is None or is_own else first + worker.id
+        for step, rows, contents in self._read_ahead(range(mine, stop, every)):
+            skipped = slot if step == first else 0
+            for at in range(skipped, len(rows)):
+                # before the sample leaves: who asks then has not lost it
+                self._now = (step, at + 1, True)
+                try:
+                    sample = self._sample(int(rows[at]), contents[at])
+                except (OSError, ValueError, tarfile.TarError) as error:
+                    named = ValueError(f"{' of '.join(self._place(int(rows[at])))}: {error}")
+                    if not self._handler(named):
+                        return
+                else:
+                    yield sample
+            self._now = (step + every, 0, True)
+        if worker is None:
+            self._begin = self._now = (stop, 0, False)
+
+    def _read_ahead(self, steps: range) -> Iterator[tuple[int, Any, list[Content]]]:
+        reader = RangeReader()
+        step_bytes = max(1.0, float(self._sizes.mean())) * self.rank_batch
+        length = max(1, int(_WINDOW_BYTES / step_bytes))
+        # while a window is used up, the next one is read
+        windows = [steps[at : at + length] for at in range(0, len(steps), length)]
+        with ThreadPoolExecutor(1, "read-ahead") as thread:
+            ahead = [thread.submit(self._read, window, reader) for window in windows[:1]]
+            for coming in [*windows[1:], None]:
+                if ahead:
+                    found = ahead.pop().result()
+                    if coming is not None:
+                        ahead.append(thread.submit(self._read, coming, reader))
+                    yield from found
+        reader.close()
+
+    def _read(self, steps: range, reader: RangeReader) -> list[tuple[int, Any, list[Content]]]:
+        table = self._plan.table
+        parts = [self._rows(step) for step in steps]
+        rows = np.concatenate(parts)
+        columns = (table.shard[rows], self._starts[rows], self._sizes[rows])
+        wanted = [
+            Wanted(table.urls[shard], start, size)
+            for shard, start, size in zip(*(c.tolist() for c in columns), strict=True)
+        ]
+        found = iter(reader.read(wanted))
+        contents = [[next(found) for _ in part] for part in parts]
+        return list(zip(steps, parts, contents, strict=True))
+
+    def _rows(self, step: int) -> Any:
+        plan = self._plan
+        ids = plan.step_ids(plan.epoch_order(plan.epoch_of(step)), step)
+        own = ids[self._rank * self.rank_batch : (self._rank + 1) * self.rank_batch]
+        return own[own != PADDING]
+
+    def _sample(self, row: int, content: Content) -> Sample:
+        if isinstance(content, OSError):
+            raise content
+        key, url = self._place(row)
+        with tarfile.open(fileobj=io.BytesIO(bytes(content) + TAR_END), mode="r:") as tar:
+            files = (
+                {"fname": member.name, "data": file.read(), "__url__": url}
+                for member in tar
+                if (file := tar.extractfile(member)) is not None
+            )
+            (sample,) = group_by_keys(files)
+        return {**sample, "__key__": key}
+
+    def _place(self, row: int) -> tuple[str, str]:
+        # key and tar of a sample
+        table = self._plan.table
+        return table.keys[row], table.urls[int(table.shard[np.array([row])][0])]

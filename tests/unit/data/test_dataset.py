@@ -1,0 +1,159 @@
+"""The planned stream for other trainings: exactly once over kills, ranks and loader processes."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+import webdataset
+from torch.utils.data import DataLoader
+
+from moce_dist.data.dataset import PlannedSamples
+from moce_dist.data.shards import write_index
+from moce_dist.data.writer import ShardWriter
+
+SAMPLES, BATCH = 101, 12
+
+
+@pytest.fixture
+def index(tmp_path, picture):
+    """Three tars with an image, a class and a caption a sample."""
+    shards = []
+    for number, rows in enumerate(np.array_split(np.arange(SAMPLES), 3)):
+        writer = ShardWriter(tmp_path / "data", f"{number}.tar", cluster=number % 2)
+        for row in rows:
+            label, words = f"{row % 7}".encode(), f"caption of {row}".encode()
+            writer.add(f"class/{row:03d}", {"png": picture(row), "cls": label, "txt": words})
+        shards.append(writer.close())
+    write_index(tmp_path / "data", shards)
+    return tmp_path / "data"
+
+
+def every_key():
+    return Counter(f"class/{row:03d}" for row in range(SAMPLES))
+
+
+def steps_of(index, ranks, processes, epoch):
+    """Keys of the steps of an epoch, from batches of all ranks."""
+    steps = {}
+    for rank in range(ranks):
+        samples = PlannedSamples(index, batch_size=BATCH, seed=5, rank=rank, num_ranks=ranks)
+        samples.set_epoch(epoch)
+        loader = DataLoader(
+            samples, samples.rank_batch, num_workers=processes, collate_fn=lambda batch: batch
+        )
+        for step, batch in enumerate(loader):
+            steps.setdefault(step, []).extend(sample["__key__"] for sample in batch)
+    return steps
+
+
+@pytest.mark.parametrize(("ranks", "processes"), [(2, 0), (3, 2)])
+def test_steps_are_the_same_on_any_ranks_and_loader_processes(index, ranks, processes):
+    for epoch in (0, 1):
+        expected = steps_of(index, 1, 0, epoch)
+        assert Counter(key for keys in expected.values() for key in keys) == every_key()
+        assert steps_of(index, ranks, processes, epoch) == expected
+    assert steps_of(index, 1, 0, 0) != expected
+
+
+def test_samples_are_those_of_webdataset_itself(index, picture):
+    urls = [str(path) for path in sorted(index.glob("*.tar"))]
+    theirs = {
+        sample["__key__"]: {k: v for k, v in sample.items() if k != "__local_path__"}
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    }
+    ours = {sample["__key__"]: sample for sample in PlannedSamples(index, batch_size=BATCH)}
+    assert ours == theirs and ours["class/003"]["png"] == picture(3)
+
+
+def test_it_stands_at_the_head_of_a_pipeline(index):
+    samples = PlannedSamples(index, batch_size=BATCH, rank=0, num_ranks=1)
+    pipeline = webdataset.DataPipeline(
+        samples, webdataset.decode("rgb"), webdataset.to_tuple("png", "cls", "__key__")
+    )
+    loader = webdataset.WebLoader(pipeline, batch_size=samples.rank_batch, num_workers=2)
+    batches = list(loader)
+    assert [len(keys) for *_, keys in batches] == [12] * 8 + [5]
+    assert batches[0][0].shape == (12, 16, 16, 3) and float(batches[0][0].max()) <= 1
+    keys = [key for *_, found in batches for key in found]
+    assert Counter(keys) == every_key()
+    labels = [int(label) for _, found, _ in batches for label in found]
+    assert labels == [int(key[6:]) % 7 for key in keys]
+
+
+def test_a_position_may_be_anywhere_and_is_of_one_order(index):
+    samples = PlannedSamples(index, batch_size=BATCH, seed=5, rank=1, num_ranks=2)
+    whole = [sample["__key__"] for sample in samples]
+    samples.set_epoch(0)
+    begun, taken = iter(samples), []
+    for _ in range(17):
+        taken.append(next(begun)["__key__"])
+    state = json.loads(json.dumps(samples.state_dict()))
+    assert (state["step"], state["slot"]) == (2, 5)
+    other = PlannedSamples(index, batch_size=BATCH, seed=5, rank=1, num_ranks=2)
+    other.load_state_dict(state)
+    assert taken + [sample["__key__"] for sample in other] == whole
+    with pytest.raises(ValueError, match="seed of the state is 5, here it is 6"):
+        PlannedSamples(index, batch_size=BATCH, seed=6).load_state_dict(state)
+    with pytest.raises(ValueError, match="rank_batch of the state is 6, here it is 12"):
+        PlannedSamples(index, batch_size=BATCH, seed=5).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"batch_size \(12\) must be a multiple of num_ranks"):
+        PlannedSamples(index, batch_size=BATCH, rank=0, num_ranks=5)
+
+
+def test_a_sample_that_cannot_be_read_is_the_handlers(index):
+    (index / "1.tar").write_bytes((index / "1.tar").read_bytes()[:20_000])
+    with pytest.raises(Exception, match=r"class/\d+ of .*1\.tar: ends after"):
+        list(PlannedSamples(index, batch_size=BATCH))
+    met = []
+
+    def note(error):
+        met.append(error)
+        return True
+
+    found = [s["__key__"] for s in PlannedSamples(index, batch_size=BATCH, handler=note)]
+    assert met and len(found) + len(met) == SAMPLES and not Counter(found) - every_key()
+
+
+def consume(index, folder, rank, ranks, start, stop):
+    """Leave a file for every batch that was used; hang with that of step `stop` in hand."""
+    samples = PlannedSamples(index, batch_size=BATCH, seed=5, rank=rank, num_ranks=ranks)
+    samples.load_state_dict({"step": start})
+    loader = webdataset.WebLoader(
+        webdataset.DataPipeline(samples, webdataset.to_tuple("__key__")),
+        batch_size=samples.rank_batch,
+        num_workers=1,
+    )
+    for step, (keys,) in enumerate(loader, start):
+        while step == stop:
+            time.sleep(1)
+        (folder / f".{rank}").write_text(json.dumps(keys))
+        (folder / f".{rank}").rename(folder / f"{step}.{rank}")
+
+
+def test_law_killed_on_changing_ranks_every_sample_is_used_once(index, tmp_path):
+    context, start, used = multiprocessing.get_context("fork"), 0, []
+    for ranks, stop in ((2, 2), (4, 5), (1, 6), (3, None)):
+        folder = tmp_path / f"{ranks}"
+        folder.mkdir()
+        processes = [
+            context.Process(target=consume, args=(index, folder, rank, ranks, start, stop))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 200
+        while stop is not None and len(list(folder.glob("[0-9]*"))) < ranks * (stop - start):
+            assert time.monotonic() < deadline and all(p.is_alive() for p in processes)
+            time.sleep(0.02)
+        for process in processes:
+            if stop is not None:
+                os.kill(process.pid, signal.SIGKILL)
+            process.join()
+        used += [key for file in folder.glob("[0-9]*") for key in json.loads(file.read_text())]
+        start = stop
+    assert Counter(used) == every_key()
