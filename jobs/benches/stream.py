@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +29,7 @@ from benches.settings import BenchConfig
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import Ids, Plan, sample_table
 from moce_dist.data.shards import ShardIndex, read_index, write_index
-from moce_dist.data.stream import Layout, PlannedStream, StreamSpec, stream
+from moce_dist.data.stream import Layout, PlannedStep, PlannedStream, Readers, StreamSpec, stream
 from moce_dist.data.writer import ShardWriter
 
 _CLUSTERS, _TARS_OF_CLUSTER = 8, 2
@@ -147,6 +147,11 @@ def litdata_variant(config: BenchConfig, contents: list[bytes], folder: Path) ->
     return theirs
 
 
+def planned(spec: StreamSpec, steps: int) -> Iterator[PlannedStep]:
+    """Yield the first steps of a plan with the bytes of their samples, read in this process."""
+    return PlannedStream(spec, 0, [[Readers(steps, one_group)]]).steps()
+
+
 def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[], float]]:
     """Make both ways to read all samples once in one process; a call returns its seconds."""
     paths = [index.url(shard) for shard in index.shards]
@@ -157,13 +162,13 @@ def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[
                 while file.read(_READ_BYTES):
                     pass
 
-    def planned() -> None:
-        for step in PlannedStream(spec, one_group, range(spec.plan.steps_per_epoch)).steps():
+    def by_plan() -> None:
+        for step in planned(spec, spec.plan.steps_per_epoch):
             assert not any(isinstance(content, OSError) for content in step.contents)
 
     return {
         "sequential_read": lambda: _uncached(paths, sequential),
-        "planned_read": lambda: _uncached(paths, planned),
+        "planned_read": lambda: _uncached(paths, by_plan),
     }
 
 
@@ -234,10 +239,10 @@ def read_from_s3(config: BenchConfig, index: ShardIndex) -> dict[str, float]:
             store.put_file(index.url(shard), f"bench/{shard.path}")
         remote = replace(index, root="s3://bench")
         spec = stream_spec(config, remote, Path(index.root))
-        steps = range(_S3_USED // spec.plan.batch_size)
+        steps = _S3_USED // spec.plan.batch_size
         before, used, samples = _counts(url), 0, 0
         begin = time.perf_counter()
-        for step in PlannedStream(spec, one_group, steps).steps():
+        for step in planned(spec, steps):
             used += sum(len(c) for c in step.contents if isinstance(c, memoryview))
             samples += len(step.ids)
         seconds = time.perf_counter() - begin

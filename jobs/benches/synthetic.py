@@ -20,7 +20,7 @@ from moce_dist.data.images import Box, Cut
 from moce_dist.data.plan import Plan, SampleTable
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.resize import Pixels
-from moce_dist.data.stream import Batch, PlannedStep, PlannedStream
+from moce_dist.data.stream import Batch, GroupOf, PlannedStep, PlannedStream, Readers
 from moce_dist.model.gate import Gate, balance_loss, confidence_loss
 from moce_dist.train.job import StageJob
 from moce_dist.train.setup import TrainState, assemble
@@ -97,9 +97,11 @@ class _Stripes:
 class _SyntheticStream(PlannedStream):
     """The plan's steps, every image made of stripes: only who reads what is real."""
 
-    def _read_windows(self, steps: range, _: RangeReader) -> Iterator[list[PlannedStep]]:
+    def _read_windows(
+        self, steps: range, group_of: GroupOf, _: RangeReader
+    ) -> Iterator[list[PlannedStep]]:
         for number in steps:
-            step = self._planned(number)
+            step = self._planned(number, group_of)
             step.contents.extend([None] * len(step.ids))
             yield [step]
 
@@ -109,7 +111,5 @@ class _SyntheticStream(PlannedStream):
 
 def synthetic_batches(state: TrainState, count: int) -> list[Batch]:
     """Make the batches of the `count` steps to come, as the state's rank reads them."""
-    steps = range(state.step, state.step + count)
-    return list(
-        _SyntheticStream(state.stream_spec(state.plan), state.router.placement.readers, steps)
-    )
+    readers = Readers(state.step + count, state.router.placement.readers)
+    return list(_SyntheticStream(state.stream_spec(state.plan), state.step, [[readers]]))

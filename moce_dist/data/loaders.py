@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import Any
@@ -27,9 +27,16 @@ _SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where the system has it
 
 
 def load(
-    dataset: Dataset[Any], processes: int, *, stall_s: float | None = None, **options: Any
-) -> Iterator[Any]:
+    dataset: Dataset[Any],
+    processes: int,
+    *,
+    stall_s: float | None = None,
+    at_end: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Generator[Any]:
     """Yield what a DataLoader makes of a data set; with 0 processes it is made here.
+
+    `at_end` is called before processes are asked to end, should they wait for something else.
 
     Raises:
         OSError: shared memory is too small for the batches.
@@ -46,6 +53,7 @@ def load(
         while (batch := _next(loader, reasons, stall_s)) is not _END:
             yield batch
     finally:
+        at_end()
         # else torch's handler of SIGCHLD raises the error of a dead process again, anywhere
         loader._shutdown_workers()
 

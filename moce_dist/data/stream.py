@@ -1,9 +1,15 @@
 """The planned stream: a rank's batches, read by range from the tars of the plan.
 
 The plan says which samples a step contains, the placement says which expert group reads each of
-them (`GroupOf`, passed in), rank arithmetic says which slots of a group are whose. Loader
+them (`Readers`, passed in), rank arithmetic says which slots of a group are whose. Loader
 processes read and decode: a batch is a pure function of (plan, placement, step, rank), and reading
 starts at any step without what came before.
+
+Loader processes live as long as the stage. Before the steps of a new placement they are sent its
+readers, and until then they wait:
+
+    training    readers of steps 0-99   batches 0-99   plans anew   readers of steps 100-199   ...
+    loader      reads, decodes 0-99     waits                       reads, decodes 100-199
 
 A sample that cannot be read or decoded keeps its slot: a zero image of weight 0 and one line in
 faults.jsonl. The divisor of the loss stays the planned number of images, so nobody has to be told.
@@ -12,12 +18,14 @@ Letters: B images of a step over all ranks, b = B / R images of a rank, N patche
 (pixels).
 """
 
-from collections.abc import Callable, Iterator
+import multiprocessing
+import queue
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +52,7 @@ from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
 from moce_dist.run.files import record_fault
 
 GroupOf = Callable[[Ids], Ids]
+"""Says which group reads each slot of a step, (B,), from the cluster of every slot, (B,)."""
 
 _CPU = torch.device("cpu")
 
@@ -132,18 +141,25 @@ class _Announced(NamedTuple):
     ranges: list[Range]
 
 
-class PlannedStream(IterableDataset[Batch]):
-    """A rank's batches of some steps; of P loader processes, each makes every P-th one.
+class Readers(NamedTuple):
+    """Who reads the steps from where the ones before end, up to `stop`."""
 
-    While the steps of a window are decoded, the bytes of the next one are read.
+    stop: int
+    group_of: GroupOf
+
+
+class PlannedStream(IterableDataset[Batch]):
+    """A rank's batches from step `start` on; of P loader processes, each makes every P-th one.
+
+    `readers[i]` are what process i hears of who reads, in the order of the steps; it waits for the
+    next ones. While the steps of a window are decoded, the bytes of the next one are read.
     """
 
-    def __init__(self, spec: StreamSpec, group_of: GroupOf, steps: range) -> None:
-        self._spec, self._group_of, self._steps = spec, group_of, steps
+    def __init__(self, spec: StreamSpec, start: int, readers: Sequence[Iterable[Readers]]) -> None:
+        self._spec, self._start, self._readers = spec, start, readers
         self._order = lru_cache(maxsize=2)(spec.plan.epoch_order)
-        if steps:
-            # before the loader processes fork, so that the first order is computed once
-            self._order(spec.plan.epoch_of(steps.start))
+        # before the loader processes fork, so that the first order is computed once
+        self._order(spec.plan.epoch_of(start))
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self._batch, self.steps())
@@ -151,23 +167,34 @@ class PlannedStream(IterableDataset[Batch]):
     def steps(self) -> Iterator[PlannedStep]:
         """Yield the steps of this process with the bytes of their samples, not decoded."""
         worker = get_worker_info()
-        steps = self._steps if worker is None else self._steps[worker.id :: worker.num_workers]
+        number, processes = (0, 1) if worker is None else (worker.id, worker.num_workers)
         data = self._spec.data
         cache = open_cache(data, self._spec.plan.table)
         reader = RangeReader(data.read_timeout_s, data.read_deadline_s, cache)
         with ThreadPoolExecutor(1, "read-ahead") as thread:
-            windows = self._read_windows(steps, reader)
+            windows = self._all_windows(number, processes, reader)
             ahead: Future[list[PlannedStep]] = thread.submit(next, windows, [])
             while window := ahead.result():
                 ahead = thread.submit(next, windows, [])
                 yield from window
         reader.close()
 
-    def _read_windows(self, steps: range, reader: RangeReader) -> Iterator[list[PlannedStep]]:
+    def _all_windows(
+        self, number: int, processes: int, reader: RangeReader
+    ) -> Iterator[list[PlannedStep]]:
+        first = self._start + number
+        for stop, group_of in self._readers[number]:
+            steps = range(first, stop, processes)
+            yield from self._read_windows(steps, group_of, reader)
+            first += len(steps) * processes
+
+    def _read_windows(
+        self, steps: range, group_of: GroupOf, reader: RangeReader
+    ) -> Iterator[list[PlannedStep]]:
         announced: _Announced | None = None
         for window in self._windows(steps):
             # before the window ahead of it is read, so that a disk never waits for us
-            coming = self._announce(window, reader)
+            coming = self._announce([self._planned(number, group_of) for number in window], reader)
             if announced is not None:
                 yield self._read(announced, reader)
             announced = coming
@@ -184,9 +211,8 @@ class PlannedStream(IterableDataset[Batch]):
             yield steps[taken : taken + growing]
             taken, growing = taken + growing, min(2 * growing, length)
 
-    def _announce(self, window: range, reader: RangeReader) -> _Announced:
+    def _announce(self, steps: list[PlannedStep], reader: RangeReader) -> _Announced:
         table = self._spec.plan.table
-        steps = [self._planned(number) for number in window]
         ids = np.concatenate([step.ids[step.is_read] for step in steps])
         columns = (table.shard[ids].tolist(), table.offset[ids].tolist(), table.size[ids].tolist())
         wanted = [
@@ -201,13 +227,13 @@ class PlannedStream(IterableDataset[Batch]):
             step.contents.extend(next(found) if is_read else None for is_read in step.is_read)
         return announced.steps
 
-    def _planned(self, number: int) -> PlannedStep:
+    def _planned(self, number: int, group_of: GroupOf) -> PlannedStep:
         spec, table = self._spec, self._spec.plan.table
         ids = spec.plan.step_ids(self._order(spec.plan.epoch_of(number)), number)
         planned = ids != PADDING
         clusters = np.where(planned, table.cluster[ids], PADDING)
         # all ranks compute all ranks' slots: the exchange needs to know who reads what
-        slots = spec.layout.rank_slots(self._group_of(clusters))
+        slots = spec.layout.rank_slots(group_of(clusters))
         counts = np.bincount(clusters[planned], minlength=len(table.cluster_sizes))
         own = ids[slots[spec.rank]]
         is_read = own != PADDING
@@ -280,6 +306,79 @@ def _record(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:
     )
 
 
+class BatchStream(Iterator[Batch]):
+    """A rank's batches from step `start` on, decoded ahead by `loader_processes`.
+
+    Processes start with the first batch and live until `close`. With `data.decode_on: device` the
+    images lie on `device`, else in memory.
+
+    Raises:
+        ConfigError: nothing is installed that decodes on a device.
+    """
+
+    def __init__(self, spec: StreamSpec, *, start: int, device: torch.device = _CPU) -> None:
+        self._spec, self._step, self._stop = spec, start, start
+        processes = spec.data.loader_processes
+        on_device = spec.data.decode_on == "device"
+        self._decoder = DeviceDecoder(spec.data.image_size, device) if on_device else None
+        self._inboxes = [_Inbox(is_shared=processes > 0) for _ in range(max(1, processes))]
+        self._batches = load(
+            PlannedStream(spec, start, self._inboxes),
+            processes,
+            stall_s=spec.data.stall_timeout_s,
+            at_end=self._end,
+            batch_size=None,
+            prefetch_factor=spec.data.prefetch_batches if processes else None,
+        )
+
+    def extend(self, group_of: GroupOf, stop: int) -> None:
+        """Go on to step `stop`, its samples read by the groups that `group_of` says."""
+        self._stop = stop
+        for inbox in self._inboxes:
+            inbox.put(Readers(stop, group_of))
+
+    def __next__(self) -> Batch:
+        """Return the next batch.
+
+        Raises:
+            StopIteration: nobody has said who reads the next one.
+            OSError: shared memory is too small for the batches.
+            RuntimeError: nothing came for `data.stall_timeout_s`, or a process died.
+        """
+        if self._step >= self._stop:
+            raise StopIteration
+        batch: Batch = next(self._batches)
+        self._step += 1
+        return batch if self._decoder is None else _decoded(batch, self._decoder, self._spec)
+
+    def close(self) -> None:
+        """End the loader processes."""
+        self._end()
+        self._batches.close()
+
+    def _end(self) -> None:
+        for inbox in self._inboxes:
+            inbox.put(None)
+
+
+class _Inbox(Iterable[Readers]):
+    """What a loader process, or with none this one, hears of; None is the last it hears."""
+
+    def __init__(self, *, is_shared: bool) -> None:
+        self._queue: Any = queue.SimpleQueue()
+        if is_shared:
+            self._queue = multiprocessing.Queue()
+            # a process that died takes nothing any more: nobody is to wait until it does
+            self._queue.cancel_join_thread()
+
+    def put(self, readers: Readers | None) -> None:
+        """Send, without waiting."""
+        self._queue.put(readers)
+
+    def __iter__(self) -> Iterator[Readers]:
+        return iter(self._queue.get, None)
+
+
 def stream(
     spec: StreamSpec,
     group_of: GroupOf,
@@ -288,27 +387,13 @@ def stream(
     stop: int,
     device: torch.device = _CPU,
 ) -> Iterator[Batch]:
-    """Yield this rank's batches of steps [start, stop), decoded ahead by `loader_processes`.
-
-    With `data.decode_on: device` their images lie on `device`, else in memory.
-
-    Raises:
-        ConfigError: nothing is installed that decodes on a device.
-        OSError: shared memory is too small for the batches.
-        RuntimeError: the loader delivered nothing for `data.stall_timeout_s`, or a process died.
-    """
-    processes = spec.data.loader_processes
-    on_device = spec.data.decode_on == "device"
-    decoder = DeviceDecoder(spec.data.image_size, device) if on_device else None
-    loader = load(
-        PlannedStream(spec, group_of, range(start, stop)),
-        processes,
-        stall_s=spec.data.stall_timeout_s,
-        batch_size=None,
-        prefetch_factor=spec.data.prefetch_batches if processes else None,
-    )
-    for batch in loader:
-        yield batch if decoder is None else _decoded(batch, decoder, spec)
+    """Yield this rank's batches of steps [start, stop) under one placement; see `BatchStream`."""
+    batches = BatchStream(spec, start=start, device=device)
+    batches.extend(group_of, stop)
+    try:
+        yield from batches
+    finally:
+        batches.close()
 
 
 def _decoded(batch: Batch, decoder: DeviceDecoder, spec: StreamSpec) -> Batch:

@@ -13,7 +13,8 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
-from moce_dist.data.stream import Batch, stream
+from moce_dist.data.stream import Batch, BatchStream, stream
 from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import ExpertExchange
 from moce_dist.parallel.token import token_balance_loss
@@ -62,20 +63,21 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     if state.total_steps == 0:
         # weights taken as they are: the stage leaves a checkpoint behind all the same
         save(state)
-    for batch in batches(state, clock):
-        metrics = train_step(state, batch)
-        clock.count(state.plan.batch_size)
-        state.step += 1
-        state.saver.poll()
-        if is_due(state, job.config.logging.every_steps) or state.step == start + 1:
-            stop_if_too_many_faults(state)
-            if metrics_log is not None:
-                metrics_log.write(metrics | clock.lap())
-        if state.is_stopping or is_due(state, job.config.checkpoint.every_steps):
-            state.pulse.rest()
-            save(state)
-        if state.is_stopping:
-            break
+    with closing(batches(state, clock)) as coming:
+        for batch in coming:
+            metrics = train_step(state, batch)
+            clock.count(state.plan.batch_size)
+            state.step += 1
+            state.saver.poll()
+            if is_due(state, job.config.logging.every_steps) or state.step == start + 1:
+                stop_if_too_many_faults(state)
+                if metrics_log is not None:
+                    metrics_log.write(metrics | clock.lap())
+            if state.is_stopping or is_due(state, job.config.checkpoint.every_steps):
+                state.pulse.rest()
+                save(state)
+            if state.is_stopping:
+                break
     if state.step < state.total_steps:
         state.saver.wait()
         if metrics_log is not None:
@@ -191,12 +193,21 @@ def stop_unless_finite(state: TrainState, what: str, value: float) -> None:
         raise FloatingPointError(f"{state.job.name}: {what} is {value} at step {state.step}")
 
 
-def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
+def batches(state: TrainState, clock: Clock) -> Generator[Batch]:
     """Yield the batches that are left, with routing and placement up to date for each.
 
-    The placement changes between intervals; the loader of an interval reads by it. What an interval
-    exchanged is written beside what its plan predicted.
+    The placement changes between intervals; the loader hears of it and reads by it. What an
+    interval exchanged is written beside what its plan predicted.
     """
+    stream = BatchStream(
+        state.stream_spec(state.plan), start=state.step, device=state.engine.device
+    )
+    with closing(stream):
+        yield from intervals(state, stream, clock)
+
+
+def intervals(state: TrainState, stream: BatchStream, clock: Clock) -> Generator[Batch]:
+    """Plan interval after interval and yield their batches; see `batches`."""
     router, gate = state.router, state.model.gate
     interval = state.job.config.parallel.replan_steps
     while state.step < state.total_steps:
@@ -211,13 +222,8 @@ def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
             if state.rank == 0:
                 router.begin_interval(state.job.folder, begin)
         end = state.total_steps if gate is None else (begin // interval + 1) * interval
-        spec = state.stream_spec(state.plan)
-        group_of = router.placement.readers
-        device = state.engine.device
-        segment = stream(
-            spec, group_of, start=begin, stop=min(end, state.total_steps), device=device
-        )
-        while (batch := timed_next(segment, clock)) is not None:
+        stream.extend(router.placement.readers, min(end, state.total_steps))
+        while (batch := timed_next(stream, clock)) is not None:
             if gate is not None:
                 if state.step > begin:
                     router.refresh(gate, state.step)
@@ -228,10 +234,10 @@ def batches(state: TrainState, clock: Clock) -> Iterator[Batch]:
             router.write_placement(state.job.folder)
 
 
-def timed_next(segment: Iterator[Batch], clock: Clock) -> Batch | None:
+def timed_next(stream: BatchStream, clock: Clock) -> Batch | None:
     """Take the next batch and count the wait; None at the end."""
     before = time.perf_counter()
-    batch = next(segment, None)
+    batch = next(stream, None)
     clock.wait(time.perf_counter() - before)
     return batch
 

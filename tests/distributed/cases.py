@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moce_dist.config import load_config
+from moce_dist.data import loaders
 from moce_dist.data.stream import stream
 from moce_dist.model.moce import is_stacked
 from moce_dist.parallel import engine, reduction
@@ -491,3 +492,29 @@ def continue_to_end(run, overrides, start):
     """Run the stage with the real loop from another run's checkpoint."""
     init_distributed(torch.device("cpu"))
     return loop.pretrain(replace(make_job(run, overrides), start=start))
+
+
+def loader_starts(run, overrides):
+    """Run the stage with the real loop; count the loaders and re-plans, note the keys of steps."""
+    init_distributed(torch.device("cpu"))
+    loader, replan, step = loaders.DataLoader, loop.replan, loop.train_step
+    starts, replans, keys = [], [], []
+
+    def started(*arguments, **named):
+        starts.append(named.get("num_workers"))
+        return loader(*arguments, **named)
+
+    def replanned(state):
+        replans.append(state.step)
+        replan(state)
+
+    def watched(state, batch):
+        keys.append([key for key in batch.keys if key])
+        return step(state, batch)
+
+    loaders.DataLoader, loop.replan, loop.train_step = started, replanned, watched
+    try:
+        loop.pretrain(make_job(run, overrides))
+    finally:
+        loaders.DataLoader, loop.replan, loop.train_step = loader, replan, step
+    return {"starts": starts, "replans": replans, "keys": keys}
