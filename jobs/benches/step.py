@@ -23,7 +23,7 @@ from moce_dist.cost.sizes import training_flop
 from moce_dist.data.images import normalise
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import Experts
-from moce_dist.train.loop import train_step
+from moce_dist.train.loop import step_metrics, train_step
 from moce_dist.train.optim import parameter_groups
 from moce_dist.train.setup import TrainState, worker_device
 
@@ -129,7 +129,7 @@ def exchange_figures(state: TrainState) -> dict[str, float]:
     experts = [m for m in state.model.modules() if isinstance(m, Experts)]
     hooks = [module.register_forward_pre_hook(count) for module in experts]
     (batch,) = synthetic_batches(state, 1)
-    metrics = train_step(state, batch)
+    metrics = step_metrics(state, train_step(state, batch))
     for hook in hooks:
         hook.remove()
     total = torch.tensor(rows, device=state.engine.device)

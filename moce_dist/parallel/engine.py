@@ -196,6 +196,8 @@ class Engine:
             config=_deepspeed_config(spec),
             dist_init_required=False,
         )
+        self._norm: Tensor | None = None
+        self._is_spoilt = torch.zeros((), dtype=torch.bool, device=self.device)
         self._reducer: GradientReducer | None = None
         if spec.parallel.zero_stage == 0:
             self._engine.enable_backward_allreduce = False
@@ -235,39 +237,65 @@ class Engine:
         if is_last:
             self._reducer.finish()
 
-    def step(self) -> float:
-        """Clip, update, and return the global gradient norm before clipping.
+    def agree(self, figures: Tensor) -> Tensor:
+        """Sum figures (n,) float64 over all ranks; call before the last `step` of several.
+
+        At ZeRO-0 the norm of the gradient comes of the same collective. Where it or the first sum
+        is not finite, the coming `step` updates nothing, and none after it does: what is launched
+        before the host knows must not change a weight.
+        """
+        if self.spec.parallel.zero_stage > 0:
+            dist.all_reduce(figures)
+            return figures
+        shared, local = self._squares()
+        sums = torch.cat([figures, local.view(1)])
+        dist.all_reduce(sums)
+        # replicas hold equal gradients: their sum counts every expert so many times
+        self._norm = (shared + sums[-1] / self.spec.topology.num_replicas).sqrt().float()
+        self._is_spoilt |= ~(self._norm + sums[0]).isfinite()
+        return sums[:-1]
+
+    @property
+    def may_update(self) -> Tensor:
+        """1 () where the coming `step` updates, 0 where it will not; on the device, at ZeRO-0."""
+        return 1 - self._is_spoilt.float()
+
+    def step(self) -> Tensor:
+        """Clip, update, and return the norm () of the gradient before clipping, on the device.
 
         Call after every micro-batch; only the last one of a step updates (others return nan). A
         norm that is not finite is so on all ranks, and then nothing is updated.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
-            return float("nan")
+            return torch.full((), math.nan)
         if self.spec.parallel.zero_stage > 0:
             # leaves everything as it is when the norm is not finite
             self._engine.step()
-            return float(self._engine.get_global_grad_norm())
-        norm = self._clip_unpartitioned()
-        if math.isfinite(norm):
-            self._engine.step()
+            return torch.tensor(float(self._engine.get_global_grad_norm()), device=self.device)
+        if self._norm is None:
+            self.agree(torch.zeros(1, dtype=torch.float64, device=self.device))
+        norm, self._norm = self._norm, None
+        assert norm is not None, "known since all agreed"
+        # fused optimisers divide gradients by the one, and do nothing where the other is 1
+        if limit := self.spec.clip_norm:
+            self.optimizer.grad_scale = (norm / limit).clamp_min(1.0)
+        self.optimizer.found_inf = self._is_spoilt.float()
+        self._engine.step()
         return norm
 
-    def _clip_unpartitioned(self) -> float:
-        # replicas hold equal gradients, so one sum over the places counts every expert once
-        shared, local = torch.zeros((), device=self.device), torch.zeros((), device=self.device)
-        for name, parameter in self.module.named_parameters():
-            if parameter.grad is not None:
-                total = local if is_expert(name) else shared
-                total += parameter.grad.float().pow(2).sum()
-        dist.all_reduce(local, group=self.expert_group)
-        norm = float((shared + local).sqrt())
-        limit = self.spec.clip_norm
-        if limit and norm > limit:
-            for parameter in self.module.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(limit / norm)
-        return norm
+    def _squares(self) -> tuple[Tensor, Tensor]:
+        # squared norms () of the gradients of shared parameters and of the experts here, float64
+        named = [(n, p.grad) for n, p in self.module.named_parameters() if p.grad is not None]
+        parts = [
+            [g for n, g in named if is_expert(n) == of_experts] for of_experts in (False, True)
+        ]
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        shared, local = (
+            torch.stack(torch._foreach_norm(part)).double().square().sum() if part else zero
+            for part in parts
+        )
+        return shared, local
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """Return a parameter's float32 weights; collective over the replicas at ZeRO-1 and 2."""
@@ -320,7 +348,8 @@ class Engine:
             self.optimizer.update_lp_params()
         elif with_moments:
             for state in self.optimizer.state.values():
-                state["step"] = torch.tensor(float(step))
+                # fused optimisers want it where the weights are
+                state["step"] = torch.tensor(float(step), device=self.device)
 
     def _load_parameter(self, parameter: nn.Parameter, lookup: Callable[[str], Any]) -> None:
         if (weight := lookup("weight")) is not None:
@@ -345,7 +374,8 @@ class Engine:
         for group in optimizer.param_groups:
             for flat in group["params"]:
                 zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-                optimizer.state[flat] = {"step": torch.tensor(float(step)), **zeros}
+                counted = torch.tensor(float(step), device=flat.device)
+                optimizer.state[flat] = {"step": counted, **zeros}
 
     def _link_optimizer_state(self) -> None:
         if self.spec.parallel.zero_stage and self._has_moments():

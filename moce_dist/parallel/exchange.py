@@ -160,6 +160,7 @@ class ExpertExchange:
         own_place: int,
         group: dist.ProcessGroup | None,
         device: torch.device,
+        along: Sequence[Ints] = (),
     ) -> None:
         """Plan all layers.
 
@@ -171,6 +172,7 @@ class ExpertExchange:
             own_place: this rank's place.
             group: the expert-parallel group; None in a process of its own.
             device: where the images are.
+            along: further arrays of the micro-batch, brought to the device in the same copy.
         """
         num_local = experts.num_local_experts
         self.layers = [
@@ -181,7 +183,7 @@ class ExpertExchange:
         wanted = [
             (r.stay, r.leave, r.by_expert, np.argsort(r.by_expert), r.home) for r in self.layers
         ]
-        self._indices = _to_device(wanted, device)
+        *self._indices, self.along = _to_device([*wanted, along], device)
 
     def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
         """Send images (b, N, D) to their experts; yield those that stay, then those that come."""
@@ -217,11 +219,11 @@ class ExpertExchange:
 def _to_device(layers: Sequence[Sequence[Ints]], device: torch.device) -> list[tuple[Tensor, ...]]:
     # one copy for all layers: every copy of its own would cost a launch, whatever its size
     arrays = [array for layer in layers for array in layer]
-    packed = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *arrays]))
+    packed = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *map(np.ravel, arrays)]))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    parts = iter(torch.split(packed, [len(array) for array in arrays]))
-    return [tuple(next(parts) for _ in layer) for layer in layers]
+    parts = iter(torch.split(packed, [array.size for array in arrays]))
+    return [tuple(next(parts).view(array.shape) for array in layer) for layer in layers]
 
 
 def _destinations(clusters: Ints, routing: Ints, experts: ExpertMap) -> Iterator[tuple[Ints, Ints]]:

@@ -8,7 +8,6 @@ been placed by number alone: the measure of what the scheduler is worth.
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from moce_dist.cost.sizes import TRANSFERS, element_size, image_bytes, num_visible
 from moce_dist.data.stream import Batch
@@ -17,12 +16,17 @@ from moce_dist.parallel.token import token_bytes_exchanged
 from moce_dist.train.setup import TrainState
 
 
-def moe_metrics(state: TrainState, batch: Batch, loss: float, auxiliary: Tensor) -> dict[str, Any]:
-    """Metrics of the experts, from the plan and the routing table alone."""
+def moe_metrics(
+    state: TrainState, batch: Batch, loss: float, auxiliary: tuple[float, float]
+) -> dict[str, Any]:
+    """Metrics of the experts, from the plan and the routing table alone.
+
+    `auxiliary` are the step's balance and confidence losses.
+    """
     config, router = state.job.config, state.router
     if state.job.stage != "moce":
         return {"loss_total": loss}
-    gate, (balance, confidence) = config.gate, auxiliary.tolist()
+    gate, (balance, confidence) = config.gate, auxiliary
     metrics: dict[str, Any] = {
         "loss_total": loss + gate.balance_weight * balance + gate.confidence_weight * confidence,
         "loss_balance": balance,

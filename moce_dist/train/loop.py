@@ -2,9 +2,11 @@
 
     build, resume; for each step: next batch, routing table, train_step, log, save; held-out loss
 
-The order of the lines is the order of time. A loss or a gradient that is not finite stops all ranks
-together, before the weights have changed. Whoever starts the training may ask it to stop: the ranks
-agree on that in the same collective, save and leave.
+The order of the lines is the order of time, but a step's figures are read one step late
+(outcome.py), unless it is logged or saved. A loss or a gradient that is not finite stops all ranks
+together; from that step on the weights do not change, whatever is launched before it is read.
+Whoever starts the training may ask it to stop: the ranks agree on that in the same collective,
+save and leave.
 
 Letters: R ranks, b images of a rank, B images of a step, M micro-batches, L MoE layers, E experts.
 """
@@ -36,6 +38,7 @@ from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.migrate import replan
 from moce_dist.train.optim import decay_to_mean, learning_rate, set_learning_rate
+from moce_dist.train.outcome import Outcome
 from moce_dist.train.pulse import Pulse
 from moce_dist.train.setup import TrainState, build_state, holdout_table
 
@@ -65,15 +68,19 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
         save(state)
     with closing(batches(state, clock)) as coming:
         for batch in coming:
-            metrics = train_step(state, batch)
+            outcome = train_step(state, batch)
             clock.count(state.plan.batch_size)
             state.step += 1
             state.saver.poll()
-            if is_due(state, job.config.logging.every_steps) or state.step == start + 1:
+            is_logged = is_due(state, job.config.logging.every_steps) or state.step == start + 1
+            is_saved = is_due(state, job.config.checkpoint.every_steps)
+            settle(state, outcome, at_once=is_logged or is_saved)
+            if is_logged:
                 stop_if_too_many_faults(state)
                 if metrics_log is not None:
-                    metrics_log.write(metrics | clock.lap())
-            if state.is_stopping or is_due(state, job.config.checkpoint.every_steps):
+                    state.router.measure(batch.clusters.numpy())
+                    metrics_log.write(step_metrics(state, outcome) | clock.lap())
+            if state.is_stopping or is_saved:
                 state.pulse.rest()
                 save(state)
             if state.is_stopping:
@@ -92,43 +99,78 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     return {"stage": job.name, "steps": state.step, "holdout": loss}
 
 
-def train_step(state: TrainState, batch: Batch) -> dict[str, Any]:
-    """Take one optimiser step on this rank's part of a batch; metrics are the same on all ranks.
+def train_step(state: TrainState, batch: Batch) -> Outcome:
+    """Launch one optimiser step on this rank's part of a batch; collective over all ranks.
+
+    Where the loss or the gradient is not finite, nothing is updated, then and ever after.
 
     Raises:
-        FloatingPointError: on all ranks, before the weights have changed.
+        FloatingPointError: on all ranks, at ZeRO-1 and 2, before the weights have changed.
     """
     engine, count = state.engine, max(1, int(batch.cluster_counts.sum()))
-    micro_batches = state.micro_batches
+    micro_batches, is_whole = state.micro_batches, state.engine.spec.parallel.zero_stage == 0
     lr = current_learning_rate(state)
     set_learning_rate(engine.optimizer, lr)
-    sums = torch.zeros(2, dtype=torch.float64)
-    auxiliary = torch.zeros(2)
-    norm = math.nan
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for micro in range(micro_batches):
         losses, weights, auxiliary_loss, auxiliary = forward(state, batch, micro)
         loss = (losses * weights).sum()
         # the engine averages over ranks and micro-batches; ours is a mean over the step's images
         engine.backward(loss * state.topology.num_ranks * micro_batches / count + auxiliary_loss)
-        sums += torch.stack([loss.detach(), (weights > 0).sum()]).double().cpu()
-        # before the optimiser has seen the gradients: a bad step must not reach the weights
-        if micro == micro_batches - 1:
-            asked = state.pulse(state.job.name, state.step)
-            check_finite(state, sums, asked=asked)
-            decay_to_mean(state.engine, state.job.config.moe, lr)
-        norm = engine.step()
-    stop_unless_finite(state, "gradient norm", norm)
+        sums += torch.stack([loss.detach(), (weights > 0).sum()])
+        if micro < micro_batches - 1:
+            engine.step()
+    # who was asked to stop travels along: agreeing on it costs no collective of its own
+    asked = state.pulse(state.job.name, state.step)
+    sums = engine.agree(torch.cat([sums, sums.new_full((1,), float(asked))]))
+    if not is_whole:
+        # before the optimiser has seen the gradients; the engine waits for the device anyway
+        stop_unless_finite(state, "loss", float(sums[0]), batch.step)
+    decay_to_mean(engine, state.job.config.moe, lr)
+    norm = engine.step()
+    if not is_whole:
+        stop_unless_finite(state, "gradient norm", float(norm), batch.step)
+    return Outcome(batch, lr, torch.cat([sums, norm.view(1), auxiliary]))
+
+
+def settle(state: TrainState, outcome: Outcome, *, at_once: bool) -> None:
+    """Take note of the step before, and at once or when all are to stop of the newest one, too.
+
+    Raises:
+        FloatingPointError: on all ranks; the weights are those before the step.
+    """
+    if state.pending is not None:
+        take_note(state, state.pending)
+    state.pending = outcome
+    if at_once or state.is_stopping:
+        take_note(state, outcome)
+        state.pending = None
+
+
+def take_note(state: TrainState, outcome: Outcome) -> None:
+    """Read a step: is it finite, what could not be read, was a rank asked to stop; see `settle`."""
+    figures = outcome.read()
+    stop_unless_finite(state, "loss", figures.loss, outcome.batch.step)
+    stop_unless_finite(state, "gradient norm", figures.norm, outcome.batch.step)
     # unreadable images weigh 0 but stay in the divisor, so no rank has to hear of them first
+    state.faults += outcome.planned - int(figures.images)
+    state.is_stopping |= figures.asked > 0
+
+
+def step_metrics(state: TrainState, outcome: Outcome) -> dict[str, Any]:
+    """Return the metrics of the newest step; they are the same on all ranks."""
+    figures, step = outcome.read(), outcome.batch.step
+    loss = figures.loss / outcome.planned
     metrics = {
-        "step": batch.step,
-        "epoch": state.plan.epoch_of(batch.step),
-        "images_seen": images_seen(state.plan, batch.step + 1),
-        "loss": float(sums[0]) / count,
-        "lr": lr,
-        "grad_norm": norm,
+        "step": step,
+        "epoch": state.plan.epoch_of(step),
+        "images_seen": images_seen(state.plan, step + 1),
+        "loss": loss,
+        "lr": outcome.lr,
+        "grad_norm": figures.norm,
     }
-    state.faults += count - int(sums[1])
-    return metrics | moe_metrics(state, batch, metrics["loss"], auxiliary)
+    auxiliary = figures.balance, figures.confidence
+    return metrics | moe_metrics(state, outcome.batch, loss, auxiliary)
 
 
 def forward(
@@ -145,9 +187,9 @@ def forward(
         losses = state.engine.forward(normalise(images), noise)
         balance = token_balance_loss(state.model)
         if balance is None:
-            return losses, weights, 0.0, torch.zeros(2)
+            return losses, weights, 0.0, torch.zeros(2, device=device)
         total = config.gate.balance_weight * balance
-        return losses, weights, total, torch.stack([balance, balance * 0]).detach().cpu()
+        return losses, weights, total, torch.stack([balance, balance * 0]).detach()
     router = state.router
     exchange = ExpertExchange(
         batch.clusters[state.topology.expert_parallel_ranks(state.rank), part],
@@ -156,48 +198,42 @@ def forward(
         own_place=state.topology.place(state.rank),
         group=state.engine.expert_group,
         device=device,
+        along=[
+            router.table,
+            batch.clusters[state.rank, part].numpy(),
+            batch.cluster_counts.numpy(),
+        ],
     )
-    table = torch.from_numpy(router.table).to(device)
+    table, clusters, counts = exchange.along
     if config.gate.assign == "fixed":
         # with a gradient, of zeros: an engine wants one of every parameter
         p = F.one_hot(table, config.moe.num_experts) + 0 * gate.logits()
     else:
         p = gate.logits().softmax(dim=-1)
-    clusters = batch.clusters[state.rank, part].to(device)
     scales = output_scales(p, table, clusters, config.gate.combine)
     losses = state.engine.forward(normalise(images), noise, exchange, scales)
     # the counts are the global batch's and known from the plan: no communication for these losses
-    counts = batch.cluster_counts.to(device)
     balance, confidence = balance_loss(p, counts), confidence_loss(p, counts)
     total = config.gate.balance_weight * balance + config.gate.confidence_weight * confidence
-    return losses, weights, total, torch.stack([balance, confidence]).detach().cpu()
+    return losses, weights, total, torch.stack([balance, confidence]).detach()
 
 
-def check_finite(state: TrainState, sums: Tensor, *, asked: bool = False) -> None:
-    """Add up the ranks' sums in place and stop all ranks when the loss is not finite."""
-    # who was asked to stop travels along: agreeing on it costs no collective of its own
-    shared = torch.cat([sums, sums.new_tensor([asked])]).to(state.engine.device)
-    dist.all_reduce(shared)
-    sums.copy_(shared[:-1])
-    state.is_stopping |= bool(shared[-1] > 0)
-    stop_unless_finite(state, "loss", float(sums[0]))
-
-
-def stop_unless_finite(state: TrainState, what: str, value: float) -> None:
-    """Stop when a figure, which is the same on all ranks, is not finite.
+def stop_unless_finite(state: TrainState, what: str, value: float, step: int) -> None:
+    """Stop when a figure of a step, which is the same on all ranks, is not finite.
 
     Raises:
         FloatingPointError: naming the stage, the figure and the step.
     """
     if not math.isfinite(value):
-        raise FloatingPointError(f"{state.job.name}: {what} is {value} at step {state.step}")
+        raise FloatingPointError(f"{state.job.name}: {what} is {value} at step {step}")
 
 
 def batches(state: TrainState, clock: Clock) -> Generator[Batch]:
     """Yield the batches that are left, with routing and placement up to date for each.
 
     The placement changes between intervals; the loader hears of it and reads by it. What an
-    interval exchanged is written beside what its plan predicted.
+    interval exchanged, counted on the steps that are logged, is written beside what its plan
+    predicted.
     """
     stream = BatchStream(
         state.stream_spec(state.plan), start=state.step, device=state.engine.device
@@ -224,11 +260,8 @@ def intervals(state: TrainState, stream: BatchStream, clock: Clock) -> Generator
         end = state.total_steps if gate is None else (begin // interval + 1) * interval
         stream.extend(router.placement.readers, min(end, state.total_steps))
         while (batch := timed_next(stream, clock)) is not None:
-            if gate is not None:
-                if state.step > begin:
-                    router.refresh(gate, state.step)
-                if state.rank == 0:
-                    router.measure(batch.clusters.numpy())
+            if gate is not None and state.step > begin:
+                router.refresh(gate, state.step)
             yield batch
         if gate is not None and state.rank == 0:
             router.write_placement(state.job.folder)
@@ -312,15 +345,17 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
     plan = Plan(table, state.plan.batch_size, state.job.config.seed)
     if state.model.gate is not None:
         state.router.refresh(state.model.gate, state.total_steps, force=True)
-    sums = torch.zeros(2, dtype=torch.float64)
+    device, steps = state.engine.device, plan.steps_per_epoch
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
     spec = replace(state.stream_spec(plan), stage=f"{state.job.name}-holdout")
     readers = state.router.placement.readers
-    device, steps = state.engine.device, plan.steps_per_epoch
     for batch in stream(spec, readers, start=0, stop=steps, device=device):
         for micro in range(state.micro_batches):
             losses, weights, *_ = forward(state, batch, micro)
-            sums += torch.stack([(losses * weights).sum(), weights.sum()]).double().cpu()
-    check_finite(state, sums)
-    if sums[1] == 0:
+            sums += torch.stack([(losses * weights).sum(), weights.sum()])
+    dist.all_reduce(sums)
+    total, images = sums.tolist()
+    stop_unless_finite(state, "loss", total, state.step)
+    if images == 0:
         return None
-    return {"loss": float(sums[0] / sums[1]), "images": int(sums[1])}
+    return {"loss": total / images, "images": int(images)}

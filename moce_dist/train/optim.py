@@ -60,12 +60,15 @@ def parameter_groups(
 def optimizer_factory(
     stage: StageConfig,
 ) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
-    """Return the function that makes the stage's optimiser from parameter groups."""
+    """Return the function that makes the stage's optimiser from parameter groups.
+
+    Fused: few kernels, which themselves clip the gradients and can be told not to update.
+    """
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         if stage.optimizer == "sgd":
-            return torch.optim.SGD(groups, lr=stage.lr)
-        return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas)
+            return torch.optim.SGD(groups, lr=stage.lr, fused=True)
+        return torch.optim.AdamW(groups, lr=stage.lr, betas=stage.betas, fused=True)
 
     return make
 
@@ -91,6 +94,7 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 def decay_to_mean(engine: "Engine", moe: MoeConfig, lr: float) -> None:
     """Decay experts towards their mean, where `moe.mean_decay` says so, as AdamW does towards 0.
 
+    Between `agree` and `step`; where that one will not update, nothing changes here either.
     Collective over the expert-parallel group, and over the replicas at ZeRO-1 and 2.
     """
     stacks = [p for name, p in engine.module.named_parameters() if is_stacked(name)]
@@ -101,5 +105,5 @@ def decay_to_mean(engine: "Engine", moe: MoeConfig, lr: float) -> None:
     dist.all_reduce(sums, group=engine.expert_group)
     means = torch.split(sums / moe.num_experts, [weight[0].numel() for weight in weights])
     for parameter, weight, mean in zip(stacks, weights, means, strict=True):
-        share = lr * moe.lr_scale * moe.mean_decay
+        share = lr * moe.lr_scale * moe.mean_decay * engine.may_update
         engine.set_weight(parameter, weight.lerp(mean.view_as(weight[0]), share))

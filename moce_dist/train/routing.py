@@ -84,6 +84,8 @@ class Router:
         self.placement = self.contiguous
         self._is_planned = False
         self._experts_moved = 0
+        self._embedding: tuple[int, Tensor] | None = None
+        self._interval: Interval | None = None
 
     @property
     def experts(self) -> ExpertMap:
@@ -105,7 +107,10 @@ class Router:
 
     def _scores(self, gate: Gate, step: int) -> tuple[Tensor, Tensor]:
         # float32 on the host: the routing must not depend on the kernels of a device
-        scores = logits(gate.weight.detach().cpu(), gate.cluster_embedding.cpu())
+        version = gate.cluster_embedding._version
+        if self._embedding is None or self._embedding[0] != version:
+            self._embedding = version, gate.cluster_embedding.cpu()
+        scores = logits(gate.weight.detach().cpu(), self._embedding[1])
         shape = (scores.shape[0], scores.shape[1], scores.shape[2])
         return scores, self._noise.sample(step, shape)
 
@@ -130,7 +135,8 @@ class Router:
         table = self.compute_table(gate, step) if is_first else np.empty_like(self.table)
         shared = torch.from_numpy(table).to(gate.weight.device)
         dist.broadcast(shared, 0)
-        self.table = shared.cpu().numpy()
+        # who made it need not wait for it
+        self.table = table if is_first else shared.cpu().numpy()
 
     def replan(self, step: int = 0) -> None:
         """Plan readers and experts from the current table, for the interval that begins at `step`.
@@ -194,6 +200,8 @@ class Router:
 
     def measure(self, clusters: Ints) -> None:
         """Count a step: `clusters` (R, b) of every slot of every rank, under the current table."""
+        if self._interval is None:  # a stage without experts
+            return
         # ranks stand in the order of groups, so every B / G slots are a group's
         by_group = clusters.reshape(self._topology.num_groups, -1)
         self._interval.measured.count(by_group, self.table, self.placement)
@@ -205,6 +213,7 @@ class Router:
         The bytes moved are those of all replicas; the plan of a run's start moves nothing.
         """
         moved = self._experts_moved
+        assert self._interval is not None, "an interval was begun"
         document = {
             **json.loads(self.placement.to_json()),
             **self._interval.to_dict(self._config),

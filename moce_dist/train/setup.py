@@ -39,6 +39,7 @@ from moce_dist.train.checkpoint import (
 )
 from moce_dist.train.job import HOLDOUT_TABLE, StageJob, total_steps
 from moce_dist.train.optim import optimizer_factory, parameter_groups
+from moce_dist.train.outcome import Outcome
 from moce_dist.train.pretrained import initial_weights
 from moce_dist.train.pulse import Pulse
 from moce_dist.train.routing import Router
@@ -64,6 +65,8 @@ class TrainState:
     faults: int = 0
     pulse: Pulse = field(default_factory=Pulse)
     is_stopping: bool = False
+    pending: Outcome | None = None
+    """A step of which no note was taken yet."""
 
     @cached_property
     def kept(self) -> KeptSamples | None:

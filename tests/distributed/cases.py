@@ -104,7 +104,7 @@ def take_steps(run, overrides, placement="planned", steps=1):
     for batch in stream(state.stream_spec(state.plan), readers, start=0, stop=steps):
         if state.step:
             state.router.refresh(state.model.gate, state.step)
-        metrics.append(loop.train_step(state, batch))
+        metrics.append(loop.step_metrics(state, loop.train_step(state, batch)))
         state.step += 1
     weights = by_global_name(state, ((n, t) for n, k, t in state.engine.state() if k == "weight"))
     result = {
@@ -181,7 +181,7 @@ def exchange_collectives(run, overrides, placement):
     try:
         readers = state.router.placement.readers
         batch = next(stream(state.stream_spec(state.plan), readers, start=0, stop=1))
-        metrics = loop.train_step(state, batch)
+        metrics = loop.step_metrics(state, loop.train_step(state, batch))
     finally:
         dist.all_to_all_single = original
     state.engine.destroy()

@@ -1,0 +1,64 @@
+"""What a step leaves on the device, and when the host reads it.
+
+Waiting for a figure of the step that was just launched would leave the device idle while the next
+one is launched. So a copy to the host is begun behind the step and read one step late, when it is
+there; only a step that is logged or saved is read at once.
+
+    host     launch 4   launch 5   read 4   launch 6   read 5
+    device              4 4 4 4 4 4 5 5 5 5 5 5 6 6 6 ...
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moce_dist.data.stream import Batch
+
+
+class Figures(NamedTuple):
+    """A step in numbers; the same on all ranks."""
+
+    loss: float
+    """Sum over the images of the step."""
+    images: float
+    """Images that could be read."""
+    asked: float
+    """Ranks that were asked to stop."""
+    norm: float
+    """Norm of the gradient before clipping."""
+    balance: float
+    confidence: float
+
+
+@dataclass
+class Outcome:
+    """A step that was launched: what the host knows of it, and its figures under way."""
+
+    batch: Batch
+    """Without its images."""
+    lr: float
+    figures: Tensor
+    """(6,) float64, see `Figures`."""
+    _arrival: Any = None
+
+    def __post_init__(self) -> None:
+        """Begin to copy the figures to the host."""
+        self.batch = self.batch._replace(images=torch.empty(0), noise=torch.empty(0))
+        if self.figures.is_cuda:
+            host = torch.empty(self.figures.shape, dtype=self.figures.dtype, pin_memory=True)
+            self.figures = host.copy_(self.figures, non_blocking=True)
+            self._arrival = torch.cuda.Event()
+            self._arrival.record()
+
+    @property
+    def planned(self) -> int:
+        """Images of the step, unreadable ones included; 1 at least."""
+        return max(1, int(self.batch.cluster_counts.sum()))
+
+    def read(self) -> Figures:
+        """Return the figures; waits for the step if it still runs."""
+        if self._arrival is not None:
+            self._arrival.synchronize()
+        return Figures(*self.figures.tolist())
