@@ -49,6 +49,7 @@ from moce_dist.data.kept import KeptSamples
 from moce_dist.data.loaders import load
 from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
 from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
+from moce_dist.data.upload import Upload
 from moce_dist.run.files import record_fault
 
 GroupOf = Callable[[Ids], Ids]
@@ -309,8 +310,8 @@ def _record(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:
 class BatchStream(Iterator[Batch]):
     """A rank's batches from step `start` on, decoded ahead by `loader_processes`.
 
-    Processes start with the first batch and live until `close`. With `data.decode_on: device` the
-    images lie on `device`, else in memory.
+    Processes start with the first batch and live until `close`. Images, noise and weights lie on
+    `device`.
 
     Raises:
         ConfigError: nothing is installed that decodes on a device.
@@ -321,6 +322,7 @@ class BatchStream(Iterator[Batch]):
         processes = spec.data.loader_processes
         on_device = spec.data.decode_on == "device"
         self._decoder = DeviceDecoder(spec.data.image_size, device) if on_device else None
+        self._upload = Upload(device)
         self._inboxes = [_Inbox(is_shared=processes > 0) for _ in range(max(1, processes))]
         self._batches = load(
             PlannedStream(spec, start, self._inboxes),
@@ -329,6 +331,7 @@ class BatchStream(Iterator[Batch]):
             at_end=self._end,
             batch_size=None,
             prefetch_factor=spec.data.prefetch_batches if processes else None,
+            pin_memory=device.type == "cuda",
         )
 
     def extend(self, group_of: GroupOf, stop: int) -> None:
@@ -349,7 +352,10 @@ class BatchStream(Iterator[Batch]):
             raise StopIteration
         batch: Batch = next(self._batches)
         self._step += 1
-        return batch if self._decoder is None else _decoded(batch, self._decoder, self._spec)
+        if self._decoder is not None:
+            batch = _decoded(batch, self._decoder, self._spec)
+        images, noise, weights = self._upload(batch.images, batch.noise, batch.weights)
+        return batch._replace(images=images, noise=noise, weights=weights)
 
     def close(self) -> None:
         """End the loader processes."""

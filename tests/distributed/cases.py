@@ -1,7 +1,10 @@
 """What the processes of a pool run: each function is called on every rank with equal arguments."""
 
 import contextlib
+import functools
+import itertools
 import logging
+import operator
 import os
 import resource
 import shutil
@@ -12,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import waiting
 
 from moce_dist.config import load_config
 from moce_dist.data import loaders
@@ -518,3 +522,30 @@ def loader_starts(run, overrides):
     finally:
         loaders.DataLoader, loop.replan, loop.train_step = loader, replan, step
     return {"starts": starts, "replans": replans, "keys": keys}
+
+
+def reads_between_logged_steps(run, overrides, planted=None):
+    """Run the real loop; by place, the most reads of tensors' values from one step to the next.
+
+    With `planted`, the name of a module, its output is looked at in every forward pass.
+    """
+    init_distributed(torch.device("cpu"))
+    step, counts, mode = loop.train_step, [], waiting.Waits()
+
+    def watched(state, batch):
+        counts.append(mode.places.copy())
+        if planted and not batch.step:
+            module = state.model.get_submodule(planted)
+            module.register_forward_hook(lambda _, inputs, output: waiting.look(output))
+        return step(state, batch)
+
+    loop.train_step = watched
+    try:
+        with mode:
+            loop.pretrain(make_job(run, overrides))
+    finally:
+        loop.train_step = step
+    # the first steps make optimiser state, the last is logged
+    between = [later - earlier for earlier, later in itertools.pairwise(counts[3:-1])]
+    assert len(between) > 10
+    return dict(functools.reduce(operator.or_, between))
