@@ -15,7 +15,9 @@ class Upload:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: Any = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Begin to copy; what is launched from now on waits for the copies, the host does not."""

@@ -49,7 +49,7 @@ class Outcome:
         if self.figures.is_cuda:
             host = torch.empty(self.figures.shape, dtype=self.figures.dtype, pin_memory=True)
             self.figures = host.copy_(self.figures, non_blocking=True)
-            self._arrival = torch.cuda.Event()
+            self._arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrival.record()
 
     @property
