@@ -27,9 +27,10 @@ from benches.photographs import photographs
 from benches.s3_server import COUNTS_PATH, s3_server
 from benches.settings import BenchConfig
 from moce_dist.data.images import normalise
-from moce_dist.data.plan import Ids, Plan, sample_table
+from moce_dist.data.plan import Plan
 from moce_dist.data.shards import ShardIndex, read_index, write_index
 from moce_dist.data.stream import Layout, PlannedStep, PlannedStream, Readers, StreamSpec, stream
+from moce_dist.data.table import Ids, sample_table
 from moce_dist.data.writer import ShardWriter
 
 _CLUSTERS, _TARS_OF_CLUSTER = 8, 2

@@ -17,10 +17,11 @@ import torch
 
 from benches.settings import BenchConfig
 from moce_dist.data.images import Box, Cut
-from moce_dist.data.plan import Plan, SampleTable
+from moce_dist.data.plan import Plan
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.resize import Pixels
 from moce_dist.data.stream import Batch, GroupOf, PlannedStep, PlannedStream, Readers
+from moce_dist.data.table import SampleTable
 from moce_dist.model.gate import Gate, balance_loss, confidence_loss
 from moce_dist.train.job import StageJob
 from moce_dist.train.setup import TrainState, assemble

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moce_dist.config import DataConfig
+from moce_dist.data.columns import write_columns
 from moce_dist.data.packing import HOLDOUT, member_bytes, plan_files, plan_id, share, write_files
 from moce_dist.data.pipes import PipedTar, write_piped
 from moce_dist.data.progress import track
@@ -217,10 +218,12 @@ def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) 
             "lower it, or give more images"
         )
     if holdout:
-        write_index(out / HOLDOUT, holdout)
+        write_columns(write_index(out / HOLDOUT, holdout))
     elif fraction:
         logger.warning("data.holdout_fraction = %s: nothing is held out of so few", fraction)
-    return write_index(out, train)
+    index = write_index(out, train)
+    write_columns(index)
+    return index
 
 
 def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:

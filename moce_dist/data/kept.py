@@ -18,7 +18,7 @@ import numpy as np
 from moce_dist.config import DataConfig
 from moce_dist.data.decoders import Encoded
 from moce_dist.data.images import Decoded, Jpeg, open_picture
-from moce_dist.data.plan import Ids
+from moce_dist.data.table import Ids
 
 _MAX_DECODED_BYTES = 3 * 128 * 128
 

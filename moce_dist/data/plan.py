@@ -9,6 +9,10 @@ cluster plus the step. Nothing here depends on ranks, loader processes or placem
     two clusters, n = 4 and 2:   time   1/8  2/8  3/8  5/8  6/8  7/8
                                  from    a    b    a    a    b    a     B = 3: [a b a] [a b a]
 
+No order is held in memory: how far every cluster is at a position follows from times alone, up to
+a few samples a cluster that are sorted, and which sample stands at a place of a cluster's order is
+a keyed permutation (permutation.py). A step costs O(B + K log K), whatever n is.
+
 An epoch may also take only some samples of every cluster, `quotas`; the next ones go on where it
 stopped, so that a cluster is used up before any sample of it is used again (but for what is left
 when its size is no multiple of its quota).
@@ -16,60 +20,20 @@ when its size is no multiple of its quota).
 Letters: B images of a step, K clusters.
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.data.shards import ShardIndex
+from moce_dist.data.permutation import keys_of, permuted
+from moce_dist.data.table import Ids, SampleTable
 
-Ids = NDArray[np.int64]
 Shares = NDArray[np.float64]
 PADDING = -1
+ORDER = 2
+"""Version of the order; 1 kept every cluster's order in memory."""
 _ROUNDING = 1e-9
-
-
-@dataclass(frozen=True)
-class SampleTable:
-    """All samples of an index as columns; a sample's id is its row."""
-
-    urls: list[str]
-    keys: list[str]
-    shard: Ids
-    offset: Ids
-    size: Ids
-    cluster: Ids
-    digests: list[str] = field(default_factory=list)
-    """Sha256 of the shards at `urls`, where it is known."""
-    num_clusters: int = 1
-    """Clusters K that there are at least; the last ones may hold no sample."""
-
-    @property
-    def num_samples(self) -> int:
-        """Samples in the table."""
-        return len(self.keys)
-
-    @cached_property
-    def cluster_sizes(self) -> Ids:
-        """Samples per cluster, (K,)."""
-        return np.bincount(self.cluster, minlength=self.num_clusters)
-
-
-def sample_table(index: ShardIndex, num_clusters: int = 1) -> SampleTable:
-    """Flatten an index; samples without a cluster are of cluster 0."""
-    shards = index.shards
-    counts = [shard.num_samples for shard in shards]
-    return SampleTable(
-        urls=[index.url(shard) for shard in shards],
-        keys=[key for shard in shards for key in shard.keys],
-        shard=np.repeat(np.arange(len(shards)), counts),
-        offset=np.array([o for shard in shards for o in shard.offsets], np.int64),
-        size=np.array([s for shard in shards for s in shard.sizes], np.int64),
-        cluster=np.repeat(np.array([shard.cluster or 0 for shard in shards], np.int64), counts),
-        digests=[shard.sha256 for shard in shards],
-        num_clusters=num_clusters,
-    )
 
 
 @dataclass(frozen=True)
@@ -82,10 +46,14 @@ class Plan:
     quotas: Ids | None = None
     """(K,) samples that an epoch takes of every cluster; None: all that there are."""
 
-    @property
+    @cached_property
+    def _counts(self) -> Ids:
+        return self.table.cluster_sizes if self.quotas is None else self.quotas
+
+    @cached_property
     def epoch_samples(self) -> int:
         """Samples of an epoch, no one twice."""
-        return self.table.num_samples if self.quotas is None else int(self.quotas.sum())
+        return int(self._counts.sum())
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,46 +64,59 @@ class Plan:
         """Epoch that a step belongs to, from 0."""
         return step // self.steps_per_epoch
 
-    @cached_property
-    def _members(self) -> list[Ids]:
-        by_cluster = np.argsort(self.table.cluster, kind="stable")
-        return np.split(by_cluster, np.cumsum(self.table.cluster_sizes)[:-1])
-
-    def epoch_order(self, epoch: int) -> Ids:
-        """Ids of the samples of an epoch in their order, (n,)."""
-        draws = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, epoch]))
-        # the turn comes first, so that it does not depend on the sizes of the clusters
-        turn = draws.permutation(len(self.table.cluster_sizes))
-        if self.quotas is None:
-            parts = [draws.permutation(ids) for ids in self._members]
-        else:
-            parts = [self._part(k, int(quota), epoch) for k, quota in enumerate(self.quotas)]
-        ids = np.concatenate(parts)
-        times = np.concatenate([(np.arange(n) + 0.5) / n for n in map(len, parts) if n])
-        # equal times go by a seeded turn of the clusters, so that no cluster is always first
-        return ids[np.lexsort((np.repeat(turn, [len(part) for part in parts]), times))]
-
-    def _part(self, cluster: int, quota: int, epoch: int) -> Ids:
-        """Take an epoch's samples of a cluster, (quota,)."""
-        ids = self._members[cluster]
-        if quota == 0:
-            return ids[:0]
-        turn, place = divmod(epoch, len(ids) // quota)
-        draws = np.random.Philox(key=self.seed, counter=[0, turn, cluster + 1, 0])
-        order = np.random.Generator(draws).permutation(ids)
-        return order[place * quota : (place + 1) * quota]
-
-    def step_ids(self, order: Ids, step: int) -> Ids:
-        """Sample ids of a step, (B,), from its epoch's order; PADDING fills the last step."""
-        start = step % self.steps_per_epoch * self.batch_size
-        ids = order[start : start + self.batch_size]
+    def step_ids(self, step: int) -> Ids:
+        """Sample ids of a step, (B,), in their order; PADDING fills the last step of an epoch."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        first, last = (self._used(epoch, at * self.batch_size) for at in (within, within + 1))
+        clusters, places = self._in_order(epoch, *_spread(first, last))
+        sizes, counts = self.table.cluster_sizes[clusters], self._counts[clusters]
+        turns, parts = np.divmod(epoch, sizes // counts)
+        keys = keys_of(self.seed, turns, clusters)
+        members = permuted(parts * counts + places, sizes, keys)
+        ids = self.table.members(clusters, members)
         return np.pad(ids, (0, self.batch_size - len(ids)), constant_values=PADDING)
 
     def cursors(self, step: int) -> list[int]:
         """Count the samples of every cluster that its epoch has used before `step`, (K,)."""
-        used = step % self.steps_per_epoch * self.batch_size
-        clusters = self.table.cluster[self.epoch_order(self.epoch_of(step))[:used]]
-        return np.bincount(clusters, minlength=len(self.table.cluster_sizes)).tolist()
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return self._used(epoch, within * self.batch_size).tolist()
+
+    def _used(self, epoch: int, position: int) -> Ids:
+        # of every cluster so many samples are among the first `position` of the epoch, (K,)
+        counts, total = self._counts, self.epoch_samples
+        if position >= total:
+            return counts
+        # at any time the clusters together are within K / 2 of their even pace, so all but the
+        # samples around the position's own time are settled; one more a cluster is for rounding
+        slack = len(counts) / 2 + 1
+        low, high = (
+            np.floor(counts * (at / total) + 0.5).astype(np.int64) + margin
+            for at, margin in ((max(0.0, position - slack), -1), (position + slack, 1))
+        )
+        low, high = np.maximum(low, 0), np.minimum(high, counts)
+        clusters, _ = self._in_order(epoch, *_spread(low, high))
+        taken = clusters[: position - int(low.sum())]
+        return low + np.bincount(taken, minlength=len(counts))
+
+    def _in_order(self, epoch: int, clusters: Ids, places: Ids) -> tuple[Ids, Ids]:
+        # equal times go by a seeded turn of the clusters, so that no cluster is always first
+        turn = _turn(self.seed, epoch, len(self._counts))
+        order = np.lexsort((turn[clusters], (places + 0.5) / self._counts[clusters]))
+        return clusters[order], places[order]
+
+
+@lru_cache(maxsize=4)
+def _turn(seed: int, epoch: int, num_clusters: int) -> Ids:
+    draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch]))
+    return draws.permutation(num_clusters)
+
+
+def _spread(first: Ids, last: Ids) -> tuple[Ids, Ids]:
+    # clusters and places (m,) of the samples [first, last) of every cluster
+    lengths = last - first
+    clusters = np.repeat(np.arange(len(lengths)), lengths)
+    begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return clusters, np.arange(len(clusters)) - begins + first[clusters]
 
 
 def quotas_of(shares: Shares, cluster_sizes: Ids, batch_size: int) -> Ids:

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from moce_dist.config import DataConfig
 from moce_dist.data.cache import Wanted
+from moce_dist.data.columns import write_columns
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import (
@@ -104,6 +105,7 @@ def reshard(
         written = map_tasks(write_tar, shared, plans)
         shards = list(track(written, "tars written", total=len(plans)))
         resharded = write_index(out, shards)
+        write_columns(resharded)
         known = {shard.path: shard.sha256 for shard in shards}
         mark_complete(out, inputs, [out / INDEX_NAME, *map(out.joinpath, known)], known)
     return resharded

@@ -30,6 +30,8 @@ from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 INDEX_NAME = "index.json"
+COLUMNS_NAME = "index.arrow"
+"""What training reads of an index, see columns.py."""
 _FORMAT = "moce_dist.index.v1"
 _LABEL_BYTES = 200
 TAR_END = bytes(1024)
@@ -145,7 +147,8 @@ def _add_sample(shard: Shard, sample: TarSample) -> None:
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:
-    """Write `folder/index.json`."""
+    """Write `folder/index.json`; columns of another index are removed."""
+    (folder / COLUMNS_NAME).unlink(missing_ok=True)
     index = ShardIndex(str(folder), list(shards))
     document = {"format": _FORMAT, "shards": [asdict(shard) for shard in index.shards]}
     write_atomic(folder / INDEX_NAME, json.dumps(document))

@@ -23,7 +23,6 @@ import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,8 +46,9 @@ from moce_dist.data.images import (
 )
 from moce_dist.data.kept import KeptSamples
 from moce_dist.data.loaders import load
-from moce_dist.data.plan import PADDING, Ids, Plan, SampleTable
+from moce_dist.data.plan import PADDING, Plan
 from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
+from moce_dist.data.table import Ids, SampleTable
 from moce_dist.data.upload import Upload
 from moce_dist.run.files import record_fault
 
@@ -129,8 +129,11 @@ def open_cache(data: DataConfig, table: SampleTable) -> SampleCache | None:
     versions = {
         url: digest for url, digest in zip(table.urls, table.digests, strict=True) if is_remote(url)
     }
-    is_kept = np.array([url in versions for url in table.urls])[table.shard]
-    share = data.cache_bytes / max(1, int(table.size[is_kept].sum()))
+    num_bytes = table.num_bytes
+    if len(versions) < len(table.urls):
+        rows = np.flatnonzero([url in versions for url in table.urls])
+        num_bytes = int(table.size[np.isin(table.shard[np.arange(table.num_samples)], rows)].sum())
+    share = data.cache_bytes / max(1, num_bytes)
     return SampleCache(Path(data.cache), versions, min(1.0, share))
 
 
@@ -158,9 +161,6 @@ class PlannedStream(IterableDataset[Batch]):
 
     def __init__(self, spec: StreamSpec, start: int, readers: Sequence[Iterable[Readers]]) -> None:
         self._spec, self._start, self._readers = spec, start, readers
-        self._order = lru_cache(maxsize=2)(spec.plan.epoch_order)
-        # before the loader processes fork, so that the first order is computed once
-        self._order(spec.plan.epoch_of(start))
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self._batch, self.steps())
@@ -203,8 +203,9 @@ class PlannedStream(IterableDataset[Batch]):
             yield self._read(announced, reader)
 
     def _windows(self, steps: range) -> Iterator[range]:
-        spec, sizes = self._spec, self._spec.plan.table.size
-        step_bytes = max(1, sizes.mean()) * spec.plan.batch_size / spec.layout.num_ranks
+        spec, table = self._spec, self._spec.plan.table
+        mean = max(1, table.num_bytes / table.num_samples)
+        step_bytes = mean * spec.plan.batch_size / spec.layout.num_ranks
         length = max(1, round(spec.data.read_ahead_bytes / step_bytes))
         # the first batch waits for its own bytes only; then windows grow
         taken, growing = 0, 1
@@ -230,7 +231,7 @@ class PlannedStream(IterableDataset[Batch]):
 
     def _planned(self, number: int, group_of: GroupOf) -> PlannedStep:
         spec, table = self._spec, self._spec.plan.table
-        ids = spec.plan.step_ids(self._order(spec.plan.epoch_of(number)), number)
+        ids = spec.plan.step_ids(number)
         planned = ids != PADDING
         clusters = np.where(planned, table.cluster[ids], PADDING)
         # all ranks compute all ranks' slots: the exchange needs to know who reads what
@@ -300,7 +301,7 @@ def _record(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:
         stage=spec.stage,
         epoch=spec.plan.epoch_of(step),
         step=step,
-        shard=table.urls[table.shard[sample_id]],
+        shard=table.urls[int(table.shard[sample_id])],
         key=table.keys[sample_id],
         offset=int(table.offset[sample_id]),
         reason=reason,

@@ -8,8 +8,8 @@ from typing import Literal
 import numpy as np
 
 from moce_dist.config import Config, ParallelConfig, StageConfig
-from moce_dist.data.plan import Plan, sample_table
-from moce_dist.data.shards import read_index
+from moce_dist.data.columns import open_table
+from moce_dist.data.plan import Plan
 from moce_dist.run.files import read_jsonl
 
 HOLDOUT_TABLE = "holdout.parquet"
@@ -79,7 +79,7 @@ class StageJob:
         Raises:
             ConfigError: there is no index.
         """
-        table = sample_table(read_index(self.index), self.num_clusters)
+        table = open_table(self.index, self.num_clusters)
         return Plan(table, self.batch_size, self.config.seed)
 
     @cached_property

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moce_dist.data.images import normalise
-from moce_dist.data.plan import Plan
+from moce_dist.data.plan import ORDER, Plan
 from moce_dist.data.stream import Batch, BatchStream, stream
 from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import ExpertExchange
@@ -318,6 +318,7 @@ def save(state: TrainState) -> None:
         "stage": state.job.name,
         "steps_before": state.job.steps_before,
         "epoch": state.plan.epoch_of(state.step),
+        "order": ORDER,
         "cursors": state.plan.cursors(state.step),
         "faults": state.faults,
         **state.router.save(),

@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moce_dist.config import Config
+from moce_dist.data.columns import open_table
 from moce_dist.data.kept import KeptSamples, open_kept
-from moce_dist.data.plan import Plan, SampleTable, sample_table
-from moce_dist.data.shards import read_index
+from moce_dist.data.plan import ORDER, Plan
 from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.data.table import SampleTable
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import experts_from_dense, is_stacked
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
@@ -132,7 +133,7 @@ def holdout_table(job: StageJob) -> SampleTable | None:
     """Read the held-out images; but for stage mae with the clusters that they were assigned to."""
     if job.holdout is None:
         return None
-    table = sample_table(read_index(job.holdout), job.num_clusters)
+    table = open_table(job.holdout, job.num_clusters)
     if job.stage == "mae":
         return table
     # a bench of steps needs neither faiss nor pyarrow, which clustering brings along
@@ -169,7 +170,7 @@ def assemble(
     config, stage, rank = job.config, job.stage_config, dist.get_rank()
     topology = Topology(dist.get_world_size(), config.parallel.num_groups)
     clusters = plan.table.num_clusters if centroids is None else len(centroids)
-    sizes = np.bincount(plan.table.cluster, minlength=clusters)
+    sizes = np.pad(plan.table.cluster_sizes, (0, max(0, clusters - len(plan.table.cluster_sizes))))
     router = Router(config, topology, sizes, total_steps=total_steps(stage, plan))
     model = MaskedAutoencoder(
         config,
@@ -198,6 +199,11 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
     manifest: dict[str, Any] | None = None
     if start is not None:
         manifest = read_manifest(start)
+        if (order := manifest.get("order", 1)) != ORDER:
+            raise ConfigError(
+                f"{start}: was written by a version with another order of images (order {order}, "
+                f"this one has {ORDER}): finish the run with that version, or begin anew (--fresh)"
+            )
         router.restore(manifest)
     elif gate is not None:
         if job.start is not None:

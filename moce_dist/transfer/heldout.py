@@ -26,10 +26,11 @@ from torch import Tensor
 
 from moce_dist.cluster.assign import read_assignments
 from moce_dist.config import Config
+from moce_dist.data.columns import open_table
 from moce_dist.data.images import normalise
-from moce_dist.data.plan import Plan, SampleTable, sample_table
-from moce_dist.data.shards import read_index
+from moce_dist.data.plan import Plan
 from moce_dist.data.stream import Batch, Layout, StreamSpec, stream
+from moce_dist.data.table import SampleTable
 from moce_dist.features.encoder import encoder_device
 from moce_dist.model.customize import cluster_probabilities, customize, routes
 from moce_dist.model.gate import output_scales
@@ -149,7 +150,7 @@ def held_out_table(run: Run, config: Config) -> SampleTable:
     folder, assigned = data / _HOLDOUT, run.shards / HOLDOUT_TABLE
     if not folder.is_dir() or not assigned.is_file():
         raise ConfigError(f"{run.root}: has no held-out images (data.holdout_fraction)")
-    table, clusters = sample_table(read_index(folder)), read_assignments(assigned)
+    table, clusters = open_table(folder), read_assignments(assigned)
     return replace(table, cluster=np.array([clusters[key] for key in table.keys], np.int64))
 
 

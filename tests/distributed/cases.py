@@ -25,6 +25,7 @@ from moce_dist.parallel import engine, reduction
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
 from moce_dist.run.directory import StoppedError
+from moce_dist.settings import ConfigError
 from moce_dist.train import loop, migrate, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
 from moce_dist.train.job import MoreSteps, StageJob
@@ -215,10 +216,14 @@ def train_to_end(run, overrides, stage="moce"):
     return seen
 
 
-def train_part(run, overrides, stop, stage="moce"):
-    """Run the stage and abandon it at step `stop`, as a kill would, with no save in flight."""
+def train_part(run, overrides, stop, stage="moce", order=None):
+    """Run the stage and abandon it at step `stop`, as a kill would, with no save in flight.
+
+    With `order` its checkpoints say that their order of images is that one.
+    """
     init_distributed(torch.device("cpu"))
-    original = loop.train_step
+    original, own = loop.train_step, loop.ORDER
+    loop.ORDER = order or own
 
     def step(state, batch):
         if batch.step == stop:
@@ -232,7 +237,7 @@ def train_part(run, overrides, stop, stage="moce"):
     except InterruptedError:
         return stop
     finally:
-        loop.train_step = original
+        loop.train_step, loop.ORDER = original, own
     raise AssertionError("the stage ended before it was stopped")
 
 
@@ -522,6 +527,16 @@ def loader_starts(run, overrides):
     finally:
         loaders.DataLoader, loop.replan, loop.train_step = loader, replan, step
     return {"starts": starts, "replans": replans, "keys": keys}
+
+
+def refusal(run, overrides):
+    """Start the stage; what it says instead."""
+    init_distributed(torch.device("cpu"))
+    try:
+        loop.pretrain(make_job(run, overrides))
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("it went on")
 
 
 def reads_between_logged_steps(run, overrides, planted=None):

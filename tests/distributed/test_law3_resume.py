@@ -135,3 +135,10 @@ def test_planted_other_seed_gives_other_batches(pools, clustered_run):
         for s in (0, 1)
     )  # fmt: skip
     assert [set(keys) for _, keys, _ in one] != [set(keys) for _, keys, _ in other]
+
+
+def test_a_run_in_another_order_of_images_is_refused_in_a_line(pools, own_run):
+    options = overrides(1)
+    pools(1).run("train_part", run=str(own_run), overrides=options, stop=6, order=1)
+    (said,) = pools(1).run("refusal", run=str(own_run), overrides=options)
+    assert "order 1, this one has 2" in said and "step_00000004" in said and "\n" not in said

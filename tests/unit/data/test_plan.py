@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moce_dist.data.plan import PADDING, Plan, SampleTable, quotas_of
+from moce_dist.data.plan import PADDING, Plan, _turn, quotas_of
+from moce_dist.data.table import Runs, SampleTable
 
 
 def table(sizes):
@@ -17,9 +18,13 @@ def table(sizes):
 
 
 def epoch_steps(plan, epoch):
-    order = plan.epoch_order(epoch)
     first = epoch * plan.steps_per_epoch
-    return [plan.step_ids(order, first + t) for t in range(plan.steps_per_epoch)]
+    return [plan.step_ids(first + t) for t in range(plan.steps_per_epoch)]
+
+
+def epoch_order(plan, epoch):
+    ids = np.concatenate(epoch_steps(plan, epoch))
+    return ids[ids != PADDING]
 
 
 def test_every_sample_once_an_epoch_and_the_tail_is_padded():
@@ -35,7 +40,7 @@ def test_every_sample_once_an_epoch_and_the_tail_is_padded():
 @pytest.mark.parametrize("sizes", [[100, 50, 25, 25], [33] * 6, [1000, 3, 1]])
 def test_every_prefix_holds_each_cluster_at_its_share(sizes):
     plan = Plan(table(sizes), batch_size=16, seed=3)
-    clusters = plan.table.cluster[plan.epoch_order(2)]
+    clusters = plan.table.cluster[epoch_order(plan, 2)]
     n = len(clusters)
     for stop in range(16, n, 16):
         used = np.bincount(clusters[:stop], minlength=len(sizes))
@@ -58,9 +63,9 @@ def test_batches_are_not_neighbours_of_a_tar():
 def test_order_changes_with_epoch_and_seed_only():
     plan = Plan(table([30, 30]), batch_size=4, seed=0)
     again = Plan(table([30, 30]), batch_size=6, seed=0)
-    assert (plan.epoch_order(3) == again.epoch_order(3)).all()
-    assert (plan.epoch_order(3) != plan.epoch_order(4)).any()
-    assert (plan.epoch_order(3) != Plan(plan.table, 4, seed=1).epoch_order(3)).any()
+    assert (epoch_order(plan, 3) == epoch_order(again, 3)).all()
+    assert (epoch_order(plan, 3) != epoch_order(plan, 4)).any()
+    assert (epoch_order(plan, 3) != epoch_order(Plan(plan.table, 4, seed=1), 3)).any()
 
 
 def test_cursors_count_what_was_used():
@@ -76,7 +81,7 @@ def test_clusters_without_samples_count_0_and_change_no_order():
     more = replace(some, num_clusters=6)
     assert more.cluster_sizes.tolist() == [6, 0, 4, 0, 0, 0]
     plan = Plan(more, batch_size=4, seed=0)
-    assert Counter(plan.epoch_order(1).tolist()) == Counter(range(10))
+    assert Counter(epoch_order(plan, 1).tolist()) == Counter(range(10))
     assert plan.cursors(2)[3:] == [0, 0, 0] and sum(plan.cursors(2)) == 8
 
 
@@ -109,7 +114,7 @@ def test_epochs_of_quotas_use_no_sample_twice_and_a_cluster_up_before_it_repeats
     samples = table([12, 10, 7])
     plan = Plan(samples, 4, 0, np.array([6, 2, 0]))
     assert plan.epoch_samples == 8 and plan.steps_per_epoch == 2
-    orders = [plan.epoch_order(epoch) for epoch in range(10)]
+    orders = [epoch_order(plan, epoch) for epoch in range(10)]
     for order in orders:
         assert np.bincount(samples.cluster[order], minlength=3).tolist() == [6, 2, 0]
         assert len(set(order.tolist())) == 8
@@ -120,11 +125,38 @@ def test_epochs_of_quotas_use_no_sample_twice_and_a_cluster_up_before_it_repeats
     # and then in another order; what it is does not depend on what was asked before
     assert orders[2].tolist() != orders[0].tolist()
     again = Plan(samples, 4, 0, np.array([6, 2, 0]))
-    assert again.epoch_order(7).tolist() == orders[7].tolist()
+    assert epoch_order(again, 7).tolist() == orders[7].tolist()
     assert plan.cursors(3) == [3, 1, 0] and plan.cursors(4) == [0, 0, 0]
 
 
 def test_quotas_of_all_samples_are_a_whole_epoch():
     samples = table([12, 10])
-    order = Plan(samples, 4, 0, samples.cluster_sizes).epoch_order(3)
+    order = epoch_order(Plan(samples, 4, 0, samples.cluster_sizes), 3)
     assert sorted(order.tolist()) == list(range(22))
+
+
+@pytest.mark.parametrize("sizes", [[7, 5, 11], [1000, 3, 1], [1], [0, 2, 0, 3], [4000], [13] * 40])
+@pytest.mark.parametrize("batch", [1, 5, 64])
+def test_steps_and_cursors_are_those_of_all_samples_sorted_by_time(sizes, batch):
+    plan = Plan(table(sizes), batch, seed=3)
+    counts = plan.table.cluster_sizes
+    for epoch in (0, 2):
+        clusters = np.repeat(np.arange(len(counts)), counts)
+        times = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
+        turn = _turn(3, epoch, len(counts))[clusters]
+        expected = clusters[np.lexsort((turn, times))]
+        assert plan.table.cluster[epoch_order(plan, epoch)].tolist() == expected.tolist()
+        for step in range(0, plan.steps_per_epoch, 7):
+            used = np.bincount(expected[: step * batch], minlength=len(counts)).tolist()
+            assert plan.cursors(epoch * plan.steps_per_epoch + step) == used
+
+
+def test_a_step_of_many_samples_costs_no_more_than_of_few():
+    many = Runs(np.arange(64), np.full(64, 10**10))
+    nothing = np.zeros(1, np.int64)
+    samples = SampleTable(["a.tar"], range(64 * 10**10), many, nothing, nothing, many, [], 64)
+    plan = Plan(samples, 256, seed=0)
+    ids = plan.step_ids(plan.steps_per_epoch // 2)
+    assert len(set(ids.tolist())) == 256
+    assert np.bincount(many[ids], minlength=64).tolist() == [4] * 64
+    assert sum(plan.cursors(10**9)) == 256 * 10**9

@@ -1,0 +1,111 @@
+"""All samples of an index as columns; a sample's id is its row.
+
+Columns are arrays, parts of a memory-mapped file (columns.py), or runs: what is the same for all
+samples of a shard is held once a shard.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moce_dist.data.shards import ShardIndex
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A column of values that stand in runs: `values` (m,), run j has `lengths[j]` rows."""
+
+    values: Ids
+    lengths: Ids
+
+    @cached_property
+    def ends(self) -> Ids:
+        """Row behind every run, (m,)."""
+        return np.cumsum(self.lengths)
+
+    def __getitem__(self, rows: Ids) -> Ids:
+        """Return the values of rows, as an array would."""
+        return self.values[np.searchsorted(self.ends, rows, side="right")]
+
+
+@dataclass(frozen=True)
+class SampleTable:
+    """The samples of an index, n rows."""
+
+    urls: list[str]
+    keys: Sequence[str]
+    shard: Ids | Runs
+    offset: Ids
+    size: Ids
+    cluster: Ids | Runs
+    digests: list[str] = field(default_factory=list)
+    """Sha256 of the shards at `urls`, where it is known."""
+    num_clusters: int = 1
+    """Clusters K that there are at least; the last ones may hold no sample."""
+    known_bytes: int | None = None
+    """Bytes of all samples, where somebody has added them up."""
+
+    @property
+    def num_samples(self) -> int:
+        """Samples in the table."""
+        return len(self.keys)
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """Bytes of all samples."""
+        return int(self.size.sum()) if self.known_bytes is None else self.known_bytes
+
+    @cached_property
+    def cluster_sizes(self) -> Ids:
+        """Samples per cluster, (K,)."""
+        runs = self._runs
+        sizes = np.zeros(max(self.num_clusters, 1 + runs.values.max(initial=0)), np.int64)
+        np.add.at(sizes, runs.values, runs.lengths)
+        return sizes
+
+    def members(self, clusters: Ids, places: Ids) -> Ids:
+        """Ids of samples, (m,), by their cluster (m,) and place in it (m,), in order of ids."""
+        order, firsts, before = self._by_cluster
+        at = before[clusters] + places
+        # runs by cluster: the row behind each, were they moved together
+        run = np.searchsorted(self._moved_ends, at, side="right")
+        return firsts[order[run]] + at - (self._moved_ends[run] - self._runs.lengths[order[run]])
+
+    @cached_property
+    def _runs(self) -> Runs:
+        if isinstance(self.cluster, Runs):
+            return self.cluster
+        begins = np.flatnonzero(np.diff(self.cluster, prepend=-1))
+        return Runs(self.cluster[begins], np.diff(begins, append=len(self.cluster)))
+
+    @cached_property
+    def _by_cluster(self) -> tuple[Ids, Ids, Ids]:
+        # runs in order of their cluster, first row of every run, samples of the clusters before
+        order = np.argsort(self._runs.values, kind="stable")
+        firsts = self._runs.ends - self._runs.lengths
+        return order, firsts, np.cumsum(self.cluster_sizes) - self.cluster_sizes
+
+    @cached_property
+    def _moved_ends(self) -> Ids:
+        return np.cumsum(self._runs.lengths[self._by_cluster[0]])
+
+
+def sample_table(index: ShardIndex, num_clusters: int = 1) -> SampleTable:
+    """Flatten an index; samples without a cluster are of cluster 0."""
+    shards = index.shards
+    counts = np.array([shard.num_samples for shard in shards], np.int64)
+    return SampleTable(
+        urls=[index.url(shard) for shard in shards],
+        keys=[key for shard in shards for key in shard.keys],
+        shard=Runs(np.arange(len(shards)), counts),
+        offset=np.array([o for shard in shards for o in shard.offsets], np.int64),
+        size=np.array([s for shard in shards for s in shard.sizes], np.int64),
+        cluster=Runs(np.array([shard.cluster or 0 for shard in shards], np.int64), counts),
+        digests=[shard.sha256 for shard in shards],
+        num_clusters=num_clusters,
+    )
