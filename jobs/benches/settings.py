@@ -41,8 +41,10 @@ class Measuring(Section):
     """`stream`: batches that a round takes."""
     reshard_gib: float = Field(10, gt=0)
     """`reshard`: size of the tars that are rewritten, GiB."""
+    index_samples: int = Field(10**8, ge=1)
+    """`index`: samples of the index."""
     folder: str | None = None
-    """`stream`, `reshard`: folder on the disk to be measured; default the temporary one."""
+    """`stream`, `reshard`, `index`: folder on the disk to be measured; else the temporary one."""
 
 
 class BenchConfig(Config):

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+"""Loader processes share what their parent has mapped, however the parent itself was started."""
 _LOOK_EVERY_S = 1
 _PR_SET_PDEATHSIG = 1
 _END = object()
@@ -46,8 +48,9 @@ def load(
     if processes == 0:
         yield from DataLoader(dataset, **options)
         return
-    reasons: Any = multiprocessing.SimpleQueue()
+    reasons: Any = CONTEXT.SimpleQueue()
     options |= {"num_workers": processes, "timeout": _LOOK_EVERY_S}
+    options["multiprocessing_context"] = CONTEXT
     loader: Any = iter(DataLoader(dataset, worker_init_fn=partial(_begin, reasons), **options))
     try:
         while (batch := _next(loader, reasons, stall_s)) is not _END:

@@ -18,7 +18,6 @@ Letters: B images of a step over all ranks, b = B / R images of a rank, N patche
 (pixels).
 """
 
-import multiprocessing
 import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,7 +44,7 @@ from moce_dist.data.images import (
     open_picture,
 )
 from moce_dist.data.kept import KeptSamples
-from moce_dist.data.loaders import load
+from moce_dist.data.loaders import CONTEXT, load
 from moce_dist.data.plan import PADDING, Plan
 from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
 from moce_dist.data.table import Ids, SampleTable
@@ -374,7 +373,7 @@ class _Inbox(Iterable[Readers]):
     def __init__(self, *, is_shared: bool) -> None:
         self._queue: Any = queue.SimpleQueue()
         if is_shared:
-            self._queue = multiprocessing.Queue()
+            self._queue = CONTEXT.Queue()
             # a process that died takes nothing any more: nobody is to wait until it does
             self._queue.cancel_join_thread()
 

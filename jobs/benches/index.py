@@ -1,0 +1,152 @@
+"""What an index of very many samples costs a rank: to start, to plan a step, to resume, to save.
+
+The samples are made up, their columns are written as `jobs/ingest.py` writes them, and a fresh
+process opens them, once a round. What it holds beside the file that all processes of a node map
+is its private memory. That every sample is planned once is counted for some of the clusters.
+
+Letters: K clusters, n samples.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benches.harness import Report, child_environment
+from benches.settings import BenchConfig
+from moce_dist.data.columns import open_table, write_table
+from moce_dist.data.permutation import keys_of, permuted
+from moce_dist.data.plan import Plan
+from moce_dist.data.shards import COLUMNS_NAME, INDEX_NAME, Shard
+
+_KEY_BYTES = 12
+_PORTION = 2**20
+_STEPS = 20
+_CHECKED_CLUSTERS = 8
+
+
+def run(config: BenchConfig) -> Report:
+    """Measure on one process; figures are medians over the rounds."""
+    report, count = Report("index", config), config.bench.index_samples
+    with tempfile.TemporaryDirectory(dir=config.bench.folder) as folder:
+        size = make_columns(Path(folder), count, config.cluster.num_clusters)
+        rounds = config.bench.warmup_rounds + config.bench.rounds
+        figures = [measure(Path(folder), config) for _ in range(rounds)]
+    figures = figures[config.bench.warmup_rounds :]
+    for name in ("start", "resume", "plan_step", "save"):
+        report.add_variants({name: [f[f"{name}_s"] for f in figures]})
+    report.figures = {
+        "samples": count,
+        "start_s_1e8": report.variants["start"]["median"],
+        "plan_step_ms_1e8": 1000 * report.variants["plan_step"]["median"],
+        # beside the clock's, which other processes of a shared machine lengthen
+        "start_cpu_s": min(f["start_cpu_s"] for f in figures),
+        "plan_step_cpu_ms": 1000 * min(f["plan_step_cpu_s"] for f in figures),
+        "private_bytes_1e8": max(f["private_bytes"] for f in figures),
+        "shared_bytes_per_sample": size / count,
+    }
+    if count != 10**8:
+        report.skipped["1e8"] = f"measured with {count} samples"
+    return report
+
+
+def make_columns(folder: Path, count: int, num_clusters: int) -> int:
+    """Write columns of `count` samples in as many tars as clusters; return their bytes."""
+    import pyarrow as pa
+
+    sizes = np.full(num_clusters, count // num_clusters)
+    sizes[: count % num_clusters] += 1
+    shards = [
+        Shard(
+            f"cluster-{number:05d}-000000.tar", int(size), cluster=number, sha256=f"{number:064d}"
+        )
+        for number, size in enumerate(sizes)
+    ]
+    text = np.empty((count, _KEY_BYTES), np.uint8)
+    for first in range(0, count, _PORTION):
+        part = text[first : first + _PORTION]
+        left = np.arange(first, first + len(part))
+        for digit in reversed(range(_KEY_BYTES)):
+            left, part[:, digit] = np.divmod(left, 10)
+    text += ord("0")
+    ends = np.arange(0, (count + 1) * _KEY_BYTES, _KEY_BYTES)
+    keys = pa.LargeStringArray.from_buffers(count, pa.py_buffer(ends), pa.py_buffer(text))
+    # it is not parsed where there are columns
+    (folder / INDEX_NAME).write_text("{}")
+    write_table(folder, shards, keys, np.arange(count) * 2048, np.full(count, 1500, np.uint32))
+    return (folder / COLUMNS_NAME).stat().st_size
+
+
+def measure(folder: Path, config: BenchConfig) -> dict[str, float]:
+    """Measure once in a fresh process.
+
+    Raises:
+        RuntimeError: the process failed; with the last line that it wrote.
+    """
+    numbers = config.cluster.num_clusters, config.moce.batch_size, config.seed
+    command = [sys.executable, "-m", "benches.index", str(folder), *map(str, numbers)]
+    process = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit {process.returncode}"]
+        raise RuntimeError(f"process of the benchmark: {lines[-1]}")
+    result: dict[str, float] = json.loads(process.stdout)
+    return result
+
+
+def measure_here(folder: str, num_clusters: int, batch_size: int, seed: int) -> dict[str, Any]:
+    """Open, plan, resume and save in this process: seconds, and its own memory in bytes."""
+    import pyarrow  # noqa: F401 - a library's own memory is not the index's
+
+    before, marks, begin_cpu = private_bytes(), [time.perf_counter()], time.process_time()
+    plan = Plan(open_table(folder, num_clusters), batch_size, seed)
+    first = plan.step_ids(0)
+    assert all(plan.table.keys[row] for row in first)
+    start_cpu = time.process_time() - begin_cpu
+    marks.append(time.perf_counter())
+    middle = plan.steps_per_epoch // 2
+    cursors = plan.cursors(middle)
+    marks.append(time.perf_counter())
+    begin_cpu = time.process_time()
+    for step in range(middle, middle + _STEPS):
+        ids = plan.step_ids(step)
+        assert len(np.unique(ids)) == batch_size
+        _ = plan.table.offset[ids], plan.table.size[ids], plan.table.shard[ids]
+    steps_cpu = time.process_time() - begin_cpu
+    marks.append(time.perf_counter())
+    json.dumps({"cursors": plan.cursors(middle + _STEPS)})
+    marks.append(time.perf_counter())
+    assert sum(cursors) == middle * batch_size
+    private = private_bytes() - before
+    for cluster, size in enumerate(plan.table.cluster_sizes[:_CHECKED_CLUSTERS]):
+        places, sizes = np.arange(size), np.full(size, size)
+        keys = np.repeat(keys_of(seed, 0, cluster), size)
+        assert len(np.unique(permuted(places, sizes, keys))) == size
+    start, resume, steps, save = np.diff(marks).tolist()
+    return {
+        "start_s": start,
+        "start_cpu_s": start_cpu,
+        "resume_s": resume,
+        "plan_step_s": steps / _STEPS,
+        "plan_step_cpu_s": steps_cpu / _STEPS,
+        "save_s": save,
+        "private_bytes": private,
+    }
+
+
+def private_bytes() -> int:
+    """Memory of this process that no file is behind, bytes."""
+    status = Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
+    return 1024 * int(line.split()[1])
+
+
+if __name__ == "__main__":
+    path, *rest = sys.argv[1:]
+    sys.stdout.write(json.dumps(measure_here(path, *map(int, rest))))
