@@ -26,10 +26,11 @@ from benches.harness import Report, interleave
 from benches.photographs import photographs
 from benches.s3_server import COUNTS_PATH, s3_server
 from benches.settings import BenchConfig
+from moce_dist.data.batches import stream
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import ShardIndex, read_index, write_index
-from moce_dist.data.stream import Layout, PlannedStep, PlannedStream, Readers, StreamSpec, stream
+from moce_dist.data.stream import Layout, PlannedStep, PlannedStream, Readers, StreamSpec
 from moce_dist.data.table import Ids, sample_table
 from moce_dist.data.writer import ShardWriter
 

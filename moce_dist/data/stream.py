@@ -5,12 +5,6 @@ them (`Readers`, passed in), rank arithmetic says which slots of a group are who
 processes read and decode: a batch is a pure function of (plan, placement, step, rank), and reading
 starts at any step without what came before.
 
-Loader processes live as long as the stage. Before the steps of a new placement they are sent its
-readers, and until then they wait:
-
-    training    readers of steps 0-99   batches 0-99   plans anew   readers of steps 100-199   ...
-    loader      reads, decodes 0-99     waits                       reads, decodes 100-199
-
 A sample that cannot be read or decoded keeps its slot: a zero image of weight 0 and one line in
 faults.jsonl. The divisor of the loss stays the planned number of images, so nobody has to be told.
 
@@ -18,12 +12,11 @@ Letters: B images of a step over all ranks, b = B / R images of a rank, N patche
 (pixels).
 """
 
-import queue
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +27,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from moce_dist.config import DataConfig
 from moce_dist.data.cache import SampleCache, Wanted
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.device import DeviceDecoder, Undecoded, Waiting
+from moce_dist.data.device import Undecoded, Waiting
 from moce_dist.data.images import (
     Cut,
     Decoded,
@@ -44,11 +37,9 @@ from moce_dist.data.images import (
     open_picture,
 )
 from moce_dist.data.kept import KeptSamples
-from moce_dist.data.loaders import CONTEXT, load
 from moce_dist.data.plan import PADDING, Plan
 from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
 from moce_dist.data.table import Ids, SampleTable
-from moce_dist.data.upload import Upload
 from moce_dist.run.files import record_fault
 
 GroupOf = Callable[[Ids], Ids]
@@ -262,7 +253,7 @@ class PlannedStream(IterableDataset[Batch]):
                 if not on_device or not waiting.take(slot, int(sample_id), cut):
                     images[slot] = cut.pixels(side)
             except (ImageError, OSError) as error:
-                _record(spec, step.number, int(sample_id), str(error))
+                record_bad_image(spec, step.number, int(sample_id), str(error))
             else:
                 weights[slot] = 1.0
         return Batch(
@@ -293,123 +284,16 @@ class PlannedStream(IterableDataset[Batch]):
         return picture
 
 
-def _record(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:
+def record_bad_image(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:
+    """Write a sample that could not be used into the ledger."""
     table = spec.plan.table
     record_fault(
         spec.ledger,
         stage=spec.stage,
         epoch=spec.plan.epoch_of(step),
         step=step,
-        shard=table.urls[int(table.shard[sample_id])],
+        shard=table.urls[int(table.shard[np.array(sample_id)])],
         key=table.keys[sample_id],
         offset=int(table.offset[sample_id]),
         reason=reason,
     )
-
-
-class BatchStream(Iterator[Batch]):
-    """A rank's batches from step `start` on, decoded ahead by `loader_processes`.
-
-    Processes start with the first batch and live until `close`. Images, noise and weights lie on
-    `device`.
-
-    Raises:
-        ConfigError: nothing is installed that decodes on a device.
-    """
-
-    def __init__(self, spec: StreamSpec, *, start: int, device: torch.device = _CPU) -> None:
-        self._spec, self._step, self._stop = spec, start, start
-        processes = spec.data.loader_processes
-        on_device = spec.data.decode_on == "device"
-        self._decoder = DeviceDecoder(spec.data.image_size, device) if on_device else None
-        self._upload = Upload(device)
-        self._inboxes = [_Inbox(is_shared=processes > 0) for _ in range(max(1, processes))]
-        self._batches = load(
-            PlannedStream(spec, start, self._inboxes),
-            processes,
-            stall_s=spec.data.stall_timeout_s,
-            at_end=self._end,
-            batch_size=None,
-            prefetch_factor=spec.data.prefetch_batches if processes else None,
-            pin_memory=device.type == "cuda",
-        )
-
-    def extend(self, group_of: GroupOf, stop: int) -> None:
-        """Go on to step `stop`, its samples read by the groups that `group_of` says."""
-        self._stop = stop
-        for inbox in self._inboxes:
-            inbox.put(Readers(stop, group_of))
-
-    def __next__(self) -> Batch:
-        """Return the next batch.
-
-        Raises:
-            StopIteration: nobody has said who reads the next one.
-            OSError: shared memory is too small for the batches.
-            RuntimeError: nothing came for `data.stall_timeout_s`, or a process died.
-        """
-        if self._step >= self._stop:
-            raise StopIteration
-        batch: Batch = next(self._batches)
-        self._step += 1
-        if self._decoder is not None:
-            batch = _decoded(batch, self._decoder, self._spec)
-        images, noise, weights = self._upload(batch.images, batch.noise, batch.weights)
-        return batch._replace(images=images, noise=noise, weights=weights)
-
-    def close(self) -> None:
-        """End the loader processes."""
-        self._end()
-        self._batches.close()
-
-    def _end(self) -> None:
-        for inbox in self._inboxes:
-            inbox.put(None)
-
-
-class _Inbox(Iterable[Readers]):
-    """What a loader process, or with none this one, hears of; None is the last it hears."""
-
-    def __init__(self, *, is_shared: bool) -> None:
-        self._queue: Any = queue.SimpleQueue()
-        if is_shared:
-            self._queue = CONTEXT.Queue()
-            # a process that died takes nothing any more: nobody is to wait until it does
-            self._queue.cancel_join_thread()
-
-    def put(self, readers: Readers | None) -> None:
-        """Send, without waiting."""
-        self._queue.put(readers)
-
-    def __iter__(self) -> Iterator[Readers]:
-        return iter(self._queue.get, None)
-
-
-def stream(
-    spec: StreamSpec,
-    group_of: GroupOf,
-    *,
-    start: int,
-    stop: int,
-    device: torch.device = _CPU,
-) -> Iterator[Batch]:
-    """Yield this rank's batches of steps [start, stop) under one placement; see `BatchStream`."""
-    batches = BatchStream(spec, start=start, device=device)
-    batches.extend(group_of, stop)
-    try:
-        yield from batches
-    finally:
-        batches.close()
-
-
-def _decoded(batch: Batch, decoder: DeviceDecoder, spec: StreamSpec) -> Batch:
-    images = batch.images.to(decoder.device)
-    if batch.waiting is not None:
-        places = batch.waiting.places[:, :2].tolist()
-        for (slot, sample_id), square in zip(places, decoder.decode(batch.waiting), strict=True):
-            if isinstance(square, Tensor):
-                images[slot] = square
-            else:
-                batch.weights[slot] = 0.0
-                _record(spec, batch.step, sample_id, str(square))
-    return batch._replace(images=images, waiting=None)

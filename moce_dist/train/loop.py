@@ -25,9 +25,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from moce_dist.data.batches import BatchStream, stream
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import ORDER, Plan
-from moce_dist.data.stream import Batch, BatchStream, stream
+from moce_dist.data.stream import Batch
 from moce_dist.model.gate import balance_loss, confidence_loss, output_scales
 from moce_dist.parallel.exchange import ExpertExchange
 from moce_dist.parallel.token import token_balance_loss

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from moce_dist.cluster.assign import read_assignments
 from moce_dist.config import Config
+from moce_dist.data.batches import stream
 from moce_dist.data.columns import open_table
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
-from moce_dist.data.stream import Batch, Layout, StreamSpec, stream
+from moce_dist.data.stream import Batch, Layout, StreamSpec
 from moce_dist.data.table import SampleTable
 from moce_dist.features.encoder import encoder_device
 from moce_dist.model.customize import cluster_probabilities, customize, routes

@@ -19,7 +19,7 @@ import waiting
 
 from moce_dist.config import load_config
 from moce_dist.data import loaders
-from moce_dist.data.stream import stream
+from moce_dist.data.batches import stream
 from moce_dist.model.moce import is_stacked
 from moce_dist.parallel import engine, reduction
 from moce_dist.parallel.engine import init_distributed

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from moce_dist.data.stream import Layout, StreamSpec, stream
+from moce_dist.data.batches import stream
+from moce_dist.data.stream import Layout, StreamSpec
 
 
 def global_batch(job):

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from moce_dist.config import DataConfig
+from moce_dist.data.batches import stream
 from moce_dist.data.cache import Wanted
 from moce_dist.data.plan import Plan
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec, open_cache, stream
+from moce_dist.data.stream import Layout, StreamSpec, open_cache
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 

@@ -11,11 +11,12 @@ from benches.photographs import photographs
 from PIL import Image
 
 from moce_dist.config import DataConfig, load_config
+from moce_dist.data.batches import stream
 from moce_dist.data.device import DeviceDecoder, Waiting
 from moce_dist.data.images import sample_generator, train_cut
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec, stream
+from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run.files import read_faults

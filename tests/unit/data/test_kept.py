@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 
 from moce_dist.config import DataConfig
+from moce_dist.data.batches import stream
 from moce_dist.data.images import Decoded, Jpeg, decode_image, open_picture
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec, stream
+from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run.files import read_faults

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from moce_dist.config import DataConfig
+from moce_dist.data.batches import stream
 from moce_dist.data.plan import PADDING, Plan
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec, stream
+from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run.files import read_faults
