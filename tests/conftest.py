@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
+pytest_plugins = ["ranks"]
 
 
 def pytest_configure():
@@ -18,12 +19,13 @@ def pytest_collection_modifyitems(items):
     """Mark tests with the `gpu` mark as skipped, without importing torch where there are none.
 
     A folder besides `unit` is one group to `--dist loadgroup`: its tests share warm processes or a
-    finished run, and stay in order in one process.
+    finished run, and stay in order in one process. Laws share the ranks of `distributed`.
     """
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         if folder != "unit":
-            item.add_marker(pytest.mark.xdist_group(folder))
+            group = "distributed" if folder == "laws" else folder
+            item.add_marker(pytest.mark.xdist_group(group))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

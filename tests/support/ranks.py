@@ -1,4 +1,4 @@
-"""Real processes for distributed tests: one warm pool per world size, gloo between them.
+"""Real processes for tests of many ranks: one warm pool per world size, gloo between them.
 
 DeepSpeed and what comes with it take seconds to import, so that is done once, in a server that all
 processes are forked from, and a pool lives for the whole session. A test names a function of
@@ -16,15 +16,10 @@ import traceback
 from multiprocessing import forkserver
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-
-from moce_dist.data.shards import write_index
-from moce_dist.data.writer import ShardWriter
 
 TIMEOUT_S = 240
-CASES = Path(__file__).parent / "cases.py"
+CASES = Path(__file__).parents[1] / "distributed" / "cases.py"
 PRELOADED = ("moce_dist.train.loop", "segmentation_models_pytorch", "sklearn.linear_model")
 
 
@@ -139,6 +134,9 @@ def pools():
 
 
 def _picture(draws):
+    import numpy as np
+    from PIL import Image
+
     colours = draws.integers(0, 255, (8, 8, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(colours).resize((32, 32), Image.Resampling.BICUBIC).save(file, "PNG")
@@ -148,6 +146,11 @@ def _picture(draws):
 @pytest.fixture(scope="session")
 def clustered_run(tmp_path_factory):
     """A run directory with 8 clusters of 20 or 21 pictures, ready for stage moce."""
+    import numpy as np
+
+    from moce_dist.data.shards import write_index
+    from moce_dist.data.writer import ShardWriter
+
     root, draws = tmp_path_factory.mktemp("clustered"), np.random.default_rng(0)
     shards = []
     for cluster in range(8):
