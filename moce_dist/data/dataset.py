@@ -32,9 +32,10 @@ from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys
 
 from moce_dist.data.cache import Wanted
-from moce_dist.data.plan import PADDING, Plan, sample_table
+from moce_dist.data.plan import PADDING, Plan
 from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import TAR_END, read_index
+from moce_dist.data.table import sample_table
 
 Sample = dict[str, Any]
 """`__key__`, `__url__` and the bytes of every member by its ending, as webdataset has them."""
@@ -177,8 +178,7 @@ class PlannedSamples(IterableDataset[Sample]):
         return list(zip(steps, parts, contents, strict=True))
 
     def _rows(self, step: int) -> Any:
-        plan = self._plan
-        ids = plan.step_ids(plan.epoch_order(plan.epoch_of(step)), step)
+        ids = self._plan.step_ids(step)
         own = ids[self._rank * self.rank_batch : (self._rank + 1) * self.rank_batch]
         return own[own != PADDING]
 

@@ -103,7 +103,7 @@ class Trainer:
                 sums = add_up(sums, machine)
                 stop_unless_finite(float(sums[0]), "loss", self._name, step)
             norm = self._engine.step()
-        stop_unless_finite(norm, "gradient norm", self._name, step)
+        stop_unless_finite(float(norm), "gradient norm", self._name, step)
         return bool(sums[1] > 0)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -18,7 +18,8 @@ JOBS = [p for p in sorted((ROOT / "jobs").glob("*.py")) if p.name != "interprete
 JOB = """
 import sys, time
 from moce_dist.cli import job_parser, run_job
-from moce_dist.config import ConfigError, load_config
+from moce_dist.config import load_config
+from moce_dist.settings import ConfigError
 
 def main(argv):
     args = job_parser("Try.", "try.py --config x").parse_args(argv)
