@@ -15,9 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from moce_dist.config import Config
+from moce_dist.config import Config, legal_worker_counts
 from moce_dist.run.environment import loopback_of
-from moce_dist.workers import legal_worker_counts
 
 _GIB = 2**30
 _IN_PLACE_OF = {"faiss-gpu": "faiss-cpu"}

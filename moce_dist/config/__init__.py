@@ -30,6 +30,7 @@ from moce_dist.config.sections import (
     Role,
     RunConfig,
     StageConfig,
+    legal_worker_counts,
 )
 from moce_dist.config.transfer import (
     ContinuedConfig,
@@ -67,6 +68,7 @@ __all__ = [
     "checked",
     "identity",
     "json_schema",
+    "legal_worker_counts",
     "load_config",
     "make_config",
     "read_resolved",

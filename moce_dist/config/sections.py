@@ -16,7 +16,6 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 from pydantic import Field
 
 from moce_dist.settings import Section
-from moce_dist.workers import legal_worker_counts
 
 T = TypeVar("T")
 
@@ -256,6 +255,19 @@ class StageConfig(Section):
     def lr(self) -> float:
         """Peak learning rate. Source: Goyal et al. 2017, linear scaling."""
         return self.base_lr * self.batch_size / 256
+
+
+def legal_worker_counts(
+    num_groups: int, batch_size: int, micro_batches: int, most: int | None = None
+) -> list[int]:
+    """Numbers of workers R <= `most` (4 G) that host the G groups evenly and divide the batch."""
+    counts = range(1, (4 * num_groups if most is None else most) + 1)
+    return [
+        r
+        for r in counts
+        if (r % num_groups == 0 or num_groups % r == 0)
+        and batch_size % (max(r, num_groups) * micro_batches) == 0
+    ]
 
 
 class ParallelConfig(Section):

@@ -21,10 +21,10 @@ from moce_dist.config.sections import (
     RunConfig,
     Runtime,
     StageConfig,
+    legal_worker_counts,
 )
 from moce_dist.config.transfer import RENAMED, TransferConfig
 from moce_dist.settings import Section
-from moce_dist.workers import legal_worker_counts
 
 
 class Config(Section):

@@ -187,17 +187,6 @@ def read_range(url: str, start: int, size: int) -> bytes:
     return content
 
 
-def read_members(url: str, start: int, end: int) -> dict[str, bytes]:
-    """All members of one sample as {extension: bytes}, from its byte range."""
-    content = io.BytesIO(read_range(url, start, end - start) + TAR_END)
-    (sample,) = scan_tar(content).samples
-    members = {}
-    for extension, member in sample.members.items():
-        content.seek(member.offset_data)
-        members[extension] = content.read(member.size)
-    return members
-
-
 def class_label(sample: bytes) -> str | None:
     """Read the class (member `cls`) of one sample, from its byte range; None: it has none.
 

@@ -152,12 +152,6 @@ class ShardWriter:
             self._append(content + bytes(-len(content) % 512))
         self._record(key, start, *position)
 
-    def add_raw(self, key: str, content: bytes, image_offset: int, image_size: int) -> None:
-        """Append a sample's byte range of another tar; the image lies `image_offset` bytes in."""
-        start = self._position
-        self._append(content)
-        self._record(key, start, start + image_offset, image_size)
-
     def _record(self, key: str, start: int, offset: int, size: int) -> None:
         shard = self._shard
         shard.keys.append(key)

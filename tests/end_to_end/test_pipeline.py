@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from tars import read_members
 
-from moce_dist.data.shards import read_index, read_members
+from moce_dist.data.shards import read_index
 from moce_dist.run.artefacts import COMPLETE, is_complete, read_marker
 
 STAGES = ("ingested", "mae", "features", "clusters", "shards", "moce")

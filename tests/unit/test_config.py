@@ -8,13 +8,13 @@ from moce_dist.config import (
     Role,
     identity,
     json_schema,
+    legal_worker_counts,
     load_config,
     make_config,
     roles,
     to_yaml,
 )
 from moce_dist.settings import ConfigError, flatten, parse_yaml
-from moce_dist.workers import legal_worker_counts
 
 
 def refused(tree):

@@ -13,12 +13,13 @@ import pytest
 import torchvision
 import webdataset
 from in_process import run_here
+from tars import read_members
 
 from moce_dist.config import DataConfig
 from moce_dist.data import ingest as module
 from moce_dist.data import packing
 from moce_dist.data.ingest import ingest
-from moce_dist.data.shards import read_index, read_members
+from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run.directory import load_run
 from moce_dist.run.files import read_faults

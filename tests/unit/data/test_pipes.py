@@ -3,11 +3,12 @@
 import tarfile
 
 import pytest
+from tars import read_members
 
 from moce_dist.config import DataConfig
 from moce_dist.data.ingest import ingest
 from moce_dist.data.packing import HOLDOUT
-from moce_dist.data.shards import read_index, read_members
+from moce_dist.data.shards import read_index
 from moce_dist.settings import ConfigError
 
 CONFIG = DataConfig(holdout_fraction=0.0, allow_pipes=True)

@@ -8,12 +8,11 @@ import tarfile
 
 import pytest
 import webdataset
+from tars import read_members
 
 from moce_dist.data.shards import (
     Fault,
     read_index,
-    read_members,
-    read_range,
     scan_shard,
     write_index,
 )
@@ -167,21 +166,6 @@ def test_writer_makes_tars_that_others_read(tmp_path, picture):
     assert [sample["__key__"] for sample in found] == shard.keys
     assert [sample["png"] for sample in found] == [picture(row) for row in range(20)]
     assert [sample["cls"] for sample in found] == [str(row).encode() for row in range(20)]
-
-
-def test_raw_ranges_keep_every_byte(tmp_path, three_tars):
-    source, _ = scan_shard(str(three_tars[2]))
-    writer = ShardWriter(tmp_path, "raw.tar")
-    for row in (3, 1):
-        start, end = source.starts[row], source.ends[row]
-        content = read_range(str(three_tars[2]), start, end - start)
-        writer.add_raw(source.keys[row], content, source.offsets[row] - start, source.sizes[row])
-    shard = writer.close()
-    assert scan_shard(str(tmp_path / "raw.tar"), path="raw.tar") == (shard, [])
-    for row, original in enumerate((3, 1)):
-        assert read_members(
-            str(tmp_path / "raw.tar"), shard.starts[row], shard.ends[row]
-        ) == read_members(str(three_tars[2]), source.starts[original], source.ends[original])
 
 
 def test_series_closes_a_tar_at_its_size(tmp_path, picture):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tars import read_members
 
 from moce_dist.config import DataConfig
 from moce_dist.data.audit import verify
 from moce_dist.data.ingest import ingest
-from moce_dist.data.shards import read_members, read_range, scan_shard, write_index
+from moce_dist.data.shards import read_range, scan_shard, write_index
 from moce_dist.data.tarscan import scan_tar
 from moce_dist.settings import ConfigError
 
