@@ -36,7 +36,12 @@ from moce_dist.transfer.request import Request, base_of, further_of, is_moce, st
 
 Kind = Literal["mae", "features", "cluster", "moce", "control", "transfer"]
 STAGES: tuple[Kind, ...] = ("mae", "features", "cluster", "moce", "control")
-SHARED = {"mae": ("mae",), "features": ("features",), "cluster": ("clusters", "shards")}
+SHARED: dict[Kind, tuple[str, ...]] = {
+    "mae": ("mae",),
+    "features": ("features",),
+    "cluster": ("clusters", "shards"),
+    "control": ("control",),
+}
 """Folders of the stages that runs share."""
 _EXPERTS = ("moe", "gate", "moce")
 _CLUSTERING = (
@@ -47,6 +52,7 @@ _LEARNT_LATER: dict[Kind, tuple[str, ...]] = {
     "mae": (*_EXPERTS, "cluster"),
     "features": (*_EXPERTS, *(f"cluster.{name}" for name in _CLUSTERING)),
     "cluster": _EXPERTS,
+    "control": ("moe", "gate"),
 }
 """Sections and fields of the configuration that a shared stage does not depend on."""
 
@@ -174,7 +180,7 @@ def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kin
         return ()
     needed = {"mae", last}
     if last != "mae" and not (paid and backbone in ("control", "control+all")):
-        needed |= SHARED.keys()
+        needed |= {"features", "cluster"}
     if not paid and further_of(backbone) == "own":
         # a choice of experts says which clusters are the task's
         needed.add("moce")
@@ -310,19 +316,25 @@ class Planner:
     def _pieces(self, cells: list[Cell]) -> Iterator[Piece]:
         for run in self.runs.values():
             makers = run.makers
-            links = tuple((s, self.runs[m].root) for s, m in makers.items() if m != run.name)
             # wanted by a backbone; what the run is does not depend on it
             config = run.config.model_copy(update={"control": "control" in makers})
             before: tuple[str, ...] = ()
             for stage in (stage for stage in STAGES if stage in makers):
                 if makers[stage] == run.name:
+                    links = self._links(run, before)
                     yield Piece(stage, run.name, run.root, config, before, links)
                 if stage in SHARED:
                     before = (*before, piece_id(makers[stage], stage))
-            yield from self._transfers(run, links, [c for c in cells if c.run == run.name])
+            yield from self._transfers(run, [c for c in cells if c.run == run.name])
 
-    def _transfers(self, run: PlannedRun, links: Any, cells: list[Cell]) -> Iterator[Piece]:
+    def _links(self, run: PlannedRun, needs: tuple[str, ...]) -> tuple[tuple[Kind, Path], ...]:
+        """List what other runs have made by the time that a piece with such needs begins."""
+        makers = [(stage, maker) for stage, maker in run.makers.items() if maker != run.name]
+        return tuple((s, self.runs[m].root) for s, m in makers if piece_id(m, s) in needs)
+
+    def _transfers(self, run: PlannedRun, cells: list[Cell]) -> Iterator[Piece]:
         needs = tuple(piece_id(maker, stage) for stage, maker in run.makers.items())
+        links = self._links(run, needs)
         by_folder: dict[str, list[Cell]] = {}
         for cell in cells:
             by_folder.setdefault(cell.request.folder, []).append(cell)

@@ -139,6 +139,25 @@ def test_further_steps_of_the_control_are_trained_one_after_the_other(read, plan
     assert pieces["emoji-2000"].needs[-1] == pieces["sprites-2000"].id
 
 
+def test_a_control_is_trained_once_for_arms_that_differ_in_experts(read, plan):
+    tried = {"backbone": "moce:validate"}
+    arms = {
+        "mae": {"backbone": "mae"},
+        "few": {**tried, "set": {"moe.num_experts": 4}},
+        "random": {**tried, "set": {"cluster.source": "random"}},
+        "many": tried,
+    }
+    found = plan(read(arms=arms, seeds=[0]))
+    (few,), (random,), (many,) = (runs_of(found, arm) for arm in ("few", "random", "many"))
+    makers = {name: found.runs[name].makers["control"] for name in (few, random, many)}
+    assert makers[few] == makers[many] in (few, many)
+    assert makers[random] == random
+    other = many if makers[many] == few else few
+    pieces = {p.id: {stage for stage, _ in p.links} for p in found.pieces if p.run == other}
+    assert "control" not in pieces[f"{other}/moce"]
+    assert "control" in pieces[f"{other}/transfer/{found.cells[0].request.folder}"]
+
+
 def test_an_arm_may_have_only_some_seeds_and_tasks(read, plan):
     few = {"backbone": "moce", "seeds": [1], "tasks": ["emoji"]}
     found = plan(read(arms={"mae": {"backbone": "mae"}, "few": few}))
