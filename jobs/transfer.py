@@ -11,14 +11,13 @@ import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, SuiteEntry, load_config
-from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run.directory import Run, resolve_run
 from moce_dist.run.environment import check_writable, local_path
 from moce_dist.run.lease import hold
 from moce_dist.run.rows import backbone_texts, value_text
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.continuing import FurtherJob
-from moce_dist.transfer.official import OFFICIAL
+from moce_dist.transfer.kinds import kind_of, task_names
 from moce_dist.transfer.request import (
     Request,
     check_request,
@@ -29,7 +28,6 @@ from moce_dist.transfer.request import (
     open_request_run,
     parse_experts,
     parse_names,
-    protocols_of,
 )
 from moce_dist.transfer.suite import (
     ALL,
@@ -54,8 +52,7 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--task",
         metavar="NAME",
-        help="digits, silhouettes, climate, imagefolder, webdataset, ade20k, coco, "
-        f"{', '.join(OFFICIAL)}; all: the tasks of transfer.suite",
+        help=f"{', '.join(task_names())}; all: the tasks of transfer.suite",
     )
     parser.add_argument(
         "--data", metavar="PATH", help="folder of a task's images; of those of a suite without one"
@@ -87,6 +84,7 @@ def make_request(args: Any, run: Run | None, config: Config) -> Request:
     task = args.task or config.transfer.task
     if not task:
         raise ConfigError("--task: is missing, and the configuration names no transfer.task")
+    protocols = parse_names(args.protocol, "--protocol") if args.protocol else None
     return Request(
         task,
         # a worker stands in a folder of its own
@@ -94,7 +92,7 @@ def make_request(args: Any, run: Run | None, config: Config) -> Request:
         parse_names(args.backbone, "--backbone")
         if args.backbone
         else default_backbones(run, config, continues=args.continue_images is not None),
-        parse_names(args.protocol, "--protocol") if args.protocol else protocols_of(task),
+        protocols or tuple(kind_of(task).protocols),
         args.seeds,
         parse_experts(args.experts),
         continue_images=args.continue_images,
@@ -129,7 +127,7 @@ def make_orders(args: Any, run: Run | None, config: Config) -> list[Order]:
 def suite_order(args: Any, entry: SuiteEntry) -> Order:
     """Lay an entry of a suite over the flags."""
     run, config = open_configured(args, entry.set)
-    given = entry.data or (None if entry.task in SAMPLE_TASKS else args.data)
+    given = entry.data or (args.data if kind_of(entry.task).needs_data(entry.task) else None)
     flags = {**vars(args), "task": entry.task, "data": given}
     if entry.protocol:
         flags["protocol"] = ",".join(entry.protocol)
@@ -139,9 +137,9 @@ def suite_order(args: Any, entry: SuiteEntry) -> Order:
 
 def print_plan(request: Request, config: Config, run: Run | None) -> None:
     """Print what would be done."""
-    transfer = config.transfer
+    transfer, kind = config.transfer, kind_of(request.task)
     print(f"task       {request.task}{f', called {request.name}' if request.name else ''}")
-    if request.needs_data and not request.data:
+    if kind.needs_data(request.task) and not request.data:
         print("data       --data is not given")
     else:
         task = list_task(request, config)
@@ -157,23 +155,7 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
         steps = max(1, round(request.continue_images / continued.batch_size))
         print(f"continued  {steps} steps of {continued.batch_size} images, each that names + steps")
     print(f"protocols  {', '.join(request.protocols)}, {request.num_seeds} seeds")
-    segmentation, detection = transfer.segmentation, transfer.detection
-    if request.is_segmentation:
-        print(
-            f"budget     {segmentation.steps} steps of {segmentation.batch_size} crops of "
-            f"{segmentation.crop} pixels"
-        )
-    elif request.is_detection:
-        print(
-            f"budget     {detection.steps} steps of {detection.batch_size} squares of "
-            f"{detection.size} pixels, windows of {detection.window} patches"
-        )
-    else:
-        print(
-            f"budget     finetune {transfer.finetune.epochs} epochs of batches of "
-            f"{transfer.finetune.batch_size}, linear {transfer.linear_epochs} epochs, "
-            f"knn {transfer.knn_k} neighbours"
-        )
+    print(f"budget     {kind.plan(transfer)}")
 
 
 def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from moce_dist.config import Config, SuiteEntry, load_config
-from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.settings import ConfigError, Section, flatten, read_tree, validate
-from moce_dist.transfer.request import Request, check_request, is_protocol, protocols_of
+from moce_dist.transfer.kinds import kind_of
+from moce_dist.transfer.request import Request, check_request
 
 Split = Literal["test", "val"]
 
@@ -169,10 +169,11 @@ def arm_config(
 
 def task_request(study: StudyConfig, task: StudyTask, arm: Arm, split: Split = "test") -> Request:
     """Make the request of an arm on a task."""
-    usual = tuple(name for name in study.protocols if is_protocol(name, task.task))
-    wanted = task.protocol or usual or protocols_of(task.task)
+    kind = kind_of(task.task)
+    usual = tuple(name for name in study.protocols if kind.takes(name))
+    wanted = task.protocol or usual or tuple(kind.protocols)
     data = None
-    if task.task not in SAMPLE_TASKS:
+    if kind.needs_data(task.task):
         data = Path(study.data, task.data or task.folder).absolute()
     name = task.folder if split == "test" else f"{task.folder}-{split}"
     further = arm.continue_images

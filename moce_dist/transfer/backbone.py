@@ -87,7 +87,7 @@ class Backbone:
         return self._load(self._create(seed, **changes), strict=False).train()
 
     def dense_model(self, image_size: int, *, seed: int, drop_path: float) -> nn.Module:
-        """Build the ViT for pictures of another side; position embeddings are resized bicubically.
+        """Build the ViT for images of another side; position embeddings are resized bicubically.
 
         Raises:
             ConfigError: the architecture is no plain ViT.

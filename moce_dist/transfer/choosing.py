@@ -28,8 +28,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 from moce_dist.train.encoder import OWN, build_encoder, same_encoder
 from moce_dist.transfer.backbone import Backbone, run_backbone
-from moce_dist.transfer.classify import encode
-from moce_dist.transfer.instances import Instances
+from moce_dist.transfer.classification.frozen import encode
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.request import (
     BY_USE,
@@ -39,7 +38,6 @@ from moce_dist.transfer.request import (
     is_chosen,
     stage_of,
 )
-from moce_dist.transfer.scenes import Scenes
 from moce_dist.transfer.select import choose_experts, mix_of, task_clusters
 from moce_dist.transfer.skips import Skips, record_skips
 from moce_dist.transfer.tasks import Task
@@ -54,13 +52,12 @@ from moce_dist.transfer.validate import (
 
 logger = logging.getLogger(__name__)
 
-AnyTask = Task | Scenes | Instances
 _VALIDATION = {"validate_by", "validate_folds", "validate_images", "knn_k", "linear_epochs"}
 """Fields of `transfer` that a choice by evidence depends on."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainedStage:
     """The newest undamaged checkpoint of a stage: its folder and its manifest."""
 
     checkpoint: Path
@@ -77,12 +74,12 @@ class Stage:
         return load_weights(self.checkpoint)
 
 
-def open_stage(run: Run, name: str) -> Stage | None:
+def open_stage(run: Run, name: str) -> TrainedStage | None:
     """Find a stage's newest undamaged checkpoint; None when there is none."""
     checkpoint = latest_checkpoint(run.stage(name) / "checkpoints")
     if checkpoint is None:
         return None
-    return Stage(checkpoint, read_manifest(checkpoint))
+    return TrainedStage(checkpoint, read_manifest(checkpoint))
 
 
 class Dense(NamedTuple):
@@ -103,14 +100,14 @@ class Chooser:
     """The choices for one request on one run; `choices` are those known so far, by backbone."""
 
     def __init__(
-        self, request: Request, run: Run, config: Config, task: AnyTask, machine: Machine
+        self, request: Request, run: Run, config: Config, task: Task, machine: Machine
     ) -> None:
         self.request, self.run, self.config, self.task = request, run, config, task
         self.machine, self.folder = machine, run.transfer(request.folder)
         self.stages = {name: open_stage(run, name) for name in STAGES}
         self.choices: dict[str, dict[str, Any]] = {}
 
-    def stage(self, name: str) -> Stage:
+    def stage(self, name: str) -> TrainedStage:
         """Return a stage that the request needs.
 
         Raises:
@@ -223,13 +220,11 @@ class Chooser:
             given=self.request.experts,
         )
 
-    def _finished_control(self) -> Stage | None:
+    def _finished_control(self) -> TrainedStage | None:
         is_there = read_marker(self.run.stage(CONTROL)) is not None
         return self.stages[CONTROL] if is_there else None
 
-    def _validate(self, control: Stage | None) -> dict[str, Any]:
-        task = self.task
-        assert isinstance(task, Task)
+    def _validate(self, control: TrainedStage | None) -> dict[str, Any]:
         choices = {
             name: self._chosen(config) for name, config in candidate_configs(self.config).items()
         }
@@ -237,7 +232,7 @@ class Chooser:
         if control is not None:
             models[CONTROL] = self.dense(CONTROL)
         candidates = [dense_backbone(name, self.config, dense) for name, dense in models.items()]
-        tried = try_candidates(candidates, task, self.config, self.machine)
+        tried = try_candidates(candidates, self.task, self.config, self.machine)
         return validated(choices, tried, self.config.transfer)
 
     def dense(self, name: str) -> Dense:

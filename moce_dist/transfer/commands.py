@@ -6,7 +6,6 @@ one fitted model, or an exported backbone (RUN/transfer/TASK/backbone, for `onnx
 
 import argparse
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,8 +22,6 @@ from moce_dist.transfer.request import experts_of, parse_experts
 from moce_dist.transfer.tasks import Item
 
 _CONFIG = "config.json"
-# as in the drawings of a detection fit
-_MIN_SCORE = 0.5
 
 
 def routes(argv: Sequence[str]) -> None:
@@ -81,11 +78,11 @@ def heldout(argv: Sequence[str]) -> None:
 
 
 def predict(argv: Sequence[str]) -> None:
-    """Look at pictures with a fitted model; one line of JSON a picture, drawings into --out.
+    """Look at images with a fitted model; one line of JSON an image, drawings into --out.
 
     Raises:
-        ConfigError: there is no such model or picture.
-        RuntimeError: some pictures could not be read; the others are done.
+        ConfigError: there is no such model or image.
+        RuntimeError: some images could not be read; the others are done.
     """
     parser = command_parser(
         "predict", predict.__doc__, "predict runs/quickstart/transfer/digits photo.png"
@@ -95,52 +92,31 @@ def predict(argv: Sequence[str]) -> None:
     parser.add_argument("--top", metavar="N", type=int, default=5, help="classes of a line")
     parser.add_argument("--batch-size", metavar="B", type=int, default=32, help="images at once")
     parser.add_argument(
-        "--out", metavar="DIR", help="folder for segmentation's masks or pictures with boxes drawn"
+        "--out", metavar="DIR", help="folder for segmentation's masks or images with boxes drawn"
     )
     parser.add_argument(
         "--min-score",
         metavar="P",
         type=float,
-        help=f"least score of an object of detection, 0 to 1 (default {_MIN_SCORE})",
+        help="least score of an object of detection, 0 to 1 (default 0.5)",
     )
     args = parser.parse_args(argv)
     if args.min_score is not None and not 0 <= args.min_score <= 1:
         raise ConfigError(f"--min-score {args.min_score}: must be between 0 and 1")
     if args.top < 1 or args.batch_size < 1:
         raise ConfigError(f"--top {args.top}, --batch-size {args.batch_size}: must be 1 or more")
-    folder = find_model(args)
-    pictures = list_pictures(args.images)
-    bad = 0
-    with hold(*([Path(args.out)] if args.out else [])):
-        for line in _lines(folder, pictures, args):
+    folder, out = find_model(args), Path(args.out) if args.out else None
+    images, bad = list_named(args.images), 0
+    with hold(*([out] if out else [])):
+        quiet_libraries()
+        from moce_dist.transfer import predict as models
+
+        wishes = {"top": args.top, "out": out, "min_score": args.min_score}
+        for line in models.predict(folder, images, batch_size=args.batch_size, **wishes):
             _say(json_line(line))
             bad += "error" in line
     if bad:
-        raise RuntimeError(f"{bad} of {len(pictures)} pictures could not be read")
-
-
-def _lines(folder: Path, pictures: Sequence[Item], args: Any) -> Any:
-    quiet_libraries()
-    from moce_dist.transfer import predict as predicting
-    from moce_dist.transfer.saved import load_model
-
-    model, spec = load_model(folder)
-    machine = predicting.any_machine(args.batch_size)
-    if spec.kind == "features":
-        raise ConfigError(f"{folder}: is a backbone without classes; fit it to a task first")
-    if spec.kind == "detect":
-        paths = drawing_paths(pictures, Path(args.out)) if args.out else len(pictures) * [None]
-        pairs = list(zip(pictures, paths, strict=True))
-        min_score = _MIN_SCORE if args.min_score is None else args.min_score
-        return predicting.locate(model, spec, pairs, machine, min_score=min_score)
-    if args.min_score is not None:
-        raise ConfigError(f"--min-score {args.min_score}: {folder} is no detector")
-    if spec.kind == "classify":
-        return predicting.predict(model, spec, pictures, machine, top=args.top)
-    if args.out is None:
-        raise ConfigError("--out: name a folder for the masks")
-    masks = drawing_paths(pictures, Path(args.out))
-    return predicting.paint(model, spec, list(zip(pictures, masks, strict=True)), machine)
+        raise RuntimeError(f"{bad} of {len(images)} images could not be read")
 
 
 def onnx(argv: Sequence[str]) -> None:
@@ -163,12 +139,8 @@ def onnx(argv: Sequence[str]) -> None:
     folder = find_model(args)
     quiet_libraries()
     from moce_dist.transfer.onnx import export_onnx
-    from moce_dist.transfer.saved import load_model
 
-    model, spec = load_model(folder)
-    if spec.kind == "detect":
-        raise ConfigError(f"{folder}: is a detector, which onnx does not write; use predict")
-    _say(*map(str, export_onnx(model, spec, out)))
+    _say(*map(str, export_onnx(folder, out)))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
@@ -226,35 +198,20 @@ def _preference(backbone: str, protocol: str, seed: str) -> tuple[bool, bool, in
     return backbone not in ("moce", "token"), protocol != "finetune", int(seed), backbone
 
 
-def list_pictures(paths: Sequence[str]) -> list[Item]:
-    """List files, and the pictures of folders, each called by its path below its folder.
+def list_named(paths: Sequence[str]) -> list[Item]:
+    """List files, and the images of folders, each called by its path below its folder.
 
     Raises:
-        ConfigError: a path is missing, or a folder holds no pictures.
+        ConfigError: a path is missing, or a folder holds no images.
     """
     found = []
     for path in map(Path, paths):
         if path.is_file():
-            found.append(Item(as_text(path.name), path, 0))
+            found.append(Item(as_text(path.name), path))
             continue
         if not path.is_dir():
             raise ConfigError(f"{path}: is neither a file nor a folder")
         if not (inside := list_images(path).usable()):
             raise ConfigError(f"{path}: holds no images")
-        found += [Item(as_text(p.relative_to(path)), p, 0) for p in inside]
+        found += [Item(as_text(p.relative_to(path)), p) for p in inside]
     return found
-
-
-def drawing_paths(pictures: Sequence[Item], out: Path) -> list[Path]:
-    """Say where the drawing of every picture goes: its mask, or itself with boxes.
-
-    Raises:
-        ConfigError: two would go to one place, or one to that of a picture.
-    """
-    paths = [(out / picture.key).with_suffix(".png") for picture in pictures]
-    if twice := [path for path, count in Counter(paths).items() if count > 1]:
-        raise ConfigError(f"{twice[0]}: would be drawn from two pictures; name their folder")
-    originals = {Path(str(picture.content)).resolve() for picture in pictures}
-    if over := [path for path in paths if path.resolve() in originals]:
-        raise ConfigError(f"--out {out}: {over[0]} is one of the pictures; name another folder")
-    return paths

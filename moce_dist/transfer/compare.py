@@ -24,28 +24,17 @@ from moce_dist.run.files import write_atomic
 from moce_dist.train.checkpoint import trained_steps
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
-from moce_dist.transfer.choosing import AnyTask, Chooser, Dense, dense_backbone
-from moce_dist.transfer.classify import (
-    Features,
-    knn,
-    linear,
-    logistic,
-    save_linear,
-    task_features,
-)
+from moce_dist.transfer.choosing import Chooser, Dense, dense_backbone
 from moce_dist.transfer.continuing import Train, further_folder, further_jobs
-from moce_dist.transfer.detect import Detection, detect
 from moce_dist.transfer.export import export_backbone, model_card
-from moce_dist.transfer.finetune import finetune
-from moce_dist.transfer.fit import Kept
+from moce_dist.transfer.fit import Kept, Trial
 from moce_dist.transfer.further import (
-    Start,
     cost_of,
     further_weights,
     shares_of,
     take_further_steps,
 )
-from moce_dist.transfer.instances import Instances
+from moce_dist.transfer.kinds import kind_named
 from moce_dist.transfer.loading import Machine, machine_of
 from moce_dist.transfer.ranks import from_first
 from moce_dist.transfer.request import (
@@ -55,15 +44,12 @@ from moce_dist.transfer.request import (
     further_of,
     is_chosen,
     is_moce,
-    labels_per_class,
     own_backbone,
     stage_of,
 )
-from moce_dist.transfer.results import Fit, Ledger, Row, budget, fingerprints, make_metrics
-from moce_dist.transfer.scenes import Scenes
-from moce_dist.transfer.segment import segment
+from moce_dist.transfer.results import Fit, Ledger, Row, fingerprints, make_metrics
 from moce_dist.transfer.select import mix_of
-from moce_dist.transfer.skips import Fitted, Skips, record_skips
+from moce_dist.transfer.skips import record_skips
 from moce_dist.transfer.tasks import Task
 from moce_dist.transfer.validate import CONTROL
 
@@ -78,7 +64,7 @@ class Comparison:
         request: Request,
         run: Run,
         config: Config,
-        task: AnyTask,
+        task: Task,
         machine: Machine | None = None,
     ) -> None:
         """Begin on a machine; without one on this process alone."""
@@ -87,7 +73,7 @@ class Comparison:
         self.machine = machine or machine_of(config)
         self.pulse = Pulse()
         self.chooser = Chooser(request, run, config, task, self.machine)
-        self._features: tuple[tuple[str, int], Features] | None = None
+        self._shared: dict[str, Any] = {}
 
     def backbone(self, name: str) -> Backbone:
         """Make one of the requested backbones.
@@ -124,7 +110,7 @@ class Comparison:
             if further_of(name) == "own":
                 clusters = chooser.choice(name if is_moce(name) else "moce")["clusters"]
                 shares = shares_of(clusters, self.config.cluster.num_clusters)
-            take_further_steps(job, images, Start(*dense[:2]), shares, train)
+            take_further_steps(job, images, dense, shares, train)
 
     def steps_fewer(self) -> dict[str, int]:
         """Count, by backbone of the run, the optimiser steps that it lacks to stage moce."""
@@ -152,18 +138,9 @@ class Comparison:
             for name in backbones_of(self.config)
             if (found := self.chooser.stages.get(stage_of(name, self.config) or "")) is not None
         }
-        common = {
-            protocol: [
-                self.chooser.task_fingerprint,
-                budget(
-                    self.config.transfer,
-                    protocol,
-                    is_segmentation=self.request.is_segmentation,
-                    is_detection=self.request.is_detection,
-                ),
-            ]
-            for protocol in {"finetune", "linear", "knn", *self.request.protocols}
-        }
+        protocols = {"finetune", "linear", "knn", *self.request.protocols}
+        transfer, of_task = self.config.transfer, self.chooser.task_fingerprint
+        common = {name: [of_task, self.task.budget(transfer, name)] for name in protocols}
         own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
         path = self.folder / "results.jsonl"
         return Ledger(path, fingerprints(common), fingerprints(own), stages)
@@ -180,22 +157,24 @@ class Comparison:
 
         `identity` is what its result depends on.
         """
-        task = self._training_part(fit)
-        kept = self.kept(fit, identity)
-        figures: Row = {}
-        if isinstance(task, Scenes):
-            out, recipe = self._predictions(fit), self.config.transfer.segmentation
-            fitted = segment(
-                backbone, task, recipe, self.machine, seed=fit.seed, out=out, kept=kept
-            )
-        elif isinstance(task, Instances):
-            figures = self._detect(fit, backbone, task, kept)
-            fitted = Fitted({task.metric: figures["box"]["AP"]}, [])
-        else:
-            fitted = self._classify(fit, backbone, task, kept)
-        found, skipped = fitted
-        if skipped and self.machine.rank == 0:
-            figures = {"skipped_images": record_skips(self.run.faults, skipped)}
+        transfer = self.config.transfer
+        task = self.task.part_of(transfer, fit.protocol, fit.seed)
+        name = fit.backbone.replace("/", "_")
+        kept = Kept(
+            self.folder / "models" / f"{name}-{fit.protocol}-{fit.seed}",
+            identity,
+            transfer.save_every_steps,
+            transfer.view_every_steps,
+            transfer.save_models,
+            self.pulse,
+        )
+        out = self.folder / "predictions" / f"{name}-{fit.seed}"
+        machine, protocol = self.machine, fit.protocol
+        trial = Trial(backbone, transfer, machine, protocol, fit.seed, out, kept, self._shared)
+        _, work = kind_named(task.kind)
+        found, skipped, figures = work.fit(task, trial)
+        if skipped and machine.rank == 0:
+            figures = {**figures, "skipped_images": record_skips(self.run.faults, skipped)}
         return {
             "backbone": fit.backbone,
             "protocol": fit.protocol,
@@ -208,60 +187,6 @@ class Comparison:
             **({} if backbone.cost is None else {"cost": dict(backbone.cost)}),
             **figures,
         }
-
-    def _training_part(self, fit: Fit) -> AnyTask:
-        transfer = self.config.transfer
-        task = self.task.subset(transfer.max_train, fit.seed)
-        if fit.is_trained and isinstance(task, Task):
-            return task.subset(transfer.finetune.max_train, fit.seed)
-        return task
-
-    def _predictions(self, fit: Fit) -> Path:
-        return self.folder / "predictions" / f"{fit.backbone.replace('/', '_')}-{fit.seed}"
-
-    def _detect(self, fit: Fit, backbone: Backbone, instances: Instances, kept: Kept) -> Row:
-        detection = Detection(backbone, instances, self.config.transfer.detection, self.machine)
-        out, ledger = self._predictions(fit), self.run.faults
-        return dict(detect(detection, seed=fit.seed, out=out, ledger=ledger, kept=kept))
-
-    def kept(self, fit: Fit, identity: str) -> Kept:
-        """Say where a fit's state and models lie, and how often they are written."""
-        transfer = self.config.transfer
-        name = f"{fit.backbone.replace('/', '_')}-{fit.protocol}-{fit.seed}"
-        return Kept(
-            self.folder / "models" / name,
-            identity,
-            transfer.save_every_steps,
-            transfer.view_every_steps,
-            transfer.save_models,
-            self.pulse,
-        )
-
-    def _classify(self, fit: Fit, backbone: Backbone, task: Task, kept: Kept) -> Fitted:
-        transfer = self.config.transfer
-        if fit.protocol == "finetune":
-            return finetune(
-                backbone, task, transfer.finetune, self.machine, seed=fit.seed, kept=kept
-            )
-        features = self._frozen_features(fit, backbone, task)
-        skips = Skips(self.machine)
-        skips.test = [*features.train_faults, *features.test_faults]
-        if fit.protocol == "knn":
-            return Fitted(knn(features, task, transfer), skips.close())
-        if fit.protocol.startswith("logistic"):
-            few = labels_per_class(fit.protocol)
-            return Fitted(logistic(features, task, few, seed=fit.seed), skips.close())
-        found, head = linear(features, task, transfer, device=self.machine.device)
-        if kept.models:
-            save_linear(kept.folder / "last", backbone, task, head, found, seed=fit.seed)
-        return Fitted(found, skips.close())
-
-    def _frozen_features(self, fit: Fit, backbone: Backbone, task: Task) -> Features:
-        is_drawn = fit.backbone == "random" or len(task.train) < len(self.task.train)
-        key = (fit.backbone, fit.seed if is_drawn else 0)
-        if self._features is None or self._features[0] != key:
-            self._features = (key, task_features(backbone, task, self.machine, seed=fit.seed))
-        return self._features[1]
 
 
 def train_fits(comparison: Comparison, ledger: Ledger) -> None:

@@ -10,14 +10,18 @@ state on equally many ranks gives the same weights bit for bit. The test images 
 model: what a comparison reports is `last/`. All ranks run the loop, the first one writes.
 
 Letters: B images of a rank.
+
+Source of the rates: facebookresearch/mae util/lr_sched.py @efb2a80; for detection ViTDet, Li et al.
+2022, arXiv 2203.16527, appendix A.2.
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,15 +29,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moce_dist.config import TransferConfig
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.files import naming, read_jsonl, write_atomic
 from moce_dist.train.checkpoint import check_finite
 from moce_dist.train.pulse import Pulse
+from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.loading import Machine, Progress
-from moce_dist.transfer.measure import Measures
 from moce_dist.transfer.ranks import from_first
 from moce_dist.transfer.saved import Spec, save_model
-from moce_dist.transfer.schedule import learning_rate
 
 if TYPE_CHECKING:
     from moce_dist.transfer.training import Trainer
@@ -42,6 +46,27 @@ logger = logging.getLogger(__name__)
 _STATE = "state.safetensors"
 _FORMAT = "moce_dist.fit.v2"
 _VIEWS = "views.jsonl"
+_MIN_LR = 1e-6
+# 163889 and 177546 of 184375 steps, in ViTDet
+_MILESTONES = (8 / 9, 26 / 27)
+
+Measures = dict[str, float]
+"""Figures by name; the first one is a task's result."""
+
+
+def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Return the rate of a step counted from 0: linear to `peak`, then half a cosine."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    share = (step - warmup) / max(1, steps - warmup)
+    return _MIN_LR + (peak - _MIN_LR) * 0.5 * (1 + math.cos(math.pi * share))
+
+
+def stepped_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
+    """Return the rate of a step counted from 0: linear to `peak`, a tenth twice near the end."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return float(peak * 0.1 ** sum(step >= share * steps for share in _MILESTONES))
 
 
 @dataclass(frozen=True)
@@ -57,6 +82,35 @@ class Kept:
     view_every: int | None
     models: bool = True
     pulse: Pulse = field(default_factory=Pulse)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a kind of task fits: a backbone by a protocol, with a seed, on a machine.
+
+    `out` is a folder for figures and drawings of the test images; `shared` is kept from fit to fit
+    of a comparison.
+    """
+
+    backbone: Backbone
+    transfer: TransferConfig
+    machine: Machine
+    protocol: str
+    seed: int
+    out: Path
+    kept: Kept | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+class Fitted(NamedTuple):
+    """What a fit measures on its test images, and the images that it passed over.
+
+    `figures` are further entries of its row.
+    """
+
+    measures: Measures
+    skipped: list[dict[str, Any]]
+    figures: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -126,20 +180,15 @@ def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | 
         rate = fitting.schedule(
             step, steps=fitting.steps, warmup=fitting.warmup, peak=fitting.peak_lr
         )
-        inputs, targets = _prepared(fitting, machine, *batch)
+        inputs, targets = batch[0].to(machine.device), batch[1]
+        if isinstance(targets, Tensor):
+            targets = targets.to(machine.device)
+        if fitting.prepare is not None:
+            inputs, targets = fitting.prepare(inputs, targets)
         is_stopping = trainer.step(step, (inputs, targets), fitting.weigh, rate, pulse)
         progress.advance()
         if kept and step + 1 < fitting.steps:
             _keep(fitting, trainer, machine, kept, step + 1, is_stopping=is_stopping)
-
-
-def _prepared(
-    fitting: Fitting, machine: Machine, inputs: Tensor, targets: Any
-) -> tuple[Tensor, Any]:
-    inputs = inputs.to(machine.device)
-    if isinstance(targets, Tensor):
-        targets = targets.to(machine.device)
-    return (inputs, targets) if fitting.prepare is None else fitting.prepare(inputs, targets)
 
 
 def _measured(fitting: Fitting, step: int) -> Measures:

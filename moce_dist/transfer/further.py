@@ -19,7 +19,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -33,7 +32,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, write_weights
 from moce_dist.train.finished import begin_stage, has_last_checkpoint
 from moce_dist.train.job import MoreSteps
-from moce_dist.transfer.choosing import open_stage
+from moce_dist.transfer.choosing import Dense, open_stage
 from moce_dist.transfer.continuing import FurtherJob, Train
 from moce_dist.transfer.validate import CONTROL
 
@@ -41,15 +40,8 @@ logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
 
-class Start(NamedTuple):
-    """What further steps begin with: dense weights with their decoder, and what they depend on."""
-
-    identity: Mapping[str, Any]
-    weights: Mapping[str, Tensor]
-
-
 def take_further_steps(
-    job: FurtherJob, images: int, start: Start, shares: Shares | None, train: Train
+    job: FurtherJob, images: int, start: Dense, shares: Shares | None, train: Train
 ) -> None:
     """Train a model on about `images` images, or find that this is done; on the first process.
 
@@ -93,7 +85,7 @@ def take_shared_steps(job: FurtherJob, images: int, train: Train) -> None:
     if control is None:
         raise ConfigError(f"{job.place.stage(CONTROL)}: holds no whole checkpoint")
     weights = customize(control.weights, (), with_decoder=True)
-    take_further_steps(job, images, Start({CONTROL: control.identity}, weights), None, train)
+    take_further_steps(job, images, Dense({CONTROL: control.identity}, weights), None, train)
 
 
 def _plan_steps(job: FurtherJob, images: int, shares: Shares | None) -> MoreSteps:

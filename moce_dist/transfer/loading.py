@@ -37,17 +37,17 @@ _REPORT_S = 5.0
 Draw = tuple[int, int]
 
 
-class Fault(NamedTuple):
+class Unread(NamedTuple):
     """An image that cannot be used: its key, and why not."""
 
     key: str
     reason: str
 
 
-class Look(NamedTuple):
-    """What a data set gives of an image (3, S, S), or a loader of a batch (B, 3, S, S), of them.
+class Loaded(NamedTuple):
+    """One decoded image (3, S, S), or a collated batch (B, 3, S, S).
 
-    `label` is () or (C,) of classes, (S, S) of scenes. Where `reason` is not empty, `key` could
+    `label` is () or (C,) of classes, or (S, S) of pixels. Where `reason` is not empty, `key` could
     not be read.
     """
 
@@ -56,15 +56,15 @@ class Look(NamedTuple):
     key: Any
     reason: Any
 
-    def faults(self) -> list[Fault | None]:
+    def faults(self) -> list[Unread | None]:
         """Tell for every image of a batch what is wrong with it, None if nothing."""
         pairs = zip(self.key, self.reason, strict=True)
-        return [Fault(key, reason) if reason else None for key, reason in pairs]
+        return [Unread(key, reason) if reason else None for key, reason in pairs]
 
 
 def stand_in(
     read: Callable[[int], tuple[Any, Any]], keys: Callable[[int], str], index: int, count: int
-) -> Look:
+) -> Loaded:
     """Read an image and label by number, or the next one of `count` that can be read in its place.
 
     Raises:
@@ -73,7 +73,7 @@ def stand_in(
     reason = ""
     for number in itertools.chain(range(index, count), range(index)):
         try:
-            return Look(*read(number), keys(index), reason)
+            return Loaded(*read(number), keys(index), reason)
         except (ValueError, OSError) as error:
             reason = reason or str(error)
     raise ValueError(f"{keys(index)}: {reason}; nor can any other be read")
@@ -94,8 +94,8 @@ class Machine:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rank: int = 0
     num_ranks: int = 1
-    pictures: KeptPictures = field(default_factory=lambda: KeptPictures(0), compare=False)
-    """Pictures of the one task that it works on."""
+    kept_images: KeptPictures = field(default_factory=lambda: KeptPictures(0), compare=False)
+    """Decoded images of the one task that it works on."""
 
     def rows(self, batch_size: int, *, mirrored: bool = False) -> list[int]:
         """Say which rows of a step's batch this rank computes.
@@ -168,7 +168,7 @@ class Progress:
         )
 
 
-class TaskImages(Dataset[Look]):
+class TaskImages(Dataset[Loaded]):
     """Items as (3, S, S) float32 normalised for a model; with `augment` cropped and mirrored.
 
     For training, an item that cannot be read is replaced by the next one that can; without
@@ -179,12 +179,12 @@ class TaskImages(Dataset[Look]):
         self,
         items: Sequence[Item],
         model: Backbone | Pixels,
-        pictures: KeptPictures,
+        kept: KeptPictures,
         *,
         augment: FinetuneConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self._items, self._size, self._pictures = items, model.image_size, pictures
+        self._items, self._size, self._kept = items, model.image_size, kept
         self._augment, self._seed = augment, seed
         # all backbones see the same squares; what an encoder sees is its own
         self._framing = model.framing if isinstance(model, Pixels) else None
@@ -193,7 +193,7 @@ class TaskImages(Dataset[Look]):
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, draw: Draw) -> Look:
+    def __getitem__(self, draw: Draw) -> Loaded:
         """Return item `index` as it looks in `epoch`, for a draw (epoch, index).
 
         Raises:
@@ -209,11 +209,11 @@ class TaskImages(Dataset[Look]):
             )
         item = self._items[index]
         try:
-            return Look(*self._read(index, epoch), item.key, "")
+            return Loaded(*self._read(index, epoch), item.key, "")
         except (ValueError, OSError) as error:
             blank = np.zeros((3, self._size, self._size), np.float32)
             label = np.asarray(item.label, np.int64)
-            return Look(blank, label, item.key, str(error))
+            return Loaded(blank, label, item.key, str(error))
 
     def _read(self, index: int, epoch: int) -> tuple[np.ndarray, NDArray[np.int64]]:
         item = self._items[index]
@@ -223,11 +223,11 @@ class TaskImages(Dataset[Look]):
     def _pixels(self, item: Item, epoch: int) -> np.ndarray:
         if self._framing is not None:
             return framed_image(item.read(), self._size, self._framing)
-        picture = self._pictures.open(item.key, item.read)
+        image = self._kept.open(item.key, item.read)
         if self._augment is None:
-            return centre_sample(picture, self._size)
+            return centre_sample(image, self._size)
         cut = draw_cut(
-            picture,
+            image,
             scale_min=self._augment.crop_scale_min,
             hflip=self._augment.hflip,
             draws=sample_generator(self._seed, epoch, item.key),
@@ -237,7 +237,7 @@ class TaskImages(Dataset[Look]):
 
 def eval_batches(
     items: Sequence[Item], model: Backbone | Pixels, machine: Machine
-) -> Iterator[tuple[Tensor, Tensor, list[Fault | None]]]:
+) -> Iterator[tuple[Tensor, Tensor, list[Unread | None]]]:
     """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU.
 
     Of R ranks each gets every R-th batch: the batches do not depend on R, so neither do results.
@@ -248,7 +248,7 @@ def eval_batches(
         [(0, i) for i in range(a, min(a + size, len(items)))] for a in range(0, len(items), size)
     ]
     mine = order[machine.rank :: machine.num_ranks]
-    dataset = TaskImages(items, model, machine.pictures)
+    dataset = TaskImages(items, model, machine.kept_images)
     for look in load(dataset, machine.loader_processes, batch_sampler=mine):
         yield look.pixels, look.label, look.faults()
 

@@ -15,7 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from moce_dist.run.files import write_atomic
-from moce_dist.transfer.saved import Spec
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.kinds import kind_named
+from moce_dist.transfer.predict import load_model
+from moce_dist.transfer.saved import FEATURES
 
 _OPSET = 17
 
@@ -53,10 +56,17 @@ def _traceable(model: nn.Module) -> nn.Module:
     return copied
 
 
-def export_onnx(model: nn.Module, spec: Spec, path: Path) -> list[Path]:
-    """Write `path` and the JSON file beside it; return both."""
+def export_onnx(folder: Path, path: Path) -> list[Path]:
+    """Write a folder's model to `path`, and the JSON file beside it; return both.
+
+    Raises:
+        ConfigError: there is no such model, or ONNX cannot hold it.
+    """
+    model, spec = load_model(folder)
+    output = FEATURES if spec.kind == FEATURES else kind_named(spec.kind)[0].onnx_output
+    if not output:
+        raise ConfigError(f"{folder}: is a detector, which onnx does not write; use predict")
     path.parent.mkdir(parents=True, exist_ok=True)
-    output = "features" if spec.kind == "features" else "logits"
     temporary = path.with_name(f".{path.name}.tmp")
     # the exporter that needs no package besides torch and onnx
     torch.onnx.export(

@@ -4,7 +4,6 @@ A request names the task, the backbones, the protocols and the seeds. Whatever c
 or about the run directory that it refers to is found here, from names, folders and headers.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +17,15 @@ from moce_dist.config import (
     load_config,
     read_resolved,
 )
-from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.run.artefacts import read_marker
 from moce_dist.run.directory import Run, differing_fields, load_run
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.catalog import TASKS
-from moce_dist.transfer.tasks import DETECTION_TASKS, SEGMENTATION_TASKS
+from moce_dist.transfer.kinds import kind_of
 
 STAGES = ("mae", "moce", "control")
 BY_USE = "token"
 _OWN = {"cluster": "moce", "token": BY_USE, "dense": "control"}
 SELECTIONS: tuple[str, ...] = get_args(Selection)
-CLASSIFICATION = ("finetune", "linear", "knn")
-SEGMENTATION = ("finetune",)
-DETECTION = ("finetune",)
-LOGISTIC = re.compile(r"logistic([1-9]\d*)?")
-"""Logistic regression on all training images, or on so many of each class: `logistic10`."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +46,6 @@ class Request:
         """Name of the task's folder in the run: its own in a suite, else the task's."""
         return self.name or self.task
 
-    @property
-    def is_segmentation(self) -> bool:
-        """Tell whether the task has masks instead of labels."""
-        return self.task in SEGMENTATION_TASKS
-
-    @property
-    def is_detection(self) -> bool:
-        """Tell whether the task has boxes instead of labels."""
-        return self.task in DETECTION_TASKS
-
-    @property
-    def needs_data(self) -> bool:
-        """Tell whether the task's images are the user's own."""
-        return self.task not in SAMPLE_TASKS
-
 
 def base_of(backbone: str) -> str:
     """Name what a backbone with further steps began as: `moce:merge` of `moce:merge+own`."""
@@ -88,13 +65,6 @@ def is_moce(backbone: str) -> bool:
 def is_chosen(backbone: str) -> bool:
     """Tell whether a backbone is made for the task, of experts: that of a MoCE, or `token`."""
     return is_moce(backbone) or backbone == BY_USE
-
-
-def protocols_of(task: str) -> tuple[str, ...]:
-    """Return the protocols of a task that are taken by default."""
-    if task in DETECTION_TASKS:
-        return DETECTION
-    return SEGMENTATION if task in SEGMENTATION_TASKS else CLASSIFICATION
 
 
 def own_backbone(config: Config) -> str:
@@ -142,18 +112,6 @@ def default_backbones(
     return (*chosen, f"{own}+own", *partners)
 
 
-def is_protocol(name: str, task: str) -> bool:
-    """Tell whether a task can be fitted by a protocol."""
-    known = protocols_of(task)
-    return name in known or (known == CLASSIFICATION and bool(LOGISTIC.fullmatch(name)))
-
-
-def labels_per_class(protocol: str) -> int | None:
-    """Labels of each class that a protocol `logisticN` takes; None: all."""
-    found = LOGISTIC.fullmatch(protocol)
-    return int(found[1]) if found and found[1] else None
-
-
 def parse_names(text: str, flag: str) -> tuple[str, ...]:
     """Split a comma list of distinct names.
 
@@ -186,29 +144,21 @@ def check_request(request: Request, config: Config) -> None:
     Raises:
         ConfigError: naming the flag, the value and the rule.
     """
-    tasks = (*TASKS, *SEGMENTATION_TASKS, *DETECTION_TASKS)
-    if request.task not in tasks:
-        raise ConfigError(f"--task {request.task}: must be one of {', '.join(tasks)}")
+    kind = kind_of(request.task)
     for name in request.backbones:
         _check_backbone(name, request, config)
     _check_further(request, config)
     for name in request.protocols:
-        if not is_protocol(name, request.task):
-            known = protocols_of(request.task)
-            more = ", logistic, logisticN (N labels a class)" if known == CLASSIFICATION else ""
-            raise ConfigError(
-                f"--protocol {name}: must be one of {', '.join(known)}{more} for {request.task}"
-            )
+        if not kind.takes(name):
+            known = f"{', '.join(kind.protocols)}{kind.more_protocols}"
+            raise ConfigError(f"--protocol {name}: must be one of {known} for {request.task}")
     if request.num_seeds < 1:
         raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")
     if request.experts is not None and config.moe.kind != "cluster":
         raise ConfigError(f"--experts: {experts_of(config)}")
     if request.experts is not None:
         check_experts(request.experts, len(config.moe_layers), config.moe.num_experts)
-    if request.is_segmentation:
-        _check_segmentation(config)
-    if request.is_detection:
-        _check_detection(config)
+    kind.check(config)
 
 
 def _check_further(request: Request, config: Config) -> None:
@@ -254,39 +204,12 @@ def _check_backbone(given: str, request: Request, config: Config) -> None:
     select = name.partition(":")[2] or config.transfer.select
     if select not in SELECTIONS:
         raise ConfigError(f"--backbone {name}: must be moce:{' or moce:'.join(SELECTIONS)}")
-    has_classes = not (request.is_segmentation or request.is_detection)
-    if select == "validate" and request.experts is None and not has_classes:
+    can_validate = kind_of(request.task).can_validate
+    if select == "validate" and request.experts is None and not can_validate:
         raise ConfigError(
             f"--backbone {name}: {request.task} has no classes, by which transfer.select validate "
             "tries candidates; choose another selection"
         )
-
-
-def _check_segmentation(config: Config) -> None:
-    recipe, patch_size = config.transfer.segmentation, config.model.patch_size
-    if recipe.crop % (2 * patch_size):
-        raise ConfigError(
-            f"transfer.segmentation.crop ({recipe.crop}) must be a multiple of twice "
-            f"model.patch_size ({patch_size})"
-        )
-    if recipe.batch_size < 2:
-        raise ConfigError(
-            f"transfer.segmentation.batch_size ({recipe.batch_size}) must be 2 or more (batch "
-            "normalisation)"
-        )
-
-
-def _check_detection(config: Config) -> None:
-    size, patch_size = config.transfer.detection.size, config.model.patch_size
-    if patch_size & (patch_size - 1):
-        raise ConfigError(
-            f"model.patch_size ({patch_size}) must be a power of two for detection, whose pyramid "
-            "doubles and halves it"
-        )
-    # the pyramid's coarsest stride
-    coarsest = max(32, 2 * patch_size)
-    if size % coarsest:
-        raise ConfigError(f"transfer.detection.size ({size}) must be a multiple of {coarsest}")
 
 
 def check_experts(given: Sequence[int], num_layers: int, num_experts: int) -> None:

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moce_dist.config import TransferConfig
 from moce_dist.run.artefacts import fingerprint
 from moce_dist.run.files import read_jsonl, write_atomic
 
@@ -41,20 +40,6 @@ class Fit(NamedTuple):
     def is_trained(self) -> bool:
         """Tell whether the backbone learns too, step by step."""
         return self.protocol == "finetune"
-
-
-def budget(
-    transfer: TransferConfig, protocol: str, *, is_segmentation: bool, is_detection: bool = False
-) -> dict[str, Any]:
-    """Select the fields of the configuration that a protocol's result depends on."""
-    fields = transfer.flat()
-    if is_segmentation or is_detection:
-        prefix = "segment_" if is_segmentation else "detect_"
-        kept = [name for name in fields if name.startswith(prefix)]
-    else:
-        own = {"knn": ["knn_k"], "linear": ["linear_epochs"], "finetune": ["finetune"]}
-        kept = own.get(protocol, [])
-    return {name: fields[name] for name in ["max_train", *kept]}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from moce_dist.model.customize import customize, moe_shape, routes
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
-from moce_dist.transfer.choosing import Stage, open_stage
+from moce_dist.transfer.choosing import TrainedStage, open_stage
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.request import check_experts
 from moce_dist.transfer.select import choose_experts
@@ -40,7 +40,7 @@ class Route:
         return sum(self.clusters.values())
 
 
-def moce_stage(run: Run) -> Stage:
+def moce_stage(run: Run) -> TrainedStage:
     """Return the newest MoCE checkpoint of a run.
 
     Raises:
@@ -62,7 +62,7 @@ def cluster_sizes(run: Run, num_clusters: int) -> list[int]:
     return [int(n) for n in np.bincount(clusters, minlength=num_clusters)]
 
 
-def list_routes(run: Run, config: Config, stage: Stage) -> list[Route]:
+def list_routes(run: Run, config: Config, stage: TrainedStage) -> list[Route]:
     """List the routes that clusters take, the one of most images first.
 
     Raises:

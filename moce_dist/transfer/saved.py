@@ -13,39 +13,34 @@ Sources: timm's local-dir format, timm/models/_hub.py (load_model_config_from_pa
 models/timm_wrapper.
 """
 
-import contextlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moce_dist.config import DetectionConfig
 from moce_dist.run.files import naming, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
+from moce_dist.transfer.tasks import Task
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = "moce_dist.model.v1"
 
-Kind = Literal["features", "classify", "segment", "detect"]
+FEATURES = "features"
+"""Kind of a backbone without a head."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What it takes to build a fitted model again and to feed it.
+    """What it takes to build a fitted model again and to feed it; `options` are its kind's own."""
 
-    `is_multi_label` tells whether an image may have several classes; `channels` is the width of a
-    segmenter's decoder or a detector's pyramid. The rest is a detector's: whether it finds masks,
-    the side of its windows in patches, and that of its anchors in strides.
-    """
-
-    kind: Kind
+    kind: str
     task: str
     classes: Sequence[str]
     architecture: str
@@ -53,46 +48,20 @@ class Spec:
     image_size: int
     mean: Sequence[float]
     std: Sequence[float]
-    is_multi_label: bool = False
-    channels: int = 0
-    has_masks: bool = False
-    window: int = 0
-    anchor_strides: float = 0.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self) -> nn.Module:
-        """Build the model with weights of its own.
+    @property
+    def is_multi_label(self) -> bool:
+        """Tell whether an image may have several classes."""
+        return bool(self.options.get("is_multi_label", False))
 
-        It maps (B, 3, S, S) to (B, C) or (B, C, S, S); a detector is torchvision's and takes a list
-        of pictures.
-        """
-        vit: nn.Module = timm.create_model(self.architecture, **self.arguments)
-        if self.kind == "segment":
-            from moce_dist.transfer.upernet import Segmenter
-
-            return Segmenter(vit, len(self.classes), self.channels)
-        return self._detector(vit) if self.kind == "detect" else vit
-
-    def _detector(self, vit: nn.Module) -> nn.Module:
-        from moce_dist.transfer.vitdet import make_detector
-
-        recipe = DetectionConfig(
-            size=self.image_size,
-            channels=self.channels,
-            window=self.window,
-            anchor_strides=self.anchor_strides,
-        )
-        detector: nn.Module = make_detector(
-            vit,
-            self.backbone(),
-            recipe,
-            num_classes=len(self.classes),
-            has_masks=self.has_masks,
-            autocast=contextlib.nullcontext,
-        )
-        return detector
+    def vit(self) -> nn.Module:
+        """Build the ViT with weights of its own; a classifier's has its head."""
+        model: nn.Module = timm.create_model(self.architecture, **self.arguments)
+        return model
 
     def backbone(self) -> Backbone:
-        """Describe what pictures have to look like, as loaders want it."""
+        """Describe what images have to look like, as loaders want it."""
         return Backbone(
             self.task,
             self.architecture,
@@ -103,10 +72,13 @@ class Spec:
         )
 
 
+_COMMON = [each.name for each in dataclass_fields(Spec) if each.name != "options"]
+
+
 def features_spec(backbone: Backbone) -> Spec:
     """Describe a backbone without a head, (B, 3, S, S) -> (B, D)."""
     return Spec(
-        "features",
+        FEATURES,
         backbone.name,
         [],
         backbone.architecture,
@@ -130,56 +102,30 @@ def classifier_spec(
         task=task,
         classes=list(classes),
         arguments=arguments,
-        is_multi_label=is_multi_label,
+        options={"is_multi_label": is_multi_label},
     )
 
 
-def segmenter_spec(
-    backbone: Backbone, task: str, classes: Sequence[str], *, crop: int, channels: int
-) -> Spec:
-    """Describe a backbone for pictures of side `crop` with a UPerNet decoder."""
+def dense_spec(backbone: Backbone, task: Task, image_size: int, **options: Any) -> Spec:
+    """Describe a backbone for images of another side, with what its kind puts on it."""
     return replace(
         features_spec(backbone),
-        kind="segment",
-        task=task,
-        classes=list(classes),
-        arguments={**backbone.arguments, "img_size": crop, "num_classes": 0},
-        image_size=crop,
-        channels=channels,
-    )
-
-
-def detector_spec(
-    backbone: Backbone,
-    task: str,
-    classes: Sequence[str],
-    recipe: DetectionConfig,
-    *,
-    has_masks: bool,
-) -> Spec:
-    """Describe a backbone for squares with pyramid and R-CNN."""
-    size = recipe.size
-    return replace(
-        features_spec(backbone),
-        kind="detect",
-        task=task,
-        classes=list(classes),
-        arguments={**backbone.arguments, "img_size": size, "num_classes": 0},
-        image_size=size,
-        channels=recipe.channels,
-        has_masks=has_masks,
-        window=recipe.window,
-        anchor_strides=recipe.anchor_strides,
+        kind=task.kind,
+        task=task.name,
+        classes=list(task.classes),
+        arguments={**backbone.arguments, "img_size": image_size, "num_classes": 0},
+        image_size=image_size,
+        options=options,
     )
 
 
 def timm_config(spec: Spec, tag: str) -> dict[str, Any]:
-    """Make timm's `config.json`: architecture, arguments, and the pictures that it expects.
+    """Make timm's `config.json`: architecture, arguments, and the images that it expects.
 
     transformers wraps such a folder and says itself how many classes there are, so the arguments
     must not.
     """
-    num_classes = 0 if spec.kind == "features" else len(spec.classes)
+    num_classes = 0 if spec.kind == FEATURES else len(spec.classes)
     arguments = {name: value for name, value in spec.arguments.items() if name != "num_classes"}
     return {
         "architecture": spec.architecture,
@@ -218,43 +164,30 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 def save_model(folder: Path, model: nn.Module, spec: Spec, about: Mapping[str, Any]) -> None:
     """Write a fitted model; `about` (its step, what was measured) stands in config.json."""
     write_weights(folder / WEIGHTS, model.state_dict())
-    ours = {"format": _FORMAT, **asdict(spec), "about": dict(about)}
-    theirs = timm_config(spec, spec.kind) if spec.kind == "classify" else {}
+    common = asdict(spec)
+    options = common.pop("options")
+    ours = {"format": _FORMAT, **common, **options, "about": dict(about)}
+    # a ViT with a head is all timm's
+    theirs = timm_config(spec, spec.kind) if spec.arguments.get("num_classes") else {}
     write_atomic(folder / CONFIG, json.dumps({**theirs, "moce_dist": ours}, indent=1))
 
 
-def load_model(folder: Path) -> tuple[nn.Module, Spec]:
-    """Load a fitted model, or an exported backbone, in evaluation mode on the CPU.
+def read_spec(folder: Path) -> Spec:
+    """Read the description of a fitted model or of an exported backbone.
 
     Raises:
-        ConfigError: the folder holds none, or one whose weights do not fit.
+        ConfigError: the folder holds none.
     """
-    spec = _read_spec(folder)
-    try:
-        model = spec.build()
-    except (RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError(f"{folder / CONFIG}: describes no model ({reason})") from None
-    try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{folder / WEIGHTS}: {' '.join(str(error).split())[:300]}") from None
-    return model.eval(), spec
-
-
-def _read_spec(folder: Path) -> Spec:
     try:
         config = json.loads((folder / CONFIG).read_text())
         if "moce_dist" in config:
             fields = {**config["moce_dist"]}
             del fields["format"], fields["about"]
-            spec = Spec(**fields)
-            if spec.kind not in get_args(Kind):
-                raise ValueError(f"unknown kind {spec.kind}")
-            return spec
+            common = {name: fields.pop(name) for name in _COMMON}
+            return Spec(**common, options=fields)
         pixels = config["pretrained_cfg"]
         return Spec(
-            "features",
+            FEATURES,
             folder.name,
             [],
             config["architecture"],

@@ -1,6 +1,6 @@
 """Images that cannot be read while a fit is under way: passed over, counted and named.
 
-In training the next image that can be read stands in (classes, scenes), or the picture is missing
+In training the next image that can be read stands in (classes, masks), or the image is missing
 from its batch (detection); in a test it does not count (in a detection's, nothing is found in it).
 While a fit that is kept is under way, `FOLDER/skipped.jsonl` has its skips by step, so that a fit
 that goes on counts those of before; in the end they are in the run's `faults.jsonl`.
@@ -12,7 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from torch.utils.data import Dataset
 from moce_dist.data.loaders import load
 from moce_dist.run.files import read_jsonl, record_fault, write_atomic
 from moce_dist.transfer.fit import Kept
-from moce_dist.transfer.loading import Draw, Fault, Look, Machine
-from moce_dist.transfer.measure import Measures
+from moce_dist.transfer.loading import Draw, Loaded, Machine, Unread
 from moce_dist.transfer.ranks import add_up, in_order
 
 logger = logging.getLogger(__name__)
@@ -32,13 +31,6 @@ Skipped = dict[str, Any]
 """Key of an image, the reason, and in training the step."""
 
 
-class Fitted(NamedTuple):
-    """What a fit measures on its test images, and the images that it passed over."""
-
-    measures: Measures
-    skipped: list[Skipped]
-
-
 class Skips:
     """The images that a fit passed over; the first rank notes those of all."""
 
@@ -46,7 +38,7 @@ class Skips:
         self.machine, self._is_first = machine, machine.rank == 0
         self._path = kept.folder / _FILE if kept and self._is_first else None
         self.lines: list[Skipped] = []
-        self.test: Sequence[Fault] = ()
+        self.test: Sequence[Unread] = ()
 
     def start(self, step: int) -> None:
         """Take up the skips before a step; what came later is met again."""
@@ -55,7 +47,7 @@ class Skips:
         if len(self.lines) < len(known):
             self._write()
 
-    def note(self, step: int, mine: Sequence[Fault | None]) -> list[Fault]:
+    def note(self, step: int, mine: Sequence[Unread | None]) -> list[Unread]:
         """Note what a step passes over, and return it; `mine` has one entry an image of this rank.
 
         Collective over the ranks.
@@ -91,7 +83,7 @@ def record_skips(ledger: Path, skipped: Sequence[Skipped]) -> int:
     return len({each["key"] for each in skipped})
 
 
-def refuse_all(faults: Sequence[Fault], count: int) -> None:
+def refuse_all(faults: Sequence[Unread], count: int) -> None:
     """Check that some of `count` images could be read.
 
     Raises:
@@ -102,8 +94,8 @@ def refuse_all(faults: Sequence[Fault], count: int) -> None:
 
 
 def readable(
-    found: Sequence[tuple[Tensor, Tensor, list[Fault | None]]],
-) -> tuple[Tensor, Tensor, list[Fault]]:
+    found: Sequence[tuple[Tensor, Tensor, list[Unread | None]]],
+) -> tuple[Tensor, Tensor, list[Unread]]:
     """Join (outputs, labels, faults) of batches, without the images that could not be read.
 
     Raises:
@@ -118,7 +110,7 @@ def readable(
 
 
 def training_batches(
-    images: Dataset[Look], draws: Iterator[list[Draw]], machine: Machine, start: int, skips: Skips
+    images: Dataset[Loaded], draws: Iterator[list[Draw]], machine: Machine, start: int, skips: Skips
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's part (images (n, 3, S, S), labels) of every batch from step `start` on.
 
@@ -131,6 +123,6 @@ def training_batches(
         yield look.pixels, look.label
 
 
-def _warn(faults: Sequence[Fault]) -> None:
+def _warn(faults: Sequence[Unread]) -> None:
     for fault in faults:
         logger.warning("%s: skipped: %s", fault.key, fault.reason)

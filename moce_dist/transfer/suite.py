@@ -20,13 +20,11 @@ from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import write_atomic
 from moce_dist.run.lease import hold
 from moce_dist.train.pulse import Pulse
-from moce_dist.transfer.catalog import load_task
 from moce_dist.transfer.continuing import FurtherJob, further_jobs
-from moce_dist.transfer.instances import Instances, check_instances, read_instances
+from moce_dist.transfer.kinds import kind_of
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Ledger, suite_metrics
-from moce_dist.transfer.scenes import Scenes, check_scenes, read_scenes
-from moce_dist.transfer.tasks import Task, check_images, validation_split
+from moce_dist.transfer.tasks import Task
 
 logger = logging.getLogger(__name__)
 ALL = "all"
@@ -42,7 +40,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """What became of an order: its metrics, or why there are none."""
 
     name: str
@@ -50,37 +48,13 @@ class Outcome:
     failure: str = ""
 
 
-def list_task(request: Request, config: Config) -> Task | Scenes | Instances:
+def list_task(request: Request, config: Config) -> Task:
     """List a task's files, checking their layout.
 
     Raises:
         ConfigError: see the task's reader.
     """
-    task: Task | Scenes | Instances
-    if request.is_segmentation:
-        task = read_scenes(request.task, request.data)
-    elif request.is_detection:
-        task = read_instances(request.task, request.data)
-    else:
-        return load_task(request.task, request.data, config.transfer.evaluate)
-    return task if config.transfer.evaluate == "test" else validation_split(task)
-
-
-def scan(task: Task | Scenes | Instances, config: Config) -> list[str]:
-    """Read all files of a task once, so that a damaged one is known before training.
-
-    Returns notes on what the files hold.
-
-    Raises:
-        ConfigError: naming the first damaged file.
-    """
-    if isinstance(task, Scenes):
-        return check_scenes(task, threads=config.data.loader_processes)
-    if isinstance(task, Instances):
-        check_instances(task, threads=config.data.loader_processes)
-    else:
-        check_images(task, threads=config.data.loader_processes)
-    return []
+    return kind_of(request.task).open(request.task, request.data, config.transfer.evaluate)
 
 
 @dataclass(frozen=True)
@@ -118,12 +92,7 @@ class FitsJob:
     @property
     def batch_size(self) -> int:
         """Images of a step, which every number of workers below the full one divides."""
-        transfer = self.order.config.transfer
-        if self.order.request.is_segmentation:
-            return transfer.segmentation.batch_size
-        if self.order.request.is_detection:
-            return transfer.detection.batch_size
-        return transfer.finetune.batch_size
+        return kind_of(self.order.request.task).batch_size(self.order.config.transfer)
 
     def run(self, pulse: Pulse) -> None:
         """Train what is left on this rank; collective over all ranks."""
@@ -173,9 +142,9 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
         return _compare(job, task, train)
 
 
-def _compare(job: FitsJob, task: Task | Scenes | Instances, train: Train) -> dict[str, Any]:
+def _compare(job: FitsJob, task: Task, train: Train) -> dict[str, Any]:
     order = job.order
-    notes = scan(task, order.config)
+    notes = task.scan(threads=order.config.data.loader_processes)
     if order.is_fresh:
         set_aside(job.folder)
     from moce_dist.transfer.compare import Comparison, compare
@@ -204,21 +173,19 @@ def prepare(run: Run, orders: Iterable[Order], train: Train) -> None:
             take_shared_steps(job, order.request.continue_images, train)
 
 
-def _alone(order: Order) -> Order:
-    alone = order.config.parallel.model_copy(update={"num_workers": 1, "min_workers": None})
-    return replace(order, config=order.config.model_copy(update={"parallel": alone}))
-
-
-def attempt(run: Run, order: Order) -> Outcome:
+def attempt(run: Run, order: Order) -> TaskOutcome:
     """Carry out an order; a failure is an outcome too. The processor cores are for one worker."""
+    config = order.config
+    alone = config.parallel.model_copy(update={"num_workers": 1, "min_workers": None})
+    order = replace(order, config=config.model_copy(update={"parallel": alone}))
     try:
-        return Outcome(order.request.folder, carry_out(run, _alone(order)))
+        return TaskOutcome(order.request.folder, carry_out(run, order))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other tasks go on
         text = " ".join(str(error).split())
-        return Outcome(order.request.folder, None, f"{type(error).__name__}: {text}")
+        return TaskOutcome(order.request.folder, None, f"{type(error).__name__}: {text}")
 
 
-def collect(run: Run, outcomes: Iterable[Outcome]) -> dict[str, Any]:
+def collect(run: Run, outcomes: Iterable[TaskOutcome]) -> dict[str, Any]:
     """Wait for all outcomes, say how each ended, and write the suite's metrics.json."""
     finished = []
     for outcome in outcomes:

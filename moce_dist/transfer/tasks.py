@@ -1,48 +1,34 @@
-"""The downstream tasks: labelled images under one name, checked before anything is trained.
+"""What a kind of task is: its images, and what the rest of transfers asks of it.
 
-A task is two lists of items (an image's bytes or where they lie, and its label). Three small tasks
-are cut from images that installed packages carry; `imagefolder` reads any data set laid out as
-
-    DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)
-
-With `transfer.evaluate: val` DATA/val is what figures are of where DATA/test is there too; of any
-other task a fifth of the training images.
-
-Published sets are read by `official.py`, tars by `tars.py`; which name is read by whom stands in
-`catalog.py`. `ade20k` (pictures with masks) is read by `scenes.py`, `coco` (with boxes) by
-`instances.py`.
-
-Source: torchvision.datasets.ImageFolder for the layout.
+A kind is a subclass of `Task` in a folder of its own, a module there that fits and predicts, and a
+line of `kinds.py`. Here nothing heavy may be imported: requests are checked by it.
 """
 
-import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 import numpy as np
 
-from moce_dist.data import samples
+from moce_dist.config import Config, TransferConfig
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import open_image
-from moce_dist.data.listing import list_folders, list_images
 from moce_dist.data.packing import share
 from moce_dist.data.shards import read_range
-from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
 SCAN_LIMIT_BYTES = 10 * 10**9
 _VALIDATION = 0.2
 
-Metric = Literal["accuracy", "mean_class_accuracy", "mAP"]
+T = TypeVar("T")
 
 
-class Range(NamedTuple):
-    """Bytes of a file: the picture of a sample in a tar."""
+class FilePart(NamedTuple):
+    """Bytes of a file: an image in a tar."""
 
     file: Path
     start: int
@@ -53,181 +39,174 @@ class Item(NamedTuple):
     """A labelled image: its bytes, or the file or part of a file that holds them.
 
     The label is a class, or with several labels an image one number a class: 1 there, 0 not there,
-    -1 not counted.
+    -1 not counted. Where labels do not matter it is 0.
     """
 
     key: str
-    content: bytes | Path | Range
-    label: int | tuple[int, ...]
+    content: bytes | Path | FilePart
+    label: int | tuple[int, ...] = 0
 
     def read(self) -> bytes:
         """Return the compressed image."""
-        if isinstance(self.content, Range):
+        if isinstance(self.content, FilePart):
             return read_range(str(self.content.file), self.content.start, self.content.size)
         return self.content if isinstance(self.content, bytes) else self.content.read_bytes()
 
     def size(self) -> int:
         """Return the size of the compressed image, bytes."""
-        if isinstance(self.content, Range):
+        if isinstance(self.content, FilePart):
             return self.content.size
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
 
-@dataclass(frozen=True)
-class Task:
-    """A classification task: class names, the items of its two splits, and its metric.
+class Splits(NamedTuple):
+    """Class names and the labelled images of the two splits."""
 
-    With the metric `mAP` an image has several labels.
-    """
-
-    name: str
     classes: Sequence[str]
     train: Sequence[Item]
     test: Sequence[Item]
-    metric: Metric = "accuracy"
 
-    @property
-    def is_multi_label(self) -> bool:
-        """Tell whether an image has several labels."""
-        return self.metric == "mAP"
 
+@dataclass(frozen=True)
+class Task(ABC):
+    """A downstream task: class names, the images of its two splits, and its metric.
+
+    Images have a `key`; what else they have is the kind's own matter.
+    """
+
+    kind: ClassVar[str]
+    """Name of the kind in fitted models."""
+    names: ClassVar[Sequence[str]]
+    """What `--task` calls tasks of this kind."""
+    protocols: ClassVar[Sequence[str]] = ("finetune",)
+    """Protocols that are taken by default."""
+    more_protocols: ClassVar[str] = ""
+    """Others that are taken, as an error lists them."""
+    can_validate: ClassVar[bool] = False
+    """Whether experts can be chosen by evidence: images have labels."""
+    has_scores: ClassVar[bool] = False
+    """Whether `predict` finds objects with scores."""
+    onnx_output: ClassVar[str] = "logits"
+    """Name of the output of an ONNX file; "": there is no such file."""
+
+    name: str
+    classes: Sequence[str]
+    train: Sequence[Any]
+    test: Sequence[Any]
+    metric: str
+
+    @classmethod
+    @abstractmethod
+    def read(cls, name: str, data: Path | None) -> Self:
+        """List a task's images and check its files.
+
+        Raises:
+            ConfigError: a file or folder is missing or wrong.
+        """
+
+    @classmethod
+    def open(cls, name: str, data: Path | None, evaluate: str = "test") -> Self:
+        """List a task's images; with `evaluate: val` it is tested on a fifth of those of training.
+
+        Raises:
+            ConfigError: a file or folder is missing or wrong, or there are too few images.
+        """
+        task = cls.read(name, data)
+        if evaluate == "test":
+            return task
+        held = [image for image in task.train if share(image.key) < _VALIDATION]
+        kept = [image for image in task.train if share(image.key) >= _VALIDATION]
+        if not held or not kept:
+            raise ConfigError(
+                f"{len(task.train)} training images are too few to validate on a fifth"
+            )
+        return replace(task, train=kept, test=held)
+
+    @classmethod
+    def takes(cls, protocol: str) -> bool:
+        """Tell whether a task of this kind can be fitted by a protocol."""
+        return protocol in cls.protocols
+
+    @classmethod
+    def needs_data(cls, name: str) -> bool:
+        """Tell whether a task's images are the user's own (`--data`)."""
+        return True
+
+    @classmethod  # noqa: B027 - a kind may have nothing to check
+    def check(cls, config: Config) -> None:
+        """Check the fields of the configuration that a fit of this kind depends on.
+
+        Raises:
+            ConfigError: naming the field, the value and the rule.
+        """
+
+    @classmethod
+    @abstractmethod
+    def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
+        """Select the fields of `transfer` that the result of a protocol depends on."""
+
+    @classmethod
+    @abstractmethod
+    def plan(cls, transfer: TransferConfig) -> str:
+        """Say what a fit costs, in one line of `--dry-run`."""
+
+    @classmethod
+    @abstractmethod
+    def batch_size(cls, transfer: TransferConfig) -> int:
+        """Return the images of a training step, which ranks share."""
+
+    @abstractmethod
     def fingerprint(self) -> str:
-        """Sha256 over keys, sizes and labels of all items, and the bytes of those in memory."""
-        digest = hashlib.sha256(repr(list(self.classes)).encode())
-        for item in [*self.train, *self.test]:
-            digest.update(f"{item.key}/{item.size()}/{item.label}\n".encode())
-            if isinstance(item.content, bytes):
-                digest.update(item.content)
-        return digest.hexdigest()
+        """Return a sha256 of all that a result depends on: keys, labels, sizes of files."""
 
+    @abstractmethod
     def images(self) -> list[Item]:
-        """Return the training images."""
-        return list(self.train)
+        """Return the training images without what there is to learn."""
 
-    def subset(self, max_train: int | None, seed: int) -> "Task":
-        """Keep at most `max_train` training items, drawn with `seed`, in their order."""
+    def subset(self, max_train: int | None, seed: int) -> Self:
+        """Keep at most `max_train` training images, drawn with `seed`, in their order."""
         if max_train is None or max_train >= len(self.train):
             return self
         kept = np.random.default_rng(seed).permutation(len(self.train))[:max_train]
         return replace(self, train=[self.train[i] for i in sorted(kept)])
 
+    def part_of(self, transfer: TransferConfig, protocol: str, seed: int) -> Self:
+        """Keep the training images that a protocol may have."""
+        return self.subset(transfer.max_train, seed)
 
-def _split_items(split: Path, classes: Sequence[str]) -> list[Item]:
-    found: dict[str, list[Path]] = {name: [] for name in classes}
-    beside = 0
-    for path in list_images(split).usable():
-        inner = path.relative_to(split)
-        if len(inner.parts) > 1:
-            found[inner.parts[0]].append(path)
-        else:
-            beside += 1
-    if beside:
-        logger.warning("%s: left out: %d images in no class folder", split, beside)
-    if empty := [name for name in classes if not found[name]]:
-        raise ConfigError(f"{split / empty[0]}: holds no images ({len(empty)} such class folders)")
-    return [
-        Item(f"{split.name}/{as_text(path.relative_to(split))}", path, label)
-        for label, name in enumerate(classes)
-        for path in found[name]
-    ]
+    @abstractmethod
+    def scan(self, *, threads: int) -> list[str]:
+        """Read all files of a task below `SCAN_LIMIT_BYTES`; larger ones are checked as met.
+
+        Returns notes on what they hold.
+
+        Raises:
+            ConfigError: naming the first damaged file, and how many there are.
+        """
 
 
-def image_folder(name: str, data: Path | None, test_names: Sequence[str] = ("test", "val")) -> Task:
-    """Read a folder of class folders per split; the first of `test_names` that is there tests.
+def scan_all(
+    images: Sequence[T], size: Callable[[T], int], look: Callable[[T], Any], threads: int
+) -> list[Any]:
+    """Return `look` of every image, or [] where all are larger than `SCAN_LIMIT_BYTES` together.
 
     Raises:
-        ConfigError: a folder is missing or empty, or the splits differ in their classes.
+        ConfigError: the text of the first ImageError that `look` raises, and how many there are.
     """
-    layout = "expected DATA/train/CLASS/IMAGE and DATA/test/CLASS/IMAGE (or DATA/val)"
-    if data is None:
-        raise ConfigError(f"--task {name}: needs --data; {layout}")
-    if not data.is_dir():
-        raise ConfigError(f"--data {data}: is not a folder; {layout}")
-    test_name = next((t for t in test_names if (data / t).is_dir()), None)
-    wanted = " or ".join(test_names)
-    for split, found in (("train", (data / "train").is_dir()), (wanted, test_name)):
-        if not found:
-            raise ConfigError(f"--data {data}: has no folder {split}; {layout}")
-    assert test_name is not None
-    classes, others = list_folders(data / "train"), list_folders(data / test_name)
-    if len(classes) < 2:
-        raise ConfigError(f"{data / 'train'}: has {len(classes)} class folders, needs two or more")
-    if classes != others:
-        odd = [as_text(name) for name in sorted(set(classes) ^ set(others))]
-        raise ConfigError(f"--data {data}: train and {test_name} differ in the classes {odd[:5]}")
-    train, test = (_split_items(data / split, classes) for split in ("train", test_name))
-    return Task(name, [as_text(name) for name in classes], train, test)
+    if sum(map(size, images)) > SCAN_LIMIT_BYTES:
+        return []
 
+    def attempt(image: T) -> Any:
+        try:
+            return look(image)
+        except ImageError as error:
+            return error
 
-def has_three_splits(data: Path | None) -> bool:
-    """Tell whether a folder of class folders has images of its own for validation."""
-    return data is not None and all((data / name).is_dir() for name in ("val", "test"))
-
-
-def sample_task(name: str, data: Path | None) -> Task:
-    """Cut a small task from images that installed packages carry.
-
-    Raises:
-        ConfigError: `--data` was given, which this task does not read, or the package is missing.
-    """
-    if data is not None:
-        raise ConfigError(f"--data {data}: task {name} has its own images; leave --data out")
-    made = samples.task(name)
-    train, test = (
-        [Item(f"{split}/{i}", content, label) for i, (content, label) in enumerate(pairs)]
-        for split, pairs in (("train", made.train), ("test", made.test))
-    )
-    return Task(name, list(made.classes), train, test)
-
-
-class _Keyed(Protocol):
-    @property
-    def key(self) -> str:
-        """Name of an image in its task."""
-        ...
-
-
-class _Splits(Protocol):
-    @property
-    def train(self) -> Sequence[_Keyed]:
-        """Images that are learnt from."""
-        ...
-
-
-AnyTask = TypeVar("AnyTask", bound=_Splits)
-
-
-def validation_split(task: AnyTask) -> AnyTask:
-    """Measure a task on a fifth of its training images, by their keys, and train on the others.
-
-    Raises:
-        ConfigError: there are too few.
-    """
-    held = [item for item in task.train if share(item.key) < _VALIDATION]
-    kept = [item for item in task.train if share(item.key) >= _VALIDATION]
-    if not held or not kept:
-        raise ConfigError(f"{len(task.train)} training images are too few to validate on a fifth")
-    return replace(task, train=kept, test=held)  # type: ignore[type-var]
-
-
-SEGMENTATION_TASKS = ("ade20k",)
-DETECTION_TASKS = ("coco",)
-
-
-def unreadable(items: Sequence[Item], *, threads: int) -> Iterator[tuple[Item, str]]:
-    """Decode every image once and yield those that cannot be read, each with the reason."""
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        for item, reason in zip(items, pool.map(_why_unreadable, items), strict=True):
-            if reason:
-                yield item, reason
-
-
-def _why_unreadable(item: Item) -> str:
-    try:
-        open_image(item.read())
-    except (ImageError, OSError) as error:
-        return str(error)
-    return ""
+        found = list(pool.map(attempt, images))
+    if bad := [error for error in found if isinstance(error, ImageError)]:
+        raise ConfigError(f"{bad[0]}{f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''}")
+    return found
 
 
 def warn_of_doubt(keys: Sequence[str]) -> None:
@@ -238,20 +217,3 @@ def warn_of_doubt(keys: Sequence[str]) -> None:
             "whether annotations are for the turned image, as is assumed, or for the stored one",
             *(len(keys), keys[0]),
         )
-
-
-def check_images(task: Task, *, threads: int) -> None:
-    """Scan a task of files below `SCAN_LIMIT_BYTES`; larger ones are checked as they are read.
-
-    Raises:
-        ConfigError: naming the first unreadable image and how many there are.
-    """
-    items = [i for i in [*task.train, *task.test] if not isinstance(i.content, bytes)]
-    if sum(item.size() for item in items) > SCAN_LIMIT_BYTES:
-        return
-    bad = list(unreadable(items, threads=threads))
-    if bad:
-        item, reason = bad[0]
-        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-        where = item.content if isinstance(item.content, Path) else item.key
-        raise ConfigError(f"{where}: unreadable image: {reason}{more}")

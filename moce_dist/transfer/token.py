@@ -34,7 +34,7 @@ def without_gates(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in weights.items() if name not in gates}
 
 
-class TokenMlp(nn.Module):
+class UsageMlp(nn.Module):
     """The experts of one layer and their gate, on one process; keeps what its tokens chose."""
 
     def __init__(self, weights: Mapping[str, Tensor], block: int, num_experts: int) -> None:
@@ -72,7 +72,7 @@ def usage_counter(
     parallel = config.parallel.model_copy(update={"precision": "fp32"})
     model = MaskedAutoencoder(config.model_copy(update={"parallel": parallel}))
     blocks, num_experts = moe_shape(weights)
-    layers = {block: TokenMlp(weights, block, num_experts) for block in blocks}
+    layers = {block: UsageMlp(weights, block, num_experts) for block in blocks}
     for block, mlp in layers.items():
         model.get_submodule(f"blocks.{block}").mlp = mlp
     shared = {n: t for n, t in without_gates(weights).items() if ".experts." not in n}

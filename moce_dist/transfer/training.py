@@ -6,6 +6,7 @@ weighted: gradients are those of the mean over the whole batch, whatever R and M
 Letters: R ranks, B images of a step, n images of a rank, M micro-batches.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,7 +22,6 @@ from moce_dist.train.blocks import prepare_blocks
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.ranks import add_up, share_batch_norm
-from moce_dist.transfer.schedule import set_learning_rate, stop_unless_finite
 
 _PREFIX, _BUFFER = "model.", "buffer"
 Loss = Callable[[Tensor, Any], Tensor]
@@ -124,6 +124,22 @@ class Trainer:
     def close(self) -> None:
         """Release the engine; the model stays as it is."""
         self._engine.destroy()
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group to `lr` times its own scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def stop_unless_finite(value: float, what: str, fit: str, step: int) -> None:
+    """Stop a fit when a figure, which is the same on all ranks, is not finite.
+
+    Raises:
+        FloatingPointError: naming the fit, the figure and the step.
+    """
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{fit}: {what} is {value} in step {step}")
 
 
 def _blocks(name: str, model: nn.Module, parallel: ParallelConfig) -> list[nn.Module]:

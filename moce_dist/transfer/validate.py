@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moce_dist.config import Config, TransferConfig
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.classify import Features, extract, knn, linear
+from moce_dist.transfer.classification.frozen import Features, extract, knn, linear
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.tasks import Task
 

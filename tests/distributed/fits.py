@@ -10,13 +10,20 @@ import torch.distributed as dist
 from moce_dist.config import load_config
 from moce_dist.run.directory import StoppedError
 from moce_dist.train.pulse import Pulse
-from moce_dist.transfer import detect, finding, finetune, fit, segment, upernet
+from moce_dist.transfer import fit
 from moce_dist.transfer.backbone import run_backbone
-from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.instances import read_instances
+from moce_dist.transfer.classification import finetune
+from moce_dist.transfer.classification.task import Classification
+from moce_dist.transfer.detection import finding
+from moce_dist.transfer.detection import fit as detect
+from moce_dist.transfer.detection.task import Detection
+from moce_dist.transfer.kinds import kind_named
+from moce_dist.transfer.predict import load_model
 from moce_dist.transfer.ranks import join
-from moce_dist.transfer.saved import load_model
-from moce_dist.transfer.scenes import read_scenes
+from moce_dist.transfer.segmentation import fit as segment
+from moce_dist.transfer.segmentation import upernet
+from moce_dist.transfer.segmentation.task import Segmentation
+from moce_dist.transfer.skips import record_skips
 
 TINY = (
     "model.size=tiny", "model.width=32", "model.num_heads=2", "model.depth=4",
@@ -44,10 +51,11 @@ def _sgd(model, *_, **__):
             for i, p in enumerate(model.parameters())
         ],
         lr=0.0,
+        fused=True,
     )
 
 
-class _Settled(detect.Detection):
+class _Settled(detect.DetectorFit):
     """A detector that draws nothing, and whose loss is a mean over pictures whatever the parts."""
 
     def build(self, seed):
@@ -85,20 +93,16 @@ def _figures(fitted):
 
 
 def _run(kind, root, config, machine, kept, out):
+    opened, work = kind_named(kind)
+    task = opened.open({"segment": "ade20k", "detect": "coco"}.get(kind, "imagefolder"), root)
     backbone = run_backbone("random", config, None)
-    if kind == "segment":
-        scenes = read_scenes("ade20k", root)
-        fitted = segment.segment(
-            backbone, scenes, config.transfer, machine, seed=3, out=out, kept=kept
-        )
+    trial = fit.Trial(backbone, config.transfer, machine, "finetune", 3, out, kept)
+    fitted = work.fit(task, trial)
+    if kind != "detect":
         return _figures(fitted)
-    if kind == "detect":
-        learner = detect.Detection(backbone, read_instances("coco", root), config.transfer, machine)
-        ledger = kept.folder / "faults.jsonl"
-        return detect.detect(learner, seed=3, out=out, ledger=ledger, kept=kept)
-    task = load_task("imagefolder", root)
-    recipe = config.transfer.finetune
-    return _figures(finetune.finetune(backbone, task, recipe, machine, seed=3, kept=kept))
+    if machine.rank == 0:
+        record_skips(kept.folder / "faults.jsonl", fitted.skipped)
+    return fitted.figures
 
 
 def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_every=2, views=None):
@@ -123,7 +127,7 @@ def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_e
             patches.enter_context(patch.object(finetune, "make_optimizer", _sgd))
             patches.enter_context(patch.object(upernet.Segmenter, "optimizer", _sgd))
             patches.enter_context(patch.object(detect, "make_optimizer", _sgd))
-            patches.enter_context(patch.object(detect, "Detection", _Settled))
+            patches.enter_context(patch.object(detect, "DetectorFit", _Settled))
         if kill is not None:
             patches.enter_context(_kill_before(kill))
         try:
@@ -178,7 +182,7 @@ def pictures_used(**options):
     learnt, seen, scored = [], [], []
     with (
         _noting(detect, "training_square", learnt),
-        _noting(finding, "_look", seen),
+        _noting(finding, "find_in", seen),
         _noting(finding, "box_results", scored),
     ):
         figures = fit_task("detect", **options, adam=True)
@@ -190,7 +194,7 @@ def _measure_detector(model, instances, machine, out):
     entries = []
     with _noting(finding, "average_precision", entries):
         found = finding.evaluate(model, instances, machine, out)
-    faults = [(fault.key, fault.reason) for fault in found.faults]
+    faults = [(fault.key, fault.reason) for fault in found.unread]
     return found.measures(), faults, [(kind, results) for _, results, kind in entries]
 
 
@@ -201,10 +205,11 @@ def measure_saved(kind, root, folder, overrides):
     model, _ = load_model(Path(folder))
     out = Path(folder).parent / f"by{machine.num_ranks}"
     if kind == "detect":
-        return _measure_detector(model, read_instances("coco", Path(root)), machine, out)
+        return _measure_detector(model, Detection.read("coco", Path(root)), machine, out)
     backbone = run_backbone("random", config, None)
     if kind == "classify":
-        return finetune.evaluate(model, backbone, load_task("imagefolder", Path(root)), machine)
+        task = Classification.open("imagefolder", Path(root))
+        return finetune.evaluate(model, backbone, task, machine)
     window = segment.Window(config.transfer.segmentation.crop)
-    scenes = read_scenes("ade20k", Path(root))
-    return segment._evaluate(model, scenes, backbone, window, machine, out)
+    scenes = Segmentation.read("ade20k", Path(root))
+    return segment.evaluate(model, scenes, backbone, window, machine, out)

@@ -100,7 +100,7 @@ def test_every_picture_is_used_once_and_scores_are_those_of_one_process(pools, d
     assert [kind for kind, _ in one[2]] == ["bbox", "segm"] and len(one[2][0][1]) > 0
     drawn = [{p.name: p.read_bytes() for p in (out / name).iterdir()} for name in ("by1", "by2")]
     assert drawn[0] == drawn[1] and sorted(drawn[0]) == [f"{i:06d}.png" for i in range(4)]
-    assert json.loads((out / "seen" / "scores.json").read_text())["skipped_pictures"] == 0
+    assert json.loads((out / "seen" / "scores.json").read_text())["skipped_images"] == 0
 
 
 CHECKPOINTED = "parallel.activation_checkpointing=true"

@@ -8,17 +8,17 @@ from PIL import Image
 
 from moce_dist.data import carriers, desktop, detection
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.instances import Instances, check_instances, load_picture, read_instances
-from moce_dist.transfer.jitter import decode_mask
+from moce_dist.transfer.detection.jitter import decode_mask
+from moce_dist.transfer.detection.task import Detection
 
 NUM_TREES = (574, 279, 61, 37)
 
 
 @pytest.fixture(scope="module")
-def trees(tmp_path_factory) -> Instances:
+def trees(tmp_path_factory) -> Detection:
     out = tmp_path_factory.mktemp("trees") / "out"
     detection.write_trees(out)
-    return read_instances("coco", out)
+    return Detection.read("coco", out)
 
 
 def write_packages(root):
@@ -45,18 +45,18 @@ def write_packages(root):
 
 
 @pytest.fixture(scope="module")
-def composited(tmp_path_factory) -> Instances:
+def composited(tmp_path_factory) -> Detection:
     root = tmp_path_factory.mktemp("composited")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_DIRS", f"/nowhere:{write_packages(root / 'share')}")
         patch.setattr(detection, "_NUM_SCENES", {"train2017": 12, "val2017": 4})
         detection.write_composited(root / "out")
-    return read_instances("coco", root / "out")
+    return Detection.read("coco", root / "out")
 
 
 def test_trees_have_boxes_alone_and_all_photographs_are_read(trees):
     assert trees.classes == ("tree",) and not trees.has_masks
-    check_instances(trees, threads=1)
+    trees.scan(threads=1)
     counts = [len(carriers.trees(name).boxes) for name in carriers.TREE_PHOTOGRAPHS]
     assert tuple(counts) == NUM_TREES
     # test tiles do not overlap, so no tree is learnt from twice or counted twice in full
@@ -86,7 +86,7 @@ def test_outlines_lie_on_the_cut_outs(composited):
     assert composited.classes == ("cut-out",) and composited.has_masks
     assert (len(composited.train), len(composited.test)) == (12, 4)
     for picture in [*composited.train, *composited.test]:
-        pixels = np.asarray(load_picture(picture), int)
+        pixels = np.asarray(picture.load().image, int)
         yellow = pixels[..., 0] > pixels[..., 2]
         union = np.zeros((128, 128), bool)
         for a in picture.annotations:

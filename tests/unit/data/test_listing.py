@@ -15,9 +15,9 @@ from moce_dist.data.decoders import image_endings
 from moce_dist.data.listing import ending, list_images
 from moce_dist.data.sources import expand_shards, list_folder
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.commands import list_pictures
-from moce_dist.transfer.scenes import read_scenes
+from moce_dist.transfer.classification.task import Classification
+from moce_dist.transfer.commands import list_named
+from moce_dist.transfer.segmentation.task import Segmentation
 
 APPLE_DOUBLE = b"\0\x05\x16\x07" + bytes(80)
 LEFT_BEHIND = ("._a.png", ".DS_Store", "Thumbs.db", "THUMBS.DB", "desktop.ini", ".hidden.png")
@@ -64,12 +64,12 @@ def scenes_of(classes):
 
 def counts(classes):
     """How many images each of the readers finds: of the training split, of all for ADE20K."""
-    task = load_task("imagefolder", classes)
-    scenes = read_scenes("ade20k", scenes_of(classes))
+    task = Classification.open("imagefolder", classes)
+    scenes = Segmentation.read("ade20k", scenes_of(classes))
     return [
         len(task.train),
         len(list_folder(classes / "train").files),
-        len(list_pictures([str(classes / "train")])),
+        len(list_named([str(classes / "train")])),
         len(scenes.train),
     ]
 
@@ -100,7 +100,7 @@ def test_loops_and_links_into_the_tree_are_noticed_everywhere(classes):
 
 def test_an_earlier_name_of_a_link_takes_nothing_from_a_real_folder(classes):
     (classes / "train" / "a" / "0").symlink_to(classes / "train" / "b")
-    labels = [item.label for item in load_task("imagefolder", classes).train]
+    labels = [item.label for item in Classification.open("imagefolder", classes).train]
     assert labels == [0] * 3 + [1] * 3
 
 
@@ -110,7 +110,7 @@ def test_every_ending_that_can_be_opened_counts_in_any_case(classes):
         (folder / f"x{number}.{name.upper() if number % 2 else name}").write_bytes(png(number))
     listing = list_images(folder)
     assert {ending(file.path.name) for file in listing.files} == image_endings()
-    assert len(load_task("imagefolder", classes).train) == 6 + len(image_endings())
+    assert len(Classification.open("imagefolder", classes).train) == 6 + len(image_endings())
 
 
 @pytest.mark.parametrize("form", ["JPEG jfif", "AVIF avif", "JPEG2000 jp2"])
@@ -126,7 +126,7 @@ def test_what_is_left_out_is_counted_by_ending(tmp_path, caplog):
     for name in ("b.HEIC", "c.heic", "d.txt", "README", ".hidden"):
         (tmp_path / name).write_bytes(b"x")
     assert list_folder(tmp_path).left_out == "2 .heic, 1 .txt, 1 hidden, 1 without an ending"
-    assert len(list_pictures([str(tmp_path)])) == 1
+    assert len(list_named([str(tmp_path)])) == 1
     assert "left out: 2 .heic" in caplog.text
     (tmp_path / "a.png").unlink()
     with pytest.raises(ConfigError, match=r"holds no images \(only 2 \.heic"):
@@ -137,12 +137,12 @@ def test_what_cannot_be_read_is_named(classes):
     (classes / "train" / "a" / "gone.png").symlink_to("nowhere.png")
     os.mkfifo(classes / "train" / "a" / "pipe.png")
     with pytest.raises(ConfigError, match=r"(gone|pipe)\.png: .* \(and 1 more\)"):
-        load_task("imagefolder", classes)
+        Classification.open("imagefolder", classes)
 
 
 def test_images_beside_the_class_folders_are_named(classes, caplog):
     (classes / "train" / "stray.png").write_bytes(png(1))
-    assert len(load_task("imagefolder", classes).train) == 6
+    assert len(Classification.open("imagefolder", classes).train) == 6
     assert "1 images in no class folder" in caplog.text
 
 
@@ -150,10 +150,10 @@ def test_masks_in_upper_case_and_names_twice(classes):
     data = scenes_of(classes)
     mask = data / "annotations" / "training" / "a" / "0.png"
     mask.rename(mask.with_suffix(".PNG"))
-    assert len(read_scenes("ade20k", data).train) == 6
+    assert len(Segmentation.read("ade20k", data).train) == 6
     mask.write_bytes(png(0))
     with pytest.raises(ConfigError, match="has the same name"):
-        read_scenes("ade20k", data)
+        Segmentation.read("ade20k", data)
 
 
 def test_hidden_tars_are_no_part_of_a_pattern(tmp_path):
@@ -171,10 +171,10 @@ def test_a_stray_file_does_not_disturb_caltech(tmp_path, stray):
         (folder / name).mkdir(parents=True)
         for number in range(1, 8):
             (folder / name / f"image_{number:04d}.jpg").write_bytes(png(number, "JPEG"))
-    clean = load_task("caltech101", tmp_path)
+    clean = Classification.open("caltech101", tmp_path)
     assert (len(clean.classes), len(clean.train), len(clean.test)) == (3, 9, 12)
     (folder / stray).write_bytes(APPLE_DOUBLE)
-    assert load_task("caltech101", tmp_path) == clean
+    assert Classification.open("caltech101", tmp_path) == clean
 
 
 def test_there_is_one_lister():

@@ -22,9 +22,9 @@ from moce_dist.data.packing import share
 from moce_dist.data.shards import read_index, scan_shard
 from moce_dist.run.files import read_faults, record_fault, write_atomic
 from moce_dist.run.names import as_text, json_line, open_output, read_names
-from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.commands import list_pictures
-from moce_dist.transfer.scenes import read_scenes
+from moce_dist.transfer.classification.task import Classification
+from moce_dist.transfer.commands import list_named
+from moce_dist.transfer.segmentation.task import Segmentation
 
 ROOT = Path(__file__).resolve().parents[3]
 LATIN = "caf\udce9"
@@ -114,12 +114,12 @@ def test_tasks_have_names_that_can_be_shown(folder, tmp_path):
     for split in ("train", "test"):
         (data / split).parent.mkdir(exist_ok=True)
         (data / split).symlink_to(folder)
-    task = load_task("imagefolder", data)
+    task = Classification.open("imagefolder", data)
     assert task.classes == [r"caf\xe9", "cat"] or task.classes == ["cat", r"caf\xe9"]
     assert r"train/cat/caf\xe9.png" in [item.key for item in task.train]
     assert len(task.fingerprint()) == 64
     assert all(item.read() for item in task.train)
-    assert r"caf\xe9.png" in [item.key for item in list_pictures([str(folder / "cat")])]
+    assert r"caf\xe9.png" in [item.key for item in list_named([str(folder / "cat")])]
 
 
 def test_lists_of_classes_in_any_encoding(folder, tmp_path):
@@ -129,7 +129,7 @@ def test_lists_of_classes_in_any_encoding(folder, tmp_path):
             (data / kind).mkdir(parents=True, exist_ok=True)
             (data / kind / split).symlink_to(folder / "cat")
     (data / "classes.txt").write_bytes(b"\xef\xbb\xbfcaf\xe9\r\n\r\nkot\n")
-    scenes = read_scenes("ade20k", data)
+    scenes = Segmentation.read("ade20k", data)
     assert scenes.classes == [r"caf\xe9", "kot"] == read_names(data / "classes.txt")
     assert len(scenes.fingerprint()) == 64
 

@@ -17,12 +17,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from moce_dist.config import Config, make_config
+from moce_dist.config import Config, TransferConfig, make_config
 from moce_dist.data.images import eval_image
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import global_names, is_stacked
 from moce_dist.run.artefacts import file_sha256, fingerprint, mark_complete
 from moce_dist.run.directory import Run, open_run
+from moce_dist.transfer.fit import Trial
+from moce_dist.transfer.kinds import kind_named
 
 ROOT = Path(__file__).parents[3]
 NUM_EXPERTS, NUM_CLUSTERS, SIZE = 3, 6, 16
@@ -243,3 +245,17 @@ def coco_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_coco(
         root, categories={3: "yellow", 8: "red"}, counts={"train2017": 6, "val2017": 3}
     )
+
+
+def finetune(backbone, task, recipe, machine, *, seed, kept=None):
+    """Fine-tune a classifier."""
+    transfer = TransferConfig(finetune=recipe)
+    trial = Trial(backbone, transfer, machine, "finetune", seed, Path("unused"), kept)
+    return kind_named("classify")[1].fit(task, trial)
+
+
+def segment(backbone, task, recipe, machine, *, seed, out, kept=None):
+    """Train a segmenter."""
+    transfer = TransferConfig(segmentation=recipe)
+    trial = Trial(backbone, transfer, machine, "finetune", seed, out, kept)
+    return kind_named("segment")[1].fit(task, trial)

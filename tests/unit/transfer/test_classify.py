@@ -14,20 +14,29 @@ from sklearn.preprocessing import StandardScaler
 from moce_dist.config import FinetuneConfig, make_config
 from moce_dist.data.kept import KeptPictures
 from moce_dist.model.customize import customize
-from moce_dist.transfer import classify
 from moce_dist.transfer.backbone import run_backbone
-from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.classify import Features, extract, fit_linear, knn_scores, logistic
-from moce_dist.transfer.finetune import finetune, make_optimizer
+from moce_dist.transfer.classification import frozen as classify
+from moce_dist.transfer.classification.finetune import make_optimizer
+from moce_dist.transfer.classification.frozen import (
+    Features,
+    extract,
+    fit_linear,
+    knn_scores,
+    logistic,
+)
+from moce_dist.transfer.classification.measure import accuracy
+from moce_dist.transfer.classification.task import Classification
+from moce_dist.transfer.fit import learning_rate
 from moce_dist.transfer.loading import (
-    Fault,
     TaskImages,
     TrainingOrder,
+    Unread,
     machine_of,
 )
-from moce_dist.transfer.measure import accuracy
-from moce_dist.transfer.schedule import learning_rate, set_learning_rate
-from moce_dist.transfer.tasks import Item, Task
+from moce_dist.transfer.tasks import Item
+from moce_dist.transfer.training import set_learning_rate
+
+from .conftest import finetune
 
 
 def linear_predict(features: Features, **budget: object) -> torch.Tensor:
@@ -40,7 +49,7 @@ def features() -> Features:
     draws = np.random.default_rng(0)
     centres = draws.normal(0, 1.2, (4, 10))
 
-    def part(n: int) -> tuple[torch.Tensor, torch.Tensor, list[Fault]]:
+    def part(n: int) -> tuple[torch.Tensor, torch.Tensor, list[Unread]]:
         labels = draws.integers(0, 4, n)
         rows = centres[labels] + draws.normal(0, 1.5, (n, 10)) + 7
         return torch.from_numpy(rows).float(), torch.from_numpy(labels), []
@@ -83,9 +92,9 @@ def test_linear_equals_scikit_learns_logistic_regression(features):
 
 
 @pytest.fixture
-def four(features) -> Task:
+def four(features) -> Classification:
     items = [Item(str(i), b"", int(label)) for i, label in enumerate(features.train_labels)]
-    return Task("four", list("abcd"), items, [])
+    return Classification("four", list("abcd"), items, [])
 
 
 def test_logistic_equals_the_best_penalty_of_scikit_learn(features, four):
@@ -148,7 +157,7 @@ def test_shuffled_labels_are_not_learnt(features):
 
 
 def test_features_come_in_the_order_of_the_items(config, models, image_folder):
-    task = load_task("imagefolder", image_folder)
+    task = Classification.open("imagefolder", image_folder)
     backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
     found, labels, faults = extract(backbone, list(task.train), machine_of(config))
     assert not faults
@@ -170,7 +179,7 @@ def test_every_epoch_uses_every_item_once_in_another_order():
 
 
 def test_augmentation_is_drawn_by_seed_and_epoch(config, models, image_folder):
-    task = load_task("imagefolder", image_folder)
+    task = Classification.open("imagefolder", image_folder)
     backbone = run_backbone("mae", config, None)
     recipe = config.transfer.finetune
 
@@ -184,7 +193,9 @@ def test_augmentation_is_drawn_by_seed_and_epoch(config, models, image_folder):
 
 
 def test_kept_pictures_give_the_same_looks_and_are_read_once(config, tmp_path, image_folder):
-    task = load_task("imagefolder", Path(shutil.copytree(image_folder, tmp_path / "data")))
+    task = Classification.open(
+        "imagefolder", Path(shutil.copytree(image_folder, tmp_path / "data"))
+    )
     backbone, recipe = run_backbone("random", config, None), config.transfer.finetune
     num_bytes = {"all": 2**20, "some": 3 * 3 * 32 * 32, "none": 0}
     pictures = {name: KeptPictures(size) for name, size in num_bytes.items()}
@@ -234,7 +245,7 @@ def test_layers_below_learn_more_slowly(config):
 
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.0, "cutmix": 0.0}])
 def test_finetuning_repeats_itself_for_a_seed(mixing, config, models, image_folder):
-    task = load_task("imagefolder", image_folder)
+    task = Classification.open("imagefolder", image_folder)
     backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
     recipe = FinetuneConfig(epochs=1, batch_size=16, warmup_epochs=0, **mixing)
     machine = machine_of(config)
@@ -257,7 +268,7 @@ def test_micro_batches_of_all_workers_are_shared_out_among_fewer_ranks():
 
 
 def test_finetuning_learns(config, models, image_folder):
-    task = load_task("imagefolder", image_folder)
+    task = Classification.open("imagefolder", image_folder)
     backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
     recipe = FinetuneConfig(
         **{"epochs": 12, "batch_size": 16, "warmup_epochs": 2, "mixup": 0.0, "cutmix": 0.0},

@@ -24,8 +24,8 @@ from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.onnx import averages
-from moce_dist.transfer.saved import load_model
-from moce_dist.transfer.scenes import read_scenes
+from moce_dist.transfer.predict import load_model
+from moce_dist.transfer.segmentation.task import Segmentation
 
 from .conftest import NUM_CLUSTERS, SIZE, by_global_name, png
 
@@ -185,7 +185,7 @@ def test_unreadable_picture_has_a_line_and_the_others_go_on(task, image_folder, 
     data = Path(shutil.copytree(image_folder / "test" / "rows", tmp_path / "rows"))
     (data / "005.png").write_bytes(b"nothing")
     capsys.readouterr()
-    with pytest.raises(RuntimeError, match="1 of 12 pictures could not be read"):
+    with pytest.raises(RuntimeError, match="1 of 12 images could not be read"):
         main(["predict", str(task), str(data), "--batch-size", "4"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [("error" in line) for line in lines] == [i == 5 for i in range(12)]
@@ -199,7 +199,7 @@ def test_masks_are_painted_in_the_size_of_the_pictures(scenes_task, scene_folder
         json.loads(x) for x in said(capsys, "predict", str(scenes_task), str(pictures), *flags)
     ]
     assert len(lines) == 3
-    for line, scene in zip(lines, read_scenes("ade20k", scene_folder).test, strict=True):
+    for line, scene in zip(lines, Segmentation.read("ade20k", scene_folder).test, strict=True):
         with Image.open(line["mask"]) as mask, Image.open(scene.image) as picture:
             assert mask.mode == "RGB" and mask.size == picture.size
         assert sum(c["share"] for c in line["classes"]) == pytest.approx(1, abs=1e-4)
@@ -299,7 +299,7 @@ def test_wrong_command_line_ends_with_one_line_and_status_2(tmp_path):
 
 def test_masks_of_equal_names_are_refused(scenes_task, scene_folder, tmp_path):
     files = [str(scene_folder / "images" / split / "0.jpg") for split in ("training", "validation")]
-    with pytest.raises(ConfigError, match=r"0\.png: would be drawn from two pictures"):
+    with pytest.raises(ConfigError, match=r"0\.png: would be drawn from two images"):
         main(["predict", str(scenes_task), *files, "--out", str(tmp_path)])
     with pytest.raises(ConfigError, match="--out: name a folder"):
         main(["predict", str(scenes_task), files[0]])

@@ -19,8 +19,8 @@ from moce_dist.run.artefacts import file_sha256, mark_complete, read_marker
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_faults, write_atomic
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.official import OFFICIAL
+from moce_dist.transfer.classification.official import OFFICIAL
+from moce_dist.transfer.classification.task import Classification
 
 from .conftest import NUM_CLUSTERS, ROOT, by_global_name, transfer, write_checkpoint
 
@@ -160,7 +160,7 @@ def test_task_meets_the_encoder_that_the_clusters_were_made_with(run, config, im
     name = "timm:test_vit.r160_in1k"
     with_encoder(run, config, name, {"encoder": f"{name}, center 0.95 bicubic"})
     model = timm.create_model(name.removeprefix("timm:"), pretrained=True).eval()
-    task = load_task("imagefolder", image_folder)
+    task = Classification.open("imagefolder", image_folder)
     as_timm = create_transform(**resolve_data_config({}, model=model))
     shown = [as_timm(Image.open(io.BytesIO(item.read())).convert("RGB")) for item in task.train]
     with torch.no_grad():

@@ -12,8 +12,8 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.coco_json import unpack_counts
-from moce_dist.transfer.instances import check_instances, load_picture, read_instances
+from moce_dist.transfer.detection.coco_json import unpack_counts
+from moce_dist.transfer.detection.task import Detection
 
 Tree = dict[str, Any]
 
@@ -31,14 +31,14 @@ def change(data: Path, edit: Callable[[Tree], object], split: str = "train2017")
 
 
 def test_layout_is_read(coco_folder):
-    found = read_instances("coco", coco_folder)
+    found = Detection.read("coco", coco_folder)
     assert (found.classes, found.category_ids) == (("yellow", "red"), (3, 8))
     assert (len(found.train), len(found.test), found.has_masks) == (6, 3, True)
     # in the order of the ids, each with its own file
     assert [p.id for p in found.test] == [986, 993, 1000]
     assert [p.key for p in found.test][-1] == "val2017/000000000000.jpg"
     assert all(len(p.annotations) == 2 for p in found.train)
-    check_instances(found, threads=2)
+    found.scan(threads=2)
 
 
 def test_other_endings_are_read(data):
@@ -46,7 +46,7 @@ def test_other_endings_are_read(data):
         (data / f"{split}2017").rename(data / split)
         old = data / "annotations" / f"instances_{split}2017.json"
         old.rename(data / "annotations" / f"instances_{split}.json")
-    assert read_instances("coco", data).train[0].key.startswith("train/")
+    assert Detection.read("coco", data).train[0].key.startswith("train/")
 
 
 def test_two_candidates_are_refused(data):
@@ -55,19 +55,19 @@ def test_two_candidates_are_refused(data):
         shutil.copy(source, data / "annotations" / f"instances_{split}.json")
     source.unlink()
     with pytest.raises(ConfigError, match=r"instances_train2014\.json: one of 2 files for train"):
-        read_instances("coco", data)
+        Detection.read("coco", data)
 
 
 def test_sets_without_outlines_have_no_masks(data, caplog):
     change(data, lambda tree: [a.pop("segmentation") for a in tree["annotations"]])
     change(data, lambda tree: [a.update(segmentation=[]) for a in tree["annotations"]], "val2017")
-    assert not read_instances("coco", data).has_masks
+    assert not Detection.read("coco", data).has_masks
     assert not caplog.records
 
 
 def test_one_missing_outline_leaves_boxes_alone_and_says_so(data, caplog):
     change(data, lambda tree: tree["annotations"][0].pop("segmentation"))
-    assert not read_instances("coco", data).has_masks
+    assert not Detection.read("coco", data).has_masks
     assert "1 of 18 objects have no outline" in caplog.text
 
 
@@ -78,7 +78,7 @@ def test_picture_without_anything_to_learn_is_no_training_picture(data, caplog):
 
     for split in ("train2017", "val2017"):
         change(data, edit, split)
-    found = read_instances("coco", data)
+    found = Detection.read("coco", data)
     assert (len(found.train), len(found.test)) == (5, 3)
     assert len(found.test[-1].annotations) == 2 and not found.test[-1].learnable()
     assert "1 boxes have no area, the first is" in caplog.text
@@ -94,11 +94,11 @@ def first(tree: Tree, **changes: Any) -> None:
         (lambda t: first(t, image_id=5), r"annotation 1: image_id 5 is no image's"),
         (lambda t: first(t, category_id=4), r"annotation 1: category_id 4 is no category's"),
         (lambda t: first(t, image_id=[5]), r"annotation 1: image_id \[5\] is no image's"),
-        (lambda t: first(t, bbox=[60, 2, 9, 9]), r"annotation 1: bbox .* lies outside its picture"),
-        (lambda t: first(t, bbox=[-9, 2, 9, 9]), r"annotation 1: bbox .* lies outside its picture"),
+        (lambda t: first(t, bbox=[60, 2, 9, 9]), r"annotation 1: bbox .* lies outside its image"),
+        (lambda t: first(t, bbox=[-9, 2, 9, 9]), r"annotation 1: bbox .* lies outside its image"),
         (
             lambda t: first(t, bbox=[2, 900, 9, 9]),
-            r"annotation 1: bbox .* lies outside its picture",
+            r"annotation 1: bbox .* lies outside its image",
         ),
         (lambda t: first(t, bbox=[0.1, 0.2, 0.3]), "must be four numbers"),
         (lambda t: first(t, bbox=[1, 2, float("nan"), 3]), "must be four numbers"),
@@ -143,7 +143,7 @@ def first(tree: Tree, **changes: Any) -> None:
 def test_wrong_entry_is_named_with_its_file(data, edit, message):
     change(data, edit)
     with pytest.raises(ConfigError, match=f"instances_train2017.json: .*{message}") as caught:
-        read_instances("coco", data)
+        Detection.read("coco", data)
     assert "\n" not in str(caught.value)
 
 
@@ -161,10 +161,10 @@ def test_packed_run_lengths_are_read_as_the_library_packs_them(seed):
 def test_class_lists_of_the_splits_must_be_equal(data):
     change(data, lambda t: t["categories"].append({"id": 9, "name": "blue"}), "val2017")
     with pytest.raises(ConfigError, match=r"val2017\.json: lists 3 categories, .* lists 2"):
-        read_instances("coco", data)
+        Detection.read("coco", data)
     change(data, lambda t: t["categories"].append({"id": 9, "name": "green"}))
     with pytest.raises(ConfigError, match=r"category 9 \(blue\) is 9 \(green\)"):
-        read_instances("coco", data)
+        Detection.read("coco", data)
 
 
 @pytest.mark.parametrize(
@@ -172,21 +172,21 @@ def test_class_lists_of_the_splits_must_be_equal(data):
     [
         ("annotations", r"instances_train2017\.json: is missing; expected DATA/annotations"),
         ("annotations/instances_val2017.json", r"instances_val2017\.json: is missing"),
-        ("val2017", r"val2017: is no folder; it holds the pictures of instances_val2017"),
+        ("val2017", r"val2017: is no folder; it holds the images of instances_val2017"),
         ("train2017/000000000003.jpg", r"train2017/000000000003\.jpg: is missing, the annotations"),
     ],
 )
 def test_missing_file_or_folder_is_named(data, path, message):
     shutil.rmtree(data / path) if (data / path).is_dir() else (data / path).unlink()
     with pytest.raises(ConfigError, match=message):
-        read_instances("coco", data)
+        Detection.read("coco", data)
 
 
 def test_damaged_json_is_named(data):
     path = data / "annotations" / "instances_val2017.json"
     path.write_text(path.read_text()[:-30])
     with pytest.raises(ConfigError, match=r"instances_val2017\.json: is no JSON"):
-        read_instances("coco", data)
+        Detection.read("coco", data)
 
 
 @pytest.mark.parametrize(
@@ -199,20 +199,20 @@ def test_scan_finds_damaged_pictures_and_other_sizes(data, content, message):
     else:
         path.write_bytes(content)
     with pytest.raises(ConfigError, match=rf"val2017/000000000001\.jpg: .*{message}"):
-        check_instances(read_instances("coco", data), threads=1)
+        Detection.read("coco", data).scan(threads=1)
 
 
 def test_fingerprint_follows_annotations_and_files(data):
-    before = read_instances("coco", data).fingerprint()
-    assert read_instances("coco", data).fingerprint() == before
+    before = Detection.read("coco", data).fingerprint()
+    assert Detection.read("coco", data).fingerprint() == before
     change(data, lambda t: first(t, bbox=[3, 3, 5, 5]))
-    assert read_instances("coco", data).fingerprint() != before
+    assert Detection.read("coco", data).fingerprint() != before
 
 
 def test_json_that_is_too_deep_is_named(data):
     (data / "annotations" / "instances_val2017.json").write_text("[" * 10**5)
     with pytest.raises(ConfigError, match=r"instances_val2017\.json: is no JSON"):
-        read_instances("coco", data)
+        Detection.read("coco", data)
 
 
 def turned(path: Path, orientation: int, size: tuple[int, int]) -> Image.Image:
@@ -234,17 +234,17 @@ def turned(path: Path, orientation: int, size: tuple[int, int]) -> Image.Image:
     ],
 )
 def test_annotations_of_a_turned_image_stay_in_place(data, caplog, orientation, stored, rotation):
-    found = read_instances("coco", data)
+    found = Detection.read("coco", data)
     assert (found.train[0].width, found.train[0].height) == (56, 40)
     image = turned(found.train[0].image, orientation, stored)
     expected = image if rotation is None else image.transpose(rotation)
-    np.testing.assert_array_equal(np.asarray(load_picture(found.train[0])), np.asarray(expected))
-    check_instances(found, threads=1)
+    np.testing.assert_array_equal(np.asarray(found.train[0].load().image), np.asarray(expected))
+    found.scan(threads=1)
     assert ("1 annotated images are turned by EXIF" in caplog.text) == (orientation == 3)
 
 
 def test_a_turned_image_of_neither_size_is_named(data):
-    found = read_instances("coco", data)
+    found = Detection.read("coco", data)
     turned(found.train[0].image, 6, (41, 57))
     with pytest.raises(ConfigError, match="it has 57 x 41 pixels, its annotations are for 56 x 40"):
-        check_instances(found, threads=1)
+        found.scan(threads=1)

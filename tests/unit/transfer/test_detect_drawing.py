@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_dist.transfer.drawing import draw_preview
-from moce_dist.transfer.instances import load_picture, read_instances
-from moce_dist.transfer.precision import Detections, pack_mask
+from moce_dist.transfer.detection.finding import draw_preview
+from moce_dist.transfer.detection.precision import Detections, pack_mask
+from moce_dist.transfer.detection.task import Detection
 
 
 @pytest.mark.parametrize("has_masks", [True, False])
 def test_sure_detections_and_true_objects_are_drawn(coco_folder, tmp_path, has_masks):
-    instances = read_instances("coco", coco_folder)
+    instances = Detection.read("coco", coco_folder)
     picture = instances.test[0]
-    image = load_picture(picture)
+    image = picture.load().image
     mask = np.zeros((picture.height, picture.width), bool)
     mask[24:34, 4:20] = True
     found = Detections(

@@ -14,21 +14,24 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moce_dist.__main__ import main
+from moce_dist.config import TransferConfig
 from moce_dist.model.customize import customize
 from moce_dist.run.files import read_faults, read_jsonl
 from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit as loop
 from moce_dist.transfer.backbone import Backbone, run_backbone
-from moce_dist.transfer.detect import Detection, _Squares, detect
-from moce_dist.transfer.finding import evaluate
-from moce_dist.transfer.fit import Kept
-from moce_dist.transfer.instances import read_instances
+from moce_dist.transfer.detection.finding import evaluate
+from moce_dist.transfer.detection.fit import DetectorFit, _Squares
+from moce_dist.transfer.detection.fit import fit as fit_detector
+from moce_dist.transfer.detection.precision import average_precision, ground_truth
+from moce_dist.transfer.detection.task import Detection
+from moce_dist.transfer.fit import Kept, Trial
 from moce_dist.transfer.loading import machine_of
-from moce_dist.transfer.precision import average_precision, ground_truth
-from moce_dist.transfer.saved import load_model
+from moce_dist.transfer.predict import load_model
+from moce_dist.transfer.skips import record_skips
 from moce_dist.transfer.training import Objective, cut_batch
 
-MakeFit = Callable[..., Detection]
+MakeFit = Callable[..., DetectorFit]
 
 
 class KilledError(Exception):
@@ -59,11 +62,22 @@ def backbone(config, models) -> Backbone:
 
 @pytest.fixture(scope="module")
 def make_fit(backbone, config, coco_folder) -> MakeFit:
-    def make(data: Path = coco_folder, **changes: Any) -> Detection:
+    def make(data: Path = coco_folder, **changes: Any) -> DetectorFit:
         recipe = config.transfer.detection.model_copy(update=changes)
-        return Detection(backbone, read_instances("coco", data), recipe, machine_of(config))
+        return DetectorFit(backbone, Detection.read("coco", data), recipe, machine_of(config))
 
     return make
+
+
+def detect(
+    fit: DetectorFit, *, seed: int, out: Path, ledger: Path, kept: Kept | None = None
+) -> dict[str, Any]:
+    """Fit a detector and note what it skipped; return its figures."""
+    transfer = TransferConfig(detection=fit.recipe)
+    trial = Trial(fit.backbone, transfer, fit.machine, "finetune", seed, out, kept)
+    found = fit_detector(fit.task, trial)
+    record_skips(ledger, found.skipped)
+    return dict(found.figures)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +128,7 @@ def test_training_finds_bright_objects(fitted):
     # objects are smaller than 32 x 32
     assert fitted.figures["box"]["AP large"] is None
     written = json.loads((fitted.out / "scores.json").read_text())
-    assert written == {**fitted.figures, "skipped_pictures": 0}
+    assert written == {**fitted.figures, "skipped_images": 0}
     preview = np.asarray(Image.open(fitted.out / "000000000000.png"))
     assert preview.shape == (40 * 8, 2 * 56 * 8, 3)
 
@@ -135,7 +149,7 @@ def test_saved_detector_scores_what_the_fit_measured(fitted, make_fit, tmp_path)
     fit = make_fit()
     model, spec = load_model(fitted.models / "last")
     assert (spec.kind, list(spec.classes)) == ("detect", ["yellow", "red"])
-    found = evaluate(model, fit.instances, fit.machine, tmp_path)
+    found = evaluate(model, fit.task, fit.machine, tmp_path)
     for kind, values in fitted.figures.items():
         assert values == pytest.approx(
             {n: None if v != v else v for n, v in found.figures[kind].items()}, abs=0
@@ -190,7 +204,7 @@ def test_early_views_change_nothing_and_seeds_do(make_fit, tmp_path):
 
 def test_parts_of_a_batch_add_up(make_fit):
     fit = make_fit(batch_size=4, drop_path=0.0)
-    model, squares = fit.build(0), _Squares(fit.instances, fit.transfer, 0)
+    model, squares = fit.build(0), _Squares(fit.task, fit.recipe, 0)
     images, targets = fit.batch([squares[0, i] for i in range(4)])
     # with every proposal taken, nothing of the heads' draws is left to chance
     model.rpn.fg_bg_sampler.batch_size_per_image = 10**6
@@ -205,7 +219,7 @@ def test_parts_of_a_batch_add_up(make_fit):
 def test_only_the_pyramid_runs_in_bfloat16(make_fit):
     fit = make_fit()
     fit.machine = replace(fit.machine, bf16=True)
-    model, squares = fit.build(0), _Squares(fit.instances, fit.transfer, 0)
+    model, squares = fit.build(0), _Squares(fit.task, fit.recipe, 0)
     kinds: dict[str, torch.dtype] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -228,7 +242,7 @@ def test_damaged_pictures_are_skipped_counted_and_named(make_fit, coco_folder, t
     assert [f["key"] for f in faults] == 3 * ["train2017/000000000002.jpg"] + [
         "val2017/000000000001.jpg"
     ]
-    assert json.loads((tmp_path / "out" / "scores.json").read_text())["skipped_pictures"] == 4
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["skipped_images"] == 4
     assert figures["box"]["AP"] is not None
     for path in (data / "train2017").iterdir():
         path.write_bytes(b"")
@@ -243,7 +257,7 @@ def test_predicted_objects_are_those_of_the_evaluation(
     model, pictures = str(fitted.models / "last"), str(coco_folder / "val2017")
     found = said(capsys, model, pictures, "--min-score", "0")
     lines = {Path(line["image"]): line["objects"] for line in found}
-    instances = make_fit().instances
+    instances = make_fit().task
     ids = dict(zip(instances.classes, instances.category_ids, strict=True))
     entries: list[dict[str, Any]] = []
     assert len(lines) == len(instances.test)
@@ -280,7 +294,7 @@ def test_unreadable_picture_has_a_line_and_the_others_go_on(fitted, coco_folder,
     data = Path(shutil.copytree(coco_folder / "val2017", tmp_path / "data"))
     (data / "000000000001.jpg").write_bytes(b"nothing")
     capsys.readouterr()
-    with pytest.raises(RuntimeError, match="1 of 3 pictures could not be read"):
+    with pytest.raises(RuntimeError, match="1 of 3 images could not be read"):
         main(["predict", str(fitted.models / "last"), str(data)])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [("error" in line) for line in lines] == [False, True, False]
@@ -292,7 +306,7 @@ def test_what_a_detector_cannot_do_is_one_line(fitted, coco_folder, tmp_path):
     Image.new("RGB", (40, 30)).save(image)
     for words, message in (
         (["predict", str(model), str(image), "--min-score", "1.5"], "--min-score 1.5: must be"),
-        (["predict", str(model), str(image), "--out", str(tmp_path)], "is one of the pictures"),
+        (["predict", str(model), str(image), "--out", str(tmp_path)], "is one of the images"),
         (["predict", str(fitted.models), str(image)], "holds no last model"),
         (["onnx", str(model), "--out", str(tmp_path / "m.onnx")], "is a detector, which onnx does"),
     ):
@@ -301,7 +315,7 @@ def test_what_a_detector_cannot_do_is_one_line(fitted, coco_folder, tmp_path):
     other = Path(shutil.copytree(model, tmp_path / "model"))
     text = (other / "config.json").read_text()
     for change, message in (
-        (("detect", "dream"), r"config\.json: is no model of moce_dist .*unknown kind dream"),
+        (("detect", "dream"), r"config\.json: describes no model .*unknown kind dream"),
         (('"channels": 16', '"channels": 8'), r"model\.safetensors: .*size mismatch"),
         (('"architecture": "vit', '"architecture": "vat'), r"config\.json: describes no model"),
     ):

@@ -8,16 +8,22 @@ from PIL import Image
 
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
-from moce_dist.transfer.coco_json import Annotation
-from moce_dist.transfer.instances import Picture, read_instances
-from moce_dist.transfer.jitter import Placing, decode_mask, place_mask, to_runs, training_square
+from moce_dist.transfer.detection.coco_json import Annotation
+from moce_dist.transfer.detection.jitter import (
+    Placing,
+    decode_mask,
+    place_mask,
+    to_runs,
+    training_square,
+)
+from moce_dist.transfer.detection.task import BoxedImage, Detection
 
 SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def picture(coco_folder: Path) -> Picture:
-    return read_instances("coco", coco_folder).train[0]
+def picture(coco_folder: Path) -> BoxedImage:
+    return Detection.read("coco", coco_folder).train[0]
 
 
 def squares(picture, **options):

@@ -17,14 +17,14 @@ from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.commands import predict
-from moce_dist.transfer.schedule import stepped_rate
-from moce_dist.transfer.vitdet import (
+from moce_dist.transfer.detection.vitdet import (
     WindowAttention,
     global_blocks,
     make_detector,
     make_optimizer,
     prepare_vit,
 )
+from moce_dist.transfer.fit import stepped_rate
 
 from .conftest import write_coco
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as run_lengths
 
-from moce_dist.transfer.coco_json import Annotation
-from moce_dist.transfer.instances import Instances, Picture
-from moce_dist.transfer.precision import (
+from moce_dist.transfer.detection.coco_json import Annotation
+from moce_dist.transfer.detection.precision import (
     FIGURES,
     Detections,
     average_precision,
@@ -17,6 +16,7 @@ from moce_dist.transfer.precision import (
     mask_results,
     pack_mask,
 )
+from moce_dist.transfer.detection.task import BoxedImage, Detection
 
 CATEGORY_IDS = (3, 90)
 HEIGHT, WIDTH = 200, 300
@@ -40,10 +40,10 @@ def truth(category, box, *, crowd=False):
 
 def task(pictures):
     made = [
-        Picture(f"val/{i}", None, 1000 - i, WIDTH, HEIGHT, objects)
+        BoxedImage(f"val/{i}", None, 1000 - i, WIDTH, HEIGHT, objects)
         for i, objects in enumerate(pictures)
     ]
-    return Instances("coco", ("a", "b"), CATEGORY_IDS, made, made, True, ())
+    return Detection("coco", ("a", "b"), made, made, "box AP", CATEGORY_IDS, has_masks=True)
 
 
 def found(*rows):

@@ -18,7 +18,8 @@ from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.loading import TaskImages
-from moce_dist.transfer.saved import classifier_spec, load_model, save_model
+from moce_dist.transfer.predict import load_model
+from moce_dist.transfer.saved import classifier_spec, save_model
 from moce_dist.transfer.tasks import Item
 
 from .conftest import by_global_name
@@ -110,7 +111,7 @@ def test_classifier_gives_the_same_answers_in_timm_and_transformers(tmp_path, co
     spec = classifier_spec(
         backbone, "pets", ["cat", "dog", "hen"], is_multi_label=False, fc_norm=True
     )
-    model = spec.build().eval()
+    model = spec.vit().eval()
     save_model(tmp_path, model, spec, {})
     images = torch.randn(2, 3, 16, 16)
     wrapped = AutoModelForImageClassification.from_pretrained(tmp_path).eval()

@@ -14,15 +14,16 @@ from moce_dist.model.customize import customize
 from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit
 from moce_dist.transfer.backbone import Backbone, run_backbone
-from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.finetune import _LabelMixup, finetune
-from moce_dist.transfer.fit import Kept
-from moce_dist.transfer.loading import Fault, machine_of
-from moce_dist.transfer.saved import load_model
-from moce_dist.transfer.scenes import read_scenes
-from moce_dist.transfer.segment import segment
-from moce_dist.transfer.skips import Fitted, Skips
+from moce_dist.transfer.classification.finetune import _LabelMixup
+from moce_dist.transfer.classification.task import Classification
+from moce_dist.transfer.fit import Fitted, Kept
+from moce_dist.transfer.loading import Unread, machine_of
+from moce_dist.transfer.predict import load_model
+from moce_dist.transfer.segmentation.task import Segmentation
+from moce_dist.transfer.skips import Skips
 from moce_dist.transfer.training import Trainer, cut_batch
+
+from .conftest import finetune, segment
 
 RECIPE = FinetuneConfig(epochs=4, batch_size=16, warmup_epochs=1)
 
@@ -54,7 +55,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def test_interrupted_finetuning_ends_bit_equal(
     config, backbone, image_folder, tmp_path, monkeypatch
 ):
-    task, machine = load_task("imagefolder", image_folder), machine_of(config)
+    task, machine = Classification.open("imagefolder", image_folder), machine_of(config)
     whole, parts = (Kept(tmp_path / name, "a", 4, None) for name in ("whole", "parts"))
     expected = finetune(backbone, task, RECIPE, machine, seed=1, kept=whole)
     with monkeypatch.context() as patched, pytest.raises(KilledError):
@@ -73,12 +74,14 @@ def test_interrupted_finetuning_ends_bit_equal(
 def test_interrupted_segmentation_ends_bit_equal(
     config, backbone, scene_folder, tmp_path, monkeypatch
 ):
-    scenes, machine = read_scenes("ade20k", scene_folder), machine_of(config)
+    scenes, machine = Segmentation.read("ade20k", scene_folder), machine_of(config)
 
     def run(name: str) -> Fitted:
         kept = Kept(tmp_path / name, "a", 2, None)
         out = tmp_path / "out"
-        return segment(backbone, scenes, config.transfer, machine, seed=0, out=out, kept=kept)
+        return segment(
+            backbone, scenes, config.transfer.segmentation, machine, seed=0, out=out, kept=kept
+        )
 
     expected = run("whole")
     with monkeypatch.context() as patched, pytest.raises(KilledError):
@@ -93,7 +96,7 @@ def test_interrupted_segmentation_ends_bit_equal(
 def test_state_that_does_not_fit_is_passed_over(
     how, config, backbone, image_folder, tmp_path, monkeypatch, caplog
 ):
-    task, machine = load_task("imagefolder", image_folder), machine_of(config)
+    task, machine = Classification.open("imagefolder", image_folder), machine_of(config)
     kept = Kept(tmp_path / "fit", "a", 2, None)
     expected = finetune(backbone, task, RECIPE, machine, seed=1)
     with monkeypatch.context() as patched, pytest.raises(KilledError):
@@ -109,7 +112,7 @@ def test_state_that_does_not_fit_is_passed_over(
 
 
 def test_early_views_change_nothing_and_keep_the_best(config, backbone, image_folder, tmp_path):
-    task, machine = load_task("imagefolder", image_folder), machine_of(config)
+    task, machine = Classification.open("imagefolder", image_folder), machine_of(config)
     plain = Kept(tmp_path / "plain", "a", 100, None)
     viewed = Kept(tmp_path / "viewed", "a", 100, 3)
     expected = finetune(backbone, task, RECIPE, machine, seed=2, kept=plain)
@@ -125,14 +128,14 @@ def test_early_views_change_nothing_and_keep_the_best(config, backbone, image_fo
 
 
 def test_nothing_is_kept_when_models_are_not_wanted(config, backbone, image_folder, tmp_path):
-    task, machine = load_task("imagefolder", image_folder), machine_of(config)
+    task, machine = Classification.open("imagefolder", image_folder), machine_of(config)
     kept = Kept(tmp_path / "fit", "a", 100, None, models=False)
     finetune(backbone, task, RECIPE, machine, seed=2, kept=kept)
     assert not (tmp_path / "fit" / "last").exists()
 
 
 def test_test_images_of_which_none_can_be_read_end_the_fit(config, backbone, image_folder):
-    task = load_task("imagefolder", image_folder)
+    task = Classification.open("imagefolder", image_folder)
     lost = [item._replace(content=Path("gone.png")) for item in task.test]
     with pytest.raises(ValueError, match="nor can any other be read"):
         finetune(backbone, replace(task, test=lost), RECIPE, machine_of(config), seed=1)
@@ -142,7 +145,7 @@ def test_skips_behind_a_state_are_met_again(config, tmp_path):
     machine, kept = machine_of(config), Kept(tmp_path, "a", 4, None)
     skips = Skips(machine, kept)
     for step in range(6):
-        skips.note(step, [None, Fault(f"{step}.png", "empty")])
+        skips.note(step, [None, Unread(f"{step}.png", "empty")])
     again = Skips(machine, kept)
     again.start(4)
     assert [line["step"] for line in again.lines] == [0, 1, 2, 3]
@@ -154,7 +157,7 @@ def test_skips_behind_a_state_are_met_again(config, tmp_path):
 
 
 def test_several_labels_are_learnt_and_mixed(config, backbone, image_folder, tmp_path):
-    single = load_task("imagefolder", image_folder)
+    single = Classification.open("imagefolder", image_folder)
 
     def several(items):
         return [item._replace(label=(item.label, 1 - item.label)) for item in items]

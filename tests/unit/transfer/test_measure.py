@@ -6,7 +6,7 @@ import torch
 from sklearn.metrics import average_precision_score, precision_recall_curve, recall_score
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from moce_dist.transfer.measure import (
+from moce_dist.transfer.classification.measure import (
     accuracy,
     average_precision,
     mean_average_precision,

@@ -12,9 +12,8 @@ from scipy.io import savemat
 
 from moce_dist.data.images import decode_image
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.official import OFFICIAL
-from moce_dist.transfer.tasks import Task, check_images
+from moce_dist.transfer.classification.official import OFFICIAL
+from moce_dist.transfer.classification.task import Classification
 
 from .conftest import png, texture
 
@@ -180,14 +179,14 @@ def test_every_set_is_tested():
 def test_official_splits_and_labels(name, tmp_path):
     promised = BUILDERS[name](tmp_path)
     before = sorted(tmp_path.rglob("*"))
-    task = load_task(name, tmp_path)
+    task = Classification.open(name, tmp_path)
     for items, labels in zip((task.train, task.test), promised, strict=True):
         assert sorted(item.label for item in items) == sorted(labels)
     if name in ("aircraft", "cars", "cifar10", "cifar100", "flowers102"):
         assert ([i.label for i in task.train], [i.label for i in task.test]) == promised
     keys = [item.key for item in (*task.train, *task.test)]
     assert len(set(keys)) == len(keys)
-    check_images(task, threads=1)
+    task.scan(threads=1)
     assert sorted(tmp_path.rglob("*")) == before, "reading writes nothing"
 
 
@@ -207,14 +206,14 @@ def test_class_names(tmp_path):
         "cifar10": ["airplane", "automobile", "bird"],
     }.items():
         BUILDERS[name](tmp_path)
-        assert list(load_task(name, tmp_path).classes) == expected
+        assert list(Classification.open(name, tmp_path).classes) == expected
     flowers(tmp_path)
-    assert len(load_task("flowers102", tmp_path).classes) == 102
+    assert len(Classification.open("flowers102", tmp_path).classes) == 102
 
 
 def test_caltech_draws_the_same_thirty_every_time(tmp_path):
     caltech(tmp_path)
-    one, two = (load_task("caltech101", tmp_path) for _ in range(2))
+    one, two = (Classification.open("caltech101", tmp_path) for _ in range(2))
     assert one.train == two.train
     assert not {item.key for item in one.train} & {item.key for item in one.test}
 
@@ -223,13 +222,13 @@ def test_pixels_of_cifar_stand_where_they_belong(tmp_path):
     cifar10(tmp_path)
     raw = (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").read_bytes()
     planes = np.frombuffer(raw[3073 + 1 :], np.uint8).reshape(3, 32, 32)
-    shown = decode_image(load_task("cifar10", tmp_path).test[1].read())
+    shown = decode_image(Classification.open("cifar10", tmp_path).test[1].read())
     assert np.array_equal(shown, planes.transpose(1, 2, 0))
 
 
 def test_voc_has_several_labels_and_leaves_out_difficult_ones(tmp_path):
     voc(tmp_path)
-    task: Task = load_task("voc2007", tmp_path)
+    task = Classification.open("voc2007", tmp_path)
     assert task.is_multi_label and len(task.classes) == 20
     labels = dict(zip(task.classes, task.train[0].label, strict=True))
     assert {name: y for name, y in labels.items() if y} == {"chair": 1, "sofa": -1}
@@ -247,18 +246,18 @@ def test_pickled_cifar_is_refused_and_not_opened(tmp_path):
     for name in ("data_batch_1", "test_batch", "batches.meta"):
         (folder / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ConfigError, match=r"expects cifar-10-batches-bin/.*pickled .* is not read"):
-        load_task("cifar10", tmp_path)
+        Classification.open("cifar10", tmp_path)
     assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize("name", sorted(OFFICIAL))
 def test_missing_folder_is_named_with_what_was_expected(name, tmp_path):
     with pytest.raises(ConfigError, match=f"needs --data; expected DATA/{OFFICIAL[name].needs[0]}"):
-        load_task(name, None)
+        Classification.open(name, None)
     with pytest.raises(ConfigError, match="is not a folder; expected DATA/"):
-        load_task(name, tmp_path / "nothing")
+        Classification.open(name, tmp_path / "nothing")
     with pytest.raises(ConfigError, match=f"expects {OFFICIAL[name].needs[0]}") as caught:
-        load_task(name, tmp_path)
+        Classification.open(name, tmp_path)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir()), "asking for a set makes no folder"
 
@@ -271,7 +270,7 @@ def test_listed_picture_that_is_missing_is_named(name, tmp_path):
     victim = sorted(p for p in tmp_path.rglob("*.jpg") if "BACKGROUND" not in str(p))[0]
     victim.unlink()
     with pytest.raises(ConfigError, match=f"{victim.name}: is listed but missing"):
-        load_task(name, tmp_path)
+        Classification.open(name, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -289,7 +288,7 @@ def test_damaged_list_is_one_clear_line(name, file, content, tmp_path):
     BUILDERS[name](tmp_path)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ConfigError, match=f"--task {name} cannot be read: ") as caught:
-        load_task(name, tmp_path)
+        Classification.open(name, tmp_path)
     assert "\n" not in str(caught.value)
 
 
@@ -297,7 +296,7 @@ def test_an_image_of_no_class_is_named(tmp_path):
     sun(tmp_path)
     (tmp_path / "SUN397/ClassName.txt").write_bytes(b"/a/abbey\n")
     with pytest.raises(ConfigError, match=r"sun_b2\.jpg: is of no class of ClassName\.txt"):
-        load_task("sun397", tmp_path)
+        Classification.open("sun397", tmp_path)
 
 
 def test_wrong_labels_and_sizes_are_refused(tmp_path):
@@ -305,18 +304,18 @@ def test_wrong_labels_and_sizes_are_refused(tmp_path):
     folder = tmp_path / "cifar-10-batches-bin"
     (folder / "test_batch.bin").write_bytes(records([(3,)]))
     with pytest.raises(ConfigError, match=r"test_batch\.bin/0: label 3, must be below 3"):
-        load_task("cifar10", tmp_path)
+        Classification.open("cifar10", tmp_path)
     (folder / "test_batch.bin").write_bytes(records([(1,)])[:-5])
     with pytest.raises(ConfigError, match="must be a multiple of 3073"):
-        load_task("cifar10", tmp_path)
+        Classification.open("cifar10", tmp_path)
     voc(tmp_path)
     annotation = tmp_path / "VOCdevkit" / "VOC2007" / "Annotations" / "000007.xml"
     annotation.write_text("<annotation><object><name>unicorn</name></object></annotation>")
     with pytest.raises(ConfigError, match="'unicorn' is no class of VOC2007"):
-        load_task("voc2007", tmp_path)
+        Classification.open("voc2007", tmp_path)
     annotation.write_text("<annotation>")
     with pytest.raises(ConfigError, match="voc2007 cannot be read"):
-        load_task("voc2007", tmp_path)
+        Classification.open("voc2007", tmp_path)
 
 
 def test_empty_split_is_refused(tmp_path):
@@ -326,7 +325,7 @@ def test_empty_split_is_refused(tmp_path):
     (tmp_path / "oxford-iiit-pet" / "annotations" / "test.txt").write_text("")
     (tmp_path / "oxford-iiit-pet" / "annotations" / "trainval.txt").write_text("")
     with pytest.raises(ConfigError, match="lists no training images"):
-        load_task("pets", tmp_path)
+        Classification.open("pets", tmp_path)
 
 
 def test_voc_goes_through_the_whole_job(tmp_path, run, job):

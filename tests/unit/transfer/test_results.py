@@ -6,15 +6,17 @@ import pytest
 
 from moce_dist.config import TransferConfig
 from moce_dist.run.rows import backbone_texts, difference_text, value_text
+from moce_dist.transfer.classification.task import Classification
+from moce_dist.transfer.detection.task import Detection
 from moce_dist.transfer.results import (
     Fit,
     Ledger,
-    budget,
     differences,
     make_metrics,
     suite_metrics,
     summarise,
 )
+from moce_dist.transfer.segmentation.task import Segmentation
 
 
 def row(backbone: str, protocol: str, seed: int, value: float) -> dict[str, object]:
@@ -138,13 +140,10 @@ def test_line_cut_off_by_a_kill_costs_only_itself(tmp_path):
 
 def test_budget_names_what_a_protocol_depends_on():
     transfer = TransferConfig()
-    assert budget(transfer, "knn", is_segmentation=False) == {"max_train": None, "knn_k": 10}
-    assert budget(transfer, "finetune", is_segmentation=False).keys() == {"max_train", "finetune"}
-    kinds = {"segment_": (True, False), "detect_": (False, True)}
-    for prefix, (is_segmentation, is_detection) in kinds.items():
-        fields = budget(
-            transfer, "finetune", is_segmentation=is_segmentation, is_detection=is_detection
-        )
-        assert {name for name in fields if name != "max_train"} == {
-            name for name in transfer.flat() if name.startswith(prefix)
-        }
+    budget = Classification.budget
+    assert budget(transfer, "knn") == {"max_train": None, "knn_k": 10}
+    assert budget(transfer, "finetune").keys() == {"max_train", "finetune"}
+    for prefix, kind in (("segment_", Segmentation), ("detect_", Detection)):
+        fields = kind.budget(transfer, "finetune")
+        own = {name for name in transfer.flat() if name.startswith(prefix)}
+        assert fields.keys() == {"max_train", *own} and len(own) > 6

@@ -15,26 +15,26 @@ from moce_dist.data.images import sample_generator
 from moce_dist.model.customize import customize
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
+from moce_dist.transfer.drawing import palette
 from moce_dist.transfer.loading import machine_of
-from moce_dist.transfer.scenes import (
-    IGNORE,
-    check_scenes,
-    load_scene,
-    read_mask,
-    read_scenes,
-    training_crop,
-)
-from moce_dist.transfer.segment import (
+from moce_dist.transfer.segmentation.fit import (
     Window,
     class_probabilities,
     count_pixels,
-    palette,
     scores,
-    segment,
     slide,
     windows,
 )
-from moce_dist.transfer.upernet import Segmenter
+from moce_dist.transfer.segmentation.task import (
+    IGNORE,
+    Segmentation,
+    load_masked,
+    read_mask,
+    training_crop,
+)
+from moce_dist.transfer.segmentation.upernet import Segmenter
+
+from .conftest import segment
 
 
 @pytest.fixture
@@ -43,42 +43,42 @@ def data(tmp_path: Path, scene_folder: Path) -> Path:
 
 
 def test_layout_is_read(scene_folder):
-    scenes = read_scenes("ade20k", scene_folder)
+    scenes = Segmentation.read("ade20k", scene_folder)
     assert scenes.classes == ["dark", "bright", "absent"]
     assert [s.key for s in scenes.test] == ["validation/0", "validation/1", "validation/2"]
     assert len(scenes.train) == 6
     mask = read_mask(scenes.train[0].mask)
     assert mask[0, 0] == IGNORE and mask[10, 0] == 0 and mask[10, 30] == 1
-    check_scenes(scenes, threads=2)
+    scenes.scan(threads=2)
 
 
 def test_official_class_list_and_its_absence(data):
     (data / "classes.txt").unlink()
-    assert len(read_scenes("ade20k", data).classes) == 150
+    assert len(Segmentation.read("ade20k", data).classes) == 150
     rows = [
         "Idx\tRatio\tTrain\tVal\tStuff\tName",
         "1\t0.1\t1\t1\t1\twall",
         "2\t0.1\t1\t1\t0\tsky, x",
     ]
     (data / "objectInfo150.txt").write_text("\n".join(rows) + "\n")
-    assert read_scenes("ade20k", data).classes == ["wall", "sky, x"]
+    assert Segmentation.read("ade20k", data).classes == ["wall", "sky, x"]
 
 
 @pytest.mark.parametrize("folder", ["images/training", "annotations/validation"])
 def test_missing_folder_is_named(data, folder):
     shutil.rmtree(data / folder)
     with pytest.raises(ConfigError, match=f"{folder}: is no folder"):
-        read_scenes("ade20k", data)
+        Segmentation.read("ade20k", data)
 
 
 def test_picture_without_mask_and_mask_without_picture_are_named(data):
     (data / "annotations" / "training" / "2.png").unlink()
     with pytest.raises(ConfigError, match=r"images/training/2\.jpg: has no mask"):
-        read_scenes("ade20k", data)
+        Segmentation.read("ade20k", data)
     (data / "images" / "training" / "2.jpg").unlink()
     (data / "images" / "validation" / "1.jpg").unlink()
     with pytest.raises(ConfigError, match=r"validation/1\.png: mask without an image"):
-        read_scenes("ade20k", data)
+        Segmentation.read("ade20k", data)
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_picture_without_mask_and_mask_without_picture_are_named(data):
 def test_wrong_masks_are_found_by_the_scan(data, mask, message):
     Image.fromarray(mask).save(data / "annotations" / "training" / "0.png")
     with pytest.raises(ConfigError, match=message):
-        check_scenes(read_scenes("ade20k", data), threads=2)
+        Segmentation.read("ade20k", data).scan(threads=2)
 
 
 def test_unreadable_picture_is_found_by_the_scan(data):
     (data / "images" / "validation" / "0.jpg").write_bytes(b"\xff\xd8 nothing")
     with pytest.raises(ConfigError, match=r"validation/0\.jpg: unreadable image"):
-        check_scenes(read_scenes("ade20k", data), threads=2)
+        Segmentation.read("ade20k", data).scan(threads=2)
 
 
 def test_damage_inside_a_mask_is_named(tmp_path):
@@ -112,10 +112,11 @@ def test_damage_inside_a_mask_is_named(tmp_path):
 
 
 def test_crop_keeps_picture_and_mask_together(scene_folder):
-    scene = read_scenes("ade20k", scene_folder).train[0]
+    scene = Segmentation.read("ade20k", scene_folder).train[0]
     for epoch in range(20):
         draws = sample_generator(0, epoch, scene.key)
-        pixels, mask = training_crop(*load_scene(scene, 3), 32, draws)
+        shown, mask = load_masked(scene, 3)
+        pixels, mask = training_crop(shown.image, mask, 32, draws)
         assert pixels.shape == (3, 32, 32) and mask.shape == (32, 32)
         bright = pixels.mean(axis=0) > 0
         kept = mask != IGNORE
@@ -213,7 +214,7 @@ def test_segmenter_starts_from_the_backbone_and_trains_all_of_it(config, models)
 
 
 def test_training_separates_two_plain_areas(config, models, scene_folder, tmp_path):
-    scenes = read_scenes("ade20k", scene_folder)
+    scenes = Segmentation.read("ade20k", scene_folder)
     backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
     changes = {"steps": 60, "lr": 3e-3, "batch_size": 4}
     recipe = config.transfer.segmentation.model_copy(update=changes)
@@ -240,23 +241,23 @@ def recount(data, change):
 
 def test_masks_that_count_from_0_are_noticed(data, caplog):
     (data / "classes.txt").write_text("dark\nbright\n")
-    scenes = read_scenes("ade20k", data)
-    (held,) = check_scenes(scenes, threads=1)
+    scenes = Segmentation.read("ade20k", data)
+    (held,) = scenes.scan(threads=1)
     assert held.startswith("masks hold ") and "is in no mask" not in caplog.text
     recount(data, lambda mask: mask - 1.0 * (mask > 0))
-    check_scenes(scenes, threads=1)
+    scenes.scan(threads=1)
     assert "class 2 (bright) is in no mask (1 such classes of 2)" in caplog.text
     assert "to masks that count from 0 add 1" in caplog.text
 
 
 def test_ids_of_masks_are_counted(data):
     recount(data, lambda mask: np.arange(mask.size).reshape(mask.shape) % 4)
-    (held,) = check_scenes(read_scenes("ade20k", data), threads=1)
+    (held,) = Segmentation.read("ade20k", data).scan(threads=1)
     assert held.startswith("masks hold 0 (ignored) 25.0%, 1 (")
 
 
 def test_an_image_that_exif_turns_is_as_its_mask_has_it(data, caplog):
-    scenes = read_scenes("ade20k", data)
+    scenes = Segmentation.read("ade20k", data)
     scene, exif = scenes.train[0], Image.Exif()
     exif[0x0112] = 6
     shape = read_mask(scene.mask).shape
@@ -264,4 +265,4 @@ def test_an_image_that_exif_turns_is_as_its_mask_has_it(data, caplog):
         pixels = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
         Image.fromarray(pixels).save(scene.image, "PNG", exif=exif)
         expected = pixels if (height, width) == shape else np.rot90(pixels, -1)
-        np.testing.assert_array_equal(np.asarray(load_scene(scene, 3)[0]), expected)
+        np.testing.assert_array_equal(np.asarray(load_masked(scene, 3)[0].image), expected)

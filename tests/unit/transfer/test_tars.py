@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.catalog import load_task
-from moce_dist.transfer.tasks import check_images
+from moce_dist.transfer.classification.task import Classification
 
 from .conftest import png, texture
 
@@ -40,32 +39,32 @@ def tars(tmp_path: Path) -> Path:
 
 
 def test_tars_are_read_in_order_with_their_labels(tars):
-    task = load_task("webdataset", tars)
+    task = Classification.open("webdataset", tars)
     assert [item.key for item in task.train][3:5] == ["train-000.tar/a3", "train-001.tar/b0"]
     assert [item.label for item in task.test] == [0, 1, 0, 1, 0]
     assert task.classes == ["0", "1"] and task.metric == "accuracy"
     assert task.train[5].read() == dict(samples("b", 3))["b1.png"]
     assert task.train[5].size() == len(task.train[5].read())
-    check_images(task, threads=2)
+    task.scan(threads=2)
 
 
 def test_names_of_classes_are_read(tars):
     (tars / "classes.txt").write_text("rows\ncolumns\nboth\n")
-    assert load_task("webdataset", tars).classes == ["rows", "columns", "both"]
+    assert Classification.open("webdataset", tars).classes == ["rows", "columns", "both"]
     (tars / "classes.txt").write_text("rows\n")
     with pytest.raises(ConfigError, match=r"\.cls = 1: .*classes.txt lists 1 classes"):
-        load_task("webdataset", tars)
+        Classification.open("webdataset", tars)
 
 
 def test_val_stands_in_for_test(tars):
     (tars / "test-000.tar").rename(tars / "val-7.tar")
-    assert len(load_task("webdataset", tars).test) == 5
+    assert len(Classification.open("webdataset", tars).test) == 5
 
 
 def test_damaged_picture_is_named_by_its_sample(tars):
     write_tar(tars / "test-000.tar", [("x.png", b"nothing"), ("x.cls", b"0")])
     with pytest.raises(ConfigError, match=r"test-000\.tar/x: unreadable image"):
-        check_images(load_task("webdataset", tars), threads=2)
+        Classification.open("webdataset", tars).scan(threads=2)
 
 
 @pytest.mark.parametrize(
@@ -81,17 +80,17 @@ def test_damaged_picture_is_named_by_its_sample(tars):
 def test_wrong_samples_are_named(tars, members, message):
     write_tar(tars / "train-001.tar", members)
     with pytest.raises(ConfigError, match=f"train-001.tar: .*{message}"):
-        load_task("webdataset", tars)
+        Classification.open("webdataset", tars)
 
 
 def test_missing_and_cut_tars_are_named(tars):
     whole = (tars / "train-001.tar").read_bytes()
     (tars / "train-001.tar").write_bytes(whole[:2000])
     with pytest.raises(ConfigError, match=r"train-001\.tar: cut off"):
-        load_task("webdataset", tars)
+        Classification.open("webdataset", tars)
     (tars / "train-001.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(ConfigError, match=r"train-001\.tar: "):
-        load_task("webdataset", tars)
+        Classification.open("webdataset", tars)
     (tars / "test-000.tar").unlink()
     with pytest.raises(ConfigError, match="has no tars of test or val"):
-        load_task("webdataset", tars)
+        Classification.open("webdataset", tars)

@@ -7,20 +7,19 @@ import numpy as np
 import pytest
 
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.catalog import TASKS, load_task
-from moce_dist.transfer.official import OFFICIAL
-from moce_dist.transfer.tasks import check_images
+from moce_dist.transfer.classification.official import OFFICIAL
+from moce_dist.transfer.classification.task import TASKS, Classification
 
 from .conftest import png
 
 
 def test_folder_is_read_in_order_of_its_classes(image_folder):
-    task = load_task("imagefolder", image_folder)
+    task = Classification.open("imagefolder", image_folder)
     assert task.classes == ["columns", "rows"]
     assert (len(task.train), len(task.test)) == (48, 24)
     assert [i.label for i in task.train] == [0] * 24 + [1] * 24
     assert task.train[0].key == "train/columns/000.png"
-    check_images(task, threads=2)
+    task.scan(threads=2)
 
 
 @pytest.fixture
@@ -30,13 +29,13 @@ def data(tmp_path: Path, image_folder: Path) -> Path:
 
 def test_val_stands_in_for_test(data):
     (data / "test").rename(data / "val")
-    assert load_task("imagefolder", data).test[0].key == "val/columns/000.png"
+    assert Classification.open("imagefolder", data).test[0].key == "val/columns/000.png"
 
 
 def test_choices_are_made_on_val(data):
     shutil.copytree(data / "test", data / "val")
     (data / "val/rows/000.png").unlink()
-    chosen, tested = (load_task("imagefolder", data, split) for split in ("val", "test"))
+    chosen, tested = (Classification.open("imagefolder", data, split) for split in ("val", "test"))
     assert {item.key.split("/")[0] for item in chosen.test} == {"val"}
     assert {item.key.split("/")[0] for item in tested.test} == {"test"}
     assert len(chosen.test) == len(tested.test) - 1 and chosen.train == tested.train
@@ -44,43 +43,45 @@ def test_choices_are_made_on_val(data):
 
 
 def test_without_a_third_split_choices_are_made_on_a_fifth_of_the_training_images(data):
-    chosen, tested = (load_task("imagefolder", data, split) for split in ("val", "test"))
+    chosen, tested = (Classification.open("imagefolder", data, split) for split in ("val", "test"))
     everything = {item.key for item in tested.train}
     kept, held = ({item.key for item in part} for part in (chosen.train, chosen.test))
     assert kept | held == everything and not kept & held
     assert 0.1 < len(held) / len(everything) < 0.4
-    again = load_task("imagefolder", data, "val")
+    again = Classification.open("imagefolder", data, "val")
     assert [item.key for item in again.test] == [item.key for item in chosen.test]
     # a folder that stands in for the test is no folder for choices
     (data / "test").rename(data / "val")
-    assert {i.key.split("/")[0] for i in load_task("imagefolder", data, "val").test} == {"train"}
+    assert {i.key.split("/")[0] for i in Classification.open("imagefolder", data, "val").test} == {
+        "train"
+    }
 
 
 @pytest.mark.parametrize("missing", ["train", "test"])
 def test_missing_split_is_named(data, missing):
     shutil.rmtree(data / missing)
     with pytest.raises(ConfigError, match=f"has no folder {missing}"):
-        load_task("imagefolder", data)
+        Classification.open("imagefolder", data)
 
 
 def test_empty_class_is_named(data):
     for file in (data / "test" / "rows").iterdir():
         file.unlink()
     with pytest.raises(ConfigError, match="test/rows: holds no images"):
-        load_task("imagefolder", data)
+        Classification.open("imagefolder", data)
 
 
 def test_splits_with_other_classes_are_refused(data):
     (data / "test" / "rows").rename(data / "test" / "diagonals")
     with pytest.raises(ConfigError, match="differ in the classes"):
-        load_task("imagefolder", data)
+        Classification.open("imagefolder", data)
 
 
 def test_single_class_is_no_task(data):
     for split in ("train", "test"):
         shutil.rmtree(data / split / "rows")
     with pytest.raises(ConfigError, match="has 1 class folders"):
-        load_task("imagefolder", data)
+        Classification.open("imagefolder", data)
 
 
 @pytest.mark.parametrize("content", [b"", b"no image at all", None])
@@ -89,19 +90,19 @@ def test_scan_names_what_cannot_be_read(data, content):
     cut = png(np.random.default_rng(0).integers(0, 255, (50, 50, 3), np.uint8))[:-3000]
     bad.write_bytes(cut if content is None else content)
     with pytest.raises(ConfigError, match=r"rows/007\.png: unreadable image"):
-        check_images(load_task("imagefolder", data), threads=2)
+        Classification.open("imagefolder", data).scan(threads=2)
 
 
 def test_fingerprint_sees_labels_and_sizes(data):
-    before = load_task("imagefolder", data).fingerprint()
-    assert load_task("imagefolder", data).fingerprint() == before
+    before = Classification.open("imagefolder", data).fingerprint()
+    assert Classification.open("imagefolder", data).fingerprint() == before
     file = data / "train" / "rows" / "000.png"
     file.rename(data / "train" / "columns" / "999.png")
-    assert load_task("imagefolder", data).fingerprint() != before
+    assert Classification.open("imagefolder", data).fingerprint() != before
 
 
 def test_subset_is_drawn_by_its_seed(image_folder):
-    task = load_task("imagefolder", image_folder)
+    task = Classification.open("imagefolder", image_folder)
     one, same, other = (task.subset(10, seed) for seed in (0, 0, 1))
     assert one.train == same.train != other.train
     assert len(one.train) == 10 and one.test == task.test
@@ -110,7 +111,7 @@ def test_subset_is_drawn_by_its_seed(image_folder):
 
 @pytest.mark.parametrize("name", ["digits", "silhouettes"])
 def test_sample_tasks_have_every_class_in_both_splits(name):
-    task = load_task(name, None)
+    task = Classification.open(name, None)
     for items in (task.train, task.test):
         assert {item.label for item in items} == set(range(len(task.classes)))
     train = {item.content for item in task.train}

@@ -11,7 +11,7 @@ from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.select import mix_of
-from moce_dist.transfer.token import TokenMlp, choose_by_use, usage_counter, without_gates
+from moce_dist.transfer.token import UsageMlp, choose_by_use, usage_counter, without_gates
 
 from .conftest import NUM_EXPERTS, SIZE
 
@@ -48,7 +48,7 @@ def one_token(x: Tensor, weights: dict[str, Tensor], block: int) -> tuple[int, f
 
 def test_every_token_takes_its_best_expert_weighted_with_its_probability(weights):
     x = torch.randn(2, 5, 24)
-    mlp = TokenMlp(weights, 3, NUM_EXPERTS)
+    mlp = UsageMlp(weights, 3, NUM_EXPERTS)
     y = mlp(x)
     expected = [[one_token(token, weights, 3) for token in image] for image in x]
     for image in range(2):
@@ -95,6 +95,6 @@ def test_where_the_gate_tells_nothing_apart_the_merged_vit_is_the_model(config, 
     shared = {n: t for n, t in without_gates(weights).items() if ".experts." not in n}
     token_model.load_state_dict(shared, strict=False)
     for block in LAYERS:
-        token_model.blocks[block].mlp = TokenMlp(weights, block, NUM_EXPERTS)
+        token_model.blocks[block].mlp = UsageMlp(weights, block, NUM_EXPERTS)
     with torch.no_grad():
         torch.testing.assert_close(vit(images), token_model.features(images), rtol=1e-4, atol=1e-5)

@@ -11,17 +11,17 @@ from moce_dist.model.customize import customize
 from moce_dist.run.artefacts import mark_complete
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone
-from moce_dist.transfer.catalog import load_task
+from moce_dist.transfer.classification.task import Classification
 from moce_dist.transfer.loading import machine_of
-from moce_dist.transfer.tasks import Item, Task
+from moce_dist.transfer.tasks import Item
 from moce_dist.transfer.validate import folds_of, score_folds, try_candidates
 
 from .conftest import by_global_name, write_checkpoint
 
 
 @pytest.fixture
-def task(image_folder) -> Task:
-    return load_task("imagefolder", image_folder)
+def task(image_folder) -> Classification:
+    return Classification.open("imagefolder", image_folder)
 
 
 @pytest.fixture

@@ -10,8 +10,10 @@ Source: He et al. 2022, arXiv 2111.06377, table 9; facebookresearch/mae main_fin
 @efb2a80. Without their RandAugment and random erasing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
@@ -19,21 +21,26 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from moce_dist.config import FinetuneConfig
+from moce_dist.data.images import eval_image
+from moce_dist.features.encoder import renormalisation
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.fit import Fitting, Kept, run_fit
+from moce_dist.transfer.classification import frozen
+from moce_dist.transfer.classification.measure import measure, multi_label_loss
+from moce_dist.transfer.classification.task import Classification
+from moce_dist.transfer.drawing import Wishes
+from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit
 from moce_dist.transfer.loading import (
-    Fault,
     Machine,
     TaskImages,
     TrainingOrder,
+    Unread,
     eval_batches,
     rank_draws,
 )
-from moce_dist.transfer.measure import Measures, measure, multi_label_loss
 from moce_dist.transfer.ranks import in_order
-from moce_dist.transfer.saved import classifier_spec
-from moce_dist.transfer.skips import Fitted, Skips, readable, training_batches
-from moce_dist.transfer.tasks import Task
+from moce_dist.transfer.saved import Spec, classifier_spec
+from moce_dist.transfer.skips import Skips, readable, training_batches
+from moce_dist.transfer.tasks import Item
 
 _LABEL_SMOOTHING = 0.1
 _HEAD_STD = 2e-5
@@ -49,7 +56,7 @@ def make_optimizer(
         no_weight_decay_list=("pos_embed", "cls_token"),
         layer_decay=layer_decay,
     )
-    return torch.optim.AdamW(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 class _LabelMixup(Mixup):  # type: ignore[misc]
@@ -62,7 +69,7 @@ class _LabelMixup(Mixup):  # type: ignore[misc]
         return images, mixed.masked_fill((labels < 0) | (other < 0), -1)
 
 
-def _mixer(recipe: FinetuneConfig, task: Task) -> Mixup | None:
+def _mixer(recipe: FinetuneConfig, task: Classification) -> Mixup | None:
     if recipe.mixup == 0 and recipe.cutmix == 0:
         return None
     return (_LabelMixup if task.is_multi_label else Mixup)(
@@ -74,7 +81,7 @@ def _mixer(recipe: FinetuneConfig, task: Task) -> Mixup | None:
 
 
 def _loss_of(
-    model: nn.Module, task: Task, *, is_smoothed: bool
+    model: nn.Module, task: Classification, *, is_smoothed: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     def single(inputs: Tensor, targets: Tensor) -> Tensor:
         smoothing = 0.0 if is_smoothed else _LABEL_SMOOTHING
@@ -86,41 +93,30 @@ def _loss_of(
     return several if task.is_multi_label else single
 
 
-def finetune(
-    backbone: Backbone,
-    task: Task,
-    recipe: FinetuneConfig,
-    machine: Machine,
-    *,
-    seed: int,
-    kept: Kept | None = None,
-) -> Fitted:
+def fit(task: Classification, trial: Trial) -> Fitted:
+    """Fine-tune, or fit the features of a frozen backbone, as the protocol says."""
+    return (finetune if trial.protocol == "finetune" else frozen.fit)(task, trial)
+
+
+def build(spec: Spec) -> nn.Module:
+    """Return the ViT (B, 3, S, S) -> (B, C): timm puts the head on it."""
+    return spec.vit()
+
+
+def finetune(task: Classification, trial: Trial) -> Fitted:
     """Fine-tune on the training images; return the task's measures on the test images.
 
-    `seed` draws everything: the head, the order, crops, Mixup, stochastic depth. With `kept` the
-    model is saved, and an interrupted fit goes on where it was. Collective over the machine's
-    ranks.
+    The seed draws everything: the head, the order, crops, Mixup, stochastic depth. Collective over
+    the machine's ranks.
     """
+    backbone, machine, seed = trial.backbone, trial.machine, trial.seed
+    recipe, skips = trial.transfer.finetune, Skips(machine, trial.kept)
     model = backbone.classifier(len(task.classes), seed=seed, drop_path=recipe.drop_path)
     for name, parameter in model.named_parameters():
         if name == "head.weight":
             nn.init.trunc_normal_(parameter, std=_HEAD_STD)
     model.to(machine.device)
-    skips = Skips(machine, kept)
-    fitting = _fitting(model, backbone, task, recipe, seed, skips)
-    return Fitted(run_fit(fitting, machine, kept), skips.close())
-
-
-def _fitting(
-    model: nn.Module,
-    backbone: Backbone,
-    task: Task,
-    recipe: FinetuneConfig,
-    seed: int,
-    skips: Skips,
-) -> Fitting:
-    machine = skips.machine
-    images = TaskImages(task.train, backbone, machine.pictures, augment=recipe, seed=seed)
+    images = TaskImages(task.train, backbone, machine.kept_images, augment=recipe, seed=seed)
     # Mixup swaps an image with its mirror position in the batch, so batches are even
     batch_size = min(recipe.batch_size, len(images)) // 2 * 2
     order = TrainingOrder(len(images), batch_size, recipe.epochs, seed)
@@ -134,7 +130,7 @@ def _fitting(
         found, skips.test = evaluate(model, backbone, task, machine)
         return found
 
-    return Fitting(
+    fitting = Fitting(
         name=f"{task.name} finetune {backbone.name} seed {seed}",
         model=model,
         optimizer=make_optimizer(
@@ -152,12 +148,13 @@ def _fitting(
         seed=seed,
         prepare=mix,
     )
+    return Fitted(run_fit(fitting, machine, trial.kept), skips.close())
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, backbone: Backbone, task: Task, machine: Machine
-) -> tuple[Measures, list[Fault]]:
+    model: nn.Module, backbone: Backbone, task: Classification, machine: Machine
+) -> tuple[Measures, list[Unread]]:
     """Measure a classifier in evaluation mode on the test images that can be read; collective.
 
     Returns also the images that cannot.
@@ -170,3 +167,39 @@ def evaluate(
         found.append((model(images.to(machine.device)).float().cpu(), labels, faults))
     scores, truth, unread = readable(in_order(found, machine))
     return measure(task.metric, scores, truth), unread
+
+
+def predict(
+    model: nn.Module, spec: Spec, images: Sequence[Item], wishes: Wishes
+) -> Iterator[dict[str, Any]]:
+    """Yield a line an image: its `wishes.top` likeliest classes with their probabilities."""
+    machine, backbone = wishes.machine, spec.backbone()
+    factor, shift = renormalisation(backbone.mean, backbone.std)
+    for start in range(0, len(images), machine.eval_batch_size):
+        some = images[start : start + machine.eval_batch_size]
+        read: list[Any] = []
+        for item in some:
+            try:
+                read.append(eval_image(item.read(), spec.image_size) * factor + shift)
+            except (ValueError, OSError) as error:
+                read.append(" ".join(str(error).split()))
+        pixels = [x for x in read if not isinstance(x, str)]
+        found = iter(_probabilities(model, spec, pixels, machine) if pixels else ())
+        for item, content in zip(some, read, strict=True):
+            if isinstance(content, str):
+                yield {"image": str(item.content), "error": content}
+                continue
+            values, indices = next(found).topk(min(wishes.top, len(spec.classes)))
+            classes = [
+                {"name": spec.classes[i], "probability": round(v, 6)}
+                for v, i in zip(values.tolist(), indices.tolist(), strict=True)
+            ]
+            yield {"image": str(item.content), "classes": classes}
+
+
+@torch.no_grad()
+def _probabilities(
+    model: nn.Module, spec: Spec, pixels: Sequence[np.ndarray], machine: Machine
+) -> Tensor:
+    logits = model(torch.from_numpy(np.stack(pixels)).to(machine.device)).float().cpu()
+    return logits.sigmoid() if spec.is_multi_label else logits.softmax(dim=1)

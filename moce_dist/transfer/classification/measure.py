@@ -24,8 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
-from moce_dist.transfer.tasks import Metric
-
 Measures = dict[str, float]
 
 
@@ -84,7 +82,7 @@ def mean_average_precision(scores: Tensor, labels: Tensor) -> Measures:
     return {name: round(value, 6) for name, value in zip(names, means, strict=True)}
 
 
-def measure(metric: Metric, scores: Tensor, labels: Tensor) -> Measures:
+def measure(metric: str, scores: Tensor, labels: Tensor) -> Measures:
     """Compute all figures of a metric from scores (n, C) and labels, (n,) or (n, C) for `mAP`."""
     if metric == "mAP":
         return mean_average_precision(scores, labels)

@@ -30,7 +30,7 @@ _LARGEST = 2.0**53
 
 
 class Annotation(NamedTuple):
-    """One object of a picture, as the file has it."""
+    """One object of an image, as the file has it."""
 
     category: int
     """Id of its category."""
@@ -45,7 +45,7 @@ class Annotation(NamedTuple):
 
 
 class Image(NamedTuple):
-    """A picture of the file and its objects."""
+    """An image of the file and its objects."""
 
     id: int
     file_name: str
@@ -70,7 +70,9 @@ def read_annotations(path: Path) -> AnnotationFile:
     tree = _parse(path)
     categories = _by_id(path, tree, "categories", ("name",))
     images = _by_id(path, tree, "images", ("file_name", "width", "height"))
-    _refuse(path, _annotation_problems(tree["annotations"], images, categories))
+    if problems := list(_annotation_problems(tree["annotations"], images, categories)):
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{path}: {problems[0]}{more}")
     found: dict[int, list[Annotation]] = {key: [] for key in images}
     for entry in tree["annotations"]:
         found[entry["image_id"]].append(_annotation(entry))
@@ -116,12 +118,6 @@ def _by_id(path: Path, tree: dict[str, list[Entry]], name: str, keys: Sequence[s
     return found
 
 
-def _refuse(path: Path, problems: Iterable[str]) -> None:
-    if found := list(problems):
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        raise ConfigError(f"{path}: {found[0]}{more}")
-
-
 def _annotation_problems(
     entries: Sequence[Entry], images: dict[int, Entry], categories: dict[int, Entry]
 ) -> Iterator[str]:
@@ -165,7 +161,7 @@ def _box_problem(box: Any, image: Entry) -> str:
         return ""
     if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
         size = f"{image['width']} x {image['height']}"
-        return f"bbox {box} lies outside its picture of {size} pixels"
+        return f"bbox {box} lies outside its image of {size} pixels"
     return ""
 
 
@@ -188,14 +184,14 @@ def _segmentation_problem(segmentation: Any, image: Entry) -> str:
 
 def _run_lengths_problem(runs: Entry, size: Sequence[int]) -> str:
     if runs.get("size") != size:
-        return f"run lengths of size {runs.get('size')}, its picture has {size}"
+        return f"run lengths of size {runs.get('size')}, its image has {size}"
     counts = runs.get("counts")
     if isinstance(counts, str):
         counts = unpack_counts(counts)
     is_good = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
     # the library that unfolds them does not notice, and leaves the rest of the mask to chance
     if not counts or not is_good or sum(counts) != math.prod(size):
-        return "its run lengths do not add up to the picture"
+        return "its run lengths do not add up to the image"
     return ""
 
 

@@ -3,7 +3,7 @@
 Here is only what goes into it and what comes out: predictions in its form (left, upper, width,
 height; packed run lengths; COCO's ids), six figures in ours.
 
-Letters: n detections of a picture, H, W its height and width, pixels.
+Letters: n detections of an image, H, W its height and width, pixels.
 
 Source: cocodataset.org, detection evaluation; Lin et al. 2014, arXiv 1405.0312.
 """
@@ -20,8 +20,8 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from moce_dist.transfer.instances import Instances, Picture
-from moce_dist.transfer.jitter import to_runs
+from moce_dist.transfer.detection.jitter import to_runs
+from moce_dist.transfer.detection.task import BoxedImage, Detection
 
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
 
@@ -29,7 +29,7 @@ Entry = dict[str, Any]
 
 
 class Detections(NamedTuple):
-    """What was found in a picture, in its own pixels; `masks` are packed run lengths."""
+    """What was found in an image, in its own pixels; `masks` are packed run lengths."""
 
     boxes: NDArray[np.float64]
     """(n, 4): left, upper, right, lower."""
@@ -56,32 +56,32 @@ def pack_mask(mask: NDArray[np.bool_]) -> Entry:
     return dict(run_lengths.encode(np.asfortranarray(mask, np.uint8)))
 
 
-def ground_truth(pictures: Sequence[Picture], instances: Instances) -> COCO:
-    """Make the evaluator's data set of pictures; outlines are there if the task has masks.
+def ground_truth(images: Sequence[BoxedImage], task: Detection) -> COCO:
+    """Make the evaluator's data set of images; outlines are there if the task has masks.
 
     Annotations are numbered anew from 1: the evaluator takes an annotation 0 for none.
     """
-    objects = [(picture, a) for picture in pictures for a in picture.annotations]
+    objects = [(boxed, a) for boxed in images for a in boxed.annotations]
     annotations = [
         {
             "id": number,
-            "image_id": picture.id,
+            "image_id": boxed.id,
             "category_id": a.category,
             "bbox": list(a.box),
             "area": a.area,
             "iscrowd": int(a.is_crowd),
-            **_outline(picture, a.segmentation, a.box, has_masks=instances.has_masks),
+            **_outline(boxed, a.segmentation, a.box, has_masks=task.has_masks),
         }
-        for number, (picture, a) in enumerate(objects, start=1)
+        for number, (boxed, a) in enumerate(objects, start=1)
     ]
-    images = [{"id": p.id, "width": p.width, "height": p.height} for p in pictures]
-    pairs = zip(instances.category_ids, instances.classes, strict=True)
+    entries = [{"id": p.id, "width": p.width, "height": p.height} for p in images]
+    pairs = zip(task.category_ids, task.classes, strict=True)
     categories = [{"id": number, "name": name} for number, name in pairs]
-    return _data_set(images, categories, annotations)
+    return _data_set(entries, categories, annotations)
 
 
 def _outline(
-    picture: Picture, segmentation: Any, box: Sequence[float], *, has_masks: bool
+    boxed: BoxedImage, segmentation: Any, box: Sequence[float], *, has_masks: bool
 ) -> Entry:
     if not has_masks:
         return {}
@@ -89,7 +89,7 @@ def _outline(
         # only crowds and boxes of no area may be without one
         x, y, width, height = box
         segmentation = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    return {"segmentation": to_runs(segmentation, picture.height, picture.width)}
+    return {"segmentation": to_runs(segmentation, boxed.height, boxed.width)}
 
 
 def _data_set(images: list[Entry], categories: list[Entry], annotations: list[Entry]) -> COCO:
@@ -100,11 +100,11 @@ def _data_set(images: list[Entry], categories: list[Entry], annotations: list[En
     return made
 
 
-def box_results(picture: Picture, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
-    """Bring the boxes of a picture to the evaluator's form."""
+def box_results(boxed: BoxedImage, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
+    """Bring the boxes of an image to the evaluator's form."""
     return [
         {
-            "image_id": picture.id,
+            "image_id": boxed.id,
             "category_id": category_ids[label],
             "score": float(score),
             "bbox": box.tolist(),
@@ -114,12 +114,12 @@ def box_results(picture: Picture, found: Detections, category_ids: Sequence[int]
     ]
 
 
-def mask_results(picture: Picture, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
-    """Bring the masks of a picture to the evaluator's form; their areas are those of the masks."""
+def mask_results(boxed: BoxedImage, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
+    """Bring the masks of an image to the evaluator's form; their areas are those of the masks."""
     assert found.masks is not None
     return [
         {
-            "image_id": picture.id,
+            "image_id": boxed.id,
             "category_id": category_ids[label],
             "score": float(score),
             "segmentation": mask,

@@ -1,26 +1,26 @@
 """Detection: train on squares of random scale, find boxes and masks, average precision.
 
-A picture that cannot be read is skipped, counted and named in `faults.jsonl`; in the test nothing
+An image that cannot be read is skipped, counted and named in `faults.jsonl`; in the test nothing
 is found in it (`skips.py`).
 
-R ranks share the pictures of a step, and those of a test. Squares, and the figures of a model, do
+R ranks share the images of a step, and those of a test. Squares, and the figures of a model, do
 not depend on R, but what is learnt is equal only in distribution: torchvision draws anchors and
 proposals from the generator of each rank, and its losses are means over those of a rank (of a
 micro-batch), the mask's over the objects among them.
 
-Letters: B pictures of a rank, S side of the square, pixels; n objects of a square; R ranks.
+Letters: B images of a rank, S side of the square, pixels; n objects of a square; R ranks.
 
 Source: recipe of ViTDet, Li et al. 2022, arXiv 2203.16527, appendix A.2.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moce_dist.config import DetectionConfig
@@ -29,65 +29,60 @@ from moce_dist.data.images import sample_generator
 from moce_dist.data.loaders import load
 from moce_dist.run.files import write_atomic
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.finding import Scored, evaluate
-from moce_dist.transfer.fit import Fitting, Kept, run_fit
-from moce_dist.transfer.instances import Instances
-from moce_dist.transfer.jitter import Sample, training_square
-from moce_dist.transfer.loading import Fault, Machine, TrainingOrder, rank_draws
-from moce_dist.transfer.measure import Measures
-from moce_dist.transfer.saved import detector_spec
-from moce_dist.transfer.schedule import stepped_rate
-from moce_dist.transfer.skips import Skips, record_skips
-from moce_dist.transfer.vitdet import make_detector, make_optimizer
+from moce_dist.transfer.detection.finding import Scored, evaluate, predict
+from moce_dist.transfer.detection.jitter import Sample, training_square
+from moce_dist.transfer.detection.task import Detection
+from moce_dist.transfer.detection.vitdet import make_detector, make_optimizer
+from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit, stepped_rate
+from moce_dist.transfer.loading import Machine, TrainingOrder, Unread, rank_draws
+from moce_dist.transfer.saved import Spec, dense_spec
+from moce_dist.transfer.skips import Skips
 
 _WARMUP_STEPS, _WARMUP_SHARE = 250, 0.1
+
+__all__ = ["build", "fit", "predict"]
 
 Target = dict[str, Tensor]
 Targets = Sequence[Target | None]
 """What is to be found in the squares of a batch; None of a blank one, which weighs nothing."""
-Written = dict[str, dict[str, float | None]]
 
 
-class _Squares(Dataset[Sample | Fault]):
-    """Training squares of pictures, drawn by (seed, epoch, key)."""
+class _Squares(Dataset[Sample | Unread]):
+    """Training squares of images, drawn by (seed, epoch, key)."""
 
-    def __init__(self, instances: Instances, recipe: DetectionConfig, seed: int) -> None:
-        self._instances, self._recipe, self._seed = instances, recipe, seed
+    def __init__(self, task: Detection, recipe: DetectionConfig, seed: int) -> None:
+        self._task, self._recipe, self._seed = task, recipe, seed
 
-    def __getitem__(self, draw: tuple[int, int]) -> Sample | Fault:
+    def __getitem__(self, draw: tuple[int, int]) -> Sample | Unread:
         epoch, index = draw
-        picture, recipe = self._instances.train[index], self._recipe
+        boxed, recipe = self._task.train[index], self._recipe
         try:
             return training_square(
-                picture,
+                boxed,
                 recipe.size,
                 (recipe.scale_min, recipe.scale_max),
-                has_masks=self._instances.has_masks,
-                draws=sample_generator(self._seed, epoch, picture.key),
+                has_masks=self._task.has_masks,
+                draws=sample_generator(self._seed, epoch, boxed.key),
             )
         except ImageError as error:
-            return Fault(picture.key, f"{picture.image}: {error}")
+            return Unread(boxed.key, f"{boxed.image}: {error}")
 
 
-def _as_list(items: list[Sample | Fault]) -> list[Sample | Fault]:
-    return items
-
-
-def count_pictures(targets: Targets) -> int:
-    """Count the squares that show a picture."""
+def count_images(targets: Targets) -> int:
+    """Count the squares that show an image."""
     return sum(target is not None for target in targets)
 
 
-class Detection:
+class DetectorFit:
     """One fit: a detector, the task that it learns, and the machine that it runs on."""
 
     def __init__(
-        self, backbone: Backbone, instances: Instances, recipe: DetectionConfig, machine: Machine
+        self, backbone: Backbone, task: Detection, recipe: DetectionConfig, machine: Machine
     ) -> None:
-        self.backbone, self.instances = backbone, instances
+        self.backbone, self.task = backbone, task
         self.recipe, self.machine = recipe, machine
         # class 0 is the background
-        self._classes = {number: i + 1 for i, number in enumerate(instances.category_ids)}
+        self._classes = {number: i + 1 for i, number in enumerate(task.category_ids)}
 
     def build(self, seed: int) -> Any:
         """Build the detector, in training mode; `seed` draws its new weights."""
@@ -97,33 +92,33 @@ class Detection:
             vit,
             self.backbone,
             recipe,
-            num_classes=len(self.instances.classes),
-            has_masks=self.instances.has_masks,
+            num_classes=len(self.task.classes),
+            has_masks=self.task.has_masks,
             autocast=self.machine.autocast,
         ).to(self.machine.device)
 
     def batches(self, seed: int, start: int, skips: Skips) -> Iterator[tuple[Tensor, Targets]]:
         """Yield this rank's squares (B, 3, S, S) in [0, 255] and targets from step `start` on.
 
-        Pictures that cannot be read are missing in their batch. Collective over the ranks.
+        Images that cannot be read are missing in their batch. Collective over the ranks.
 
         Raises:
-            ConfigError: a step has too few pictures for so many ranks.
-            ValueError: no picture of a step can be read; on all ranks.
+            ConfigError: a step has too few images for so many ranks.
+            ValueError: no image of a step can be read; on all ranks.
         """
-        recipe, train = self.recipe, self.instances.train
+        recipe, train = self.recipe, self.task.train
         batch_size = min(recipe.batch_size, len(train))
         epochs = -(-recipe.steps // (len(train) // batch_size))
         order = TrainingOrder(len(train), batch_size, epochs, seed)
         loader = load(
-            _Squares(self.instances, recipe, seed),
+            _Squares(self.task, recipe, seed),
             self.machine.loader_processes,
             batch_sampler=rank_draws(order, self.machine, start, recipe.steps),
-            collate_fn=_as_list,
+            collate_fn=list,
         )
         skips.start(start)
         for step, items in enumerate(loader, start):
-            mine = [item if isinstance(item, Fault) else None for item in items]
+            mine = [item if isinstance(item, Unread) else None for item in items]
             faults = skips.note(step, mine)
             if len(faults) == batch_size:
                 raise ValueError(faults[-1].reason)
@@ -132,7 +127,7 @@ class Detection:
     def batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Targets]:
         """Bring samples to squares (B, 3, S, S) in [0, 255] and what is to be found in them.
 
-        Without samples there is one blank square: a rank whose pictures cannot be read has to go
+        Without samples there is one blank square: a rank whose images cannot be read has to go
         through the model's collectives like the others.
         """
         if not samples:
@@ -154,7 +149,7 @@ class Detection:
     def _nothing(self) -> Target:
         size = self.recipe.size
         target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-        if self.instances.has_masks:
+        if self.task.has_masks:
             target["masks"] = torch.zeros(0, size, size, dtype=torch.uint8)
         return target
 
@@ -174,61 +169,79 @@ class Detection:
 
     def fitting(self, model: Any, seed: int, skips: Skips, view: Callable[[], Measures]) -> Fitting:
         """Describe the training of a detector."""
-        recipe, instances = self.recipe, self.instances
-        steps = recipe.steps
+        recipe, steps = self.recipe, self.recipe.steps
         return Fitting(
-            name=f"{instances.name} {self.backbone.name} seed {seed}",
+            name=f"{self.task.name} {self.backbone.name} seed {seed}",
             model=model,
             optimizer=make_optimizer(model, recipe.layer_decay),
             batches=lambda start: self.batches(seed, start, skips),
             loss=self.loss(model),
             view=view,
-            spec=detector_spec(
+            spec=dense_spec(
                 self.backbone,
-                instances.name,
-                instances.classes,
-                recipe,
-                has_masks=instances.has_masks,
+                self.task,
+                recipe.size,
+                channels=recipe.channels,
+                has_masks=self.task.has_masks,
+                window=recipe.window,
+                anchor_strides=recipe.anchor_strides,
             ),
             steps=steps,
             warmup=min(_WARMUP_STEPS, math.ceil(_WARMUP_SHARE * steps)),
             peak_lr=recipe.lr,
             seed=seed,
             schedule=stepped_rate,
-            weigh=count_pictures,
+            weigh=count_images,
         )
 
 
-def detect(
-    fit: Detection, *, seed: int, out: Path, ledger: Path, kept: Kept | None = None
-) -> Written:
-    """Train on a task's training pictures and return box (and mask) figures on its test pictures.
+def fit(task: Detection, trial: Trial) -> Fitted:
+    """Train on a task's training images and return box (and mask) figures on its test images.
 
-    Writes `out/scores.json` and a few predictions beside the truth as PNG; skipped pictures go to
-    `ledger`. A figure without objects to find is None. With `kept` the model is saved, and an
-    interrupted fit goes on where it was. Collective over the machine's ranks, of which the first
-    one writes.
+    Writes `out/scores.json` and a few predictions beside the truth as PNG. A figure without objects
+    to find is None. Collective over the machine's ranks, of which the first one writes.
 
     Raises:
-        ConfigError: a step has too few pictures for so many ranks.
-        ValueError: no picture of a step can be read.
+        ConfigError: a step has too few images for so many ranks.
+        ValueError: no image of a step can be read.
     """
-    model, skips = fit.build(seed), Skips(fit.machine, kept)
+    machine, seed = trial.machine, trial.seed
+    learner = DetectorFit(trial.backbone, task, trial.transfer.detection, machine)
+    model, skips = learner.build(seed), Skips(machine, trial.kept)
     scored: list[Scored] = []
 
     def view() -> Measures:
-        scored.append(evaluate(model, fit.instances, fit.machine, out))
-        skips.test = scored[-1].faults
+        scored.append(evaluate(model, task, machine, trial.out))
+        skips.test = scored[-1].unread
         return scored[-1].measures()
 
-    run_fit(fit.fitting(model, seed, skips, view), fit.machine, kept)
-    figures: Written = {
+    run_fit(learner.fitting(model, seed, skips, view), machine, trial.kept)
+    figures: dict[str, Any] = {
         kind: {name: None if math.isnan(v) else v for name, v in values.items()}
         for kind, values in scored[-1].figures.items()
     }
     skipped = skips.close()
-    if fit.machine.rank == 0:
-        record_skips(ledger, skipped)
-        document = {**figures, "skipped_pictures": len(skipped)}
-        write_atomic(out / "scores.json", json.dumps(document, indent=1))
-    return figures
+    if machine.rank == 0:
+        document = {**figures, "skipped_images": len(skipped)}
+        write_atomic(trial.out / "scores.json", json.dumps(document, indent=1))
+    return Fitted({task.metric: figures["box"]["AP"]}, skipped, figures)
+
+
+def build(spec: Spec) -> nn.Module:
+    """Build torchvision's detector, which takes a list of images."""
+    options = spec.options
+    recipe = DetectionConfig(
+        size=spec.image_size,
+        channels=options["channels"],
+        window=options["window"],
+        anchor_strides=options["anchor_strides"],
+    )
+    detector: nn.Module = make_detector(
+        spec.vit(),
+        spec.backbone(),
+        recipe,
+        num_classes=len(spec.classes),
+        has_masks=options["has_masks"],
+        autocast=contextlib.nullcontext,
+    )
+    return detector

@@ -11,7 +11,6 @@ features minus their mean as in the clustering of this package.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,11 +26,13 @@ from moce_dist.config import TransferConfig
 from moce_dist.features.encoder import Pixels
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.loading import Fault, Machine, Progress, eval_batches
-from moce_dist.transfer.measure import Measures, measure, multi_label_loss
+from moce_dist.transfer.classification.measure import measure, multi_label_loss
+from moce_dist.transfer.classification.task import LOGISTIC, Classification
+from moce_dist.transfer.fit import Fitted, Measures, Trial
+from moce_dist.transfer.loading import Machine, Progress, Unread, eval_batches
 from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import classifier_spec, save_model
-from moce_dist.transfer.skips import readable
+from moce_dist.transfer.skips import Skips, readable
 from moce_dist.transfer.tasks import Item, Task
 
 _TEMPERATURE = 0.07
@@ -51,15 +52,15 @@ class Features(NamedTuple):
 
     train: Tensor
     train_labels: Tensor
-    train_faults: list[Fault]
+    train_unread: list[Unread]
     test: Tensor
     test_labels: Tensor
-    test_faults: list[Fault]
+    test_unread: list[Unread]
 
 
 def extract(
     backbone: Backbone, items: list[Item], machine: Machine, *, seed: int = 0
-) -> tuple[Tensor, Tensor, list[Fault]]:
+) -> tuple[Tensor, Tensor, list[Unread]]:
     """Compute a backbone's features of items: see `encode`; `seed` draws what has no weights.
 
     Raises:
@@ -77,7 +78,7 @@ def encode(
     machine: Machine,
     *,
     name: str,
-) -> tuple[Tensor, Tensor, list[Fault]]:
+) -> tuple[Tensor, Tensor, list[Unread]]:
     """Compute features (n, D) float32 and labels (n,) of items, in their order, on the CPU.
 
     `takes` says what images (B, 3, S, S) the model takes. Images that cannot be read are missing,
@@ -92,13 +93,6 @@ def encode(
         found.append((model(images.to(machine.device)).float().cpu(), batch_labels, faults))
         progress.advance(len(batch_labels))
     return readable(in_order(found, machine))
-
-
-def task_features(backbone: Backbone, task: Task, machine: Machine, *, seed: int) -> Features:
-    """Compute the features of both splits of a task."""
-    train = extract(backbone, list(task.train), machine, seed=seed)
-    test = extract(backbone, list(task.test), machine, seed=seed)
-    return Features(*train, *test)
 
 
 class Linear(NamedTuple):
@@ -189,7 +183,7 @@ def linear(
     return measure(task.metric, head.scores(features.test), features.test_labels), head
 
 
-def logistic(features: Features, task: Task, few: int | None, *, seed: int) -> Measures:
+def logistic(features: Features, task: Classification, few: int | None, *, seed: int) -> Measures:
     """Measure logistic regression with a penalty that a part of the training images chooses.
 
     With `few` labels a class the figures are means over `_DRAWS` draws of them with `seed`.
@@ -232,15 +226,41 @@ def _fit_logistic(rows: NDArray[np.float32], labels: NDArray[np.int64]) -> Any:
     return fit(_SHARES[int(np.argmin(losses))], rows, labels)
 
 
-def save_linear(
-    folder: Path, backbone: Backbone, task: Task, head: Linear, found: Measures, *, seed: int
-) -> None:
-    """Write backbone and head as one classifier."""
-    spec = classifier_spec(
-        backbone, task.name, task.classes, is_multi_label=task.is_multi_label, fc_norm=False
-    )
-    weights = dict(backbone.features_model(seed).state_dict())
-    weights |= {"head.weight": head.weight, "head.bias": head.bias}
-    model = spec.build()
-    model.load_state_dict(weights)
-    save_model(folder, model, spec, found)
+def fit(task: Classification, trial: Trial) -> Fitted:
+    """Measure a frozen backbone by k-NN, a linear head or logistic regression on its features.
+
+    Features that protocols and seeds share are computed once. A linear head is saved with its
+    backbone as one classifier.
+
+    Raises:
+        ValueError: no image of a split can be read.
+    """
+    backbone, machine, seed, protocol = trial.backbone, trial.machine, trial.seed, trial.protocol
+    # what is drawn by the seed: weights that start at random, a part of the training images
+    is_drawn = backbone.weights is None and not backbone.pretrained
+    is_drawn |= len(task.train) == trial.transfer.max_train
+    key = (backbone.name, seed if is_drawn else 0)
+    if trial.shared.get("key") != key:
+        train, test = (
+            extract(backbone, list(items), machine, seed=seed) for items in (task.train, task.test)
+        )
+        features = Features(*train, *test)
+        trial.shared.update(key=key, features=features)
+    features = trial.shared["features"]
+    skips = Skips(machine)
+    skips.test = [*features.train_unread, *features.test_unread]
+    if protocol == "knn":
+        return Fitted(knn(features, task, trial.transfer), skips.close())
+    if found := LOGISTIC.fullmatch(protocol):
+        few = int(found[1]) if found[1] else None
+        return Fitted(logistic(features, task, few, seed=seed), skips.close())
+    measures, head = linear(features, task, trial.transfer, device=machine.device)
+    if trial.kept is not None and trial.kept.models:
+        spec = classifier_spec(
+            backbone, task.name, task.classes, is_multi_label=task.is_multi_label, fc_norm=False
+        )
+        model = spec.vit()
+        weights = {"head.weight": head.weight, "head.bias": head.bias}
+        model.load_state_dict({**backbone.features_model(seed).state_dict(), **weights})
+        save_model(trial.kept.folder / "last", model, spec, measures)
+    return Fitted(measures, skips.close())

@@ -3,7 +3,7 @@
     DATA/train-*.tar    DATA/test-*.tar (or DATA/val-*.tar)    KEY.jpg + KEY.cls, a class number
     DATA/classes.txt    optional: one name a line; else the classes are called by their numbers
 
-Pictures stay in their tars and are read by their byte ranges.
+Images stay in their tars and are read by their byte ranges.
 
 Source: WebDataset's naming rule and its `cls` member, see `moce_dist.data.tarscan`.
 """
@@ -16,18 +16,18 @@ from moce_dist.data.shards import read_range
 from moce_dist.data.tarscan import TarSample, scan_tar
 from moce_dist.run.names import as_text, read_names
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.tasks import Item, Range, Task
+from moce_dist.transfer.tasks import FilePart, Item, Splits
 
 # more classes than that are a mistake, whose list would not fit in memory
 _LABEL_DIGITS = 7
 _LAYOUT = "expected DATA/train-*.tar and DATA/test-*.tar (or DATA/val-*.tar)"
 
 
-def tar_task(name: str, data: Path | None) -> Task:
-    """Read the labels of all samples and where their pictures lie.
+def tar_task(name: str, data: Path | None) -> Splits:
+    """Read the labels of all samples and where their images lie.
 
     Raises:
-        ConfigError: tars are missing or damaged, or a sample has no picture or no proper label.
+        ConfigError: tars are missing or damaged, or a sample has no image or no proper label.
     """
     if data is None:
         raise ConfigError(f"--task {name}: needs --data; {_LAYOUT}")
@@ -39,7 +39,7 @@ def tar_task(name: str, data: Path | None) -> Task:
         if not found:
             raise ConfigError(f"--data {data}: has no tars of {split}; {_LAYOUT}")
     train, test = ([i for tar in part for i in _items(tar)] for part in (tars["train"], tested))
-    return Task(name, _classes(data, [*train, *test]), train, test)
+    return Splits(_classes(data, [*train, *test]), train, test)
 
 
 def _items(tar: Path) -> Iterator[Item]:
@@ -56,7 +56,7 @@ def _items(tar: Path) -> Iterator[Item]:
     for sample in scan.samples:
         image = sample.image
         assert image is not None, "a sample without problems has an image"
-        content = Range(tar, image.offset_data, image.size)
+        content = FilePart(tar, image.offset_data, image.size)
         yield Item(f"{as_text(tar.name)}/{sample.key}", content, _label(tar, sample))
 
 

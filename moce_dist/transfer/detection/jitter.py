@@ -1,12 +1,12 @@
-"""Training samples of detection: a picture at a random scale, cropped or padded to a square.
+"""Training samples of detection: an image at a random scale, cropped or padded to a square.
 
-    picture 640 x 480, S = 1024, factor 1.5     scaled to 1536 x 1152, a window of 1024 x 1024
+    image 640 x 480, S = 1024, factor 1.5     scaled to 1536 x 1152, a window of 1024 x 1024
     the same, factor 0.3                        scaled to 307 x 230, padded below and to the right
 
 Objects go along: boxes are cut off at the window, those that lose their last pixel are left out.
 With outlines, boxes are drawn anew around what the window shows of them.
 
-Letters: W, H width and height of a picture, S side of the square, pixels; n objects.
+Letters: W, H width and height of an image, S side of the square, pixels; n objects.
 
 Source: large-scale jitter of Ghiasi et al. 2021, arXiv 2012.07177, section 3, with the scales that
 ViTDet takes (Li et al. 2022, arXiv 2203.16527, appendix A.2).
@@ -20,8 +20,8 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from moce_dist.data.images import MEAN
-from moce_dist.transfer.coco_json import Annotation
-from moce_dist.transfer.instances import Picture, load_picture
+from moce_dist.transfer.detection.coco_json import Annotation
+from moce_dist.transfer.detection.task import BoxedImage
 
 _PADDING = np.round(np.array(MEAN) * 255).astype(np.uint8)
 
@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
 
 class Placing(NamedTuple):
-    """Where a picture comes to lie: scaled, a window cut out, mirrored, in a square of side S."""
+    """Where an image comes to lie: scaled, a window cut out, mirrored, in a square of side S."""
 
     scaled: tuple[int, int]
     """Width and height after scaling."""
@@ -54,9 +54,9 @@ class Placing(NamedTuple):
     is_mirrored: bool
     size: int
 
-    def points(self, points: NDArray[np.float64], picture: Picture) -> NDArray[np.float64]:
-        """Move points (..., 2) of the picture, (x, y), to the square."""
-        factors = np.array(self.scaled) / (picture.width, picture.height)
+    def points(self, points: NDArray[np.float64], boxed: BoxedImage) -> NDArray[np.float64]:
+        """Move points (..., 2) of the image, (x, y), to the square."""
+        factors = np.array(self.scaled) / (boxed.width, boxed.height)
         moved: NDArray[np.float64] = points * factors - (self.left, self.upper)
         if self.is_mirrored:
             moved[..., 0] = self.width - moved[..., 0]
@@ -64,11 +64,11 @@ class Placing(NamedTuple):
 
 
 def draw_placing(
-    picture: Picture, size: int, scales: tuple[float, float], draws: np.random.Generator
+    boxed: BoxedImage, size: int, scales: tuple[float, float], draws: np.random.Generator
 ) -> Placing:
     """Draw scale (the longer side is S times a factor from `scales`), window and mirror."""
-    factor = size * draws.uniform(*scales) / max(picture.width, picture.height)
-    width, height = (max(1, round(s * factor)) for s in (picture.width, picture.height))
+    factor = size * draws.uniform(*scales) / max(boxed.width, boxed.height)
+    width, height = (max(1, round(s * factor)) for s in (boxed.width, boxed.height))
     left, upper = (int(draws.integers(max(1, s - size + 1))) for s in (width, height))
     is_mirrored = bool(draws.random() < 0.5)
     window = min(width, size), min(height, size)
@@ -76,28 +76,28 @@ def draw_placing(
 
 
 def training_square(
-    picture: Picture,
+    boxed: BoxedImage,
     size: int,
     scales: tuple[float, float],
     *,
     has_masks: bool,
     draws: np.random.Generator,
 ) -> Sample:
-    """Make a training sample of a picture.
+    """Make a training sample of an image.
 
     Raises:
-        ImageError: the picture cannot be read, or has another size than annotated.
+        ImageError: the image cannot be read, or has another size than annotated.
     """
-    image = load_picture(picture)
-    placing = draw_placing(picture, size, scales, draws)
+    image = boxed.load().image
+    placing = draw_placing(boxed, size, scales, draws)
     pixels = _square(image, placing)
-    objects = picture.learnable()
+    objects = boxed.learnable()
     masks = None
     if has_masks:
-        masks = np.stack([place_mask(a.segmentation, placing, picture) for a in objects])
+        masks = np.stack([place_mask(a.segmentation, placing, boxed) for a in objects])
         boxes = np.stack([_box_around(mask) for mask in masks])
     else:
-        boxes = np.stack([_place_box(a, placing, picture) for a in objects])
+        boxes = np.stack([_place_box(a, placing, boxed) for a in objects])
     kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
     categories = np.array([a.category for a in objects], np.int64)
     return Sample(
@@ -119,9 +119,9 @@ def _square(image: Image.Image, placing: Placing) -> NDArray[np.uint8]:
     return np.ascontiguousarray(square.transpose(2, 0, 1))
 
 
-def _place_box(annotation: Annotation, placing: Placing, picture: Picture) -> NDArray[np.float64]:
+def _place_box(annotation: Annotation, placing: Placing, boxed: BoxedImage) -> NDArray[np.float64]:
     x, y, width, height = annotation.box
-    corners = placing.points(np.array([[x, y], [x + width, y + height]], np.float64), picture)
+    corners = placing.points(np.array([[x, y], [x + width, y + height]], np.float64), boxed)
     # mirroring swaps left and right
     corners.sort(axis=0)
     return corners.clip(0, (placing.width, placing.height)).reshape(4)
@@ -141,12 +141,12 @@ def decode_mask(segmentation: Any, height: int, width: int) -> Masks:
     return mask
 
 
-def place_mask(segmentation: Any, placing: Placing, picture: Picture) -> Masks:
+def place_mask(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
     """Bring an outline to a mask (S, S) of the square."""
     if isinstance(segmentation, dict):
-        return _place_runs(segmentation, placing, picture)
+        return _place_runs(segmentation, placing, boxed)
     moved = [
-        placing.points(np.asarray(polygon, np.float64).reshape(-1, 2), picture).ravel().tolist()
+        placing.points(np.asarray(polygon, np.float64).reshape(-1, 2), boxed).ravel().tolist()
         for polygon in segmentation
     ]
     mask = decode_mask(moved, placing.size, placing.size)
@@ -155,8 +155,8 @@ def place_mask(segmentation: Any, placing: Placing, picture: Picture) -> Masks:
     return mask
 
 
-def _place_runs(segmentation: Any, placing: Placing, picture: Picture) -> Masks:
-    whole = decode_mask(segmentation, picture.height, picture.width)
+def _place_runs(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
+    whole = decode_mask(segmentation, boxed.height, boxed.width)
     scaled = np.asarray(Image.fromarray(whole).resize(placing.scaled, Image.Resampling.NEAREST))
     left, upper = placing.left, placing.upper
     window = scaled[upper : upper + placing.height, left : left + placing.width]

@@ -13,7 +13,7 @@
     sun397       SUN397/                            Training_01     Testing_01   accuracy
     voc2007      VOCdevkit/VOC2007/                 trainval        test         mAP
 
-Lists are read by torchvision's dataset classes, pictures by this package. Nothing is downloaded,
+Lists are read by torchvision's dataset classes, images by this package. Nothing is downloaded,
 and nothing is unpickled: CIFAR is read in its binary version. Caltech-101 has no official split; 30
 images of every class are drawn with a fixed seed (of a smaller class half of them).
 
@@ -32,7 +32,7 @@ import numpy as np
 from moce_dist.data.listing import list_folders, list_images
 from moce_dist.run.names import as_text, read_names
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.tasks import Item, Metric, Task
+from moce_dist.transfer.tasks import Item, Splits
 
 _CALTECH_TRAIN, _CALTECH_BACKGROUND = 30, "BACKGROUND_Google"
 _CIFAR_SIDE = 32
@@ -45,19 +45,11 @@ _VOC_CLASSES = (
 Labelled = tuple[Path, int | tuple[int, ...]]
 
 
-class Splits(NamedTuple):
-    """Class names and the labelled images of the two splits."""
-
-    classes: Sequence[str]
-    train: list[Item]
-    test: list[Item]
-
-
 class Official(NamedTuple):
     """A published set: its reader, its metric, and what must lie below DATA."""
 
     read: Callable[[Path], Splits]
-    metric: Metric
+    metric: str
     needs: Sequence[str]
 
 
@@ -121,8 +113,8 @@ def _cifar_items(files: Sequence[Path], label_bytes: int) -> list[Item]:
         for i, row in enumerate(content.reshape(-1, length)):
             pixels = row[label_bytes:].reshape(3, -1).T.tobytes()
             # a PPM is its pixels behind a line, so nothing is compressed in vain
-            picture = f"P6 {_CIFAR_SIDE} {_CIFAR_SIDE} 255\n".encode() + pixels
-            items.append(Item(f"{path.name}/{i}", picture, int(row[label_bytes - 1])))
+            ppm = f"P6 {_CIFAR_SIDE} {_CIFAR_SIDE} 255\n".encode() + pixels
+            items.append(Item(f"{path.name}/{i}", ppm, int(row[label_bytes - 1])))
     return items
 
 
@@ -200,7 +192,7 @@ def _sun(data: Path) -> Splits:
 
 
 def _voc_label(annotation: Path) -> tuple[int, ...]:
-    """Read which classes a picture shows: 1, 0, or -1 where all objects of a class are difficult.
+    """Read which classes an image shows: 1, 0, or -1 where all objects of a class are difficult.
 
     Source: the devkit's ImageSets/Main/CLASS_SPLIT.txt, which say the same.
     """
@@ -287,7 +279,7 @@ def _check_layout(name: str, data: Path | None, needs: Sequence[str]) -> Path:
     return data
 
 
-def official_task(name: str, data: Path | None) -> Task:
+def official_task(name: str, data: Path | None) -> Splits:
     """Read a published set: official splits, class names and metric.
 
     Raises:
@@ -303,17 +295,12 @@ def official_task(name: str, data: Path | None) -> Task:
     except Exception as error:  # noqa: BLE001 - whatever the readers of lists and .mat files meet
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ConfigError(f"--data {folder}: --task {name} cannot be read: {reason}") from None
-    task = Task(name, list(found.classes), found.train, found.test, official.metric)
-    _check_labels(task, folder)
-    return task
-
-
-def _check_labels(task: Task, data: Path) -> None:
-    for split, items in (("training", task.train), ("test", task.test)):
+    for split, items in (("training", found.train), ("test", found.test)):
         if not items:
-            raise ConfigError(f"--data {data}: --task {task.name} lists no {split} images")
+            raise ConfigError(f"--data {folder}: --task {name} lists no {split} images")
         for item in items:
-            if isinstance(item.label, int) and not 0 <= item.label < len(task.classes):
+            if isinstance(item.label, int) and not 0 <= item.label < len(found.classes):
                 raise ConfigError(
-                    f"{item.key}: label {item.label}, must be below {len(task.classes)} (classes)"
+                    f"{item.key}: label {item.label}, must be below {len(found.classes)} (classes)"
                 )
+    return found._replace(classes=list(found.classes))

@@ -1,4 +1,4 @@
-r"""A plain ViT with a UPerNet decoder: pictures to one score per class and pixel.
+r"""A plain ViT with a UPerNet decoder: images to one score per class and pixel.
 
 A plain ViT has one resolution; four of its blocks are brought to four, then a kept UPerNet decoder
 (segmentation-models-pytorch) joins them:
@@ -8,7 +8,7 @@ A plain ViT has one resolution; four of its blocks are brought to four, then a k
     block 3d/4                     --x1-->   /
     block d                        --/2-->  /
 
-Letters: B pictures, D width, S side of a crop, P patch side, pixels; C classes; d depth.
+Letters: B images, D width, S side of a crop, P patch side, pixels; C classes; d depth.
 
 Source: Xiao et al. 2018, arXiv 1807.10221 (UPerNet); feature pyramid as in mmsegmentation's
 configs/mae for ADE20K, without its auxiliary head.
@@ -70,4 +70,4 @@ class Segmenter(nn.Module):
         )
         new = [p for name, p in self.named_parameters() if not name.startswith("vit.")]
         groups.append({"params": new, "lr_scale": 1.0, "weight_decay": _WEIGHT_DECAY})
-        return torch.optim.AdamW(groups, lr=0.0)
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)

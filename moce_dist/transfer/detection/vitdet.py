@@ -1,7 +1,7 @@
 r"""A plain ViT as a detector: windowed attention, a simple feature pyramid, torchvision's R-CNN.
 
 The ViT keeps one resolution and most blocks attend inside windows; four blocks, evenly spaced,
-attend to the whole picture. The pyramid is made from the last map alone:
+attend to the whole image. The pyramid is made from the last map alone:
 
                                stride 4   ConvTranspose x2   --\
     pixels --> ViT, patch 16   stride 8   ConvTranspose      ---  1x1, 3x3 --> proposals, boxes,
@@ -10,7 +10,7 @@ attend to the whole picture. The pyramid is made from the last map alone:
 
 The class token is left out, as there. Not taken over: relative position biases.
 
-Letters: B pictures, S side of the square, pixels; D width; N patches, g = S/P of them a side; w
+Letters: B images, S side of the square, pixels; D width; N patches, g = S/P of them a side; w
 side of a window in patches; F channels of the pyramid; C classes.
 
 Source: ViTDet, Li et al. 2022, arXiv 2203.16527, section 3 and appendix A.2; Mask R-CNN, He et al.
@@ -72,7 +72,7 @@ class WindowAttention(nn.Module):
 
 
 def global_blocks(depth: int) -> set[int]:
-    """Choose the blocks that attend to the whole picture: the last of every quarter."""
+    """Choose the blocks that attend to the whole image: the last of every quarter."""
     return {(i + 1) * depth // _NUM_GLOBAL - 1 for i in range(_NUM_GLOBAL)}
 
 
@@ -150,8 +150,8 @@ class Pyramid(nn.Module):
         return named
 
 
-class Fit(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """Fit pictures into the upper left of a square; training squares stay as they are."""
+class SquareTransform(GeneralizedRCNNTransform):  # type: ignore[misc]
+    """Fit images into the upper left of a square; training squares stay as they are."""
 
     def __init__(self, size: int, backbone: Backbone) -> None:
         mean, std = list(backbone.mean), list(backbone.std)
@@ -173,7 +173,7 @@ def _pool(output_size: int, pyramid: Pyramid, size: int) -> MultiScaleRoIAlign:
     pool = MultiScaleRoIAlign(
         [str(i) for i in range(_NUM_LEVELS)], output_size=output_size, sampling_ratio=0
     )
-    # it derives its levels' strides from the first picture that it sees, once: show it a square
+    # it derives its levels' strides from the first image that it sees, once: show it a square
     maps = {
         str(i): torch.zeros(1, 1, -(-size // stride), -(-size // stride))
         for i, stride in enumerate(pyramid.strides[:-1])
@@ -230,7 +230,7 @@ def make_detector(
         model = MaskRCNN(pyramid, **parts, **_mask_parts(pyramid, num_classes + 1, size))
     else:
         model = FasterRCNN(pyramid, **parts)
-    model.transform = Fit(size, backbone)
+    model.transform = SquareTransform(size, backbone)
     return model
 
 
@@ -250,4 +250,4 @@ def make_optimizer(model: Any, layer_decay: float) -> torch.optim.AdamW:
         some = [p for p in new if (p.ndim > 1) == is_matrix]
         decay = _WEIGHT_DECAY if is_matrix else 0.0
         groups.append({"params": some, "lr_scale": 1.0, "weight_decay": decay})
-    return torch.optim.AdamW(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)

@@ -1,0 +1,1 @@
+"""Classification: labelled images, fine-tuning and frozen protocols."""

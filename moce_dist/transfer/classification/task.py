@@ -1,0 +1,203 @@
+"""Labelled images as a task: which name is read by whom, and a folder of class folders a split.
+
+    DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)
+
+With `transfer.evaluate: val` DATA/val is what figures are of where DATA/test is there too; of any
+other task a fifth of the training images. Three small tasks are cut from images that installed
+packages carry. Published sets are read by `official.py`, tars by `tars.py`.
+
+Source: torchvision.datasets.ImageFolder for the layout.
+"""
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from moce_dist.config import TransferConfig
+from moce_dist.data import samples
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import open_image
+from moce_dist.data.listing import list_folders, list_images
+from moce_dist.data.sources import TASKS as SAMPLE_TASKS
+from moce_dist.run.names import as_text
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.classification.official import OFFICIAL, official_task
+from moce_dist.transfer.classification.tars import tar_task
+from moce_dist.transfer.tasks import Item, Splits, Task, scan_all
+
+logger = logging.getLogger(__name__)
+LOGISTIC = re.compile(r"logistic([1-9]\d*)?")
+"""Logistic regression on all training images, or on so many of each class: `logistic10`."""
+
+
+def _split_items(split: Path, classes: Sequence[str]) -> list[Item]:
+    found: dict[str, list[Path]] = {name: [] for name in classes}
+    beside = 0
+    for path in list_images(split).usable():
+        inner = path.relative_to(split)
+        if len(inner.parts) > 1:
+            found[inner.parts[0]].append(path)
+        else:
+            beside += 1
+    if beside:
+        logger.warning("%s: left out: %d images in no class folder", split, beside)
+    if empty := [name for name in classes if not found[name]]:
+        raise ConfigError(f"{split / empty[0]}: holds no images ({len(empty)} such class folders)")
+    return [
+        Item(f"{split.name}/{as_text(path.relative_to(split))}", path, label)
+        for label, name in enumerate(classes)
+        for path in found[name]
+    ]
+
+
+def image_folder(
+    name: str, data: Path | None, test_names: Sequence[str] = ("test", "val")
+) -> Splits:
+    """Read a folder of class folders per split; the first of `test_names` that is there tests.
+
+    Raises:
+        ConfigError: a folder is missing or empty, or the splits differ in their classes.
+    """
+    layout = "expected DATA/train/CLASS/IMAGE and DATA/test/CLASS/IMAGE (or DATA/val)"
+    if data is None:
+        raise ConfigError(f"--task {name}: needs --data; {layout}")
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is not a folder; {layout}")
+    test_name = next((t for t in test_names if (data / t).is_dir()), None)
+    wanted = " or ".join(test_names)
+    for split, found in (("train", (data / "train").is_dir()), (wanted, test_name)):
+        if not found:
+            raise ConfigError(f"--data {data}: has no folder {split}; {layout}")
+    assert test_name is not None
+    classes, others = list_folders(data / "train"), list_folders(data / test_name)
+    if len(classes) < 2:
+        raise ConfigError(f"{data / 'train'}: has {len(classes)} class folders, needs two or more")
+    if classes != others:
+        odd = [as_text(name) for name in sorted(set(classes) ^ set(others))]
+        raise ConfigError(f"--data {data}: train and {test_name} differ in the classes {odd[:5]}")
+    train, test = (_split_items(data / split, classes) for split in ("train", test_name))
+    return Splits([as_text(name) for name in classes], train, test)
+
+
+def sample_task(name: str, data: Path | None) -> Splits:
+    """Cut a small task from images that installed packages carry.
+
+    Raises:
+        ConfigError: `--data` was given, which this task does not read, or the package is missing.
+    """
+    if data is not None:
+        raise ConfigError(f"--data {data}: task {name} has its own images; leave --data out")
+    made = samples.task(name)
+    train, test = (
+        [Item(f"{split}/{i}", content, label) for i, (content, label) in enumerate(pairs)]
+        for split, pairs in (("train", made.train), ("test", made.test))
+    )
+    return Splits(list(made.classes), train, test)
+
+
+TASKS: dict[str, Callable[[str, Path | None], Splits]] = {
+    **dict.fromkeys(SAMPLE_TASKS, sample_task),
+    "imagefolder": image_folder,
+    "webdataset": tar_task,
+    **dict.fromkeys(OFFICIAL, official_task),
+}
+
+
+def _look(item: Item) -> None:
+    where = item.content if isinstance(item.content, Path) else item.key
+    try:
+        open_image(item.read())
+    except (ImageError, OSError) as error:
+        raise ImageError(f"{where}: unreadable image: {error}") from None
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Labelled images; with the metric `mAP` an image has several labels."""
+
+    kind: ClassVar[str] = "classify"
+    names: ClassVar[Sequence[str]] = tuple(TASKS)
+    protocols: ClassVar[Sequence[str]] = ("finetune", "linear", "knn")
+    more_protocols: ClassVar[str] = ", logistic, logisticN (N labels a class)"
+    can_validate: ClassVar[bool] = True
+
+    metric: str = "accuracy"
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Tell whether an image has several labels."""
+        return self.metric == "mAP"
+
+    @classmethod
+    def read(cls, name: str, data: Path | None) -> Self:
+        """List a task's images by the reader of its name; see there."""
+        metric = OFFICIAL[name].metric if name in OFFICIAL else "accuracy"
+        return cls(name, *TASKS[name](name, data), metric)
+
+    @classmethod
+    def open(cls, name: str, data: Path | None, evaluate: str = "test") -> Self:
+        """List a task's images; `val` tests on `imagefolder`'s third folder where there is one."""
+        has_three = data is not None and all((data / split).is_dir() for split in ("val", "test"))
+        if evaluate == "val" and name == "imagefolder" and has_three:
+            return cls(name, *image_folder(name, data, ("val",)))
+        return super().open(name, data, evaluate)
+
+    @classmethod
+    def takes(cls, protocol: str) -> bool:
+        """Tell whether a protocol is known: logistic ones too."""
+        return protocol in cls.protocols or LOGISTIC.fullmatch(protocol) is not None
+
+    @classmethod
+    def needs_data(cls, name: str) -> bool:
+        """Tell whether a task's images are the user's own."""
+        return name not in SAMPLE_TASKS
+
+    @classmethod
+    def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
+        """Select what a protocol depends on."""
+        own = {"knn": ["knn_k"], "linear": ["linear_epochs"], "finetune": ["finetune"]}
+        fields = transfer.flat()
+        return {name: fields[name] for name in ["max_train", *own.get(protocol, [])]}
+
+    @classmethod
+    def plan(cls, transfer: TransferConfig) -> str:
+        """Say what the protocols cost."""
+        return (
+            f"finetune {transfer.finetune.epochs} epochs of batches of "
+            f"{transfer.finetune.batch_size}, linear {transfer.linear_epochs} epochs, "
+            f"knn {transfer.knn_k} neighbours"
+        )
+
+    @classmethod
+    def batch_size(cls, transfer: TransferConfig) -> int:
+        """Return the images of a step of fine-tuning."""
+        return transfer.finetune.batch_size
+
+    def fingerprint(self) -> str:
+        """Sha256 over keys, sizes and labels of all items, and the bytes of those in memory."""
+        digest = hashlib.sha256(repr(list(self.classes)).encode())
+        for item in [*self.train, *self.test]:
+            digest.update(f"{item.key}/{item.size()}/{item.label}\n".encode())
+            if isinstance(item.content, bytes):
+                digest.update(item.content)
+        return digest.hexdigest()
+
+    def images(self) -> list[Item]:
+        """Return the training images."""
+        return list(self.train)
+
+    def part_of(self, transfer: TransferConfig, protocol: str, seed: int) -> Self:
+        """Keep the training images that a protocol may have; fine-tuning has a cap of its own."""
+        part = super().part_of(transfer, protocol, seed)
+        is_capped = protocol == "finetune"
+        return part.subset(transfer.finetune.max_train, seed) if is_capped else part
+
+    def scan(self, *, threads: int) -> list[str]:
+        """Decode all images that lie in files."""
+        items = [i for i in [*self.train, *self.test] if not isinstance(i.content, bytes)]
+        scan_all(items, Item.size, _look, threads)
+        return []

@@ -1,0 +1,1 @@
+"""Detection: images with boxes and masks, a ViT with a pyramid and R-CNN."""

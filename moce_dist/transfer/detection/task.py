@@ -1,0 +1,230 @@
+"""Images with boxes, and masks where all objects have them, in COCO's folder layout.
+
+    DATA/annotations/instances_train2017.json      DATA/train2017/NAME.jpg
+    DATA/annotations/instances_val2017.json        DATA/val2017/NAME.jpg
+
+Another ending than 2017 (`instances_train.json`, `train/`) is read as well. Everything is checked
+before anything is trained.
+
+Letters: H, W height and width of an image, pixels; C classes.
+
+Source: the 2017 release of COCO (Lin et al. 2014, arXiv 1405.0312).
+"""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+from moce_dist.config import Config, TransferConfig
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.upright import Annotated, open_annotated
+from moce_dist.run.artefacts import file_sha256
+from moce_dist.run.names import as_text
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.detection.coco_json import Annotation, AnnotationFile, read_annotations
+from moce_dist.transfer.tasks import Item, Task, scan_all, warn_of_doubt
+
+logger = logging.getLogger(__name__)
+_YEAR = "2017"
+_LAYOUT = "expected DATA/annotations/instances_{train,val}2017.json and DATA/{train,val}2017"
+
+
+class BoxedImage(NamedTuple):
+    """An image file and its objects; `id` is COCO's."""
+
+    key: str
+    image: Path
+    id: int
+    width: int
+    height: int
+    annotations: Sequence[Annotation]
+
+    def learnable(self) -> list[Annotation]:
+        """Return the objects that a detector learns from: no crowds, no boxes of no area."""
+        return [a for a in self.annotations if not a.is_crowd and min(a.box[2:]) > 0]
+
+    def load(self) -> Annotated:
+        """Decode the image, RGB: upright, or as stored where its annotations are for that.
+
+        Raises:
+            ImageError: it cannot be read, or is not of the size that the annotations are for.
+        """
+        try:
+            content = self.image.read_bytes()
+        except OSError as error:
+            raise ImageError(str(error)) from None
+        return open_annotated(content, (self.width, self.height))
+
+
+def _find(data: Path, split: str) -> Path:
+    usual = data / "annotations" / f"instances_{split}{_YEAR}.json"
+    if usual.is_file():
+        return usual
+    found = sorted(usual.parent.glob(f"instances_{split}*.json"))
+    if not found:
+        raise ConfigError(f"{usual}: is missing; {_LAYOUT}")
+    if len(found) > 1:
+        raise ConfigError(f"{found[0]}: one of {len(found)} files for {split}; leave one there")
+    return found[0]
+
+
+def _folder_of(data: Path, annotations: Path) -> Path:
+    folder = data / annotations.stem.removeprefix("instances_")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: is no folder; it holds the images of {annotations.name}")
+    return folder
+
+
+def _check_classes(files: Sequence[Path], read: Sequence[AnnotationFile]) -> None:
+    train, val = (list(each.categories) for each in read)
+    if len(train) != len(val):
+        raise ConfigError(
+            f"{files[1]}: lists {len(val)} categories, {files[0].name} lists {len(train)}"
+        )
+    for ours, theirs in zip(train, val, strict=True):
+        if ours != theirs:
+            raise ConfigError(
+                f"{files[1]}: category {theirs[0]} ({theirs[1]}) is {ours[0]} ({ours[1]}) in "
+                f"{files[0].name}"
+            )
+
+
+def _boxed_images(folder: Path, read: AnnotationFile) -> list[BoxedImage]:
+    found = [
+        BoxedImage(
+            as_text(f"{folder.name}/{i.file_name}"),
+            folder / i.file_name,
+            i.id,
+            i.width,
+            i.height,
+            i.annotations,
+        )
+        for i in read.images
+    ]
+    if missing := [boxed.image for boxed in found if not boxed.image.is_file()]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise ConfigError(f"{missing[0]}: is missing, the annotations list it{more}")
+    return found
+
+
+def _have_masks(data: Path, images: Sequence[BoxedImage]) -> bool:
+    objects = [a for boxed in images for a in boxed.learnable()]
+    lacking = sum(a.segmentation is None for a in objects)
+    if 0 < lacking < len(objects):
+        logger.warning(
+            "%s: %d of %d objects have no outline; only boxes are learnt",
+            *(data, lacking, len(objects)),
+        )
+    return lacking == 0
+
+
+def _look(boxed: BoxedImage) -> bool:
+    try:
+        return boxed.load().is_in_doubt
+    except ImageError as error:
+        raise ImageError(f"{boxed.image}: unreadable image: {error}") from None
+
+
+@dataclass(frozen=True)
+class Detection(Task):
+    """Images with boxes, in COCO's layout; `category_ids` (C,) are COCO's ids of the classes.
+
+    `has_masks` tells whether every object has an outline; otherwise only boxes are learnt.
+    """
+
+    kind: ClassVar[str] = "detect"
+    names: ClassVar[Sequence[str]] = ("coco",)
+    has_scores: ClassVar[bool] = True
+    onnx_output: ClassVar[str] = ""
+
+    metric: str = "box AP"
+    category_ids: Sequence[int] = ()
+    has_masks: bool = False
+    annotations_sha256: tuple[str, ...] = ()
+
+    @classmethod
+    def read(cls, name: str, data: Path | None) -> Self:
+        """List the images and objects of a folder in COCO's layout.
+
+        Training images with nothing to learn from are left out.
+
+        Raises:
+            ConfigError: a file or folder is missing, an annotation is wrong, or the splits differ
+                in their classes.
+        """
+        if data is None:
+            raise ConfigError(f"--task {name}: needs --data; {_LAYOUT}")
+        if not data.is_dir():
+            raise ConfigError(f"--data {data}: is not a folder; {_LAYOUT}")
+        files = [_find(data, split) for split in ("train", "val")]
+        folders = [_folder_of(data, path) for path in files]
+        found = [read_annotations(path) for path in files]
+        _check_classes(files, found)
+        train, test = (_boxed_images(*pair) for pair in zip(folders, found, strict=True))
+        for path, split in zip(files, (train, test), strict=True):
+            if not any(boxed.learnable() for boxed in split):
+                raise ConfigError(f"{path}: has no box that is neither a crowd's nor empty")
+        train = [boxed for boxed in train if boxed.learnable()]
+        ids, classes = zip(*found[0].categories, strict=True)
+        return cls(
+            *(name, classes, train, test),
+            category_ids=ids,
+            has_masks=_have_masks(data, [*train, *test]),
+            annotations_sha256=tuple(file_sha256(path) for path in files),
+        )
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Check the square and the patches."""
+        size, patch_size = config.transfer.detection.size, config.model.patch_size
+        if patch_size & (patch_size - 1):
+            raise ConfigError(
+                f"model.patch_size ({patch_size}) must be a power of two for detection, whose "
+                "pyramid doubles and halves it"
+            )
+        # the pyramid's coarsest stride
+        coarsest = max(32, 2 * patch_size)
+        if size % coarsest:
+            raise ConfigError(f"transfer.detection.size ({size}) must be a multiple of {coarsest}")
+
+    @classmethod
+    def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
+        """Select the section of detection, under its names of version 0.1."""
+        fields = transfer.flat().items()
+        own = {name: value for name, value in fields if name.startswith("detect_")}
+        return {"max_train": transfer.max_train, **own}
+
+    @classmethod
+    def plan(cls, transfer: TransferConfig) -> str:
+        """Say what a fit costs."""
+        recipe = transfer.detection
+        return (
+            f"{recipe.steps} steps of {recipe.batch_size} squares of {recipe.size} pixels, windows "
+            f"of {recipe.window} patches"
+        )
+
+    @classmethod
+    def batch_size(cls, transfer: TransferConfig) -> int:
+        """Return the squares of a step."""
+        return transfer.detection.batch_size
+
+    def fingerprint(self) -> str:
+        """Sha256 over the annotation files, and keys and sizes of the images' files."""
+        digest = hashlib.sha256(repr(self.annotations_sha256).encode())
+        for boxed in [*self.train, *self.test]:
+            digest.update(f"{boxed.key}/{boxed.image.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+    def images(self) -> list[Item]:
+        """Return the training images without their objects."""
+        return [Item(boxed.key, boxed.image) for boxed in self.train]
+
+    def scan(self, *, threads: int) -> list[str]:
+        """Decode all images and compare their sizes with the annotated ones."""
+        every = [*self.train, *self.test]
+        found = scan_all(every, lambda boxed: boxed.image.stat().st_size, _look, threads)
+        warn_of_doubt([boxed.key for boxed, doubt in zip(every, found, strict=False) if doubt])
+        return []

@@ -1,0 +1,1 @@
+"""Segmentation: images with masks, UPerNet."""

@@ -1,0 +1,295 @@
+"""Semantic segmentation: train on crops, slide over whole images, intersection over union.
+
+Letters: B images, S side of a crop, H, W height and width, pixels; C classes.
+
+Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, crop and mirror, sliding
+evaluation; several scales and mirrored as its aug_test, which averages probabilities), without its
+colour jitter; scores as in Long et al. 2015, arXiv 1411.4038, section 5.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import sample_generator
+from moce_dist.features.encoder import renormalisation
+from moce_dist.run.files import write_atomic
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.backbone import Backbone
+from moce_dist.transfer.drawing import Wishes, drawing_paths, open_item, palette
+from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit
+from moce_dist.transfer.loading import (
+    Draw,
+    Loaded,
+    Machine,
+    Progress,
+    TrainingOrder,
+    Unread,
+    rank_draws,
+    stand_in,
+)
+from moce_dist.transfer.ranks import add_up, in_order
+from moce_dist.transfer.saved import Spec, dense_spec
+from moce_dist.transfer.segmentation.task import (
+    IGNORE,
+    MaskedImage,
+    Segmentation,
+    load_masked,
+    scaled,
+    to_pixels,
+    training_crop,
+)
+from moce_dist.transfer.segmentation.upernet import Segmenter
+from moce_dist.transfer.skips import Skips, refuse_all, training_batches
+from moce_dist.transfer.tasks import Item
+
+_DROP_PATH = 0.1
+_WARMUP_SHARE = 0.01
+_NUM_PREVIEWS = 4
+
+
+class Scores(NamedTuple):
+    """Mean intersection over union, share of right pixels, mean recall, IoU per class or NaN."""
+
+    miou: float
+    aacc: float
+    macc: float
+    iou: list[float]
+
+
+def scores(confusion: Tensor) -> Scores:
+    """Compute scores from counts (C, C) int64, rows = truth, columns = prediction.
+
+    A class that neither truth nor prediction holds does not count in the means.
+    """
+    counts = confusion.double()
+    hit, truth, predicted = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
+    iou, recall = hit / (truth + predicted - hit), hit / truth
+    means = [float(values.nanmean()) for values in (iou, recall)]
+    return Scores(means[0], float(hit.sum() / counts.sum()), means[1], iou.tolist())
+
+
+def count_known(labels: Tensor) -> int:
+    """Count the pixels that have a class."""
+    return int((labels != IGNORE).sum())
+
+
+def count_pixels(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
+    """Count pixels by (truth, prediction), (C, C) int64; ignored ones are left out."""
+    kept = labels != IGNORE
+    pairs = labels[kept] * num_classes + predicted[kept]
+    return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+class _Crops(Dataset[Loaded]):
+    """Training crops of images with masks, drawn by (seed, epoch, key)."""
+
+    def __init__(self, task: Segmentation, size: int, backbone: Backbone, seed: int) -> None:
+        self._task, self._size, self._seed = task, size, seed
+        self._factor, self._shift = renormalisation(backbone.mean, backbone.std)
+
+    def __getitem__(self, draw: Draw) -> Loaded:
+        epoch, index = draw
+        train = self._task.train
+        return stand_in(
+            lambda number: self._read(train[number], epoch),
+            lambda number: str(train[number].key),
+            index,
+            len(train),
+        )
+
+    def _read(
+        self, masked: MaskedImage, epoch: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        draws = sample_generator(self._seed, epoch, masked.key)
+        shown, mask = load_masked(masked, len(self._task.classes))
+        pixels, labels = training_crop(shown.image, mask, self._size, draws)
+        return pixels * self._factor + self._shift, np.ascontiguousarray(labels)
+
+
+def fit(task: Segmentation, trial: Trial) -> Fitted:
+    """Train on a task's training images and return mIoU, aAcc and mAcc on its test images.
+
+    Writes `out/scores.json` and a few predictions beside image and truth as PNG. Collective over
+    the machine's ranks.
+    """
+    backbone, machine, seed = trial.backbone, trial.machine, trial.seed
+    recipe, num_images = trial.transfer.segmentation, len(task.train)
+    vit = backbone.dense_model(recipe.crop, seed=seed, drop_path=_DROP_PATH)
+    model = Segmenter(vit, len(task.classes), recipe.channels).to(machine.device)
+    window, skips = Window(recipe.crop, recipe.scales, flip=recipe.flip), Skips(machine, trial.kept)
+    batch_size = min(recipe.batch_size, num_images)
+    crops = _Crops(task, recipe.crop, backbone, seed)
+    epochs = -(-recipe.steps // (num_images // batch_size))
+    order = TrainingOrder(num_images, batch_size, epochs, seed)
+
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        draws = rank_draws(order, machine, start, recipe.steps)
+        yield from training_batches(crops, draws, machine, start, skips)
+
+    def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+        logits = model(images).float()
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        return total / max(1, count_known(labels))
+
+    def view() -> Measures:
+        found, skips.test = evaluate(model, task, backbone, window, machine, trial.out)
+        return found
+
+    fitting = Fitting(
+        name=f"{task.name} {backbone.name} seed {seed}",
+        model=model,
+        optimizer=model.optimizer(),
+        batches=batches,
+        loss=loss_of,
+        view=view,
+        spec=dense_spec(backbone, task, recipe.crop, channels=recipe.channels),
+        steps=recipe.steps,
+        warmup=round(_WARMUP_SHARE * recipe.steps),
+        peak_lr=recipe.lr,
+        seed=seed,
+        weigh=count_known,
+    )
+    return Fitted(run_fit(fitting, machine, trial.kept), skips.close())
+
+
+class Window(NamedTuple):
+    """How a whole image is looked at: windows of side S at some scales, mirrored or not."""
+
+    size: int
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+
+
+def windows(length: int, size: int) -> list[int]:
+    """List starts of windows of `size` that cover `length` >= size and overlap by a third."""
+    stride = max(1, size * 2 // 3)
+    return sorted({min(start, length - size) for start in range(0, length - size + stride, stride)})
+
+
+def slide(model: nn.Module, pixels: Tensor, size: int, machine: Machine) -> Tensor:
+    """Average the logits of overlapping windows over an image (3, H, W): (C, H, W) on the CPU.
+
+    An image smaller than a window is filled up with the mean colour.
+    """
+    height, width = pixels.shape[1:]
+    pixels = F.pad(pixels, (0, max(0, size - width), 0, max(0, size - height)))
+    total: Tensor | None = None
+    hits = torch.zeros(pixels.shape[1:])
+    for top, left in itertools.product(*(windows(side, size) for side in pixels.shape[1:])):
+        window = (slice(top, top + size), slice(left, left + size))
+        with machine.autocast():
+            logits = model(pixels[:, *window][None].to(machine.device))[0].float().cpu()
+        if total is None:
+            total = torch.zeros(logits.shape[0], *pixels.shape[1:])
+        total[:, *window] += logits
+        hits[window] += 1
+    assert total is not None
+    return (total / hits)[:, :height, :width]
+
+
+@torch.no_grad()
+def class_probabilities(
+    model: nn.Module, image: Image.Image, backbone: Backbone, window: Window, machine: Machine
+) -> Tensor:
+    """Mean of the class probabilities (C, H, W) over all scales and mirrorings of an image."""
+    factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone.mean, backbone.std))
+    size, looks = [image.height, image.width], []
+    for scale in window.scales:
+        resized = to_pixels(scaled(image, max(1, round(window.size * scale))))
+        pixels = torch.from_numpy(np.ascontiguousarray(resized)) * factor + shift
+        for is_mirrored in (False, True)[: 1 + window.flip]:
+            look = pixels.flip(2) if is_mirrored else pixels
+            logits = slide(model, look, window.size, machine)
+            upright = logits.flip(2) if is_mirrored else logits
+            full = F.interpolate(upright[None], size=size, mode="bilinear", align_corners=False)
+            looks.append(full[0].softmax(dim=0))
+    return torch.stack(looks).mean(dim=0)
+
+
+def evaluate(
+    model: nn.Module,
+    task: Segmentation,
+    backbone: Backbone,
+    window: Window,
+    machine: Machine,
+    out: Path,
+) -> tuple[Measures, list[Unread]]:
+    """Measure on the test images that can be read; return also those that cannot; collective."""
+    num_classes = len(task.classes)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    mine = machine.rows(len(task.test))
+    progress = Progress("segmentation test", len(mine), "images")
+    faults: list[Unread | None] = []
+    for number in mine:
+        progress.advance()
+        masked = task.test[number]
+        try:
+            shown, mask = load_masked(masked, num_classes)
+        except ImageError as error:
+            faults.append(Unread(masked.key, str(error)))
+            continue
+        faults.append(None)
+        labels = torch.from_numpy(mask)
+        predicted = class_probabilities(model, shown.image, backbone, window, machine).argmax(dim=0)
+        confusion += count_pixels(labels, predicted, num_classes)
+        if number < _NUM_PREVIEWS:
+            colours = palette(num_classes)
+            # IGNORE is -1, the palette's last colour
+            panels: list[Any] = [np.asarray(shown.image), colours[predicted], colours[labels]]
+            out.mkdir(parents=True, exist_ok=True)
+            drawn = Image.fromarray(np.concatenate(panels, axis=1))
+            drawn.save(out / f"{masked.image.stem}.png")
+    unread = [fault for fault in in_order(faults, machine) if fault]
+    refuse_all(unread, len(task.test))
+    found = scores(add_up(confusion, machine))
+    means = {"mIoU": found.miou, "aAcc": found.aacc, "mAcc": found.macc}
+    if machine.rank == 0:
+        each = zip(task.classes, found.iou, strict=True)
+        iou = {name: None if np.isnan(value) else value for name, value in each}
+        write_atomic(out / "scores.json", json.dumps({**means, "IoU": iou}, indent=1))
+    return means, unread
+
+
+def build(spec: Spec) -> nn.Module:
+    """Build the model (B, 3, S, S) -> (B, C, S, S)."""
+    return Segmenter(spec.vit(), len(spec.classes), spec.options["channels"])
+
+
+def predict(
+    model: nn.Module, spec: Spec, images: Sequence[Item], wishes: Wishes
+) -> Iterator[dict[str, Any]]:
+    """Write a coloured mask of every image's size into `wishes.out`; yield a line an image.
+
+    Raises:
+        ConfigError: no folder is named.
+    """
+    if wishes.out is None:
+        raise ConfigError("--out: name a folder for the masks")
+    backbone, window, colours = spec.backbone(), Window(spec.image_size), palette(len(spec.classes))
+    for item, path in zip(images, drawing_paths(images, wishes.out), strict=True):
+        image = open_item(item)
+        if isinstance(image, str):
+            yield {"image": str(item.content), "error": image}
+            continue
+        found = class_probabilities(model, image, backbone, window, wishes.machine).argmax(dim=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(colours[found.numpy()]).save(path)
+        shares = found.flatten().bincount(minlength=len(spec.classes)) / found.numel()
+        classes = [
+            {"name": spec.classes[i], "share": round(float(shares[i]), 6)}
+            for i in shares.argsort(descending=True).tolist()
+            if shares[i] > 0
+        ]
+        yield {"image": str(item.content), "mask": str(path), "classes": classes}

@@ -1,0 +1,267 @@
+"""Images with masks in ADE20K's folder layout, checked before anything is trained.
+
+    DATA/images/training/NAME.jpg      DATA/annotations/training/NAME.png      0 = ignore, else
+    class + 1 DATA/images/validation/NAME.jpg    DATA/annotations/validation/NAME.png
+    DATA/classes.txt                   one name a line; or ADE20K's objectInfo150.txt; else 150
+    numbers
+
+Letters: H, W height and width of an image, S side of a crop, pixels; C classes.
+
+Source: the SceneParsing release of ADE20K (Zhou et al. 2017); random scale, crop and mirror as in
+mmsegmentation's configs for ADE20K.
+"""
+
+import hashlib
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moce_dist.config import Config, TransferConfig
+from moce_dist.data.decoders import ImageError, open_stored
+from moce_dist.data.images import MEAN, STD
+from moce_dist.data.listing import list_images
+from moce_dist.data.upright import Annotated, open_annotated
+from moce_dist.run.names import as_text, read_names
+from moce_dist.settings import ConfigError
+from moce_dist.transfer.tasks import Item, Task, scan_all, warn_of_doubt
+
+logger = logging.getLogger(__name__)
+
+IGNORE = -1
+_SHARES_SHOWN = 20
+_NUM_CLASSES = 150
+# what keeps every number as it was
+_MASK_ENDINGS = frozenset(("png", "tif", "tiff", "bmp", "gif", "pgm", "pnm"))
+_SCALES = (0.5, 2.0)
+_MEAN = np.array(MEAN, np.float32) * 255
+_STD = np.array(STD, np.float32) * 255
+
+Labels = NDArray[np.int64]
+
+
+class MaskedImage(NamedTuple):
+    """An image and its mask, as files."""
+
+    key: str
+    image: Path
+    mask: Path
+
+
+def _classes(data: Path) -> list[str]:
+    plain, official = data / "classes.txt", data / "objectInfo150.txt"
+    if plain.is_file():
+        names = read_names(plain)
+    elif official.is_file():
+        names = [row.split("\t")[-1].strip() for row in read_names(official)[1:]]
+    else:
+        return [str(i + 1) for i in range(_NUM_CLASSES)]
+    if len(names) < 2:
+        raise ConfigError(f"--data {data}: lists {len(names)} classes, needs two or more")
+    return names
+
+
+def _split(data: Path, split: str) -> list[MaskedImage]:
+    images, masks = data / "images" / split, data / "annotations" / split
+    layout = "expected DATA/{images,annotations}/{training,validation}"
+    for folder in (images, masks):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: is no folder; {layout}")
+    shown, masked = _by_stem(images, None), _by_stem(masks, _MASK_ENDINGS)
+    if not shown:
+        raise ConfigError(f"{images}: holds no images; {layout}")
+    if lacking := [stem for stem in shown if stem not in masked]:
+        raise ConfigError(f"{shown[lacking[0]]}: has no mask in {masks} ({len(lacking)} such)")
+    if stray := [stem for stem in masked if stem not in shown]:
+        raise ConfigError(f"{masked[stray[0]]}: mask without an image ({len(stray)} such)")
+    return [
+        MaskedImage(f"{split}/{as_text(stem)}", path, masked[stem]) for stem, path in shown.items()
+    ]
+
+
+def _by_stem(folder: Path, endings: Collection[str] | None) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for path in list_images(folder, endings).usable():
+        stem = str(path.relative_to(folder).with_suffix(""))
+        if stem in found:
+            raise ConfigError(f"{path}: {found[stem].name} has the same name; leave one there")
+        found[stem] = path
+    return found
+
+
+def read_mask(path: Path) -> Labels:
+    """Read a mask as class indices (H, W) int64; ignored pixels are `IGNORE`.
+
+    Raises:
+        ImageError: the file is no image of one channel.
+    """
+    try:
+        image = open_stored(path.read_bytes()).image
+    except (ImageError, OSError) as error:
+        raise ImageError(f"{path}: unreadable mask: {error}") from None
+    if image.mode in ("L", "P", "I", "I;16", "I;16B"):
+        return np.asarray(image).astype(np.int64) - 1
+    raise ImageError(f"{path}: has mode {image.mode}, must have one channel of class numbers")
+
+
+def load_masked(masked: MaskedImage, num_classes: int) -> tuple[Annotated, Labels]:
+    """Read an image, as its mask means it, and class indices (H, W).
+
+    Raises:
+        ImageError: one of them is unreadable, or the mask has another size or holds a class that
+            the task does not have; names the file.
+    """
+    mask = read_mask(masked.mask)
+    try:
+        shown = open_annotated(masked.image.read_bytes(), (mask.shape[1], mask.shape[0]))
+    except (ImageError, OSError) as error:
+        raise ImageError(f"{masked.image}: unreadable image: {error}") from None
+    if mask.max() >= num_classes:
+        most = f"must be at most {num_classes} (classes; 0 is ignored)"
+        raise ImageError(f"{masked.mask}: holds {mask.max() + 1}, {most}")
+    return shown, mask
+
+
+def _describe(classes: Sequence[str], counts: Labels) -> list[str]:
+    names = ["ignored", *classes]
+    shares = [
+        f"{number} ({names[number]}) {count / counts.sum():.1%}"
+        for number, count in enumerate(counts.tolist())
+        if count
+    ]
+    notes = [f"masks hold {', '.join(shares[:_SHARES_SHOWN])}"]
+    if absent := [number for number in range(1, len(counts)) if not counts[number]]:
+        last = f"class {absent[-1]} ({names[absent[-1]]}) is in no mask"
+        notes.append(
+            f"{last} ({len(absent)} such classes of {len(classes)}): masks count classes "
+            "from 1, and 0 is ignored; to masks that count from 0 add 1"
+        )
+        logger.warning(notes[-1])
+    return notes
+
+
+def scaled(image: Image.Image, short_side: int) -> Image.Image:
+    """Resize an image bilinearly so that its shorter side has `short_side` pixels."""
+    factor = short_side / min(image.size)
+    size = [max(short_side, round(side * factor)) for side in image.size]
+    return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+
+
+def to_pixels(image: Image.Image) -> NDArray[np.float32]:
+    """Normalise an image by ImageNet's statistics, (3, H, W)."""
+    return ((np.asarray(image, np.float32) - _MEAN) / _STD).transpose(2, 0, 1)
+
+
+def training_crop(
+    image: Image.Image, mask: Labels, size: int, draws: np.random.Generator
+) -> tuple[NDArray[np.float32], Labels]:
+    """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
+
+    Returns pixels (3, S, S) and class indices (S, S); what lies outside the image is ignored.
+    """
+    factor = draws.uniform(*_SCALES)
+    image = scaled(image, max(1, round(size * factor)))
+    labels = Image.fromarray(mask.astype(np.int32))
+    mask = np.asarray(labels.resize(image.size, Image.Resampling.NEAREST), np.int64)
+    pixels = to_pixels(image)
+    top, left = (int(draws.integers(max(1, side - size + 1))) for side in mask.shape)
+    window: tuple[Any, ...] = (slice(top, top + size), slice(left, left + size))
+    pixels, mask = pixels[:, *window], mask[window]
+    if draws.random() < 0.5:
+        pixels, mask = pixels[:, :, ::-1], mask[:, ::-1]
+    below, beside = size - mask.shape[0], size - mask.shape[1]
+    padding = ((0, below), (0, beside))
+    return np.pad(pixels, ((0, 0), *padding)), np.pad(mask, padding, constant_values=IGNORE)
+
+
+@dataclass(frozen=True)
+class Segmentation(Task):
+    """Images with masks, in ADE20K's layout."""
+
+    kind: ClassVar[str] = "segment"
+    names: ClassVar[Sequence[str]] = ("ade20k",)
+
+    metric: str = "mIoU"
+
+    @classmethod
+    def read(cls, name: str, data: Path | None) -> Self:
+        """List the images of a folder in ADE20K's layout.
+
+        Raises:
+            ConfigError: a folder, a mask or an image is missing.
+        """
+        if data is None:
+            raise ConfigError(f"--task {name}: needs --data, a folder in ADE20K's layout")
+        if not data.is_dir():
+            raise ConfigError(f"--data {data}: is not a folder")
+        return cls(name, _classes(data), _split(data, "training"), _split(data, "validation"))
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Check crop and batch."""
+        recipe, patch_size = config.transfer.segmentation, config.model.patch_size
+        if recipe.crop % (2 * patch_size):
+            raise ConfigError(
+                f"transfer.segmentation.crop ({recipe.crop}) must be a multiple of twice "
+                f"model.patch_size ({patch_size})"
+            )
+        if recipe.batch_size < 2:
+            raise ConfigError(
+                f"transfer.segmentation.batch_size ({recipe.batch_size}) must be 2 or more (batch "
+                "normalisation)"
+            )
+
+    @classmethod
+    def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
+        """Select the section of segmentation, under its names of version 0.1."""
+        fields = transfer.flat().items()
+        own = {name: value for name, value in fields if name.startswith("segment_")}
+        return {"max_train": transfer.max_train, **own}
+
+    @classmethod
+    def plan(cls, transfer: TransferConfig) -> str:
+        """Say what a fit costs."""
+        recipe = transfer.segmentation
+        return f"{recipe.steps} steps of {recipe.batch_size} crops of {recipe.crop} pixels"
+
+    @classmethod
+    def batch_size(cls, transfer: TransferConfig) -> int:
+        """Return the crops of a step."""
+        return transfer.segmentation.batch_size
+
+    def fingerprint(self) -> str:
+        """Sha256 over classes, keys and file sizes."""
+        digest = hashlib.sha256(repr(list(self.classes)).encode())
+        for masked in [*self.train, *self.test]:
+            sizes = masked.image.stat().st_size, masked.mask.stat().st_size
+            digest.update(f"{masked.key}/{sizes}\n".encode())
+        return digest.hexdigest()
+
+    def images(self) -> list[Item]:
+        """Return the training images without their masks."""
+        return [Item(masked.key, masked.image) for masked in self.train]
+
+    def scan(self, *, threads: int) -> list[str]:
+        """Decode all images and masks and compare them.
+
+        Returns notes: how often every number of a mask occurs, and which class is in no mask.
+        """
+        num_classes = len(self.classes)
+
+        def look(masked: MaskedImage) -> tuple[bool, Labels]:
+            shown, mask = load_masked(masked, num_classes)
+            counts = np.bincount(mask.ravel() - IGNORE, minlength=num_classes + 1)
+            return shown.is_in_doubt, counts
+
+        every = [*self.train, *self.test]
+        found = scan_all(every, lambda masked: masked.image.stat().st_size, look, threads)
+        if not found:
+            return []
+        pairs = zip(every, found, strict=True)
+        warn_of_doubt([masked.key for masked, (is_in_doubt, _) in pairs if is_in_doubt])
+        return _describe(self.classes, np.sum([counts for _, counts in found], axis=0))
