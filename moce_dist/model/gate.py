@@ -122,6 +122,19 @@ def probabilities(weight: Tensor, cluster_embedding: Tensor) -> Tensor:
     return logits(weight, cluster_embedding).softmax(dim=-1)
 
 
+def certainty(p: Tensor, table: Tensor) -> Tensor:
+    """Pick the probability of every cluster's expert, (L, K), from p (L, K, E) and a table (L, K).
+
+    Where the assignment is balanced it need not be the greatest.
+    """
+    return p.gather(2, table[:, :, None]).squeeze(2)
+
+
+def runner_up(p: Tensor, table: Tensor) -> Tensor:
+    """Greatest probability of any other expert than the table's, (L, K); 0 of a single expert."""
+    return p.scatter(2, table[:, :, None], 0.0).amax(dim=2)
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """Noise of the routing while training, relative to the spread of the logits, falling to 0."""

@@ -126,6 +126,25 @@ class MaskedAutoencoder(nn.Module):
         mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)
         return (patches - mean) / (variance + 1e-6) ** 0.5
 
+    def predict(
+        self,
+        images: Tensor,
+        noise: Tensor,
+        dispatcher: Dispatcher | None = None,
+        scales: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict all patches from the visible ones: (B, N, P * P * 3) in the space of `target`.
+
+        Beside them the masked patches, (B, N) bool. `images` (B, 3, S, S) normalised by ImageNet's
+        statistics, `noise` (B, N); with experts also a `dispatcher` and `scales` (L, B).
+        """
+        ids_keep, ids_restore = self.random_masking(noise)
+        with self._autocast(images):
+            x = self._embed(images)
+            visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
+            prediction = self.decode(self._encode(visible, dispatcher, scales), ids_restore)
+        return prediction.to(images.dtype), ids_restore >= ids_keep.shape[1]
+
     def forward(
         self,
         images: Tensor,
@@ -133,19 +152,10 @@ class MaskedAutoencoder(nn.Module):
         dispatcher: Dispatcher | None = None,
         scales: Tensor | None = None,
     ) -> Tensor:
-        """Return the reconstruction loss of every image, (B,), float32.
-
-        `images` (B, 3, S, S) normalised by ImageNet's statistics, `noise` (B, N); with experts
-        also a `dispatcher` and `scales` (L, B).
-        """
-        ids_keep, ids_restore = self.random_masking(noise)
-        with self._autocast(images):
-            x = self._embed(images)
-            visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
-            prediction = self.decode(self._encode(visible, dispatcher, scales), ids_restore)
-        prediction = prediction.to(images.dtype)
+        """Return the reconstruction loss of every image, (B,), float32; arguments as `predict`."""
+        prediction, is_masked = self.predict(images, noise, dispatcher, scales)
         error = ((prediction - self.target(images)) ** 2).mean(dim=2)
-        masked = (ids_restore >= ids_keep.shape[1]).to(error.dtype)
+        masked = is_masked.to(error.dtype)
         return (error * masked).sum(dim=1) / masked.sum(dim=1)
 
     def features(

@@ -1,44 +1,68 @@
 """One self-contained HTML page from a run directory: no script, no network, figures inlined."""
 
 import base64
+import io
 import shlex
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
 
 from moce_dist.config import Config, to_yaml
 from moce_dist.report import figures
+from moce_dist.report.comparing import compare_view
 from moce_dist.report.figures import evenly
+from moce_dist.report.gate import (
+    GateView,
+    expert_colour,
+    order_by_route,
+    read_gate,
+    strength,
+    strip,
+)
+from moce_dist.report.placement import placement_view
+from moce_dist.report.reconstruct import Reconstructions, reconstruct
 from moce_dist.report.record import Line, Record, read_record
 from moce_dist.report.summary import cluster_notes, domain_mix, label_mix
+from moce_dist.report.tasks import task_view
+from moce_dist.report.timing import timing_rows
 from moce_dist.run.files import write_atomic
-from moce_dist.run.rows import backbone_texts, difference_text, value_text
 from moce_dist.settings import flatten
 
 PAGE_NAME = "report.html"
 _MAX_CLUSTERS = 512
 _MAX_SHEETS = 64
+_MAX_MAPPED = 48
 _MAX_REASONS = 20
+_THUMBS, _THUMB_SIDE = 4, 64
 
 
-def write_report(run_root: Path, path: Path | None = None) -> Path:
+def write_report(run_root: Path, path: Path | None = None, other: Path | None = None) -> Path:
     """Write the page, by default as `RUN/report.html`, and return its path.
 
+    With `other`, another run directory, the page compares the run with that one.
+
     Raises:
-        ConfigError: `run_root` is no run directory.
+        ConfigError: `run_root` or `other` is no run directory.
     """
     path = path or run_root / PAGE_NAME
-    write_atomic(path, render(read_record(run_root)))
+    beside = None if other is None else read_record(other)
+    write_atomic(path, render(read_record(run_root), beside))
     return path
 
 
-def render(record: Record) -> str:
+def render(record: Record, other: Record | None = None) -> str:
     """Render a record as HTML text; every value from the run is escaped."""
     environment = Environment(
         loader=PackageLoader("moce_dist.report", "."), autoescape=True, undefined=StrictUndefined
     )
+    gate = read_gate(record)
+    shown = record.attempt(lambda _: reconstruct(record, gate), record.root)
+    seen = shown if isinstance(shown, Reconstructions) else None
+    excess = np.zeros((0, 0)) if seen is None else _excess(seen)
     return environment.get_template("page.html.jinja").render(
         name=record.root.name,
         base=record.base or "",
@@ -46,10 +70,18 @@ def render(record: Record) -> str:
         started=record.provenance.get("time", ""),
         command=shlex.join(map(str, record.provenance.get("command", []))),
         versions=record.provenance.get("versions", {}),
-        problems=record.problems,
+        comparison=None if other is None else compare_view(record, other),
         tiles=_tiles(record),
+        reconstructions=seen,
+        no_reconstructions=shown if isinstance(shown, str) else "the files above",
+        worst=float(excess.max(initial=1e-9)),
+        excess=excess.tolist(),
+        gate=None if gate is None else _gate(record, gate),
+        thumbs=_thumbs(record),
         figures=_figures(record),
-        tasks=[_task(metrics) for metrics in record.transfers],
+        tasks=[task_view(record, metrics, i) for i, metrics in enumerate(record.transfers)],
+        timing=timing_rows(record),
+        placement=placement_view(record),
         notes=cluster_notes(record.clusters) if record.clusters else [],
         mix=_mix(record),
         faults=_fault_rows(record.faults),
@@ -61,10 +93,12 @@ def render(record: Record) -> str:
         ],
         config=to_yaml(record.config) if record.config else "",
         differences=_differences(record.config) if record.config else "",
+        # last: what is read for the page may be damaged too
+        problems=record.problems,
     )
 
 
-def _figures(record: Record) -> dict[str, str | None]:
+def _figures(record: Record) -> dict[str, list[str]]:
     return {
         "losses": figures.losses(record),
         "gate_losses": figures.gate_losses(record),
@@ -74,6 +108,130 @@ def _figures(record: Record) -> dict[str, str | None]:
         "clusters": figures.cluster_sizes(record.clusters),
         "centroids": figures.centroid_distances(record.clusters),
     }
+
+
+def _excess(shown: Reconstructions) -> Any:
+    """Loss under the experts of other clusters minus that under the own ones, (R, R)."""
+    return shown.losses - np.diag(shown.losses)[:, None] if shown.losses.size else shown.losses
+
+
+def _gate(record: Record, gate: GateView) -> dict[str, Any]:
+    """Gather the map of clusters to experts, strips over time, and what every expert sees."""
+    clusters, (layers, num_clusters) = record.clusters, gate.table.shape
+    domains = np.zeros(num_clusters, np.int64)
+    sizes = np.zeros(num_clusters, np.int64)
+    if clusters is not None and len(clusters.sizes) == num_clusters and clusters.domains:
+        domains, sizes = clusters.counts.argmax(axis=1), clusters.sizes
+    order = order_by_route(gate, domains)
+    mapped = evenly(order, _MAX_MAPPED)
+
+    def cell(layer: int, cluster: int) -> dict[str, Any]:
+        expert, p = int(gate.table[layer, cluster]), float(gate.chosen[layer, cluster])
+        second = int(gate.runner_up[layer, cluster])
+        return {
+            "expert": expert,
+            "colour": expert_colour(expert, gate.num_experts),
+            "opacity": round(strength(p, gate.num_experts), 3),
+            "sure": f"{100 * p:.0f} %" if np.isfinite(p) else "",
+            "second": f"next: expert {second}, {100 * gate.runner_up_p[layer, cluster]:.0f} %"
+            if second >= 0
+            else "",
+        }
+
+    def holds(layer: int, expert: int) -> dict[str, Any]:
+        members = [c for c in order if gate.table[layer, c] == expert]
+        images = int(sizes[members].sum())
+        return {
+            "expert": expert,
+            "colour": expert_colour(expert, gate.num_experts),
+            "images": images,
+            "share": 100 * images / max(1, int(sizes.sum())),
+            "clusters": members[:8],
+            "more": max(0, len(members) - 8),
+        }
+
+    return {
+        "where": gate.where,
+        "layers": layers,
+        "blocks": list(record.config.moe_layers) if record.config else list(range(layers)),
+        "num_experts": gate.num_experts,
+        "num_clusters": num_clusters,
+        "rows": [
+            {
+                "cluster": c,
+                "images": int(sizes[c]),
+                "what": _main_domain(record, c),
+                "cells": [cell(layer, c) for layer in range(layers)],
+            }
+            for c in mapped
+        ],
+        "more": num_clusters - len(mapped),
+        "sure": [_percent(row) for row in gate.chosen],
+        "experts": [[holds(x, e) for e in range(gate.num_experts)] for x in range(layers)],
+        "strips": [strip(record, gate, layer, order) for layer in range(layers)],
+        "first": record.routing[0][0] if record.routing else 0,
+        "last": record.routing[-1][0] if record.routing else 0,
+        "panels": _sureness(record, layers),
+    }
+
+
+def _percent(values: Any) -> str:
+    known = values[np.isfinite(values)]
+    return f"{100 * known.mean():.0f} %" if len(known) else "-"
+
+
+def _main_domain(record: Record, cluster: int) -> str:
+    clusters = record.clusters
+    if clusters is None or cluster >= len(clusters.counts) or not clusters.counts[cluster].any():
+        return "no images"
+    return clusters.domains[int(clusters.counts[cluster].argmax())]
+
+
+def _sureness(record: Record, layers: int) -> list[str]:
+    """Draw the mean probability of the chosen expert over the run, a line a layer."""
+    if len(record.certainty) < 2:
+        return []
+    steps = [float(c.step) for c in record.certainty]
+    lines = {
+        f"MoE layer {layer}": (
+            (steps, [100 * float(c.chosen[layer].mean()) for c in record.certainty]),
+            _LAYER_COLOURS[layer % len(_LAYER_COLOURS)],
+            "-" if layer < len(_LAYER_COLOURS) else "--",
+        )
+        for layer in range(layers)
+        if all(len(c.chosen) > layer for c in record.certainty)
+    }
+    return [
+        figures.overlay("sureness", "probability of the chosen expert, %", lines, xlabel="step")
+    ]
+
+
+_LAYER_COLOURS = ("#4477aa", "#cc6677", "#228833", "#999933", "#88ccee", "#882255", "#332288")
+
+
+def _thumbs(record: Record) -> dict[int, str]:
+    """Cut the images nearest to the centroid from the sheets of clusters: JPEG in base64."""
+    clusters = record.clusters
+    if clusters is None:
+        return {}
+    found = {
+        cluster: record.attempt(_thumb, clusters.sheets[cluster])
+        for cluster in evenly(sorted(clusters.sheets), _MAX_SHEETS)
+    }
+    return {cluster: content for cluster, content in found.items() if content}
+
+
+def _thumb(path: Path) -> str:
+    with Image.open(path) as sheet:
+        side, buffer = sheet.height, io.BytesIO()
+        # a gap of two pixels between images
+        count = max(1, min(_THUMBS, (sheet.width + 2) // (side + 2)))
+        row = Image.new("RGB", (_THUMBS * _THUMB_SIDE, _THUMB_SIDE), (208, 213, 221))
+        for i in range(count):
+            part = sheet.crop((i * (side + 2), 0, i * (side + 2) + side, side))
+            row.paste(part.resize((_THUMB_SIDE, _THUMB_SIDE)), (i * _THUMB_SIDE, 0))
+    row.save(buffer, "JPEG", quality=82)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _tile(label: str, value: str | None) -> dict[str, str]:
@@ -107,31 +265,6 @@ def _exchanged(record: Record) -> str | None:
         return None
     total = max(1, int(stage.experts.sum()))
     return f"{100 * sum(stage.column('images_exchanged')[1]) / total:.1f} %"
-
-
-def _task(metrics: Line) -> dict[str, Any]:
-    cells = {(row["backbone"], row["protocol"]): row for row in metrics["summary"]}
-    protocols = sorted({protocol for _, protocol in cells})
-    best = {p: max(row["mean"] for (_, q), row in cells.items() if q == p) for p in protocols}
-    names = backbone_texts(metrics)
-
-    def cell(backbone: str, protocol: str) -> dict[str, Any]:
-        row = cells.get((backbone, protocol))
-        if row is None:
-            return {"text": "-", "best": False}
-        return {"text": value_text(row), "best": row["mean"] == best[protocol]}
-
-    backbones = dict.fromkeys(backbone for backbone, _ in cells)
-    return {
-        "name": metrics["task"],
-        "metric": metrics["metric"],
-        "protocols": protocols,
-        "rows": [
-            {"backbone": names[b], "cells": [cell(b, p) for p in protocols]} for b in backbones
-        ],
-        "differences": [difference_text(row, names) for row in metrics.get("differences", [])],
-        "failed": [f"{name}: {reason}" for name, reason in metrics.get("failed", {}).items()],
-    }
 
 
 def _mix(record: Record) -> list[dict[str, Any]]:

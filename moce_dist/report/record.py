@@ -78,6 +78,15 @@ class Clusters:
 
 
 @dataclass(frozen=True)
+class Certainty:
+    """The gate's probabilities at a step, of the chosen expert and of the next best, (L, K)."""
+
+    step: int
+    chosen: NDArray[np.float64]
+    runner_up: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
 class Artefact:
     """A named file or folder of the run; `bytes` is None when it is not there."""
 
@@ -96,7 +105,12 @@ class Record:
     stages: dict[str, Stage] = field(default_factory=dict)
     clusters: Clusters | None = None
     routing: list[tuple[int, NDArray[np.int64]]] = field(default_factory=list)
+    certainty: list[Certainty] = field(default_factory=list)
+    placements: list[Line] = field(default_factory=list)
+    """The documents of `placement/step_X.json`, oldest first."""
     transfers: list[Line] = field(default_factory=list)
+    choices: dict[str, Line] = field(default_factory=dict)
+    """The content of choice.json of the tasks whose clusters chose experts, by task."""
     faults: list[Line] = field(default_factory=list)
     artefacts: list[Artefact] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -128,6 +142,11 @@ class Record:
         return f"{why} (moe.kind {kind})" if why else ""
 
     @property
+    def run(self) -> Run:
+        """The directory and its paths."""
+        return Run(self.root)
+
+    @property
     def base(self) -> str | None:
         """The run whose encoder, clusters and experts this one goes on from."""
         return None if self.config is None else self.config.base_run
@@ -138,7 +157,7 @@ class Record:
             return None
         try:
             return read(path)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
             self.problems.append(f"{path.relative_to(self.root)}: {' '.join(str(error).split())}")
             return None
 
@@ -187,7 +206,46 @@ def _read_transfer(path: Path) -> Line:
 
 
 def _read_table(path: Path) -> tuple[int, NDArray[np.int64]]:
-    return int(path.stem.removeprefix("step_")), np.array(_read_json(path), np.int64)
+    return _step_of(path), np.array(_read_json(path), np.int64)
+
+
+def _read_certainty(path: Path) -> Certainty:
+    document = _read_object(path, "chosen", "runner_up")
+    chosen, runner_up = (np.array(document[k], np.float64) for k in ("chosen", "runner_up"))
+    if chosen.ndim != 2 or chosen.shape != runner_up.shape:
+        raise ValueError(f"shapes {chosen.shape} and {runner_up.shape} must be one (L, K)")
+    return Certainty(_step_of(path), chosen, runner_up)
+
+
+def _read_placement(path: Path) -> Line:
+    document = _read_object(path, "step", "expert_group", "shape", "shares", "predicted_per_epoch")
+    _, _, clusters, groups = document["shape"]
+    np.zeros((clusters, groups))[document["shares"]["cluster"], document["shares"]["group"]]
+    for part in ("predicted_per_epoch", "measured_in_interval"):
+        if (traffic := document.get(part)) is not None:
+            float(traffic["local_fraction"]), float(traffic["images_exchanged"])
+    return document
+
+
+def _read_choice(path: Path) -> Line:
+    choice = _read_object(path, "layers", "clusters", "num_images")
+    for layer in choice["layers"]:
+        np.array(layer["masses"], np.float64), layer["layer"], layer["block"], layer["expert"]
+        layer["runner_up"], float(layer["runner_up_mass"]), float(layer["mass"] or 0)
+    for cluster, images in choice["clusters"].items():
+        int(cluster), int(images)
+    return choice
+
+
+def _step_of(path: Path) -> int:
+    return int(path.stem.removeprefix("step_"))
+
+
+def _read_steps(record: Record, folder: Path, read: Callable[[Path], T]) -> list[T]:
+    """Read all `step_X.json` of a folder that can be read, in the order of their steps."""
+    paths = sorted(folder.glob("step_*.json"), key=lambda path: (len(path.name), path.name))
+    found = [record.attempt(read, path) for path in paths]
+    return [document for document in found if document is not None]
 
 
 def _read_clusters(path: Path) -> Clusters:
@@ -300,13 +358,18 @@ def read_record(root: Path) -> Record:
     record.provenance = record.attempt(_read_object, root / "provenance.json") or {}
     record.stages = {name: _read_stage(record, run.stage(name)) for name in STAGES}
     record.clusters = _read_all_clusters(record, run.clusters)
-    tables = [
-        record.attempt(_read_table, path)
-        for path in (run.stage("moce") / "routing").glob("step_*.json")
-    ]
-    record.routing = sorted((table for table in tables if table), key=lambda pair: pair[0])
+    moce = run.stage("moce")
+    record.routing = _read_steps(record, moce / "routing", _read_table)
+    record.certainty = _read_steps(record, moce / "gate", _read_certainty)
+    record.placements = _read_steps(record, moce / "placement", _read_placement)
     for path in sorted((root / "transfer").glob("*/metrics.json")):
-        record.transfers += filter(None, [record.attempt(_read_transfer, path)])
+        if metrics := record.attempt(_read_transfer, path):
+            record.transfers.append(metrics)
+            # a choice by use of tokens knows no clusters
+            choice = record.attempt(_read_object, path.with_name("choice.json"))
+            if choice and choice.get("clusters"):
+                found = record.attempt(_read_choice, path.with_name("choice.json"))
+                record.choices |= {metrics["task"]: found} if found else {}
     record.faults = record.attempt(read_faults, run.faults) or []
     record.artefacts = _list_artefacts(run)
     return record

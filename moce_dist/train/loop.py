@@ -257,7 +257,7 @@ def intervals(state: TrainState, stream: BatchStream, clock: Clock) -> Generator
             if is_planning:
                 replan(state)
             if state.rank == 0:
-                router.begin_interval(state.job.folder, begin)
+                router.begin_interval(gate, state.job.folder, begin)
         end = state.total_steps if gate is None else (begin // interval + 1) * interval
         stream.extend(router.placement.readers, min(end, state.total_steps))
         while (batch := timed_next(stream, clock)) is not None:

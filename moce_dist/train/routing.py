@@ -25,9 +25,11 @@ from moce_dist.cost.sizes import TRANSFERS, expert_bytes, image_bytes
 from moce_dist.model.gate import (
     Gate,
     NoiseSchedule,
+    certainty,
     logits,
     noisy_scores,
     routing_table,
+    runner_up,
     shared_groups,
 )
 from moce_dist.parallel.groups import ExpertMap, Topology, expert_map
@@ -186,9 +188,17 @@ class Router:
         self.placement = Placement.from_json(json.dumps(position["placement"]))
         self._is_planned = True
 
-    def begin_interval(self, folder: Path, step: int) -> None:
-        """Write `routing/step_X.json` and, with the prediction alone, `placement/step_X.json`."""
+    def begin_interval(self, gate: Gate, folder: Path, step: int) -> None:
+        """Write `routing/step_X.json` and, with the prediction alone, `placement/step_X.json`.
+
+        `gate/step_X.json` has the gate's probability of every entry of the table, and of the best
+        other expert, both (L, K).
+        """
         write_atomic(folder / "routing" / f"step_{step}.json", json.dumps(self.table.tolist()))
+        p, table = gate.logits().detach().softmax(dim=2).cpu(), torch.from_numpy(self.table)
+        sure = {"chosen": certainty(p, table), "runner_up": runner_up(p, table)}
+        rounded = {name: values.numpy().round(4).tolist() for name, values in sure.items()}
+        write_atomic(folder / "gate" / f"step_{step}.json", json.dumps(rounded))
         shapes = *self.placement.expert_group.shape, *self.placement.shares.shape
         self._interval = Interval(
             step,

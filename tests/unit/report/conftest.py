@@ -1,17 +1,26 @@
 """A run directory with every file that a finished run has."""
 
+import io
 import json
 import math
+import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from PIL import Image
 
 from moce_dist.config import make_config
+from moce_dist.data.shards import scan_shard, write_index
+from moce_dist.model.gate import fixed_weight, standardise
+from moce_dist.model.moce import experts_from_dense
 from moce_dist.report.page import write_report
 from moce_dist.run.directory import open_run
 from moce_dist.run.files import record_fault
+from moce_dist.train.checkpoint import write_weights
+from moce_dist.train.pretrained import initial_weights
 
 DOMAINS = ("digits", "silhouettes", "satellite", "elevation", "relief", "brain")
 LAYERS, EXPERTS, CLUSTERS, BATCH = 2, 4, 12, 64
@@ -99,6 +108,50 @@ def write_control(root):
         path.write_text(json.dumps(document))
 
 
+def write_gate(folder, step, random):
+    (folder / "gate").mkdir(exist_ok=True)
+    chosen = 0.4 + step / 600 + 0.1 * random.random((LAYERS, CLUSTERS))
+    document = {"chosen": chosen.tolist(), "runner_up": ((1 - chosen) / 2).tolist()}
+    (folder / "gate" / f"step_{step}.json").write_text(json.dumps(document))
+
+
+def write_placement(folder, step):
+    """Two groups: even clusters are read by one, odd ones by the other, the last by both."""
+    traffic = {"images": 600, "bytes_exchanged": 0, "images_per_group": [300, 300]}
+    cluster = [*range(CLUSTERS), CLUSTERS - 1]
+    shares = {
+        "cluster": cluster,
+        "group": [c % 2 for c in cluster[:-1]] + [0],
+        "share": [1.0] * (CLUSTERS - 1) + [0.5, 0.5],
+    }
+    document = {
+        "step": step,
+        "expert_group": [[0, 0, 1, 1], [0, 1, 0, 1]],
+        "shape": [LAYERS, EXPERTS, CLUSTERS, 2],
+        "shares": shares,
+        "predicted_per_epoch": traffic
+        | {"local_fraction": 0.9, "images_exchanged": 120.0, "images_exchanged_contiguous": 600.0},
+        "measured_in_interval": traffic | {"local_fraction": 0.875, "images_exchanged": 150.0}
+        if step < 200
+        else None,
+        "experts_moved": 0,
+    }
+    (folder / "placement").mkdir(exist_ok=True)
+    (folder / "placement" / f"step_{step}.json").write_text(json.dumps(document))
+
+
+def write_choice(folder):
+    """The choice of two layers: one sure, one not."""
+    layers = [
+        {"layer": i, "block": b, "expert": 2, "mass": m, "runner_up": 0, "runner_up_mass": r}
+        | {"masses": [r, 0.0, m, round(1 - m - r, 6)]}
+        for i, b, m, r in ((0, 1, 0.91, 0.06), (1, 3, 0.37, 0.33))
+    ]
+    document = {"task": folder.name, "select": "vote", "num_images": 400, "layers": layers}
+    document["clusters"] = {"4": 300, "7": 100}
+    (folder / "choice.json").write_text(json.dumps(document))
+
+
 def build_finished(folder):
     random = np.random.default_rng(0)
     run = open_run(folder / "quickstart", make_config({"seed": 3, "moe": {"num_experts": 4}}))
@@ -114,10 +167,13 @@ def build_finished(folder):
         path = run.stage("moce") / "routing" / f"step_{step}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(table.tolist()))
+        write_gate(run.stage("moce"), step, random)
+        write_placement(run.stage("moce"), step)
         table = table.copy()
         table[0, : 3 - step // 100] = (table[0, : 3 - step // 100] + 1) % EXPERTS
     write_clusters(run.clusters, random)
     write_transfer(run.transfer("digits"), "digits", "accuracy", 0.9)
+    write_choice(run.transfer("digits"))
     write_transfer(run.transfer("climate"), "climate", "accuracy", 0.7)
     checkpoint = run.stage("moce") / "checkpoints" / "step_00000300"
     checkpoint.mkdir(parents=True)
@@ -135,3 +191,54 @@ def finished(tmp_path):
 @pytest.fixture(scope="session")
 def rendered(tmp_path_factory):
     return write_report(build_finished(tmp_path_factory.mktemp("rendered")))
+
+
+SMALL = {
+    "data": {"image_size": 16, "loader_processes": 0},
+    "model": {"size": "tiny", "width": 32, "depth": 2, "num_heads": 2, "patch_size": 4}
+    | {"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
+    "moe": {"num_experts": 3, "layers": [0, 1]},
+    "cluster": {"num_clusters": 3},
+    "gate": {"assign": "fixed"},
+}
+
+
+def write_shards(folder, random):
+    """One tar a cluster, five noisy images of one colour in each; the second has a broken one."""
+    folder.mkdir()
+    shards = []
+    for cluster in range(3):
+        path = folder / f"{cluster:06d}.tar"
+        with tarfile.open(path, "w") as tar:
+            for number in range(5):
+                pixels = random.integers(0, 200, (20, 24, 3)).astype(np.uint8)
+                pixels[:, :, cluster] = 255
+                buffer = io.BytesIO()
+                Image.fromarray(pixels).save(buffer, "PNG")
+                content = b"broken" if (cluster, number) == (1, 2) else buffer.getvalue()
+                member = tarfile.TarInfo(f"c{cluster}/{number}.png")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        shards.append(scan_shard(str(path), path=path.name, cluster=cluster)[0])
+    write_index(folder, shards)
+
+
+def build_seen(folder):
+    """Build a run with images and checkpoints whose experts are equal copies of the MAE's MLPs."""
+    random = np.random.default_rng(0)
+    config = make_config(SMALL)
+    run = open_run(folder / "seen", config)
+    dense = initial_weights(config)
+    write_weights(run.stage("mae") / "checkpoints" / "step_00000010", dense)
+    centroids = standardise(torch.from_numpy(np.eye(3, 32, dtype=np.float32)))
+    weights = experts_from_dense(dense, config.moe_layers, 3)
+    weights["gate.weight"] = fixed_weight(centroids, 3, 0).expand(2, 3, 32).clone()
+    weights["gate.cluster_embedding"] = centroids
+    write_weights(run.stage("moce") / "checkpoints" / "step_00000020", weights)
+    write_shards(run.shards, random)
+    return run.root, weights
+
+
+@pytest.fixture
+def seen(tmp_path):
+    return build_seen(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
@@ -21,6 +22,7 @@ from moce_dist.report.figures import cluster_sizes, routing_changes
 from moce_dist.report.page import write_report
 from moce_dist.report.record import Clusters, read_record
 from moce_dist.report.summary import summary_lines
+from moce_dist.report.timing import timing_rows
 from moce_dist.run.directory import open_run
 from moce_dist.settings import ConfigError
 
@@ -57,7 +59,7 @@ def test_page_of_a_finished_run_has_every_part(rendered):
         assert part in page.text, part
     for part in ("digits", "climate", "0.9300 ± 0.0040", "seed: 3", "moe.num_experts: 4"):
         assert part in page.text, part
-    assert page.tags.count("svg") == 7
+    assert page.tags.count("svg") == 19
     assert "missing" not in page.text.split("Artefacts")[0]
 
 
@@ -101,6 +103,47 @@ def test_one_seed_shows_no_deviation(finished):
     text, page = "\n".join(summary_lines(finished)), Page(write_report(finished)).text
     for shown in (text, page.split("Mean ± standard deviation")[0]):
         assert "0.9300" in shown and "±" not in shown and "+-" not in shown
+
+
+def test_choice_of_a_task_is_told_with_how_sure_it_was(finished):
+    text = " ".join(Page(write_report(finished)).text.split())
+    assert "400 training images fell into these clusters" in text
+    assert "cluster 4: 75 %" in text and "cluster 7: 25 %" in text
+    assert "expert 2 91 % expert 0, 6 %" in text and "expert 2 37 % expert 0, 33 %" in text
+
+
+def test_predicted_exchange_stands_beside_the_measured_one(rendered):
+    text = " ".join(Page(rendered).text.split())
+    assert "90.0 % 87.5 % 50.0 % 0" in text
+    assert "group 0 images of an epoch, planned: 300; of the interval, measured: -" in text
+    assert "cluster 11, 50 % of it" in text
+
+
+def test_time_is_split_by_what_the_lines_say(finished):
+    lines = [
+        {"step": s, "images_seen": 64 * (s + 1), "loss": 1.0, "lr": 0.1}
+        | {"images_per_s": 64.0, "data_wait_s": 0.25, "save_s": 0.5 if s == 3 else 0.0}
+        for s in range(4)
+    ]
+    path = finished / "mae" / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    [row, *_] = timing_rows(read_record(finished))
+    assert row["time"] == "4 s" and row["parts"] == {"steps": 62.5, "waiting": 25, "saving": 12.5}
+
+
+def test_comparison_shows_fields_losses_and_tasks_of_both(finished, tmp_path):
+    config = make_config({"seed": 3, "moe": {"num_experts": 4}, "mae": {"base_lr": 0.5}})
+    other = open_run(tmp_path / "lower", config).root
+    shutil.copytree(finished / "mae", other / "mae")
+    (other / "mae" / "holdout.json").write_text('{"loss": 0.4111, "images": 60}')
+    shutil.copytree(finished / "transfer" / "digits", other / "transfer" / "digits")
+    path = write_report(finished, tmp_path / "page.html", other)
+    text = " ".join(Page(path).text.split())
+    assert "MAE: held-out loss 0.4211 0.4111 +0.0100" in text
+    assert "MoCE: held-out loss 0.3987 - -" in text
+    assert "mae.base_lr 0.00015 0.5" in text
+    assert "digits, knn: moce 0.9300 ± 0.0040 0.9300 ± 0.0040 +0.0000" in text
+    assert not (finished / "report.html").exists()
 
 
 def test_page_fetches_nothing_and_runs_nothing(rendered):
@@ -175,6 +218,8 @@ DAMAGES = {
     "mae/holdout.json": "[]",
     "moce/holdout.json": "{}",
     "moce/routing/step_100.json": "[[1, 2], [3]]",
+    "moce/gate/step_100.json": '{"chosen": [[1, 2]], "runner_up": [1]}',
+    "moce/placement/step_100.json": "{}",
     "clusters/assignments.parquet": "PAR1",
     "transfer/digits/metrics.json": '{"task": "digits"}',
     "config.yaml": "seed: many",
@@ -217,7 +262,7 @@ def test_line_cut_off_by_a_kill_does_not_matter(finished):
 def test_values_that_are_not_finite_are_drawn_as_gaps(finished):
     with (finished / "mae" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 300, "images_seen": 19264, "loss": NaN, "lr": 0.001}\n')
-    assert Page(write_report(finished)).tags.count("svg") == 7
+    assert Page(write_report(finished)).tags.count("svg") == 19
 
 
 def run_job(*flags):
@@ -252,7 +297,8 @@ def test_clusters_are_shown_by_their_images_centroids_and_sizes(finished):
     (folder / "gallery").mkdir()
     Image.new("RGB", (20, 10), (200, 10, 10)).save(folder / "gallery" / "cluster-00000.jpg")
     page = Page(write_report(finished))
-    assert page.tags.count("svg") == 7 and page.tags.count("img") == 1
+    # two strips over time, and the sheet
+    assert page.tags.count("svg") == 19 and page.tags.count("img") == 3
     assert "without balance" in page.text and "distance between centroids" in page.text
     assert page.fetched == []
 
@@ -298,8 +344,9 @@ def test_pictures_of_very_many_clusters_and_domains_stay_small(finished):
     assert read_record(finished).problems == []
     listed = re.findall(r"<tr><td>(\d+)</td>", path.read_text())
     assert [int(cluster) for cluster in listed] == list(range(0, count, 12))
-    assert page.tags.count("img") == 64
-    assert page.tags.count("svg") == 7
+    # strips over time, and sheets
+    assert page.tags.count("img") == 2 + 64
+    assert page.tags.count("svg") == 19
     assert "without balance" in page.text and "512 of 3000" in page.text
     assert path.stat().st_size < 2 * 2**20
 

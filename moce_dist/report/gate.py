@@ -1,0 +1,141 @@
+"""Which cluster goes to which expert, and how sure the gate is of it: the map, strips over time.
+
+What holds now is computed from the newest checkpoint of stage moce; without one it is the last
+written table. How it came about stands in `routing/` and `gate/`, one file an interval.
+
+Letters: K clusters, L MoE layers, E experts per layer, T written tables.
+"""
+
+import base64
+import colorsys
+import io
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from moce_dist.config import Config
+from moce_dist.report.record import Record
+from moce_dist.train.checkpoint import complete_checkpoints, tensor_reader
+
+# Paul Tol's bright and muted schemes, readable for colour-blind eyes and under black text
+_COLOURS = (
+    "#ee8866",
+    "#77aadd",
+    "#bbcc33",
+    "#ffaabb",
+    "#44bb99",
+    "#eedd88",
+    "#b8a1d9",
+    "#99ddff",
+)
+_FAINTEST = 0.18
+_MAX_TABLES = 400
+
+
+@dataclass(frozen=True)
+class GateView:
+    """Experts of the clusters, and the gate's probabilities where they are known."""
+
+    table: NDArray[np.int64]
+    """(L, K)"""
+    chosen: NDArray[np.float64]
+    """(L, K) probability of the table's expert; NaN where it is not known."""
+    runner_up: NDArray[np.int64]
+    """(L, K) the best other expert; -1 where it is not known."""
+    runner_up_p: NDArray[np.float64]
+    """(L, K) its probability."""
+    num_experts: int
+    where: str
+    """What it was read from."""
+
+
+def read_gate(record: Record) -> GateView | None:
+    """Read the routing that holds now; None where clusters choose no experts."""
+    config = record.config
+    if config is None or config.moe.kind != "cluster":
+        return None
+    checkpoints = complete_checkpoints(record.run.stage("moce") / "checkpoints")
+    for checkpoint in checkpoints[:1]:
+        if (found := record.attempt(partial(_of_checkpoint, config), checkpoint)) is not None:
+            return found
+    if not record.routing:
+        return None
+    step, table = record.routing[-1]
+    chosen, runner_up_p = np.full(table.shape, np.nan), np.full(table.shape, np.nan)
+    known = {c.step: c for c in record.certainty}
+    if step in known and known[step].chosen.shape == table.shape:
+        chosen, runner_up_p = known[step].chosen, known[step].runner_up
+    nobody = np.full(table.shape, -1)
+    num_experts = max(config.moe.num_experts, int(table.max()) + 1)
+    where = f"the table of step {step}"
+    return GateView(table, chosen, nobody, runner_up_p, num_experts, where)
+
+
+def _of_checkpoint(config: Config, checkpoint: Path) -> GateView | None:
+    # torch takes its time to import, and an unfinished run does not need it
+    from moce_dist.model.customize import cluster_probabilities, routes
+
+    read = tensor_reader(checkpoint)
+    names = ("gate.weight", "gate.cluster_embedding", "gate.cluster_group")
+    found = {name: read(f"weight/{name}") for name in names}
+    weights = {name: tensor for name, tensor in found.items() if tensor is not None}
+    if "gate.weight" not in weights:
+        return None
+    table = routes(weights, config.gate, num_groups=config.parallel.num_groups).numpy()
+    p = cluster_probabilities(weights).double().numpy()
+    chosen = np.take_along_axis(p, table[:, :, None], axis=2)[:, :, 0]
+    others = p.copy()
+    np.put_along_axis(others, table[:, :, None], -1.0, axis=2)
+    where = f"checkpoint moce/{checkpoint.name}"
+    best, best_p = others.argmax(axis=2), others.max(axis=2).clip(min=0)
+    return GateView(table, chosen, best, best_p, p.shape[2], where)
+
+
+def expert_colour(expert: int, num_experts: int) -> str:
+    """Give an expert its colour in the whole page, `#rrggbb`; black text is readable on it."""
+    if num_experts <= len(_COLOURS):
+        return _COLOURS[expert]
+    # neighbours in number are far apart in hue
+    red, green, blue = colorsys.hls_to_rgb(expert * 0.618034 % 1, 0.7, 0.6)
+    return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
+
+
+def strength(p: float, num_experts: int) -> float:
+    """Opacity of a probability: faint at 1 / E, where the gate does not know, full at 1."""
+    if not np.isfinite(p):
+        return 1.0
+    above = (p - 1 / num_experts) / max(1e-9, 1 - 1 / num_experts)
+    return _FAINTEST + (1 - _FAINTEST) * min(1.0, max(0.0, above))
+
+
+def order_by_route(gate: GateView, domains: NDArray[np.int64]) -> list[int]:
+    """Order clusters so that those of one route stand together, then by main domain (K,)."""
+    keys = [domains[: gate.table.shape[1]], *gate.table]
+    return [int(c) for c in np.lexsort(keys)]
+
+
+def strip(record: Record, gate: GateView, layer: int, order: list[int]) -> str | None:
+    """Draw a layer over time as a data URI: a row a cluster, a column a table, colour the expert.
+
+    None with fewer than two tables.
+    """
+    tables = [(s, t) for s, t in record.routing if t.shape == gate.table.shape]
+    if len(tables) < 2:
+        return None
+    tables = tables[:: -(-len(tables) // _MAX_TABLES)]
+    known = {c.step: c.chosen for c in record.certainty if c.chosen.shape == gate.table.shape}
+    colours = [expert_colour(e, gate.num_experts) for e in range(gate.num_experts)]
+    rgb = np.array([[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in colours], np.uint8)
+    pixels = np.full((len(order), len(tables), 4), 255, np.uint8)
+    for column, (step, table) in enumerate(tables):
+        pixels[:, column, :3] = rgb[table[layer, order] % gate.num_experts]
+        if step in known:
+            p = known[step][layer, order]
+            pixels[:, column, 3] = [round(255 * strength(x, gate.num_experts)) for x in p]
+    buffer = io.BytesIO()
+    Image.fromarray(pixels, "RGBA").save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,310 @@
+"""What the models see in masked images: reconstructions, and what an expert knows.
+
+A MoCE holds a dense model per route (one expert a MoE layer), made as that of a task is made. So
+the same masked image is given to the MAE early and late, to the control, to the experts of its own
+cluster and to those of another one; what these are worse by is what the former know.
+
+    image --keyed mask--> visible patches --model of a route--> masked patches, loss
+
+Images are held-out ones where there are any. A prediction is of patches normalised by their own
+mean and variance (`model.norm_pix_loss`), which are put back for the eye.
+
+Letters: B images, N patches, S image side (pixels), L MoE layers, K clusters, R shown clusters.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from moce_dist.config import Config
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import MEAN, STD, centre_sample, open_picture
+from moce_dist.data.plan import SampleTable, sample_table
+from moce_dist.data.ranges import is_remote
+from moce_dist.data.shards import read_index, read_range
+from moce_dist.model.customize import customize
+from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.model.vit import patchify, unpatchify
+from moce_dist.report.gate import GateView
+from moce_dist.report.record import Record
+from moce_dist.settings import ConfigError
+from moce_dist.train.checkpoint import complete_checkpoints, damage, load_weights, read_manifest
+
+_MAX_SHOWN = 6
+_PER_CLUSTER = 4
+_SIDE = 112
+_MAX_CHECKPOINT_BYTES = 4 * 2**30
+_GREY = 0.5
+
+
+class Tile(NamedTuple):
+    """An image as it stands in a page: `src` is a data URI, `loss` what lies beneath it."""
+
+    src: str
+    loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image: the original, the masked one, and what every model makes of it."""
+
+    cluster: int | None
+    other: int | None
+    """The cluster whose experts stand in the last column."""
+    tiles: list[Tile]
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Rows of tiles under `columns`, and losses of images under the experts of other clusters."""
+
+    columns: list[str]
+    rows: list[Row]
+    is_held_out: bool
+    clusters: list[int] = field(default_factory=list)
+    losses: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)))
+    """(R, R): mean loss of a cluster's images (row) under a cluster's experts (column)."""
+
+
+class _Samples(NamedTuple):
+    images: Tensor
+    """(B, 3, S, S) normalised."""
+    clusters: NDArray[np.int64]
+    is_held_out: bool
+
+
+class _Seen(NamedTuple):
+    images: Tensor
+    """(B, 3, S, S) normalised, with the masked patches predicted."""
+    losses: Tensor
+    """(B,)"""
+
+
+def reconstruct(record: Record, gate: GateView | None) -> Reconstructions | str:
+    """Make the reconstructions of a run, or say in a line why there are none.
+
+    Raises:
+        ConfigError, OSError, ValueError: what is there cannot be read.
+    """
+    config = record.config
+    if config is None:
+        return "the configuration could not be read"
+    late = _checkpoints(record, "mae")[:1]
+    if not late:
+        return "no checkpoint of stage mae was kept"
+    if _bytes(late[0]) > _MAX_CHECKPOINT_BYTES:
+        return f"checkpoints above {_MAX_CHECKPOINT_BYTES >> 30} GiB are not loaded for a page"
+    samples = _samples(record, config, gate)
+    if samples is None:
+        return "the run's images are not on this machine's disks"
+    return _Viewer(record, config, gate, samples).view()
+
+
+class _Viewer:
+    """Gives the same masked images to one model after the other."""
+
+    def __init__(
+        self, record: Record, config: Config, gate: GateView | None, samples: _Samples
+    ) -> None:
+        self.record, self.gate, self.samples = record, gate, samples
+        parallel = config.parallel.model_copy(update={"precision": "fp32"})
+        self.config = config.without_experts.model_copy(update={"parallel": parallel})
+        self.cluster_config = config
+        draws = torch.Generator().manual_seed(config.seed)
+        self.noise = torch.rand(len(samples.images), config.num_patches, generator=draws)
+
+    def view(self) -> Reconstructions:
+        """Fill rows and losses."""
+        seen: dict[str, _Seen] = {}
+        kept = _checkpoints(self.record, "mae")
+        titles = self.record.titles
+        for checkpoint in dict.fromkeys([kept[-1], kept[0]]):
+            step = read_manifest(checkpoint)["step"]
+            seen[f"MAE, step {step}"] = self._see(load_weights(checkpoint), ())
+        for stage in ("control", "moce"):
+            is_dense = stage == "control" or self.record.without_routes.startswith("no experts")
+            for checkpoint in _checkpoints(self.record, stage)[:1] if is_dense else []:
+                seen[titles[stage]] = self._see(load_weights(checkpoint), ())
+        clusters = list(dict.fromkeys(self.samples.clusters.tolist()))
+        by_route = self._by_route(clusters)
+        first = [self.samples.clusters.tolist().index(c) for c in clusters]
+        columns = ["original", "masked", *seen, *(_OWN_AND_OTHER if by_route else ())]
+        rows = [self._row(i, seen, by_route, clusters) for i in first]
+        losses = np.array(
+            [
+                [float(by_route[j].losses[self.samples.clusters == i].mean()) for j in clusters]
+                for i in clusters
+            ]
+            if by_route
+            else np.zeros((0, 0))
+        )
+        held_out = self.samples.is_held_out
+        return Reconstructions(columns, rows, held_out, clusters if by_route else [], losses)
+
+    def _by_route(self, clusters: Sequence[int]) -> dict[int, _Seen]:
+        """Give all images to the experts of every shown cluster."""
+        kept = _checkpoints(self.record, "moce")[:1]
+        if self.gate is None or not kept or _bytes(kept[0]) > _MAX_CHECKPOINT_BYTES:
+            return {}
+        weights = load_weights(kept[0])
+        found: dict[tuple[int, ...], _Seen] = {}
+        by_cluster = {}
+        for cluster in clusters:
+            route = tuple(self.gate.table[:, cluster].tolist())
+            is_scaled = self.cluster_config.gate.combine == "prob"
+            scale = self.gate.chosen[:, cluster].tolist() if is_scaled else None
+            if route not in found or is_scaled:
+                found[route] = self._see(weights, route, scale)
+            by_cluster[cluster] = found[route]
+        return by_cluster
+
+    def _see(
+        self, weights: Mapping[str, Tensor], route: Sequence[int], scale: list[float] | None = None
+    ) -> _Seen:
+        model = MaskedAutoencoder(self.config).eval()
+        dense = customize(weights, list(route), scale=scale, with_decoder=True)
+        model.load_state_dict(dense)
+        images, patch = self.samples.images, self.config.model.patch_size
+        with torch.inference_mode():
+            prediction, is_masked = model.predict(images, self.noise)
+            errors = ((prediction - model.target(images)) ** 2).mean(dim=2) * is_masked
+        losses = errors.sum(dim=1) / is_masked.sum(dim=1)
+        patches = patchify(images, patch)
+        if self.config.model.norm_pix_loss:
+            mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)
+            prediction = prediction * (variance + 1e-6) ** 0.5 + mean
+        whole = torch.where(is_masked[:, :, None], prediction, patches)
+        return _Seen(unpatchify(whole, patch), losses)
+
+    def _masked(self) -> Tensor:
+        patches = patchify(self.samples.images, self.config.model.patch_size)
+        keep = int(patches.shape[1] * (1 - self.config.model.mask_ratio))
+        order = self.noise.argsort(dim=1, stable=True).argsort(dim=1)
+        grey = (_GREY - torch.tensor(MEAN)) / torch.tensor(STD)
+        grey = grey.repeat(patches.shape[2] // 3)
+        hidden = torch.where((order >= keep)[:, :, None], grey, patches)
+        return unpatchify(hidden, self.config.model.patch_size)
+
+    def _row(
+        self,
+        i: int,
+        seen: Mapping[str, _Seen],
+        by_route: Mapping[int, _Seen],
+        clusters: Sequence[int],
+    ) -> Row:
+        cluster = int(self.samples.clusters[i])
+        tiles = [_tile(self.samples.images[i]), _tile(self._masked()[i])]
+        tiles += [_tile(s.images[i], s.losses[i]) for s in seen.values()]
+        other = None
+        if by_route and self.gate is not None:
+            other = _least_alike(self.gate.table, cluster, clusters)
+            for c in (cluster, other):
+                tiles.append(_tile(by_route[c].images[i], by_route[c].losses[i]))
+        return Row(cluster if self.gate is not None else None, other, tiles)
+
+
+_OWN_AND_OTHER = ("MoCE, own experts", "MoCE, other experts")
+
+
+def _least_alike(table: NDArray[np.int64], cluster: int, clusters: Sequence[int]) -> int:
+    apart = [(int((table[:, c] != table[:, cluster]).sum()), -c) for c in clusters]
+    return -max(apart)[1]
+
+
+def _checkpoints(record: Record, stage: str) -> list[Path]:
+    """Whole checkpoints of a stage, the newest first; of many only the ends are verified."""
+    found = complete_checkpoints(record.run.stage(stage) / "checkpoints")
+    newest = next((i for i, path in enumerate(found) if damage(path) is None), len(found))
+    found = found[newest:]
+    while len(found) > 1 and damage(found[-1]) is not None:
+        found.pop()
+    return found
+
+
+def _bytes(checkpoint: Path) -> int:
+    return sum(path.stat().st_size for path in checkpoint.iterdir())
+
+
+def _table(record: Record, config: Config, gate: GateView | None) -> tuple[SampleTable, bool]:
+    """Return the held-out images with their clusters, else the images of training."""
+    # the order in which stages name them; pyarrow and faiss come along
+    from moce_dist.cluster.assign import read_assignments
+
+    source = config.data.source
+    is_index = source.startswith("index:")
+    data = Path(source.removeprefix("index:")) if is_index else record.run.ingested
+    assigned = record.run.shards / "holdout.parquet"
+    has_holdout = (data / "holdout" / "index.json").is_file()
+    if gate is not None and has_holdout and assigned.is_file():
+        table = sample_table(read_index(data / "holdout"), gate.table.shape[1])
+        clusters = read_assignments(assigned)
+        ids = np.array([clusters[key] for key in table.keys], np.int64)
+        return SampleTable(table.urls, table.keys, table.shard, table.offset, table.size, ids), True
+    if gate is not None:
+        return sample_table(read_index(record.run.shards), gate.table.shape[1]), False
+    return sample_table(read_index(data / "holdout" if has_holdout else data)), has_holdout
+
+
+def _samples(record: Record, config: Config, gate: GateView | None) -> _Samples | None:
+    try:
+        table, is_held_out = _table(record, config, gate)
+    except ConfigError:
+        return None
+    if any(is_remote(url) for url in table.urls):
+        return None
+    images: list[Tensor] = []
+    clusters: list[int] = []
+    for cluster in _shown(table, gate):
+        found = np.flatnonzero(table.cluster == cluster)
+        count = _PER_CLUSTER if gate is not None else _MAX_SHOWN
+        # the middle one of so many parts: images of one folder lie side by side
+        for row in found[[(2 * i + 1) * len(found) // (2 * count) for i in range(count)]]:
+            url = table.urls[table.shard[row]]
+            content = read_range(url, int(table.offset[row]), int(table.size[row]))
+            try:
+                sample = centre_sample(open_picture(content), config.data.image_size)
+            except ImageError:
+                continue
+            images.append(torch.from_numpy(np.array(sample)))
+            clusters.append(cluster if gate is not None else len(clusters))
+    if not images:
+        return None
+    return _Samples(torch.stack(images), np.array(clusters, np.int64), is_held_out)
+
+
+def _shown(table: SampleTable, gate: GateView | None) -> list[int]:
+    """Choose clusters that take other experts than each other, the largest first."""
+    sizes = np.bincount(table.cluster, minlength=1 if gate is None else gate.table.shape[1])
+    chosen = [int(sizes.argmax())]
+    if gate is None:
+        return chosen
+    routes = gate.table.T
+    apart = (routes != routes[chosen[0]]).sum(axis=1)
+    while len(chosen) < min(_MAX_SHOWN, int((sizes > 0).sum())):
+        left = np.where((sizes > 0) & ~np.isin(np.arange(len(sizes)), chosen), apart, -1)
+        chosen.append(int(left.argmax()))
+        apart = np.minimum(apart, (routes != routes[chosen[-1]]).sum(axis=1))
+    return chosen
+
+
+def _tile(image: Tensor, loss: Tensor | None = None) -> Tile:
+    levels = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    pixels = (levels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    picture, buffer = Image.fromarray(pixels), io.BytesIO()
+    if picture.width > _SIDE:
+        picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+        kind = "jpeg"
+    else:
+        picture.save(buffer, "PNG")
+        kind = "png"
+    src = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return Tile(src, None if loss is None else float(loss))

@@ -1,0 +1,127 @@
+"""Downstream tasks: where their images fell, which experts they chose, what came of it.
+
+The control's figure stands beside the MoCE's in every table, and rows are in one order: MoCE,
+control, MAE, others.
+"""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from moce_dist.report.figures import COLOURS, panel
+from moce_dist.report.gate import expert_colour
+from moce_dist.report.record import Line, Record
+from moce_dist.run.rows import backbone_texts, difference_text, value_text
+
+_MAX_CLUSTERS = 12
+_FIRST = ("moce", "control", "mae")
+_GREY = "#667085"
+
+
+def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
+    """Gather what the page says of one task; `number` tells its figures from those of others."""
+    names = backbone_texts(metrics)
+    cells = {(row["backbone"], row["protocol"]): row for row in metrics["summary"]}
+    protocols = sorted({protocol for _, protocol in cells})
+    best = {p: max(row["mean"] for (_, q), row in cells.items() if q == p) for p in protocols}
+    backbones = sorted(dict.fromkeys(b for b, _ in cells), key=_rank)
+    references = {row["protocol"]: row["reference"] for row in metrics.get("differences", [])}
+
+    def cell(backbone: str, protocol: str) -> dict[str, Any]:
+        row = cells.get((backbone, protocol))
+        if row is None:
+            return {"text": "-", "best": False}
+        return {"text": value_text(row), "best": row["mean"] == best[protocol]}
+
+    return {
+        "name": metrics["task"],
+        "metric": metrics["metric"],
+        "protocols": protocols,
+        "rows": [
+            {"backbone": names[b], "cells": [cell(b, p) for p in protocols]} for b in backbones
+        ],
+        "panels": [
+            _values(f"task-{number}-{i}", metrics, p, [b for b in backbones if (b, p) in cells])
+            for i, p in enumerate(protocols)
+        ],
+        "references": sorted(set(references.values())),
+        "differences": [difference_text(row, names) for row in metrics.get("differences", [])],
+        "failed": [f"{name}: {reason}" for name, reason in metrics.get("failed", {}).items()],
+        "choice": _choice(record.choices.get(metrics["task"])),
+    }
+
+
+def _rank(backbone: str) -> tuple[int, str]:
+    origin = backbone.partition(":")[0].partition("+")[0]
+    return (_FIRST.index(origin) if origin in _FIRST else len(_FIRST)), backbone
+
+
+def _values(name: str, metrics: Line, protocol: str, backbones: list[str]) -> str:
+    """Draw means of a protocol as points; deviations over seeds where there are several."""
+    rows = {r["backbone"]: r for r in metrics["summary"] if r["protocol"] == protocol}
+    names = backbone_texts(metrics)
+
+    def draw(axes: Axes) -> None:
+        for y, backbone in enumerate(reversed(backbones)):
+            row = rows[backbone]
+            colour = COLOURS.get(backbone.partition(":")[0].partition("+")[0], _GREY)
+            axes.errorbar(row["mean"], y, xerr=row["std"], fmt="o", color=colour, capsize=3)
+            axes.annotate(
+                f"{row['mean']:.3f}",
+                (row["mean"], y),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+                color=_GREY,
+                fontsize=8,
+            )
+        axes.set_yticks(range(len(backbones)), [names[b] for b in reversed(backbones)])
+        axes.set_ylim(-0.6, len(backbones) - 0.2)
+        axes.margins(x=0.15)
+        axes.set(title=f"{protocol}: {metrics['metric']}")
+
+    return panel(name, draw, height=0.9 + 0.34 * len(backbones))
+
+
+def _choice(choice: Line | None) -> dict[str, Any] | None:
+    """Say which clusters a task's images fell into, and which experts it chose by them."""
+    if choice is None:
+        return None
+    total = max(1, int(choice["num_images"]))
+    num_experts = max((len(layer["masses"]) for layer in choice["layers"]), default=0)
+    clusters = [
+        {"cluster": int(cluster), "share": 100 * images / total, "images": images}
+        for cluster, images in choice["clusters"].items()
+    ]
+    return {
+        "select": choice.get("select", ""),
+        "images": total,
+        "clusters": clusters[:_MAX_CLUSTERS],
+        "more": max(0, len(clusters) - _MAX_CLUSTERS),
+        "layers": [_layer(layer, num_experts) for layer in choice["layers"]],
+        "warning": choice.get("warning") or "",
+    }
+
+
+def _layer(layer: Line, num_experts: int) -> dict[str, Any]:
+    """Gather one MoE layer: its masses as parts of a bar, the chosen expert, the runner-up."""
+    chosen, second = layer["expert"], layer["runner_up"]
+    return {
+        "layer": layer["layer"],
+        "block": layer["block"],
+        "expert": "a mean of all" if chosen is None else f"expert {chosen}",
+        "sure": "" if chosen is None else f"{100 * layer['mass']:.0f} %",
+        "runner_up": "none"
+        if second is None
+        else f"expert {second}, {100 * layer['runner_up_mass']:.0f} %",
+        "parts": [
+            {
+                "expert": expert,
+                "percent": 100 * mass,
+                "colour": expert_colour(expert, num_experts),
+                "is_chosen": expert == chosen,
+            }
+            for expert, mass in enumerate(layer["masses"])
+            if mass >= 0.005
+        ],
+    }
