@@ -45,7 +45,8 @@ def test_page_is_quiet_fits_and_follows_the_scheme(browser, page, width, scheme)
 def test_planted_mistakes_are_seen(browser, tmp_path):
     path = tmp_path / "bad.html"
     path.write_text(
-        "<!doctype html><html><head><meta name='viewport' content='width=device-width'></head><body style='background: red'><p style='width: 900px'>wide</p>"
+        "<!doctype html><html><head><meta name='viewport' content='width=device-width'></head>"
+        "<body style='background: red'><p style='width: 900px'>wide</p>"
         "<img src='http://127.0.0.1:9/none.png'><script>undefined_function()</script></body></html>"
     )
     seen = browser.look(path, width=390, scheme="dark")
