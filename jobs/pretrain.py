@@ -27,6 +27,7 @@ from moce_dist.run.environment import local_path
 from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 from moce_dist.train.fork import SHARED, Fork, fork_config, make_fork, plan_fork
+from moce_dist.train.trackers import check_trackers
 
 STAGES = ("all", "mae", "cluster", "moce", "control")
 TRAINED = ("mae", "moce", "control")
@@ -114,6 +115,7 @@ def check_request(config: Config, stage: str) -> None:
                 f"parallel.num_workers ({config.parallel.num_workers}) must be the number of "
                 f"processes that torchrun started ({world_size}); legal here: {legal}"
             )
+    check_trackers(config.logging)
     if stage in ("all", "cluster") and config.cluster.encoder != "mae":
         # only the library that a name belongs to knows it
         from moce_dist.train.encoder import check_encoder

@@ -348,6 +348,10 @@ class LoggingConfig(Section):
     """Steps between two lines of metrics.jsonl."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Also write for Weights & Biases (offline) or MLflow, into the stage's folder."""
+    profile_steps: tuple[int, int] | None = None
+    """Profile rank 0 from the first of these steps up to before the second."""
 
 
 class HardwareConfig(Section):

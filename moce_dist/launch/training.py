@@ -39,6 +39,7 @@ from ray.util.placement_group import get_current_placement_group, remove_placeme
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moce_dist.config import ParallelConfig
+from moce_dist.launch.gauges import JobGauges
 from moce_dist.launch.job import Follower, Job, failure_of, heed_sigterm, log_to_file, short_stop
 from moce_dist.launch.nodes import GROUP_LABEL, Host, Requirements, answers, wait_for_seats
 from moce_dist.launch.status import Ending, LossBudget, Sign, StatusBoard, cause_of
@@ -100,13 +101,14 @@ def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
     wanted = Requirements(job.name, parallel, job.batch_size, resource)
     look = partial(live_hosts, resource)
     budgets, follower = LossBudget(job.name, parallel), Follower(job)
+    gauges = JobGauges(job)
     if warning := short_stop(os.environ):
         log.warning("%s", warning)
     while True:
         labels = wait_for_seats(wanted, look, is_terminated)
         log.info("%s: %d of %d workers", job.name, len(labels), parallel.num_workers)
         start = Attempt(job, wanted, labels)
-        ending = start.run(follower, is_terminated)
+        ending = start.run((follower, gauges), is_terminated)
         if failure := ray.get(start.board.failure.remote()):
             raise RuntimeError(failure.text)
         if ending.is_finished:
@@ -121,6 +123,7 @@ def _supervise(job: Job, is_terminated: Callable[[], bool]) -> None:
         lost = start.hosting() - {host.node for host in look()}
         reached = ray.get(start.board.reached.remote())
         line = budgets.charge(is_preemption=bool(lost), cause=ending.cause, reached=reached)
+        gauges.restarted({"failure": budgets.failures, "preemption": budgets.preemptions})
         log.warning("%s", line)
 
 
@@ -166,15 +169,18 @@ class Attempt:
         if (seats := ray.get(self.board.seats.remote())) is not None:
             remove_placement_group(seats)
 
-    def run(self, follower: Follower, is_terminated: Callable[[], bool]) -> Ending:
+    def run(
+        self, followers: tuple[Follower, JobGauges], is_terminated: Callable[[], bool]
+    ) -> Ending:
         """Follow the workers to their end, however it comes."""
         killed: list[str] = []
         while not ray.wait([self._ending], timeout=_LOOK_EVERY_S)[0]:
             if is_terminated() or self._is_draining() or self._can_grow():
                 self.board.stop.remote()
             killed = killed or self._kill_who_stands_still()
-            follower.report()
-        follower.report_log()
+            for follower in followers:
+                follower.report()
+        followers[0].report_log()
         if killed:
             return Ending(cause="; ".join(killed))
         try:

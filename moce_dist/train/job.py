@@ -12,6 +12,8 @@ from moce_dist.data.columns import open_table
 from moce_dist.data.plan import Plan
 from moce_dist.run.files import read_jsonl
 
+_NOTABLE_WAIT = 0.1
+"""Share of the time spent waiting for images above which a person is told."""
 HOLDOUT_TABLE = "holdout.parquet"
 StageName = Literal["mae", "moce", "control"]
 """Stage control is stage moce without experts: the same images, batches, steps and schedule."""
@@ -92,13 +94,16 @@ class StageJob:
         metrics = read_jsonl(self.folder / "metrics.jsonl")
         if not metrics:
             return ""
-        last = metrics[-1]
+        last, before = metrics[-1], (metrics[-2] if len(metrics) > 1 else {"images_seen": 0})
         left = (self.total_steps - last["step"] - 1) * last["images_seen"] / (last["step"] + 1)
-        seconds = int(left / max(last["images_per_s"], 1e-9))
+        rate = max(last["images_per_s"], 1e-9)
+        seconds = int(left / rate)
+        waiting = last["data_wait_s"] * rate / max(1, last["images_seen"] - before["images_seen"])
+        note = f", {waiting:.0%} of it waiting for images" if waiting > _NOTABLE_WAIT else ""
         return (
             f"{self.name}: step {last['step'] + 1} of {self.total_steps}, "
             f"loss {last['loss']:.4f}, "
-            f"{last['images_per_s']:.0f} images/s, {seconds // 60}:{seconds % 60:02d} left"
+            f"{last['images_per_s']:.0f} images/s, {seconds // 60}:{seconds % 60:02d} left{note}"
         )
 
 

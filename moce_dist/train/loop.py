@@ -34,14 +34,17 @@ from moce_dist.parallel.exchange import ExpertExchange
 from moce_dist.parallel.token import token_balance_loss
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.files import write_atomic
+from moce_dist.settings import flatten
 from moce_dist.train.expert_metrics import moe_metrics
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.migrate import replan
 from moce_dist.train.optim import decay_to_mean, learning_rate, set_learning_rate
 from moce_dist.train.outcome import Outcome
+from moce_dist.train.profile import StepProfile
 from moce_dist.train.pulse import Pulse
 from moce_dist.train.setup import TrainState, build_state, holdout_table
+from moce_dist.train.trackers import open_trackers
 
 log = logging.getLogger(__name__)
 _FAULTS_BEFORE_STOP = 8
@@ -64,6 +67,9 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     start = state.step
     metrics_log = open_log(state)
     clock = Clock()
+    steps = job.config.logging.profile_steps if state.rank == 0 else None
+    profile = StepProfile(job.folder, steps)
+    profile.at(state.step)
     if state.total_steps == 0:
         # weights taken as they are: the stage leaves a checkpoint behind all the same
         save(state)
@@ -80,12 +86,16 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
                 stop_if_too_many_faults(state)
                 if metrics_log is not None:
                     state.router.measure(batch.clusters.numpy())
-                    metrics_log.write(step_metrics(state, outcome) | clock.lap())
+                    saved = {"checkpoint_s": state.saver.seconds}
+                    metrics_log.write(step_metrics(state, outcome) | clock.lap() | saved)
             if state.is_stopping or is_saved:
                 state.pulse.rest()
-                save(state)
+                with clock.saving():
+                    save(state)
             if state.is_stopping:
                 break
+            profile.at(state.step)
+    profile.close()
     if state.step < state.total_steps:
         state.saver.wait()
         if metrics_log is not None:
@@ -331,8 +341,10 @@ def open_log(state: TrainState) -> MetricsLog | None:
     """Open the metrics of this stage on rank 0."""
     if state.rank != 0:
         return None
-    tensorboard = state.job.config.logging.tensorboard
-    return MetricsLog(state.job.folder, start_step=state.step, tensorboard=tensorboard)
+    config, folder = state.job.config, state.job.folder
+    settings = flatten(config.model_dump(mode="json"))
+    trackers = open_trackers(config.logging, folder, start_step=state.step, settings=settings)
+    return MetricsLog(folder, start_step=state.step, trackers=trackers)
 
 
 @torch.no_grad()

@@ -36,9 +36,10 @@ import os
 import shutil
 import sys
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,6 +111,7 @@ class _Save:
     position: dict[str, Any]
     task: _Background
     is_written: bool = False
+    begun: float = field(default_factory=time.monotonic)
 
 
 class Saver:
@@ -131,6 +133,8 @@ class Saver:
         dist.broadcast_object_list(token, 0)
         self._token = token[0]
         self._device = torch.device("cpu")
+        self.seconds: float | None = None
+        """From the start of the last save to its publication; None before the first."""
 
     def save(self, engine: "Engine", naming: Naming, position: dict[str, Any]) -> None:
         """Copy the training state at `position["step"]` and begin to write it.
@@ -141,13 +145,13 @@ class Saver:
         if self._save is not None:
             log.info("%s: is still being written; training waits", self._save.target)
             self.wait()
-        self._device = engine.device
+        self._device, begun = engine.device, time.monotonic()
         target = step_folder(self._folder, position["step"])
         temporary = target.with_name(f".{target.name}.{self._token}.tmp")
         tensors = self._copy(engine, naming)
         path = temporary / f"rank-{self._rank:05d}.safetensors"
         task = _Background(partial(_write_tensors, path, tensors))
-        self._save = _Save(target, temporary, position, task)
+        self._save = _Save(target, temporary, position, task, begun=begun)
 
     def poll(self) -> None:
         """Take the save in flight a stage further when all ranks are ready; call at every step.
@@ -183,6 +187,7 @@ class Saver:
             raise type(failed)(f"{self._folder}: checkpoint not written: {failed}")
         if save.is_written:
             self._save = None
+            self.seconds = round(time.monotonic() - save.begun, 3)
             return
         files = {name: digest for part, _ in results for name, digest in part.items()}
         manifest = {"format": FORMAT, **save.position, "files": files}

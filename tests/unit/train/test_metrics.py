@@ -1,16 +1,26 @@
 """metrics.jsonl: increasing steps, cut back on resume, whole lines only."""
 
+import importlib.util
+
+import pytest
+
+from moce_dist.config import LoggingConfig, make_config
 from moce_dist.run.files import read_jsonl
+from moce_dist.settings import ConfigError
 from moce_dist.train.metrics import Clock, MetricsLog
+from moce_dist.train.profile import StepProfile
+from moce_dist.train.trackers import check_trackers, open_trackers
+
+SCALARS = {"step": 3, "loss": 0.5, "images_per_expert": [[1, 2]], "grad_norm": None}
 
 
 def test_resume_drops_the_steps_that_will_be_run_again(tmp_path):
-    log = MetricsLog(tmp_path, start_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, start_step=0)
     for step in range(6):
         log.write({"step": step, "loss": 1.0})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a kill in the middle of a line
-    again = MetricsLog(tmp_path, start_step=4, tensorboard=False)
+    again = MetricsLog(tmp_path, start_step=4)
     again.write({"step": 4, "loss": 2.0})
     lines = read_jsonl(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
@@ -20,16 +30,88 @@ def test_resume_drops_the_steps_that_will_be_run_again(tmp_path):
 def test_tensorboard_gets_every_number(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = MetricsLog(tmp_path, start_step=0, tensorboard=True)
-    log.write({"step": 3, "loss": 0.5, "images_per_expert": [[1, 2]]})
+    trackers = open_trackers(LoggingConfig(), tmp_path, start_step=0, settings={})
+    log = MetricsLog(tmp_path, start_step=0, trackers=trackers)
+    log.write(SCALARS)
     log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     (scalar,) = events.Scalars("loss")
     assert (scalar.step, scalar.value) == (3, 0.5)
 
 
+def needs(name):
+    return pytest.mark.skipif(
+        importlib.util.find_spec(name) is None, reason=f"needs {name}: pip install '.[{name}]'"
+    )
+
+
+@needs("mlflow")
+def test_mlflow_gets_every_number_and_a_resumed_stage_goes_on_in_its_run(tmp_path):
+    folder = tmp_path / "run" / "mae"
+    folder.mkdir(parents=True)
+    logging = LoggingConfig(tensorboard=False, trackers=("mlflow",))
+    for start in (3, 4):
+        opened = open_trackers(logging, folder, start_step=start, settings={"seed": 7})
+        log = MetricsLog(folder, start_step=start, trackers=opened)
+        log.write({**SCALARS, "step": start})
+        log.close()
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"file://{folder / 'mlflow'}")
+    [run] = client.search_runs([client.get_experiment_by_name("run").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(m.step, m.value) for m in history] == [(3, 0.5), (4, 0.5)]
+    assert run.data.params == {"seed": "7"}
+
+
+@needs("wandb")
+def test_wandb_writes_an_offline_run(tmp_path):
+    folder = tmp_path / "run" / "mae"
+    folder.mkdir(parents=True)
+    logging = LoggingConfig(tensorboard=False, trackers=("wandb",))
+    log = MetricsLog(
+        folder,
+        start_step=0,
+        trackers=open_trackers(logging, folder, start_step=0, settings={"seed": 7}),
+    )
+    log.write(SCALARS)
+    log.close()
+    [file] = folder.glob("wandb/offline-run-*/run-run-mae.wandb")
+    assert b"loss" in file.read_bytes()
+
+
+def test_tracker_that_is_not_installed_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"logging.trackers: mlflow is not installed: pip"):
+        check_trackers(LoggingConfig(trackers=("mlflow",)))
+    check_trackers(LoggingConfig())
+    with pytest.raises(ConfigError, match=r"logging\.trackers"):
+        make_config({"logging": {"trackers": ["comet"]}})
+
+
+def test_profile_holds_the_steps_that_were_asked_for(tmp_path):
+    import gzip
+    import json
+
+    import torch
+
+    profile = StepProfile(tmp_path, (2, 4))
+    for step in range(6):
+        profile.at(step)
+        with torch.profiler.record_function(f"step {step}"):
+            torch.ones(8).sum()
+    profile.close()
+    path = tmp_path / "profile" / "steps_2-3.json.gz"
+    trace = json.loads(gzip.decompress(path.read_bytes()))
+    names = {event.get("name") for event in trace["traceEvents"]}
+    assert {"step 2", "step 3"} <= names and not {"step 1", "step 4"} & names
+    assert "aten::sum" in path.with_name("steps_2-3.txt").read_text()
+    StepProfile(tmp_path / "none", None).at(2)
+    assert not (tmp_path / "none").exists()
+
+
 def test_what_is_not_finite_is_null(tmp_path):
-    log = MetricsLog(tmp_path, start_step=0, tensorboard=False)
+    log = MetricsLog(tmp_path, start_step=0)
     log.write(
         {
             "step": 0,
@@ -49,4 +131,7 @@ def test_lap_starts_anew():
     clock.wait(0.5)
     assert clock.lap()["data_wait_s"] == 0.5
     lap = clock.lap()
-    assert lap["data_wait_s"] == 0 and lap["images_per_s"] == 0
+    assert lap == {"images_per_s": 0, "data_wait_s": 0, "save_s": 0}
+    with clock.saving():
+        pass
+    assert clock.lap()["save_s"] >= 0

@@ -1,0 +1,91 @@
+"""A job's figures for Prometheus, through Ray's metrics: `ray_moce_*` on a node's metrics port.
+
+The driver reads what the job leaves in files, as a person would, so workers know nothing of it. The
+series, their labels and what they mean: k8s/README.md, "Watching".
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+from moce_dist.launch.job import Job
+from moce_dist.run.files import read_faults
+from moce_dist.train.metrics import METRICS_NAME
+
+_EVERY_S = 5.0
+_TAIL_BYTES = 2**18
+_OF_A_LINE = {
+    "images_per_second": ("images_per_s", "images a second, all ranks"),
+    "data_wait_seconds": ("data_wait_s", "seconds between two lines spent waiting for images"),
+    "loss": ("loss", "the masked autoencoder's loss"),
+    "images_exchanged": ("images_exchanged", "images of a step that left their group"),
+    "checkpoint_seconds": ("checkpoint_s", "from the start of a save to its publication"),
+}
+_LABELS = ("run", "stage")
+
+
+class JobGauges:
+    """The figures of one job, renewed from its newest line of metrics."""
+
+    def __init__(self, job: Job) -> None:
+        """Begin with no restart."""
+        self._job, self._due = job, 0.0
+        self._labels = {"run": job.run_root.name, "stage": job.name}
+        self._gauges = {
+            name: Gauge(f"moce_{name}", about, _LABELS) for name, (_, about) in _OF_A_LINE.items()
+        }
+        about = "images of a step that an expert took"
+        self._experts = Gauge("moce_images_per_expert", about, (*_LABELS, "layer", "expert"))
+        self._faults = Gauge("moce_faults", "unreadable images so far", _LABELS)
+        about = "starts again after a failure or a preemption"
+        self._restarts = Gauge("moce_restarts", about, (*_LABELS, "kind"))
+        self._ledger_bytes = -1
+        self.restarted({"failure": 0, "preemption": 0})
+
+    def restarted(self, counts: dict[str, int]) -> None:
+        """Note how often the job was started again, by the kind of the loss."""
+        for kind, count in counts.items():
+            self._restarts.set(count, {**self._labels, "kind": kind})
+
+    def report(self) -> None:
+        """Renew the figures from time to time."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + _EVERY_S
+        self._report_faults()
+        line = newest_line(self._job.folder / METRICS_NAME)
+        for name, (key, _) in _OF_A_LINE.items():
+            if line.get(key) is not None:
+                self._gauges[name].set(line[key], self._labels)
+        for layer, counts in enumerate(line.get("images_per_expert", [])):
+            for expert, images in enumerate(counts):
+                place = {"layer": str(layer), "expert": str(expert)}
+                self._experts.set(images, {**self._labels, **place})
+
+    def _report_faults(self) -> None:
+        ledger = self._job.run_root / "faults.jsonl"
+        size = ledger.stat().st_size if ledger.exists() else 0
+        if size == self._ledger_bytes:
+            return
+        # a resumed stage drops the lines of steps that it repeats
+        self._ledger_bytes = size
+        mine = [f for f in read_faults(ledger) if f.get("stage") == self._job.name]
+        self._faults.set(len(mine), self._labels)
+
+
+def newest_line(path: Path) -> dict[str, Any]:
+    """Read the last whole line of a file of JSON objects; {} where there is none."""
+    if not path.exists():
+        return {}
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
+        whole, _, _ = file.read().rpartition(b"\n")
+    last = whole.rpartition(b"\n")[2]
+    try:
+        found = json.loads(last)
+    except json.JSONDecodeError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,123 @@
+"""Where else a stage's figures go: TensorBoard, Weights & Biases offline, MLflow in a folder.
+
+Nothing is sent anywhere. What is written lies in the stage's folder:
+
+    tensorboard/   event files
+    wandb/         offline runs of one id; `wandb sync` uploads them
+    mlflow/        one run of an experiment; `mlflow ui --backend-store-uri` shows it
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from moce_dist.config import LoggingConfig
+from moce_dist.settings import ConfigError
+
+
+class Tracker(Protocol):
+    """Takes the scalars of logged steps."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Take the figures of a step."""
+
+    def close(self) -> None:
+        """Finish the files."""
+
+
+def check_trackers(logging: LoggingConfig) -> None:
+    """Refuse trackers whose package is not there.
+
+    Raises:
+        ConfigError: naming the tracker and how to install it.
+    """
+    for name in logging.trackers:
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"logging.trackers: {name} is not installed: pip install 'moce_dist[{name}]'"
+            )
+
+
+def open_trackers(
+    logging: LoggingConfig, folder: Path, *, start_step: int, settings: Mapping[str, Any]
+) -> list[Tracker]:
+    """Open the trackers of the stage at `folder`; `settings` are what a run is made with.
+
+    Raises:
+        ConfigError: one is not installed.
+    """
+    check_trackers(logging)
+    opened: list[Tracker] = [_TensorBoard(folder, start_step)] if logging.tensorboard else []
+    if "wandb" in logging.trackers:
+        opened.append(_WandB(folder, settings))
+    if "mlflow" in logging.trackers:
+        opened.append(_MLflow(folder, settings))
+    return opened
+
+
+class _TensorBoard:
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WandB:
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        name = f"{folder.parent.name}-{folder.name}"
+        self._run = wandb.init(
+            mode="offline",
+            dir=str(folder),
+            project="moce_dist",
+            name=name,
+            id=name,
+            config=dict(settings),
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _MLflow:
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        # a folder of files needs no server; MLflow wants to be told that this is meant
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._client, self._metric = MlflowClient(f"file://{folder / 'mlflow'}"), Metric
+        found = self._client.get_experiment_by_name(folder.parent.name)
+        experiment = (
+            found.experiment_id if found else self._client.create_experiment(folder.parent.name)
+        )
+        runs = self._client.search_runs([experiment])
+        if runs:
+            # an interrupted stage goes on in its own run
+            self._run_id = runs[0].info.run_id
+            return
+        self._run_id = self._client.create_run(experiment, run_name=folder.name).info.run_id
+        params = [Param(key, str(value)[:500]) for key, value in settings.items()]
+        for start in range(0, len(params), 100):
+            self._client.log_batch(self._run_id, params=params[start : start + 100])
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        metrics = [self._metric(name, value, 0, step) for name, value in scalars.items()]
+        self._client.log_batch(self._run_id, metrics=metrics)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
