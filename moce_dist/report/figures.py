@@ -77,6 +77,7 @@ def panel(name: str, draw: Callable[[Axes], object], *, height: float = _HEIGHT)
     text = buffer.getvalue()
     # matplotlib numbers its groups alike in every drawing, and ids must be unique in a page
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"#[0-9a-f]{6}\b", lambda m: _OF_PAGE.get(m[0], m[0]), text)
     # the page sets its size; a reader hears the label of the figure around it
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', _SVG_TAG, text, count=1)

@@ -41,6 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
+        self.text += " " if tag in ("td", "th", "li") else ""
         for name, value in attrs:
             if name == "id":
                 self.ids.append(value)
