@@ -16,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help setup pretrain test check lint types imports test-long format doctor schema lock clean
+.PHONY: help setup pretrain test check lint types imports test-long test-faults format doctor schema lock clean
 
 help: ## Show the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -61,11 +61,14 @@ $(CHECKOV): checkov.txt | $(READY)
 	@touch $@
 
 test: check $(CHECKOV) ## Check, then all tests except the long ones
-	$(BIN)/python -m pytest -m "not long" --durations 20 -n logical --maxprocesses 4 --dist loadfile tests/unit
-	$(BIN)/python -m pytest -m "not long" --durations 20 -n 2 --dist loadgroup --ignore tests/unit
+	$(BIN)/python -m pytest -m "not long and not many" --durations 20 -n logical --maxprocesses 4 --dist loadfile tests/unit
+	$(BIN)/python -m pytest -m "not long and not many" --durations 20 -n 2 --dist loadgroup --ignore tests/unit
 
 test-long: $(READY) ## The full matrices
 	$(BIN)/python -m pytest -m long
+
+test-faults: $(READY) ## Many seeded faults over one run, and a long outage of S3 (MOCE_FAULTS=50)
+	$(BIN)/python -m pytest -m many -s tests/faults
 
 format: $(READY) ## Format the code and repair what ruff can
 	$(BIN)/ruff format $(SOURCES)

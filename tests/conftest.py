@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-pytest_plugins = ["ranks"]
+pytest_plugins = ["ranks", "started"]
+_SHARING = {"laws": "distributed", "faults": "end_to_end"}
 
 
 def pytest_configure():
@@ -19,13 +20,13 @@ def pytest_collection_modifyitems(items):
     """Mark tests with the `gpu` mark as skipped, without importing torch where there are none.
 
     A folder besides `unit` is one group to `--dist loadgroup`: its tests share warm processes or a
-    finished run, and stay in order in one process. Laws share the ranks of `distributed`.
+    finished run, and stay in order in one process. Laws share the ranks of `distributed`, faults
+    the run of `end_to_end`.
     """
     for item in items:
         folder = item.path.relative_to(HERE).parts[0]
         if folder != "unit":
-            group = "distributed" if folder == "laws" else folder
-            item.add_marker(pytest.mark.xdist_group(group))
+            item.add_marker(pytest.mark.xdist_group(_SHARING.get(folder, folder)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

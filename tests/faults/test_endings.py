@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-SLOW = "../tests/end_to_end/slow_writer"
+SLOW = "../tests/faults/slow_writer"
 QUICK = ("parallel.num_workers=1", "mae.epochs=2", "mae.warmup_epochs=0")
 
 

@@ -1,5 +1,7 @@
 """Real jobs on a few hundred real images: started as a user starts them, killed as a machine dies.
 
+Fixtures of tests/end_to_end and tests/faults, which share one finished run.
+
 Every process that a job leaves behind carries the job's mark in its environment, Ray's own
 processes and the decoding processes of a worker too; so they are found however they were started.
 """

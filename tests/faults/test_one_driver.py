@@ -5,10 +5,9 @@ import sys
 import time
 
 import pytest
+from started import ROOT, Job
 
 from moce_dist.run.lease import LOCK
-
-from .conftest import ROOT, Job
 
 ALONE = ("parallel.num_workers=1", "parallel.num_groups=1", "mae.epochs=60")
 STEPS = 60 * 9

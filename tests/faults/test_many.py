@@ -1,0 +1,195 @@
+"""Many seeded faults of all kinds over one MoCE run: `make test-faults`.
+
+Two raylets with a CPU each are two nodes. A seed draws what happens next and after how many further
+steps; what is lost is brought back by whoever would bring it back: the driver by the same command,
+a node by a new one. At the end the run equals the one that nothing disturbed, bit for bit.
+
+MOCE_FAULTS says how many (50), MOCE_FAULTS_SEED the seed (0), MOCE_FAULTS_OUT a file for figures.
+"""
+
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .test_elastic import READY, Nodes, checkpoints, last_step, lose, workers_on
+
+EVERY = 10
+GROUPS = ("g0", "g1")
+COUNT = int(os.environ.get("MOCE_FAULTS", "50"))
+# per fault up to 12 steps until it comes, and what a restart repeats
+EPOCHS = max(15, COUNT * 2)
+SILENCE_S = 30
+KINDS = ("rank", "loader", "stop", "drain", "node", "driver", "sigterm")
+OVERRIDES = (
+    f"moce.epochs={EPOCHS}",
+    f"checkpoint.every_steps={EVERY}",
+    "parallel.max_failures=1000",
+    f"parallel.step_timeout_s={SILENCE_S}",
+    "data.loader_processes=1",
+)
+
+
+class Disturbed:
+    """A run whose ranks, loaders, nodes and driver are struck, and the time until its next step."""
+
+    def __init__(self, run, begin):
+        self.run, self._begin = run, begin
+        self.cluster = Nodes()
+        self.nodes = {group: self.cluster.add(group) for group in GROUPS}
+        self.job = self._start()
+
+    def _start(self):
+        return self._begin("pretrain", env={"RAY_ADDRESS": self.cluster.cluster.address})
+
+    def is_over(self):
+        return self.job.process.poll() is not None
+
+    def wait_for_step(self, step):
+        """Wait for a step of the run, or for its end; tell whether the step came."""
+        while last_step(self.run) < step and not self.is_over():
+            time.sleep(0.05)
+        return not self.is_over()
+
+    def _ranks(self):
+        return [worker for node in self.nodes.values() for worker in workers_on(node)]
+
+    def strike(self, kind, draws):
+        """Do what the fault does; bring back what only others can bring back."""
+        victim = draws.choice(sorted(self.nodes))
+        if kind in ("rank", "stop", "loader"):
+            ranks = workers_on(self.nodes[victim]) or self._ranks()
+            processes = ranks[0].children() if kind == "loader" else ranks
+            if not processes:
+                return False
+            processes[0].send_signal(signal.SIGSTOP if kind == "stop" else signal.SIGKILL)
+        elif kind in ("drain", "node"):
+            gone = self.nodes[victim]
+            # Ray must not place the ranks on the node that goes: the new one is there before
+            self.nodes[victim] = self.cluster.add(victim)
+            if kind == "node":
+                lose(gone)
+            else:
+                self.cluster.drain(gone, seconds=60)
+        else:
+            how = signal.SIGTERM if kind == "sigterm" else signal.SIGKILL
+            self.job.process.send_signal(how)
+            self.job.finish()
+            self.job = self._start()
+        return True
+
+
+def inode(path):
+    return path.stat().st_ino if path.exists() else None
+
+
+def recovered(run, before, resumed):
+    """Tell whether a start after the fault has logged a step: it writes the log anew."""
+    path = run / "moce" / "metrics.jsonl"
+    return inode(path) != before and last_step(run) >= max(checkpoints(run), default=resumed)
+
+
+@pytest.mark.many
+@pytest.mark.timeout(0)
+def test_many_faults_leave_no_trace(
+    start, arguments, part_of, finished, tmp_path, learned, read_metrics
+):
+    command = lambda run: (*arguments(run, *OVERRIDES), "--stage", "moce")  # noqa: E731
+    whole, run = tmp_path / "whole", part_of(*READY)
+    copy_ready(finished, whole)
+    for root in (whole, run):
+        longer(root)
+    start("pretrain", *command(whole)).finish(timeout_s=7200).assert_done()
+    draws, log = random.Random(int(os.environ.get("MOCE_FAULTS_SEED", "0"))), []
+    disturbed = Disturbed(run, lambda job, env: start(job, *command(run), env=env))
+    reached, metrics = 0, run / "moce" / "metrics.jsonl"
+    try:
+        while len(log) < COUNT:
+            # beyond every step reached so far: a driver gives up when nothing is gained
+            if not disturbed.wait_for_step(reached + draws.randint(1, 12)):
+                break
+            reached, before = last_step(run), inode(metrics)
+            resumed, begin = max(checkpoints(run), default=0), time.monotonic()
+            kind = draws.choice(KINDS)
+            if not disturbed.strike(kind, draws):
+                continue
+            while not recovered(run, before, resumed):
+                assert not disturbed.is_over(), disturbed.job.process.communicate()
+                # a stopped rank is noticed after SILENCE_S; everything else at once
+                assert time.monotonic() - begin < 600, f"{kind}: no step for ten minutes"
+                time.sleep(0.05)
+            took = time.monotonic() - begin
+            log.append(
+                {"kind": kind, "at": reached, "seconds": took, "repeated": reached - resumed}
+            )
+        disturbed.job.finish(timeout_s=7200).assert_done()
+    finally:
+        disturbed.cluster.cluster.shutdown()
+    figures = summary(log)
+    if out := os.environ.get("MOCE_FAULTS_OUT"):
+        Path(out).write_text(json.dumps({"faults": log, **figures}, indent=1))
+    sys.stdout.write(f"{json.dumps(figures)}\n")
+    assert len(log) == COUNT
+    assert not (run / "faults.jsonl").exists()
+    assert len(read_metrics(run / "moce")) == len(read_metrics(whole / "moce"))
+    # a checkpoint that was being written does not count, nor do the steps meanwhile
+    assert max(fault["repeated"] for fault in log) <= 2 * EVERY
+    assert learned(run / "moce") == learned(whole / "moce")
+    assert not [p for p in psutil.process_iter() if p.status() == psutil.STATUS_STOPPED]
+
+
+def copy_ready(finished, root):
+    import shutil
+
+    root.mkdir()
+    shutil.copy(finished / "config.yaml", root)
+    for name in READY:
+        shutil.copytree(finished / name, root / name)
+
+
+def longer(root):
+    """Let a run be one of more epochs: they belong to its identity."""
+    path = root / "config.yaml"
+    head, stage, rest = path.read_text().partition("\nmoce:\n")
+    assert "  epochs: 15" in rest
+    path.write_text(head + stage + rest.replace("  epochs: 15", f"  epochs: {EPOCHS}", 1))
+
+
+def summary(log):
+    """Median and 95th percentile of the seconds from a fault to the next step, by kind and all."""
+    by_kind = {kind: [f["seconds"] for f in log if f["kind"] == kind] for kind in KINDS}
+    rows = {"all": [f["seconds"] for f in log], **by_kind}
+    return {
+        name: {
+            "count": len(times),
+            "median_s": round(statistics.median(times), 2),
+            "p95_s": round(sorted(times)[max(0, -(-95 * len(times) // 100) - 1)], 2),
+        }
+        for name, times in rows.items()
+        if times
+    }
+
+
+def test_a_killed_loader_process_costs_a_restart_and_no_image(
+    start, arguments, part_of, read_metrics, finished
+):
+    run = part_of("ingested")
+    overrides = ("data.loader_processes=1", "checkpoint.every_steps=5")
+    job = start("pretrain", *arguments(run, *overrides), "--stage", "mae")
+    path = run / "mae" / "metrics.jsonl"
+    job.wait_until(lambda: path.exists() and path.read_text().count("\n") > 10, "ten steps")
+    loaders = [c for worker in job.workers() for c in worker.children()]
+    assert loaders, "there was no loader process to kill"
+    loaders[0].kill()
+    result = job.finish().assert_done()
+    job.assert_nothing_stays()
+    assert "mae: failure 1 of at most 3" in result.err and not (run / "faults.jsonl").exists()
+    mine, whole = read_metrics(run / "mae"), read_metrics(finished / "mae")
+    assert [(m["step"], m["loss"]) for m in mine] == [(m["step"], m["loss"]) for m in whole]
