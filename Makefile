@@ -86,7 +86,7 @@ schema: $(READY) ## Renew the schemas that editors complete YAML from
 lock: ## Renew constraints.txt from the newest versions that fit
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$${PYTHON:-python3} -m venv "$$folder"; \
-	"$$folder"/bin/pip install --quiet '.[dev]'; \
+	"$$folder"/bin/pip install --quiet '.[dev,wandb,mlflow]'; \
 	{ head -n 1 constraints.txt; "$$folder"/bin/pip freeze --all --exclude pip --exclude moce-dist; } > "$$folder"/lock; \
 	mv "$$folder"/lock constraints.txt
 

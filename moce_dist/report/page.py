@@ -153,7 +153,7 @@ def _gate(record: Record, gate: GateView) -> dict[str, Any]:
     return {
         "where": gate.where,
         "layers": layers,
-        "blocks": list(record.config.moe_layers) if record.config else list(range(layers)),
+        "blocks": list(record.config.moe_layers)[:layers] if record.config else [],
         "num_experts": gate.num_experts,
         "num_clusters": num_clusters,
         "rows": [
