@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors import SafetensorError
 
 from moce_dist.config import Config
 from moce_dist.report.record import Record
@@ -79,9 +80,12 @@ def _of_checkpoint(config: Config, checkpoint: Path) -> GateView | None:
     # torch takes its time to import, and an unfinished run does not need it
     from moce_dist.model.customize import cluster_probabilities, routes
 
-    read = tensor_reader(checkpoint)
     names = ("gate.weight", "gate.cluster_embedding", "gate.cluster_group")
-    found = {name: read(f"weight/{name}") for name in names}
+    try:
+        read = tensor_reader(checkpoint)
+        found = {name: read(f"weight/{name}") for name in names}
+    except SafetensorError as error:
+        raise ValueError(f"{error}") from None
     weights = {name: tensor for name, tensor in found.items() if tensor is not None}
     if "gate.weight" not in weights:
         return None

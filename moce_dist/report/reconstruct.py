@@ -98,11 +98,11 @@ def reconstruct(record: Record, gate: GateView | None) -> Reconstructions | str:
     config = record.config
     if config is None:
         return "the configuration could not be read"
-    late = _checkpoints(record, "mae")[:1]
-    if not late:
+    if not complete_checkpoints(record.run.stage("mae") / "checkpoints"):
         return "no checkpoint of stage mae was kept"
-    if _bytes(late[0]) > _MAX_CHECKPOINT_BYTES:
-        return f"checkpoints above {_MAX_CHECKPOINT_BYTES >> 30} GiB are not loaded for a page"
+    if not _checkpoints(record, "mae"):
+        limit = _MAX_CHECKPOINT_BYTES >> 30
+        return f"checkpoints of stage mae are damaged, or above the {limit} GiB that a page loads"
     samples = _samples(record, config, gate)
     if samples is None:
         return "the run's images are not on this machine's disks"
@@ -153,7 +153,7 @@ class _Viewer:
     def _by_route(self, clusters: Sequence[int]) -> dict[int, _Seen]:
         """Give all images to the experts of every shown cluster."""
         kept = _checkpoints(self.record, "moce")[:1]
-        if self.gate is None or not kept or _bytes(kept[0]) > _MAX_CHECKPOINT_BYTES:
+        if self.gate is None or not kept:
             return {}
         weights = load_weights(kept[0])
         found: dict[tuple[int, ...], _Seen] = {}
@@ -221,8 +221,9 @@ def _least_alike(table: NDArray[np.int64], cluster: int, clusters: Sequence[int]
 
 
 def _checkpoints(record: Record, stage: str) -> list[Path]:
-    """Whole checkpoints of a stage, the newest first; of many only the ends are verified."""
-    found = complete_checkpoints(record.run.stage(stage) / "checkpoints")
+    """Whole small checkpoints of a stage, newest first; of many only the ends are verified."""
+    every = complete_checkpoints(record.run.stage(stage) / "checkpoints")
+    found = [path for path in every if _bytes(path) <= _MAX_CHECKPOINT_BYTES]
     newest = next((i for i, path in enumerate(found) if damage(path) is None), len(found))
     found = found[newest:]
     while len(found) > 1 and damage(found[-1]) is not None:
