@@ -15,7 +15,7 @@ Letters: B images, N patches, S image side (pixels), L MoE layers, K clusters, R
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,9 +28,9 @@ from torch import Tensor
 from moce_dist.config import Config
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import MEAN, STD, centre_sample, open_picture
-from moce_dist.data.plan import SampleTable, sample_table
 from moce_dist.data.ranges import is_remote
-from moce_dist.data.shards import read_index, read_range
+from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index, read_range
+from moce_dist.data.table import SampleTable, sample_table
 from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.vit import patchify, unpatchify
@@ -43,6 +43,7 @@ _MAX_SHOWN = 6
 _PER_CLUSTER = 4
 _SIDE = 112
 _MAX_CHECKPOINT_BYTES = 4 * 2**30
+_MAX_INDEX_BYTES = 256 * 2**20
 _GREY = 0.5
 
 
@@ -105,7 +106,7 @@ def reconstruct(record: Record, gate: GateView | None) -> Reconstructions | str:
         return f"checkpoints of stage mae are damaged, or above the {limit} GiB that a page loads"
     samples = _samples(record, config, gate)
     if samples is None:
-        return "the run's images are not on this machine's disks"
+        return "the run's images are not on this machine's disks, or too many"
     return _Viewer(record, config, gate, samples).view()
 
 
@@ -246,13 +247,20 @@ def _table(record: Record, config: Config, gate: GateView | None) -> tuple[Sampl
     assigned = record.run.shards / "holdout.parquet"
     has_holdout = (data / "holdout" / "index.json").is_file()
     if gate is not None and has_holdout and assigned.is_file():
-        table = sample_table(read_index(data / "holdout"), gate.table.shape[1])
+        table = sample_table(_index(data / "holdout"), gate.table.shape[1])
         clusters = read_assignments(assigned)
         ids = np.array([clusters[key] for key in table.keys], np.int64)
-        return SampleTable(table.urls, table.keys, table.shard, table.offset, table.size, ids), True
+        return replace(table, cluster=ids), True
     if gate is not None:
-        return sample_table(read_index(record.run.shards), gate.table.shape[1]), False
-    return sample_table(read_index(data / "holdout" if has_holdout else data)), has_holdout
+        return sample_table(_index(record.run.shards), gate.table.shape[1]), False
+    return sample_table(_index(data / "holdout" if has_holdout else data)), has_holdout
+
+
+def _index(folder: Path) -> ShardIndex:
+    path = folder / INDEX_NAME
+    if path.is_file() and path.stat().st_size > _MAX_INDEX_BYTES:
+        raise ConfigError(f"{path}: is too large to be read for some images")
+    return read_index(folder)
 
 
 def _samples(record: Record, config: Config, gate: GateView | None) -> _Samples | None:
@@ -265,11 +273,12 @@ def _samples(record: Record, config: Config, gate: GateView | None) -> _Samples 
     images: list[Tensor] = []
     clusters: list[int] = []
     for cluster in _shown(table, gate):
-        found = np.flatnonzero(table.cluster == cluster)
         count = _PER_CLUSTER if gate is not None else _MAX_SHOWN
         # the middle one of so many parts: images of one folder lie side by side
-        for row in found[[(2 * i + 1) * len(found) // (2 * count) for i in range(count)]]:
-            url = table.urls[table.shard[row]]
+        size = int(table.cluster_sizes[cluster])
+        places = np.unique((2 * np.arange(count) + 1) * size // (2 * count))
+        for row in table.members(np.full(len(places), cluster), places):
+            url = table.urls[int(table.shard[row])]
             content = read_range(url, int(table.offset[row]), int(table.size[row]))
             try:
                 sample = centre_sample(open_picture(content), config.data.image_size)
@@ -284,7 +293,7 @@ def _samples(record: Record, config: Config, gate: GateView | None) -> _Samples 
 
 def _shown(table: SampleTable, gate: GateView | None) -> list[int]:
     """Choose clusters that take other experts than each other, the largest first."""
-    sizes = np.bincount(table.cluster, minlength=1 if gate is None else gate.table.shape[1])
+    sizes = table.cluster_sizes
     chosen = [int(sizes.argmax())]
     if gate is None:
         return chosen
@@ -300,12 +309,12 @@ def _shown(table: SampleTable, gate: GateView | None) -> list[int]:
 def _tile(image: Tensor, loss: Tensor | None = None) -> Tile:
     levels = image * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
     pixels = (levels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    picture, buffer = Image.fromarray(pixels), io.BytesIO()
-    if picture.width > _SIDE:
-        picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    drawn, buffer = Image.fromarray(pixels), io.BytesIO()
+    if drawn.width > _SIDE:
+        drawn.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
         kind = "jpeg"
     else:
-        picture.save(buffer, "PNG")
+        drawn.save(buffer, "PNG")
         kind = "png"
     src = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return Tile(src, None if loss is None else float(loss))
