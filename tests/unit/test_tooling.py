@@ -145,6 +145,6 @@ def test_wheel_carries_the_package_and_the_pages_template(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", *build], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "moce_dist/report/page.html.jinja" in names and "moce_dist/config.py" in names
+    assert "moce_dist/report/page.html.jinja" in names and "moce_dist/config/tree.py" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.startswith("jobs")]
