@@ -20,10 +20,6 @@ from moce_dist.transfer.saved import CONFIG, WEIGHTS, features_spec, timm_config
 
 _MAX_CLUSTERS = 20
 FILES = (WEIGHTS, CONFIG, "README.md")
-_CHOSEN = (
-    "One expert of every MoE layer of a Mixture of Cluster-conditional Experts (arXiv 2402.05382), "
-    "chosen for the images below."
-)
 _DENSE = "A masked autoencoder's encoder, trained without experts."
 
 
