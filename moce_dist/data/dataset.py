@@ -32,7 +32,7 @@ from webdataset.handlers import reraise_exception
 from webdataset.tariterators import group_by_keys
 
 from moce_dist.data.cache import Wanted
-from moce_dist.data.plan import PADDING, Plan
+from moce_dist.data.plan import ORDER, PADDING, Plan
 from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import TAR_END, read_index
 from moce_dist.data.table import sample_table
@@ -108,6 +108,9 @@ class PlannedSamples(IterableDataset[Sample]):
                 step, and of another number of ranks.
         """
         slot, mine = state.get("slot", 0), self._order
+        if "samples" in state:
+            # before orders had versions there was the first
+            state = {"order": 1, **state}
         for name, value in state.items():
             # between two steps any number of ranks may go on
             if name in mine and value != mine[name] and (slot or name != "rank_batch"):
@@ -119,6 +122,7 @@ class PlannedSamples(IterableDataset[Sample]):
     def _order(self) -> dict[str, int]:
         plan = self._plan
         return {
+            "order": ORDER,
             "samples": plan.table.num_samples,
             "batch_size": plan.batch_size,
             "seed": plan.seed,
