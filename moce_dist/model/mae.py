@@ -88,6 +88,14 @@ class MaskedAutoencoder(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
+    def _embed_some(self, patches: Tensor, ids: Tensor) -> Tensor:
+        # of patches (B, N, P * P * 3) those at ids (B, V) alone are embedded: (B, V, D)
+        chosen = patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[2]))
+        projection = self.patch_embed.proj
+        # a convolution that does not overlap is a product; channels come last in a patch
+        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(chosen, weight, projection.bias) + self.pos_embed[0, 1:][ids]
+
     def _with_token(self, x: Tensor) -> Tensor:
         # x (B, V, D) embedded patches; returns (B, 1 + V, D) with the class token first
         token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
@@ -139,9 +147,9 @@ class MaskedAutoencoder(nn.Module):
         statistics, `noise` (B, N); with experts also a `dispatcher` and `scales` (L, B).
         """
         ids_keep, ids_restore = self.random_masking(noise)
+        patches = patchify(images, self.config.model.patch_size)
         with self._autocast(images):
-            x = self._embed(images)
-            visible = x.gather(1, ids_keep[:, :, None].expand(-1, -1, x.shape[2]))
+            visible = self._embed_some(patches, ids_keep)
             prediction = self.decode(self._encode(visible, dispatcher, scales), ids_restore)
         return prediction.to(images.dtype), ids_restore >= ids_keep.shape[1]
 

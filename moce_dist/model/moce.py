@@ -102,15 +102,15 @@ class Experts(nn.Module):
 
     def one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Compute `forward` as a matrix product an expert and layer."""
+        device, stacked = rows.device.type, (self.fc1, self.fc2)
+        parameters = [p for linear in stacked for p in (linear.weight, linear.bias)]
+        if torch.is_autocast_enabled(device):
+            # here once a layer; autocast would cast every expert's own
+            dtype = torch.get_autocast_dtype(device)
+            rows, parameters = rows.to(dtype), [p.to(dtype) for p in parameters]
         # unbind, not indexing: its backward writes every expert's gradient once into one tensor
-        stacks = zip(
-            torch.split(rows, list(counts)),
-            self.fc1.weight.unbind(),
-            self.fc1.bias.unbind(),
-            self.fc2.weight.unbind(),
-            self.fc2.bias.unbind(),
-            strict=True,
-        )
+        parts = torch.split(rows, list(counts))
+        stacks = zip(parts, *(p.unbind() for p in parameters), strict=True)
         return torch.cat(
             [F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in stacks]
         )

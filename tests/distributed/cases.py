@@ -12,6 +12,7 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
+import counting
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -564,3 +565,21 @@ def reads_between_logged_steps(run, overrides, planted=None):
     between = [later - earlier for earlier, later in itertools.pairwise(counts[3:-1])]
     assert len(between) > 10
     return dict(functools.reduce(operator.or_, between))
+
+
+def operators(run, overrides, placement="planned", planted=False):
+    """Count the operators that compute in a step after the first ones, forward to update.
+
+    With `planted` somebody looks at every parameter's norm besides.
+    """
+    init_distributed(torch.device("cpu"))
+    state, counter = build(run, overrides, placement), counting.Operators()
+    readers = state.router.placement.readers
+    for batch in stream(state.stream_spec(state.plan), readers, start=0, stop=3):
+        with counter if batch.step == 2 else contextlib.nullcontext():
+            loop.train_step(state, batch)
+            for parameter in state.model.parameters() if planted else ():
+                parameter.detach().norm()
+        state.step += 1
+    state.engine.destroy()
+    return counter.count

@@ -1,0 +1,30 @@
+"""What a step launches: with small kernels the host is soon slower than the GPU."""
+
+# twelve blocks and eight of the decoder, six of them with experts, as ViT-B has them
+SHAPE = ["model.depth=12", "model.decoder_depth=8", "parallel.precision=fp32"]
+
+
+def count(pools, run, ranks, *more, **arguments):
+    overrides = [f"parallel.num_workers={ranks}", *SHAPE, *more]
+    return max(pools(ranks).run("operators", run=str(run), overrides=overrides, **arguments))
+
+
+def test_a_step_launches_few_operators(pools, clustered_run):
+    one_each = ["moe.num_experts=1", "parallel.num_groups=1"]
+    dense = count(pools, clustered_run, 1, "moe.kind=dense")
+    experts = count(pools, clustered_run, 1, *one_each)
+    assert dense <= 900
+    assert experts <= 1000
+
+
+def test_planted_work_on_every_parameter_is_counted(pools, clustered_run):
+    dense = ["moe.kind=dense", "moce.optimizer=sgd"]
+    fused, planted = (
+        count(pools, clustered_run, 1, *dense, planted=planted) for planted in (False, True)
+    )
+    assert planted > fused + 200
+
+
+def test_the_exchange_adds_few_operators(pools, clustered_run):
+    halves = ["moe.num_experts=2", "parallel.num_groups=2"]
+    assert count(pools, clustered_run, 2, *halves, placement="scrambled") <= 1150
