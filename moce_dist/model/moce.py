@@ -82,6 +82,10 @@ class _StackedLinear(nn.Module):
         return torch.cat([part + b for part, b in zip(torch.split(y, sizes), biases, strict=True)])
 
 
+def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
+
+
 class Experts(nn.Module):
     """The local experts of one layer: timm's MLP each, parameters stacked over the experts.
 
@@ -108,12 +112,12 @@ class Experts(nn.Module):
             # here once a layer; autocast would cast every expert's own
             dtype = torch.get_autocast_dtype(device)
             rows, parameters = rows.to(dtype), [p.to(dtype) for p in parameters]
+        if len(counts) == 1:
+            return _mlp(rows, *(p.squeeze(0) for p in parameters))
         # unbind, not indexing: its backward writes every expert's gradient once into one tensor
         parts = torch.split(rows, list(counts))
         stacks = zip(parts, *(p.unbind() for p in parameters), strict=True)
-        return torch.cat(
-            [F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2) for x, w1, b1, w2, b2 in stacks]
-        )
+        return torch.cat([_mlp(*stack) for stack in stacks])
 
     def grouped(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Compute `forward` as one grouped matrix product a layer, in the type of `rows`."""
