@@ -78,6 +78,7 @@ def _values(name: str, metrics: Line, protocol: str, backbones: list[str]) -> st
         axes.set_yticks(range(len(backbones)), [names[b] for b in reversed(backbones)])
         axes.set_ylim(-0.6, len(backbones) - 0.2)
         axes.margins(x=0.15)
+        axes.locator_params(axis="x", nbins=5)
         axes.set(title=f"{protocol}: {metrics['metric']}")
 
     return panel(name, draw, height=0.9 + 0.34 * len(backbones))

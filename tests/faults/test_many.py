@@ -177,6 +177,7 @@ def summary(log):
     }
 
 
+@pytest.mark.many
 def test_a_killed_loader_process_costs_a_restart_and_no_image(
     start, arguments, part_of, read_metrics, finished
 ):
