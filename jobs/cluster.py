@@ -26,7 +26,7 @@ from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:
-    from moce_dist.cluster.assign import Clusters
+    from moce_dist.cluster.assign import PricedCentroids
     from moce_dist.cluster.blocks import FeatureFiles
 
 
@@ -208,7 +208,7 @@ def plan_lines(files: "FeatureFiles", out: Path, config: Config) -> list[str]:
 
 
 def assignment_lines(
-    files: "FeatureFiles", clusters: "Clusters", arguments: Namespace, config: Config
+    files: "FeatureFiles", clusters: "PricedCentroids", arguments: Namespace, config: Config
 ) -> list[str]:
     """Describe what would be assigned to what."""
     rows = "centred and normalised" if clusters.view.normalise else "as they are"

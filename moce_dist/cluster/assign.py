@@ -59,7 +59,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Clusters:
+class PricedCentroids:
     """Clusters as rows on a device meet them: centroids (K, D) seen through `view`, prices (K,)."""
 
     view: View
@@ -84,7 +84,7 @@ class Clusters:
 
 def make_clusters(
     centroids: NDArray[Any], mean: NDArray[Any] | None, prices: NDArray[Any] | None
-) -> Clusters:
+) -> PricedCentroids:
     """Prepare centroids (K, D) with the mean (D,) that comes off raw features, and prices (K,).
 
     Without `mean` features are compared as they are, without `prices` by distance alone.
@@ -95,7 +95,7 @@ def make_clusters(
     view = View(np.asarray(origin if mean is None else mean, np.float32), mean is not None)
     centres = centres - (view.mean.astype(np.float64) if mean is None else 0)
     charged = np.zeros(len(centres)) if prices is None else np.asarray(prices, np.float64)
-    return Clusters(view, centres, charged)
+    return PricedCentroids(view, centres, charged)
 
 
 def assign_features(

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from moce_dist.cluster.arrays import Float64, Int64
 from moce_dist.cluster.assign import (
-    Clusters,
+    PricedCentroids,
     artefacts,
     make_clusters,
     read_array,
@@ -58,7 +58,7 @@ from moce_dist.settings import ConfigError
 _COPIED = ("centroids.npy", "mean.npy", "prices.npy")
 
 
-def read_clusters(folder: Path, *, with_prices: bool = False) -> Clusters:
+def read_clusters(folder: Path, *, with_prices: bool = False) -> PricedCentroids:
     """Read the clusters that a finished clustering left in a folder.
 
     Raises:
@@ -100,7 +100,7 @@ def _check_array(path: Path, array: NDArray[Any], shape: tuple[int | None, ...])
         )
 
 
-def open_new_features(folder: Path, clusters: Clusters) -> FeatureFiles:
+def open_new_features(folder: Path, clusters: PricedCentroids) -> FeatureFiles:
     """Read the headers of features that clusters are to be assigned to.
 
     Raises:
@@ -114,7 +114,9 @@ def open_new_features(folder: Path, clusters: Clusters) -> FeatureFiles:
     return files
 
 
-def scan_features(files: FeatureFiles, clusters: Clusters, workers: Workers = HERE) -> Float64:
+def scan_features(
+    files: FeatureFiles, clusters: PricedCentroids, workers: Workers = HERE
+) -> Float64:
     """Look at every value of new features; return their mean, (D,).
 
     Raises:
@@ -133,7 +135,7 @@ class Assigned(NamedTuple):
     distances: Float64
 
 
-def assign_group(clusters: Clusters, group: tuple[Block, ...]) -> Assigned:
+def assign_group(clusters: PricedCentroids, group: tuple[Block, ...]) -> Assigned:
     """Assign the rows of some blocks, one block in memory at a time."""
     blocks = (read_block(block, clusters.view, clusters.device) for block in group)
     found = [clusters.assign(rows) for rows in blocks]
@@ -142,7 +144,7 @@ def assign_group(clusters: Clusters, group: tuple[Block, ...]) -> Assigned:
 
 
 def assign_files(
-    files: FeatureFiles, clusters: Clusters, *, block_rows: int, workers: Workers = HERE
+    files: FeatureFiles, clusters: PricedCentroids, *, block_rows: int, workers: Workers = HERE
 ) -> Assigned:
     """Assign all rows of a folder of features, whose values were looked at before."""
     done = Assigned(np.empty(files.num_rows, np.int64), np.empty(files.num_rows))
@@ -228,7 +230,7 @@ def assign_folder(
     return summary
 
 
-def _figures(files: FeatureFiles, clusters: Clusters, done: Assigned) -> dict[str, Any]:
+def _figures(files: FeatureFiles, clusters: PricedCentroids, done: Assigned) -> dict[str, Any]:
     sizes = np.bincount(done.labels, minlength=len(clusters.centroids))
     return {
         "num_images": files.num_rows,

@@ -23,7 +23,7 @@ from moce_dist.cluster.nearest import build_index, make_base
 from moce_dist.cluster.sweeps import (
     Sums,
     Sweep,
-    Task,
+    SweepTask,
     border_of_group,
     candidates_of_group,
     distances_of_group,
@@ -54,22 +54,22 @@ class Matrix:
     index_recall: float = 1.0
     device: str = "cpu"
 
-    def _tasks(self, labels: Int32 | None = None, result_bytes: int = 0) -> list[Task]:
+    def _tasks(self, labels: Int32 | None = None, result_bytes: int = 0) -> list[SweepTask]:
         groups = group_blocks(self.files.blocks(self.block_rows), result_bytes)
         if labels is None:
-            return [Task(group) for group in groups]
-        return [Task(group, labels[first:end]) for group, first, end in self._bounds(groups)]
+            return [SweepTask(group) for group in groups]
+        return [SweepTask(group, labels[first:end]) for group, first, end in self._bounds(groups)]
 
     def _bounds(self, groups: Sequence[tuple[Block, ...]]) -> Iterator[_Bounds]:
         firsts = [group[0].row for group in groups] + [self.files.num_rows]
         for group, (first, end) in zip(groups, pairwise(firsts), strict=True):
             yield group, first, end
 
-    def _some(self, rows: Int64) -> Iterator[Task]:
+    def _some(self, rows: Int64) -> Iterator[SweepTask]:
         for group, first, end in self._bounds(group_blocks(self.files.blocks(self.block_rows))):
             low, high = np.searchsorted(rows, (first, end))
             if low < high:
-                yield Task(group, chosen=rows[low:high] - first)
+                yield SweepTask(group, chosen=rows[low:high] - first)
 
     def sweep(self, centroids: Float64, prices: Float64, num: int = 1) -> Sweep:
         """Prepare a search for the best `num` clusters."""

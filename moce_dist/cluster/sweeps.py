@@ -105,7 +105,7 @@ def as_tensor(array: NDArray[Any], device: str = "cpu") -> Tensor:
 
 
 @dataclass(frozen=True)
-class Task:
+class SweepTask:
     """A group of blocks, and the labels of their rows where these are fixed.
 
     With `chosen` only such rows are read, all where it is None; it is sorted and counts from the
@@ -151,7 +151,7 @@ def add_sorted_rows(total: Tensor, augmented: Tensor, labels: Tensor) -> None:
     total += torch.segment_reduce(rows, "sum", lengths=counts, axis=0, unsafe=True)
 
 
-def sum_group(sweep: Sweep, task: Task) -> Sums:
+def sum_group(sweep: Sweep, task: SweepTask) -> Sums:
     """Sum up a group's clusters, under its fixed labels or the best ones."""
     num_clusters, dim = sweep.centroids.shape
     total = torch.zeros(num_clusters, dim + 1, dtype=torch.float64, device=sweep.device)
@@ -161,7 +161,7 @@ def sum_group(sweep: Sweep, task: Task) -> Sums:
     return Sums(sums[:, :-1], sums[:, -1])
 
 
-def candidates_of_group(sweep: Sweep, task: Task) -> Candidates:
+def candidates_of_group(sweep: Sweep, task: SweepTask) -> Candidates:
     """Find the best clusters of a group's rows and their squared distances."""
     ids, distances = [], []
     for rows, _ in task.read(sweep.view, sweep.device):
@@ -179,7 +179,7 @@ class Part(NamedTuple):
     found: Candidates
 
 
-def border_of_group(sweep: Sweep, task: Task) -> Part:
+def border_of_group(sweep: Sweep, task: SweepTask) -> Part:
     """Find the best cluster of a group's rows, and the candidates of those between clusters."""
     assert sweep.prices is not None
     prices, labels, numbers, first = as_tensor(sweep.prices, sweep.device), [], [], 0
@@ -198,7 +198,7 @@ def border_of_group(sweep: Sweep, task: Task) -> Part:
     return Part(torch.cat(labels).int().cpu().numpy(), chosen, _candidates(ids, distances))
 
 
-def nearest_of_group(sweep: Sweep, task: Task) -> Candidates:
+def nearest_of_group(sweep: Sweep, task: SweepTask) -> Candidates:
     """Find the best clusters of a group's rows and what the search compares them by."""
     found = [sweep.search(rows) for rows, _ in task.read(sweep.view, sweep.device)]
     return _candidates([each.ids for each in found], [each.priced for each in found])
@@ -208,7 +208,7 @@ def _candidates(ids: list[Tensor], distances: list[Tensor]) -> Candidates:
     return Candidates(torch.cat(ids).int().cpu().numpy(), torch.cat(distances).cpu().numpy())
 
 
-def distances_of_group(sweep: Sweep, task: Task) -> Float64:
+def distances_of_group(sweep: Sweep, task: SweepTask) -> Float64:
     """Return the squared distances of the rows to the centroids of their fixed labels."""
     parts = []
     for rows, labels in task.read(sweep.view, sweep.device):
@@ -217,7 +217,7 @@ def distances_of_group(sweep: Sweep, task: Task) -> Float64:
     return torch.cat(parts).cpu().numpy()
 
 
-def squares_of_group(sweep: Sweep, task: Task) -> float:
+def squares_of_group(sweep: Sweep, task: SweepTask) -> float:
     """Return the sum of |x|^2 over a group's rows, in their order."""
     total = 0.0
     for rows, _ in task.read(sweep.view, sweep.device):

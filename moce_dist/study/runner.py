@@ -37,7 +37,13 @@ from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, read_
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.files import read_jsonl, write_atomic
 from moce_dist.study.plan import Piece, Plan
-from moce_dist.study.work import Outcome, carry_out, carry_out_alone, carry_out_quietly, prepare
+from moce_dist.study.work import (
+    PieceOutcome,
+    carry_out,
+    carry_out_alone,
+    carry_out_quietly,
+    prepare,
+)
 
 log = logging.getLogger(__name__)
 _WATCH_S = 0.2
@@ -98,7 +104,7 @@ class Journal:
             piece.folder, marker["inputs"]
         )
 
-    def enter(self, piece: Piece, outcome: Outcome) -> None:
+    def enter(self, piece: Piece, outcome: PieceOutcome) -> None:
         """Note that a piece was finished; the seconds that it once took are kept."""
         before = self.lines.get(piece.id)
         of, seconds = piece_fingerprint(piece), outcome.seconds
@@ -137,7 +143,9 @@ def _end_with_parent(leases: list[tuple[Path, str]]) -> None:
 
 
 @contextmanager
-def _executor(plan: Plan, jobs: int) -> Iterator[tuple[Executor, Callable[[Piece], Outcome], int]]:
+def _executor(
+    plan: Plan, jobs: int
+) -> Iterator[tuple[Executor, Callable[[Piece], PieceOutcome], int]]:
     """Choose what pieces are submitted to, as which function, and how many may be under way."""
     parallel = plan.pieces[0].config.parallel
     if os.environ.get("RAY_ADDRESS") and parallel.num_workers == 1:
@@ -145,7 +153,7 @@ def _executor(plan: Plan, jobs: int) -> Iterator[tuple[Executor, Callable[[Piece
 
         connect(parallel)
 
-        def on_cluster(piece: Piece) -> Outcome:
+        def on_cluster(piece: Piece) -> PieceOutcome:
             found = map_tasks(
                 carry_out_alone, [piece], parallel=parallel, gpu=True, shared=(lease.held(),)
             )
@@ -180,7 +188,7 @@ class Runner:
         self.journal = Journal(out / "pieces.jsonl")
         self.done = {piece.id for piece in plan.pieces if self.journal.holds(piece)}
         self.failed: dict[str, str] = {}
-        self.running: dict[Future[Outcome], tuple[Piece, float]] = {}
+        self.running: dict[Future[PieceOutcome], tuple[Piece, float]] = {}
         self._lanes, self._told_at, self._reported_at = 1, 0.0, time.monotonic()
 
     def run(self, jobs: int) -> None:
@@ -217,7 +225,7 @@ class Runner:
                 return piece
         return None
 
-    def _finish(self, future: Future[Outcome]) -> None:
+    def _finish(self, future: Future[PieceOutcome]) -> None:
         piece, _ = self.running.pop(future)
         try:
             outcome = future.result()

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PieceOutcome:
     """What became of a piece: how long it took, or why it failed."""
 
     id: str
@@ -40,7 +40,7 @@ def prepare(piece: Piece) -> None:
             link_artefact(root / name, run.root / name)
 
 
-def carry_out(piece: Piece) -> Outcome:
+def carry_out(piece: Piece) -> PieceOutcome:
     """Carry out a piece in this process; a failure is an outcome too.
 
     Raises:
@@ -55,8 +55,8 @@ def carry_out(piece: Piece) -> Outcome:
     except Exception as error:
         log.debug("%s", piece.id, exc_info=True)
         text = " ".join(str(error).split())
-        return Outcome(piece.id, time.monotonic() - start, f"{type(error).__name__}: {text}")
-    return Outcome(piece.id, time.monotonic() - start)
+        return PieceOutcome(piece.id, time.monotonic() - start, f"{type(error).__name__}: {text}")
+    return PieceOutcome(piece.id, time.monotonic() - start)
 
 
 def _make(run: Run, piece: Piece) -> None:
@@ -79,7 +79,7 @@ def _make(run: Run, piece: Piece) -> None:
     stages[piece.kind]()
 
 
-def carry_out_alone(leases: list[tuple[Path, str]], piece: Piece) -> Outcome:
+def carry_out_alone(leases: list[tuple[Path, str]], piece: Piece) -> PieceOutcome:
     """Carry out a piece on one worker of a Ray cluster, without more of that cluster."""
     if not lease.held():
         lease.watch(leases)
@@ -87,7 +87,7 @@ def carry_out_alone(leases: list[tuple[Path, str]], piece: Piece) -> Outcome:
     return carry_out(piece)
 
 
-def carry_out_quietly(piece: Piece) -> Outcome:
+def carry_out_quietly(piece: Piece) -> PieceOutcome:
     """Carry out a piece beside others, and log only what is wrong."""
     quiet_libraries()
     logging.getLogger("moce_dist").setLevel(logging.WARNING)

@@ -1,13 +1,13 @@
 """Law 5: the same bits on 1, 2 and 4 workers; exact sizes differ by at most one."""
 
 import json
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ranks import preloaded
 
 from moce_dist.cluster.assign import read_assignments, run_clustering
 from moce_dist.config import ClusterConfig
@@ -52,7 +52,7 @@ def test_same_bits_on_1_2_and_4_workers(tmp_path, balance, border_rows):
     chosen = config(balance=balance, border_rows=border_rows)
     mixture(tmp_path / "features", [900, 300, 200, 50, 30, 20])
     run(tmp_path / "features", tmp_path / "here", chosen)
-    context = multiprocessing.get_context("spawn")
+    context = preloaded()
     for workers in (2, 4):
         out = tmp_path / str(workers)
         with ProcessPoolExecutor(workers, mp_context=context) as pool:

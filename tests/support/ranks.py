@@ -20,7 +20,12 @@ import pytest
 
 TIMEOUT_S = 240
 CASES = Path(__file__).parents[1] / "distributed" / "cases.py"
-PRELOADED = ("moce_dist.train.loop", "segmentation_models_pytorch", "sklearn.linear_model")
+PRELOADED = (
+    "moce_dist.train.loop",
+    "moce_dist.cluster.kmeans",
+    "segmentation_models_pytorch",
+    "sklearn.linear_model",
+)
 
 
 def load_cases():
@@ -59,8 +64,8 @@ def _free_port():
         return server.getsockname()[1]
 
 
-def _preloaded():
-    """Start the server that has the heavy imports behind it; no thread runs in it."""
+def preloaded():
+    """Return a context of processes forked from a server that has the heavy imports behind it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     with pytest.MonkeyPatch.context() as environment:
@@ -74,7 +79,7 @@ class Pool:
     """Processes that form one gloo group; a failed or hung call ends them."""
 
     def __init__(self, world_size):
-        context = _preloaded()
+        context = preloaded()
         port = _free_port()
         self._pipes, self._processes = [], []
         for rank in range(world_size):
