@@ -19,7 +19,7 @@ _SAMPLED_FROM = 600
 """Numbers from which on the search for one of them begins in a sample."""
 
 
-class CandidateLists(NamedTuple):
+class Lists(NamedTuple):
     """Candidates by row, (s, m), and the same by cluster: entries `bounds[k]` to `bounds[k + 1]`.
 
     An entry has a row and the distance of that row to the cluster, rows in order: (s m) each.
@@ -54,11 +54,11 @@ class Bounds(NamedTuple):
     highest: Float32
 
 
-def make_lists(found: Candidates, num_clusters: int) -> CandidateLists:
+def make_lists(found: Candidates, num_clusters: int) -> Lists:
     """Sort candidates by cluster."""
     distances = np.ascontiguousarray(found.distances, np.float32)
     ids = np.ascontiguousarray(found.ids, np.int32)
-    return CandidateLists(ids, distances, *_by_cluster(ids, distances, num_clusters))
+    return Lists(ids, distances, *_by_cluster(ids, distances, num_clusters))
 
 
 @compiled
