@@ -511,7 +511,7 @@ def loader_starts(run, overrides):
     starts, replans, keys = [], [], []
 
     def started(*arguments, **named):
-        starts.append(named.get("num_workers"))
+        starts.append(loader)
         return loader(*arguments, **named)
 
     def replanned(state):
@@ -527,7 +527,7 @@ def loader_starts(run, overrides):
         loop.pretrain(make_job(run, overrides))
     finally:
         loaders.DataLoader, loop.replan, loop.train_step = loader, replan, step
-    return {"starts": starts, "replans": replans, "keys": keys}
+    return {"starts": len(starts), "replans": replans, "keys": keys}
 
 
 def refusal(run, overrides):

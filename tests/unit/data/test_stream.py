@@ -1,6 +1,7 @@
 """A rank's batches: pure functions of the plan, bad images keep their slot."""
 
 import io
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from moce_dist.config import DataConfig
-from moce_dist.data.batches import stream
+from moce_dist.data.batches import BatchStream, stream
 from moce_dist.data.plan import PADDING, Plan
 from moce_dist.data.shards import write_index
 from moce_dist.data.stream import Layout, StreamSpec
@@ -121,3 +122,40 @@ def test_noise_is_uniform_and_changes_with_the_epoch(index, tmp_path):
     assert not any(first[k].equal(second[k]) for k in first)
     everything = torch.stack([*first.values(), *second.values()])
     assert everything.min() >= 0 and everything.max() < 1
+
+
+def in_intervals(index, tmp_path, processes):
+    data = DataConfig(image_size=16, loader_processes=processes, prefetch_batches=2)
+    batches = BatchStream(spec(index, tmp_path, ranks=2, groups=2, data=data), start=1)
+    taken = []
+    for stop, group_of in ((4, alternating), (9, one_half_each), (10, alternating)):
+        batches.extend(group_of, stop)
+        taken.extend(batches)
+        assert taken[-1].step == stop - 1
+    batches.close()
+    return taken
+
+
+def one_half_each(clusters):
+    return np.repeat([0, 1], len(clusters) // 2)
+
+
+def test_loader_processes_that_live_on_hear_who_reads(index, tmp_path):
+    alone, helped = (in_intervals(index, tmp_path, processes) for processes in (0, 2))
+    assert [batch.step for batch in helped] == list(range(1, 10))
+    for a, b in zip(alone, helped, strict=True):
+        assert a.keys == b.keys and a.images.equal(b.images) and a.clusters.equal(b.clusters)
+    # other readers read other samples
+    fixed = stream(spec(index, tmp_path, ranks=2, groups=2), alternating, start=1, stop=10)
+    is_same = [a.keys == b.keys for a, b in zip(alone, fixed, strict=True)]
+    assert all(is_same[:3]) and is_same[8] and not all(is_same[3:8])
+
+
+def test_a_stream_that_is_left_early_ends_its_processes(index, tmp_path):
+    data = DataConfig(image_size=16, loader_processes=2, prefetch_batches=1)
+    batches = BatchStream(spec(index, tmp_path, data=data), start=0)
+    batches.extend(one_group, 7)
+    next(batches)
+    assert len(multiprocessing.active_children()) >= 2
+    batches.close()
+    assert multiprocessing.active_children() == []
