@@ -107,7 +107,7 @@ class Experts(nn.Module):
     def one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Compute `forward` as a matrix product an expert and layer."""
         device, stacked = rows.device.type, (self.fc1, self.fc2)
-        parameters = [p for linear in stacked for p in (linear.weight, linear.bias)]
+        parameters: list[Tensor] = [p for linear in stacked for p in (linear.weight, linear.bias)]
         if torch.is_autocast_enabled(device):
             # here once a layer; autocast would cast every expert's own
             dtype = torch.get_autocast_dtype(device)
