@@ -9,6 +9,7 @@ readers, and until then they wait:
 Letters: B images of a step.
 """
 
+import pickle
 import queue
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -95,6 +96,7 @@ class _Inbox(Iterable[Readers]):
     """What a loader process, or with none this one, hears of; None is the last it hears."""
 
     def __init__(self, *, is_shared: bool) -> None:
+        self._is_shared = is_shared
         self._queue: Any = queue.SimpleQueue()
         if is_shared:
             self._queue = CONTEXT.Queue()
@@ -102,11 +104,20 @@ class _Inbox(Iterable[Readers]):
             self._queue.cancel_join_thread()
 
     def put(self, readers: Readers | None) -> None:
-        """Send, without waiting."""
-        self._queue.put(readers)
+        """Send, without waiting for who receives.
+
+        Raises:
+            AttributeError, pickle.PicklingError: another process cannot be told of these readers.
+        """
+        # here, not in the queue's own thread, which would print the error and drop the message
+        self._queue.put(pickle.dumps(readers) if self._is_shared else readers)
 
     def __iter__(self) -> Iterator[Readers]:
-        return iter(self._queue.get, None)
+        return iter(self._receive, None)
+
+    def _receive(self) -> Readers | None:
+        message = self._queue.get()
+        return pickle.loads(message) if self._is_shared else message  # noqa: S301 - from here
 
 
 def stream(

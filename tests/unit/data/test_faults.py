@@ -85,12 +85,16 @@ def injected(tmp_path, range_server):
     return write_index(tmp_path, shards)
 
 
+def one_group(clusters):
+    return np.zeros(len(clusters), np.int64)
+
+
 @pytest.mark.timeout(180)
 def test_every_fault_keeps_its_slot_and_stands_in_the_ledger_once(tmp_path, range_server):
     index = injected(tmp_path, range_server)
     plan, ledger = Plan(sample_table(index), 20, seed=0), tmp_path / "faults.jsonl"
     spec = StreamSpec(plan, DATA, 4, Layout(1, 1), 0, ledger, "mae")
-    batches = list(stream(spec, lambda c: np.zeros(len(c), np.int64), start=0, stop=10))
+    batches = list(stream(spec, one_group, start=0, stop=10))
     used = Counter(key for batch in batches for key in batch.keys)
     assert used == Counter(f"{tar}/{row}" for tar in range(TARS) for row in range(PER_TAR))
     bad = {key for b in batches for key, w in zip(b.keys, b.weights, strict=True) if w == 0}
