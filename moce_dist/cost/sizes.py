@@ -91,15 +91,14 @@ def blocks_flop(tokens: int, width: int, depth: int) -> int:
     return depth * (2 * tokens * 12 * width**2 + 2 * 2 * tokens**2 * width)
 
 
-def _embed_flop(config: Config) -> int:
-    values = CHANNELS * config.model.patch_size**2
-    return 2 * config.num_patches * values * config.model.shape.width
+def _embed_flop(config: Config, num_patches: int) -> int:
+    return 2 * num_patches * CHANNELS * config.model.patch_size**2 * config.model.shape.width
 
 
 def training_flop(config: Config) -> int:
     """Forward and backward pass of one image through the masked autoencoder."""
     model, patches, visible = config.model, config.num_patches, num_visible(config)
-    embed, width = _embed_flop(config), model.decoder_width
+    embed, width = _embed_flop(config, visible - 1), model.decoder_width
     forward = (
         embed
         + blocks_flop(visible, model.shape.width, model.shape.depth)
@@ -113,7 +112,8 @@ def training_flop(config: Config) -> int:
 def features_flop(config: Config) -> int:
     """Forward pass of one whole image through the encoder."""
     shape = config.model.shape
-    return _embed_flop(config) + blocks_flop(config.num_patches + 1, shape.width, shape.depth)
+    patches = config.num_patches
+    return _embed_flop(config, patches) + blocks_flop(patches + 1, shape.width, shape.depth)
 
 
 def clustering_flop(config: Config, num_images: int, iterations: int) -> int:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from moce_dist.config import Config, to_yaml
+from moce_dist.data.images import open_image
 from moce_dist.report import figures
 from moce_dist.report.comparing import compare_view
 from moce_dist.report.figures import evenly
@@ -222,14 +223,14 @@ def _thumbs(record: Record) -> dict[int, str]:
 
 
 def _thumb(path: Path) -> str:
-    with Image.open(path) as sheet:
-        side, buffer = sheet.height, io.BytesIO()
-        # a gap of two pixels between images
-        count = max(1, min(_THUMBS, (sheet.width + 2) // (side + 2)))
-        row = Image.new("RGB", (_THUMBS * _THUMB_SIDE, _THUMB_SIDE), (208, 213, 221))
-        for i in range(count):
-            part = sheet.crop((i * (side + 2), 0, i * (side + 2) + side, side))
-            row.paste(part.resize((_THUMB_SIDE, _THUMB_SIDE)), (i * _THUMB_SIDE, 0))
+    sheet, buffer = open_image(path.read_bytes()), io.BytesIO()
+    side = sheet.height
+    # a gap of two pixels between images
+    count = max(1, min(_THUMBS, (sheet.width + 2) // (side + 2)))
+    row = Image.new("RGB", (_THUMBS * _THUMB_SIDE, _THUMB_SIDE), (208, 213, 221))
+    for i in range(count):
+        part = sheet.crop((i * (side + 2), 0, i * (side + 2) + side, side))
+        row.paste(part.resize((_THUMB_SIDE, _THUMB_SIDE)), (i * _THUMB_SIDE, 0))
     row.save(buffer, "JPEG", quality=82)
     return base64.b64encode(buffer.getvalue()).decode()
 

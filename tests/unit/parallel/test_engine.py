@@ -16,7 +16,7 @@ model = torch.nn.Linear(4, 2)
 engine = Engine(
     model,
     [{"params": list(model.parameters())}],
-    lambda groups: torch.optim.SGD(groups, lr=0.5),
+    lambda groups: torch.optim.SGD(groups, lr=0.5, fused=True),
     EngineSpec(ParallelConfig(precision="fp32"), Topology(1, 1), 1, 1, 0.0),
 )
 before = model.weight.detach().clone()

@@ -53,7 +53,7 @@ def test_forgetting_the_decoder_would_be_noticed(config):
 
 
 def test_vit_base_takes_58_gflop_an_image():
-    assert training_flop(Config()) / 1e9 == pytest.approx(58.4, abs=0.1)
+    assert training_flop(Config()) / 1e9 == pytest.approx(58.1, abs=0.1)
 
 
 def test_cost_by_hand(config):
