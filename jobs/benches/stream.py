@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -227,12 +228,17 @@ def read_from_s3(config: BenchConfig, index: ShardIndex) -> dict[str, float]:
     """Read the first 1,000 samples of a plan from an S3 server with 30 ms of latency."""
     import s3fs
 
-    with s3_server(_LATENCY_S) as url:
-        os.environ |= {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-        }
+    with (
+        s3_server(_LATENCY_S) as url,
+        patch.dict(
+            os.environ,
+            {
+                "AWS_ENDPOINT_URL": url,
+                "AWS_ACCESS_KEY_ID": "testing",
+                "AWS_SECRET_ACCESS_KEY": "testing",
+            },
+        ),
+    ):
         # filesystems are kept by their arguments, which do not tell one server from another
         s3fs.S3FileSystem.clear_instance_cache()
         store = s3fs.S3FileSystem()

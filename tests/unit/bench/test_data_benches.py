@@ -1,6 +1,7 @@
 """The benchmarks of the data plane measure what they say, at a tiny size."""
 
 import json
+import os
 
 import pytest
 from benches import decode, stream
@@ -57,5 +58,6 @@ def test_reading_from_s3_takes_little_more_than_is_used(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "replaced")
     index = stream.make_shards(tmp_path, photographs(config(), 500, 375, 3), 2000)
     counted = stream.read_from_s3(config(), index)
+    assert os.environ["AWS_ENDPOINT_URL"] == "replaced"
     assert 1 <= counted["s3_bytes_read_over_used"] <= 1.2
     assert 0 < counted["s3_requests_per_1000_samples"] <= 1000
