@@ -11,11 +11,11 @@ What the fields are stands in config/.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,8 +31,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
     )
-    RENAMED: ClassVar[Mapping[str, str]] = {}
-    """Beginnings of dotted paths that fields once had, and those of now."""
 
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -192,7 +190,7 @@ def validate(section: type[SectionT], tree: dict[str, Any]) -> SectionT:
     try:
         return section.model_validate_json(json.dumps(_typed(tree, section)), strict=True)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(error, tree, section.RENAMED))) from None
+        raise ConfigError("; ".join(_describe(error, tree))) from None
     except TypeError as error:
         raise ConfigError(f"configuration holds a value that is no plain YAML: {error}") from None
 
@@ -268,9 +266,7 @@ def _readings(text: Plain, options: tuple[Any, ...]) -> Iterator[Any]:
     yield text
 
 
-def _describe(
-    error: ValidationError, tree: dict[str, Any], renamed: Mapping[str, str]
-) -> list[str]:
+def _describe(error: ValidationError, tree: dict[str, Any]) -> list[str]:
     """Say what is wrong, a line a field, with the value as the user wrote it."""
     found: dict[str, list[str]] = {}
     for mistake in error.errors():
@@ -287,11 +283,7 @@ def _describe(
         shown = f"{node}" if isinstance(node, Plain) else f"{mistake['input']!r}"
         rule = f"{mistake['msg'][0].lower()}{mistake['msg'][1:]}"
         if mistake["type"] == "extra_forbidden":
-            name = ".".join(path)
-            now = (
-                f"{new}{name[len(old) :]}" for old, new in renamed.items() if name.startswith(old)
-            )
-            rule = next((f"is now called {each}" for each in now), "unknown key")
+            rule = "unknown key"
         elif mistake["type"] == "string_type" and isinstance(node, dict | list):
             rule += '; text of such letters needs quotes: "..."'
         found.setdefault(f"{'.'.join(path)} = {shown}", []).append(rule)

@@ -3,6 +3,7 @@
 Every mistake of a request is reported at once, each with its dotted path, the value and the rule.
 """
 
+import logging
 from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from moce_dist.config.tree import Config, cross_field_errors
 from moce_dist.settings import ConfigError, Section, dump_yaml, flatten, read_tree, validate
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+log = logging.getLogger(__name__)
 
 
 def checked(config: ConfigT) -> ConfigT:
@@ -32,6 +34,7 @@ def make_config(tree: dict[str, Any]) -> Config:
     Raises:
         ConfigError: naming every unknown key, wrong type and broken rule.
     """
+    _rename(tree, warn=True)
     return checked(validate(Config, tree))
 
 
@@ -47,7 +50,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = None) -> Config:
     """Read the configuration that a run was made with, and lay a file and overrides over it.
 
-    A run of version 0.1 is read too; what is laid over it must have the names of this version.
+    A run of version 0.1 is read too.
 
     Raises:
         ConfigError: an override is wrong, or this version does not know a setting of the run.
@@ -57,19 +60,31 @@ def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = 
     saved.pop("bench", None)
     _rename(saved)
     tree = read_tree(over, overrides, under=saved)
+    _rename(tree, warn=True)
     try:
         return validate(Config, tree)
     except ConfigError as error:
         raise ConfigError(f"{path}: does not fit this version of moce_dist: {error}") from None
 
 
-def _rename(tree: dict[str, Any]) -> None:
+def _rename(tree: dict[str, Any], *, warn: bool = False) -> None:
+    """Give fields of version 0.1 their names of now."""
     for old, new in Config.RENAMED.items():
         section, prefix = old.split(".")
-        fields = tree.get(section, {})
+        fields = tree.get(section)
+        if not isinstance(fields, dict):
+            continue
         for name in [name for name in fields if name.startswith(prefix)]:
-            inner = fields.setdefault(new.split(".")[1], {})
-            inner[name.removeprefix(prefix)] = fields.pop(name)
+            now = name.removeprefix(prefix)
+            if warn:
+                _tell(f"{section}.{name}", f"{new}{now}")
+            fields.setdefault(new.split(".")[1], {})[now] = fields.pop(name)
+
+
+@cache
+def _tell(old: str, new: str) -> None:
+    # a study reads its configuration for every value
+    log.warning("%s is now called %s", old, new)
 
 
 @cache

@@ -142,8 +142,7 @@ def test_run_with_the_names_of_version_0_1_is_taken_up(tmp_path):
     transfer = load_run(tmp_path / "run")[1].transfer
     assert (transfer.segmentation.crop, transfer.detection.window) == (64, 5)
     assert read_resolved(saved, ["transfer.detection.window=7"]).transfer.detection.window == 7
-    with pytest.raises(ConfigError, match=r"is now called transfer\.detection\.window"):
-        read_resolved(saved, ["transfer.detect_window=7"])
+    assert read_resolved(saved, ["transfer.detect_window=7"]).transfer.detection.window == 7
     assert open_run(tmp_path / "run", Config()).root == tmp_path / "run"
 
 
