@@ -141,6 +141,23 @@ def child_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": f"{jobs}{os.pathsep}{known}" if known else jobs}
 
 
+def run_fresh(module: str, *arguments: object) -> dict[str, float]:
+    """Run a module of the benchmarks in a process of its own; what it prints is its figures.
+
+    Raises:
+        RuntimeError: the process failed; with the last line that it wrote.
+    """
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    process = subprocess.run(
+        command, env=child_environment(), capture_output=True, text=True, check=False
+    )
+    if process.returncode:
+        lines = process.stderr.strip().splitlines() or [f"exit {process.returncode}"]
+        raise RuntimeError(f"{module}: {lines[-1]}")
+    result: dict[str, float] = json.loads(process.stdout)
+    return result
+
+
 def run_ranks(
     function: str,
     config: BenchConfig,

@@ -8,7 +8,6 @@ Letters: K clusters, n samples.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benches.harness import Report, child_environment
+from benches.harness import Report, run_fresh
 from benches.settings import BenchConfig
 from moce_dist.data.columns import open_table, write_table
 from moce_dist.data.permutation import keys_of, permuted
@@ -36,22 +35,21 @@ def run(config: BenchConfig) -> Report:
     with tempfile.TemporaryDirectory(dir=config.bench.folder) as folder:
         size = make_columns(Path(folder), count, config.cluster.num_clusters)
         rounds = config.bench.warmup_rounds + config.bench.rounds
-        figures = [measure(Path(folder), config) for _ in range(rounds)]
+        numbers = config.cluster.num_clusters, config.moce.batch_size, config.seed
+        figures = [run_fresh("benches.index", folder, *numbers) for _ in range(rounds)]
     figures = figures[config.bench.warmup_rounds :]
     for name in ("start", "resume", "plan_step", "save"):
         report.add_variants({name: [f[f"{name}_s"] for f in figures]})
     report.figures = {
         "samples": count,
-        "start_s_1e8": report.variants["start"]["median"],
-        "plan_step_ms_1e8": 1000 * report.variants["plan_step"]["median"],
+        "start_s": report.variants["start"]["median"],
+        "plan_step_ms": 1000 * report.variants["plan_step"]["median"],
         # beside the clock's, which other processes of a shared machine lengthen
         "start_cpu_s": min(f["start_cpu_s"] for f in figures),
         "plan_step_cpu_ms": 1000 * min(f["plan_step_cpu_s"] for f in figures),
-        "private_bytes_1e8": max(f["private_bytes"] for f in figures),
+        "private_bytes": max(f["private_bytes"] for f in figures),
         "shared_bytes_per_sample": size / count,
     }
-    if count != 10**8:
-        report.skipped["1e8"] = f"measured with {count} samples"
     return report
 
 
@@ -80,24 +78,6 @@ def make_columns(folder: Path, count: int, num_clusters: int) -> int:
     (folder / INDEX_NAME).write_text("{}")
     write_table(folder, shards, keys, np.arange(count) * 2048, np.full(count, 1500, np.uint32))
     return (folder / COLUMNS_NAME).stat().st_size
-
-
-def measure(folder: Path, config: BenchConfig) -> dict[str, float]:
-    """Measure once in a fresh process.
-
-    Raises:
-        RuntimeError: the process failed; with the last line that it wrote.
-    """
-    numbers = config.cluster.num_clusters, config.moce.batch_size, config.seed
-    command = [sys.executable, "-m", "benches.index", str(folder), *map(str, numbers)]
-    process = subprocess.run(
-        command, env=child_environment(), capture_output=True, text=True, check=False
-    )
-    if process.returncode:
-        lines = process.stderr.strip().splitlines() or [f"exit {process.returncode}"]
-        raise RuntimeError(f"process of the benchmark: {lines[-1]}")
-    result: dict[str, float] = json.loads(process.stdout)
-    return result
 
 
 def measure_here(folder: str, num_clusters: int, batch_size: int, seed: int) -> dict[str, Any]:

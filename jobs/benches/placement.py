@@ -11,14 +11,13 @@ Letters: L MoE layers, K clusters, E experts per layer, G expert groups, D width
 
 import json
 import resource
-import subprocess
 import sys
 import time
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benches.harness import Report, child_environment
+from benches.harness import Report, run_fresh
 from benches.settings import BenchConfig
 from moce_dist.parallel.placement import contiguous_placement, plan_placement
 from moce_dist.parallel.transport import Ints
@@ -46,9 +45,12 @@ def run(config: BenchConfig, small: Shape = PLAN_4096, large: Shape = PLAN_65536
     The larger one is planned twice, whatever `bench.rounds` says.
     """
     rounds = config.bench.rounds
-    figures = [measure(small, config.seed) for _ in range(config.bench.warmup_rounds + rounds)]
+    figures = [
+        run_fresh("benches.placement", *small, config.seed)
+        for _ in range(config.bench.warmup_rounds + rounds)
+    ]
     figures = figures[config.bench.warmup_rounds :]
-    largest = [measure(large, config.seed) for _ in range(2)]
+    largest = [run_fresh("benches.placement", *large, config.seed) for _ in range(2)]
     report = Report("placement", config)
     report.add_variants({"plan_4096": [f["seconds"] for f in figures]})
     report.add_variants({"plan_65536": [f["seconds"] for f in largest]})
@@ -61,23 +63,6 @@ def run(config: BenchConfig, small: Shape = PLAN_4096, large: Shape = PLAN_65536
     report.figures["peak_rss_gib"] = max(f["peak_rss_gib"] for f in largest)
     report.figures["peak_rss_gib_4096"] = max(f["peak_rss_gib"] for f in figures)
     return report
-
-
-def measure(shape: Shape, seed: int) -> dict[str, float]:
-    """Plan once in a fresh process.
-
-    Raises:
-        RuntimeError: the process failed; with the last line that it wrote.
-    """
-    command = [sys.executable, "-m", "benches.placement", *map(str, shape), str(seed)]
-    process = subprocess.run(
-        command, env=child_environment(), capture_output=True, text=True, check=False
-    )
-    if process.returncode:
-        lines = process.stderr.strip().splitlines() or [f"exit {process.returncode}"]
-        raise RuntimeError(f"planner of the benchmark: {lines[-1]}")
-    result: dict[str, float] = json.loads(process.stdout)
-    return result
 
 
 def gated_table(

@@ -172,3 +172,8 @@ class TransferConfig(Section):
         for old, section in RENAMED.items():
             fields |= {f"{old}{name}": value for name, value in fields.pop(section).items()}
         return fields
+
+    def budget(self, beginning: str) -> dict[str, Any]:
+        """Select what a fit depends on: fields of version 0.1 that begin so, and its images."""
+        own = {k: value for k, value in self.flat().items() if k.startswith(beginning)}
+        return {"max_train": self.max_train, **own}

@@ -68,7 +68,13 @@ def assert_same(run, finished, moment, learned):
     assert learned(run / STAGE[moment]) == learned(finished / STAGE[moment])
 
 
-def check(moment, how, overrides, *, start, arguments, part_of, learned, finished):
+@pytest.mark.parametrize(
+    ("moment", "how", "overrides"),
+    [*CHEAP, *(pytest.param(*case, marks=pytest.mark.long) for case in FULL)],
+)
+def test_the_same_command_goes_on(
+    moment, how, overrides, start, arguments, part_of, learned, finished
+):
     run = part_of(*BEFORE[moment])
     command = (*arguments(run, *overrides), "--stage", STAGE[moment])
     job = start("pretrain", *command)
@@ -87,27 +93,6 @@ def check(moment, how, overrides, *, start, arguments, part_of, learned, finishe
     if moment in ("mae", "moce"):
         assert f"{moment}: resuming at step" in result.err
     assert_same(run, finished, moment, learned)
-
-
-@pytest.mark.parametrize(("moment", "how", "overrides"), CHEAP)
-def test_the_same_command_goes_on(
-    moment, how, overrides, start, arguments, part_of, learned, finished
-):
-    check(
-        moment, how, overrides,
-        start=start, arguments=arguments, part_of=part_of, learned=learned, finished=finished,
-    )  # fmt: skip
-
-
-@pytest.mark.long
-@pytest.mark.parametrize(("moment", "how", "overrides"), FULL)
-def test_the_same_command_goes_on_at_any_moment(
-    moment, how, overrides, start, arguments, part_of, learned, finished
-):
-    check(
-        moment, how, overrides,
-        start=start, arguments=arguments, part_of=part_of, learned=learned, finished=finished,
-    )  # fmt: skip
 
 
 @pytest.mark.long

@@ -193,9 +193,7 @@ class Detection(Task):
     @classmethod
     def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
         """Select the section of detection, under its names of version 0.1."""
-        fields = transfer.flat().items()
-        own = {name: value for name, value in fields if name.startswith("detect_")}
-        return {"max_train": transfer.max_train, **own}
+        return transfer.budget("detect_")
 
     @classmethod
     def plan(cls, transfer: TransferConfig) -> str:

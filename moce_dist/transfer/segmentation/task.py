@@ -219,9 +219,7 @@ class Segmentation(Task):
     @classmethod
     def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
         """Select the section of segmentation, under its names of version 0.1."""
-        fields = transfer.flat().items()
-        own = {name: value for name, value in fields if name.startswith("segment_")}
-        return {"max_train": transfer.max_train, **own}
+        return transfer.budget("segment_")
 
     @classmethod
     def plan(cls, transfer: TransferConfig) -> str:

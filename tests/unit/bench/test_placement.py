@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from benches.placement import Shape, gated_table, measure, run
+from benches.harness import run_fresh
+from benches.placement import Shape, gated_table, run
 from benches.settings import load_bench_config
 
 TINY = Shape(clusters=64, experts=8, layers=3, groups=4)
@@ -34,5 +35,5 @@ def test_table_is_seeded_and_layers_agree_more_than_by_chance():
 
 
 def test_failing_process_is_named():
-    with pytest.raises(RuntimeError, match="planner of the benchmark"):
-        measure(TINY._replace(experts=0), 0)
+    with pytest.raises(RuntimeError, match=r"benches\.placement: "):
+        run_fresh("benches.placement", *TINY._replace(experts=0), 0)
