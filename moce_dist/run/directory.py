@@ -14,7 +14,7 @@ from typing import Any
 from moce_dist.config import Config, identity, read_resolved, to_yaml
 from moce_dist.run import lease
 from moce_dist.run.artefacts import versions
-from moce_dist.run.environment import local_path
+from moce_dist.run.environment import is_first_process, local_path
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 
@@ -82,10 +82,14 @@ def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
 def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
     """Create a run directory, or take up an existing one of the same identity; `lease.hold` it.
 
+    Under torchrun the first process decides and writes; the others would meet its files half made.
+
     Raises:
         ConfigError: the directory belongs to another identity or to another version's settings, or
             holds files but no run.
     """
+    if not is_first_process():
+        return Run(root)
     resolved = root / "config.yaml"
     if fresh and resolved.exists():
         set_aside(root)

@@ -72,6 +72,20 @@ def test_folder_with_other_files_is_never_taken(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_under_torchrun_the_first_process_alone_writes_and_the_others_stand_what_is_half_made(
+    tmp_path, monkeypatch
+):
+    root = tmp_path / "run"
+    root.mkdir()
+    (root / ".config.yaml.tmp").write_text("half")
+    monkeypatch.setenv("RANK", "1")
+    assert open_run(root, SMALL).root == root
+    assert [path.name for path in root.iterdir()] == [".config.yaml.tmp"]
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="is not a run directory"):
+        open_run(root, SMALL)
+
+
 def test_run_of_another_version_is_refused_with_the_setting_and_the_file(tmp_path):
     root = open_run(tmp_path / "run", SMALL).root
     resolved = root / "config.yaml"
