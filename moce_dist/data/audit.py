@@ -40,7 +40,7 @@ from moce_dist.data.progress import track
 from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import Fault, Shard, ShardIndex
 from moce_dist.data.sources import list_folder
-from moce_dist.data.tarscan import is_hidden_member, split_name
+from moce_dist.data.tarscan import is_hidden_member, open_tar, split_name
 from moce_dist.run.names import as_text
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
@@ -119,7 +119,7 @@ def unaccounted(file: IO[bytes], url: str, shard: Shard) -> Iterator[Fault]:
     end = 0
     file.seek(0)
     try:
-        with tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, encoding="utf-8") as tar:
+        with open_tar(file, ignore_zeros=True) as tar:
             while (member := tar.next()) is not None:
                 name = as_text(member.name)
                 is_image = ending(name) in image_endings() and not is_hidden_member(name)

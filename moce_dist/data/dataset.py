@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.handlers import reraise_exception
-from webdataset.tariterators import group_by_keys
 
 from moce_dist.data.cache import Wanted
 from moce_dist.data.plan import ORDER, PADDING, Plan
 from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import TAR_END, read_index
 from moce_dist.data.table import sample_table
+from moce_dist.data.tarscan import open_tar, split_name
 
 Sample = dict[str, Any]
 """`__key__`, `__url__` and the bytes of every member by its ending, as webdataset has them."""
@@ -190,14 +190,15 @@ class PlannedSamples(IterableDataset[Sample]):
         if isinstance(content, OSError):
             raise content
         key, url = self._place(row)
-        with tarfile.open(fileobj=io.BytesIO(bytes(content) + TAR_END), mode="r:") as tar:
-            files = (
-                {"fname": member.name, "data": file.read(), "__url__": url}
-                for member in tar
-                if (file := tar.extractfile(member)) is not None
-            )
-            (sample,) = group_by_keys(files)
-        return {**sample, "__key__": key}
+        sample: Sample = {"__key__": key, "__url__": url}
+        with open_tar(io.BytesIO(bytes(content) + TAR_END)) as tar:
+            for member in tar:
+                name = split_name(member.name)
+                if name is not None and (file := tar.extractfile(member)) is not None:
+                    sample[name[1]] = file.read()
+        if len(sample) == len(("__key__", "__url__")):
+            raise ValueError("its bytes in the tar are no sample")
+        return sample
 
     def _place(self, row: int) -> tuple[str, str]:
         # key and tar of a sample

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from moce_dist.data.listing import counted
-from moce_dist.data.tarscan import TarSample, scan_tar, split_name
+from moce_dist.data.tarscan import TarSample, open_tar, scan_tar, split_name
 from moce_dist.run.environment import check_url
 from moce_dist.run.files import write_atomic
 from moce_dist.run.names import as_text
@@ -131,8 +131,8 @@ def scan_shard(
     for sample in scan.samples:
         _add_sample(shard, sample)
     faults = [Fault(url, *problem) for sample in scan.samples for problem in sample.problems()]
-    if scan.problem or not scan.samples:
-        faults.append(Fault(url, None, scan.problem or "holds no samples"))
+    problems = scan.problems or ([] if scan.samples else ["holds no samples"])
+    faults += [Fault(url, None, problem) for problem in problems]
     return replace(shard, num_samples=len(shard.keys)), faults
 
 
@@ -193,7 +193,7 @@ def class_label(sample: bytes) -> str | None:
     A class is a number or a name: what is no short text is none.
     """
     try:
-        with tarfile.open(fileobj=io.BytesIO(sample + TAR_END), mode="r:", encoding="utf-8") as tar:
+        with open_tar(io.BytesIO(sample + TAR_END)) as tar:
             for member in tar:
                 name = split_name(member.name)
                 if name is None or name[1] != "cls" or not member.isfile():

@@ -3,7 +3,8 @@
 A sample is a run of members that share a key, as WebDataset groups them. Nothing is lost unsaid:
 
     a.tar, then b.tar      archives one behind the other are all read, as `tar -i` reads them
-    a damaged header       Python's tarfile ends there quietly; the scan looks at what it ended on
+    a damaged header       named, and looked for the next whole one, as `tar -x` does
+    ctime of GNU backups   stands where POSIX has a part of the name, and is none
     links, sparse files    their bytes stand elsewhere or in parts: named, one by one
     IMG_2020.01.000.jpg    belongs to the key IMG_2020, as do its neighbours: each is named
     ._IMG.jpg, __MACOSX    hidden, passed over
@@ -24,13 +25,14 @@ from moce_dist.data.decoders import image_endings
 from moce_dist.data.listing import ending, is_hidden
 from moce_dist.run.names import as_text
 
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$")
+_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"^__[^/]*__$")
 # so that a file of another kind, such as KEY.im, is not taken for the image beside it
 _USUAL = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
 # what stands between the dots of a name, not of a kind of member: a number, or with a space in it
 _PART_OF_A_NAME = re.compile(r"\d+|.*[\s()].*")
 _READ_BYTES, _BLOCK = 2**20, 512
+_GNU_MAGIC, _CHECKSUM = b"ustar  \0", re.compile(rb"[ \0]*[0-7]+[ \0]*")
 _ODD = {
     tarfile.LNKTYPE: "is a hard link to",
     tarfile.SYMTYPE: "is a symbolic link to",
@@ -116,10 +118,10 @@ def _is_part_of_a_name(extension: str) -> bool:
 
 
 class TarScan(NamedTuple):
-    """What a tar holds: whole samples, and what is wrong with the rest (None when nothing is)."""
+    """What a tar holds: whole samples, and what is wrong with the rest, a line a damaged place."""
 
     samples: list[TarSample]
-    problem: str | None
+    problems: list[str]
     bytes: int
     sha256: str
     left_out: Counter[str]
@@ -129,6 +131,33 @@ class TarScan(NamedTuple):
 class _Member(NamedTuple):
     info: tarfile.TarInfo
     end: int
+
+
+class _Header(tarfile.TarInfo):
+    """A header as GNU tar and POSIX read it; Python takes GNU's times for a part of the name."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if buf[257:265] == _GNU_MAGIC and buf[345:346] != b"\0":
+            header.name = buf[:100].split(b"\0", 1)[0].decode(encoding, errors)
+        return header
+
+
+def open_tar(file: Any, **options: Any) -> tarfile.TarFile:
+    """Open an uncompressed tar; names are UTF-8, or bytes that stand for themselves.
+
+    Raises:
+        tarfile.ReadError: it is none.
+    """
+    return tarfile.open(
+        fileobj=file,
+        mode="r:",
+        encoding="utf-8",
+        errors="surrogateescape",
+        tarinfo=_Header,
+        **options,
+    )
 
 
 class _HashingReader:
@@ -179,11 +208,28 @@ class _HashingReader:
                 return True
         return False
 
+    def skip_to_header(self) -> bool:
+        """Go on to the next block that is a header; False at the end of the file."""
+        while len(block := self.read(_BLOCK)) == _BLOCK:
+            if _CHECKSUM.fullmatch(block[148:156]) and _is_header(block):
+                self._again = block + self._again
+                self._position -= _BLOCK
+                return True
+        return False
+
     def drain(self) -> tuple[int, str]:
         """Read to the end; return the size and the sha256 of the whole."""
         while self.read(_READ_BYTES):
             pass
         return self._position, self._digest.hexdigest()
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        _Header.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
 
 
 def scan_tar(file: IO[bytes]) -> TarScan:
@@ -192,28 +238,37 @@ def scan_tar(file: IO[bytes]) -> TarScan:
     Raises:
         tarfile.ReadError: it is no tar at all.
     """
-    reader, samples = _HashingReader(file), list[TarSample]()
+    reader, samples, problems = _HashingReader(file), list[TarSample](), list[str]()
     left_out: Counter[str] = Counter()
-    while True:
+    goes_on = True
+    while goes_on:
         begin = reader.tell()
         members, problem = _read_headers(reader)
         if begin and not members and problem:
             problem = f"bytes follow the end mark, at byte {begin}, that are no tar"
-        samples += _group(members, left_out)
-        if problem or not reader.skip_zeros():
-            break
+        found = list(_group(members, left_out))
+        samples += found
+        if problem:
+            problems.append(problem)
+            goes_on = reader.skip_to_header()
+            if found and _lacks_members(samples):
+                samples.pop()
+        else:
+            goes_on = reader.skip_zeros()
     size, sha256 = reader.drain()
-    if samples and (samples[-1].end > size or (problem and _lacks_members(samples))):
+    if samples and samples[-1].end > size:
         samples.pop()
-    return TarScan(samples, problem, size, sha256, left_out)
+    return TarScan(samples, problems, size, sha256, left_out)
 
 
 def _read_headers(reader: _HashingReader) -> tuple[list[_Member], str | None]:
     members: list[_Member] = []
     is_first = reader.tell() == 0
     try:
-        with tarfile.open(fileobj=reader, mode="r:", encoding="utf-8") as tar:  # type: ignore[call-overload]
+        with open_tar(reader) as tar:
             while (member := tar.next()) is not None:
+                if member.size < 0:
+                    return members, _damaged(members, member.offset)
                 members.append(_Member(member, tar.offset))
             offset = tar.offset
     except OSError:
@@ -226,13 +281,18 @@ def _read_headers(reader: _HashingReader) -> tuple[list[_Member], str | None]:
     if len(reader.last) < _BLOCK:
         return members, f"cut off after {len(members)} members (no end mark)"
     if any(reader.last):
-        return members, f"damaged header after {len(members)} members, at byte {offset}"
+        return members, _damaged(members, offset)
     return members, None
+
+
+def _damaged(members: list[_Member], offset: int) -> str:
+    return f"damaged header after {len(members)} members, at byte {offset}"
 
 
 def _lacks_members(samples: list[TarSample]) -> bool:
     # between two members a cut leaves no trace but what the other samples have
-    return samples[-1].members.keys() < samples[0].members.keys()
+    last, first = ({*sample.members, *sample.odd} for sample in (samples[-1], samples[0]))
+    return last < first
 
 
 def _group(members: Iterable[_Member], left_out: Counter[str]) -> Iterator[TarSample]:

@@ -2,29 +2,30 @@
 
 transparency          lies on black
 animations            the first frame
-16 bits of grey       the upper byte
-32 bits of grey       stretched: what their values mean no file says, so the smallest is black
+12, 16 bits of grey   the upper 8 of them
+signed, 32 bits       stretched: what their values mean no file says, so the smallest is black
 and the largest white; what is not finite is no image
+white is zero         turned round, in TIFF's greys of all depths
 annotated images      upright, unless only the stored image has the size of its annotations
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from numpy.typing import NDArray
+from PIL import Image, ImageChops
 
 from moce_dist.data.decoders import Encoded, ImageError, door, open_stored
 from moce_dist.data.orientation import AS_STORED, Turn
 
 # 16 bits that Pillow keeps in 32
 _DEEP_16 = ("PNG", "PPM")
-_SAMPLE_FORMAT, _UNSIGNED = 339, 1
+# tags of TIFF, and what they say
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
+_WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 
 
-def _stretched(image: Image.Image) -> Image.Image:
-    values = np.asarray(image)
-    if image.format == "TIFF" and image.mode == "I" and _sample_format(image) == _UNSIGNED:
-        values = values.view(np.uint32)
+def _stretched(values: NDArray[Any]) -> Image.Image:
     levels = values.astype(np.float64)
     if not np.isfinite(levels).all():
         raise ImageError("image holds values that are not finite")
@@ -34,17 +35,34 @@ def _stretched(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(levels).astype(np.uint8))
 
 
-def _sample_format(image: Image.Image) -> object:
-    found = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, _UNSIGNED)
+def _tag(image: Image.Image, tag: int, default: int) -> int:
+    found = getattr(image, "tag_v2", {}).get(tag, default)
     return found[0] if isinstance(found, tuple) and found else found
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _deep_grey(image: Image.Image) -> Image.Image:
+    """Bring a grey that is not 8 bits without a sign to that; others stay as they are."""
+    values, is_tiff = np.asarray(image), image.format == "TIFF"
+    sample_format = _tag(image, _SAMPLE_FORMAT, _UNSIGNED) if is_tiff else _UNSIGNED
     # Pillow clips deep greys to 8 bits when it converts
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_16):
-        image = Image.fromarray((np.asarray(image, np.uint32) >> 8).astype(np.uint8))
+    if image.mode.startswith("I;16") and image.format == "FITS":
+        grey = _stretched(values.view(np.int16))
+    elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_16):
+        bits = _tag(image, _BITS, 16) if is_tiff else 16
+        grey = Image.fromarray((values.astype(np.uint32) >> (bits - 8)).astype(np.uint8))
+    elif image.mode == "L" and sample_format == _SIGNED:
+        return _stretched(values.view(np.int8))
     elif image.mode in ("I", "F"):
-        image = _stretched(image)
+        is_unsigned = is_tiff and image.mode == "I" and sample_format == _UNSIGNED
+        grey = _stretched(values.view(np.uint32) if is_unsigned else values)
+    else:
+        return image
+    is_inverted = is_tiff and _tag(image, _PHOTOMETRIC, 1) == _WHITE_IS_ZERO
+    return ImageChops.invert(grey) if is_inverted else grey
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = _deep_grey(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))

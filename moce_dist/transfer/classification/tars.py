@@ -48,8 +48,8 @@ def _items(tar: Path) -> Iterator[Item]:
             scan = scan_tar(file)
     except tarfile.ReadError as error:
         raise ConfigError(f"{tar}: is not an uncompressed tar file ({error})") from None
-    if scan.problem or not scan.samples:
-        raise ConfigError(f"{tar}: {scan.problem or 'holds no samples'}")
+    if scan.problems or not scan.samples:
+        raise ConfigError(f"{tar}: {scan.problems[0] if scan.problems else 'holds no samples'}")
     if lost := [problem for sample in scan.samples for problem in sample.problems()]:
         more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
         raise ConfigError(f"{tar}: {lost[0].key}: {lost[0].reason}{more}")

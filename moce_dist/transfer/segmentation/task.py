@@ -13,6 +13,7 @@ mmsegmentation's configs for ADE20K.
 
 import hashlib
 import logging
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 IGNORE = -1
 _SHARES_SHOWN = 20
 _NUM_CLASSES = 150
+# where a PNG and a TIFF say how many bits a number has; a PGM says its largest number
+_PNG_BITS, _TIFF_BITS, _NETPBM_HEADER = 24, 258, 1000
 # what keeps every number as it was
 _MASK_ENDINGS = frozenset(("png", "tif", "tiff", "bmp", "gif", "pgm", "pnm"))
 _SCALES = (0.5, 2.0)
@@ -101,12 +104,29 @@ def read_mask(path: Path) -> Labels:
         ImageError: the file is no image of one channel.
     """
     try:
-        image = open_stored(path.read_bytes()).image
+        content = path.read_bytes()
+        image = open_stored(content).image
     except (ImageError, OSError) as error:
         raise ImageError(f"{path}: unreadable mask: {error}") from None
-    if image.mode in ("L", "P", "I", "I;16", "I;16B"):
-        return np.asarray(image).astype(np.int64) - 1
-    raise ImageError(f"{path}: has mode {image.mode}, must have one channel of class numbers")
+    if image.mode not in ("L", "P", "I", "I;16", "I;16B"):
+        raise ImageError(f"{path}: has mode {image.mode}, must have one channel of class numbers")
+    numbers = np.asarray(image).astype(np.int64)
+    largest, spread_to = _largest_grey(content, image), 255 if image.mode == "L" else 65535
+    if largest != spread_to:
+        numbers = np.rint(numbers * (largest / spread_to)).astype(np.int64)
+    return numbers - 1
+
+
+def _largest_grey(content: bytes, image: Image.Image) -> int:
+    """Return the largest number of a mask's own grey, which Pillow spreads to that of its mode."""
+    if image.format == "PPM":
+        return int(re.sub(rb"#[^\n]*", b" ", content[:_NETPBM_HEADER]).split()[3])
+    bits = 8
+    if image.format == "PNG":
+        bits = content[_PNG_BITS]
+    elif image.format == "TIFF":
+        bits = image.tag_v2.get(_TIFF_BITS, (8,))[0]  # type: ignore[attr-defined]
+    return 2**bits - 1 if image.mode == "L" else 65535
 
 
 def load_masked(masked: MaskedImage, num_classes: int) -> tuple[Annotated, Labels]:
@@ -121,9 +141,10 @@ def load_masked(masked: MaskedImage, num_classes: int) -> tuple[Annotated, Label
         shown = open_annotated(masked.image.read_bytes(), (mask.shape[1], mask.shape[0]))
     except (ImageError, OSError) as error:
         raise ImageError(f"{masked.image}: unreadable image: {error}") from None
-    if mask.max() >= num_classes:
-        most = f"must be at most {num_classes} (classes; 0 is ignored)"
-        raise ImageError(f"{masked.mask}: holds {mask.max() + 1}, {most}")
+    for number in (mask.min() + 1, mask.max() + 1):
+        if not 0 <= number <= num_classes:
+            most = f"must be at most {num_classes} (classes; 0 is ignored)"
+            raise ImageError(f"{masked.mask}: holds {number}, {most}")
     return shown, mask
 
 
@@ -141,6 +162,8 @@ def _describe(classes: Sequence[str], counts: Labels) -> list[str]:
             f"{last} ({len(absent)} such classes of {len(classes)}): masks count classes "
             "from 1, and 0 is ignored; to masks that count from 0 add 1"
         )
+        if len(absent) >= len(classes) - 1:
+            raise ConfigError(f"{'; '.join(notes)}: with a class or none there is nothing to learn")
         logger.warning(notes[-1])
     return notes
 
@@ -248,6 +271,9 @@ class Segmentation(Task):
         """Decode all images and masks and compare them.
 
         Returns notes: how often every number of a mask occurs, and which class is in no mask.
+
+        Raises:
+            ConfigError: something cannot be used, or the masks hold less than two classes.
         """
         num_classes = len(self.classes)
 

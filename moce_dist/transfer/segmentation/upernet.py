@@ -35,7 +35,8 @@ class Segmenter(nn.Module):
         super().__init__()
         self.vit = vit
         depth, width = len(vit.blocks), vit.embed_dim
-        self._taps = [(i + 1) * depth // 4 - 1 for i in range(4)]
+        # of fewer than four blocks some serve twice
+        self._taps = [max((i + 1) * depth // 4, 1) - 1 for i in range(4)]
         self.pyramid = nn.ModuleList(
             [
                 nn.Sequential(
@@ -54,8 +55,10 @@ class Segmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return logits (B, C, S, S)."""
-        maps = self.vit.forward_intermediates(images, indices=self._taps, intermediates_only=True)
-        levels = [resize(x) for resize, x in zip(self.pyramid, maps, strict=True)]
+        blocks = sorted(set(self._taps))
+        maps = self.vit.forward_intermediates(images, indices=blocks, intermediates_only=True)
+        of_block = dict(zip(blocks, maps, strict=True))
+        levels = [f(of_block[tap]) for f, tap in zip(self.pyramid, self._taps, strict=True)]
         # the decoder skips two levels finer than it needs
         logits = self.head(self.decoder([images, images, *levels]))
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,9 +1,11 @@
 """The planned stream for other trainings: exactly once over kills, ranks and loader processes."""
 
+import io
 import json
 import multiprocessing
 import os
 import signal
+import tarfile
 import time
 from collections import Counter
 
@@ -13,7 +15,7 @@ import webdataset
 from torch.utils.data import DataLoader
 
 from moce_dist.data.dataset import PlannedSamples
-from moce_dist.data.shards import write_index
+from moce_dist.data.shards import scan_shard, write_index
 from moce_dist.data.writer import ShardWriter
 
 SAMPLES, BATCH = 101, 12
@@ -68,6 +70,22 @@ def test_samples_are_those_of_webdataset_itself(index, picture):
     }
     ours = {sample["__key__"]: sample for sample in PlannedSamples(index, batch_size=BATCH)}
     assert ours == theirs and ours["class/003"]["png"] == picture(3)
+
+
+def test_members_that_are_passed_over_and_odd_folders_do_not_matter(tmp_path, picture):
+    """Those of macOS stand between the members of a sample."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for row in range(3):
+            for ending, content in (("cls", b"1"), ("jpg", picture(row, "JPEG"))):
+                for part, body in (("._", b"\0\5\x16\7"), ("", content)):
+                    info = tarfile.TarInfo(f"a\nb.c/{part}{row}.{ending}")
+                    info.size = len(body)
+                    tar.addfile(info, io.BytesIO(body))
+    write_index(tmp_path, [scan_shard(str(tmp_path / "a.tar"))[0]])
+    samples = sorted(PlannedSamples(tmp_path, batch_size=3), key=lambda sample: sample["__key__"])
+    assert [sample["__key__"] for sample in samples] == [f"a\nb.c/{row}" for row in range(3)]
+    assert [sample["cls"] for sample in samples] == [b"1"] * 3
+    assert [sample["jpg"] for sample in samples] == [picture(row, "JPEG") for row in range(3)]
 
 
 def test_it_stands_at_the_head_of_a_pipeline(index):

@@ -98,6 +98,41 @@ def test_unsigned_32_bits_do_not_wrap():
     assert np.corrcoef(pixels[..., 0].ravel(), GREY.ravel())[0, 1] > 0.999
 
 
+def tiff(values, tags):
+    """Write grey values (H, W) as a TIFF by hand: with tags as no writer here makes them."""
+    height, width = values.shape
+    data, bits = values.tobytes(), 8 * values.itemsize
+    usual = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 277: 1, 278: height, 339: 1}
+    known = usual | {273: 8, 279: len(data)} | tags
+    entries = (struct.pack("<HHII", tag, 4, 1, known[tag]) for tag in sorted(known))
+    head = b"II*\0" + struct.pack("<I", 8 + len(data))
+    return head + data + struct.pack("<H", len(known)) + b"".join(entries) + bytes(4)
+
+
+def grey_of(content):
+    return decode_image(content)[..., 0].astype(int)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int16, np.int32])
+def test_greys_with_a_sign_do_not_wrap(kind):
+    values = (GREY.astype(np.int16) - 128).astype(kind)
+    assert np.abs(grey_of(tiff(values, {339: 2})) - GREY).max() <= 1
+
+
+@pytest.mark.parametrize(("kind", "form"), [(np.uint8, 1), (np.uint16, 1), (np.float32, 3)])
+def test_greys_whose_white_is_zero_are_turned_round(kind, form):
+    values = GREY.astype(kind) * kind(257 if kind is np.uint16 else 1)
+    assert np.abs(grey_of(tiff(values, {262: 0, 339: form})) - (255 - GREY)).max() <= 1
+
+
+def test_greys_of_12_bits_keep_the_upper_8():
+    pairs = (GREY.astype(np.uint32) << 4).reshape(-1, 2)
+    packed = pairs[:, 0] << 12 | pairs[:, 1]
+    content = np.stack([packed >> 16, packed >> 8 & 255, packed & 255], 1).astype(np.uint8)
+    rows = content.reshape(GREY.shape[0], -1)
+    np.testing.assert_array_equal(grey_of(tiff(rows, {258: 12, 256: GREY.shape[1]})), GREY)
+
+
 def test_one_value_is_black_and_what_is_not_finite_is_no_image():
     flat = np.full((4, 4), 0.5, np.float32)
     assert not decode_image(encode(Image.fromarray(flat), "TIFF")).any()

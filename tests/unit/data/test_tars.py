@@ -93,6 +93,7 @@ WAYS = {
     "numeric owner": gnu("--numeric-owner", "--mtime=1970-01-01", "--format=posix"),
     "absolute": lambda tree, out: tar("-P", "--sort=name", "-cf", out, tree, cwd=tree),
     "label": gnu("-V", "a volume"),
+    "times of a backup": gnu("--format=gnu", "--incremental"),
     "global note": gnu("--format=posix", "--pax-option=globexthdr.name=g,comment=by hand"),
     "python gnu": python(tarfile.GNU_FORMAT),
     "python pax": python(tarfile.PAX_FORMAT),
@@ -246,6 +247,55 @@ def test_bytes_behind_the_end_mark_are_a_fault(three_tars, tail):
     assert fault.key is None and f"at byte {len(content)}" in fault.reason
     index = write_index(three_tars[0].parent, [shard])
     assert [f.key for f in verify(index, DataConfig())] == [None]
+
+
+def damage(path, names):
+    """Overwrite a letter of members' headers: their checksums are no longer right."""
+    with tarfile.open(path) as tar:
+        offsets = [tar.getmember(name).offset for name in names]
+    with path.open("r+b") as file:
+        for offset in offsets:
+            file.seek(offset)
+            file.write(b"x")
+
+
+def test_behind_a_damaged_header_the_next_whole_one_is_read(tmp_path, picture):
+    """Of a hundred images one is lost, as `tar -x` loses it, and not all that follow."""
+    members = [
+        (f"{n:02d}.{e}", c) for n in range(9) for e, c in (("cls", b"1"), ("png", picture(n)))
+    ]
+    path = archive(tmp_path / "a.tar", *members)
+    damage(path, ("03.png", "06.cls"))
+    shard, faults = scan_shard(str(path))
+    assert shard.keys == [f"{n:02d}" for n in range(9) if n != 3]
+    assert [(f.key, "damaged header" in f.reason) for f in faults] == [(None, True)] * 2
+    for key, offset, size in zip(shard.keys, shard.offsets, shard.sizes, strict=True):
+        assert read_range(str(path), offset, size) == picture(int(key))
+    index = write_index(tmp_path, [shard])
+    assert list(verify(index, DataConfig(), known=[(str(path), None)])) == []
+
+
+@pytest.mark.parametrize("size", [b"-5", b"abc"])
+def test_a_size_that_is_none_costs_one_image(tmp_path, picture, size):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for number in range(4):
+            info = tarfile.TarInfo(f"{number}.png")
+            info.pax_headers = {"size": size.decode()} if number == 1 else {}
+            content = picture(number)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    shard, faults = scan_shard(str(path))
+    assert shard.keys == ["0", "2", "3"] and faults
+    for key, offset, count in zip(shard.keys, shard.offsets, shard.sizes, strict=True):
+        assert read_range(str(path), offset, count) == picture(int(key))
+
+
+def test_folders_may_have_any_letter_in_their_names(tmp_path, picture):
+    names = ["a\nb.c/0.png", "x\ty/1.png", "caf\udce9/2.png", "\x1b[31m/3.png"]
+    path = archive(tmp_path / "a.tar", *((name, picture(1)) for name in names))
+    shard, faults = scan_shard(str(path))
+    assert shard.keys == ["a\nb.c/0", "x\ty/1", "caf\\xe9/2", "\x1b[31m/3"] and faults == []
 
 
 def test_archives_one_behind_the_other_share_no_sample(tmp_path, picture):

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
@@ -199,6 +202,14 @@ def test_palette_has_distinct_colours_and_black_for_ignored():
     assert len({tuple(c) for c in colours.tolist()}) > 140
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+def test_any_number_of_blocks_makes_a_pyramid(depth):
+    vit = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=depth, embed_dim=16, num_heads=2
+    )
+    assert Segmenter(vit, 3, 8)(torch.randn(2, 3, 32, 32)).shape == (2, 3, 32, 32)
+
+
 def test_segmenter_starts_from_the_backbone_and_trains_all_of_it(config, models):
     backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
     model = Segmenter(backbone.dense_model(32, seed=0, drop_path=0.0), 3, 8)
@@ -240,14 +251,61 @@ def recount(data, change):
 
 
 def test_masks_that_count_from_0_are_noticed(data, caplog):
-    (data / "classes.txt").write_text("dark\nbright\n")
+    recount(data, lambda mask: np.arange(mask.size).reshape(mask.shape) % 4)
     scenes = Segmentation.read("ade20k", data)
     (held,) = scenes.scan(threads=1)
     assert held.startswith("masks hold ") and "is in no mask" not in caplog.text
     recount(data, lambda mask: mask - 1.0 * (mask > 0))
     scenes.scan(threads=1)
-    assert "class 2 (bright) is in no mask (1 such classes of 2)" in caplog.text
+    assert "class 3 (absent) is in no mask (1 such classes of 3)" in caplog.text
     assert "to masks that count from 0 add 1" in caplog.text
+
+
+def test_masks_of_one_class_are_refused(data):
+    """They count two classes from 0: any model would have an mIoU of 1."""
+    (data / "classes.txt").write_text("dark\nbright\n")
+    Segmentation.read("ade20k", data).scan(threads=1)
+    recount(data, lambda mask: mask - 1.0 * (mask > 0))
+    with pytest.raises(ConfigError, match=r"class 2 \(bright\) is in no mask .* nothing to learn"):
+        Segmentation.read("ade20k", data).scan(threads=1)
+
+
+def _png_of_few_bits(numbers, bits):
+    rows = np.packbits(
+        np.unpackbits(numbers[..., None], 2)[..., -bits:].reshape(len(numbers), -1), 1
+    )
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", *numbers.shape[::-1], bits, 0, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))),
+        (b"IEND", b""),
+    )
+    written = (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+@pytest.mark.parametrize("form", ["png 2", "png 4", "pgm 3", "pgm 150", "pgm 1000", "pgm 255"])
+def test_numbers_of_masks_stay_what_they_are(tmp_path, form):
+    """Pillow spreads greys of few bits, and those of a lower white, over all 256 or 65536."""
+    numbers, (kind, word) = np.arange(64, dtype=np.uint8).reshape(8, 8) % 4, form.split()
+    if kind == "png":
+        content = _png_of_few_bits(numbers, int(word))
+    else:
+        pixels = numbers.astype(">u2" if int(word) > 255 else np.uint8).tobytes()
+        content = f"P5\n# a note\n8 8\n{word}\n".encode() + pixels
+    path = tmp_path / f"mask.{kind}"
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_mask(path) + 1, numbers)
+
+
+def test_numbers_below_0_are_refused(data):
+    scene = Segmentation.read("ade20k", data).train[0]
+    shape = read_mask(scene.mask).shape
+    Image.fromarray(np.full(shape, -5, np.int32)).save(scene.mask, "TIFF")
+    with pytest.raises(ImageError, match=r"0\.png: holds -5, must be at most 3"):
+        load_masked(scene, 3)
 
 
 def test_ids_of_masks_are_counted(data):
