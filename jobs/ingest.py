@@ -32,6 +32,7 @@ from moce_dist.run.directory import open_run, resolve_run, set_aside
 from moce_dist.run.environment import local_path
 from moce_dist.run.files import read_faults, record_fault, write_atomic
 from moce_dist.run.lease import hold
+from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 COPIES = "copies.jsonl"
@@ -47,6 +48,7 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--source",
         metavar="KIND:REST",
+        type=as_text,
         help=f"folder:PATH, shards:PATTERN, or sample:NAME ({', '.join(SAMPLE_SETS)}); "
         "default data.source",
     )

@@ -20,7 +20,7 @@ from typing import NoReturn
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.environment import shorten_sockets
 from moce_dist.run.files import WRITER
-from moce_dist.run.names import open_output
+from moce_dist.run.names import as_text, open_output
 from moce_dist.settings import ConfigError
 
 _QUIET = (
@@ -55,6 +55,7 @@ def job_parser(description: str, example: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--set",
         metavar="A.B=VALUE",
+        type=as_text,
         action="append",
         default=[],
         dest="overrides",

@@ -55,7 +55,7 @@ _INTEGER = re.compile(r"[-+]?\d+(_\d+)*", re.ASCII)
 _FLOAT = re.compile(
     r"[-+]?(\d+(_\d+)*(\.\d*)?|\.\d+)(e[-+]?\d+)?|[-+]?\.inf|\.nan", re.ASCII | re.IGNORECASE
 )
-_MAX_DIGITS = 100
+_MOST_DIGITS, _MOST = 40, 2**63
 _PLAIN, _MERGE = "!plain", "tag:yaml.org,2002:merge"
 
 
@@ -254,7 +254,8 @@ def _readings(text: Plain, options: tuple[Any, ...]) -> Iterator[Any]:
         yield _WORDS[word]
     numbers = [o for o in options if get_origin(o) is Literal for o in get_args(o)]
     is_integer = int in options or any(type(number) is int for number in numbers)
-    if is_integer and _INTEGER.fullmatch(text) and len(text) < _MAX_DIGITS:
+    is_short = is_integer and len(text) < _MOST_DIGITS
+    if is_short and _INTEGER.fullmatch(text) and -_MOST <= int(text) < _MOST:
         yield int(text)
     if float in options and _FLOAT.fullmatch(text):
         yield float(re.sub(r"\.(inf|nan)$", r"\1", word.replace("_", "")))

@@ -232,9 +232,9 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class StageConfig(Section):
     """Optimisation of one training stage."""
 
-    epochs: float = Field(800, ge=0)
+    epochs: float = Field(800, ge=0, le=1e6)
     """Passes over the data; `mae.epochs: 0` takes the weights of `model.init` as they are."""
-    warmup_epochs: float = Field(40, ge=0)
+    warmup_epochs: float = Field(40, ge=0, le=1e6)
     """Linear warm-up of the learning rate."""
     batch_size: int = Field(4096, ge=1)
     """Images per optimiser step over all workers, B."""

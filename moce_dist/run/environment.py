@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from moce_dist.run.names import as_path
 from moce_dist.settings import ConfigError
 
 RAY_ADDRESS = "RAY_ADDRESS"
@@ -149,6 +150,8 @@ def _is_short(folder: str) -> bool:
 def local_path(path: str | Path, named: str, other: str = "") -> Path:
     """Return a path that was given, `named` so; `other` says what else could make it absolute.
 
+    What a configuration says may be text that stands for bytes, see `names.as_path`.
+
     Raises:
         ConfigError: it is relative, inside of a job that was submitted to Ray.
     """
@@ -157,7 +160,7 @@ def local_path(path: str | Path, named: str, other: str = "") -> Path:
             f"{named} {path}: a submitted job needs an absolute path{other}; "
             "relative ones end up in the job's temporary copy on one node"
         )
-    return Path(path)
+    return as_path(path)
 
 
 def check_writable(folder: Path, advice: str) -> None:

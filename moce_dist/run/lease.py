@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from moce_dist.run.environment import is_first_process
+from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 LOCK = "lock"
@@ -258,10 +259,16 @@ def hold(*folders: Path) -> Iterator[None]:
     already is no matter.
 
     Raises:
-        ConfigError: somebody else writes into one; or it cannot be written.
+        ConfigError: somebody else writes into one; or it cannot be written, or not by all
+            libraries, which want UTF-8.
     """
     with ExitStack() as stack:
         for folder in map(Path.resolve, folders):
+            if as_text(folder) != str(folder):
+                raise ConfigError(
+                    f"{as_text(folder)}: is no UTF-8; images may lie in folders of any name, but "
+                    "what writes into one, TensorBoard and Arrow among others, takes UTF-8 alone"
+                )
             if folder not in _LEASES and is_first_process():
                 stack.enter_context(_held(folder))
         yield

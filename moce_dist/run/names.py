@@ -9,12 +9,14 @@ a line of output, goes through here.
 
 import json
 import os
+import re
 import sys
 from codecs import BOM_UTF8
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
+_ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
 _LABEL_LENGTH = 200
 """Longest name of a class."""
 
@@ -29,6 +31,20 @@ def as_text(name: str | bytes | os.PathLike[str]) -> str:
         # no name of this file system: text of a file, that may hold half a letter
         raw = str(name).encode("utf-8", "surrogatepass")
     return raw.decode("utf-8", "backslashreplace")
+
+
+def as_path(text: str | Path) -> Path:
+    r"""Return the path that `as_text` made this of, if it or its folder is there; else as it is.
+
+    What a configuration says of a path is such text.
+    """
+    path = Path(text)
+    if r"\x" not in str(text) or path.exists():
+        return path
+    raw = _ESCAPED.sub(lambda found: bytes.fromhex(found[1].decode()), os.fsencode(text))
+    named = Path(os.fsdecode(raw))
+    is_there = named.exists() or (named.parent.exists() and not path.parent.exists())
+    return named if is_there else path
 
 
 def read_names(path: Path) -> list[str]:

@@ -21,7 +21,7 @@ from moce_dist.data.ingest import ingest
 from moce_dist.data.packing import share
 from moce_dist.data.shards import read_index, scan_shard
 from moce_dist.run.files import read_faults, record_fault, write_atomic
-from moce_dist.run.names import as_text, json_line, open_output, read_names
+from moce_dist.run.names import as_path, as_text, json_line, open_output, read_names
 from moce_dist.transfer.classification.task import Classification
 from moce_dist.transfer.commands import list_named
 from moce_dist.transfer.segmentation.task import Segmentation
@@ -65,6 +65,18 @@ def test_text_of_a_name():
     assert {name: as_text(name) for name in names} == names
     for text in names.values():
         text.encode()
+
+
+def test_path_of_such_a_text_is_found_again(tmp_path):
+    there = tmp_path / LATIN
+    there.mkdir()
+    said = as_text(there)
+    assert as_path(said) == there and as_path(f"{said}/*.tar") == there / "*.tar"
+    assert as_path(f"{said}/new") == there / "new"
+    for text in ("plain", r"C:\xe9", f"{tmp_path}/caf\\x41"):
+        assert as_path(text) == Path(text)
+    Path(said).mkdir()
+    assert as_path(said) == Path(said)
 
 
 def test_keys_of_bytes_are_hashed_and_text_keeps_its_draws():
@@ -171,3 +183,26 @@ def test_ingest_runs_on_any_locale(folder, tmp_path, locale):
     assert rb"caf\xe9 3" in done.stdout and b"faults   1" in done.stdout
     keys = [key for shard in read_index(tmp_path / "out").shards for key in shard.keys]
     assert r"cat/caf\xe9" in keys and "cat/кот" in keys
+
+
+@pytest.mark.parametrize("locale", ["strict UTF-8", "C without UTF-8"])
+def test_sources_lie_in_folders_of_any_name_and_what_is_written_in_utf8(folder, tmp_path, locale):
+    tar = folder / LATIN / "a.tar"
+    with tarfile.open(tar, "w") as made:
+        made.add(folder / "cat", "cat")
+    pattern, where = os.fsencode(tar.parent) + b"/*.tar", os.fsencode(tar.parent)
+    for source, number in ((b"shards:" + pattern, 3), (b"folder:" + where, 3)):
+        for flag in (b"--source=" + source, b"--set=data.source=" + source):
+            status, output, error = ingest_job(tmp_path / f"{number}", locale, flag, "--dry-run")
+            assert status == 0 and f"{number}" in output, error
+    status, _, error = ingest_job(tar.parent / "out", locale, b"--source=folder:" + where)
+    assert status == 2 and r"caf\xe9/out: is no UTF-8" in error and len(error.splitlines()) == 1
+
+
+def ingest_job(out, locale, *flags):
+    done = subprocess.run(
+        [sys.executable, ROOT / "jobs" / "ingest.py", "--out", out, *flags],
+        env=os.environ | LOCALES[locale],
+        capture_output=True,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
