@@ -204,5 +204,6 @@ def ingest_job(out, locale, *flags):
         [sys.executable, ROOT / "jobs" / "ingest.py", "--out", out, *flags],
         env=os.environ | LOCALES[locale],
         capture_output=True,
+        check=False,
     )
     return done.returncode, done.stdout.decode(), done.stderr.decode()
