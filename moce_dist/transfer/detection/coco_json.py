@@ -24,6 +24,8 @@ from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
+# they become numbers of 64 bits
+_IDS = 2**63
 
 Entry = dict[str, Any]
 _LARGEST = 2.0**53
@@ -106,7 +108,8 @@ def _by_id(path: Path, tree: dict[str, list[Entry]], name: str, keys: Sequence[s
         lacking = [key for key in ("id", *keys) if key not in entry]
         if lacking:
             raise ConfigError(f"{path}: {name}[{number}] has no {lacking[0]}")
-        if type(entry["id"]) is not int or entry["id"] in found:
+        is_number = type(entry["id"]) is int and abs(entry["id"]) < _IDS
+        if not is_number or entry["id"] in found:
             raise ConfigError(f"{path}: {name}[{number}].id ({entry['id']}) must be a number once")
         for text in ("name", "file_name"):
             if text in keys and (type(entry[text]) is not str or not entry[text]):
@@ -160,8 +163,11 @@ def _box_problem(box: Any, image: Entry) -> str:
     if width <= 0 or height <= 0:
         return ""
     if x >= image["width"] or y >= image["height"] or x + width <= 0 or y + height <= 0:
-        size = f"{image['width']} x {image['height']}"
-        return f"bbox {box} lies outside its image of {size} pixels"
+        return f"bbox {box} lies outside {_size(image)}"
+    if not (
+        _is_near([x, x + width], image["width"]) and _is_near([y, y + height], image["height"])
+    ):
+        return f"bbox {box} reaches far outside of {_size(image)}"
     return ""
 
 
@@ -179,7 +185,21 @@ def _segmentation_problem(segmentation: Any, image: Entry) -> str:
     ]
     if not arrays or not all(is_good) or not all(np.isfinite(a).all() for a in arrays):
         return "segmentation must be polygons [x, y, x, y, ...] of three points or more"
+    if not all(
+        _is_near(a[::2], image["width"]) and _is_near(a[1::2], image["height"]) for a in arrays
+    ):
+        # the library that fills them takes memory for every pixel of an edge, or crashes
+        return f"segmentation reaches far outside of {_size(image)}"
     return ""
+
+
+def _is_near(positions: Any, side: int) -> bool:
+    """Tell whether positions lie inside of an image, or at most its own side away from it."""
+    return bool(np.min(positions) >= -side and np.max(positions) <= 2 * side)
+
+
+def _size(image: Entry) -> str:
+    return f"its image of {image['width']} x {image['height']} pixels"
 
 
 def _run_lengths_problem(runs: Entry, size: Sequence[int]) -> str:

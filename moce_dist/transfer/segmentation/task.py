@@ -14,6 +14,7 @@ mmsegmentation's configs for ADE20K.
 import hashlib
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def _classes(data: Path) -> list[str]:
         return [str(i + 1) for i in range(_NUM_CLASSES)]
     if len(names) < 2:
         raise ConfigError(f"--data {data}: lists {len(names)} classes, needs two or more")
+    if twice := [name for name, number in Counter(names).items() if number > 1]:
+        raise ConfigError(f"--data {data}: lists the class {twice[0]} more than once")
     return names
 
 

@@ -100,6 +100,10 @@ def first(tree: Tree, **changes: Any) -> None:
             lambda t: first(t, bbox=[2, 900, 9, 9]),
             r"annotation 1: bbox .* lies outside its image",
         ),
+        (lambda t: first(t, bbox=[2, 2, 1e6, 9]), "reaches far outside of its image of 56 x 40"),
+        (lambda t: first(t, bbox=[2, -900, 9, 910]), "reaches far outside of its image"),
+        (lambda t: first(t, segmentation=[[2, 2, 1e300, 2, 9, 9]]), "reaches far outside of its"),
+        (lambda t: first(t, segmentation=[[2, 2, 9, 900, 9, 9]]), "reaches far outside of its"),
         (lambda t: first(t, bbox=[0.1, 0.2, 0.3]), "must be four numbers"),
         (lambda t: first(t, bbox=[1, 2, float("nan"), 3]), "must be four numbers"),
         (lambda t: first(t, bbox=None), "must be four numbers"),
@@ -113,6 +117,8 @@ def first(tree: Tree, **changes: Any) -> None:
             lambda t: t["images"][1].update(id=1000),
             r"images\[1\].id \(1000\) must be a number once",
         ),
+        (lambda t: t["images"][1].update(id=10**30), r"images\[1\].id .* must be a number once"),
+        (lambda t: t["categories"][0].update(id=2**63), r"categories\[0\].id .* a number once"),
         (lambda t: t["images"][1].update(height=0), "height 0 is no size"),
         *(
             (lambda t, v=v: first(t, area=v), r"annotation 1: area .* must be a number of pixels")

@@ -67,6 +67,12 @@ def test_official_class_list_and_its_absence(data):
     assert Segmentation.read("ade20k", data).classes == ["wall", "sky, x"]
 
 
+def test_a_class_that_stands_twice_is_refused(data):
+    (data / "classes.txt").write_text("dark\nbright\ndark\n")
+    with pytest.raises(ConfigError, match="lists the class dark more than once"):
+        Segmentation.read("ade20k", data)
+
+
 @pytest.mark.parametrize("folder", ["images/training", "annotations/validation"])
 def test_missing_folder_is_named(data, folder):
     shutil.rmtree(data / folder)
