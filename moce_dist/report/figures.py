@@ -101,6 +101,12 @@ def _plot(axes: Axes, points: tuple[Sequence[float], Sequence[float]], **style: 
     axes.plot(x, y, **{"linewidth": 1.4, **marker, **style})
 
 
+def _from(axes: Axes, bottom: float) -> None:
+    """Begin the y axis at `bottom`, and leave room above a curve that hardly moves."""
+    top = axes.dataLim.ymax
+    axes.set_ylim(bottom, top + 0.06 * (top - bottom) if bottom < top < np.inf else None)
+
+
 def _trained(record: Record) -> dict[str, Stage]:
     return {name: stage for name, stage in record.stages.items() if stage.metrics}
 
@@ -131,7 +137,8 @@ def gate_losses(record: Record) -> list[str]:
 
     def draw(axes: Axes, metric: str) -> None:
         _plot(axes, stage.column(metric), color=COLOURS["moce"])
-        axes.set(title=metric, xlabel="images seen", ylim=(0, None))
+        axes.set(title=metric, xlabel="images seen")
+        _from(axes, 0)
 
     return [
         panel(metric, lambda axes, m=metric: draw(axes, m))  # type: ignore[misc]
@@ -153,7 +160,8 @@ def overlay(
         for label, (points, colour, style) in lines.items():
             _plot(axes, points, color=colour, linestyle=style, label=label)
         axes.set(title=title, xlabel=xlabel)
-        axes.set_ylim(bottom=bottom)
+        if bottom is not None:
+            _from(axes, bottom)
         if len(lines) > 1:
             axes.legend()
 

@@ -38,6 +38,8 @@ _MAX_CLUSTERS = 512
 _MAX_SHEETS = 64
 _MAX_MAPPED = 48
 _MAX_REASONS = 20
+_LEAST_EXCESS = 0.02
+"""Of a loss: the darkest cell of what experts know has at least this much."""
 _THUMBS, _THUMB_SIDE = 4, 64
 
 
@@ -75,7 +77,7 @@ def render(record: Record, other: Record | None = None) -> str:
         tiles=_tiles(record),
         reconstructions=seen,
         no_reconstructions=shown if isinstance(shown, str) else "the files above",
-        worst=float(excess.max(initial=1e-9)),
+        worst=float(excess.max(initial=_LEAST_EXCESS)),
         excess=excess.tolist(),
         gate=None if gate is None else _gate(record, gate),
         thumbs=_thumbs(record),
