@@ -67,7 +67,7 @@ test: check $(CHECKOV) ## Check, then all tests except the long ones
 test-long: $(READY) ## The full matrices
 	$(BIN)/python -m pytest -m long
 
-test-faults: $(READY) ## Killed loaders, an outage of S3, many seeded faults over one run (MOCE_FAULTS=50)
+test-faults: $(READY) ## Killed loaders, an outage of S3, a partition, many seeded faults over one run (MOCE_FAULTS=50)
 	$(BIN)/python -m pytest -m many -s tests/faults
 
 format: $(READY) ## Format the code and repair what ruff can
