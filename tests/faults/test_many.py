@@ -169,7 +169,9 @@ def test_many_faults_leave_no_trace(
     assert max(fault["repeated"] for fault in log) <= 2 * EVERY
     assert learned(run / "moce") == learned(whole / "moce")
     assert not still_stopped(str(tmp_path))
-    assert max(fault["seconds"] for fault in log) - importing <= HANG_S
+    # whatever else ran on the machine may have slowed the imports down only later
+    slowest = max(importing, import_seconds())
+    assert max(fault["seconds"] for fault in log) - slowest <= HANG_S
 
 
 def still_stopped(mark):

@@ -19,7 +19,7 @@ from .test_elastic import READY, assert_learned_the_same, last_step
 
 RAY = Path(sys.executable).parent / "ray"
 HEAD = "10.77.0.1:6399"
-HANG_S = 120
+HANG_S = 300
 
 pytestmark = [
     pytest.mark.many,
