@@ -55,11 +55,13 @@ def test_images_behind_an_outage_are_read_after_it(
         monkeypatch.setenv(name, value)
     try:
         store = fsspec.filesystem("s3", skip_instance_cache=True)
-        store.mkdir("shards")
+        # the server's objects outlive it in this process
+        bucket = f"shards-{seconds}"
+        store.mkdir(bucket)
         index = json.loads((finished / "ingested" / "index.json").read_text())
         for shard in index["shards"]:
-            store.put(str(finished / "ingested" / shard["path"]), f"shards/{shard['path']}")
-            shard["path"] = f"s3://shards/{shard['path']}"
+            store.put(str(finished / "ingested" / shard["path"]), f"{bucket}/{shard['path']}")
+            shard["path"] = f"s3://{bucket}/{shard['path']}"
         data, run = tmp_path / "data", tmp_path / "run"
         data.mkdir()
         (data / "index.json").write_text(json.dumps(index))
