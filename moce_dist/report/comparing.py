@@ -5,7 +5,7 @@ from typing import Any
 
 from moce_dist.report.figures import COLOURS, overlay
 from moce_dist.report.record import Record
-from moce_dist.report.timing import clock_text, stage_seconds
+from moce_dist.report.summary import clock_text, stage_seconds
 from moce_dist.run.rows import value_text
 from moce_dist.settings import flatten
 
@@ -15,29 +15,38 @@ _OTHER = "#98a2b3"
 
 def compare_view(record: Record, other: Record) -> dict[str, Any]:
     """Gather the differences of two runs; figures of `record` come first."""
+    panels = []
+    for metric, title in (("loss", "MAE loss"), ("images_per_s", "images per second")):
+        for name, stage in record.stages.items():
+            beside = other.stages[name]
+            if not (stage.metrics and beside.metrics):
+                continue
+            lines = {
+                other.root.name or "other": (beside.column(metric), _OTHER, "-"),
+                f"{record.root.name} (this run)": (stage.column(metric), COLOURS[name], "-"),
+            }
+            bottom = None if metric == "loss" else 0
+            label = f"{record.titles[name]}: {title}"
+            panels.append(overlay(f"compare-{metric}-{name}", label, lines, bottom=bottom))
+    fields = []
+    if record.config is not None and other.config is not None:
+        mine, theirs = (flatten(c.model_dump(mode="json")) for c in (record.config, other.config))
+        fields = [
+            {"field": k, "mine": str(mine.get(k)), "theirs": str(theirs.get(k))}
+            for k in {**mine, **theirs}
+            if mine.get(k) != theirs.get(k)
+        ]
     return {
         "name": other.root.name,
         "path": other.root,
-        "fields": _fields(record, other),
+        "fields": fields[:_MAX_FIELDS],
         "rows": [
             row for row in _figures(record, other) if row["mine"] != "-" or row["theirs"] != "-"
         ],
-        "panels": _panels(record, other),
+        "panels": panels,
         "tasks": _tasks(record, other),
         "problems": other.problems,
     }
-
-
-def _fields(record: Record, other: Record) -> list[dict[str, str]]:
-    if record.config is None or other.config is None:
-        return []
-    mine, theirs = (flatten(r.config.model_dump(mode="json")) for r in (record, other) if r.config)
-    rows = [
-        {"field": k, "mine": str(mine.get(k)), "theirs": str(theirs.get(k))}
-        for k in {**mine, **theirs}
-        if mine.get(k) != theirs.get(k)
-    ]
-    return rows[:_MAX_FIELDS]
 
 
 def _row(label: str, values: Sequence[float | None], form: str) -> dict[str, str]:
@@ -69,23 +78,6 @@ def _figures(record: Record, other: Record) -> list[dict[str, str]]:
             {"label": f"{title}: time", "mine": times[0], "theirs": times[1], "difference": ""}
         )
     return rows
-
-
-def _panels(record: Record, other: Record) -> list[str]:
-    panels = []
-    for metric, title in (("loss", "MAE loss"), ("images_per_s", "images per second")):
-        for name, stage in record.stages.items():
-            beside = other.stages[name]
-            if not (stage.metrics and beside.metrics):
-                continue
-            lines = {
-                other.root.name or "other": (beside.column(metric), _OTHER, "-"),
-                f"{record.root.name} (this run)": (stage.column(metric), COLOURS[name], "-"),
-            }
-            bottom = None if metric == "loss" else 0
-            label = f"{record.titles[name]}: {title}"
-            panels.append(overlay(f"compare-{metric}-{name}", label, lines, bottom=bottom))
-    return panels
 
 
 def _tasks(record: Record, other: Record) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ Letters: K clusters, L MoE layers, E experts per layer, T logged steps.
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,11 +183,6 @@ def speed(record: Record) -> list[str]:
     ]
 
 
-def _shades(colour: str) -> ListedColormap:
-    # from nothing to the colour: the page shines through in the light and in the dark
-    return ListedColormap([(*to_rgb(colour), alpha) for alpha in np.linspace(0, 1, 256)])
-
-
 def experts(record: Record) -> list[str]:
     """Draw every layer's share of images per expert over time, (E, T) a panel."""
     counts = record.stages["moce"].experts
@@ -203,7 +198,7 @@ def experts(record: Record) -> list[str]:
         image = axes.imshow(
             shares[:, layer].T,
             aspect="auto",
-            cmap=_shades("#4477aa"),
+            cmap=ListedColormap([(*to_rgb("#4477aa"), alpha) for alpha in np.linspace(0, 1, 256)]),
             vmin=0,
             vmax=top,
             origin="lower",
@@ -229,7 +224,11 @@ def traffic(record: Record) -> list[str]:
     steps, changes = routing_changes(record)
 
     def draw(axes: Axes) -> None:
-        axes.bar(*_thin(steps, changes), width=_bar_width(steps), color=COLOURS["moce"])
+        axes.bar(
+            *_thin(steps, changes),
+            width=0.8 * float(np.diff([0, *steps]).min()) if steps else 1.0,
+            color=COLOURS["moce"],
+        )
         axes.set(title="clusters that changed expert, summed over layers", xlabel="step")
         axes.set(xlim=(0, None), ylim=(0, None))
 
@@ -238,10 +237,6 @@ def traffic(record: Record) -> list[str]:
         overlay("exchanged", title, {"": ((x, exchanged), COLOURS["moce"], "-")}),
         panel("changes", draw),
     ]
-
-
-def _bar_width(steps: Sequence[int]) -> float:
-    return 0.8 * float(np.diff([0, *steps]).min()) if steps else 1.0
 
 
 def routing_changes(record: Record) -> tuple[list[int], list[int]]:
@@ -257,14 +252,33 @@ def cluster_sizes(clusters: Clusters | None) -> list[str]:
     """Draw cluster sizes, with and without balance; of up to `_MAX_CLUSTERS` what each holds."""
     if clusters is None or not len(clusters.sizes):
         return []
-    draw = _size_bars if len(clusters.sizes) <= _MAX_CLUSTERS else _size_curves
-    return [panel("clusters", lambda axes: draw(axes, clusters), height=3.2)]
+
+    def draw(axes: Axes) -> None:
+        if len(clusters.sizes) <= _MAX_CLUSTERS:
+            _size_bars(axes, clusters)
+            return
+        sizes = {"images": clusters.sizes, "without balance": clusters.free_sizes}
+        colours = (COLOURS["moce"], "#1d2939")
+        for (label, values), colour in zip(sizes.items(), colours, strict=True):
+            if values is not None:
+                ranks, sorted_sizes = _thin(range(len(values)), np.sort(values)[::-1].tolist())
+                axes.plot(ranks, sorted_sizes, color=colour, linewidth=1.4, label=label)
+        axes.set(title="images per cluster", xlabel="clusters, largest first", ylim=(0, None))
+        axes.legend()
+
+    return [panel("clusters", draw, height=3.2)]
 
 
 def _size_bars(axes: Axes, clusters: Clusters) -> None:
     order = by_domain(clusters)
     bottom = np.zeros(len(order))
-    for domain, counts, colour in _stacked_domains(clusters):
+    # the most frequent domains, then the rest together
+    count = len(_MUTED)
+    stacks = list(zip(clusters.domains, clusters.counts.T, _MUTED, strict=False))
+    if (others := len(clusters.domains) - count) > 0:
+        rest = clusters.counts[:, count:].sum(axis=1)
+        stacks.append((f"{others} others", rest, "#bbbbbb"))
+    for domain, counts, colour in stacks:
         axes.bar(range(len(order)), counts[order], 0.9, bottom, color=colour, label=domain)
         bottom += counts[order]
     if clusters.free_sizes is not None:
@@ -276,24 +290,6 @@ def _size_bars(axes: Axes, clusters: Clusters) -> None:
         axes.set_xticklabels(order, rotation=90 if len(order) > 16 else 0)
     axes.grid(visible=False, axis="x")
     axes.figure.legend(loc="outside lower center", ncols=3)
-
-
-def _size_curves(axes: Axes, clusters: Clusters) -> None:
-    sizes = {"images": clusters.sizes, "without balance": clusters.free_sizes}
-    for (label, values), colour in zip(sizes.items(), (COLOURS["moce"], "#1d2939"), strict=True):
-        if values is not None:
-            ranks, sorted_sizes = _thin(range(len(values)), np.sort(values)[::-1].tolist())
-            axes.plot(ranks, sorted_sizes, color=colour, linewidth=1.4, label=label)
-    axes.set(title="images per cluster", xlabel="clusters, largest first", ylim=(0, None))
-    axes.legend()
-
-
-def _stacked_domains(clusters: Clusters) -> Iterator[tuple[str, NDArray[np.int64], str]]:
-    """Name, images per cluster (K,) and colour of the most frequent domains, then of the rest."""
-    for column, colour in enumerate(_MUTED[: len(clusters.domains)]):
-        yield clusters.domains[column], clusters.counts[:, column], colour
-    if (others := len(clusters.domains) - len(_MUTED)) > 0:
-        yield f"{others} others", clusters.counts[:, len(_MUTED) :].sum(axis=1), "#bbbbbb"
 
 
 def by_domain(clusters: Clusters) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ import io
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from moce_dist.config import Config
+from moce_dist.report.figures import evenly, overlay
 from moce_dist.report.record import Record
 from moce_dist.train.checkpoint import complete_checkpoints, tensor_reader
 
@@ -33,7 +35,9 @@ _COLOURS = (
     "#b8a1d9",
     "#99ddff",
 )
+_LAYER_COLOURS = ("#4477aa", "#cc6677", "#228833", "#999933", "#88ccee", "#882255", "#332288")
 _FAINTEST = 0.18
+_MAX_MAPPED = 48
 _MAX_TABLES = 400
 
 
@@ -52,6 +56,18 @@ class GateView:
     num_experts: int
     where: str
     """What it was read from."""
+
+    def cell(self, layer: int, cluster: int) -> dict[str, Any]:
+        """Describe the expert of a cluster in a layer as the page shows it."""
+        expert, p = int(self.table[layer, cluster]), float(self.chosen[layer, cluster])
+        second, p_second = int(self.runner_up[layer, cluster]), self.runner_up_p[layer, cluster]
+        return {
+            "expert": expert,
+            "colour": expert_colour(expert, self.num_experts),
+            "opacity": round(strength(p, self.num_experts), 3),
+            "sure": f"{100 * p:.0f} %" if np.isfinite(p) else "",
+            "second": f"next: expert {second}, {100 * p_second:.0f} %" if second >= 0 else "",
+        }
 
 
 def read_gate(record: Record) -> GateView | None:
@@ -143,3 +159,71 @@ def strip(record: Record, gate: GateView, layer: int, order: list[int]) -> str |
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGBA").save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def gate_view(record: Record, gate: GateView) -> dict[str, Any]:
+    """Gather the map of clusters to experts, strips over time, and what every expert sees."""
+    clusters, (layers, num_clusters) = record.clusters, gate.table.shape
+    domains = np.zeros(num_clusters, np.int64)
+    sizes = np.zeros(num_clusters, np.int64)
+    mains = num_clusters * ["no images"]
+    if clusters is not None and len(clusters.sizes) == num_clusters and clusters.domains:
+        domains, sizes = clusters.counts.argmax(axis=1), clusters.sizes
+        mains = [
+            clusters.domains[d] if n else "no images" for d, n in zip(domains, sizes, strict=True)
+        ]
+    order = order_by_route(gate, domains)
+    mapped = evenly(order, _MAX_MAPPED)
+    known = [row[np.isfinite(row)] for row in gate.chosen]
+
+    def holds(layer: int, expert: int) -> dict[str, Any]:
+        members = [c for c in order if gate.table[layer, c] == expert]
+        return {
+            "expert": expert,
+            "colour": expert_colour(expert, gate.num_experts),
+            "images": int(sizes[members].sum()),
+            "share": 100 * int(sizes[members].sum()) / max(1, int(sizes.sum())),
+            "clusters": members[:8],
+            "more": max(0, len(members) - 8),
+        }
+
+    return {
+        "where": gate.where,
+        "layers": layers,
+        "blocks": list(record.config.moe_layers)[:layers] if record.config else [],
+        "num_experts": gate.num_experts,
+        "num_clusters": num_clusters,
+        "rows": [
+            {
+                "cluster": c,
+                "images": int(sizes[c]),
+                "what": mains[c],
+                "cells": [gate.cell(layer, c) for layer in range(layers)],
+            }
+            for c in mapped
+        ],
+        "more": num_clusters - len(mapped),
+        "sure": [f"{100 * row.mean():.0f} %" if len(row) else "-" for row in known],
+        "experts": [[holds(x, e) for e in range(gate.num_experts)] for x in range(layers)],
+        "strips": [strip(record, gate, layer, order) for layer in range(layers)],
+        "first": record.routing[0][0] if record.routing else 0,
+        "last": record.routing[-1][0] if record.routing else 0,
+        "panels": _sureness(record, layers),
+    }
+
+
+def _sureness(record: Record, layers: int) -> list[str]:
+    """Draw the mean probability of the chosen expert over the run, a line a layer."""
+    if len(record.certainty) < 2:
+        return []
+    steps = [float(c.step) for c in record.certainty]
+    lines = {
+        f"MoE layer {layer}": (
+            (steps, [100 * float(c.chosen[layer].mean()) for c in record.certainty]),
+            _LAYER_COLOURS[layer % len(_LAYER_COLOURS)],
+            "-" if layer < len(_LAYER_COLOURS) else "--",
+        )
+        for layer in range(layers)
+        if all(len(c.chosen) > layer for c in record.certainty)
+    }
+    return [overlay("sureness", "probability of the chosen expert, %", lines, xlabel="step")]

@@ -16,27 +16,18 @@ from moce_dist.data.images import open_image
 from moce_dist.report import figures
 from moce_dist.report.comparing import compare_view
 from moce_dist.report.figures import evenly
-from moce_dist.report.gate import (
-    GateView,
-    expert_colour,
-    order_by_route,
-    read_gate,
-    strength,
-    strip,
-)
+from moce_dist.report.gate import gate_view, read_gate
 from moce_dist.report.placement import placement_view
 from moce_dist.report.reconstruct import Reconstructions, reconstruct
 from moce_dist.report.record import Line, Record, read_record
-from moce_dist.report.summary import cluster_notes, domain_mix, label_mix
+from moce_dist.report.summary import cluster_notes, domain_mix, label_mix, timing_rows
 from moce_dist.report.tasks import task_view
-from moce_dist.report.timing import timing_rows
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import flatten
 
 PAGE_NAME = "report.html"
 _MAX_CLUSTERS = 512
 _MAX_SHEETS = 64
-_MAX_MAPPED = 48
 _MAX_REASONS = 20
 _LEAST_EXCESS = 0.02
 """Of a loss: the darkest cell of what experts know has at least this much."""
@@ -65,7 +56,14 @@ def render(record: Record, other: Record | None = None) -> str:
     gate = read_gate(record)
     shown = record.attempt(lambda _: reconstruct(record, gate), record.root)
     seen = shown if isinstance(shown, Reconstructions) else None
-    excess = np.zeros((0, 0)) if seen is None else _excess(seen)
+    changed = []
+    if record.config:
+        mine, usual = (flatten(c.model_dump(mode="json")) for c in (record.config, Config()))
+        changed = [f"{path}: {mine[path]}" for path in mine if mine[path] != usual[path]]
+    excess = np.zeros((0, 0))
+    if seen is not None and seen.losses.size:
+        # under the experts of other clusters minus that under the own ones, (R, R)
+        excess = seen.losses - np.diag(seen.losses)[:, None]
     return environment.get_template("page.html.jinja").render(
         name=record.root.name,
         base=record.base or "",
@@ -79,7 +77,7 @@ def render(record: Record, other: Record | None = None) -> str:
         no_reconstructions=shown if isinstance(shown, str) else "the files above",
         worst=float(excess.max(initial=_LEAST_EXCESS)),
         excess=excess.tolist(),
-        gate=None if gate is None else _gate(record, gate),
+        gate=None if gate is None else gate_view(record, gate),
         thumbs=_thumbs(record),
         figures=_figures(record),
         tasks=[task_view(record, metrics, i) for i, metrics in enumerate(record.transfers)],
@@ -90,12 +88,12 @@ def render(record: Record, other: Record | None = None) -> str:
         faults=_fault_rows(record.faults),
         fault_count=len(record.faults),
         artefacts=[
-            {"name": a.name, "path": a.path, "size": _human(a.bytes)}
+            {"name": a.name, "path": a.path, "size": _size_text(a.bytes)}
             for a in record.artefacts
             if a.path.name != PAGE_NAME
         ],
         config=to_yaml(record.config) if record.config else "",
-        differences=_differences(record.config) if record.config else "",
+        differences="\n".join(changed),
         # last: what is read for the page may be damaged too
         problems=record.problems,
     )
@@ -111,105 +109,6 @@ def _figures(record: Record) -> dict[str, list[str]]:
         "clusters": figures.cluster_sizes(record.clusters),
         "centroids": figures.centroid_distances(record.clusters),
     }
-
-
-def _excess(shown: Reconstructions) -> Any:
-    """Loss under the experts of other clusters minus that under the own ones, (R, R)."""
-    return shown.losses - np.diag(shown.losses)[:, None] if shown.losses.size else shown.losses
-
-
-def _gate(record: Record, gate: GateView) -> dict[str, Any]:
-    """Gather the map of clusters to experts, strips over time, and what every expert sees."""
-    clusters, (layers, num_clusters) = record.clusters, gate.table.shape
-    domains = np.zeros(num_clusters, np.int64)
-    sizes = np.zeros(num_clusters, np.int64)
-    if clusters is not None and len(clusters.sizes) == num_clusters and clusters.domains:
-        domains, sizes = clusters.counts.argmax(axis=1), clusters.sizes
-    order = order_by_route(gate, domains)
-    mapped = evenly(order, _MAX_MAPPED)
-
-    def cell(layer: int, cluster: int) -> dict[str, Any]:
-        expert, p = int(gate.table[layer, cluster]), float(gate.chosen[layer, cluster])
-        second = int(gate.runner_up[layer, cluster])
-        return {
-            "expert": expert,
-            "colour": expert_colour(expert, gate.num_experts),
-            "opacity": round(strength(p, gate.num_experts), 3),
-            "sure": f"{100 * p:.0f} %" if np.isfinite(p) else "",
-            "second": f"next: expert {second}, {100 * gate.runner_up_p[layer, cluster]:.0f} %"
-            if second >= 0
-            else "",
-        }
-
-    def holds(layer: int, expert: int) -> dict[str, Any]:
-        members = [c for c in order if gate.table[layer, c] == expert]
-        images = int(sizes[members].sum())
-        return {
-            "expert": expert,
-            "colour": expert_colour(expert, gate.num_experts),
-            "images": images,
-            "share": 100 * images / max(1, int(sizes.sum())),
-            "clusters": members[:8],
-            "more": max(0, len(members) - 8),
-        }
-
-    return {
-        "where": gate.where,
-        "layers": layers,
-        "blocks": list(record.config.moe_layers)[:layers] if record.config else [],
-        "num_experts": gate.num_experts,
-        "num_clusters": num_clusters,
-        "rows": [
-            {
-                "cluster": c,
-                "images": int(sizes[c]),
-                "what": _main_domain(record, c),
-                "cells": [cell(layer, c) for layer in range(layers)],
-            }
-            for c in mapped
-        ],
-        "more": num_clusters - len(mapped),
-        "sure": [_percent(row) for row in gate.chosen],
-        "experts": [[holds(x, e) for e in range(gate.num_experts)] for x in range(layers)],
-        "strips": [strip(record, gate, layer, order) for layer in range(layers)],
-        "first": record.routing[0][0] if record.routing else 0,
-        "last": record.routing[-1][0] if record.routing else 0,
-        "panels": _sureness(record, layers),
-    }
-
-
-def _percent(values: Any) -> str:
-    known = values[np.isfinite(values)]
-    return f"{100 * known.mean():.0f} %" if len(known) else "-"
-
-
-def _main_domain(record: Record, cluster: int) -> str:
-    clusters = record.clusters
-    if clusters is None or cluster >= len(clusters.counts) or not clusters.counts[cluster].any():
-        return "no images"
-    return clusters.domains[int(clusters.counts[cluster].argmax())]
-
-
-def _sureness(record: Record, layers: int) -> list[str]:
-    """Draw the mean probability of the chosen expert over the run, a line a layer."""
-    if len(record.certainty) < 2:
-        return []
-    steps = [float(c.step) for c in record.certainty]
-    lines = {
-        f"MoE layer {layer}": (
-            (steps, [100 * float(c.chosen[layer].mean()) for c in record.certainty]),
-            _LAYER_COLOURS[layer % len(_LAYER_COLOURS)],
-            "-" if layer < len(_LAYER_COLOURS) else "--",
-        )
-        for layer in range(layers)
-        if all(len(c.chosen) > layer for c in record.certainty)
-    }
-    return [
-        figures.overlay("sureness", "probability of the chosen expert, %", lines, xlabel="step")
-    ]
-
-
-_LAYER_COLOURS = ("#4477aa", "#cc6677", "#228833", "#999933", "#88ccee", "#882255", "#332288")
 
 
 def _thumbs(record: Record) -> dict[int, str]:
@@ -253,21 +152,17 @@ def _tiles(record: Record) -> list[dict[str, str]]:
         )
     clusters = record.clusters
     images = f"{clusters.sizes.sum():,}" if clusters else None
+    moce, exchanged = record.stages["moce"], None
+    if moce.experts is not None:
+        total = max(1, int(moce.experts.sum()))
+        exchanged = f"{100 * sum(moce.column('images_exchanged')[1]) / total:.1f} %"
     tiles += [
         _tile("images", images),
         _tile("clusters", str(len(clusters.sizes)) if clusters else None),
-        *([] if record.without_routes else [_tile("images exchanged", _exchanged(record))]),
+        *([] if record.without_routes else [_tile("images exchanged", exchanged)]),
         _tile("faults", str(len(record.faults))),
     ]
     return tiles
-
-
-def _exchanged(record: Record) -> str | None:
-    stage = record.stages["moce"]
-    if stage.experts is None:
-        return None
-    total = max(1, int(stage.experts.sum()))
-    return f"{100 * sum(stage.column('images_exchanged')[1]) / total:.1f} %"
 
 
 def _mix(record: Record) -> list[dict[str, Any]]:
@@ -278,23 +173,19 @@ def _mix(record: Record) -> list[dict[str, Any]]:
     ids = list(range(len(clusters.sizes)))
     listed = ids if len(ids) <= _MAX_CLUSTERS else sorted(clusters.sheets) or ids
     listed = evenly(listed, _MAX_CLUSTERS)
-    pictured = set(evenly([c for c in listed if c in clusters.sheets], _MAX_SHEETS))
+    with_sheet = evenly([c for c in listed if c in clusters.sheets], _MAX_SHEETS)
+    sheets = {c: record.attempt(Path.read_bytes, clusters.sheets[c]) or b"" for c in with_sheet}
     return [
         {
             "cluster": cluster,
             "size": int(clusters.sizes[cluster]),
             "domains": domain_mix(clusters.counts[cluster], clusters.domains),
             "labels": label_mix(clusters, cluster),
-            "sheet": _inline(record, clusters.sheets[cluster]) if cluster in pictured else "",
+            "sheet": base64.b64encode(sheets.get(cluster, b"")).decode(),
         }
         for cluster in listed
         if cluster < len(ids)
     ]
-
-
-def _inline(record: Record, path: Path) -> str:
-    content = record.attempt(Path.read_bytes, path)
-    return base64.b64encode(content).decode() if content else ""
 
 
 def _fault_rows(faults: list[Line]) -> list[dict[str, Any]]:
@@ -310,12 +201,7 @@ def _fault_rows(faults: list[Line]) -> list[dict[str, Any]]:
     ]
 
 
-def _differences(config: Config) -> str:
-    mine, defaults = (flatten(c.model_dump(mode="json")) for c in (config, Config()))
-    return "\n".join(f"{path}: {mine[path]}" for path in mine if mine[path] != defaults[path])
-
-
-def _human(size: int | None) -> str:
+def _size_text(size: int | None) -> str:
     if size is None:
         return "missing"
     value, unit = float(size), "B"

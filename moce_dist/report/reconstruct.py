@@ -186,15 +186,6 @@ class _Viewer:
         whole = torch.where(is_masked[:, :, None], prediction, patches)
         return _Seen(unpatchify(whole, patch), losses)
 
-    def _masked(self) -> Tensor:
-        patches = patchify(self.samples.images, self.config.model.patch_size)
-        keep = int(patches.shape[1] * (1 - self.config.model.mask_ratio))
-        order = self.noise.argsort(dim=1, stable=True).argsort(dim=1)
-        grey = (_GREY - torch.tensor(MEAN)) / torch.tensor(STD)
-        grey = grey.repeat(patches.shape[2] // 3)
-        hidden = torch.where((order >= keep)[:, :, None], grey, patches)
-        return unpatchify(hidden, self.config.model.patch_size)
-
     def _row(
         self,
         i: int,
@@ -203,22 +194,31 @@ class _Viewer:
         clusters: Sequence[int],
     ) -> Row:
         cluster = int(self.samples.clusters[i])
-        tiles = [_tile(self.samples.images[i]), _tile(self._masked()[i])]
+        patches = patchify(self.samples.images, self.config.model.patch_size)
+        keep = int(patches.shape[1] * (1 - self.config.model.mask_ratio))
+        order = self.noise.argsort(dim=1, stable=True).argsort(dim=1)
+        grey = (_GREY - torch.tensor(MEAN)) / torch.tensor(STD)
+        grey = grey.repeat(patches.shape[2] // 3)
+        hidden = torch.where((order >= keep)[:, :, None], grey, patches)
+        tiles = [
+            _tile(self.samples.images[i]),
+            _tile(unpatchify(hidden, self.config.model.patch_size)[i]),
+        ]
         tiles += [_tile(s.images[i], s.losses[i]) for s in seen.values()]
         other = None
         if by_route and self.gate is not None:
-            other = _least_alike(self.gate.table, cluster, clusters)
+            # the one whose experts differ in most layers
+            apart = [
+                (int((self.gate.table[:, c] != self.gate.table[:, cluster]).sum()), -c)
+                for c in clusters
+            ]
+            other = -max(apart)[1]
             for c in (cluster, other):
                 tiles.append(_tile(by_route[c].images[i], by_route[c].losses[i]))
         return Row(cluster if self.gate is not None else None, other, tiles)
 
 
 _OWN_AND_OTHER = ("MoCE, own experts", "MoCE, other experts")
-
-
-def _least_alike(table: NDArray[np.int64], cluster: int, clusters: Sequence[int]) -> int:
-    apart = [(int((table[:, c] != table[:, cluster]).sum()), -c) for c in clusters]
-    return -max(apart)[1]
 
 
 def _checkpoints(record: Record, stage: str) -> list[Path]:

@@ -183,16 +183,6 @@ def _read_metrics(path: Path) -> list[Line]:
     return lines
 
 
-def _read_experts(path: Path) -> NDArray[np.int64] | None:
-    lines = [line["images_per_expert"] for line in read_jsonl(path) if "images_per_expert" in line]
-    # a stage without cluster-routed experts writes empty lists
-    return np.array(lines, np.int64) if lines and lines[0] else None
-
-
-def _read_holdout(path: Path) -> Line:
-    return _read_object(path, "loss", "images")
-
-
 def _read_transfer(path: Path) -> Line:
     metrics = _read_object(path, "task", "metric", "results", "summary")
     rows = [*metrics["summary"], *metrics.get("differences", [])]
@@ -203,10 +193,6 @@ def _read_transfer(path: Path) -> Line:
         # files of older versions give one seed a deviation of 0
         without_deviations(rows)
     return metrics
-
-
-def _read_table(path: Path) -> tuple[int, NDArray[np.int64]]:
-    return _step_of(path), np.array(_read_json(path), np.int64)
 
 
 def _read_certainty(path: Path) -> Certainty:
@@ -281,10 +267,6 @@ def _read_summary(path: Path) -> Line:
     return summary
 
 
-def _read_sheets(folder: Path) -> dict[int, Path]:
-    return {int(path.stem.rpartition("-")[2]): path for path in folder.glob("cluster-*.jpg")}
-
-
 def _read_all_clusters(record: Record, folder: Path) -> Clusters | None:
     found = record.attempt(_read_clusters, folder / "assignments.parquet")
     if found is None:
@@ -299,7 +281,10 @@ def _read_all_clusters(record: Record, folder: Path) -> Clusters | None:
         counts=np.pad(found.counts, ((0, missing), (0, 0))),
         summary=record.attempt(_read_summary, folder / "summary.json") or {},
         centroids=centroids,
-        sheets=_read_sheets(folder / "gallery"),
+        sheets={
+            int(path.stem.rpartition("-")[2]): path
+            for path in (folder / "gallery").glob("cluster-*.jpg")
+        },
     )
 
 
@@ -339,8 +324,14 @@ def _list_artefacts(run: Run) -> list[Artefact]:
 
 def _read_stage(record: Record, folder: Path) -> Stage:
     metrics = record.attempt(_read_metrics, folder / "metrics.jsonl") or []
-    holdout = record.attempt(_read_holdout, folder / "holdout.json")
-    experts = record.attempt(_read_experts, folder / "metrics.jsonl") if metrics else None
+    holdout = record.attempt(
+        lambda path: _read_object(path, "loss", "images"), folder / "holdout.json"
+    )
+    lines = [line["images_per_expert"] for line in metrics if "images_per_expert" in line]
+    experts = None
+    # a stage without cluster-routed experts writes empty lists
+    if lines and lines[0]:
+        experts = record.attempt(lambda _: np.array(lines, np.int64), folder / "metrics.jsonl")
     return Stage(metrics, holdout, experts)
 
 
@@ -359,7 +350,11 @@ def read_record(root: Path) -> Record:
     record.stages = {name: _read_stage(record, run.stage(name)) for name in STAGES}
     record.clusters = _read_all_clusters(record, run.clusters)
     moce = run.stage("moce")
-    record.routing = _read_steps(record, moce / "routing", _read_table)
+    record.routing = _read_steps(
+        record,
+        moce / "routing",
+        lambda path: (_step_of(path), np.array(_read_json(path), np.int64)),
+    )
     record.certainty = _read_steps(record, moce / "gate", _read_certainty)
     record.placements = _read_steps(record, moce / "placement", _read_placement)
     for path in sorted((root / "transfer").glob("*/metrics.json")):

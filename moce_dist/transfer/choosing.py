@@ -3,7 +3,7 @@
     checkpoints --choose--> choice.json --customise--> a backbone
 
 A choice that was made under the same conditions is read, not made again. What is tried by evidence
-is tried in validate.py.
+is tried in select.py.
 """
 
 import json
@@ -38,17 +38,19 @@ from moce_dist.transfer.request import (
     is_chosen,
     stage_of,
 )
-from moce_dist.transfer.select import choose_experts, mix_of, task_clusters
-from moce_dist.transfer.skips import Skips, record_skips
-from moce_dist.transfer.tasks import Task
-from moce_dist.transfer.token import choose_by_use, usage_counter, without_gates
-from moce_dist.transfer.validate import (
+from moce_dist.transfer.select import (
     CONTROL,
     candidate_configs,
+    choose_experts,
+    mix_of,
+    task_clusters,
     try_candidates,
     validated,
     with_selection,
 )
+from moce_dist.transfer.skips import Skips, record_skips
+from moce_dist.transfer.tasks import Task
+from moce_dist.transfer.token import choose_by_use, usage_counter, without_gates
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +148,9 @@ class Chooser:
         inputs = {
             "task": self.task_fingerprint,
             "moce": moce.identity,
-            "encoder": self._encoder_identity(),
+            "encoder": self.stage("mae").identity
+            if self.config.cluster.encoder == OWN
+            else same_encoder(self.run, self.config),
             "clusters": artefact_id(self.run.clusters),
             "max_train": transfer.max_train,
             "experts": self.request.experts,
@@ -178,11 +182,6 @@ class Chooser:
         """Return where the choice of `moce`, `moce:SELECT` or `token` stands."""
         _, colon, how = base_of(name).partition(":")
         return self.folder / f"choice{colon and '-'}{how}.json"
-
-    def _encoder_identity(self) -> str:
-        if self.config.cluster.encoder == OWN:
-            return self.stage("mae").identity
-        return same_encoder(self.run, self.config)
 
     @cached_property
     def _cluster_ids(self) -> NDArray[np.int64]:

@@ -138,7 +138,7 @@ def onnx(argv: Sequence[str]) -> None:
         raise ConfigError("onnx: the package is missing (pip install 'moce-dist[onnx]')")
     folder = find_model(args)
     quiet_libraries()
-    from moce_dist.transfer.onnx import export_onnx
+    from moce_dist.transfer.predict import export_onnx
 
     _say(*map(str, export_onnx(folder, out)))
 
@@ -191,11 +191,12 @@ def find_model(args: Any) -> Path:
     found = [name for name, parts in named.items() if given.items() <= parts.items()]
     if not found:
         raise ConfigError(f"{folder}: has no model of {given}, only {', '.join(sorted(fits))}")
-    return fits[min(found, key=lambda name: _preference(**named[name]))]
 
+    def preference(name: str) -> tuple[bool, bool, int, str]:
+        backbone, protocol, seed = named[name].values()
+        return backbone not in ("moce", "token"), protocol != "finetune", int(seed), backbone
 
-def _preference(backbone: str, protocol: str, seed: str) -> tuple[bool, bool, int, str]:
-    return backbone not in ("moce", "token"), protocol != "finetune", int(seed), backbone
+    return fits[min(found, key=preference)]
 
 
 def list_named(paths: Sequence[str]) -> list[Item]:

@@ -48,10 +48,9 @@ from moce_dist.transfer.request import (
     stage_of,
 )
 from moce_dist.transfer.results import Fit, Ledger, Row, fingerprints, make_metrics
-from moce_dist.transfer.select import mix_of
+from moce_dist.transfer.select import CONTROL, mix_of
 from moce_dist.transfer.skips import record_skips
 from moce_dist.transfer.tasks import Task
-from moce_dist.transfer.validate import CONTROL
 
 logger = logging.getLogger(__name__)
 

@@ -44,6 +44,16 @@ def model_card(
     `choice` and `metrics` are the contents of choice.json (None of a model without experts) and
     metrics.json, `about` further lines (run, data, checkpoint).
     """
+    chosen = []
+    if choice is not None:
+        chosen = [
+            f"- images: {choice['num_images']}, without their labels",
+            *_cluster_lines(choice["clusters"]),
+            *([f"- warning: {choice['warning']}"] if choice["warning"] else []),
+            "",
+            *_layers(choice["layers"]),
+            *_candidates(choice.get("candidates", ())),
+        ]
     lines = [
         "---",
         "library_name: timm",
@@ -60,24 +70,13 @@ def model_card(
         "```",
         "",
         *(f"- {name}: {value}" for name, value in about.items()),
-        *([] if choice is None else _choice_lines(choice)),
+        *chosen,
         "",
         "## Measured",
         "",
         *_results(metrics),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _choice_lines(choice: dict[str, Any]) -> list[str]:
-    return [
-        f"- images: {choice['num_images']}, without their labels",
-        *_cluster_lines(choice["clusters"]),
-        *([f"- warning: {choice['warning']}"] if choice["warning"] else []),
-        "",
-        *_layers(choice["layers"]),
-        *_candidates(choice.get("candidates", ())),
-    ]
 
 
 def _cluster_lines(clusters: dict[str, int]) -> list[str]:

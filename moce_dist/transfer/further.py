@@ -34,7 +34,7 @@ from moce_dist.train.finished import begin_stage, has_last_checkpoint
 from moce_dist.train.job import MoreSteps
 from moce_dist.transfer.choosing import Dense, open_stage
 from moce_dist.transfer.continuing import FurtherJob, Train
-from moce_dist.transfer.validate import CONTROL
+from moce_dist.transfer.select import CONTROL
 
 logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"

@@ -43,7 +43,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.job import HOLDOUT_TABLE
 from moce_dist.transfer.choosing import open_stage
 from moce_dist.transfer.routes import moce_stage
-from moce_dist.transfer.validate import CONTROL
+from moce_dist.transfer.select import CONTROL
 
 _HOLDOUT = "holdout"
 

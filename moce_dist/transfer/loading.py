@@ -216,23 +216,20 @@ class TaskImages(Dataset[Loaded]):
             return Loaded(blank, label, item.key, str(error))
 
     def _read(self, index: int, epoch: int) -> tuple[np.ndarray, NDArray[np.int64]]:
-        item = self._items[index]
-        pixels = self._pixels(item, epoch) * self._factor + self._shift
-        return pixels, np.asarray(item.label, np.int64)
-
-    def _pixels(self, item: Item, epoch: int) -> np.ndarray:
+        item, size = self._items[index], self._size
         if self._framing is not None:
-            return framed_image(item.read(), self._size, self._framing)
-        image = self._kept.open(item.key, item.read)
-        if self._augment is None:
-            return centre_sample(image, self._size)
-        cut = draw_cut(
-            image,
-            scale_min=self._augment.crop_scale_min,
-            hflip=self._augment.hflip,
-            draws=sample_generator(self._seed, epoch, item.key),
-        )
-        return to_sample(cut.pixels(self._size))
+            pixels = framed_image(item.read(), size, self._framing)
+        elif self._augment is None:
+            pixels = centre_sample(self._kept.open(item.key, item.read), size)
+        else:
+            cut = draw_cut(
+                self._kept.open(item.key, item.read),
+                scale_min=self._augment.crop_scale_min,
+                hflip=self._augment.hflip,
+                draws=sample_generator(self._seed, epoch, item.key),
+            )
+            pixels = to_sample(cut.pixels(size))
+        return pixels * self._factor + self._shift, np.asarray(item.label, np.int64)
 
 
 def eval_batches(

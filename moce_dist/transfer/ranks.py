@@ -98,18 +98,14 @@ def _normalise(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
     centred = values - mean.view(shape)
     squares: Tensor = _Sum.apply(centred.square().sum((0, 2, 3)))
     variance = squares / count
-    _track(norm, mean, variance * count / (count - 1).clamp_min(1))
-    scaled = centred * (variance + norm.eps).rsqrt().view(shape)
-    return (scaled * norm.weight.view(shape) + norm.bias.view(shape)).to(images.dtype)
-
-
-# else the buffers would hold the graphs of all steps
-@torch.no_grad()
-def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None
-    norm.running_mean.lerp_(mean, norm.momentum)
-    norm.running_var.lerp_(variance, norm.momentum)
-    norm.num_batches_tracked += 1
+    # else the buffers would hold the graphs of all steps
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * count / (count - 1).clamp_min(1), norm.momentum)
+        norm.num_batches_tracked += 1
+    scaled = centred * (variance + norm.eps).rsqrt().view(shape)
+    return (scaled * norm.weight.view(shape) + norm.bias.view(shape)).to(images.dtype)

@@ -181,18 +181,13 @@ def _over_tasks(tables: Iterable[Iterable[Row]]) -> list[Row]:
         {
             **{name: value for name, value in rows[0].items() if name in kept},
             "mean": statistics.fmean(row["mean"] for row in rows),
-            "std": _root_of_squares([row["std"] for row in rows]),
+            "std": None
+            if any(row["std"] is None for row in rows)
+            else sum(row["std"] ** 2 for row in rows) ** 0.5 / len(rows),
             "num_tasks": len(rows),
         }
         for rows in found.values()
     ]
-
-
-def _root_of_squares(deviations: Sequence[float | None]) -> float | None:
-    known = [each for each in deviations if each is not None]
-    if len(known) < len(deviations):
-        return None
-    return sum(each**2 for each in known) ** 0.5 / len(known)
 
 
 def suite_metrics(tasks: Iterable[Mapping[str, Any]], failed: Mapping[str, str]) -> dict[str, Any]:

@@ -139,23 +139,19 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
         return {}
     task = list_task(order.request, order.config)
     with hold(job.folder):
-        return _compare(job, task, train)
+        order = job.order
+        notes = task.scan(threads=order.config.data.loader_processes)
+        if order.is_fresh:
+            set_aside(job.folder)
+        from moce_dist.transfer.compare import Comparison, compare
 
+        comparison = Comparison(order.request, job.place, order.config, task)
+        comparison.take_further_steps(train)
 
-def _compare(job: FitsJob, task: Task, train: Train) -> dict[str, Any]:
-    order = job.order
-    notes = task.scan(threads=order.config.data.loader_processes)
-    if order.is_fresh:
-        set_aside(job.folder)
-    from moce_dist.transfer.compare import Comparison, compare
+        def train_fits(ledger: Ledger) -> None:
+            train(replace(job, choices=comparison.chooser.choices, ledger=ledger))
 
-    comparison = Comparison(order.request, job.place, order.config, task)
-    comparison.take_further_steps(train)
-
-    def train_fits(ledger: Ledger) -> None:
-        train(replace(job, choices=comparison.chooser.choices, ledger=ledger))
-
-    return {**compare(comparison, train_fits), "notes": notes}
+        return {**compare(comparison, train_fits), "notes": notes}
 
 
 def prepare(run: Run, orders: Iterable[Order], train: Train) -> None:

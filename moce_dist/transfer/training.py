@@ -14,7 +14,6 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from moce_dist.config import ParallelConfig
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.settings import ConfigError
@@ -58,7 +57,11 @@ class Trainer:
         """
         self._name, self._machine = name, machine
         init_distributed(machine.device)
-        prepare_blocks(_blocks(name, model, machine.parallel), machine.parallel)
+        blocks = [module for module in model.modules() if isinstance(module, Block)]
+        for field in ("activation_checkpointing", "compile"):
+            if getattr(machine.parallel, field) and not blocks:
+                raise ConfigError(f"parallel.{field} (True): the model of {name} has no ViT blocks")
+        prepare_blocks(blocks, machine.parallel)
         if machine.num_ranks > 1:
             share_batch_norm(model)
         size = machine.num_ranks * machine.micro_batches
@@ -140,14 +143,6 @@ def stop_unless_finite(value: float, what: str, fit: str, step: int) -> None:
     """
     if not math.isfinite(value):
         raise FloatingPointError(f"{fit}: {what} is {value} in step {step}")
-
-
-def _blocks(name: str, model: nn.Module, parallel: ParallelConfig) -> list[nn.Module]:
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    for field in ("activation_checkpointing", "compile"):
-        if getattr(parallel, field) and not blocks:
-            raise ConfigError(f"parallel.{field} (True): the model of {name} has no ViT blocks")
-    return blocks
 
 
 def cut_batch(

@@ -10,7 +10,7 @@ Source: He et al. 2022, arXiv 2111.06377, table 9; facebookresearch/mae main_fin
 @efb2a80. Without their RandAugment and random erasing.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,19 +80,6 @@ def _mixer(recipe: FinetuneConfig, task: Classification) -> Mixup | None:
     )
 
 
-def _loss_of(
-    model: nn.Module, task: Classification, *, is_smoothed: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    def single(inputs: Tensor, targets: Tensor) -> Tensor:
-        smoothing = 0.0 if is_smoothed else _LABEL_SMOOTHING
-        return F.cross_entropy(model(inputs).float(), targets, label_smoothing=smoothing)
-
-    def several(inputs: Tensor, targets: Tensor) -> Tensor:
-        return multi_label_loss(model(inputs).float(), targets).mean()
-
-    return several if task.is_multi_label else single
-
-
 def fit(task: Classification, trial: Trial) -> Fitted:
     """Fine-tune, or fit the features of a frozen backbone, as the protocol says."""
     return (finetune if trial.protocol == "finetune" else frozen.fit)(task, trial)
@@ -126,6 +113,14 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
         draws = rank_draws(order, machine, start, mirrored=True)
         yield from training_batches(images, draws, machine, start, skips)
 
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = model(inputs).float()
+        if task.is_multi_label:
+            return multi_label_loss(logits, targets).mean()
+        # Mixup smooths labels itself
+        smoothing = _LABEL_SMOOTHING if mix is None else 0.0
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
     def view() -> Measures:
         found, skips.test = evaluate(model, backbone, task, machine)
         return found
@@ -137,7 +132,7 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
             model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
         ),
         batches=batches,
-        loss=_loss_of(model, task, is_smoothed=mix is not None),
+        loss=loss,
         view=view,
         spec=classifier_spec(
             backbone, task.name, task.classes, is_multi_label=task.is_multi_label, fc_norm=True
@@ -169,6 +164,7 @@ def evaluate(
     return measure(task.metric, scores, truth), unread
 
 
+@torch.no_grad()
 def predict(
     model: nn.Module, spec: Spec, images: Sequence[Item], wishes: Wishes
 ) -> Iterator[dict[str, Any]]:
@@ -184,7 +180,10 @@ def predict(
             except (ValueError, OSError) as error:
                 read.append(" ".join(str(error).split()))
         pixels = [x for x in read if not isinstance(x, str)]
-        found = iter(_probabilities(model, spec, pixels, machine) if pixels else ())
+        found: Iterator[Tensor] = iter(())
+        if pixels:
+            logits = model(torch.from_numpy(np.stack(pixels)).to(machine.device)).float().cpu()
+            found = iter(logits.sigmoid() if spec.is_multi_label else logits.softmax(dim=1))
         for item, content in zip(some, read, strict=True):
             if isinstance(content, str):
                 yield {"image": str(item.content), "error": content}
@@ -195,11 +194,3 @@ def predict(
                 for v, i in zip(values.tolist(), indices.tolist(), strict=True)
             ]
             yield {"image": str(item.content), "classes": classes}
-
-
-@torch.no_grad()
-def _probabilities(
-    model: nn.Module, spec: Spec, pixels: Sequence[np.ndarray], machine: Machine
-) -> Tensor:
-    logits = model(torch.from_numpy(np.stack(pixels)).to(machine.device)).float().cpu()
-    return logits.sigmoid() if spec.is_multi_label else logits.softmax(dim=1)

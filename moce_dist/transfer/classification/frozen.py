@@ -126,12 +126,6 @@ def knn_scores(features: Features, *, k: int, num_classes: int) -> Tensor:
     return torch.cat(votes)
 
 
-def _sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    if labels.ndim == 2:
-        return multi_label_loss(logits, labels).sum()
-    return F.cross_entropy(logits, labels, reduction="sum")
-
-
 def fit_linear(
     features: Features, *, passes: int, num_classes: int, device: torch.device
 ) -> Linear:
@@ -157,7 +151,12 @@ def fit_linear(
         for rows, targets in zip(
             torch.split(train, _CHUNK), torch.split(labels, _CHUNK), strict=True
         ):
-            part = _sum_of_losses(head(rows), targets) / len(train)
+            logits = head(rows)
+            if targets.ndim == 2:
+                losses = multi_label_loss(logits, targets)
+            else:
+                losses = F.cross_entropy(logits, targets, reduction="none")
+            part = losses.sum() / len(train)
             torch.autograd.backward(part)
             total = total + part.detach()
         return total

@@ -53,6 +53,22 @@ class Official(NamedTuple):
     needs: Sequence[str]
 
 
+OFFICIAL: dict[str, Official] = {}
+"""The sets by the names that `--task` has for them."""
+
+
+def _official(
+    name: str, metric: str, folder: str, *needs: str
+) -> Callable[[Callable[[Path], Splits]], Callable[[Path], Splits]]:
+    """Enter a reader into `OFFICIAL`; `needs` are what must lie below DATA/`folder`."""
+
+    def enter(read: Callable[[Path], Splits]) -> Callable[[Path], Splits]:
+        OFFICIAL[name] = Official(read, metric, [f"{folder}/{path}" for path in needs])
+        return read
+
+    return enter
+
+
 def _listed(pairs: Iterable[Labelled], data: Path) -> list[Item]:
     """Make items of files and labels, each called by its path below DATA.
 
@@ -70,6 +86,10 @@ def _pairs(dataset: Any, files: str = "_image_files") -> list[Labelled]:
     return [(Path(p), int(y)) for p, y in zip(paths, dataset._labels, strict=True)]
 
 
+@_official(
+    *("aircraft", "mean_class_accuracy", "fgvc-aircraft-2013b/data"),
+    *("images", "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"),
+)
 def _aircraft(data: Path) -> Splits:
     from torchvision.datasets import FGVCAircraft
 
@@ -77,6 +97,7 @@ def _aircraft(data: Path) -> Splits:
     return Splits(train.classes, *(_listed(_pairs(part), data) for part in (train, test)))
 
 
+@_official("caltech101", "mean_class_accuracy", "caltech101", "101_ObjectCategories")
 def _caltech(data: Path) -> Splits:
     # torchvision counts all that lies in a folder, so that a stray file becomes an image
     folder, draws = data / "caltech101" / "101_ObjectCategories", np.random.default_rng(0)
@@ -92,6 +113,10 @@ def _caltech(data: Path) -> Splits:
     return Splits(classes, train, test)
 
 
+@_official(
+    *("cars", "accuracy", "stanford_cars", "cars_train", "cars_test"),
+    *("devkit/cars_train_annos.mat", "devkit/cars_meta.mat", "cars_test_annos_withlabels.mat"),
+)
 def _cars(data: Path) -> Splits:
     from torchvision.datasets import StanfordCars
 
@@ -100,40 +125,45 @@ def _cars(data: Path) -> Splits:
     return Splits(list(parts[0].classes), *(_listed(part, data) for part in pairs))
 
 
-def _cifar_items(files: Sequence[Path], label_bytes: int) -> list[Item]:
-    """Read records of `label_bytes` labels (the last one counts) and 3 x 32 x 32 pixels."""
-    length, items = label_bytes + 3 * _CIFAR_SIDE**2, []
-    for path in files:
-        content = np.fromfile(path, np.uint8)
-        if len(content) == 0 or len(content) % length:
-            raise ConfigError(
-                f"{path}: has {len(content)} bytes, must be a multiple of {length} (the binary "
-                "version of CIFAR)"
-            )
-        for i, row in enumerate(content.reshape(-1, length)):
-            pixels = row[label_bytes:].reshape(3, -1).T.tobytes()
-            # a PPM is its pixels behind a line, so nothing is compressed in vain
-            ppm = f"P6 {_CIFAR_SIDE} {_CIFAR_SIDE} 255\n".encode() + pixels
-            items.append(Item(f"{path.name}/{i}", ppm, int(row[label_bytes - 1])))
-    return items
+def _cifar(folder: Path, names: str, train: Sequence[str], test: str) -> Splits:
+    """Read records of one label, or of two (the last one counts), and 3 x 32 x 32 pixels."""
+    num_labels = 2 if test == "test.bin" else 1
+    length, splits = num_labels + 3 * _CIFAR_SIDE**2, []
+    for files in (train, [test]):
+        items = []
+        for path in (folder / file for file in files):
+            content = np.fromfile(path, np.uint8)
+            if len(content) == 0 or len(content) % length:
+                raise ConfigError(
+                    f"{path}: has {len(content)} bytes, must be a multiple of {length} (the binary "
+                    "version of CIFAR)"
+                )
+            for i, row in enumerate(content.reshape(-1, length)):
+                pixels = row[num_labels:].reshape(3, -1).T.tobytes()
+                # a PPM is its pixels behind a line, so nothing is compressed in vain
+                ppm = f"P6 {_CIFAR_SIDE} {_CIFAR_SIDE} 255\n".encode() + pixels
+                items.append(Item(f"{path.name}/{i}", ppm, int(row[num_labels - 1])))
+        splits.append(items)
+    return Splits(read_names(folder / names), *splits)
 
 
-def _cifar(folder: Path, names: str, train: Sequence[str], label_bytes: int) -> Splits:
-    test = "test_batch.bin" if label_bytes == 1 else "test.bin"
-    classes = read_names(folder / names)
-    splits = [_cifar_items([folder / f for f in files], label_bytes) for files in (train, [test])]
-    return Splits(classes, *splits)
-
-
+_CIFAR10 = ("cifar-10-batches-bin", "batches.meta.txt")
 _CIFAR10_TRAIN = [f"data_batch_{i}.bin" for i in range(1, 6)]
 
 
+@_official("cifar10", "accuracy", *_CIFAR10, *_CIFAR10_TRAIN, "test_batch.bin")
 def _cifar10(data: Path) -> Splits:
-    return _cifar(data / "cifar-10-batches-bin", "batches.meta.txt", _CIFAR10_TRAIN, 1)
+    folder, names = _CIFAR10
+    return _cifar(data / folder, names, _CIFAR10_TRAIN, "test_batch.bin")
 
 
+_CIFAR100 = ("cifar-100-binary", "fine_label_names.txt")
+
+
+@_official("cifar100", "accuracy", *_CIFAR100, "train.bin", "test.bin")
 def _cifar100(data: Path) -> Splits:
-    return _cifar(data / "cifar-100-binary", "fine_label_names.txt", ["train.bin"], 2)
+    folder, names = _CIFAR100
+    return _cifar(data / folder, names, ["train.bin"], "test.bin")
 
 
 def _joined(dataset: Any, data: Path, train: Sequence[str]) -> list[list[Item]]:
@@ -141,12 +171,19 @@ def _joined(dataset: Any, data: Path, train: Sequence[str]) -> list[list[Item]]:
     return [_listed([pair for pairs in part for pair in pairs], data) for part in made]
 
 
+@_official(
+    *("dtd", "accuracy", "dtd/dtd", "images"),
+    *("labels/train1.txt", "labels/val1.txt", "labels/test1.txt"),
+)
 def _dtd(data: Path) -> Splits:
     from torchvision.datasets import DTD
 
     return Splits(DTD(data, "train").classes, *_joined(DTD, data, ["train", "val"]))
 
 
+@_official(
+    *("flowers102", "mean_class_accuracy", "flowers-102"), *("jpg", "imagelabels.mat", "setid.mat")
+)
 def _flowers(data: Path) -> Splits:
     from torchvision.datasets import Flowers102
 
@@ -159,12 +196,17 @@ def _flowers(data: Path) -> Splits:
     return Splits(Flowers102.classes, *_joined(Flowers, data, ["train", "val"]))
 
 
+@_official("food101", "accuracy", "food-101", "images", "meta/train.json", "meta/test.json")
 def _food(data: Path) -> Splits:
     from torchvision.datasets import Food101
 
     return Splits(Food101(data, "train").classes, *_joined(Food101, data, ["train"]))
 
 
+@_official(
+    *("pets", "mean_class_accuracy", "oxford-iiit-pet"),
+    *("images", "annotations/trainval.txt", "annotations/test.txt"),
+)
 def _pets(data: Path) -> Splits:
     from torchvision.datasets import OxfordIIITPet
 
@@ -173,6 +215,7 @@ def _pets(data: Path) -> Splits:
     return Splits(train.classes, *parts)
 
 
+@_official("sun397", "accuracy", "SUN397", "ClassName.txt", "Training_01.txt", "Testing_01.txt")
 def _sun(data: Path) -> Splits:
     # torchvision looks for images in all folders, so that a stray one ends it
     folder = data / "SUN397"
@@ -209,6 +252,10 @@ def _voc_label(annotation: Path) -> tuple[int, ...]:
     return tuple(labels.values())
 
 
+@_official(
+    *("voc2007", "mAP", "VOCdevkit/VOC2007"),
+    *("JPEGImages", "Annotations", "ImageSets/Main/trainval.txt", "ImageSets/Main/test.txt"),
+)
 def _voc(data: Path) -> Splits:
     from torchvision.datasets import VOCDetection
 
@@ -220,65 +267,6 @@ def _voc(data: Path) -> Splits:
     return Splits(_VOC_CLASSES, *parts)
 
 
-def _below(folder: str, *paths: str) -> list[str]:
-    return [f"{folder}/{path}" for path in paths]
-
-
-_AIRCRAFT_NEEDS = _below(
-    "fgvc-aircraft-2013b/data",
-    *("images", "variants.txt", "images_variant_trainval.txt", "images_variant_test.txt"),
-)
-_CALTECH_NEEDS = _below("caltech101", "101_ObjectCategories")
-_CARS_NEEDS = _below(
-    "stanford_cars",
-    *("devkit/cars_train_annos.mat", "devkit/cars_meta.mat", "cars_test_annos_withlabels.mat"),
-    *("cars_train", "cars_test"),
-)
-_CIFAR10_NEEDS = _below(
-    "cifar-10-batches-bin", "batches.meta.txt", *_CIFAR10_TRAIN, "test_batch.bin"
-)
-_CIFAR100_NEEDS = _below("cifar-100-binary", "fine_label_names.txt", "train.bin", "test.bin")
-_DTD_NEEDS = _below("dtd/dtd", "images", "labels/train1.txt", "labels/val1.txt", "labels/test1.txt")
-_FLOWERS_NEEDS = _below("flowers-102", "jpg", "imagelabels.mat", "setid.mat")
-_FOOD_NEEDS = _below("food-101", "images", "meta/train.json", "meta/test.json")
-_PETS_NEEDS = _below(
-    "oxford-iiit-pet", "images", "annotations/trainval.txt", "annotations/test.txt"
-)
-_SUN_NEEDS = _below("SUN397", "ClassName.txt", "Training_01.txt", "Testing_01.txt")
-_VOC_NEEDS = _below(
-    "VOCdevkit/VOC2007",
-    *("JPEGImages", "Annotations", "ImageSets/Main/trainval.txt", "ImageSets/Main/test.txt"),
-)
-
-OFFICIAL = {
-    "aircraft": Official(_aircraft, "mean_class_accuracy", _AIRCRAFT_NEEDS),
-    "caltech101": Official(_caltech, "mean_class_accuracy", _CALTECH_NEEDS),
-    "cars": Official(_cars, "accuracy", _CARS_NEEDS),
-    "cifar10": Official(_cifar10, "accuracy", _CIFAR10_NEEDS),
-    "cifar100": Official(_cifar100, "accuracy", _CIFAR100_NEEDS),
-    "dtd": Official(_dtd, "accuracy", _DTD_NEEDS),
-    "flowers102": Official(_flowers, "mean_class_accuracy", _FLOWERS_NEEDS),
-    "food101": Official(_food, "accuracy", _FOOD_NEEDS),
-    "pets": Official(_pets, "mean_class_accuracy", _PETS_NEEDS),
-    "sun397": Official(_sun, "accuracy", _SUN_NEEDS),
-    "voc2007": Official(_voc, "mAP", _VOC_NEEDS),
-}
-
-
-def _check_layout(name: str, data: Path | None, needs: Sequence[str]) -> Path:
-    layout = f"expected DATA/{needs[0]}"
-    if data is None:
-        raise ConfigError(f"--task {name}: needs --data; {layout}")
-    if not data.is_dir():
-        raise ConfigError(f"--data {data}: is not a folder; {layout}")
-    if lacking := [path for path in needs if not (data / path).exists()]:
-        pickled = "; the pickled version is not read" if name.startswith("cifar") else ""
-        raise ConfigError(
-            f"--data {data}: --task {name} expects {', '.join(lacking)} there{pickled}"
-        )
-    return data
-
-
 def official_task(name: str, data: Path | None) -> Splits:
     """Read a published set: official splits, class names and metric.
 
@@ -287,17 +275,26 @@ def official_task(name: str, data: Path | None) -> Splits:
             a list cannot be read.
     """
     official = OFFICIAL[name]
-    folder = _check_layout(name, data, official.needs)
+    layout = f"expected DATA/{official.needs[0]}"
+    if data is None:
+        raise ConfigError(f"--task {name}: needs --data; {layout}")
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is not a folder; {layout}")
+    if lacking := [path for path in official.needs if not (data / path).exists()]:
+        pickled = "; the pickled version is not read" if name.startswith("cifar") else ""
+        raise ConfigError(
+            f"--data {data}: --task {name} expects {', '.join(lacking)} there{pickled}"
+        )
     try:
-        found = official.read(folder)
+        found = official.read(data)
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the readers of lists and .mat files meet
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ConfigError(f"--data {folder}: --task {name} cannot be read: {reason}") from None
+        raise ConfigError(f"--data {data}: --task {name} cannot be read: {reason}") from None
     for split, items in (("training", found.train), ("test", found.test)):
         if not items:
-            raise ConfigError(f"--data {folder}: --task {name} lists no {split} images")
+            raise ConfigError(f"--data {data}: --task {name} lists no {split} images")
         for item in items:
             if isinstance(item.label, int) and not 0 <= item.label < len(found.classes):
                 raise ConfigError(

@@ -1,18 +1,25 @@
-"""Labelled images as a task: which name is read by whom, and a folder of class folders a split.
+"""Labelled images as a task: which name is read by whom; folders of classes, and tars.
 
-    DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)
+    DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)         imagefolder
+
+    DATA/train-*.tar              DATA/test-*.tar         (or DATA/val-*.tar)   webdataset
+        KEY.jpg + KEY.cls, a class number
+    DATA/classes.txt              optional: one name a line; else they are numbers
 
 With `transfer.evaluate: val` DATA/val is what figures are of where DATA/test is there too; of any
 other task a fifth of the training images. Three small tasks are cut from images that installed
-packages carry. Published sets are read by `official.py`, tars by `tars.py`.
+packages carry. Published sets are read by `official.py`. Images of tars stay there and are read by
+their byte ranges.
 
-Source: torchvision.datasets.ImageFolder for the layout.
+Source: torchvision.datasets.ImageFolder for the folders; WebDataset's naming rule and its `cls`
+member for the tars, see `moce_dist.data.tarscan`.
 """
 
 import hashlib
 import logging
 import re
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -22,12 +29,13 @@ from moce_dist.data import samples
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import open_image
 from moce_dist.data.listing import list_folders, list_images
+from moce_dist.data.shards import read_range
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
-from moce_dist.run.names import as_text
+from moce_dist.data.tarscan import scan_tar
+from moce_dist.run.names import as_text, read_names
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.classification.official import OFFICIAL, official_task
-from moce_dist.transfer.classification.tars import tar_task
-from moce_dist.transfer.tasks import Item, Splits, Task, scan_all
+from moce_dist.transfer.tasks import FilePart, Item, Splits, Task, scan_all
 
 logger = logging.getLogger(__name__)
 LOGISTIC = re.compile(r"logistic([1-9]\d*)?")
@@ -97,6 +105,69 @@ def sample_task(name: str, data: Path | None) -> Splits:
         for split, pairs in (("train", made.train), ("test", made.test))
     )
     return Splits(list(made.classes), train, test)
+
+
+# more classes than that are a mistake, whose list would not fit in memory
+_LABEL_DIGITS = 7
+_LAYOUT = "expected DATA/train-*.tar and DATA/test-*.tar (or DATA/val-*.tar)"
+
+
+def tar_task(name: str, data: Path | None) -> Splits:
+    """Read the labels of all samples and where their images lie.
+
+    Raises:
+        ConfigError: tars are missing or damaged, or a sample has no image or no proper label.
+    """
+    if data is None:
+        raise ConfigError(f"--task {name}: needs --data; {_LAYOUT}")
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is not a folder; {_LAYOUT}")
+    tars = {split: sorted(data.glob(f"{split}-*.tar")) for split in ("train", "test", "val")}
+    tested = tars["test"] or tars["val"]
+    for split, found in (("train", tars["train"]), ("test or val", tested)):
+        if not found:
+            raise ConfigError(f"--data {data}: has no tars of {split}; {_LAYOUT}")
+    train, test = ([i for tar in part for i in _items(tar)] for part in (tars["train"], tested))
+    return Splits(_classes(data, [*train, *test]), train, test)
+
+
+def _items(tar: Path) -> Iterator[Item]:
+    try:
+        with tar.open("rb") as file:
+            scan = scan_tar(file)
+    except tarfile.ReadError as error:
+        raise ConfigError(f"{tar}: is not an uncompressed tar file ({error})") from None
+    if scan.problems or not scan.samples:
+        raise ConfigError(f"{tar}: {scan.problems[0] if scan.problems else 'holds no samples'}")
+    if lost := [problem for sample in scan.samples for problem in sample.problems()]:
+        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
+        raise ConfigError(f"{tar}: {lost[0].key}: {lost[0].reason}{more}")
+    for sample in scan.samples:
+        image = sample.image
+        assert image is not None, "a sample without problems has an image"
+        content = FilePart(tar, image.offset_data, image.size)
+        member = sample.members.get("cls")
+        if member is None:
+            raise ConfigError(
+                f"{tar}: sample {sample.key} has no label (a member {sample.key}.cls)"
+            )
+        label = read_range(str(tar), member.offset_data, member.size)
+        text = label.decode("utf-8", "replace").strip()
+        if not text.isascii() or not text.isdigit() or len(text) > _LABEL_DIGITS:
+            raise ConfigError(f"{tar}: {sample.key}.cls = {text[:40]!r}: must be a class number")
+        yield Item(f"{as_text(tar.name)}/{sample.key}", content, int(text))
+
+
+def _classes(data: Path, items: list[Item]) -> list[str]:
+    most, listed = max((i.label, i.key) for i in items), data / "classes.txt"
+    assert isinstance(most[0], int)
+    has_list = listed.is_file()
+    names = read_names(listed) if has_list else [str(i) for i in range(most[0] + 1)]
+    if most[0] >= len(names):
+        raise ConfigError(f"{most[1]}.cls = {most[0]}: {listed} lists {len(names)} classes")
+    if len(names) < 2:
+        raise ConfigError(f"--data {data}: has {len(names)} classes, needs two or more")
+    return names
 
 
 TASKS: dict[str, Callable[[str, Path | None], Splits]] = {

@@ -14,7 +14,7 @@ Source: Lin et al. 2014, arXiv 1405.0312; the data format of cocodataset.org.
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,8 +77,22 @@ def read_annotations(path: Path) -> AnnotationFile:
         raise ConfigError(f"{path}: {problems[0]}{more}")
     found: dict[int, list[Annotation]] = {key: [] for key in images}
     for entry in tree["annotations"]:
-        found[entry["image_id"]].append(_annotation(entry))
-    _warn_of_empty_boxes(path, found.values())
+        x, y, width, height = entry["bbox"]
+        found[entry["image_id"]].append(
+            Annotation(
+                entry["category_id"],
+                (x, y, width, height),
+                float(entry.get("area", width * height)),
+                bool(entry.get("iscrowd", 0)),
+                _outline(entry.get("segmentation")),
+            )
+        )
+    empty = [a for each in found.values() for a in each if min(a.box[2:]) <= 0]
+    if empty:
+        logger.warning(
+            "%s: %d boxes have no area, the first is %s; nothing learns from them",
+            *(path, len(empty), list(empty[0].box)),
+        )
     return AnnotationFile(
         [(key, as_text(categories[key]["name"])) for key in sorted(categories)],
         [
@@ -132,12 +146,14 @@ def _annotation_problems(
         elif type(category_id) is not int or category_id not in categories:
             problem = f"category_id {category_id} is no category's"
         else:
-            problem = (
-                _box_problem(entry.get("bbox"), image)
-                or _segmentation_problem(entry.get("segmentation"), image)
-                or _area_problem(entry.get("area", 0))
-                or _crowd_problem(entry.get("iscrowd", 0))
+            problem = _box_problem(entry.get("bbox"), image) or _segmentation_problem(
+                entry.get("segmentation"), image
             )
+            area, is_crowd = entry.get("area", 0), entry.get("iscrowd", 0)
+            if not problem and not (_is_number(area) and area >= 0):
+                problem = f"area {area!r:.50} must be a number of pixels"
+            elif not problem and is_crowd not in (0, 1):
+                problem = f"iscrowd {is_crowd!r:.50} must be 0 or 1"
         if problem:
             yield f"annotation {entry.get('id', f'number {number}')}: {problem}"
 
@@ -145,14 +161,6 @@ def _annotation_problems(
 def _is_number(value: Any) -> bool:
     # true and false are no numbers here, and nothing compares with NaN
     return type(value) in (int, float) and abs(value) <= _LARGEST
-
-
-def _area_problem(area: Any) -> str:
-    return "" if _is_number(area) and area >= 0 else f"area {area!r:.50} must be a number of pixels"
-
-
-def _crowd_problem(is_crowd: Any) -> str:
-    return "" if is_crowd in (0, 1) else f"iscrowd {is_crowd!r:.50} must be 0 or 1"
 
 
 def _box_problem(box: Any, image: Entry) -> str:
@@ -235,28 +243,8 @@ def unpack_counts(packed: str) -> list[int]:
     return found if shift == 0 else []
 
 
-def _annotation(entry: Entry) -> Annotation:
-    x, y, width, height = entry["bbox"]
-    return Annotation(
-        entry["category_id"],
-        (x, y, width, height),
-        float(entry.get("area", width * height)),
-        bool(entry.get("iscrowd", 0)),
-        _outline(entry.get("segmentation")),
-    )
-
-
 def _outline(segmentation: Any) -> Any:
     # as lists of numbers the polygons of COCO would take gigabytes in every loader process
     if isinstance(segmentation, list) and segmentation:
         return [np.array(polygon, np.float64) for polygon in segmentation]
     return segmentation or None
-
-
-def _warn_of_empty_boxes(path: Path, found: Iterable[Sequence[Annotation]]) -> None:
-    empty = [a for each in found for a in each if min(a.box[2:]) <= 0]
-    if empty:
-        logger.warning(
-            "%s: %d boxes have no area, the first is %s; nothing learns from them",
-            *(path, len(empty), list(empty[0].box)),
-        )

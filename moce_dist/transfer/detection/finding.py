@@ -138,24 +138,20 @@ def predict(
             yield {"image": str(item.content), "error": image}
             continue
         found = find(model, image, wishes.machine).above(least)
+        objects: list[dict[str, Any]] = [
+            {"name": spec.classes[label], "score": float(score), "box": box.tolist()}
+            for label, score, box in zip(found.labels, found.scores, found.sizes(), strict=True)
+        ]
+        for entry, mask in zip(objects, found.masks or (), strict=False):
+            entry["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
         line: dict[str, Any] = {
             "image": str(item.content),
-            "objects": _objects(found, spec.classes),
+            "objects": objects,
         }
         if path is not None:
             _write(path, [_draw(image, _found(found, spec.classes))])
             line["drawn"] = str(path)
         yield line
-
-
-def _objects(found: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
-    objects: list[dict[str, Any]] = [
-        {"name": classes[label], "score": float(score), "box": box.tolist()}
-        for label, score, box in zip(found.labels, found.scores, found.sizes(), strict=True)
-    ]
-    for entry, mask in zip(objects, found.masks or (), strict=False):
-        entry["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode()}
-    return objects
 
 
 class Drawn(NamedTuple):
@@ -171,8 +167,17 @@ def draw_preview(
     path: Path, image: Image.Image, boxed: BoxedImage, found: Detections, task: Detection
 ) -> None:
     """Write an image with its sure detections, beside it with its true objects."""
+    true = []
+    for a in boxed.learnable():
+        x, y, width, height = a.box
+        label = list(task.category_ids).index(a.category)
+        mask: Any = None
+        if task.has_masks:
+            mask = decode_mask(a.segmentation, boxed.height, boxed.width)
+        colour = _colour(label, len(task.classes))
+        true.append(Drawn((x, y, x + width, y + height), task.classes[label], colour, mask))
     sure = _found(found.above(SHOWN_SCORE), task.classes)
-    _write(path, [_draw(image, objects) for objects in (sure, _true(boxed, task))])
+    _write(path, [_draw(image, objects) for objects in (sure, true)])
 
 
 def _write(path: Path, panels: Sequence[NDArray[np.uint8]]) -> None:
@@ -193,19 +198,6 @@ def _found(found: Detections, classes: Sequence[str]) -> list[Drawn]:
         mask = None if found.masks is None else run_lengths.decode(found.masks[i])
         colour = _colour(int(label), len(classes))
         drawn.append(Drawn((left, upper, right, lower), text, colour, mask))
-    return drawn
-
-
-def _true(boxed: BoxedImage, task: Detection) -> list[Drawn]:
-    drawn = []
-    for a in boxed.learnable():
-        x, y, width, height = a.box
-        label = list(task.category_ids).index(a.category)
-        mask: Any = None
-        if task.has_masks:
-            mask = decode_mask(a.segmentation, boxed.height, boxed.width)
-        colour = _colour(label, len(task.classes))
-        drawn.append(Drawn((x, y, x + width, y + height), task.classes[label], colour, mask))
     return drawn
 
 

@@ -133,32 +133,27 @@ class DetectorFit:
         if not samples:
             size = self.recipe.size
             return torch.zeros(1, 3, size, size, dtype=torch.uint8), [None]
-        squares = torch.stack([torch.from_numpy(sample.pixels) for sample in samples])
-        return squares, [self._target(sample) for sample in samples]
-
-    def _target(self, sample: Sample) -> Target:
-        classes = [self._classes[int(category)] for category in sample.categories]
-        target = {
-            "boxes": torch.from_numpy(sample.boxes),
-            "labels": torch.tensor(classes, dtype=torch.int64),
-        }
-        if sample.masks is not None:
-            target["masks"] = torch.from_numpy(sample.masks)
-        return target
-
-    def _nothing(self) -> Target:
-        size = self.recipe.size
-        target = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-        if self.task.has_masks:
-            target["masks"] = torch.zeros(0, size, size, dtype=torch.uint8)
-        return target
+        targets = []
+        for sample in samples:
+            classes = [self._classes[int(category)] for category in sample.categories]
+            target = {
+                "boxes": torch.from_numpy(sample.boxes),
+                "labels": torch.tensor(classes, dtype=torch.int64),
+            }
+            if sample.masks is not None:
+                target["masks"] = torch.from_numpy(sample.masks)
+            targets.append(target)
+        return torch.stack([torch.from_numpy(sample.pixels) for sample in samples]), targets
 
     def loss(self, model: Any) -> Callable[[Tensor, Targets], Tensor]:
         """Return the sum of a detector's losses as a function of squares and targets."""
-        device = self.machine.device
+        device, size = self.machine.device, self.recipe.size
+        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        if self.task.has_masks:
+            nothing["masks"] = torch.zeros(0, size, size, dtype=torch.uint8)
 
         def of(squares: Tensor, targets: Targets) -> Tensor:
-            known = [self._nothing() if target is None else target for target in targets]
+            known = [nothing if target is None else target for target in targets]
             moved = [{name: x.to(device) for name, x in target.items()} for target in known]
             # the detector says itself which part of it runs in bfloat16
             with torch.autocast(device.type, enabled=False):

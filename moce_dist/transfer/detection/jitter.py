@@ -20,7 +20,6 @@ from PIL import Image
 from pycocotools import mask as run_lengths
 
 from moce_dist.data.images import MEAN
-from moce_dist.transfer.detection.coco_json import Annotation
 from moce_dist.transfer.detection.task import BoxedImage
 
 _PADDING = np.round(np.array(MEAN) * 255).astype(np.uint8)
@@ -97,7 +96,12 @@ def training_square(
         masks = np.stack([place_mask(a.segmentation, placing, boxed) for a in objects])
         boxes = np.stack([_box_around(mask) for mask in masks])
     else:
-        boxes = np.stack([_place_box(a, placing, boxed) for a in objects])
+        sizes = np.array([a.box for a in objects], np.float64)
+        corners = np.stack([sizes[:, :2], sizes[:, :2] + sizes[:, 2:]], axis=1)
+        corners = placing.points(corners, boxed)
+        # mirroring swaps left and right
+        corners.sort(axis=1)
+        boxes = corners.clip(0, (placing.width, placing.height)).reshape(-1, 4)
     kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
     categories = np.array([a.category for a in objects], np.int64)
     return Sample(
@@ -119,14 +123,6 @@ def _square(image: Image.Image, placing: Placing) -> NDArray[np.uint8]:
     return np.ascontiguousarray(square.transpose(2, 0, 1))
 
 
-def _place_box(annotation: Annotation, placing: Placing, boxed: BoxedImage) -> NDArray[np.float64]:
-    x, y, width, height = annotation.box
-    corners = placing.points(np.array([[x, y], [x + width, y + height]], np.float64), boxed)
-    # mirroring swaps left and right
-    corners.sort(axis=0)
-    return corners.clip(0, (placing.width, placing.height)).reshape(4)
-
-
 def to_runs(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """Bring polygons or run lengths, packed or not, to packed run lengths of a mask (H, W)."""
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes):
@@ -144,7 +140,13 @@ def decode_mask(segmentation: Any, height: int, width: int) -> Masks:
 def place_mask(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
     """Bring an outline to a mask (S, S) of the square."""
     if isinstance(segmentation, dict):
-        return _place_runs(segmentation, placing, boxed)
+        whole = decode_mask(segmentation, boxed.height, boxed.width)
+        scaled = np.asarray(Image.fromarray(whole).resize(placing.scaled, Image.Resampling.NEAREST))
+        left, upper = placing.left, placing.upper
+        window = scaled[upper : upper + placing.height, left : left + placing.width]
+        mask = np.zeros((placing.size, placing.size), np.uint8)
+        mask[: placing.height, : placing.width] = window[:, :: -1 if placing.is_mirrored else 1]
+        return mask
     moved = [
         placing.points(np.asarray(polygon, np.float64).reshape(-1, 2), boxed).ravel().tolist()
         for polygon in segmentation
@@ -152,16 +154,6 @@ def place_mask(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
     mask = decode_mask(moved, placing.size, placing.size)
     mask[placing.height :] = 0
     mask[:, placing.width :] = 0
-    return mask
-
-
-def _place_runs(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
-    whole = decode_mask(segmentation, boxed.height, boxed.width)
-    scaled = np.asarray(Image.fromarray(whole).resize(placing.scaled, Image.Resampling.NEAREST))
-    left, upper = placing.left, placing.upper
-    window = scaled[upper : upper + placing.height, left : left + placing.width]
-    mask = np.zeros((placing.size, placing.size), np.uint8)
-    mask[: placing.height, : placing.width] = window[:, :: -1 if placing.is_mirrored else 1]
     return mask
 
 

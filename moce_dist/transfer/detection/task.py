@@ -71,13 +71,6 @@ def _find(data: Path, split: str) -> Path:
     return found[0]
 
 
-def _folder_of(data: Path, annotations: Path) -> Path:
-    folder = data / annotations.stem.removeprefix("instances_")
-    if not folder.is_dir():
-        raise ConfigError(f"{folder}: is no folder; it holds the images of {annotations.name}")
-    return folder
-
-
 def _check_classes(files: Sequence[Path], read: Sequence[AnnotationFile]) -> None:
     train, val = (list(each.categories) for each in read)
     if len(train) != len(val):
@@ -108,17 +101,6 @@ def _boxed_images(folder: Path, read: AnnotationFile) -> list[BoxedImage]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(f"{missing[0]}: is missing, the annotations list it{more}")
     return found
-
-
-def _have_masks(data: Path, images: Sequence[BoxedImage]) -> bool:
-    objects = [a for boxed in images for a in boxed.learnable()]
-    lacking = sum(a.segmentation is None for a in objects)
-    if 0 < lacking < len(objects):
-        logger.warning(
-            "%s: %d of %d objects have no outline; only boxes are learnt",
-            *(data, lacking, len(objects)),
-        )
-    return lacking == 0
 
 
 def _look(boxed: BoxedImage) -> bool:
@@ -160,7 +142,10 @@ class Detection(Task):
         if not data.is_dir():
             raise ConfigError(f"--data {data}: is not a folder; {_LAYOUT}")
         files = [_find(data, split) for split in ("train", "val")]
-        folders = [_folder_of(data, path) for path in files]
+        folders = [data / path.stem.removeprefix("instances_") for path in files]
+        for folder, path in zip(folders, files, strict=True):
+            if not folder.is_dir():
+                raise ConfigError(f"{folder}: is no folder; it holds the images of {path.name}")
         found = [read_annotations(path) for path in files]
         _check_classes(files, found)
         train, test = (_boxed_images(*pair) for pair in zip(folders, found, strict=True))
@@ -168,11 +153,17 @@ class Detection(Task):
             if not any(boxed.learnable() for boxed in split):
                 raise ConfigError(f"{path}: has no box that is neither a crowd's nor empty")
         train = [boxed for boxed in train if boxed.learnable()]
+        objects = [a for boxed in (*train, *test) for a in boxed.learnable()]
+        if 0 < (lacking := sum(a.segmentation is None for a in objects)) < len(objects):
+            logger.warning(
+                "%s: %d of %d objects have no outline; only boxes are learnt",
+                *(data, lacking, len(objects)),
+            )
         ids, classes = zip(*found[0].categories, strict=True)
         return cls(
             *(name, classes, train, test),
             category_ids=ids,
-            has_masks=_have_masks(data, [*train, *test]),
+            has_masks=lacking == 0,
             annotations_sha256=tuple(file_sha256(path) for path in files),
         )
 

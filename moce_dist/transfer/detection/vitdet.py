@@ -97,13 +97,6 @@ def prepare_vit(vit: Any, window: int) -> None:
             block.attn = WindowAttention(block.attn, grid, window)
 
 
-def _doublings(patch: int) -> int:
-    # of the ViT's resolution to that of the finest level; halvings count below 0
-    if patch & (patch - 1):
-        raise ConfigError(f"--backbone: has patches of {patch} pixels, detection needs 4, 8, 16 ..")
-    return int(math.log2(patch / _FINEST_STRIDE))
-
-
 def _level(width: int, doublings: int) -> tuple[nn.Module, int]:
     # to a level 2 ** doublings times as fine as the ViT's map; returns its width, too
     if doublings <= 0:
@@ -122,22 +115,26 @@ class Pyramid(nn.Module):
     def __init__(self, vit: Any, channels: int, autocast: Autocast) -> None:
         super().__init__()
         self.vit, self.out_channels, self._autocast = vit, channels, autocast
-        finest = _doublings(vit.patch_embed.patch_size[0])
+        patch = vit.patch_embed.patch_size[0]
+        # of the ViT's resolution to that of the finest level; halvings count below 0
+        if patch & (patch - 1):
+            raise ConfigError(
+                f"--backbone: has patches of {patch} pixels, detection needs 4, 8, 16 .."
+            )
+        finest = int(math.log2(patch / _FINEST_STRIDE))
         self.strides = [_FINEST_STRIDE * 2**i for i in range(_NUM_LEVELS + 1)]
-        self.levels = nn.ModuleList(
-            [self._branch(vit.embed_dim, finest - i) for i in range(_NUM_LEVELS)]
-        )
-
-    def _branch(self, width: int, doublings: int) -> nn.Module:
-        resize, width = _level(width, doublings)
-        channels = self.out_channels
-        return nn.Sequential(
-            resize,
-            nn.Conv2d(width, channels, 1, bias=False),
-            LayerNorm2d(channels),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            LayerNorm2d(channels),
-        )
+        levels = []
+        for i in range(_NUM_LEVELS):
+            resize, width = _level(vit.embed_dim, finest - i)
+            branch = nn.Sequential(
+                resize,
+                nn.Conv2d(width, channels, 1, bias=False),
+                LayerNorm2d(channels),
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                LayerNorm2d(channels),
+            )
+            levels.append(branch)
+        self.levels = nn.ModuleList(levels)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         """Return maps (B, F, S/s, S/s) float32 of strides s; the last is for proposals alone."""
@@ -182,16 +179,6 @@ def _pool(output_size: int, pyramid: Pyramid, size: int) -> MultiScaleRoIAlign:
     return pool
 
 
-def _mask_parts(pyramid: Pyramid, num_classes: int, size: int) -> dict[str, nn.Module]:
-    channels = pyramid.out_channels
-    layers = _HEAD_CONVOLUTIONS * [channels]
-    return {
-        "mask_roi_pool": _pool(14, pyramid, size),
-        "mask_head": MaskRCNNHeads(channels, layers, 1, norm_layer=LayerNorm2d),
-        "mask_predictor": MaskRCNNPredictor(channels, channels, num_classes),
-    }
-
-
 def make_detector(
     vit: Any,
     backbone: Backbone,
@@ -227,7 +214,13 @@ def make_detector(
         "box_batch_size_per_image": recipe.rois,
     }
     if has_masks:
-        model = MaskRCNN(pyramid, **parts, **_mask_parts(pyramid, num_classes + 1, size))
+        model = MaskRCNN(
+            pyramid,
+            **parts,
+            mask_roi_pool=_pool(14, pyramid, size),
+            mask_head=MaskRCNNHeads(channels, layers, 1, norm_layer=LayerNorm2d),
+            mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
+        )
     else:
         model = FasterRCNN(pyramid, **parts)
     model.transform = SquareTransform(size, backbone)

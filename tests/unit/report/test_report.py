@@ -21,8 +21,7 @@ from moce_dist.config import make_config
 from moce_dist.report.figures import cluster_sizes, routing_changes
 from moce_dist.report.page import write_report
 from moce_dist.report.record import Clusters, read_record
-from moce_dist.report.summary import summary_lines
-from moce_dist.report.timing import timing_rows
+from moce_dist.report.summary import summary_lines, timing_rows
 from moce_dist.run.directory import open_run
 from moce_dist.settings import ConfigError
 

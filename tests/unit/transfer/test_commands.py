@@ -23,8 +23,7 @@ from moce_dist.model.customize import customize, routes
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
-from moce_dist.transfer.onnx import averages
-from moce_dist.transfer.predict import load_model
+from moce_dist.transfer.predict import averages, load_model
 from moce_dist.transfer.segmentation.task import Segmentation
 
 from .conftest import NUM_CLUSTERS, SIZE, by_global_name, png

@@ -7,8 +7,13 @@ import torch
 from moce_dist.cluster.assign import assign_features
 from moce_dist.config import Config, make_config
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.select import choose_experts, expert_mass, mix_of, task_clusters
-from moce_dist.transfer.validate import with_selection
+from moce_dist.transfer.select import (
+    choose_experts,
+    expert_mass,
+    mix_of,
+    task_clusters,
+    with_selection,
+)
 
 LOG = np.log
 

@@ -13,8 +13,8 @@ from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.classification.task import Classification
 from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.select import folds_of, score_folds, try_candidates
 from moce_dist.transfer.tasks import Item
-from moce_dist.transfer.validate import folds_of, score_folds, try_candidates
 
 from .conftest import by_global_name, write_checkpoint
 
