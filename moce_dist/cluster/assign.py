@@ -141,7 +141,17 @@ def run_clustering(
     started = time.monotonic()
     files = open_features(features_dir)
     check_count(files, config.num_clusters)
-    matrix = _open_matrix(files, config, workers, subtract_mean=subtract_mean)
+    is_spherical = config.spherical and not subtract_mean
+    mean = column_mean(files, workers.map_tasks, refuse_zeros=is_spherical).astype(np.float32)
+    matrix = Matrix(
+        files,
+        View(mean, subtract_mean or is_spherical, centre=not is_spherical),
+        config.block_rows,
+        workers.map_tasks,
+        config.index_from,
+        config.index_recall,
+        workers.device,
+    )
     given = inputs or {"request": state_request(matrix, config, seed)}
     if is_complete(out_dir, given):
         return read_summary(out_dir)
@@ -173,22 +183,6 @@ def run_clustering(
     for file in (state_file, sample_file):
         file.unlink(missing_ok=True)
     return summary
-
-
-def _open_matrix(
-    files: FeatureFiles, config: ClusterConfig, workers: Workers, *, subtract_mean: bool
-) -> Matrix:
-    is_spherical = config.spherical and not subtract_mean
-    mean = column_mean(files, workers.map_tasks, refuse_zeros=is_spherical).astype(np.float32)
-    return Matrix(
-        files,
-        View(mean, subtract_mean or is_spherical, centre=not is_spherical),
-        config.block_rows,
-        workers.map_tasks,
-        config.index_from,
-        config.index_recall,
-        workers.device,
-    )
 
 
 def artefacts(out_dir: Path) -> list[Path]:

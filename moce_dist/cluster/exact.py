@@ -136,7 +136,10 @@ class _Flow:
             surplus += has_blank
             pool_price = prices[order[num_blanks]]
         self._sides = Sides(np.append(prices, pool_price), surplus, has_blank)
-        self._frontier = _new_frontier(num_clusters + 1)
+        num_nodes = num_clusters + 1
+        previous, lots, reached = (np.zeros(num_nodes, np.int64) for _ in range(3))
+        distance, nearest = np.full(num_nodes, np.inf), np.full(1, np.inf)
+        self._frontier = Frontier(distance, previous, lots, reached, nearest, np.array([NONE, 0]))
 
     @property
     def labels(self) -> Int64:
@@ -152,12 +155,15 @@ class _Flow:
 
     def run(self) -> bool:
         """Move surplus; tell whether all of it was moved, else candidates lead no further."""
-        moves, lots, log = self._moves(), self._lots(_SPARE), _new_log(_SPARE)
+        moves, lots = self._moves(), self._lots(_SPARE)
+        log = Log(np.zeros((_SPARE, 4), np.int64), np.zeros(3, np.int64))
         measure_lots(moves, lots)
         lists, edges = self._lists(lots), _new_edges(len(self.prices))
         graph = Graph(moves, lots, lists, edges, self._sides, self._frontier, log)
         while (ending := move_surplus(graph)) == FULL:
-            graph = graph._replace(lots=_grown_lots(graph.lots), log=_grown_log(graph.log))
+            entries = np.concatenate([graph.log.entries, np.zeros_like(graph.log.entries)])
+            log = graph.log._replace(entries=entries)
+            graph = graph._replace(lots=_grown_lots(graph.lots), log=log)
         self._write_back(graph.lots, graph.log)
         return bool(ending == DONE)
 
@@ -257,25 +263,11 @@ class _Further(NamedTuple):
         return _Further(rows[firsts], ids[firsts], np.append(self.distances, distances)[firsts])
 
 
-def _new_frontier(num_nodes: int) -> Frontier:
-    previous, lots, reached = (np.zeros(num_nodes, np.int64) for _ in range(3))
-    distance, nearest = np.full(num_nodes, np.inf), np.full(1, np.inf)
-    return Frontier(distance, previous, lots, reached, nearest, np.array([NONE, 0]))
-
-
 def _new_edges(num_clusters: int) -> Edges:
     target, lot = (np.zeros(_POOL + num_clusters, np.int64) for _ in range(2))
     begin, end, best_lot = (np.full(num_clusters, NONE) for _ in range(3))
     best = np.full(num_clusters, np.inf)
     return Edges(target, np.zeros(len(target)), lot, begin, end, best, best_lot, np.zeros(1, int))
-
-
-def _new_log(spare: int) -> Log:
-    return Log(np.zeros((spare, 4), np.int64), np.zeros(3, np.int64))
-
-
-def _grown_log(log: Log) -> Log:
-    return log._replace(entries=np.concatenate([log.entries, np.zeros_like(log.entries)]))
 
 
 def _grown_lots(lots: Lots) -> Lots:

@@ -109,23 +109,17 @@ def build_index(
     index.nprobe = _FEWEST_PROBES
     while index.nprobe <= _MOST_PROBED * num_lists:
         theirs = search_index(trial, index, num=num).ids
-        if _share_found(trial, centroids, prices, theirs, best) >= recall:
+        # by value, place by place: under the prices of a balance rows stand between two clusters
+        rows, points = trial[:, :-1], torch.from_numpy(centroids).float()
+        charged = torch.from_numpy(prices)
+        distances = candidate_distances(rows, points, best)
+        expected = (distances - charged[best]).sort(dim=1).values
+        values = (candidate_distances(rows, points, theirs) - charged[theirs]).sort(dim=1).values
+        is_found = (values - expected).abs() <= _TIE * distances.mean()
+        if float(is_found.double().mean()) >= recall:
             return np.asarray(faiss.serialize_index(index))
         index.nprobe *= 2
     return None
-
-
-def _share_found(
-    trial: Tensor, centroids: Float64, prices: Float64, theirs: Tensor, best: Tensor
-) -> float:
-    # by value, place by place: under the prices of a balance rows stand between two clusters
-    rows, points = trial[:, :-1], torch.from_numpy(centroids).float()
-    charged = torch.from_numpy(prices)
-    distances = candidate_distances(rows, points, best)
-    expected = (distances - charged[best]).sort(dim=1).values
-    values = (candidate_distances(rows, points, theirs) - charged[theirs]).sort(dim=1).values
-    is_found = (values - expected).abs() <= _TIE * distances.mean()
-    return float(is_found.double().mean())
 
 
 def open_index(index: NDArray[np.uint8]) -> Any:

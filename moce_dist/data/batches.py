@@ -78,7 +78,18 @@ class BatchStream(Iterator[Batch]):
         batch: Batch = next(self._batches)
         self._step += 1
         if self._decoder is not None:
-            batch = _decoded(batch, self._decoder, self._spec)
+            images = batch.images.to(self._decoder.device)
+            if batch.waiting is not None:
+                places = batch.waiting.places[:, :2].tolist()
+                for (slot, sample_id), square in zip(
+                    places, self._decoder.decode(batch.waiting), strict=True
+                ):
+                    if isinstance(square, Tensor):
+                        images[slot] = square
+                    else:
+                        batch.weights[slot] = 0.0
+                        record_bad_image(self._spec, batch.step, sample_id, str(square))
+            batch = batch._replace(images=images, waiting=None)
         images, noise, weights = self._upload(batch.images, batch.noise, batch.weights)
         return batch._replace(images=images, noise=noise, weights=weights)
 
@@ -135,16 +146,3 @@ def stream(
         yield from batches
     finally:
         batches.close()
-
-
-def _decoded(batch: Batch, decoder: DeviceDecoder, spec: StreamSpec) -> Batch:
-    images = batch.images.to(decoder.device)
-    if batch.waiting is not None:
-        places = batch.waiting.places[:, :2].tolist()
-        for (slot, sample_id), square in zip(places, decoder.decode(batch.waiting), strict=True):
-            if isinstance(square, Tensor):
-                images[slot] = square
-            else:
-                batch.weights[slot] = 0.0
-                record_bad_image(spec, batch.step, sample_id, str(square))
-    return batch._replace(images=images, waiting=None)

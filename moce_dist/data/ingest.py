@@ -116,7 +116,14 @@ def ingest(
     if is_complete(out, inputs):
         logger.info("%s: complete already", out)
         return read_index(out)
-    _refuse_other(out, inputs)
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"{out}: is not a folder")
+    marker = read_marker(out)
+    if marker is not None and marker["inputs"] != inputs:
+        raise ConfigError(
+            f"{out}: holds other data ({marker['inputs']}, asked for {inputs}); "
+            "choose another folder, or --fresh"
+        )
     request = _Request(out, config, ledger, map_tasks)
     if kind == "folder":
         return _pack_folder(list_folder(Path(rest)), request, inputs)
@@ -147,18 +154,13 @@ def _pack_sample(name: str, request: _Request) -> ShardIndex:
         raise ConfigError(f"sample:{name}: is a downstream task; train on sample:{PRETRAIN}")
     from moce_dist.data import samples
 
-    return _pack(track(samples.pretrain(), "images"), request)
-
-
-def _refuse_other(out: Path, inputs: dict[str, Any]) -> None:
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"{out}: is not a folder")
-    marker = read_marker(out)
-    if marker is not None and marker["inputs"] != inputs:
-        raise ConfigError(
-            f"{out}: holds other data ({marker['inputs']}, asked for {inputs}); "
-            "choose another folder, or --fresh"
-        )
+    out, config = request.out, request.config
+    train = ShardSeries(out, "train", config.shard_bytes)
+    holdout = ShardSeries(out / HOLDOUT, HOLDOUT, config.shard_bytes)
+    for key, members in track(samples.pretrain(), "images"):
+        series = holdout if share(key) < config.holdout_fraction else train
+        series.writer(member_bytes(map(len, members.values()))).add(key, members)
+    return _write_indices(request, train.close(), holdout.close())
 
 
 def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> ShardIndex:
@@ -200,16 +202,6 @@ def _check_headers(folder: Folder, request: _Request) -> _Gate:
     return gate
 
 
-def _pack(stream: Iterable[_Sample], request: _Request) -> ShardIndex:
-    out, config = request.out, request.config
-    train = ShardSeries(out, "train", config.shard_bytes)
-    holdout = ShardSeries(out / HOLDOUT, HOLDOUT, config.shard_bytes)
-    for key, members in stream:
-        series = holdout if share(key) < config.holdout_fraction else train
-        series.writer(member_bytes(map(len, members.values()))).add(key, members)
-    return _write_indices(request, train.close(), holdout.close())
-
-
 def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) -> ShardIndex:
     out, fraction = request.out, request.config.holdout_fraction
     if not train:
@@ -227,7 +219,12 @@ def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) 
 
 
 def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
-    shards, faults = _scan([url for url in urls if not url.startswith(PIPE)])
+    named = [url for url in urls if not url.startswith(PIPE)]
+    # threads: hashing and reading release the interpreter, remote shards wait for the network
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = list(track(pool.map(scan_shard, named), "shards", total=len(named)))
+    shards = [shard for shard, _ in results]
+    faults = [fault for _, found in results for fault in found]
     pipes = (url for url in urls if url.startswith(PIPE))
     tars = [PipedTar(f"pipe-{number:06d}.tar", url) for number, url in enumerate(pipes)]
     written = request.map_tasks(write_piped, request.out, tars)
@@ -245,13 +242,6 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     held = _held_out(unique, request.config.holdout_fraction)
     train = [shard for shard in unique if shard.path not in held]
     return _write_indices(request, train, [shard for shard in unique if shard.path in held])
-
-
-def _scan(urls: list[str]) -> tuple[list[Shard], list[Fault]]:
-    # threads: hashing and reading release the interpreter, remote shards wait for the network
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(track(pool.map(scan_shard, urls), "shards", total=len(urls)))
-    return [shard for shard, _ in results], [fault for _, found in results for fault in found]
 
 
 def _without_repeats(shard: Shard, keys: set[str], faults: list[Fault]) -> Shard:

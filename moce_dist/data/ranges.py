@@ -132,7 +132,12 @@ class RangeReader:
     def _fill(
         self, found: list[Content | None], wanted: Sequence[Wanted], ranges: Sequence[Range]
     ) -> None:
-        for place, content in zip(ranges, self._read_ranges(ranges), strict=True):
+        local = [place for place in ranges if not is_remote(place.url)]
+        remote = [place for place in ranges if is_remote(place.url)]
+        contents = dict(zip(map(id, local), map(self._read_local, local), strict=True))
+        if remote:
+            contents |= dict(zip(map(id, remote), self._read_remote(remote), strict=True))
+        for place, content in zip(ranges, [contents[id(place)] for place in ranges], strict=True):
             for row in place.rows:
                 part = found[row] = _part(content, place.start, wanted[row])
                 if self.cache is not None and not isinstance(part, OSError):
@@ -147,14 +152,6 @@ class RangeReader:
         """Close all files."""
         while self._open:
             os.close(self._open.popitem()[1])
-
-    def _read_ranges(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
-        local = [place for place in ranges if not is_remote(place.url)]
-        remote = [place for place in ranges if is_remote(place.url)]
-        contents = dict(zip(map(id, local), map(self._read_local, local), strict=True))
-        if remote:
-            contents |= dict(zip(map(id, remote), self._read_remote(remote), strict=True))
-        return [contents[id(place)] for place in ranges]
 
     def _announce(self, place: Range) -> None:
         if not hasattr(os, "posix_fadvise"):

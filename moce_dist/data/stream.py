@@ -29,7 +29,6 @@ from moce_dist.data.cache import SampleCache, Wanted
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.device import Undecoded, Waiting
 from moce_dist.data.images import (
-    Cut,
     Decoded,
     Jpeg,
     SampleDraws,
@@ -249,7 +248,10 @@ class PlannedStream(IterableDataset[Batch]):
             if sample_id == PADDING:
                 continue
             try:
-                cut = self._cut(step, slot, draws)
+                data, picture = self._spec.data, self._picture(step, slot)
+                cut = draw_cut(
+                    picture, scale_min=data.crop_scale_min, hflip=data.hflip, draws=draws
+                )
                 if not on_device or not waiting.take(slot, int(sample_id), cut):
                     images[slot] = cut.pixels(side)
             except (ImageError, OSError) as error:
@@ -266,10 +268,6 @@ class PlannedStream(IterableDataset[Batch]):
             keys=["" if i == PADDING else table.keys[i] for i in step.ids],
             waiting=waiting.collect(),
         )
-
-    def _cut(self, step: PlannedStep, slot: int, draws: np.random.Generator) -> Cut:
-        data, picture = self._spec.data, self._picture(step, slot)
-        return draw_cut(picture, scale_min=data.crop_scale_min, hflip=data.hflip, draws=draws)
 
     def _picture(self, step: PlannedStep, slot: int) -> Jpeg | Decoded:
         kept, sample_id, content = self._spec.kept, int(step.ids[slot]), step.contents[slot]

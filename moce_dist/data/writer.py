@@ -73,13 +73,10 @@ def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
     for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink()
-            _remove_empty(path.parent, folder)
-
-
-def _remove_empty(inner: Path, folder: Path) -> None:
-    while inner != folder and not any(inner.iterdir()):
-        inner.rmdir()
-        inner = inner.parent
+            inner = path.parent
+            while inner != folder and not any(inner.iterdir()):
+                inner.rmdir()
+                inner = inner.parent
 
 
 def note_finished(folder: Path, shard: Shard, faults: Sequence[Fault] = ()) -> None:

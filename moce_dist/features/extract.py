@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from moce_dist.data.shards import Shard, ShardIndex
 from moce_dist.features.decoding import Float32, ImageBatch, ShardImages
@@ -137,7 +136,15 @@ def extract_shard(job: FeatureJob) -> int:
     if any(label is not None for label in labels):
         write_atomic(job.out / f"{job.name}.labels.json", json.dumps(labels))
     _record(job, faults)
-    _write_array(job.target, features.astype(np.float16))
+    temporary = job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp")
+    try:
+        with naming(temporary), temporary.open("wb") as file:
+            np.save(file, features.astype(np.float16), allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(job.target)
+    finally:
+        temporary.unlink(missing_ok=True)
     return len(faults)
 
 
@@ -157,15 +164,3 @@ def _encode(job: FeatureJob, batch: ImageBatch) -> Float32:
     with torch.inference_mode():
         features = _build_encoder(job.encoder)(torch.from_numpy(batch.images))
     return features[: batch.num_images].float().cpu().numpy()
-
-
-def _write_array(path: Path, array: NDArray[Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(temporary), temporary.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -84,7 +84,9 @@ def customize(
         decoder nor gate.
     """
     blocks, num_experts = moe_shape(weights)
-    rows = _mix_rows(mix, len(blocks), num_experts)
+    if len(mix) != len(blocks):
+        raise ValueError(f"route {list(mix)} must name one expert for each of {len(blocks)} layers")
+    rows = [_mix_row(layer, num_experts) for layer in mix]
     factors = [1.0] * len(blocks) if scale is None else list(scale)
     if len(factors) != len(blocks):
         raise ValueError(f"scale has {len(factors)} numbers, must be one for {len(blocks)} layers")
@@ -118,12 +120,6 @@ def _merge(stack: Sequence[Tensor], row: Sequence[float]) -> Tensor:
         return used[0][1]
     # in float64, so that equal experts give themselves
     return sum((w * t.double() for w, t in used), torch.zeros(())).to(stack[0].dtype)
-
-
-def _mix_rows(mix: Mix, num_layers: int, num_experts: int) -> list[list[float]]:
-    if len(mix) != num_layers:
-        raise ValueError(f"route {list(mix)} must name one expert for each of {num_layers} layers")
-    return [_mix_row(layer, num_experts) for layer in mix]
 
 
 def _mix_row(layer: int | Sequence[float], num_experts: int) -> list[float]:

@@ -184,7 +184,10 @@ def routing_table(
         groups = shared_groups(table, num_groups)
         if cluster_group is not None and bool((cluster_group >= 0).all()):
             groups = cluster_group.cpu().numpy()
-        table = _mask_other_groups(table, groups, num_groups)
+        num_experts = table.shape[2]
+        group_of_expert = np.arange(num_experts) // (num_experts // num_groups)
+        foreign = groups[:, None] != group_of_expert[None, :]
+        table = np.where(foreign[None], _FORBIDDEN, table)
     if gate.assign in ("balanced", "fixed"):
         return np.stack([_balanced(layer) for layer in table])
     return table.argmax(axis=2)
@@ -207,15 +210,6 @@ def shared_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.in
     num_layers, num_clusters, num_experts = scores.shape
     by_group = scores.reshape(num_layers, num_clusters, num_groups, num_experts // num_groups)
     return _balanced(by_group.max(axis=3).sum(axis=0))
-
-
-def _mask_other_groups(
-    scores: NDArray[np.float64], groups: NDArray[np.int64], num_groups: int
-) -> NDArray[np.float64]:
-    num_experts = scores.shape[2]
-    group_of_expert = np.arange(num_experts) // (num_experts // num_groups)
-    foreign = groups[:, None] != group_of_expert[None, :]
-    return np.where(foreign[None], _FORBIDDEN, scores)
 
 
 def output_scales(p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: str) -> Tensor:

@@ -45,7 +45,10 @@ class MaskedAutoencoder(nn.Module):
             nn.init.normal_(token, std=0.02)
         self.gate: Gate | None = None
         if centroids is not None:
-            self._insert_experts(num_local_experts)
+            shared = self.config.shared_units
+            for layer, index in enumerate(self.config.moe_layers):
+                block = self.blocks[index]
+                self.blocks[index] = MoceBlock(block, num_local_experts, layer, shared_units=shared)
             self.gate = Gate(
                 len(config.moe_layers),
                 config.moe.num_experts,
@@ -74,12 +77,6 @@ class MaskedAutoencoder(nn.Module):
         )
         self.decoder_norm = layer_norm(width)
         self.decoder_pred = nn.Linear(width, model.patch_size**2 * 3)
-
-    def _insert_experts(self, num_local_experts: int) -> None:
-        shared = self.config.shared_units
-        for layer, index in enumerate(self.config.moe_layers):
-            block = self.blocks[index]
-            self.blocks[index] = MoceBlock(block, num_local_experts, layer, shared_units=shared)
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         enabled = self.config.parallel.precision == "bf16"

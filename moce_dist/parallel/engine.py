@@ -20,7 +20,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from typing import Any
 
 import deepspeed
@@ -87,7 +86,10 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
     that of `device`, whatever this machine has. Collective over all ranks, which wait for each
     other up to `timeout`; None: as long as torch thinks right.
     """
-    _choose_accelerator(device)
+    # DeepSpeed chooses by what the machine has and moves modules there; a CPU rank on a GPU machine
+    # must stay on its CPU
+    if get_accelerator().device_name() != device.type:
+        set_accelerator({"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[device.type]())
     shorten_sockets()
     os.environ.setdefault("LOCAL_RANK", "0")
     # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler
@@ -106,13 +108,6 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def _choose_accelerator(device: torch.device) -> None:
-    # DeepSpeed chooses by what the machine has and moves modules there; a CPU rank on a GPU machine
-    # must stay on its CPU
-    if get_accelerator().device_name() != device.type:
-        set_accelerator({"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[device.type]())
-
-
 def create_groups(topology: Topology) -> dist.ProcessGroup:
     """Create expert-parallel and replica groups; return this rank's expert-parallel group.
 
@@ -128,14 +123,6 @@ def create_groups(topology: Topology) -> dist.ProcessGroup:
     # torch sorts the ranks of a group; places ascend with ranks, so place and group rank agree
     group: dist.ProcessGroup = deepspeed_groups._get_expert_parallel_group(name)
     return group
-
-
-def _mark_experts(module: nn.Module, spec: EngineSpec) -> None:
-    for name, parameter in module.named_parameters():
-        if is_stacked(name):
-            parameter.allreduce = False  # type: ignore[attr-defined]
-            parameter.group_name = f"ep_size_{spec.topology.ep_size}"  # type: ignore[attr-defined]
-    module.add_module("moe_marker", _MoeMarker(spec.num_experts))
 
 
 def _in_backward_order(
@@ -183,7 +170,11 @@ class Engine:
         self.expert_group = create_groups(spec.topology)
         names = [name for name, _ in module.named_parameters()]
         if any(is_stacked(name) for name in names):
-            _mark_experts(module, spec)
+            for name, parameter in module.named_parameters():
+                if is_stacked(name):
+                    parameter.allreduce = False  # type: ignore[attr-defined]
+                    parameter.group_name = f"ep_size_{spec.topology.ep_size}"  # type: ignore[attr-defined]
+            module.add_module("moe_marker", _MoeMarker(spec.num_experts))
         if any(is_expert(name) for name in names):
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(
                 parameter_groups
@@ -343,24 +334,21 @@ class Engine:
         self._link_optimizer_state()
         for name, parameter in self.module.named_parameters():
             if parameter.requires_grad:
-                self._load_parameter(parameter, partial(lookup, name))
+                if (weight := lookup(name, "weight")) is not None:
+                    self.set_weight(parameter, weight)
+                found = {kind: lookup(name, kind) for kind in MOMENTS}
+                for kind, moment in found.items():
+                    if moment is not None and self.spec.parallel.zero_stage:
+                        safe_set_full_optimizer_state(parameter, moment.to(self.device), kind)
+                    elif moment is not None:
+                        state = self.optimizer.state[parameter]
+                        state[kind] = moment.to(self.device, copy=True)
         if self.spec.parallel.zero_stage:
             self.optimizer.update_lp_params()
         elif with_moments:
             for state in self.optimizer.state.values():
                 # fused optimisers want it where the weights are
                 state["step"] = torch.tensor(float(step), device=self.device)
-
-    def _load_parameter(self, parameter: nn.Parameter, lookup: Callable[[str], Any]) -> None:
-        if (weight := lookup("weight")) is not None:
-            self.set_weight(parameter, weight)
-        for kind in MOMENTS:
-            if (moment := lookup(kind)) is None:
-                continue
-            if self.spec.parallel.zero_stage:
-                safe_set_full_optimizer_state(parameter, moment.to(parameter.device), kind)
-            else:
-                self.optimizer.state[parameter][kind] = moment.to(parameter.device, copy=True)
 
     def _inner_optimizer(self) -> Any:
         return self.optimizer.optimizer if self.spec.parallel.zero_stage else self.optimizer

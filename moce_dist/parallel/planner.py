@@ -46,7 +46,10 @@ def solve(problem: Problem) -> Plan:
     plan = _search(canonical)
     if canonical.current is not None:
         # groups are interchangeable: call the new ones like the old ones that they resemble
-        aligned = _align(plan.experts, canonical.current, problem.num_groups)
+        same = np.zeros((problem.num_groups, problem.num_groups))
+        np.add.at(same, (plan.experts, canonical.current), 1)
+        _, old = linear_sum_assignment(same, maximize=True)
+        aligned = old[plan.experts]
         starts = [read(canonical, start) for start in (canonical.current, aligned)]
         plan = min([starts[0], *(_polish(canonical, start) for start in starts)], key=_cost)
     experts = np.empty_like(plan.experts)
@@ -76,7 +79,13 @@ def _canonical(problem: Problem) -> tuple[Problem, Ints]:
 
 def _search(problem: Problem) -> Plan:
     free = replace(problem, current=None)
-    num_starts, num_kicks = _effort(problem)
+    # how many annealed starts, one a layer at most, and how many kicks
+    num_layers, num_clusters = problem.routing.shape
+    layer = _LAYER_NS + _PAIR_NS * num_clusters * num_layers + _SLOT_NS * problem.num_experts**2
+    start = (len(_TEMPERATURES) + _POLISH_SWEEPS) * num_layers * layer
+    kick = (len(_WARM) + _POLISH_SWEEPS) * num_layers * layer
+    num_starts = max(1, min(num_layers, _BUDGET_NS // start))
+    num_kicks = max(0, min(_MAX_KICKS, (_BUDGET_NS - num_starts * start) // kick))
     anchors = np.linspace(0, len(problem.routing) - 1, num_starts).round().astype(int)
     starts = (_anneal(free, _start(free, anchor), _TEMPERATURES) for anchor in anchors)
     best = min((_polish(free, plan) for plan in starts), key=_cost)
@@ -85,16 +94,6 @@ def _search(problem: Problem) -> Plan:
             break
         best = min(best, _polish(free, _kicked(free, best, turn)), key=_cost)
     return best
-
-
-def _effort(problem: Problem) -> tuple[int, int]:
-    # how many annealed starts, one a layer at most, and how many kicks
-    num_layers, num_clusters = problem.routing.shape
-    layer = _LAYER_NS + _PAIR_NS * num_clusters * num_layers + _SLOT_NS * problem.num_experts**2
-    start = (len(_TEMPERATURES) + _POLISH_SWEEPS) * num_layers * layer
-    kick = (len(_WARM) + _POLISH_SWEEPS) * num_layers * layer
-    starts = max(1, min(num_layers, _BUDGET_NS // start))
-    return starts, max(0, min(_MAX_KICKS, (_BUDGET_NS - starts * start) // kick))
 
 
 def _start(problem: Problem, anchor: int) -> Ints:
@@ -162,30 +161,15 @@ def _kicked(problem: Problem, best: Plan, turn: int) -> Plan:
     draws = np.random.default_rng(turn)
     experts = best.experts.copy()
     if turn % 3:
-        return read(problem, _rotate(experts, draws), best.prices)
-    return _anneal(problem, _deal_anew(experts, problem.num_groups, draws), _WARM)
-
-
-def _rotate(experts: Ints, draws: np.random.Generator) -> Ints:
-    # in one layer or more a few experts change places in a circle
-    num_layers, num_experts = experts.shape
-    for layer in draws.permutation(num_layers)[: draws.integers(1, num_layers + 1)]:
-        chosen = draws.permutation(num_experts)[: draws.integers(2, 5)]
-        experts[layer, chosen] = experts[layer, np.roll(chosen, 1)]
-    return experts
-
-
-def _deal_anew(experts: Ints, num_groups: int, draws: np.random.Generator) -> Ints:
+        # in one layer or more a few experts change places in a circle
+        num_layers, num_experts = experts.shape
+        for layer in draws.permutation(num_layers)[: draws.integers(1, num_layers + 1)]:
+            chosen = draws.permutation(num_experts)[: draws.integers(2, 5)]
+            experts[layer, chosen] = experts[layer, np.roll(chosen, 1)]
+        return read(problem, experts, best.prices)
     # three groups put their experts together and deal them anew
-    chosen = draws.permutation(num_groups)[:3]
+    chosen = draws.permutation(problem.num_groups)[:3]
     for row in experts:
         members = np.flatnonzero(np.isin(row, chosen))
         row[members] = draws.permutation(row[members])
-    return experts
-
-
-def _align(experts: Ints, current: Ints, num_groups: int) -> Ints:
-    same = np.zeros((num_groups, num_groups))
-    np.add.at(same, (experts, current), 1)
-    _, old = linear_sum_assignment(same, maximize=True)
-    return old[experts]
+    return _anneal(problem, experts, _WARM)

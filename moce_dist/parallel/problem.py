@@ -58,14 +58,11 @@ def read(problem: Problem, experts: Ints, prices: Ints | None = None) -> Plan:
         prices = np.zeros(problem.num_groups, np.int64)
     gains = gains_of(problem.routing, experts)
     readers, prices = transport(gains, problem.sizes, problem.quotas, prices)
-    cost = len(experts) * int(problem.sizes.sum()) - _gained(gains, readers, problem)
-    return Plan(experts, readers, prices, cost + problem.cost_of_moves(experts))
-
-
-def _gained(gains: Pairs, readers: Pairs, problem: Problem) -> float:
     keys, wanted = (p.cluster * problem.num_groups + p.group for p in (gains, readers))
     at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-    return float(np.where(keys[at] == wanted, gains.value[at], 0) @ readers.value)
+    local = float(np.where(keys[at] == wanted, gains.value[at], 0) @ readers.value)
+    cost = len(experts) * int(problem.sizes.sum()) - local
+    return Plan(experts, readers, prices, cost + problem.cost_of_moves(experts))
 
 
 def gains_of(routing: Ints, experts: Ints) -> Pairs:

@@ -92,7 +92,15 @@ class GradientReducer:
         self._next = 0
         self._hooks: list[Any] = []
         for members, group in _fill(listed, dtype, bucket_bytes):
-            bucket = _make_bucket(members, group, dtype)
+            sizes = [parameter.numel() for parameter in members]
+            flat = torch.empty(
+                sum(sizes), dtype=dtype or members[0].dtype, device=members[0].device
+            )
+            views = [
+                part.view_as(parameter)
+                for part, parameter in zip(torch.split(flat, sizes), members, strict=True)
+            ]
+            bucket = Bucket(members, group, flat, views)
             self._buckets.append(bucket)
             for position, parameter in enumerate(members):
                 self._hooks.append(self._watch(bucket, position, parameter))
@@ -161,15 +169,3 @@ def _fill(
             closed.append((members, group))
             del is_open[key]
     return [*closed, *((members, groups[key]) for key, (members, _) in is_open.items())]
-
-
-def _make_bucket(
-    members: list[nn.Parameter], group: dist.ProcessGroup | None, dtype: torch.dtype | None
-) -> Bucket:
-    sizes = [parameter.numel() for parameter in members]
-    flat = torch.empty(sum(sizes), dtype=dtype or members[0].dtype, device=members[0].device)
-    views = [
-        part.view_as(parameter)
-        for part, parameter in zip(torch.split(flat, sizes), members, strict=True)
-    ]
-    return Bucket(members, group, flat, views)

@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.names import as_text
@@ -205,16 +205,13 @@ class Lease:
             # somebody has removed it: it is made anew, if its folder is there
             found = self._try() or (self.claim, 0.0)
         if found is not None and found[0].token != self.claim.token:
-            self._leave(found[0])
+            sys.stderr.write(
+                f"error: {self.folder}: was taken over by {found[0]}, as this process had given no "
+                f"sign of life for {STALE_S:g} s; it stops without writing\n"
+            )
+            sys.stderr.flush()
+            os._exit(1)
         self._seen = time.monotonic()
-
-    def _leave(self, owner: Claim) -> NoReturn:
-        sys.stderr.write(
-            f"error: {self.folder}: was taken over by {owner}, as this process had given no sign "
-            f"of life for {STALE_S:g} s; it stops without writing\n"
-        )
-        sys.stderr.flush()
-        os._exit(1)
 
     def end(self) -> None:
         """Give the folder back."""

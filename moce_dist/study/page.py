@@ -19,13 +19,33 @@ def render(found: Line) -> str:
     environment = Environment(
         loader=PackageLoader("moce_dist.study", "."), autoescape=True, undefined=StrictUndefined
     )
+    arms = found["arms"]
+    base = arms[found["reference"]]["cost"]
+    total = base["training_flop"] + base["clustering_flop"]
+    rows = []
+    for name, arm in arms.items():
+        cost = arm["cost"]
+        flop = cost["training_flop"] + cost["clustering_flop"]
+        rows.append(
+            {
+                "arm": name,
+                "about": arm["about"],
+                "backbone": arm["backbone"],
+                "images": f"{cost['mae_images']:,.0f} + {cost['moce_images']:,.0f}",
+                "training": f"{cost['training_flop'] / 1e12:,.2f}",
+                "clustering": f"{cost['clustering_flop'] / 1e12:,.2f}",
+                "ratio": f"{flop / total:.3f}" if total else "-",
+                "seconds": "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
+                "runs": len(arm["runs"]),
+            }
+        )
     return environment.get_template("page.html.jinja").render(
         found=found,
         tables=[
             _table(table, found["reference"])
             for table in sorted(found["tables"], key=lambda table: table["protocol"] != MEAN)
         ],
-        costs=_costs(found["arms"], found["reference"]),
+        costs=rows,
         study=dump_yaml(found["study"]),
     )
 
@@ -110,26 +130,3 @@ def _bar(spread: Line | None, scale: float) -> Line | None:
     low, high = (spread["mean"] if spread[end] is None else spread[end] for end in ("low", "high"))
     place = {"mean": spread["mean"], "low": low, "high": high}
     return {end: round(100 + 92 * value / scale, 1) for end, value in place.items()}
-
-
-def _costs(arms: Line, reference: str) -> list[Line]:
-    base = arms[reference]["cost"]
-    total = base["training_flop"] + base["clustering_flop"]
-    rows = []
-    for name, arm in arms.items():
-        cost = arm["cost"]
-        flop = cost["training_flop"] + cost["clustering_flop"]
-        rows.append(
-            {
-                "arm": name,
-                "about": arm["about"],
-                "backbone": arm["backbone"],
-                "images": f"{cost['mae_images']:,.0f} + {cost['moce_images']:,.0f}",
-                "training": f"{cost['training_flop'] / 1e12:,.2f}",
-                "clustering": f"{cost['clustering_flop'] / 1e12:,.2f}",
-                "ratio": f"{flop / total:.3f}" if total else "-",
-                "seconds": "-" if cost["seconds"] is None else f"{cost['seconds']:,.0f}",
-                "runs": len(arm["runs"]),
-            }
-        )
-    return rows

@@ -134,7 +134,11 @@ def make_fork(fork: Fork, config: Config, root: Path) -> None:
             the stage would be over before it.
     """
     if not is_first_process():
-        _wait_for(root / "config.yaml")
+        made, end = root / "config.yaml", time.monotonic() + _WAIT_S
+        while not made.exists():
+            if time.monotonic() > end:
+                raise TimeoutError(f"{made}: waited in vain for the first process to make the fork")
+            time.sleep(0.2)
         return
     making = root / _MAKING
     if not fork.is_made(root):
@@ -151,14 +155,6 @@ def make_fork(fork: Fork, config: Config, root: Path) -> None:
         write_atomic(root / "config.yaml", to_yaml(config))
     if making.exists():
         making.rmdir()
-
-
-def _wait_for(path: Path) -> None:
-    end = time.monotonic() + _WAIT_S
-    while not path.exists():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{path}: waited in vain for the first process to make the fork")
-        time.sleep(0.2)
 
 
 def _check_checkpoint(fork: Fork, config: Config) -> str:

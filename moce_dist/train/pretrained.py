@@ -80,7 +80,11 @@ def dense_weights(config: Config, source: str, field: str) -> dict[str, Tensor]:
         ConfigError: the encoder is not all there, or a tensor has another shape than the model's.
     """
     weights, found = _new_weights(config), read_weights(source, field)
-    _resample_positions(found, config)
+    side = config.data.image_size // config.model.patch_size
+    for name in ("pos_embed", "decoder_pos_embed"):
+        positions = found.get(name)
+        if positions is not None and positions.shape[1] != side**2 + 1:
+            found[name] = resample_abs_pos_embed(positions, [side, side])
     taken = {name: tensor.float() for name, tensor in found.items() if name in weights}
     for name, tensor in taken.items():
         if tensor.shape != weights[name].shape:
@@ -95,11 +99,3 @@ def dense_weights(config: Config, source: str, field: str) -> dict[str, Tensor]:
     if missing:
         log.info("%s: %d tensors; no decoder in it, the decoder starts new", field, len(taken))
     return weights | taken
-
-
-def _resample_positions(weights: dict[str, Tensor], config: Config) -> None:
-    side = config.data.image_size // config.model.patch_size
-    for name in ("pos_embed", "decoder_pos_embed"):
-        positions = weights.get(name)
-        if positions is not None and positions.shape[1] != side**2 + 1:
-            weights[name] = resample_abs_pos_embed(positions, [side, side])

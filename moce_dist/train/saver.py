@@ -201,7 +201,10 @@ class Saver:
         for name, kind, tensor in _state(engine):
             if not shares.is_mine(name, tensor):
                 continue
-            host = self._host_buffer(name, kind, tensor)
+            host = self._host.get((name, kind))
+            if host is None or host.shape != tensor.shape:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+                self._host[name, kind] = host
             host.copy_(tensor, non_blocking=True)
             slices = host if is_stacked(name) else [host]
             for key, part in zip(naming.global_names(name), slices, strict=True):
@@ -209,13 +212,6 @@ class Saver:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return tensors
-
-    def _host_buffer(self, name: str, kind: str, like: Tensor) -> Tensor:
-        buffer = self._host.get((name, kind))
-        if buffer is None or buffer.shape != like.shape:
-            buffer = torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)
-            self._host[name, kind] = buffer
-        return buffer
 
 
 def _state(engine: "Engine") -> Iterator[tuple[str, str, Tensor]]:

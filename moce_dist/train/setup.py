@@ -154,7 +154,15 @@ def build_state(job: StageJob) -> TrainState:
     # every rank makes the same plan from the same index: nothing about the data is sent around
     plan = job.plan()
     # chosen before the model is built: where the experts live stands in the checkpoint
-    start = _agree_on_start(job)
+    # one rank reads and verifies; the others must not choose differently, nor record before
+    chosen: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        chosen = [latest_checkpoint(job.folder / "checkpoints")]
+        step = 0 if chosen[0] is None else read_manifest(chosen[0])["step"]
+        forget_faults(Run(job.run_root).faults, job.name, step)
+        forget_faults(Run(job.run_root).faults, f"{job.name}-holdout", 0)
+    dist.broadcast_object_list(chosen, 0)
+    start = chosen[0]
     state = assemble(job, plan, _centroids(job), device)
     _start_or_resume(state, start)
     return state
@@ -208,7 +216,11 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
     elif gate is not None:
         if job.start is not None:
             # what the first table and the placement of the experts follow from
-            gate.weight.data.copy_(_gate_weight(Path(job.start)))
+            checkpoint = Path(job.start)
+            weight = tensor_reader(checkpoint)("weight/gate.weight")
+            if weight is None:
+                raise ConfigError(f"{checkpoint}: has no gate to go on from")
+            gate.weight.data.copy_(weight)
         router.regroup(gate, 0)
         router.refresh(gate, 0)
         router.replan()
@@ -238,13 +250,6 @@ def _load_positions(state: TrainState, read: Callable[[str], Tensor | None]) -> 
             getattr(state.model, name).copy_(found)
 
 
-def _gate_weight(checkpoint: Path) -> Tensor:
-    weight = tensor_reader(checkpoint)("weight/gate.weight")
-    if weight is None:
-        raise ConfigError(f"{checkpoint}: has no gate to go on from")
-    return weight
-
-
 def _lookup(weights: dict[str, Tensor], naming: Naming, name: str, kind: str) -> Tensor | None:
     names = naming.global_names(name)
     if kind != "weight" or names[0] not in weights:
@@ -270,15 +275,3 @@ def _centroids(job: StageJob) -> Tensor | None:
         return None
     path = Run(job.run_root).clusters / "centroids.npy"
     return torch.from_numpy(np.load(path, allow_pickle=False)).float()
-
-
-def _agree_on_start(job: StageJob) -> Path | None:
-    # one rank reads and verifies; the others must not choose differently, nor record before
-    chosen: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        chosen = [latest_checkpoint(job.folder / "checkpoints")]
-        step = 0 if chosen[0] is None else read_manifest(chosen[0])["step"]
-        forget_faults(Run(job.run_root).faults, job.name, step)
-        forget_faults(Run(job.run_root).faults, f"{job.name}-holdout", 0)
-    dist.broadcast_object_list(chosen, 0)
-    return chosen[0]
