@@ -59,7 +59,7 @@ def parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--against",
         metavar="DIR",
-        help="then look for pictures of DIR, a downstream set, that stand in the data too",
+        help="then look for images of DIR, a downstream set, that stand in the data too",
     )
     return parser.parse_args(argv)
 
@@ -194,7 +194,7 @@ def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> N
 
 
 def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config: Config) -> None:
-    """Look for pictures of a downstream set; `copies.jsonl` of the data names each."""
+    """Look for images of a downstream set; `copies.jsonl` of the data names each."""
     from moce_dist.data.audit import find_copies
     from moce_dist.launch.tasks import map_shared
 
@@ -205,9 +205,9 @@ def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config:
     ]
     write_atomic(out / COPIES, "".join(json.dumps(copy._asdict()) + "\n" for copy in copies))
     kinds = Counter(copy.kind for copy in copies)
-    pictures = len({copy.file for copy in copies})
+    images = len({copy.file for copy in copies})
     print(
-        f"copies   {kinds['exact']} exact, {kinds['near']} near, of {pictures} pictures of "
+        f"copies   {kinds['exact']} exact, {kinds['near']} near, of {images} images of "
         f"{folder}; listed in {out / COPIES}"
     )
 

@@ -27,7 +27,7 @@ from moce_dist.data.images import (
     MEAN,
     STD,
     Box,
-    open_picture,
+    open_croppable,
     random_box,
     sample_generator,
     train_cut,
@@ -162,14 +162,14 @@ def our_pipeline(config: BenchConfig) -> Callable[[bytes], object]:
 
 
 def similarities(config: BenchConfig, contents: Sequence[bytes]) -> NDArray[np.float64]:
-    """Compare fixed crops of every picture with the reference's; one similarity each."""
+    """Compare fixed crops of every image with the reference's; one similarity each."""
     size, values = config.data.image_size, []
     for number, content in enumerate(contents):
-        picture = open_picture(content)
+        image = open_croppable(content)
         for repeat in range(config.bench.crops):
             draws = sample_generator(config.seed, repeat, str(number))
-            box = random_box(picture.width, picture.height, config.data.crop_scale_min, draws)
-            values.append(similarity(picture.crop(box, size), reference_crop(content, box, size)))
+            box = random_box(image.width, image.height, config.data.crop_scale_min, draws)
+            values.append(similarity(image.crop(box, size), reference_crop(content, box, size)))
     return np.array(values)
 
 
@@ -189,7 +189,7 @@ def reference_crop(content: bytes, box: Box, size: int) -> Pixels:
 
 
 def similarity(ours: Pixels, theirs: Pixels) -> float:
-    """Structural similarity of the luma (ITU-R 601) of two pictures (S, S, 3) uint8."""
+    """Structural similarity of the luma (ITU-R 601) of two images (S, S, 3) uint8."""
     weights = torch.tensor([0.299, 0.587, 0.114])
     lumas = (torch.from_numpy(p.copy()).float() @ weights for p in (ours, theirs))
     a, b = (luma[None, None] for luma in lumas)

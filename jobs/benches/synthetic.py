@@ -83,7 +83,7 @@ def synthetic_state(config: BenchConfig, device: torch.device) -> TrainState:
 
 @dataclass(frozen=True)
 class _Stripes:
-    """A picture of stripes, whatever is cut out of it."""
+    """An image of stripes, whatever is cut out of it."""
 
     draws: np.random.Generator
     width: int = 1

@@ -174,9 +174,9 @@ def textures(package: Open) -> Iterator[SmallImage]:
         for name in sorted(archive.namelist()):
             if Path(name).suffix.lower() not in (".jpg", ".png", ".tga"):
                 continue
-            picture = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
+            image = np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB"))
             folder, stem = Path(name).parts[-2], Path(name).stem
-            for tile in _spread_tiles(picture, name):
+            for tile in _spread_tiles(image, name):
                 yield SmallImage(_middle(tile), f"{folder}/{_word(stem)}", folder)
 
 
@@ -184,11 +184,11 @@ def _draws(name: str) -> np.random.Generator:
     return np.random.default_rng(list(hashlib.sha256(name.encode()).digest()))
 
 
-def _spread_tiles(picture: Pixels, name: str) -> Iterator[Image.Image]:
-    rows, columns = (length // _TILE for length in picture.shape[:2])
+def _spread_tiles(image: Pixels, name: str) -> Iterator[Image.Image]:
+    rows, columns = (length // _TILE for length in image.shape[:2])
     for place in _draws(name).permutation(rows * columns)[:_TILES_PER_TEXTURE].tolist():
         upper, left = (_TILE * step for step in divmod(place, columns))
-        yield Image.fromarray(picture[upper : upper + _TILE, left : left + _TILE])
+        yield Image.fromarray(image[upper : upper + _TILE, left : left + _TILE])
 
 
 def wallpapers(package: Open) -> Iterator[SmallImage]:
@@ -199,16 +199,16 @@ def wallpapers(package: Open) -> Iterator[SmallImage]:
     for path in sorted(path for path in paths if path.suffix in (".jpg", ".png")):
         if path.stem == "screenshot":
             continue
-        image = Image.open(path)
-        image.draft("RGB", (1024, 1024))
-        picture = image.convert("RGB")
+        file = Image.open(path)
+        file.draft("RGB", (1024, 1024))
+        image = file.convert("RGB")
         theme = path.parts[path.parts.index("contents") - 1] if "contents" in path.parts else ""
         is_held = any(str(path).endswith(name) for name in held)
         draws = _draws(theme or path.stem)
         for _ in range(_CROPS):
-            side = int(np.exp(draws.uniform(np.log(_MIN_CROP), np.log(min(picture.size)))))
-            left, upper = (int(draws.integers(length - side + 1)) for length in picture.size)
-            crop = picture.crop((left, upper, left + side, upper + side))
+            side = int(np.exp(draws.uniform(np.log(_MIN_CROP), np.log(min(image.size)))))
+            left, upper = (int(draws.integers(length - side + 1)) for length in image.size)
+            crop = image.crop((left, upper, left + side, upper + side))
             group = theme or _word(path.stem)
             yield SmallImage(_middle(crop), group, None, "test" if is_held else None)
 
@@ -224,7 +224,7 @@ def _block_splits() -> dict[tuple[int, int], Split]:
 
 
 def _earth(name: str, scale: int) -> Iterator[tuple[Pixels, tuple[slice, slice], str, Split]]:
-    picture, splits = carriers.earth(name), _block_splits()
+    image, splits = carriers.earth(name), _block_splits()
     rows, columns = (size // 300 for size in carriers.EARTH_SHAPE)
     spread = np.linspace(0, 300 * scale - _TILE, scale * _TILES_PER_SIDE)
     steps = spread.round().astype(int).tolist()
@@ -234,7 +234,7 @@ def _earth(name: str, scale: int) -> Iterator[tuple[Pixels, tuple[slice, slice],
                 top, start = block[0] * 300 * scale + upper, block[1] * 300 * scale + left
                 place = (slice(top, top + _TILE), slice(start, start + _TILE))
                 group = f"{block[0]}/{block[1]}"
-                yield picture[place], place, group, splits.get(block, "train")
+                yield image[place], place, group, splits.get(block, "train")
 
 
 def satellite(_: Open) -> Iterator[SmallImage]:
@@ -285,7 +285,7 @@ def stamps(package: Open) -> Iterator[SmallImage]:
 
 
 def games(package: Open) -> Iterator[SmallImage]:
-    """Pictures inside the resource files of learning games."""
+    """Images inside the resource files of learning games."""
     root = package("gcompris-qt-data") / "usr/share"
     for path in sorted(root.rglob("*.rcc")):
         content = path.read_bytes()

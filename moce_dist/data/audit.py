@@ -5,9 +5,9 @@
 later number worthless:
 
     exact   the same bytes
-    near    a picture that was resized, encoded anew or mirrored
+    near    an image that was resized, encoded anew or mirrored
 
-Two pictures are near when both differ little between neighbouring pixels in the same directions
+Two images are near when both differ little between neighbouring pixels in the same directions
 (128 signs of differences on a grid of 9 x 8 and 8 x 9, of which 10 may differ) and
 their thumbnails correlate by at least 0.95.
 
@@ -178,13 +178,13 @@ def _images(url: str, shard: Shard, data: DataConfig) -> Iterator[tuple[str, Con
 
 @dataclass(frozen=True)
 class Looks:
-    """What pictures look like; n pictures."""
+    """What images look like; n images."""
 
     names: list[str]
     digests: dict[bytes, int]
-    """Row of a picture by the sha256 of its bytes."""
+    """Row of an image by the sha256 of its bytes."""
     signs: NDArray[np.uint64]
-    """Signs of differences, (n, 2), of pictures and, in rows from n on, of their mirror images."""
+    """Signs of differences, (n, 2), of images and, in rows from n on, of their mirror images."""
     thumbnails: NDArray[np.float32]
     """Centred thumbnails of length 1, (2 n, 256)."""
 
@@ -192,10 +192,10 @@ class Looks:
 def find_copies(
     index: ShardIndex, folder: Path, data: DataConfig, map_tasks: MapTasks = map_here
 ) -> Iterator[Copy]:
-    """Yield the images of an index that stand in a folder of pictures too.
+    """Yield the images of an index that stand in a folder of images too.
 
     Raises:
-        ConfigError: the folder is missing or holds no readable pictures.
+        ConfigError: the folder is missing or holds no readable images.
     """
     looks = look_at([file.path for file in list_folder(folder).files])
     tasks = _tasks(index)
@@ -205,31 +205,31 @@ def find_copies(
 
 
 def look_at(paths: Sequence[Path]) -> Looks:
-    """Look at picture files; unreadable ones are passed over.
+    """Look at image files; unreadable ones are passed over.
 
     Raises:
         ConfigError: none of them can be read.
     """
     names: list[str] = []
     digests: dict[bytes, int] = {}
-    pictures: list[NDArray[np.float32]] = []
-    for path in track(paths, "pictures", total=len(paths)):
+    images: list[NDArray[np.float32]] = []
+    for path in track(paths, "images", total=len(paths)):
         content = path.read_bytes()
         try:
-            pictures.append(_small(content))
+            images.append(_small(content))
         except ImageError:
             continue
         digests[hashlib.sha256(content).digest()] = len(names)
         names.append(str(path))
-    if not pictures:
-        raise ConfigError(f"{paths[0].parent}: no picture of it can be read")
-    both = [*pictures, *(picture[:, ::-1] for picture in pictures)]
-    signs = np.stack([_signs(picture) for picture in both])
-    return Looks(names, digests, signs, np.stack([_thumbnail(picture) for picture in both]))
+    if not images:
+        raise ConfigError(f"{paths[0].parent}: no image of it can be read")
+    both = [*images, *(image[:, ::-1] for image in images)]
+    signs = np.stack([_signs(image) for image in both])
+    return Looks(names, digests, signs, np.stack([_thumbnail(image) for image in both]))
 
 
 def find_in_shard(shared: tuple[Looks, DataConfig], task: _Task) -> list[Copy]:
-    """Compare all images of a shard with the pictures; what cannot be read is passed over."""
+    """Compare the images of a shard with the folder's; what cannot be read is passed over."""
     (looks, data), (url, shard) = shared, task
     found = []
     for key, content in _images(url, shard, data):
@@ -243,7 +243,7 @@ def find_in_shard(shared: tuple[Looks, DataConfig], task: _Task) -> list[Copy]:
 
 
 def find_match(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | None:
-    """Find the picture that an image is a copy of: its row, `exact` or `near`, signs that differ.
+    """Find the image that an image is a copy of: its row, `exact` or `near`, signs that differ.
 
     None: there is none, or the image cannot be read.
     """
@@ -253,12 +253,12 @@ def find_match(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int
 
 def _near(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | None:
     try:
-        picture = _small(content)
+        image = _small(content)
     except ImageError:
         return None
-    distances = np.bitwise_count(looks.signs ^ _signs(picture)).sum(axis=1)
+    distances = np.bitwise_count(looks.signs ^ _signs(image)).sum(axis=1)
     rows = np.flatnonzero(distances <= _MAX_DISTANCE)
-    alike = looks.thumbnails[rows] @ _thumbnail(picture)
+    alike = looks.thumbnails[rows] @ _thumbnail(image)
     if not len(rows) or alike.max() < _MIN_CORRELATION:
         return None
     best = rows[alike.argmax()]
@@ -272,20 +272,20 @@ def _small(content: bytes | memoryview) -> NDArray[np.float32]:
     return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
 
 
-def _resized(picture: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-    small = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
+def _resized(image: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+    small = Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
     return np.asarray(small, np.float32)
 
 
-def _signs(picture: NDArray[np.float32]) -> NDArray[np.uint64]:
-    across = np.diff(_resized(picture, _GRID + 1, _GRID), axis=1) > 0
-    down = np.diff(_resized(picture, _GRID, _GRID + 1), axis=0) > 0
+def _signs(image: NDArray[np.float32]) -> NDArray[np.uint64]:
+    across = np.diff(_resized(image, _GRID + 1, _GRID), axis=1) > 0
+    down = np.diff(_resized(image, _GRID, _GRID + 1), axis=0) > 0
     return np.packbits(np.concatenate([across.ravel(), down.ravel()])).view(np.uint64)
 
 
-def _thumbnail(picture: NDArray[np.float32]) -> NDArray[np.float32]:
-    pixels = _resized(picture, _THUMBNAIL, _THUMBNAIL).ravel()
+def _thumbnail(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    pixels = _resized(image, _THUMBNAIL, _THUMBNAIL).ravel()
     centred = pixels - pixels.mean()
     length = float(np.linalg.norm(centred))
-    # a picture of one colour is like no other
+    # an image of one colour is like no other
     return centred / length if length > 1e-3 else np.zeros_like(centred)

@@ -1,4 +1,4 @@
-"""Real pictures that installed packages carry, as arrays.
+"""Real images that installed packages carry, as arrays.
 
 Some packages on the package index ship images as part of themselves. They are found through their
 installation records and read as plain files: no package is imported and nothing is unpickled.
@@ -80,7 +80,7 @@ _BRAIN = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz
 
 
 class Labelled(NamedTuple):
-    """Pictures of one size with their classes."""
+    """Images of one size with their classes."""
 
     images: Pixels
     """(n, H, W) uint8."""
@@ -146,7 +146,7 @@ def digits() -> Labelled:
 
 
 def silhouettes() -> Labelled:
-    """Read 9,716 silhouettes of ten animals, (9716, 28, 28); repeated pictures are left out."""
+    """Read 9,716 silhouettes of ten animals, (9716, 28, 28); repeated images are left out."""
     # both files are pickled arrays: the raw numbers stand behind a header of known length
     content = _gunzip("animal-mnist", f"{_ANIMALS}/animal_data_version_3.gz", 7_840_164)
     images = np.frombuffer(content, np.uint8, 10_000 * 784, offset=150).reshape(-1, 28, 28)
@@ -158,7 +158,7 @@ def silhouettes() -> Labelled:
 
 
 def earth(name: str) -> Pixels:
-    """Read a picture of the whole earth, (H, W, 3), north first.
+    """Read an image of the whole earth, (H, W, 3), north first.
 
     `bmng` and `etopo1` are 2700 x 5400, `shadedrelief` is 5400 x 10800.
     """
@@ -188,13 +188,13 @@ def climate() -> Pixels:
     return groups
 
 
-def _nearest(picture: Pixels) -> Pixels:
+def _nearest(image: Pixels) -> Pixels:
     # pixel centres of the Blue Marble's grid, looked up in a finer map of the same extent
     rows, columns = (
         ((np.arange(size) + 0.5) * fine / size).astype(int)
-        for size, fine in zip(EARTH_SHAPE, picture.shape, strict=True)
+        for size, fine in zip(EARTH_SHAPE, image.shape, strict=True)
     )
-    return picture[np.ix_(rows, columns)]
+    return image[np.ix_(rows, columns)]
 
 
 def brain(volume: str) -> Pixels:

@@ -118,11 +118,11 @@ def stamps() -> list[Stamp]:
 def _cut_out(path: Path) -> Pixels:
     image = open_stored(path.read_bytes()).image
     image.thumbnail((4 * _STAMP_SIDE, 4 * _STAMP_SIDE))
-    picture = image.convert("RGBA")
-    box = picture.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox()
-    picture = picture.crop(box)
-    picture.thumbnail((_STAMP_SIDE, _STAMP_SIDE))
-    return np.asarray(picture)
+    image = image.convert("RGBA")
+    box = image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox()
+    image = image.crop(box)
+    image.thumbnail((_STAMP_SIDE, _STAMP_SIDE))
+    return np.asarray(image)
 
 
 def _is_photograph(pixels: Pixels) -> bool:
@@ -150,7 +150,7 @@ def wallpapers() -> list[Wallpaper]:
 def _reduced(path: Path) -> Pixels:
     # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough
     image = open_stored(path.read_bytes(), draft=(_WALLPAPER_SIDE, _WALLPAPER_SIDE)).image
-    picture = image.convert("RGB")
-    factor = min(1.0, _WALLPAPER_SIDE / min(picture.size))
-    width, height = (round(side * factor) for side in picture.size)
-    return np.asarray(picture.resize((width, height), Resampling.BOX))
+    image = image.convert("RGB")
+    factor = min(1.0, _WALLPAPER_SIDE / min(image.size))
+    width, height = (round(side * factor) for side in image.size)
+    return np.asarray(image.resize((width, height), Resampling.BOX))

@@ -4,7 +4,7 @@
 and test tiles are of different photographs.
 
 `composited-coco`: cut-outs pasted on wallpapers, of one class, with outlines. No cut-out and no
-wallpaper of the training pictures is in a test picture. Figures measured on it are to be called
+wallpaper of the training images is in a test image. Figures measured on it are to be called
 composited.
 
     annotations/instances_{train,val}2017.json       {train,val}2017/NAME.jpg
@@ -53,7 +53,7 @@ _TEST_SHARE = 4
 
 
 class Scene(NamedTuple):
-    """A picture and its objects: boxes (n, 4), whether to ignore each, outlines or None.
+    """An image and its objects: boxes (n, 4), whether to ignore each, outlines or None.
 
     An ignored object is a crowd in COCO's words.
     """
@@ -152,12 +152,12 @@ def _compose(
     for _ in range(int(draws.integers(1, _MAX_STAMPS + 1))):
         subject = int(draws.integers(len(desktop.STAMP_SUBJECTS)))
         own = [stamp for stamp in stamps if stamp.label == subject]
-        picture = _sized(own[int(draws.integers(len(own)))], draws)
-        place = _free_place(picture, masks, draws)
+        image = _sized(own[int(draws.integers(len(own)))], draws)
+        place = _free_place(image, masks, draws)
         if place is None:
             continue
         left, upper, mask = place
-        canvas.paste(picture, (left, upper), picture)
+        canvas.paste(image, (left, upper), image)
         masks = [*(other & ~mask for other in masks), mask]
     boxes = np.array([_box_around(mask) for mask in masks])
     return Scene(np.asarray(canvas), boxes, [False] * len(boxes), masks)
@@ -172,23 +172,23 @@ def _background(pixels: Pixels, draws: np.random.Generator) -> Image.Image:
 
 
 def _sized(stamp: Stamp, draws: np.random.Generator) -> Image.Image:
-    picture = Image.fromarray(stamp.pixels, "RGBA")
-    factor = draws.uniform(*_STAMP_SIDES) / max(picture.size)
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(stamp.pixels, "RGBA")
+    factor = draws.uniform(*_STAMP_SIDES) / max(image.size)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
     is_mirrored = draws.random() < 0.5
-    return picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else picture
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image
 
 
 def _free_place(
-    picture: Image.Image, masks: Sequence[Mask], draws: np.random.Generator
+    image: Image.Image, masks: Sequence[Mask], draws: np.random.Generator
 ) -> tuple[int, int, Mask] | None:
     # where it leaves at least half of everything below it visible
-    own = np.asarray(picture)[..., 3] >= 128
+    own = np.asarray(image)[..., 3] >= 128
     for _ in range(_TRIES):
-        left, upper = (int(draws.integers(_SIDE - side + 1)) for side in picture.size)
+        left, upper = (int(draws.integers(_SIDE - side + 1)) for side in image.size)
         mask = np.zeros((_SIDE, _SIDE), bool)
-        mask[upper : upper + picture.height, left : left + picture.width] = own
+        mask[upper : upper + image.height, left : left + image.width] = own
         if all((other & mask).sum() <= _MAX_COVERED * other.sum() for other in masks):
             return left, upper, mask
     return None

@@ -2,7 +2,7 @@
 
 Loader processes read and draw as always, but leave a plain JPEG encoded; the training process hands
 all of a batch to nvImageCodec, which decodes only the crops, on a GPU with its JPEG engines, and
-resizes them where they lie. All else (PNG, turned or damaged pictures) is decoded by the loader,
+resizes them where they lie. All else (PNG, turned or damaged images) is decoded by the loader,
 and what the device refuses by this process on its CPU.
 
     loader process    bytes a, b, c     -> a, c plain: bytes and boxes    b: (3, S, S)
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.data.decoders import Encoded, ImageError, door
-from moce_dist.data.images import Box, Cut, Jpeg, open_picture
+from moce_dist.data.images import Box, Cut, Jpeg, open_croppable
 from moce_dist.settings import ConfigError
 
 
@@ -31,7 +31,7 @@ class Undecoded(NamedTuple):
     """Crops that are still encoded: tensors, so that they cross processes in shared memory."""
 
     content: Tensor
-    """Bytes of all pictures, one after the other, uint8."""
+    """Bytes of all images, one after the other, uint8."""
     places: Tensor
     """(c, 4) int64: slot in the batch, sample id, first byte, end."""
     boxes: Tensor
@@ -44,18 +44,18 @@ class Undecoded(NamedTuple):
 class Waiting:
     """Collects the crops of a batch that are left to the device."""
 
-    _pictures: list[Encoded] = field(default_factory=list)
+    _images: list[Encoded] = field(default_factory=list)
     _places: list[tuple[int, ...]] = field(default_factory=list)
     _cuts: list[Cut] = field(default_factory=list)
     _bytes: int = 0
 
     def take(self, slot: int, sample_id: int, cut: Cut) -> bool:
         """Take a crop if it may wait; else it is to be decoded now."""
-        if not isinstance(cut.picture, Jpeg) or not cut.picture.is_plain:
+        if not isinstance(cut.image, Jpeg) or not cut.image.is_plain:
             return False
-        content = cut.picture.content
+        content = cut.image.content
         first, self._bytes = self._bytes, self._bytes + len(content)
-        self._pictures.append(content)
+        self._images.append(content)
         self._places.append((slot, sample_id, first, self._bytes))
         self._cuts.append(cut)
         return True
@@ -65,7 +65,7 @@ class Waiting:
         if not self._cuts:
             return None
         return Undecoded(
-            torch.frombuffer(bytearray().join(self._pictures), dtype=torch.uint8),
+            torch.frombuffer(bytearray().join(self._images), dtype=torch.uint8),
             torch.tensor(self._places),
             torch.tensor([cut.box for cut in self._cuts]),
             torch.tensor([cut.is_mirrored for cut in self._cuts]),
@@ -73,7 +73,7 @@ class Waiting:
 
 
 class DeviceDecoder:
-    """nvImageCodec for crops of JPEG pictures.
+    """nvImageCodec for crops of JPEG images.
 
     Raises:
         ConfigError: the package is not installed.
@@ -98,11 +98,11 @@ class DeviceDecoder:
         self._params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
 
     def decode(self, crops: Undecoded) -> list[Tensor | ImageError]:
-        """Decode and resize; (3, S, S) uint8 each on the device, or why a picture is no image."""
+        """Decode and resize; (3, S, S) uint8 each on the device, or why it is no image."""
         content, places = crops.content.numpy(), crops.places.tolist()
         boxes = [Box(*box) for box in crops.boxes.tolist()]
         encoded = [content[first:end] for *_, first, end in places]
-        parts = [self._part(picture, box) for picture, box in zip(encoded, boxes, strict=True)]
+        parts = [self._part(image, box) for image, box in zip(encoded, boxes, strict=True)]
         stream = torch.cuda.current_stream(self.device).cuda_stream if self._is_cuda else 0
         known, decoded = [row for row, part in enumerate(parts) if part], [None] * len(parts)
         # what the device does not even begin with is decoded here
@@ -113,9 +113,9 @@ class DeviceDecoder:
             for row, pixels in zip(known, found, strict=True):
                 decoded[row] = pixels
         squares: list[Tensor | ImageError] = []
-        for pixels, picture, box in zip(decoded, encoded, boxes, strict=True):
+        for pixels, image, box in zip(decoded, encoded, boxes, strict=True):
             if pixels is None:
-                squares.append(self._decode_here(picture.tobytes(), box))
+                squares.append(self._decode_here(image.tobytes(), box))
             else:
                 squares.append(self._resize(self._tensor(pixels)))
         for row in torch.nonzero(crops.is_mirrored).flatten().tolist():
@@ -123,9 +123,9 @@ class DeviceDecoder:
                 squares[row] = square.flip(-1)
         return squares
 
-    def _part(self, picture: NDArray[np.uint8], box: Box) -> Any:
+    def _part(self, image: NDArray[np.uint8], box: Box) -> Any:
         with suppress(ImageError), door():
-            return self._codec.CodeStream(picture).get_sub_code_stream(
+            return self._codec.CodeStream(image).get_sub_code_stream(
                 region=self._codec.Region(box.upper, box.left, box.lower, box.right)
             )
         return None
@@ -148,9 +148,9 @@ class DeviceDecoder:
         )
         return square[0].round_().clamp_(0, 255).to(torch.uint8)
 
-    def _decode_here(self, picture: bytes, box: Box) -> Tensor | ImageError:
+    def _decode_here(self, image: bytes, box: Box) -> Tensor | ImageError:
         try:
-            square = open_picture(picture).crop(box, self._size)
+            square = open_croppable(image).crop(box, self._size)
         except ImageError as error:
             return error
         return torch.from_numpy(np.ascontiguousarray(square)).permute(2, 0, 1).to(self.device)

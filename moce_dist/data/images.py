@@ -103,8 +103,8 @@ def decode_image(content: Encoded) -> Pixels:
     return np.asarray(open_image(content))
 
 
-class Picture(Protocol):
-    """A picture whose upright size is known; how much of it is decoded depends on the crop."""
+class Croppable(Protocol):
+    """An image whose upright size is known; how much of it is decoded depends on the crop."""
 
     @property
     def width(self) -> int:
@@ -129,21 +129,21 @@ class Jpeg:
 
     @property
     def is_plain(self) -> bool:
-        """Whether any decoder gives the same picture: stored upright and with its end mark."""
+        """Whether any decoder gives the same image: stored upright and with its end mark."""
         return self.turn == AS_STORED and bytes(self.content[-2:]) == _JPEG_END
 
     @property
     def width(self) -> int:
-        """Pixels of a row of the upright picture."""
+        """Pixels of a row of the upright image."""
         return self.stored_height if self.turn.swap else self.stored_width
 
     @property
     def height(self) -> int:
-        """Pixels of a column of the upright picture."""
+        """Pixels of a column of the upright image."""
         return self.stored_width if self.turn.swap else self.stored_height
 
     def crop(self, box: Box, size: int) -> Pixels:
-        """See `Picture`.
+        """See `Croppable`.
 
         Raises:
             ImageError: see `open_image`.
@@ -159,9 +159,9 @@ class Jpeg:
         return self.turn.apply(resize(pixels, (left, upper, right, lower), size))
 
     def resized(self, size: Size, method: str, spare: int) -> Pixels:
-        """Resize all of it, (height, width, 3), from a picture decoded at a part of its own size.
+        """Resize all of it, (height, width, 3), from an image decoded at a part of its own size.
 
-        That has at least `spare` times the pixels, in each direction, where the picture has them.
+        That has at least `spare` times the pixels, in each direction, where the image has them.
 
         Raises:
             ImageError: see `open_image`.
@@ -187,22 +187,22 @@ class Jpeg:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture that is decoded already: pixels (H, W, 3)."""
+    """An image that is decoded already: pixels (H, W, 3)."""
 
     pixels: Pixels
 
     @property
     def width(self) -> int:
-        """See `Picture`."""
+        """See `Croppable`."""
         return self.pixels.shape[1]
 
     @property
     def height(self) -> int:
-        """See `Picture`."""
+        """See `Croppable`."""
         return self.pixels.shape[0]
 
     def crop(self, box: Box, size: int) -> Pixels:
-        """See `Picture`."""
+        """See `Croppable`."""
         return resize(self.pixels, box, size)
 
     def resized(self, size: Size, method: str, _spare: int) -> Pixels:
@@ -210,7 +210,7 @@ class Decoded:
         return resize_all(self.pixels, (self.width, self.height), size, method)
 
 
-def open_picture(content: Encoded) -> Jpeg | Decoded:
+def open_croppable(content: Encoded) -> Jpeg | Decoded:
     """Read what is needed to choose a crop.
 
     Raises:
@@ -248,7 +248,7 @@ def to_sample(pixels: Pixels) -> Sample:
 
 
 def random_box(width: int, height: int, scale_min: float, draws: np.random.Generator) -> Box:
-    """Draw RandomResizedCrop's rectangle for a picture of `width` x `height` pixels."""
+    """Draw RandomResizedCrop's rectangle for an image of `width` x `height` pixels."""
     for _ in range(10):
         # as `draws.uniform` has it, in a third of its time
         area = width * height * (scale_min + (1.0 - scale_min) * draws.random())
@@ -264,9 +264,9 @@ def random_box(width: int, height: int, scale_min: float, draws: np.random.Gener
 
 
 class Cut(NamedTuple):
-    """What a training sample takes of a picture."""
+    """What a training sample takes of an image."""
 
-    picture: Picture
+    image: Croppable
     box: Box
     is_mirrored: bool
 
@@ -276,7 +276,7 @@ class Cut(NamedTuple):
         Raises:
             ImageError: see `open_image`.
         """
-        return self.picture.crop(self.box, size)[:, :: -1 if self.is_mirrored else 1]
+        return self.image.crop(self.box, size)[:, :: -1 if self.is_mirrored else 1]
 
 
 def train_cut(
@@ -285,15 +285,15 @@ def train_cut(
     """Draw the random crop of a training sample.
 
     Raises:
-        ImageError: see `open_picture`.
+        ImageError: see `open_croppable`.
     """
-    return draw_cut(open_picture(content), scale_min=scale_min, hflip=hflip, draws=draws)
+    return draw_cut(open_croppable(content), scale_min=scale_min, hflip=hflip, draws=draws)
 
 
-def draw_cut(picture: Picture, *, scale_min: float, hflip: bool, draws: np.random.Generator) -> Cut:
-    """Draw the random crop of an opened picture."""
-    box = random_box(picture.width, picture.height, scale_min, draws)
-    return Cut(picture, box, bool(hflip and draws.random() < 0.5))
+def draw_cut(image: Croppable, *, scale_min: float, hflip: bool, draws: np.random.Generator) -> Cut:
+    """Draw the random crop of an opened image."""
+    box = random_box(image.width, image.height, scale_min, draws)
+    return Cut(image, box, bool(hflip and draws.random() < 0.5))
 
 
 def train_image(
@@ -313,15 +313,15 @@ def eval_image(content: Encoded, size: int) -> Sample:
     Raises:
         ImageError: see `open_image`.
     """
-    return centre_sample(open_picture(content), size)
+    return centre_sample(open_croppable(content), size)
 
 
-def centre_sample(picture: Picture, size: int) -> Sample:
-    """Make an evaluation sample (3, S, S) of an opened picture.
+def centre_sample(image: Croppable, size: int) -> Sample:
+    """Make an evaluation sample (3, S, S) of an opened image.
 
     Raises:
         ImageError: see `open_image`.
     """
-    side = min(picture.width, picture.height)
-    left, upper = (picture.width - side) // 2, (picture.height - side) // 2
-    return to_sample(picture.crop(Box(left, upper, left + side, upper + side), size))
+    side = min(image.width, image.height)
+    left, upper = (image.width - side) // 2, (image.height - side) // 2
+    return to_sample(image.crop(Box(left, upper, left + side, upper + side), size))

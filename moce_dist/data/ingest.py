@@ -198,7 +198,7 @@ def _check_headers(folder: Folder, request: _Request) -> _Gate:
         gate.record(Fault(str(file.path), file.key, why) for file, why in checked if why)
     gate.check(ConfigError)
     if gate.num_faults == gate.total:
-        raise ConfigError(f"no picture can be read; each is named in {request.ledger}")
+        raise ConfigError(f"no image can be read; each is named in {request.ledger}")
     return gate
 
 

@@ -1,7 +1,7 @@
 """Samples that stay in memory after their first use (`data.keep: memory`).
 
 The memory belongs to a rank: it is mapped before the rank's loader processes fork, so what one of
-them has read, all of them have, also those of the next interval. Small pictures are kept decoded,
+them has read, all of them have, also those of the next interval. Small images are kept decoded,
 all else as its bytes. What does not fit is read again at every use. Nothing is ever given up, so a
 sample that is there stays there.
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from moce_dist.config import DataConfig
 from moce_dist.data.decoders import Encoded
-from moce_dist.data.images import Decoded, Jpeg, open_picture
+from moce_dist.data.images import Decoded, Jpeg, open_croppable
 from moce_dist.data.table import Ids
 
 _MAX_DECODED_BYTES = 3 * 128 * 128
@@ -39,10 +39,10 @@ class KeptSamples:
         return self._places[ids, 0] > 0
 
     def get(self, sample_id: int) -> Jpeg | Decoded | None:
-        """Return a sample's picture; None: it is not there.
+        """Return a sample's image; None: it is not there.
 
         Raises:
-            ImageError: see `open_picture`.
+            ImageError: see `open_croppable`.
         """
         start, rows, columns = self._places[sample_id].tolist()
         if not start:
@@ -50,13 +50,13 @@ class KeptSamples:
         content = self._memory[start - 1 :][: 3 * rows * columns if rows else columns]
         if rows:
             return Decoded(content.reshape(rows, columns, 3))
-        return open_picture(content.data)
+        return open_croppable(content.data)
 
-    def keep(self, sample_id: int, picture: Jpeg | Decoded, content: Encoded) -> None:
-        """Keep a picture that was read from `content`, where it fits."""
+    def keep(self, sample_id: int, image: Jpeg | Decoded, content: Encoded) -> None:
+        """Keep an image that was read from `content`, where it fits."""
         kept, rows, columns = np.frombuffer(content, np.uint8), 0, len(content)
-        if isinstance(picture, Decoded) and picture.pixels.nbytes <= _MAX_DECODED_BYTES:
-            kept, rows, columns = picture.pixels, picture.height, picture.width
+        if isinstance(image, Decoded) and image.pixels.nbytes <= _MAX_DECODED_BYTES:
+            kept, rows, columns = image.pixels, image.height, image.width
         with self._lock:
             start = int(self._end[0])
             if start + kept.nbytes > len(self._memory) or self._places[sample_id, 0]:
@@ -75,30 +75,30 @@ def open_kept(data: DataConfig, num_samples: int) -> KeptSamples | None:
     return KeptSamples(num_samples, data.keep_bytes) if data.keep == "memory" else None
 
 
-class KeptPictures:
-    """Pictures by key, in this process alone: what transfers use again and again."""
+class KeptImages:
+    """Images by key, in this process alone: what transfers use again and again."""
 
     def __init__(self, num_bytes: int) -> None:
         """Keep up to so many bytes; 0 keeps nothing."""
         self._left = num_bytes
-        self._pictures: dict[str, Jpeg | Decoded] = {}
+        self._images: dict[str, Jpeg | Decoded] = {}
 
     def open(self, key: str, read: Callable[[], Encoded]) -> Jpeg | Decoded:
-        """Return a picture, read unless it is there.
+        """Return an image, read unless it is there.
 
         Raises:
-            ImageError: see `open_picture`.
+            ImageError: see `open_croppable`.
             OSError: it cannot be read.
         """
-        if (found := self._pictures.get(key)) is not None:
+        if (found := self._images.get(key)) is not None:
             return found
         content = read()
-        picture, size = open_picture(content), len(content)
-        if isinstance(picture, Decoded):
-            size = picture.pixels.nbytes
+        image, size = open_croppable(content), len(content)
+        if isinstance(image, Decoded):
+            size = image.pixels.nbytes
             if size > _MAX_DECODED_BYTES:
-                return picture
+                return image
         if size <= self._left:
             self._left -= size
-            self._pictures[key] = picture
-        return picture
+            self._images[key] = image
+        return image

@@ -14,7 +14,7 @@ _ORIENTATION = 0x0112
 
 
 class Turn(NamedTuple):
-    """What makes a stored picture upright: flip its rows, flip its columns, then swap both."""
+    """What makes a stored image upright: flip its rows, flip its columns, then swap both."""
 
     flip_rows: bool
     flip_columns: bool
@@ -28,7 +28,7 @@ class Turn(NamedTuple):
     def stored(
         self, box: tuple[int, int, int, int], width: int, height: int
     ) -> tuple[int, int, int, int]:
-        """Find a box of the upright picture in the stored one of `width` x `height` pixels."""
+        """Find a box of the upright image in the stored one of `width` x `height` pixels."""
         left, upper, right, lower = box
         if self.swap:
             left, upper, right, lower = upper, left, lower, right

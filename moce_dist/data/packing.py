@@ -1,4 +1,4 @@
-"""Packing picture files into tars: which file goes where, and one tar as a task of its own.
+"""Packing image files into tars: which file goes where, and one tar as a task of its own.
 
 The plan follows from the sorted list of files and their sizes, so workers write tars side by side
 and after a kill those that were finished stay. A file that cannot be read is left out of its tar
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from moce_dist.data.listing import ending
 from moce_dist.data.shards import Fault, Shard
-from moce_dist.data.sources import ImageFile, read_picture
+from moce_dist.data.sources import ImageFile, read_image_file
 from moce_dist.data.writer import ShardWriter, finished_tar, note_finished
 from moce_dist.run.names import as_text
 
@@ -90,7 +90,7 @@ def write_files(out: Path, tar: FileTar) -> Written:
     faults: list[Fault] = []
     writer: ShardWriter | None = None
     for file in tar.files:
-        content = read_picture(file)
+        content = read_image_file(file)
         if isinstance(content, Fault):
             faults.append(content)
             continue

@@ -1,6 +1,6 @@
 """Resizing with antialias, as Pillow does it but vectorised.
 
-Letters: H x W pixels of a picture, S side of the square result.
+Letters: H x W pixels of an image, S side of the square result.
 """
 
 import math
@@ -17,7 +17,7 @@ _MAX_SHIFT = 0.1
 
 
 class Size(NamedTuple):
-    """Width and height of a picture, pixels."""
+    """Width and height of an image, pixels."""
 
     width: int
     height: int

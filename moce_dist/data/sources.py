@@ -1,4 +1,4 @@
-"""What a data set is made of: picture files of a folder, or tars that a pattern names.
+"""What a data set is made of: image files of a folder, or tars that a pattern names.
 
 A source reads `KIND:REST`. Everything here looks, nothing is written: files are listed, patterns
 are expanded, headers are checked, so that a wrong request is refused before any work.
@@ -42,7 +42,7 @@ SAMPLE_SETS = (PRETRAIN, *TASKS, SEGMENTATION, TREES, COMPOSITED)
 
 
 class ImageFile(NamedTuple):
-    """A picture file of a folder."""
+    """An image file of a folder."""
 
     path: Path
     key: str
@@ -53,7 +53,7 @@ class ImageFile(NamedTuple):
 
 
 class Folder(NamedTuple):
-    """The picture files of a folder tree, sorted by path, and what cannot be used."""
+    """The image files of a folder tree, sorted by path, and what cannot be used."""
 
     files: list[ImageFile]
     faults: list[Fault]
@@ -142,17 +142,17 @@ def _usable(listing: Listing, faults: list[Fault]) -> Iterator[ImageFile]:
         yield ImageFile(path, key, label_of[inner.parts[0]] if len(inner.parts) > 1 else None, size)
 
 
-def header_problem(picture: IO[bytes] | Path) -> str | None:
+def header_problem(image: IO[bytes] | Path) -> str | None:
     """Tell why an image's header cannot be read, None when it can; pixels are not decoded."""
     try:
-        check_header(picture)
+        check_header(image)
     except ImageError as error:
         return f"header of the image cannot be read: {error}"
     return None
 
 
-def read_picture(file: ImageFile) -> bytes | Fault:
-    """Read a picture file; a fault when that fails or its header is damaged."""
+def read_image_file(file: ImageFile) -> bytes | Fault:
+    """Read an image file; a fault when that fails or its header is damaged."""
     try:
         content = file.path.read_bytes()
     except OSError as error:

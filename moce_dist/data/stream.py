@@ -33,7 +33,7 @@ from moce_dist.data.images import (
     Jpeg,
     SampleDraws,
     draw_cut,
-    open_picture,
+    open_croppable,
 )
 from moce_dist.data.kept import KeptSamples
 from moce_dist.data.plan import PADDING, Plan
@@ -108,7 +108,7 @@ class PlannedStep:
     is_read: NDArray[np.bool_]
     """(b,) whether a slot's sample is read: it is no padding and not kept."""
     contents: list[Content | None] = field(default_factory=list)
-    """(b,) encoded pictures, None where nothing is read."""
+    """(b,) encoded images, None where nothing is read."""
 
 
 def open_cache(data: DataConfig, table: SampleTable) -> SampleCache | None:
@@ -248,10 +248,8 @@ class PlannedStream(IterableDataset[Batch]):
             if sample_id == PADDING:
                 continue
             try:
-                data, picture = self._spec.data, self._picture(step, slot)
-                cut = draw_cut(
-                    picture, scale_min=data.crop_scale_min, hflip=data.hflip, draws=draws
-                )
+                data, image = self._spec.data, self._image(step, slot)
+                cut = draw_cut(image, scale_min=data.crop_scale_min, hflip=data.hflip, draws=draws)
                 if not on_device or not waiting.take(slot, int(sample_id), cut):
                     images[slot] = cut.pixels(side)
             except (ImageError, OSError) as error:
@@ -269,17 +267,17 @@ class PlannedStream(IterableDataset[Batch]):
             waiting=waiting.collect(),
         )
 
-    def _picture(self, step: PlannedStep, slot: int) -> Jpeg | Decoded:
+    def _image(self, step: PlannedStep, slot: int) -> Jpeg | Decoded:
         kept, sample_id, content = self._spec.kept, int(step.ids[slot]), step.contents[slot]
         step.contents[slot] = None
-        if kept is not None and (picture := kept.get(sample_id)) is not None:
-            return picture
+        if kept is not None and (image := kept.get(sample_id)) is not None:
+            return image
         if content is None or isinstance(content, OSError):
             raise content or AssertionError("a planned slot was not read")
-        picture = open_picture(content)
+        image = open_croppable(content)
         if kept is not None:
-            kept.keep(sample_id, picture, content)
-        return picture
+            kept.keep(sample_id, image, content)
+        return image
 
 
 def record_bad_image(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:

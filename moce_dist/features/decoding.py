@@ -29,7 +29,7 @@ from moce_dist.run.names import clean_label
 Float32 = NDArray[np.float32]
 _BATCHES_AHEAD = 1
 _BLOCK, _MOST_BESIDE = 512, 2**16
-"""Bytes of a header in a tar, and what members are padded to; those of a sample beside its picture
+"""Bytes of a header in a tar, and what members are padded to; those of a sample beside its image
 up to which a class is looked for.
 """
 
@@ -124,7 +124,7 @@ class ShardImages:
             column[row]
             for column in (self.shard.starts, self.shard.ends, self.shard.offsets, self.shard.sizes)
         )
-        # a picture alone, behind its own header, has no class; large members are not read for one
+        # an image alone, behind its own header, has no class; large members are not read for one
         is_alone = offset - start <= _BLOCK and end - offset - size < _BLOCK
         if is_alone or end - start - size > _MOST_BESIDE:
             file.seek(offset)

@@ -33,7 +33,7 @@ FIELDS = 8
 class Pixels(NamedTuple):
     """Images that a model takes: their side S, and the statistics that they are normalised with.
 
-    `framing` is how a picture is resized and cut; None: its full centre square, bicubic.
+    `framing` is how an image is resized and cut; None: its full centre square, bicubic.
     """
 
     image_size: int

@@ -1,6 +1,6 @@
-"""How a picture becomes the square that a model of timm's sees in evaluation.
+"""How an image becomes the square that a model of timm's sees in evaluation.
 
-The whole picture is resized, then its middle is cut out; where it is smaller, it is padded.
+The whole image is resized, then its middle is cut out; where it is smaller, it is padded.
 
     center   the shorter side becomes T = floor(S / crop_pct), the aspect stays
     squash   both sides become T
@@ -24,37 +24,37 @@ import numpy as np
 from PIL import Image
 
 from moce_dist.data.decoders import Encoded
-from moce_dist.data.images import Sample, eval_image, open_image, open_picture, to_sample
+from moce_dist.data.images import Sample, eval_image, open_croppable, open_image, to_sample
 from moce_dist.data.resize import Pixels, Size
 
 MODES = ("center", "squash", "border")
 METHODS = tuple(method.name.lower() for method in Image.Resampling)
-"""Ways of interpolation that a picture can be resized by."""
+"""Ways of interpolation that an image can be resized by."""
 _SPARE = 2
 """Pixels of a JPEG decoded at a part of its size over those that it is resized to."""
 BLACK = (0, 0, 0)
 _MAX_ASPECT = 8
-"""Aspect up to which all of a picture is resized, though only its middle is kept."""
+"""Aspect up to which all of an image is resized, though only its middle is kept."""
 
 
 class Framing(NamedTuple):
-    """What is made of a picture; `fill` is the colour that pads it, RGB."""
+    """What is made of an image; `fill` is the colour that pads it, RGB."""
 
     crop_pct: float
     mode: str = "center"
     method: str = "bicubic"
     fill: tuple[int, ...] = BLACK
 
-    def resized(self, picture: Size, side: int) -> Size:
-        """Size of the whole picture before an S x S square is cut out of it."""
+    def resized(self, image: Size, side: int) -> Size:
+        """Size of the whole image before an S x S square is cut out of it."""
         target = math.floor(side / self.crop_pct)
         if self.mode == "squash":
             return Size(target, target)
         if self.mode == "border":
-            ratio = max(picture) / target
-            width, height = (max(1, round(length / ratio)) for length in picture)
+            ratio = max(image) / target
+            width, height = (max(1, round(length / ratio)) for length in image)
             return Size(width, height)
-        width, height = (int(target * length / min(picture)) for length in picture)
+        width, height = (int(target * length / min(image)) for length in image)
         return Size(width, height)
 
 
@@ -66,17 +66,17 @@ def framed_image(content: Encoded, side: int, framing: Framing | None) -> Sample
     """
     if framing is None:
         return eval_image(content, side)
-    picture = open_picture(content)
-    size = framing.resized(Size(picture.width, picture.height), side)
+    image = open_croppable(content)
+    size = framing.resized(Size(image.width, image.height), side)
     if max(size) > _MAX_ASPECT * side:
         pixels = _middle(content, size, side, framing.method)
     else:
-        pixels = picture.resized(size, framing.method, _SPARE)
+        pixels = image.resized(size, framing.method, _SPARE)
     return to_sample(_square(pixels, side, framing.fill))
 
 
 def _middle(content: Encoded, size: Size, side: int, method: str) -> Pixels:
-    """Resize only what is kept of a very long picture, at most (S, S, 3)."""
+    """Resize only what is kept of a very long image, at most (S, S, 3)."""
     image = open_image(content)
     across, down = image.width / size.width, image.height / size.height
     left, upper = (max(0, round((length - side) / 2)) for length in size)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from moce_dist.config import Config
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import MEAN, STD, centre_sample, open_picture
+from moce_dist.data.images import MEAN, STD, centre_sample, open_croppable
 from moce_dist.data.ranges import is_remote
 from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index, read_range
 from moce_dist.data.table import SampleTable, sample_table
@@ -281,7 +281,7 @@ def _samples(record: Record, config: Config, gate: GateView | None) -> _Samples 
             url = table.urls[int(table.shard[row])]
             content = read_range(url, int(table.offset[row]), int(table.size[row]))
             try:
-                sample = centre_sample(open_picture(content), config.data.image_size)
+                sample = centre_sample(open_croppable(content), config.data.image_size)
             except ImageError:
                 continue
             images.append(torch.from_numpy(np.array(sample)))

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from moce_dist.config import Config, FinetuneConfig, ParallelConfig
 from moce_dist.data.images import centre_sample, draw_cut, sample_generator, to_sample
-from moce_dist.data.kept import KeptPictures
+from moce_dist.data.kept import KeptImages
 from moce_dist.data.loaders import load
 from moce_dist.features.encoder import Pixels, renormalisation
 from moce_dist.features.framing import framed_image
@@ -94,7 +94,7 @@ class Machine:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rank: int = 0
     num_ranks: int = 1
-    kept_images: KeptPictures = field(default_factory=lambda: KeptPictures(0), compare=False)
+    kept_images: KeptImages = field(default_factory=lambda: KeptImages(0), compare=False)
     """Decoded images of the one task that it works on."""
 
     def rows(self, batch_size: int, *, mirrored: bool = False) -> list[int]:
@@ -140,7 +140,7 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
         parallel.model_copy(update=mine),
         rank,
         num_ranks,
-        KeptPictures(config.data.keep_bytes if config.data.keep == "memory" else 0),
+        KeptImages(config.data.keep_bytes if config.data.keep == "memory" else 0),
     )
 
 
@@ -179,7 +179,7 @@ class TaskImages(Dataset[Loaded]):
         self,
         items: Sequence[Item],
         model: Backbone | Pixels,
-        kept: KeptPictures,
+        kept: KeptImages,
         *,
         augment: FinetuneConfig | None = None,
         seed: int = 0,

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError, image_endings
-from moce_dist.data.images import Box, eval_image, open_image, open_picture
+from moce_dist.data.images import Box, eval_image, open_croppable, open_image
 from moce_dist.features.framing import Framing, framed_image
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -82,7 +82,7 @@ def corner(pixels):
 def looks(content):
     """How training, evaluation, features of timm's framing and `predict` see an image."""
     image = open_image(content)
-    picture = open_picture(content)
+    picture = open_croppable(content)
     assert (picture.width, picture.height) == image.size
     whole = picture.crop(Box(0, 0, *image.size), 32)
     square, framed = (

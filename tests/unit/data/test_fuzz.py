@@ -8,7 +8,7 @@ import pytest
 
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import Box, eval_image, open_image, open_picture
+from moce_dist.data.images import Box, eval_image, open_croppable, open_image
 
 from .samples_of_formats import seeds
 
@@ -51,7 +51,7 @@ def use(content):
     try:
         width, height = open_image(content).size
         assert 0 < width * height <= MAX_PIXELS
-        picture = open_picture(content)
+        picture = open_croppable(content)
         assert (picture.width, picture.height) == (width, height)
         assert picture.crop(Box(0, 0, width, height), 4).shape == (4, 4, 3)
         assert eval_image(content, 8).shape == (3, 8, 8)

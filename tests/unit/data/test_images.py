@@ -159,7 +159,7 @@ def test_bomb_is_refused(monkeypatch):
 def test_bytes_are_limited_too(monkeypatch):
     monkeypatch.setattr(decoders, "MAX_BYTES", 99)
     with pytest.raises(ImageError, match="100 bytes"):
-        images.open_picture(bytes(100))
+        images.open_croppable(bytes(100))
 
 
 def test_jpeg_bomb_is_refused_before_it_is_decoded(photo):
@@ -167,7 +167,7 @@ def test_jpeg_bomb_is_refused_before_it_is_decoded(photo):
     frame = content.index(b"\xff\xc0")
     content[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # 65,500 x 65,500 pixels
     with pytest.raises(ImageError, match="65500 x 65500"):
-        images.open_picture(bytes(content))
+        images.open_croppable(bytes(content))
 
 
 @pytest.mark.parametrize("size", [(500, 375), (2000, 1500)])
@@ -192,7 +192,7 @@ def test_crop_of_a_turned_jpeg_is_the_crop_of_the_upright_one(photo, reduction, 
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encode(photo, "JPEG", quality=95, exif=exif)
-    picture, upright = images.open_picture(content), open_image(content)
+    picture, upright = images.open_croppable(content), open_image(content)
     assert (picture.width, picture.height) == upright.size
     side, size = 320, 240 // reduction
     box = images.Box(33, 22, 33 + side, 22 + side)
@@ -206,7 +206,7 @@ def test_crop_of_a_turned_jpeg_is_the_crop_of_the_upright_one(photo, reduction, 
 def test_every_kind_of_jpeg_crops_as_pillow_has_it(photo, mode, progressive):
     content = encode(photo.convert(mode), "JPEG", quality=95, progressive=progressive)
     box, size = images.Box(100, 50, 500, 400), 100
-    crop = images.open_picture(content).crop(box, size).astype(int)
+    crop = images.open_croppable(content).crop(box, size).astype(int)
     expected = open_image(content).resize((size, size), Image.Resampling.BICUBIC, box=box)
     assert np.abs(crop - np.asarray(expected)).mean() < 3
 
@@ -216,7 +216,7 @@ def test_what_only_pillow_accepts_is_decoded(photo):
     # bytes without meaning between two segments: a warning of the one, nothing to the other
     tables = content.index(b"\xff\xdb")
     odd = content[:tables] + b"\0\0\0" + content[tables:]
-    crop = images.open_picture(odd).crop(images.Box(0, 0, 48, 48), 48)
+    crop = images.open_croppable(odd).crop(images.Box(0, 0, 48, 48), 48)
     np.testing.assert_array_equal(crop, np.asarray(open_image(content))[:, :48])
 
 

@@ -412,7 +412,7 @@ def test_tars_that_lie_in_the_output_folder_survive(tmp_path, three_tars):
 
 
 class Counting:
-    """`read_picture` that counts, and meets something at the seventh picture."""
+    """`read_image_file` that counts, and meets something at the seventh picture."""
 
     def __init__(self, original, seventh=None):
         self.original, self.seventh, self.paths = original, seventh, []
@@ -429,7 +429,7 @@ def interrupt():
 
 
 def test_interruption_of_the_first_tar_leaves_nothing(tmp_path, image_folder, monkeypatch):
-    monkeypatch.setattr(packing, "read_picture", Counting(packing.read_picture, interrupt))
+    monkeypatch.setattr(packing, "read_image_file", Counting(packing.read_image_file, interrupt))
     with pytest.raises(KeyboardInterrupt):
         run(f"folder:{image_folder}", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -441,23 +441,23 @@ def test_after_an_interruption_finished_tars_are_not_packed_again(
     small = CONFIG.model_copy(update={"shard_bytes": 8000})
     out, whole = tmp_path / "out", tmp_path / "whole"
     run(f"folder:{image_folder}", whole, small)
-    original = packing.read_picture
-    monkeypatch.setattr(packing, "read_picture", Counting(original, interrupt))
+    original = packing.read_image_file
+    monkeypatch.setattr(packing, "read_image_file", Counting(original, interrupt))
     with pytest.raises(KeyboardInterrupt):
         run(f"folder:{image_folder}", out, small)
     assert not (out / "COMPLETE").exists() and list(out.glob("train-*.tar"))
     again = Counting(original)
-    monkeypatch.setattr(packing, "read_picture", again)
+    monkeypatch.setattr(packing, "read_image_file", again)
     run(f"folder:{image_folder}", out, small)
     assert 0 < len(again.paths) < 12
     assert tree(out) == tree(whole)
     # a folder that has changed since: all tars anew
-    monkeypatch.setattr(packing, "read_picture", Counting(original, interrupt))
+    monkeypatch.setattr(packing, "read_image_file", Counting(original, interrupt))
     with pytest.raises(KeyboardInterrupt):
         run(f"folder:{image_folder}", tmp_path / "other", small)
     (image_folder / "cat" / "00.png").unlink()
     anew = Counting(original)
-    monkeypatch.setattr(packing, "read_picture", anew)
+    monkeypatch.setattr(packing, "read_image_file", anew)
     assert run(f"folder:{image_folder}", tmp_path / "other", small).num_samples == 11
     assert len(anew.paths) == 11
 
@@ -473,12 +473,12 @@ def test_killed_process_leaves_no_mark_and_the_next_attempt_succeeds(tmp_path, i
         "from moce_dist.config import DataConfig\n"
         "from moce_dist.data import packing\n"
         "from moce_dist.data.ingest import ingest\n"
-        "original, calls = packing.read_picture, []\n"
+        "original, calls = packing.read_image_file, []\n"
         "def read(file):\n"
         "    calls.append(file)\n"
         "    if len(calls) == 7: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return original(file)\n"
-        "packing.read_picture = read\n"
+        "packing.read_image_file = read\n"
         "out = Path(sys.argv[2])\n"
         "config = DataConfig(holdout_fraction=0.0).model_copy(update={'shard_bytes': 8000})\n"
         "ingest(sys.argv[1], out, config, out / 'f.jsonl')\n"

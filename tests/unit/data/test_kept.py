@@ -9,7 +9,7 @@ from PIL import Image
 
 from moce_dist.config import DataConfig
 from moce_dist.data.batches import stream
-from moce_dist.data.images import Decoded, Jpeg, decode_image, open_picture
+from moce_dist.data.images import Decoded, Jpeg, decode_image, open_croppable
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import write_index
@@ -105,7 +105,7 @@ def test_a_sample_is_kept_once_and_as_it_is(index):
     kept = KeptSamples(3, 2**20)
     for _ in range(2):
         for sample_id, content in enumerate((contents[2], contents[0], contents[1])):
-            kept.keep(sample_id, open_picture(content), content)
+            kept.keep(sample_id, open_croppable(content), content)
     small, large, jpeg = (kept.get(sample_id) for sample_id in range(3))
     assert isinstance(small, Decoded) and (small.pixels == decode_image(contents[2])).all()
     assert isinstance(large, Decoded) and (large.pixels == decode_image(contents[0])).all()

@@ -12,7 +12,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from moce_dist.config import FinetuneConfig, make_config
-from moce_dist.data.kept import KeptPictures
+from moce_dist.data.kept import KeptImages
 from moce_dist.model.customize import customize
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.classification import frozen as classify
@@ -162,7 +162,7 @@ def test_features_come_in_the_order_of_the_items(config, models, image_folder):
     found, labels, faults = extract(backbone, list(task.train), machine_of(config))
     assert not faults
     assert labels.tolist() == [item.label for item in task.train]
-    pixels = TaskImages(task.train, backbone, KeptPictures(0))[(0, 17)].pixels
+    pixels = TaskImages(task.train, backbone, KeptImages(0))[(0, 17)].pixels
     with torch.no_grad():
         expected = models["mae"].features(torch.from_numpy(pixels)[None])
     torch.testing.assert_close(found[17:18], expected, rtol=1e-4, atol=1e-5)
@@ -184,7 +184,7 @@ def test_augmentation_is_drawn_by_seed_and_epoch(config, models, image_folder):
     recipe = config.transfer.finetune
 
     def look(seed: int, epoch: int) -> np.ndarray:
-        images = TaskImages(task.train, backbone, KeptPictures(0), augment=recipe, seed=seed)
+        images = TaskImages(task.train, backbone, KeptImages(0), augment=recipe, seed=seed)
         return images[(epoch, 3)][0]
 
     assert np.array_equal(look(0, 0), look(0, 0))
@@ -198,7 +198,7 @@ def test_kept_pictures_give_the_same_looks_and_are_read_once(config, tmp_path, i
     )
     backbone, recipe = run_backbone("random", config, None), config.transfer.finetune
     num_bytes = {"all": 2**20, "some": 3 * 3 * 32 * 32, "none": 0}
-    pictures = {name: KeptPictures(size) for name, size in num_bytes.items()}
+    pictures = {name: KeptImages(size) for name, size in num_bytes.items()}
 
     def looks(name: str) -> list[tuple[np.ndarray, str]]:
         plain = TaskImages(task.train, backbone, pictures[name])

@@ -11,7 +11,7 @@ import timm
 import torch
 from PIL import Image
 
-from moce_dist.data.kept import KeptPictures
+from moce_dist.data.kept import KeptImages
 from moce_dist.model.customize import customize
 from moce_dist.model.moce import LocalDispatcher
 from moce_dist.settings import ConfigError
@@ -197,7 +197,7 @@ def test_model_of_timms_own_gets_pixels_with_its_own_statistics(tmp_path):
     # of one colour, so that no filter has anything to round
     Image.new("RGB", (64, 48), color).save(tmp_path / "plain.png")
     items = [Item("a", tmp_path / "plain.png", 0)]
-    found, *_ = TaskImages(items, backbone, KeptPictures(0))[(0, 0)]
+    found, *_ = TaskImages(items, backbone, KeptImages(0))[(0, 0)]
     assert found.shape == (3, 224, 224)
     expected = (np.array(color) / 255 - mean) / std
     flat = np.broadcast_to(expected.reshape(3, 1, 1), (3, 224, 224))
