@@ -105,24 +105,20 @@ def stamps() -> list[Stamp]:
         ConfigError: the package is missing.
     """
     root = _locate(_STAMPS)
-    return [
-        Stamp(str(path.relative_to(root)), label, pixels)
-        for label, name in enumerate(STAMP_SUBJECTS)
-        for path in sorted((root / name).rglob("*.png"))
-        if "cartoon" not in path.parts
-        for pixels in [_cut_out(path)]
-        if _is_photograph(pixels)
-    ]
-
-
-def _cut_out(path: Path) -> Pixels:
-    image = open_stored(path.read_bytes()).image
-    image.thumbnail((4 * _STAMP_SIDE, 4 * _STAMP_SIDE))
-    image = image.convert("RGBA")
-    box = image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox()
-    image = image.crop(box)
-    image.thumbnail((_STAMP_SIDE, _STAMP_SIDE))
-    return np.asarray(image)
+    found = []
+    for label, name in enumerate(STAMP_SUBJECTS):
+        for path in sorted((root / name).rglob("*.png")):
+            if "cartoon" in path.parts:
+                continue
+            image = open_stored(path.read_bytes()).image
+            image.thumbnail((4 * _STAMP_SIDE, 4 * _STAMP_SIDE))
+            image = image.convert("RGBA")
+            box = image.getchannel("A").point(lambda alpha: 255 * (alpha >= 128)).getbbox()
+            image = image.crop(box)
+            image.thumbnail((_STAMP_SIDE, _STAMP_SIDE))
+            if _is_photograph(pixels := np.asarray(image)):
+                found.append(Stamp(str(path.relative_to(root)), label, pixels))
+    return found
 
 
 def _is_photograph(pixels: Pixels) -> bool:
@@ -144,13 +140,12 @@ def wallpapers() -> list[Wallpaper]:
     Raises:
         ConfigError: a package is missing.
     """
-    return [Wallpaper(path, _reduced(_locate(path))) for path in _wallpaper_paths()]
-
-
-def _reduced(path: Path) -> Pixels:
-    # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough
-    image = open_stored(path.read_bytes(), draft=(_WALLPAPER_SIDE, _WALLPAPER_SIDE)).image
-    image = image.convert("RGB")
-    factor = min(1.0, _WALLPAPER_SIDE / min(image.size))
-    width, height = (round(side * factor) for side in image.size)
-    return np.asarray(image.resize((width, height), Resampling.BOX))
+    found = []
+    for path in _wallpaper_paths():
+        # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough
+        content = _locate(path).read_bytes()
+        image = open_stored(content, draft=(_WALLPAPER_SIDE, _WALLPAPER_SIDE)).image.convert("RGB")
+        factor = min(1.0, _WALLPAPER_SIDE / min(image.size))
+        width, height = (round(side * factor) for side in image.size)
+        found.append(Wallpaper(path, np.asarray(image.resize((width, height), Resampling.BOX))))
+    return found

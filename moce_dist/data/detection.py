@@ -85,22 +85,15 @@ def _tree_tiles(split: Split) -> Iterator[Scene]:
         for upper in range(0, height - _SIDE + 1, step):
             for left in range(0, width - _SIDE + 1, step):
                 tile = photograph.pixels[upper : upper + _SIDE, left : left + _SIDE]
-                scene = _tree_tile(tile, photograph.boxes - np.array([left, upper, left, upper]))
-                if scene is not None:
-                    yield scene
-
-
-def _tree_tile(pixels: Pixels, boxes: Boxes) -> Scene | None:
-    shown = boxes.clip(0, _SIDE)
-    areas = [np.prod((b[:, 2:] - b[:, :2]).clip(0), axis=1) for b in (shown, boxes)]
-    is_there = areas[0] > 0
-    if not is_there.any():
-        return None
-    ignored = (areas[0] < _MIN_SHOWN * areas[1])[is_there]
-    if ignored.all():
-        return None
-    kept = shown[is_there]
-    return Scene(pixels, kept, ignored.tolist(), None)
+                boxes = photograph.boxes - np.array([left, upper, left, upper])
+                shown = boxes.clip(0, _SIDE)
+                visible, whole = (
+                    np.prod((b[:, 2:] - b[:, :2]).clip(0), axis=1) for b in (shown, boxes)
+                )
+                is_there = visible > 0
+                ignored = (visible < _MIN_SHOWN * whole)[is_there]
+                if not ignored.all():
+                    yield Scene(tile, shown[is_there], ignored.tolist(), None)
 
 
 def write_composited(out: Path) -> None:
@@ -147,7 +140,12 @@ def part(items: Sequence[Any], split: Split) -> list[Any]:
 def _compose(
     stamps: Sequence[Stamp], wallpapers: Sequence[desktop.Wallpaper], draws: np.random.Generator
 ) -> Scene:
-    canvas = _background(wallpapers[int(draws.integers(len(wallpapers)))].pixels, draws)
+    pixels = wallpapers[int(draws.integers(len(wallpapers)))].pixels
+    height, width = pixels.shape[:2]
+    side = int(draws.integers(_MIN_CROP, min(height, width) + 1))
+    upper, left = int(draws.integers(height - side + 1)), int(draws.integers(width - side + 1))
+    crop = Image.fromarray(pixels[upper : upper + side, left : left + side])
+    canvas = crop.resize((_SIDE, _SIDE), Image.Resampling.BOX)
     masks: list[Mask] = []
     for _ in range(int(draws.integers(1, _MAX_STAMPS + 1))):
         subject = int(draws.integers(len(desktop.STAMP_SUBJECTS)))
@@ -161,14 +159,6 @@ def _compose(
         masks = [*(other & ~mask for other in masks), mask]
     boxes = np.array([_box_around(mask) for mask in masks])
     return Scene(np.asarray(canvas), boxes, [False] * len(boxes), masks)
-
-
-def _background(pixels: Pixels, draws: np.random.Generator) -> Image.Image:
-    height, width = pixels.shape[:2]
-    side = int(draws.integers(_MIN_CROP, min(height, width) + 1))
-    upper, left = int(draws.integers(height - side + 1)), int(draws.integers(width - side + 1))
-    crop = Image.fromarray(pixels[upper : upper + side, left : left + side])
-    return crop.resize((_SIDE, _SIDE), Image.Resampling.BOX)
 
 
 def _sized(stamp: Stamp, draws: np.random.Generator) -> Image.Image:
@@ -203,30 +193,26 @@ def _coco_files(splits: dict[Split, list[Scene]], name: str) -> Iterator[tuple[s
     for split, scenes in splits.items():
         for number, scene in enumerate(scenes):
             yield f"{split}/{number:012d}.jpg", encode(scene.pixels, "JPEG")
-        tree = _coco_tree(scenes, name)
-        yield f"annotations/instances_{split}.json", json.dumps(tree).encode()
-
-
-def _coco_tree(scenes: Sequence[Scene], name: str) -> dict[str, Any]:
-    images = [
-        {
-            "id": number,
-            "file_name": f"{number:012d}.jpg",
-            "width": scene.pixels.shape[1],
-            "height": scene.pixels.shape[0],
+        images = [
+            {
+                "id": number,
+                "file_name": f"{number:012d}.jpg",
+                "width": scene.pixels.shape[1],
+                "height": scene.pixels.shape[0],
+            }
+            for number, scene in enumerate(scenes)
+        ]
+        annotations = [
+            {"image_id": number, **entry}
+            for number, scene in enumerate(scenes)
+            for entry in _annotations(scene)
+        ]
+        tree = {
+            "images": images,
+            "annotations": [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)],
+            "categories": [{"id": 1, "name": name}],
         }
-        for number, scene in enumerate(scenes)
-    ]
-    annotations = [
-        {"image_id": number, **entry}
-        for number, scene in enumerate(scenes)
-        for entry in _annotations(scene)
-    ]
-    return {
-        "images": images,
-        "annotations": [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)],
-        "categories": [{"id": 1, "name": name}],
-    }
+        yield f"annotations/instances_{split}.json", json.dumps(tree).encode()
 
 
 def _annotations(scene: Scene) -> Iterator[dict[str, Any]]:

@@ -141,13 +141,6 @@ def _tiles(block: tuple[int, int], side: int, per_side: int, *, scale: int = 1) 
             yield _Tile(block[0] * extent + row, block[1] * extent + column, side)
 
 
-def _earth_tiles(name: str, scale: int) -> Iterator[Pixels]:
-    image = carriers.earth(name)
-    for block in blocks("pretrain"):
-        for tile in _tiles(block, _TILE, 5 * scale, scale=scale):
-            yield tile.of(image)
-
-
 def brain_slices() -> Iterator[Pixels]:
     """Yield slices of three volumes of a brain along three axes, (64, 64)."""
     for volume in ("t1", "gm", "wm"):
@@ -168,7 +161,11 @@ def _thumbnail(plane: Pixels) -> Pixels:
 
 def _domain(name: str) -> Iterator[Pixels]:
     if name in _EARTH_IMAGES:
-        yield from _earth_tiles(*_EARTH_IMAGES[name])
+        source, scale = _EARTH_IMAGES[name]
+        image = carriers.earth(source)
+        for block in blocks("pretrain"):
+            for tile in _tiles(block, _TILE, 5 * scale, scale=scale):
+                yield tile.of(image)
     elif name == "brain":
         yield from brain_slices()
     else:
