@@ -21,8 +21,15 @@ from moce_dist.cost.budget import budget_lines
 from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run.artefacts import COMPLETE
-from moce_dist.run.base import base_control, base_of, check_base
-from moce_dist.run.directory import Run, open_run, resolve_run, set_aside
+from moce_dist.run.directory import (
+    Run,
+    base_control,
+    base_of,
+    check_base,
+    open_run,
+    resolve_run,
+    set_aside,
+)
 from moce_dist.run.environment import local_path
 from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError

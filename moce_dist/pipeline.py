@@ -5,8 +5,8 @@
 A stage is skipped when its artefact is complete and was made from the same inputs; otherwise it is
 made, or taken up where it stopped. This module only wires chapters to `launch`.
 
-Stage control is wanted with `control: true`. A run with `base_run` (run/base.py) trains no stage
-mae and makes no clusters: it takes those of that run.
+Stage control is wanted with `control: true`. A run with `base_run` (run/directory.py) trains no
+stage mae and makes no clusters: it takes those of that run.
 """
 
 import logging
@@ -44,8 +44,7 @@ from moce_dist.run.artefacts import (
     mark_complete,
     read_marker,
 )
-from moce_dist.run.base import base_control, check_base
-from moce_dist.run.directory import Run
+from moce_dist.run.directory import Run, base_control, check_base
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.tasks import MapTasks, Workers
 from moce_dist.settings import ConfigError

@@ -19,8 +19,7 @@ import numpy as np
 from benches.harness import Report, run_fresh
 from benches.settings import BenchConfig
 from moce_dist.data.columns import open_table, write_table
-from moce_dist.data.permutation import keys_of, permuted
-from moce_dist.data.plan import Plan
+from moce_dist.data.plan import Plan, keys_of, permuted
 from moce_dist.data.shards import COLUMNS_NAME, INDEX_NAME, Shard
 
 _KEY_BYTES = 12

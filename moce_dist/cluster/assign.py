@@ -32,13 +32,11 @@ from torch import Tensor
 
 from moce_dist.cluster.arrays import Float32, Float64, Int64
 from moce_dist.cluster.blocks import FeatureFiles, View, check_count, column_mean, open_features
-from moce_dist.cluster.domains import domain_figures, label_figures
-from moce_dist.cluster.given import given_labels
+from moce_dist.cluster.domains import centroid_figures, domain_figures, given_labels, label_figures
 from moce_dist.cluster.kmeans import Lloyd, State, directions, draw_sample, kmeans, state_request
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.nearest import make_base, search, squared_distances
 from moce_dist.cluster.settle import Settled, settle
-from moce_dist.cluster.spread import centroid_figures
 from moce_dist.cluster.sweeps import as_tensor
 from moce_dist.config import ClusterConfig
 from moce_dist.run.artefacts import COMPLETE, is_complete, mark_complete

@@ -8,15 +8,19 @@ sums are the same bits on any number of workers.
     a.npy (20000 rows)                    b.npy (5000 rows)   block_rows 8192
     [0:8192) [8192:16384) [16384:20000)   [0:5000)            global rows 0, 8192, 16384, 20000
 
-Nothing is unpickled, and files are memory mapped: the matrix is never in one place.
+Nothing is unpickled, and files are memory mapped: the matrix is never in one place. A process with
+a GPU keeps the rows there from one sweep to the next. Sweeps go over all blocks in the same order,
+so what does not fit is read again every time, and what is there stays: to put the least recently
+used out would put out all.
 
 Letters: n rows, D feature width. A `View` says how a raw row becomes the vector that is clustered.
 """
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +31,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.cluster.arrays import Float32, Float64
-from moce_dist.cluster.residents import residents
 from moce_dist.run.names import as_text, clean_label
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
@@ -314,3 +317,38 @@ def column_mean(
             raise refusal(scanned.problem)
         total += scanned.sums
     return total / max(files.num_rows, 1)
+
+
+_KEPT_FREE = 0.3
+"""Share of the device's memory that stays free for what is computed."""
+
+Key = tuple[str, int, int, int]
+"""File, first row, row after the last, time of the file's last change."""
+
+
+class Residents:
+    """Blocks of rows, (n, D) each, on one device."""
+
+    def __init__(self) -> None:
+        self._rows: dict[Key, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, key: Key, read: Callable[[], Tensor]) -> Tensor:
+        """Return rows that are here, or `read` them and keep them while there is room."""
+        if (kept := self._rows.get(key)) is not None:
+            return kept
+        rows = read()
+        free, total = torch.cuda.mem_get_info(rows.device)
+        # what the allocator holds and nobody uses is free as well
+        unused = torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
+        if free + unused > _KEPT_FREE * total:
+            self._rows[key] = rows
+        return rows
+
+
+@lru_cache(maxsize=1)
+def residents() -> Residents:
+    """Return what this process keeps."""
+    return Residents()

@@ -41,8 +41,7 @@ from moce_dist.cluster.blocks import (
     open_features,
     read_block,
 )
-from moce_dist.cluster.domains import domain_figures, label_figures
-from moce_dist.cluster.spread import centroid_figures
+from moce_dist.cluster.domains import centroid_figures, domain_figures, label_figures
 from moce_dist.run.artefacts import (
     COMPLETE,
     artefact_id,

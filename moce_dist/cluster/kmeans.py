@@ -9,9 +9,16 @@ The state is on disk after every iteration; a start that finds the state of the 
 from it, bit for bit. What is not a sweep happens in the calling process on one thread and on a
 sample that depends on the seed alone, so no result depends on the number of workers.
 
+First centroids are chosen by k-means++ on a sample, whose time grows with the clusters times the
+rows that they are chosen from. For over 1,024 clusters some rounds draw four times as many rows as
+are wanted, all of a round at once, with chances that grow with the squared distance to the nearest
+one of the rounds before: searches, which workers do. K of these are chosen by k-means++, each
+weighing as much as rows are nearest to it. Very many stay as they were drawn.
+
 Letters: n rows, s sampled rows, D width, K clusters, m candidates.
 
-Source: splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters).
+Source: splitting of empty clusters as in facebookresearch/faiss Clustering.cpp (split_clusters);
+k-means||, Bahmani et al. 2012, "Scalable k-means++".
 """
 
 import logging
@@ -20,12 +27,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from moce_dist.cluster.arrays import Float64
+from moce_dist.cluster.arrays import Float64, Int64
 from moce_dist.cluster.balance import allowed_sizes, ascend
-from moce_dist.cluster.blocks import FeatureFiles, View
+from moce_dist.cluster.blocks import FeatureFiles, View, open_array
 from moce_dist.cluster.matrix import Matrix
-from moce_dist.cluster.seeding import choose_centroids
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
 from moce_dist.run.artefacts import fingerprint
@@ -212,3 +220,63 @@ def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
         state = lloyd.iterate(state)
         save_state(state_file, state, request)
     return state
+
+
+_ROWS_PER_CLUSTER, _FEWEST_ROWS = 64, 16_384
+"""Rows that centroids are chosen from, where the sample has more: for each, and in all."""
+_FEW, _MANY = 1024, 8192
+"""Most clusters that are chosen from all rows, and from rows drawn before."""
+_ROUNDS, _OVERSAMPLED = 5, 4
+"""Rounds of drawing; rows that they draw, over the clusters, where these are chosen from them."""
+
+
+def choose_centroids(sample: Matrix, num_clusters: int, seed: int) -> Float64:
+    """Choose first centroids, (K, D), among the rows of a sample, which lie in one file."""
+    rows = open_array(sample.files.paths[0])
+    if num_clusters <= _FEW:
+        rows = rows[:: max(len(rows) // max(_ROWS_PER_CLUSTER * num_clusters, _FEWEST_ROWS), 1)]
+        return _plus_plus(rows, num_clusters, seed)
+    times = _OVERSAMPLED if num_clusters <= _MANY else 1
+    num = min(times * num_clusters, len(rows))
+    drawn = np.asarray(rows[draw_rows(sample, num, seed)], np.float64)
+    if num == num_clusters:
+        return drawn
+    weights = np.bincount(sample.labels(drawn, np.zeros(num)), minlength=num)
+    return _plus_plus(drawn, num_clusters, seed, weights.astype(np.float64))
+
+
+def draw_rows(sample: Matrix, num: int, seed: int) -> Int64:
+    """Draw the numbers of `num` rows, far from each other rather than near, in some rounds."""
+    rows, draws = open_array(sample.files.paths[0]), np.random.default_rng(seed)
+    everyone = np.arange(len(rows))
+    drawn = draws.integers(len(rows), size=1)
+    squares = _squares(sample, rows[drawn])
+    for share in np.array_split(np.arange(num - 1), _ROUNDS):
+        left = np.setdiff1d(np.flatnonzero(squares), drawn)
+        if not len(left) or not len(share):
+            break
+        chances = squares[left] / squares[left].sum()
+        new = draws.choice(left, min(len(share), len(left)), replace=False, p=chances)
+        drawn = np.append(drawn, new)
+        squares = np.minimum(squares, _squares(sample, rows[new]))
+    # where nearly all rows are alike
+    rest = draws.permutation(np.setdiff1d(everyone, drawn))[: num - len(drawn)]
+    return np.append(drawn, rest)
+
+
+def _squares(sample: Matrix, points: NDArray[np.float32]) -> Float64:
+    centroids = points.astype(np.float64)
+    everyone = np.arange(sample.files.num_rows)
+    found = sample.candidates(centroids, np.zeros(len(points)), 1, everyone)
+    return found.distances[:, 0].astype(np.float64)
+
+
+def _plus_plus(
+    rows: NDArray[np.float32] | Float64, num: int, seed: int, weights: Float64 | None = None
+) -> Float64:
+    # a second to import, and training only reads clusters
+    from sklearn.cluster import kmeans_plusplus
+
+    with threadpool_limits(1):
+        chosen, _ = kmeans_plusplus(rows, num, sample_weight=weights, random_state=seed % 2**32)
+    return np.asarray(chosen, np.float64)

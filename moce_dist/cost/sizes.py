@@ -9,6 +9,10 @@ operations. Left out are norms, activations, softmax and the gate, a few per cen
 Letters: N patches, V visible ones, D width, T tokens, P patch side, K clusters, n images.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from moce_dist.config import Config
 
 CHANNELS = 3
@@ -120,3 +124,31 @@ def clustering_flop(config: Config, num_images: int, iterations: int) -> int:
     """Distances of all features to all centroids, n K (D + 1) multiplications an iteration."""
     width = config.model.shape.width
     return iterations * 2 * num_images * config.cluster.num_clusters * (width + 1)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Images seen in the stages, and floating-point operations."""
+
+    mae_images: int = 0
+    moce_images: int = 0
+    training: int = 0
+    clustering: int = 0
+    """Of the features and of k-means."""
+
+    @property
+    def flop(self) -> int:
+        """All of them."""
+        return self.training + self.clustering
+
+
+def run_cost(config: Config, images: Mapping[Any, int], iterations: int | None = None) -> Cost:
+    """Cost of a run's stages, given the `images` that each of them sees.
+
+    `iterations` of k-means that were run; by default the most that may be.
+    """
+    mae, moce = images.get("mae", 0), images.get("moce", 0) + images.get("control", 0)
+    rounds = config.cluster.iterations if iterations is None else iterations
+    clustering = images.get("features", 0) * features_flop(config)
+    clustering += clustering_flop(config, images.get("cluster", 0), rounds)
+    return Cost(mae, moce, (mae + moce) * training_flop(config), clustering)

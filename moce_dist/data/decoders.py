@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from moce_dist.data.metadata import JPEG, may_be_turned, without_metadata
-from moce_dist.data.orientation import AS_STORED, Turn, turn_of
+from moce_dist.data.metadata import AS_STORED, JPEG, Turn, may_be_turned, turn_of, without_metadata
 
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 256 * 2**20

@@ -36,7 +36,7 @@ from moce_dist.data.decoders import (
     jpeg_pixels,
     read_turn,
 )
-from moce_dist.data.orientation import AS_STORED, Turn
+from moce_dist.data.metadata import AS_STORED, Turn
 from moce_dist.data.resize import Pixels, Size, resize, resize_all
 from moce_dist.data.upright import open_rgb, turned
 from moce_dist.run.names import as_text

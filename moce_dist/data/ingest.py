@@ -24,8 +24,16 @@ from typing import Any, NamedTuple
 
 from moce_dist.config import DataConfig
 from moce_dist.data.columns import write_columns
-from moce_dist.data.packing import HOLDOUT, member_bytes, plan_files, plan_id, share, write_files
-from moce_dist.data.pipes import PipedTar, write_piped
+from moce_dist.data.packing import (
+    HOLDOUT,
+    PipedTar,
+    member_bytes,
+    plan_files,
+    plan_id,
+    share,
+    write_files,
+    write_piped,
+)
 from moce_dist.data.progress import track
 from moce_dist.data.shards import (
     INDEX_NAME,

@@ -1,8 +1,12 @@
-"""Finding and dropping what an image file says beside its pixels.
+"""What an image file says beside its pixels: dropped where it disturbs, and which way up it is.
 
 Metadata never decides whether pixels count: where a decoder stumbles over a text, a profile or a
 tag of an odd type, the image is read once more without them. The EXIF block is kept beside, for
-the orientation (of TIFF it is one of the tags that stay).
+the orientation (of TIFF it is one of the tags that stay), which is read here alone, for pixels and
+for boxes:
+
+    stored, tag 6   C A    turned: flip the rows, then swap    A B
+                    D B                                        C D
 
     JPEG    segments APP1 to APP15 and COM (APP14 says how colours are stored, and stays)
     PNG     chunks that no decoder needs, but for tRNS (transparency)
@@ -15,6 +19,10 @@ Source: ITU-T T.81 annex B, PNG 3rd edition section 11, RFC 9649, TIFF 6.0 secti
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 
 JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _EXIF = b"Exif\0\0"
@@ -138,3 +146,56 @@ def _bare_tiff(content: bytes) -> Bare:
     # the directory becomes shorter where it stands, so that all offsets stay
     directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
     return Bare(content[:start] + directory + content[start + len(directory) :], b"")
+
+
+_ORIENTATION = 0x0112
+
+
+class Turn(NamedTuple):
+    """What makes a stored image upright: flip its rows, flip its columns, then swap both."""
+
+    flip_rows: bool
+    flip_columns: bool
+    swap: bool
+
+    def apply(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Make stored pixels (H, W, 3), or a square part of them, upright; a view."""
+        turned = pixels[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
+        return turned.swapaxes(0, 1) if self.swap else turned
+
+    def stored(
+        self, box: tuple[int, int, int, int], width: int, height: int
+    ) -> tuple[int, int, int, int]:
+        """Find a box of the upright image in the stored one of `width` x `height` pixels."""
+        left, upper, right, lower = box
+        if self.swap:
+            left, upper, right, lower = upper, left, lower, right
+        if self.flip_columns:
+            left, right = width - right, width - left
+        if self.flip_rows:
+            upper, lower = height - lower, height - upper
+        return left, upper, right, lower
+
+
+AS_STORED = Turn(flip_rows=False, flip_columns=False, swap=False)
+_TURNS = {
+    2: Turn(flip_rows=False, flip_columns=True, swap=False),
+    3: Turn(flip_rows=True, flip_columns=True, swap=False),
+    4: Turn(flip_rows=True, flip_columns=False, swap=False),
+    5: Turn(flip_rows=False, flip_columns=False, swap=True),
+    6: Turn(flip_rows=True, flip_columns=False, swap=True),
+    7: Turn(flip_rows=True, flip_columns=True, swap=True),
+    8: Turn(flip_rows=False, flip_columns=True, swap=True),
+}
+
+
+def turn_of(image: Image.Image) -> Turn:
+    """Read the orientation of an opened image; unreadable or odd means upright as stored.
+
+    Pillow looks for it in EXIF, in TIFF's own tags and in XMP.
+    """
+    try:
+        value = image.getexif().get(_ORIENTATION)
+    except Exception:  # noqa: BLE001 - metadata of any shape never decide whether pixels count
+        return AS_STORED
+    return _TURNS.get(value, AS_STORED) if type(value) is int else AS_STORED

@@ -6,18 +6,28 @@ and named as a fault.
 
     cat/0.jpg cat/1.jpg dog/2.jpg ...   ->   train-000000.tar   cat/0 dog/2     holdout by the hash
                                              holdout/holdout-000000.tar   cat/1     of the key
+
+A shell command may write a tar too, as WebDataset's `pipe:` names it. A pipe can be read once and
+only forward, whereas training reads samples by range: every command runs once, and its tar is kept
+beside the index. Commands run only where the configuration allows it. What they need to be let in
+comes from the environment (`$TOKEN`), as their text stands in the index, the ledger and the report.
+
+    pipe:curl -s https://host/{00..01}.tar.gz | gunzip     ->     pipe-000000.tar pipe-000001.tar
 """
 
 import hashlib
+import shutil
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from moce_dist.data.listing import ending
-from moce_dist.data.shards import Fault, Shard
-from moce_dist.data.sources import ImageFile, read_image_file
+from moce_dist.data.shards import Fault, Shard, scan_shard
+from moce_dist.data.sources import PIPE, ImageFile, read_image_file
 from moce_dist.data.writer import ShardWriter, finished_tar, note_finished
 from moce_dist.run.names import as_text
+from moce_dist.settings import ConfigError
 
 HOLDOUT = "holdout"
 
@@ -102,3 +112,40 @@ def write_files(out: Path, tar: FileTar) -> Written:
     shard = writer.close()
     note_finished(folder, shard, faults)
     return Written(tar.folder, shard, faults)
+
+
+class PipedTar(NamedTuple):
+    """A tar to be written: its file name, and its command behind `pipe:`."""
+
+    name: str
+    url: str
+
+
+def write_piped(out: Path, tar: PipedTar) -> tuple[Shard, list[Fault]]:
+    """Run a command, keep what it writes, index it; at once when an earlier attempt did.
+
+    Raises:
+        ConfigError: it wrote no tar.
+        RuntimeError: it failed; its own words went to standard error.
+        OSError: the tar cannot be written.
+    """
+    if (found := finished_tar(out, tar.name)) is not None:
+        return found
+    path, temporary = out / tar.name, out / f".{tar.name}.tmp"
+    command = ["bash", "-o", "pipefail", "-c", tar.url.removeprefix(PIPE)]
+    # through this process: when it is killed the command meets a broken pipe, and ends too
+    with (
+        temporary.open("wb") as file,
+        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process,
+    ):
+        assert process.stdout is not None, "a pipe was asked for"
+        shutil.copyfileobj(process.stdout, file, 2**20)
+    if process.returncode:
+        raise RuntimeError(f"shards:{tar.url}: ended with status {process.returncode}")
+    temporary.replace(path)
+    try:
+        shard, faults = scan_shard(str(path), path=tar.name)
+    except ConfigError:
+        raise ConfigError(f"shards:{tar.url}: writes no uncompressed tar") from None
+    note_finished(out, shard, faults)
+    return shard, faults

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageChops
 
 from moce_dist.data.decoders import Encoded, ImageError, door, open_stored
-from moce_dist.data.orientation import AS_STORED, Turn
+from moce_dist.data.metadata import AS_STORED, Turn
 
 # 16 bits that Pillow keeps in 32
 _DEEP_16 = ("PNG", "PPM")

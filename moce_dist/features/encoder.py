@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from moce_dist.config import ParallelConfig
 from moce_dist.data.images import MEAN, STD
-from moce_dist.features.framing import BLACK, METHODS, MODES, Framing
+from moce_dist.features.decoding import BLACK, METHODS, MODES, Framing
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
 

@@ -26,8 +26,7 @@ import numpy as np
 import torch
 
 from moce_dist.data.shards import Shard, ShardIndex
-from moce_dist.features.decoding import Float32, ImageBatch, ShardImages
-from moce_dist.features.framing import Framing
+from moce_dist.features.decoding import Float32, Framing, ImageBatch, ShardImages
 from moce_dist.run.files import naming, read_faults, record_fault, write_atomic
 from moce_dist.run.names import as_text
 

@@ -81,7 +81,7 @@ def _free_device() -> None:
     # what this process does next needs the memory
     import torch
 
-    from moce_dist.cluster.residents import residents
+    from moce_dist.cluster.blocks import residents
 
     residents.cache_clear()
     torch.cuda.empty_cache()

@@ -19,7 +19,7 @@ from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from moce_dist.cluster.spread import nearest_others
+from moce_dist.cluster.domains import nearest_others
 from moce_dist.report.record import Clusters, Record, Stage
 
 COLOURS = {"mae": "#4477aa", "moce": "#cc6677", "control": "#228833"}

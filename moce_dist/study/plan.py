@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moce_dist.config import Config, StageConfig, identity
-from moce_dist.cost.sizes import training_flop
+from moce_dist.cost.sizes import Cost, run_cost, training_flop
 from moce_dist.run.artefacts import fingerprint
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
-from moce_dist.study.cost import Cost, run_cost
 from moce_dist.study.request import (
     Arm,
     Split,

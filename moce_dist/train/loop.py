@@ -41,10 +41,9 @@ from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.migrate import replan
 from moce_dist.train.optim import decay_to_mean, learning_rate, set_learning_rate
 from moce_dist.train.outcome import Outcome
-from moce_dist.train.profile import StepProfile
 from moce_dist.train.pulse import Pulse
 from moce_dist.train.setup import TrainState, build_state, holdout_table
-from moce_dist.train.trackers import open_trackers
+from moce_dist.train.trackers import StepProfile, open_trackers
 
 log = logging.getLogger(__name__)
 _FAULTS_BEFORE_STOP = 8

@@ -33,10 +33,12 @@ from moce_dist.model.gate import (
     shared_groups,
 )
 from moce_dist.parallel.groups import ExpertMap, Topology, expert_map
-from moce_dist.parallel.placement import Placement, contiguous_placement, plan_placement
-from moce_dist.parallel.traffic import (
+from moce_dist.parallel.placement import (
+    Placement,
     Traffic,
+    contiguous_placement,
     no_traffic,
+    plan_placement,
     predict_traffic,
 )
 from moce_dist.run.files import write_atomic

@@ -25,8 +25,8 @@ from moce_dist.config import Config, FinetuneConfig, ParallelConfig
 from moce_dist.data.images import centre_sample, draw_cut, sample_generator, to_sample
 from moce_dist.data.kept import KeptImages
 from moce_dist.data.loaders import load
+from moce_dist.features.decoding import framed_image
 from moce_dist.features.encoder import Pixels, renormalisation
-from moce_dist.features.framing import framed_image
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.tasks import Item

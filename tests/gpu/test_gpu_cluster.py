@@ -5,9 +5,8 @@ import pytest
 import torch
 
 from moce_dist.cluster.assign import read_assignments, run_clustering
-from moce_dist.cluster.blocks import View, open_features, read_block
+from moce_dist.cluster.blocks import View, open_features, read_block, residents
 from moce_dist.cluster.nearest import make_base, search
-from moce_dist.cluster.residents import residents
 from moce_dist.cluster.sweeps import add_rows
 from moce_dist.config import ClusterConfig
 from moce_dist.run.tasks import HERE, Workers

@@ -12,7 +12,7 @@ from moce_dist.cluster.assign import (
     read_centroids,
     run_clustering,
 )
-from moce_dist.cluster.given import random_clusters
+from moce_dist.cluster.domains import random_clusters
 from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError
 

@@ -9,7 +9,7 @@ import torch
 from mixtures import brute_force, matrix_of, mixture
 
 from moce_dist.cluster.blocks import group_blocks
-from moce_dist.cluster.kmeans import Lloyd, draw_sample, kmeans, split_empty
+from moce_dist.cluster.kmeans import Lloyd, draw_rows, draw_sample, kmeans, split_empty
 from moce_dist.cluster.nearest import (
     build_index,
     make_base,
@@ -18,7 +18,6 @@ from moce_dist.cluster.nearest import (
     search_index,
     squared_distances,
 )
-from moce_dist.cluster.seeding import draw_rows
 from moce_dist.cluster.settle import settle
 from moce_dist.cluster.sweeps import add_rows, add_sorted_rows
 from moce_dist.config import ClusterConfig
@@ -200,8 +199,8 @@ def test_centroids_chosen_in_rounds_are_rows_and_nearly_as_good(tmp_path, monkey
     )
     costs = []
     for few, many in ((41, 41), (40, 41), (40, 40)):
-        monkeypatch.setattr("moce_dist.cluster.seeding._FEW", few)
-        monkeypatch.setattr("moce_dist.cluster.seeding._MANY", many)
+        monkeypatch.setattr("moce_dist.cluster.kmeans._FEW", few)
+        monkeypatch.setattr("moce_dist.cluster.kmeans._MANY", many)
         first = lloyd.first_state(3).centroids
         assert (first == lloyd.first_state(3).centroids).all()
         known = {row.tobytes() for row in np.load(tmp_path / "sample.npy")}

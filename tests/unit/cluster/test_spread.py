@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moce_dist.cluster.spread import centroid_figures, nearest_others
+from moce_dist.cluster.domains import centroid_figures, nearest_others
 
 
 def test_distances_are_those_of_a_square_and_its_outlier():

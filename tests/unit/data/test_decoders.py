@@ -14,7 +14,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError, image_endings
 from moce_dist.data.images import Box, eval_image, open_croppable, open_image
-from moce_dist.features.framing import Framing, framed_image
+from moce_dist.features.decoding import Framing, framed_image
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 ORIENTATION = (0x0112, 3, 1, struct.pack("<H", 6))
@@ -212,4 +212,4 @@ def test_there_is_one_door():
         ["grep", "-rlE", words, "--include=*.py", root], capture_output=True, text=True, check=True
     )
     names = {str(Path(line).relative_to(root)) for line in found.stdout.splitlines()}
-    assert names == {"data/decoders.py", "data/orientation.py"}
+    assert names == {"data/decoders.py", "data/metadata.py"}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moce_dist.data.permutation import keys_of, permuted
+from moce_dist.data.plan import keys_of, permuted
 
 
 def order(size, *parts):

@@ -26,6 +26,7 @@ from moce_dist.data.images import MEAN, STD, eval_image
 from moce_dist.data.shards import Shard, ShardIndex, write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.features import decoding, extract
+from moce_dist.features.decoding import Framing, framed_image
 from moce_dist.features.encoder import Pixels, describe_timm, timm_encoder
 from moce_dist.features.extract import (
     EncoderSpec,
@@ -34,7 +35,6 @@ from moce_dist.features.extract import (
     extract_shard,
     feature_names,
 )
-from moce_dist.features.framing import Framing, framed_image
 from moce_dist.run.files import read_faults
 
 ROOT = Path(__file__).parents[3]

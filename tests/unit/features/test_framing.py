@@ -9,7 +9,7 @@ from timm.data import create_transform
 
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import MEAN, STD, eval_image
-from moce_dist.features.framing import Framing, framed_image
+from moce_dist.features.decoding import Framing, framed_image
 
 FRAMINGS = [
     Framing(0.875),

@@ -4,8 +4,7 @@ import pytest
 
 from moce_dist.config import Config, Role, identity, make_config, roles
 from moce_dist.run.artefacts import mark_complete
-from moce_dist.run.base import base_control, base_of, check_base, unlike
-from moce_dist.run.directory import open_run
+from moce_dist.run.directory import base_control, base_of, check_base, open_run, unlike
 from moce_dist.settings import ConfigError
 
 TREE = {

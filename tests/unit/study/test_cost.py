@@ -6,9 +6,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from moce_dist.config import Config, make_config
-from moce_dist.cost.sizes import clustering_flop, features_flop, training_flop
+from moce_dist.cost.sizes import clustering_flop, features_flop, run_cost, training_flop
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.study.cost import run_cost
 
 SMALL = {
     "data": {"image_size": 28},

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from moce_dist.config import load_config
+from moce_dist.features.decoding import Framing
 from moce_dist.features.encoder import Pixels, describe_timm, timm_encoder
-from moce_dist.features.framing import Framing
 from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError

@@ -9,8 +9,7 @@ from moce_dist.config import LoggingConfig, make_config
 from moce_dist.run.files import read_jsonl
 from moce_dist.settings import ConfigError
 from moce_dist.train.metrics import Clock, MetricsLog
-from moce_dist.train.profile import StepProfile
-from moce_dist.train.trackers import check_trackers, open_trackers
+from moce_dist.train.trackers import StepProfile, check_trackers, open_trackers
 
 SCALARS = {"step": 3, "loss": 0.5, "images_per_expert": [[1, 2]], "grad_norm": None}
 
