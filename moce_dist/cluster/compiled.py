@@ -10,6 +10,9 @@ from typing import Any, TypeVar
 from numba import njit
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+_CACHE_VERSION = 2
+"""To be raised when a class that a compiled function takes is renamed: caches name it, and are read
+before Numba looks whether they are stale."""
 _ANY_ORDER = {"reassoc", "contract", "nsz"}
 
 
@@ -24,6 +27,8 @@ def compiled_sums(function: Function) -> Function:
 
 
 def _compile(function: Function, **how: Any) -> Function:
+    # part of the names of the cache's files
+    function.__qualname__ += f"_v{_CACHE_VERSION}"
     try:
         made: Function = njit(cache=True, **how)(function)
     except RuntimeError:  # nowhere to keep it

@@ -41,8 +41,8 @@ from moce_dist.cluster.flow import (
     Edges,
     Frontier,
     Graph,
-    Lists,
     Log,
+    LotLists,
     Lots,
     Moves,
     Sides,
@@ -192,11 +192,11 @@ class _Flow:
             used=np.array([len(keys), 0]),
         )
 
-    def _lists(self, lots: Lots) -> Lists:
+    def _lists(self, lots: Lots) -> LotLists:
         clusters = lots.cluster[: lots.used[0]]
         order = np.argsort(clusters, kind="stable")
         bounds = np.searchsorted(clusters[order], np.arange(len(self.prices) + 1))
-        return Lists(bounds, order, np.full(len(self.prices), NONE))
+        return LotLists(bounds, order, np.full(len(self.prices), NONE))
 
     def _write_back(self, lots: Lots, log: Log) -> None:
         num_entries, num_moves, num_paths = log.counts.tolist()

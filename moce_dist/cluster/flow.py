@@ -58,7 +58,7 @@ class Lots(NamedTuple):
     used: Int64
 
 
-class Lists(NamedTuple):
+class LotLists(NamedTuple):
     """The lots that clusters began with, and the last arrival of each, (K,).
 
     Those of cluster k are `lots[bounds[k]:bounds[k + 1]]`.
@@ -121,7 +121,7 @@ class Graph(NamedTuple):
 
     moves: Moves
     lots: Lots
-    lists: Lists
+    lists: LotLists
     edges: Edges
     sides: Sides
     frontier: Frontier

@@ -23,7 +23,7 @@ import numpy as np
 from moce_dist.config import Config
 from moce_dist.cost.sizes import TRANSFERS, image_bytes
 from moce_dist.parallel.planner import solve
-from moce_dist.parallel.problem import Plan, Problem, read
+from moce_dist.parallel.problem import PlacementProblem, Solution, read
 from moce_dist.parallel.transport import MAX_UNITS, Floats, Ints
 
 
@@ -138,11 +138,11 @@ def plan_placement(
     """
     units, scale = _units(cluster_sizes, num_groups)
     if len(routing) == 0:
-        nowhere = Problem(np.zeros((1, len(units)), np.int64), units, 1, num_groups)
+        nowhere = PlacementProblem(np.zeros((1, len(units)), np.int64), units, 1, num_groups)
         plan = read(nowhere, np.zeros((1, 1), np.int64))
         return Placement(np.zeros((0, num_experts), np.int64), _shares(plan, nowhere))
     cost = 0.0 if math.isinf(move_cost) else move_cost * scale
-    problem = Problem(routing, units, num_experts, num_groups, expert_group, cost)
+    problem = PlacementProblem(routing, units, num_experts, num_groups, expert_group, cost)
     if expert_group is not None and math.isinf(move_cost):
         plan = read(problem, expert_group)
     else:
@@ -160,7 +160,7 @@ def _units(cluster_sizes: Ints, num_groups: int) -> tuple[Ints, float]:
     return np.floor(cluster_sizes * scale).astype(np.int64), scale
 
 
-def _shares(plan: Plan, problem: Problem) -> Floats:
+def _shares(plan: Solution, problem: PlacementProblem) -> Floats:
     shares = np.zeros((len(problem.sizes), problem.num_groups))
     # an empty cluster has one reader too, of 0 units
     shares[plan.readers.cluster, plan.readers.group] = plan.readers.value.clip(min=1)

@@ -29,7 +29,7 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from moce_dist.parallel.problem import Plan, Problem, gains_of, read
+from moce_dist.parallel.problem import PlacementProblem, Solution, gains_of, read
 from moce_dist.parallel.transport import Floats, Ints, Pairs
 
 _TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)
@@ -41,7 +41,7 @@ _BUDGET_NS = 500_000_000
 _LAYER_NS, _PAIR_NS, _SLOT_NS = 200_000, 35, 30
 
 
-def solve(problem: Problem) -> Plan:
+def solve(problem: PlacementProblem) -> Solution:
     """Plan experts and readers; deterministic, and blind to the labels of experts.
 
     With `current`, experts move only where the units saved outweigh `move_cost` each.
@@ -61,11 +61,11 @@ def solve(problem: Problem) -> Plan:
     return plan._replace(experts=experts)
 
 
-def _cost(plan: Plan) -> float:
+def _cost(plan: Solution) -> float:
     return plan.cost
 
 
-def _canonical(problem: Problem) -> tuple[Problem, Ints]:
+def _canonical(problem: PlacementProblem) -> tuple[PlacementProblem, Ints]:
     # experts by load, then by their first cluster; order (L, E) gives their labels
     order = np.empty((len(problem.routing), problem.num_experts), np.int64)
     for layer, table in enumerate(problem.routing):
@@ -81,7 +81,7 @@ def _canonical(problem: Problem) -> tuple[Problem, Ints]:
     return replace(problem, routing=routing, current=current), order
 
 
-def _search(problem: Problem) -> Plan:
+def _search(problem: PlacementProblem) -> Solution:
     free = replace(problem, current=None)
     # how many annealed starts, one a layer at most, and how many kicks
     num_layers, num_clusters = problem.routing.shape
@@ -100,7 +100,7 @@ def _search(problem: Problem) -> Plan:
     return best
 
 
-def _start(problem: Problem, anchor: int) -> Ints:
+def _start(problem: PlacementProblem, anchor: int) -> Ints:
     # the anchor layer's experts are dealt to the groups by load; the others go where these send
     # most of their units
     dealt = np.arange(problem.num_experts)[None] % problem.num_groups
@@ -108,7 +108,7 @@ def _start(problem: Problem, anchor: int) -> Ints:
     return _place(problem, votes._replace(value=problem.sizes.astype(float)))
 
 
-def _anneal(problem: Problem, experts: Ints, temperatures: Sequence[float]) -> Plan:
+def _anneal(problem: PlacementProblem, experts: Ints, temperatures: Sequence[float]) -> Solution:
     if len(experts) == 1:
         return read(problem, experts)  # a single layer has nobody to agree with
     experts, prices = experts.copy(), np.zeros(problem.num_groups)
@@ -125,7 +125,7 @@ def _anneal(problem: Problem, experts: Ints, temperatures: Sequence[float]) -> P
 
 
 def _soft_readers(
-    problem: Problem, gains: Pairs, prices: Floats, temperature: float
+    problem: PlacementProblem, gains: Pairs, prices: Floats, temperature: float
 ) -> tuple[Pairs, Floats]:
     first = gains.first
     z = (gains.value - prices[gains.group]) / temperature
@@ -137,7 +137,7 @@ def _soft_readers(
     return gains._replace(value=z), prices
 
 
-def _place(problem: Problem, readers: Pairs) -> Ints:
+def _place(problem: PlacementProblem, readers: Pairs) -> Ints:
     # per layer: keep most units in the group that reads them; a group is as many columns as slots
     num_experts, num_groups, slots = problem.num_experts, problem.num_groups, problem.slots
     experts = np.empty((len(problem.routing), num_experts), np.int64)
@@ -152,7 +152,7 @@ def _place(problem: Problem, readers: Pairs) -> Ints:
     return experts
 
 
-def _polish(problem: Problem, best: Plan) -> Plan:
+def _polish(problem: PlacementProblem, best: Solution) -> Solution:
     for _ in range(_POLISH_ROUNDS):
         plan = read(problem, _place(problem, best.readers), best.prices)
         if plan.cost >= best.cost:
@@ -161,7 +161,7 @@ def _polish(problem: Problem, best: Plan) -> Plan:
     return improve_by_swaps(problem, best)
 
 
-def _kicked(problem: Problem, best: Plan, turn: int) -> Plan:
+def _kicked(problem: PlacementProblem, best: Solution, turn: int) -> Solution:
     draws = np.random.default_rng(turn)
     experts = best.experts.copy()
     if turn % 3:
@@ -183,7 +183,7 @@ _MAX_CELLS = 50_000
 """S x K x G up to which a plan counts as small."""
 
 
-def improve_by_swaps(problem: Problem, plan: Plan) -> Plan:
+def improve_by_swaps(problem: PlacementProblem, plan: Solution) -> Solution:
     """Return a plan that no swap makes cheaper; a problem that is not small is left as it is."""
     num_layers, num_experts = plan.experts.shape
     swaps = num_layers * num_experts * (num_experts - 1) // 2
@@ -194,7 +194,7 @@ def improve_by_swaps(problem: Problem, plan: Plan) -> Plan:
     return plan
 
 
-def _first_better(problem: Problem, plan: Plan) -> Plan | None:
+def _first_better(problem: PlacementProblem, plan: Solution) -> Solution | None:
     swapped = _swapped(plan.experts)
     bounds = _bounds(problem, plan, swapped)
     for i in np.argsort(bounds, kind="stable"):
@@ -220,7 +220,7 @@ def _swapped(experts: Ints) -> Ints:
     return result
 
 
-def _bounds(problem: Problem, plan: Plan, swapped: Ints) -> Floats:
+def _bounds(problem: PlacementProblem, plan: Solution, swapped: Ints) -> Floats:
     # (S,): no plan with these experts costs less
     num_layers, num_clusters = problem.routing.shape
     gains = np.zeros((len(swapped), num_clusters, problem.num_groups), np.int32)

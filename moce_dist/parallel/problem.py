@@ -12,7 +12,7 @@ from moce_dist.parallel.transport import Ints, Pairs, transport
 
 
 @dataclass(frozen=True)
-class Problem:
+class PlacementProblem:
     """What is to be placed; images are counted in whole units."""
 
     routing: Ints
@@ -42,7 +42,7 @@ class Problem:
         return self.move_cost * moves
 
 
-class Plan(NamedTuple):
+class Solution(NamedTuple):
     """Experts' groups (L, E), units that groups read, groups' prices (G,), and the cost."""
 
     experts: Ints
@@ -52,7 +52,7 @@ class Plan(NamedTuple):
     """Units exchanged, and `move_cost` for every expert that moved."""
 
 
-def read(problem: Problem, experts: Ints, prices: Ints | None = None) -> Plan:
+def read(problem: PlacementProblem, experts: Ints, prices: Ints | None = None) -> Solution:
     """Plan the best readers for experts (L, E); `prices` (G,) of a similar plan save time."""
     if prices is None:
         prices = np.zeros(problem.num_groups, np.int64)
@@ -62,7 +62,7 @@ def read(problem: Problem, experts: Ints, prices: Ints | None = None) -> Plan:
     at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
     local = float(np.where(keys[at] == wanted, gains.value[at], 0) @ readers.value)
     cost = len(experts) * int(problem.sizes.sum()) - local
-    return Plan(experts, readers, prices, cost + problem.cost_of_moves(experts))
+    return Solution(experts, readers, prices, cost + problem.cost_of_moves(experts))
 
 
 def gains_of(routing: Ints, experts: Ints) -> Pairs:

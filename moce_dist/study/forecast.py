@@ -3,10 +3,10 @@
 from statistics import fmean
 
 from moce_dist.config import Config
-from moce_dist.study.plan import STAGES, Plan
+from moce_dist.study.plan import STAGES, StudyPlan
 
 
-def forecast(plan: Plan) -> list[str]:
+def forecast(plan: StudyPlan) -> list[str]:
     """Describe a plan in lines: every run with its stages, every arm with its cost, the sum."""
     study, rate = plan.study, plan.study.flop_per_s
     lines = [f"runs       {len(plan.runs)}, {len(plan.pieces)} pieces of work"]

@@ -140,7 +140,7 @@ def piece_id(run: str, kind: Kind, request: Request | None = None) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study over its data sets: the runs by name, the values to fill in, the pieces in order."""
 
     study: StudyConfig
@@ -234,7 +234,7 @@ class Planner:
         """The runs, filled in as cells ask for them."""
         return {}
 
-    def plan(self) -> Plan:
+    def plan(self) -> StudyPlan:
         """List runs, values and pieces; a seed's before the next one's.
 
         Raises:
@@ -248,7 +248,7 @@ class Planner:
             for task in tasks_of(self.study, arm)
         ]
         self._share()
-        return Plan(self.study, self.runs, cells, list(self._pieces(cells)))
+        return StudyPlan(self.study, self.runs, cells, list(self._pieces(cells)))
 
     def _source(self, arm: Arm, domain: str) -> Source:
         return self.sources[source_name(arm_config(self.study, arm), domain)]

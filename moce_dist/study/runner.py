@@ -36,7 +36,7 @@ from moce_dist.run import lease
 from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, read_marker
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.files import read_jsonl, write_atomic
-from moce_dist.study.plan import Piece, Plan
+from moce_dist.study.plan import Piece, StudyPlan
 from moce_dist.study.work import (
     PieceOutcome,
     carry_out,
@@ -144,7 +144,7 @@ def _end_with_parent(leases: list[tuple[Path, str]]) -> None:
 
 @contextmanager
 def _executor(
-    plan: Plan, jobs: int
+    plan: StudyPlan, jobs: int
 ) -> Iterator[tuple[Executor, Callable[[Piece], PieceOutcome], int]]:
     """Choose what pieces are submitted to, as which function, and how many may be under way."""
     parallel = plan.pieces[0].config.parallel
@@ -182,7 +182,7 @@ def _executor(
 class Runner:
     """Carry out a plan's pieces; `report` is called now and then, when there is more to tell."""
 
-    def __init__(self, plan: Plan, out: Path, report: Callable[[], None]) -> None:
+    def __init__(self, plan: StudyPlan, out: Path, report: Callable[[], None]) -> None:
         """Begin with what was finished before."""
         self.plan, self.out, self.report = plan, out, report
         self.journal = Journal(out / "pieces.jsonl")
