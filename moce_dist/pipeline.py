@@ -12,7 +12,6 @@ stage mae and makes no clusters: it takes those of that run.
 import logging
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,7 +45,7 @@ from moce_dist.run.artefacts import (
 )
 from moce_dist.run.directory import Run, base_control, check_base
 from moce_dist.run.environment import is_first_process
-from moce_dist.run.tasks import MapTasks, Workers
+from moce_dist.run.tasks import MapTasks
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
 from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
@@ -121,7 +120,10 @@ class Pipeline:
         if is_complete(self.run.features, inputs):
             log.info("features: complete")
             return
-        for source, out in self._feature_folders():
+        folders = [(self.data, self.run.features)]
+        if self._has_holdout:
+            folders.append((self.data / HOLDOUT, self.run.features / HOLDOUT))
+        for source, out in folders:
             begin_features(out, inputs)
             self._extract(source, self._feature_jobs(source, out, fingerprint(inputs)))
         files = [f for pattern in FEATURE_FILES for f in self.run.features.rglob(pattern)]
@@ -150,11 +152,6 @@ class Pipeline:
             pass
         if total:
             log.info("features: %.1f images/s", total / (time.monotonic() - start))
-
-    def _feature_folders(self) -> Iterator[tuple[Path, Path]]:
-        yield self.data, self.run.features
-        if self._has_holdout:
-            yield self.data / HOLDOUT, self.run.features / HOLDOUT
 
     @property
     def _has_holdout(self) -> bool:
@@ -199,7 +196,17 @@ class Pipeline:
             return read_summary(self.run.clusters)
         with hold_actors(self.config.parallel, gpu=True) as workers:
             if self.base is not None:
-                return self._assign(self.base.clusters, inputs, workers)
+                base, config = self.base.clusters, self.config.cluster
+                log.info("clusters: assigning the images to those of %s", base)
+                return assign_folder(
+                    self.run.features,
+                    base,
+                    self.run.clusters,
+                    block_rows=config.block_rows,
+                    with_prices=config.with_prices and (base / "prices.npy").is_file(),
+                    workers=workers,
+                    inputs=inputs,
+                )
             return run_clustering(
                 self.run.features,
                 self.run.clusters,
@@ -209,19 +216,6 @@ class Pipeline:
                 workers=workers,
                 inputs=inputs,
             )
-
-    def _assign(self, clusters: Path, inputs: dict[str, Any], workers: Workers) -> dict[str, Any]:
-        log.info("clusters: assigning the images to those of %s", clusters)
-        config = self.config.cluster
-        return assign_folder(
-            self.run.features,
-            clusters,
-            self.run.clusters,
-            block_rows=config.block_rows,
-            with_prices=config.with_prices and (clusters / "prices.npy").is_file(),
-            workers=workers,
-            inputs=inputs,
-        )
 
     def gallery(self) -> None:
         """Show what the clusters look like."""

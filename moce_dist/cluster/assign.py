@@ -137,19 +137,7 @@ def run_clustering(
             or, without `inputs`, the folder holds the result of another request.
     """
     started = time.monotonic()
-    files = open_features(features_dir)
-    check_count(files, config.num_clusters)
-    is_spherical = config.spherical and not subtract_mean
-    mean = column_mean(files, workers.map_tasks, refuse_zeros=is_spherical).astype(np.float32)
-    matrix = Matrix(
-        files,
-        View(mean, subtract_mean or is_spherical, centre=not is_spherical),
-        config.block_rows,
-        workers.map_tasks,
-        config.index_from,
-        config.index_recall,
-        workers.device,
-    )
+    matrix = _open_matrix(features_dir, config, workers, subtract_mean=subtract_mean)
     given = inputs or {"request": state_request(matrix, config, seed)}
     if is_complete(out_dir, given):
         return read_summary(out_dir)
@@ -165,9 +153,9 @@ def run_clustering(
         state = kmeans(lloyd, seed=seed, state_file=state_file)
         settled = settle(lloyd, state)
     else:
-        zeros = np.zeros((config.num_clusters, files.dim))
+        zeros = np.zeros((config.num_clusters, matrix.files.dim))
         lloyd, state = Lloyd(matrix, matrix, config), State(zeros, zeros[:, 0])
-        settled = Settled(given_labels(files, config, seed), None, {"source": config.source})
+        settled = Settled(given_labels(matrix.files, config, seed), None, {"source": config.source})
     figures = _write_result(out_dir, lloyd, state, settled)
     summary = {
         **figures,
@@ -181,6 +169,24 @@ def run_clustering(
     for file in (state_file, sample_file):
         file.unlink(missing_ok=True)
     return summary
+
+
+def _open_matrix(
+    features_dir: Path, config: ClusterConfig, workers: Workers, *, subtract_mean: bool
+) -> Matrix:
+    files = open_features(features_dir)
+    check_count(files, config.num_clusters)
+    is_spherical = config.spherical and not subtract_mean
+    mean = column_mean(files, workers.map_tasks, refuse_zeros=is_spherical).astype(np.float32)
+    return Matrix(
+        files,
+        View(mean, subtract_mean or is_spherical, centre=not is_spherical),
+        config.block_rows,
+        workers.map_tasks,
+        config.index_from,
+        config.index_recall,
+        workers.device,
+    )
 
 
 def artefacts(out_dir: Path) -> list[Path]:

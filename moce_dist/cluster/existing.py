@@ -74,18 +74,15 @@ def read_clusters(folder: Path, *, with_prices: bool = False) -> PricedCentroids
     _check_array(folder / "centroids.npy", centroids, (None, None))
     if mean is not None:
         _check_array(folder / "mean.npy", mean, (centroids.shape[1],))
-    return make_clusters(
-        centroids, mean, _read_prices(folder, len(centroids)) if with_prices else None
-    )
-
-
-def _read_prices(folder: Path, num_clusters: int) -> Float64:
-    path = folder / "prices.npy"
-    if not path.is_file():
-        raise ConfigError(f"{path}: is missing; clusters made with cluster.balance off have none")
-    prices = read_array(path)
-    _check_array(path, prices, (num_clusters,))
-    return prices
+    path, prices = folder / "prices.npy", None
+    if with_prices:
+        if not path.is_file():
+            raise ConfigError(
+                f"{path}: is missing; clusters made with cluster.balance off have none"
+            )
+        prices = read_array(path)
+        _check_array(path, prices, (len(centroids),))
+    return make_clusters(centroids, mean, prices)
 
 
 def _check_array(path: Path, array: NDArray[Any], shape: tuple[int | None, ...]) -> None:

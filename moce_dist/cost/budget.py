@@ -235,6 +235,8 @@ def budget_lines(config: Config, num_images: int | None) -> list[str]:
         reckoned.loader(),
     )
     hardware = reckoned.hardware
+    processes = max(1, config.data.loader_processes) * config.parallel.num_workers
+    files = processes * sizes.MAX_OPEN_FILES
     lines = [
         f"budget     of a step of stage moce on {reckoned.num_nodes} nodes of "
         f"{hardware.gpus_per_node} GPUs, {hardware.node_gbit_s:g} Gbit/s a node",
@@ -243,14 +245,9 @@ def budget_lines(config: Config, num_images: int | None) -> list[str]:
         f"{reckoned.gradient_bytes() / 1e6:,.0f} MB of shared gradients a rank",
         f"  {reckoned.step()}; {reckoned.rate()}",
         f"  {reckoned.memory()} of {hardware.memory_gib:g}",
-        f"  {reckoned.storage()}, {_open_files(config)} tars open",
+        f"  {reckoned.storage()}, up to {files:,} tars open",
     ]
     count = hardware.num_images or num_images
     if count is not None:
         lines.append(f"  {reckoned.days(count)} for {count:,} images, clustering left out")
     return lines
-
-
-def _open_files(config: Config) -> str:
-    processes = max(1, config.data.loader_processes) * config.parallel.num_workers
-    return f"up to {processes * sizes.MAX_OPEN_FILES:,}"

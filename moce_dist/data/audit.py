@@ -123,7 +123,9 @@ def unaccounted(file: IO[bytes], url: str, shard: Shard) -> Iterator[Fault]:
             while (member := tar.next()) is not None:
                 name = as_text(member.name)
                 is_image = ending(name) in image_endings() and not is_hidden_member(name)
-                if is_image and not member.isdir() and not _is_inside(member.offset, shard):
+                row = bisect_right(shard.starts, member.offset) - 1
+                is_indexed = row >= 0 and member.offset < shard.ends[row]
+                if is_image and not member.isdir() and not is_indexed:
                     yield Fault(url, name, "is an image that the index has not")
                 if junk := _junk(file, end, member.offset):
                     yield Fault(url, None, junk)
@@ -134,11 +136,6 @@ def unaccounted(file: IO[bytes], url: str, shard: Shard) -> Iterator[Fault]:
     size = file.seek(0, os.SEEK_END)
     if junk := "is cut off" if end > size else _junk(file, end, size):
         yield Fault(url, None, junk)
-
-
-def _is_inside(position: int, shard: Shard) -> bool:
-    row = bisect_right(shard.starts, position) - 1
-    return row >= 0 and position < shard.ends[row]
 
 
 def _junk(file: IO[bytes], start: int, end: int) -> str:

@@ -70,12 +70,11 @@ def write_trees(out: Path) -> None:
     Raises:
         ConfigError: a package is missing.
     """
-    write_files(out, TREES, _tree_files())
 
+    def files() -> Iterator[tuple[str, bytes]]:
+        yield from _coco_files({split: list(_tree_tiles(split)) for split in _TREE_SPLITS}, "tree")
 
-def _tree_files() -> Iterator[tuple[str, bytes]]:
-    splits = {split: list(_tree_tiles(split)) for split in _TREE_SPLITS}
-    yield from _coco_files(splits, "tree")
+    write_files(out, TREES, files())
 
 
 def _tree_tiles(split: Split) -> Iterator[Scene]:
@@ -102,23 +101,17 @@ def write_composited(out: Path) -> None:
     Raises:
         ConfigError: a package is missing.
     """
-    write_files(out, COMPOSITED, _composited_files())
 
+    def files() -> Iterator[tuple[str, bytes]]:
+        stamps, wallpapers = desktop.stamps(), desktop.wallpapers()
+        splits = {}
+        for index, (split, count) in enumerate(_NUM_SCENES.items()):
+            own = part(stamps, split), part(wallpapers, split)
+            draws = (np.random.default_rng([_SALT, index, number]) for number in range(count))
+            splits[split] = [_compose(*own, each) for each in draws]
+        yield from _coco_files(splits, "cut-out")
 
-def _composited_files() -> Iterator[tuple[str, bytes]]:
-    stamps, wallpapers = desktop.stamps(), desktop.wallpapers()
-    splits = {
-        split: [
-            _compose(
-                part(stamps, split),
-                part(wallpapers, split),
-                np.random.default_rng([_SALT, index, number]),
-            )
-            for number in range(count)
-        ]
-        for index, (split, count) in enumerate(_NUM_SCENES.items())
-    }
-    yield from _coco_files(splits, "cut-out")
+    write_files(out, COMPOSITED, files())
 
 
 def part(items: Sequence[Any], split: Split) -> list[Any]:
@@ -150,7 +143,12 @@ def _compose(
     for _ in range(int(draws.integers(1, _MAX_STAMPS + 1))):
         subject = int(draws.integers(len(desktop.STAMP_SUBJECTS)))
         own = [stamp for stamp in stamps if stamp.label == subject]
-        image = _sized(own[int(draws.integers(len(own)))], draws)
+        image = Image.fromarray(own[int(draws.integers(len(own)))].pixels, "RGBA")
+        factor = draws.uniform(*_STAMP_SIDES) / max(image.size)
+        width, height = (max(1, round(side * factor)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        if draws.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         place = _free_place(image, masks, draws)
         if place is None:
             continue
@@ -159,15 +157,6 @@ def _compose(
         masks = [*(other & ~mask for other in masks), mask]
     boxes = np.array([_box_around(mask) for mask in masks])
     return Scene(np.asarray(canvas), boxes, [False] * len(boxes), masks)
-
-
-def _sized(stamp: Stamp, draws: np.random.Generator) -> Image.Image:
-    image = Image.fromarray(stamp.pixels, "RGBA")
-    factor = draws.uniform(*_STAMP_SIDES) / max(image.size)
-    width, height = (max(1, round(side * factor)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    is_mirrored = draws.random() < 0.5
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if is_mirrored else image
 
 
 def _free_place(

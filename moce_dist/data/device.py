@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from moce_dist.data.decoders import Encoded, ImageError, door
 from moce_dist.data.images import Box, Cut, Jpeg, open_croppable
@@ -117,7 +118,8 @@ class DeviceDecoder:
             if pixels is None:
                 squares.append(self._decode_here(image.tobytes(), box))
             else:
-                squares.append(self._resize(self._tensor(pixels)))
+                crop = from_dlpack(pixels) if self._is_cuda else torch.from_numpy(np.array(pixels))
+                squares.append(self._resize(crop))
         for row in torch.nonzero(crops.is_mirrored).flatten().tolist():
             if isinstance(square := squares[row], Tensor):
                 squares[row] = square.flip(-1)
@@ -133,13 +135,6 @@ class DeviceDecoder:
     @property
     def _is_cuda(self) -> bool:
         return self.device.type == "cuda"
-
-    def _tensor(self, pixels: Any) -> Tensor:
-        return (
-            torch.utils.dlpack.from_dlpack(pixels)
-            if self._is_cuda
-            else torch.from_numpy(np.asarray(pixels))
-        )
 
     def _resize(self, crop: Tensor) -> Tensor:
         planes = crop.permute(2, 0, 1)[None].to(torch.float32)

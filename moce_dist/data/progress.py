@@ -31,13 +31,10 @@ def track(
         now = time.monotonic()
         if now - said >= every_s:
             said = now
-            logger.info("%s", _line(done, now - start, what, total))
-
-
-def _line(done: int, seconds: float, what: str, total: int | None) -> str:
-    rate, unit = done / seconds, what.partition(" ")[0]
-    if total is None:
-        return f"{done} {what}, {rate:.1f} {unit}/s"
-    if done == 0:
-        return f"0 of {total} {what}, after {seconds:.0f} s"
-    return f"{done} of {total} {what}, {rate:.1f} {unit}/s, {(total - done) / rate:.0f} s left"
+            rate, unit = done / (now - start), what.partition(" ")[0]
+            text = f"{done} {what}" if total is None else f"{done} of {total} {what}"
+            if not done and total is not None:
+                logger.info("%s, after %.0f s", text, now - start)
+                continue
+            left = "" if total is None else f", {(total - done) / rate:.0f} s left"
+            logger.info("%s, %.1f %s/s%s", text, rate, unit, left)

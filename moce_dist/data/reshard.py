@@ -121,7 +121,12 @@ def plan_tars(index: ShardIndex, assignments: Mapping[str, int], shard_bytes: in
     filled: dict[int, int] = {}
     for shard in index.shards:
         url = index.url(shard)
-        for cluster, rows in sorted(_rows_by_cluster(url, shard, assignments).items()):
+        by_cluster: dict[int, list[int]] = {}
+        for row, key in enumerate(shard.keys):
+            if key not in assignments:
+                raise ConfigError(f"{url}: sample {key!r} has no assignment")
+            by_cluster.setdefault(assignments[key], []).append(row)
+        for cluster, rows in sorted(by_cluster.items()):
             for row in rows:
                 size = shard.ends[row] - shard.starts[row]
                 series = tars.setdefault(cluster, [])
@@ -132,17 +137,6 @@ def plan_tars(index: ShardIndex, assignments: Mapping[str, int], shard_bytes: in
                 _take(series[-1], url, shard, row)
                 filled[cluster] += size
     return [tar for cluster in sorted(tars) for tar in tars[cluster]]
-
-
-def _rows_by_cluster(
-    url: str, shard: Shard, assignments: Mapping[str, int]
-) -> dict[int, list[int]]:
-    rows: dict[int, list[int]] = {}
-    for row, key in enumerate(shard.keys):
-        if key not in assignments:
-            raise ConfigError(f"{url}: sample {key!r} has no assignment")
-        rows.setdefault(assignments[key], []).append(row)
-    return rows
 
 
 def _take(tar: TarPlan, url: str, shard: Shard, row: int) -> None:

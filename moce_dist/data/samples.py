@@ -244,14 +244,14 @@ def write_task(name: str, out: Path) -> None:
     Raises:
         ConfigError: there is no such task, or a package is missing.
     """
-    write_files(out, name, _task_files(name))
 
+    def files() -> Iterator[tuple[str, bytes]]:
+        built = task(name)
+        for part, items in (("train", built.train), ("test", built.test)):
+            for number, item in enumerate(items):
+                yield f"{part}/{built.classes[item.label]}/{number:06d}.png", item.content
 
-def _task_files(name: str) -> Iterator[tuple[str, bytes]]:
-    built = task(name)
-    for part, items in (("train", built.train), ("test", built.test)):
-        for number, item in enumerate(items):
-            yield f"{part}/{built.classes[item.label]}/{number:06d}.png", item.content
+    write_files(out, name, files())
 
 
 def write_climate_segmentation(out: Path) -> None:
@@ -264,21 +264,23 @@ def write_climate_segmentation(out: Path) -> None:
     Raises:
         ConfigError: a package is missing.
     """
-    write_files(out, SEGMENTATION, _segmentation_files())
 
+    def files() -> Iterator[tuple[str, bytes]]:
+        image, groups = carriers.earth("bmng"), carriers.climate()
+        yield "classes.txt", "".join(f"{name}\n" for name in carriers.CLIMATE_GROUPS).encode()
+        parts: tuple[tuple[Part, str, int], ...]
+        parts = (("train", "training", 5), ("test", "validation", 3))
+        for part, folder, per_side in parts:
+            for block in blocks(part):
+                for number, tile in enumerate(_tiles(block, 96, per_side)):
+                    labels = tile.of(groups)
+                    counts = np.bincount(labels.ravel(), minlength=len(carriers.CLIMATE_GROUPS))
+                    if _has_land(counts):
+                        name = f"block_{block[0]:02d}_{block[1]:02d}_tile_{number:02d}"
+                        yield f"images/{folder}/{name}.jpg", encode(tile.of(image), "JPEG")
+                        yield f"annotations/{folder}/{name}.png", encode(labels + np.uint8(1))
 
-def _segmentation_files() -> Iterator[tuple[str, bytes]]:
-    image, groups = carriers.earth("bmng"), carriers.climate()
-    yield "classes.txt", "".join(f"{name}\n" for name in carriers.CLIMATE_GROUPS).encode()
-    parts: tuple[tuple[Part, str, int], ...] = (("train", "training", 5), ("test", "validation", 3))
-    for part, folder, per_side in parts:
-        for block in blocks(part):
-            for number, tile in enumerate(_tiles(block, 96, per_side)):
-                labels = tile.of(groups)
-                if _has_land(np.bincount(labels.ravel(), minlength=len(carriers.CLIMATE_GROUPS))):
-                    name = f"block_{block[0]:02d}_{block[1]:02d}_tile_{number:02d}"
-                    yield f"images/{folder}/{name}.jpg", encode(tile.of(image), "JPEG")
-                    yield f"annotations/{folder}/{name}.png", encode(labels + np.uint8(1))
+    write_files(out, SEGMENTATION, files())
 
 
 def write_files(out: Path, name: str, files: Iterable[tuple[str, bytes]]) -> None:

@@ -91,7 +91,9 @@ class TarSample:
         """Name every image that is lost; where `image` is None that is one at least."""
         if self.odd:
             lost = [e for e in self.odd if _is_image(e)] or list(self.odd)[:1]
-            return self._named(lost, lambda e: f"member {e} {self.odd[e]}")
+            keys = [self.key] if len(lost) == 1 else [f"{self.key}.{e}" for e in lost]
+            reasons = [f"member {e} {self.odd[e]}" for e in lost]
+            return [Problem(*pair) for pair in zip(keys, reasons, strict=True)]
         if not any(extension in image_endings() for extension in self.members):
             lost = [e for e in self.members if _is_image(e)]
             if len(lost) < 2:
@@ -99,22 +101,17 @@ class TarSample:
         elif self.image is None:
             return [Problem(self.key, "image is empty")]
         else:
-            lost = [e for e in self.members if _is_image(e) and _is_part_of_a_name(e)]
+            lost = [
+                e
+                for e in self.members
+                if _is_image(e) and any(map(_PART_OF_A_NAME.fullmatch, e.split(".")[:-1]))
+            ]
         rule = "a key ends at the first dot"
         return [Problem(f"{self.key}.{e}", f"is no image of its own: {rule}") for e in lost]
-
-    def _named(self, lost: list[str], reason: Any) -> list[Problem]:
-        if len(lost) == 1:
-            return [Problem(self.key, reason(lost[0]))]
-        return [Problem(f"{self.key}.{e}", reason(e)) for e in lost]
 
 
 def _is_image(extension: str) -> bool:
     return extension.rpartition(".")[2] in image_endings()
-
-
-def _is_part_of_a_name(extension: str) -> bool:
-    return any(_PART_OF_A_NAME.fullmatch(part) for part in extension.split(".")[:-1])
 
 
 class TarScan(NamedTuple):

@@ -116,24 +116,24 @@ def _thumbs(record: Record) -> dict[int, str]:
     clusters = record.clusters
     if clusters is None:
         return {}
+
+    def cut(path: Path) -> str:
+        sheet, buffer = open_image(path.read_bytes()), io.BytesIO()
+        side = sheet.height
+        # a gap of two pixels between images
+        count = max(1, min(_THUMBS, (sheet.width + 2) // (side + 2)))
+        row = Image.new("RGB", (_THUMBS * _THUMB_SIDE, _THUMB_SIDE), (208, 213, 221))
+        for i in range(count):
+            part = sheet.crop((i * (side + 2), 0, i * (side + 2) + side, side))
+            row.paste(part.resize((_THUMB_SIDE, _THUMB_SIDE)), (i * _THUMB_SIDE, 0))
+        row.save(buffer, "JPEG", quality=82)
+        return base64.b64encode(buffer.getvalue()).decode()
+
     found = {
-        cluster: record.attempt(_thumb, clusters.sheets[cluster])
+        cluster: record.attempt(cut, clusters.sheets[cluster])
         for cluster in evenly(sorted(clusters.sheets), _MAX_SHEETS)
     }
     return {cluster: content for cluster, content in found.items() if content}
-
-
-def _thumb(path: Path) -> str:
-    sheet, buffer = open_image(path.read_bytes()), io.BytesIO()
-    side = sheet.height
-    # a gap of two pixels between images
-    count = max(1, min(_THUMBS, (sheet.width + 2) // (side + 2)))
-    row = Image.new("RGB", (_THUMBS * _THUMB_SIDE, _THUMB_SIDE), (208, 213, 221))
-    for i in range(count):
-        part = sheet.crop((i * (side + 2), 0, i * (side + 2) + side, side))
-        row.paste(part.resize((_THUMB_SIDE, _THUMB_SIDE)), (i * _THUMB_SIDE, 0))
-    row.save(buffer, "JPEG", quality=82)
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _tile(label: str, value: str | None) -> dict[str, str]:

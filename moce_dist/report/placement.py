@@ -45,35 +45,11 @@ def placement_view(record: Record) -> dict[str, Any] | None:
                 "measured": _of_group(last.get("measured_in_interval"), g),
             }
         )
-
-    def points(values: list[float | None]) -> tuple[list[float], list[float]]:
-        known = [
-            (p["step"], v) for p, v in zip(record.placements, values, strict=True) if v is not None
-        ]
-        return [float(step) for step, _ in known], [value for _, value in known]
-
-    predicted = points([_local(p["predicted_per_epoch"]) for p in record.placements])
-    measured = points([_local(p.get("measured_in_interval")) for p in record.placements])
     return {
         "step": last["step"],
         "groups": rows,
         "more": max(0, num_groups - _MAX_GROUPS),
-        "panels": [
-            overlay(
-                "locality",
-                "stayed in their group, % of images times layers",
-                {
-                    "measured": (measured, COLOURS["moce"], "-"),
-                    "predicted by the plan": (predicted, "#1d2939", "--"),
-                    "if placed by number": (
-                        points([_contiguous(p) for p in record.placements]),
-                        "#98a2b3",
-                        ":",
-                    ),
-                },
-                xlabel="step at which the interval began",
-            )
-        ],
+        "panels": [_locality(record.placements)],
         "intervals": [_interval(p) for p in record.placements[-_MAX_INTERVALS:]],
     }
 
@@ -107,3 +83,24 @@ def _interval(placement: Line) -> dict[str, Any]:
         "contiguous": percent(_contiguous(placement)),
         "moved": placement.get("experts_moved", 0),
     }
+
+
+def _locality(placements: list[Line]) -> str:
+    """Draw which part of images times layers stayed in its group, an interval a point."""
+
+    def points(values: list[float | None]) -> tuple[list[float], list[float]]:
+        known = [(p["step"], v) for p, v in zip(placements, values, strict=True) if v is not None]
+        return [float(step) for step, _ in known], [value for _, value in known]
+
+    predicted = points([_local(p["predicted_per_epoch"]) for p in placements])
+    measured = points([_local(p.get("measured_in_interval")) for p in placements])
+    return overlay(
+        "locality",
+        "stayed in their group, % of images times layers",
+        {
+            "measured": (measured, COLOURS["moce"], "-"),
+            "predicted by the plan": (predicted, "#1d2939", "--"),
+            "if placed by number": (points([_contiguous(p) for p in placements]), "#98a2b3", ":"),
+        },
+        xlabel="step at which the interval began",
+    )

@@ -91,16 +91,12 @@ def _row(name: str, row: Line, tasks: list[str], scale: float) -> Line:
         "tasks": [
             {
                 "value": _with_deviation(row["tasks"].get(task)),
-                "difference": _task_difference(each.get(task)),
-                "verdict": _verdict(each.get(task)),
+                "difference": points(spread["mean"], sign=True) if spread else "",
+                "verdict": _verdict(spread),
             }
-            for task in tasks
+            for task, spread in ((task, each.get(task)) for task in tasks)
         ],
     }
-
-
-def _task_difference(spread: Line | None) -> str:
-    return "" if spread is None else points(spread["mean"], sign=True)
 
 
 def _with_deviation(spread: Line | None) -> str:

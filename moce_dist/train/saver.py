@@ -38,9 +38,10 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +199,8 @@ class Saver:
     def _copy(self, engine: "Engine", naming: Naming) -> dict[str, Tensor]:
         shares = Shares(self._topology, self._rank)
         tensors = {}
-        for name, kind, tensor in _state(engine):
+        buffers = ((name, "weight", buffer) for name, buffer in engine.module.named_buffers())
+        for name, kind, tensor in chain(buffers, engine.state()):
             if not shares.is_mine(name, tensor):
                 continue
             host = self._host.get((name, kind))
@@ -212,11 +214,6 @@ class Saver:
         if self._device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return tensors
-
-
-def _state(engine: "Engine") -> Iterator[tuple[str, str, Tensor]]:
-    yield from ((name, "weight", buffer) for name, buffer in engine.module.named_buffers())
-    yield from engine.state()
 
 
 class Shares:

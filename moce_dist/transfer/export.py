@@ -46,9 +46,13 @@ def model_card(
     """
     chosen = []
     if choice is not None:
+        counts = [f"{cluster} ({count})" for cluster, count in choice["clusters"].items()]
+        rest = len(counts) - _MAX_CLUSTERS
+        more = f" and {rest} more" if rest > 0 else ""
+        clusters = f"- their clusters (images): {', '.join(counts[:_MAX_CLUSTERS])}{more}"
         chosen = [
             f"- images: {choice['num_images']}, without their labels",
-            *_cluster_lines(choice["clusters"]),
+            *([clusters] if counts else []),
             *([f"- warning: {choice['warning']}"] if choice["warning"] else []),
             "",
             *_layers(choice["layers"]),
@@ -77,15 +81,6 @@ def model_card(
         *_results(metrics),
     ]
     return "\n".join(lines) + "\n"
-
-
-def _cluster_lines(clusters: dict[str, int]) -> list[str]:
-    if not clusters:
-        return []
-    shown = [f"{cluster} ({count})" for cluster, count in list(clusters.items())[:_MAX_CLUSTERS]]
-    rest = len(clusters) - len(shown)
-    more = f" and {rest} more" if rest else ""
-    return [f"- their clusters (images): {', '.join(shown)}{more}"]
 
 
 def _about(choice: dict[str, Any]) -> str:

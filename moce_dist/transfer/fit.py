@@ -30,12 +30,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
+from moce_dist.data.progress import track
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.files import naming, read_jsonl, write_atomic
 from moce_dist.train.checkpoint import check_finite
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.loading import Machine, Progress
+from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.ranks import from_first
 from moce_dist.transfer.saved import Spec, save_model
 
@@ -170,10 +171,10 @@ def run_fit(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
 
 def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | None) -> None:
     start = _resume(fitting, trainer, machine, kept) if kept else 0
-    progress = Progress(fitting.name, fitting.steps - start, "steps")
+    batches = track(fitting.batches(start), f"steps of {fitting.name}", total=fitting.steps - start)
     pulse = kept.pulse if kept else Pulse()
     fitting.model.train()
-    for step, batch in enumerate(fitting.batches(start), start):
+    for step, batch in enumerate(batches, start):
         seed_step(fitting.seed, step)
         # the draws of Mixup, numpy's, are for the whole batch, those of the model for a rank's part
         torch.manual_seed(torch.initial_seed() + machine.rank)
@@ -186,7 +187,6 @@ def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | 
         if fitting.prepare is not None:
             inputs, targets = fitting.prepare(inputs, targets)
         is_stopping = trainer.step(step, (inputs, targets), fitting.weigh, rate, pulse)
-        progress.advance()
         if kept and step + 1 < fitting.steps:
             _keep(fitting, trainer, machine, kept, step + 1, is_stopping=is_stopping)
 

@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -32,7 +31,6 @@ from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.tasks import Item
 
 logger = logging.getLogger(__name__)
-_REPORT_S = 5.0
 
 Draw = tuple[int, int]
 
@@ -142,30 +140,6 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
         num_ranks,
         KeptImages(config.data.keep_bytes if config.data.keep == "memory" else 0),
     )
-
-
-class Progress:
-    """Log how far a loop is, how fast, and how long it still takes, every few seconds."""
-
-    def __init__(self, name: str, total: int, unit: str) -> None:
-        self._name, self._total, self._unit = name, total, unit
-        self._done, self._start = 0, time.monotonic()
-        self._reported = self._start
-
-    def advance(self, count: int = 1) -> None:
-        """Count `count` more units as done."""
-        self._done += count
-        now = time.monotonic()
-        if now - self._reported < _REPORT_S:
-            return
-        self._reported = now
-        rate = self._done / (now - self._start)
-        left = (self._total - self._done) / rate
-        logger.info(
-            "%s: %d/%d %s, %.1f %s/s, %d:%02d left",
-            *(self._name, self._done, self._total, self._unit, rate, self._unit),
-            *divmod(round(left), 60),
-        )
 
 
 class TaskImages(Dataset[Loaded]):

@@ -23,13 +23,14 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
+from moce_dist.data.progress import track
 from moce_dist.features.encoder import Pixels
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.classification.measure import measure, multi_label_loss
 from moce_dist.transfer.classification.task import LOGISTIC, Classification
 from moce_dist.transfer.fit import Fitted, Measures, Trial
-from moce_dist.transfer.loading import Machine, Progress, Unread, eval_batches
+from moce_dist.transfer.loading import Machine, Unread, eval_batches
 from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import classifier_spec, save_model
 from moce_dist.transfer.skips import Skips, readable
@@ -87,11 +88,10 @@ def encode(
     Raises:
         ValueError: none can be read.
     """
-    progress = Progress(f"{name} features", len(items), "images")
     found = []
-    for images, batch_labels, faults in eval_batches(items, takes, machine):
-        found.append((model(images.to(machine.device)).float().cpu(), batch_labels, faults))
-        progress.advance(len(batch_labels))
+    batches, what = eval_batches(items, takes, machine), f"images encoded by {name}"
+    for images, labels, faults in track(batches, what, total=len(items), size=lambda b: len(b[1])):
+        found.append((model(images.to(machine.device)).float().cpu(), labels, faults))
     return readable(in_order(found, machine))
 
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as run_lengths
 
 from moce_dist.data.decoders import ImageError
+from moce_dist.data.progress import track
 from moce_dist.transfer.detection.jitter import decode_mask
 from moce_dist.transfer.detection.precision import (
     Detections,
@@ -29,7 +30,6 @@ from moce_dist.transfer.drawing import Wishes, drawing_paths, open_item, palette
 from moce_dist.transfer.fit import Measures
 from moce_dist.transfer.loading import (
     Machine,
-    Progress,
     Unread,
 )
 from moce_dist.transfer.ranks import from_first, in_order
@@ -84,11 +84,9 @@ def evaluate(model: Any, task: Detection, machine: Machine, out: Path) -> Scored
     take the images in turn; the first one scores and draws, and all return the same.
     """
     mine = machine.rows(len(task.test))
-    progress = Progress("detection test", len(mine), "images")
     looks: list[Detections | Unread] = []
-    for number in mine:
+    for number in track(mine, "images searched for objects", total=len(mine)):
         looks.append(find_in(model, task.test[number], machine))
-        progress.advance()
     looks = in_order(looks, machine)
     figures = _score(looks, task, out) if machine.rank == 0 else {}
     unread = [look for look in looks if isinstance(look, Unread)]

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
+from moce_dist.data.progress import track
 from moce_dist.features.encoder import renormalisation
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
@@ -33,7 +34,6 @@ from moce_dist.transfer.loading import (
     Draw,
     Loaded,
     Machine,
-    Progress,
     TrainingOrder,
     Unread,
     rank_draws,
@@ -230,10 +230,8 @@ def evaluate(
     num_classes = len(task.classes)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     mine = machine.rows(len(task.test))
-    progress = Progress("segmentation test", len(mine), "images")
     faults: list[Unread | None] = []
-    for number in mine:
-        progress.advance()
+    for number in track(mine, "images segmented", total=len(mine)):
         masked = task.test[number]
         try:
             shown, mask = load_masked(masked, num_classes)
