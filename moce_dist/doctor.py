@@ -219,25 +219,23 @@ def topology_lines(config: Config) -> list[str]:
     per_group = config.moe.num_experts // groups
     held = f"a group holds {per_group} of the {config.moe.num_experts} experts of each of "
     layers = f"{held}{len(config.moe_layers)} layers" if config.moe_layers else "no experts"
-    return [
-        f"{workers} rank(s), {groups} expert group(s); {layers}",
-        "  rank   " + "".join(text.ljust(width) for text in ranks).rstrip(),
-        "  group  " + "".join(text.ljust(width) for text in hosted).rstrip(),
-        f"  rank 0 exchanges images with {exchange}; legal numbers of ranks: "
-        f"{legal_worker_counts(groups, config.moce.batch_size, config.parallel.micro_batches)}",
-        *_smaller_starts(config),
-    ]
-
-
-def _smaller_starts(config: Config) -> Iterator[str]:
-    parallel = config.parallel
+    parallel, smaller = config.parallel, []
     if parallel.fewest_workers < parallel.num_workers:
         for name, stage in (("mae", config.mae), ("moce", config.moce)):
             starts = ", ".join(
                 f"{ranks} (micro-batches {parallel.micro_batches_on(ranks, stage.batch_size)})"
                 for ranks in parallel.worker_counts(stage.batch_size)[1:]
             )
-            yield f"  {name} with nodes missing: {starts or 'no legal number of ranks'}"
+            found = starts or "no legal number of ranks"
+            smaller.append(f"  {name} with nodes missing: {found}")
+    return [
+        f"{workers} rank(s), {groups} expert group(s); {layers}",
+        "  rank   " + "".join(text.ljust(width) for text in ranks).rstrip(),
+        "  group  " + "".join(text.ljust(width) for text in hosted).rstrip(),
+        f"  rank 0 exchanges images with {exchange}; legal numbers of ranks: "
+        f"{legal_worker_counts(groups, config.moce.batch_size, config.parallel.micro_batches)}",
+        *smaller,
+    ]
 
 
 def examine(check: Callable[[Config], Iterator[Check]], config: Config) -> Iterator[Check]:

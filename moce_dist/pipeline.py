@@ -116,7 +116,14 @@ class Pipeline:
 
     def features(self) -> None:
         """Encode all images, held-out ones too, with the frozen encoder."""
-        inputs = {**self._encoder_inputs(), "data": data_id(self.data)}
+        # features of another encoder do not depend on the MAE, nor do the clusters
+        inputs = {"data": data_id(self.data)}
+        if self.config.cluster.encoder != OWN:
+            inputs["encoder"] = encoder_id(self.config)
+        else:
+            inputs["mae"] = trained_id(self.run.stage("mae"))
+            if (block := self.config.cluster.feature_block) is not None:
+                inputs["block"] = str(block)
         if is_complete(self.run.features, inputs):
             log.info("features: complete")
             return
@@ -128,14 +135,6 @@ class Pipeline:
             self._extract(source, self._feature_jobs(source, out, fingerprint(inputs)))
         files = [f for pattern in FEATURE_FILES for f in self.run.features.rglob(pattern)]
         mark_complete(self.run.features, inputs, files)
-
-    def _encoder_inputs(self) -> dict[str, str]:
-        # features of another encoder do not depend on the MAE, nor do the clusters
-        if self.config.cluster.encoder == OWN:
-            block = self.config.cluster.feature_block
-            where = {} if block is None else {"block": str(block)}
-            return {"mae": trained_id(self.run.stage("mae")), **where}
-        return {"encoder": encoder_id(self.config)}
 
     def _extract(self, source: Path, jobs: list[FeatureJob]) -> None:
         left = [job for job in jobs if not job.target.is_file()]

@@ -122,24 +122,6 @@ def dump_yaml(tree: dict[str, Any]) -> str:
     return yaml.safe_dump(tree, sort_keys=False)
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
-    path, sign, text = override.partition("=")
-    if not sign or not path:
-        raise ConfigError(f"--set {override}: must read a.b=value")
-    node = tree
-    *parents, last = path.split(".")
-    for parent in parents:
-        inner = node.get(parent, {})
-        if isinstance(inner, Plain):
-            inner = parse_yaml(inner, f"--set {path}") if isinstance(inner, Said) else inner
-            inner = {} if inner in _NULL else inner
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: {parent} is not a section")
-        node[parent] = node = inner
-    node[last] = said = Said(text)
-    said.path = path
-
-
 def read_tree(
     path: str | Path | None, overrides: Iterable[str] = (), under: dict[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -154,7 +136,21 @@ def read_tree(
     if path is not None:
         _lay_over(tree, _read_file(path))
     for override in overrides:
-        _apply_override(tree, override)
+        dotted, sign, text = override.partition("=")
+        if not sign or not dotted:
+            raise ConfigError(f"--set {override}: must read a.b=value")
+        node = tree
+        *parents, last = dotted.split(".")
+        for parent in parents:
+            inner = node.get(parent, {})
+            if isinstance(inner, Plain):
+                inner = parse_yaml(inner, f"--set {dotted}") if isinstance(inner, Said) else inner
+                inner = {} if inner in _NULL else inner
+            if not isinstance(inner, dict):
+                raise ConfigError(f"--set {override}: {parent} is not a section")
+            node[parent] = node = inner
+        node[last] = said = Said(text)
+        said.path = dotted
     return tree
 
 

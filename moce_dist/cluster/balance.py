@@ -133,14 +133,6 @@ def ascend(
     return Ascended(done, excess_before, ascent.excess(), ascent.least())
 
 
-def _with_outside(found: Candidates, prices: Float64) -> Candidates:
-    paid = found.distances - prices.astype(np.float32)[found.ids]
-    outside = np.full((len(paid), 1), len(prices), np.int32)
-    return Candidates(
-        np.hstack([found.ids, outside]), np.hstack([found.distances, paid.max(1, keepdims=True)])
-    )
-
-
 class _Ascent:
     """Prices, the last one that of the outside, and every row's best and second best cluster."""
 
@@ -149,7 +141,11 @@ class _Ascent:
         self._pays = sizes.smallest > 0
         self._taken, step = others.counts, np.float32(_STEP * others.reach)
         self.lists_all = found.ids.shape[1] == len(prices)
-        found = found if self.lists_all else _with_outside(found, prices)
+        if not self.lists_all:
+            # the outside, of the last price, is as far as the worst candidate
+            paid = (found.distances - prices.astype(np.float32)[found.ids]).max(1, keepdims=True)
+            outside = np.full((len(paid), 1), len(prices), np.int32)
+            found = Candidates(*map(np.hstack, ((found.ids, outside), (found.distances, paid))))
         # rows of a cluster stand together in memory
         order = np.argsort(found.ids[:, 0], kind="stable")
         found = Candidates(*(part[order] for part in found))

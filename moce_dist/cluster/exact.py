@@ -158,8 +158,11 @@ class _Flow:
         moves, lots = self._moves(), self._lots(_SPARE)
         log = Log(np.zeros((_SPARE, 4), np.int64), np.zeros(3, np.int64))
         measure_lots(moves, lots)
-        lists, edges = self._lists(lots), _new_edges(len(self.prices))
-        graph = Graph(moves, lots, lists, edges, self._sides, self._frontier, log)
+        target, lot = (np.zeros(_POOL + len(self.prices), np.int64) for _ in range(2))
+        begin, end, best_lot = (np.full(len(self.prices), NONE) for _ in range(3))
+        best, used = np.full(len(self.prices), np.inf), np.zeros(1, int)
+        edges = Edges(target, np.zeros(len(target)), lot, begin, end, best, best_lot, used)
+        graph = Graph(moves, lots, self._lists(lots), edges, self._sides, self._frontier, log)
         while (ending := move_surplus(graph)) == FULL:
             entries = np.concatenate([graph.log.entries, np.zeros_like(graph.log.entries)])
             log = graph.log._replace(entries=entries)
@@ -261,13 +264,6 @@ class _Further(NamedTuple):
         rows, ids = np.append(self.rows, rows), np.append(self.ids, ids)
         _, firsts = np.unique(rows * (int(ids.max(initial=0)) + 1) + ids, return_index=True)
         return _Further(rows[firsts], ids[firsts], np.append(self.distances, distances)[firsts])
-
-
-def _new_edges(num_clusters: int) -> Edges:
-    target, lot = (np.zeros(_POOL + num_clusters, np.int64) for _ in range(2))
-    begin, end, best_lot = (np.full(num_clusters, NONE) for _ in range(3))
-    best = np.full(num_clusters, np.inf)
-    return Edges(target, np.zeros(len(target)), lot, begin, end, best, best_lot, np.zeros(1, int))
 
 
 def _grown_lots(lots: Lots) -> Lots:

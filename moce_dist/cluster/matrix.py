@@ -65,12 +65,6 @@ class Matrix:
         for group, (first, end) in zip(groups, pairwise(firsts), strict=True):
             yield group, first, end
 
-    def _some(self, rows: Int64) -> Iterator[SweepTask]:
-        for group, first, end in self._bounds(group_blocks(self.files.blocks(self.block_rows))):
-            low, high = np.searchsorted(rows, (first, end))
-            if low < high:
-                yield SweepTask(group, chosen=rows[low:high] - first)
-
     def sweep(self, centroids: Float64, prices: Float64, num: int = 1) -> Sweep:
         """Prepare a search for the best `num` clusters."""
         if len(centroids) >= self.index_from and self.device == "cpu":
@@ -125,7 +119,12 @@ class Matrix:
     def candidates(self, centroids: Float64, prices: Float64, num: int, rows: Int64) -> Candidates:
         """Find the best `num` clusters of sorted `rows` and the distances to them, all digits."""
         sweep = self.sweep(centroids, prices, num)
-        parts = self.map_blocks(candidates_of_group, sweep, list(self._some(rows)))
+        tasks = []
+        for group, first, end in self._bounds(group_blocks(self.files.blocks(self.block_rows))):
+            low, high = np.searchsorted(rows, (first, end))
+            if low < high:
+                tasks.append(SweepTask(group, chosen=rows[low:high] - first))
+        parts = self.map_blocks(candidates_of_group, sweep, tasks)
         return _collect(parts, len(rows), num)
 
     def border(self, centroids: Float64, prices: Float64, num: int, reach: float) -> Border:

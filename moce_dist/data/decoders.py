@@ -87,12 +87,9 @@ def image_formats() -> tuple[str, ...]:
         for name in Image.ID
         if name in named and name not in _NOT_OPENED
         if name not in _NEEDS or features.check(_NEEDS[name])
-        if not _is_stub(Image.OPEN[name][0])
+        if not isinstance(factory := Image.OPEN[name][0], type)
+        or not issubclass(factory, ImageFile.StubImageFile)
     )
-
-
-def _is_stub(factory: object) -> bool:
-    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
 
 
 @lru_cache(maxsize=1)

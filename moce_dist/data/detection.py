@@ -191,30 +191,27 @@ def _coco_files(splits: dict[Split, list[Scene]], name: str) -> Iterator[tuple[s
             }
             for number, scene in enumerate(scenes)
         ]
-        annotations = [
-            {"image_id": number, **entry}
-            for number, scene in enumerate(scenes)
-            for entry in _annotations(scene)
-        ]
+        annotations: list[dict[str, Any]] = []
+        for number, scene in enumerate(scenes):
+            for i, (left, upper, right, lower) in enumerate(scene.boxes.tolist()):
+                width, height = right - left, lower - upper
+                entry = {
+                    "image_id": number,
+                    "category_id": 1,
+                    "bbox": [left, upper, width, height],
+                    "area": width * height,
+                    "iscrowd": int(scene.ignored[i]),
+                }
+                if scene.masks is not None:
+                    mask = scene.masks[i]
+                    runs = run_lengths.encode(np.asfortranarray(mask, np.uint8))
+                    counts = runs["counts"].decode()
+                    entry["segmentation"] = {"size": list(runs["size"]), "counts": counts}
+                    entry["area"] = int(mask.sum())
+                annotations.append(entry)
         tree = {
             "images": images,
             "annotations": [{"id": i, **entry} for i, entry in enumerate(annotations, start=1)],
             "categories": [{"id": 1, "name": name}],
         }
         yield f"annotations/instances_{split}.json", json.dumps(tree).encode()
-
-
-def _annotations(scene: Scene) -> Iterator[dict[str, Any]]:
-    for i, (left, upper, right, lower) in enumerate(scene.boxes.tolist()):
-        width, height = right - left, lower - upper
-        entry: dict[str, Any] = {
-            "category_id": 1,
-            "bbox": [left, upper, width, height],
-            "area": width * height,
-            "iscrowd": int(scene.ignored[i]),
-        }
-        if scene.masks is not None:
-            runs = run_lengths.encode(np.asfortranarray(scene.masks[i], np.uint8))
-            entry["segmentation"] = {"size": list(runs["size"]), "counts": runs["counts"].decode()}
-            entry["area"] = int(scene.masks[i].sum())
-        yield entry

@@ -223,18 +223,13 @@ def _fetch(ranges: Sequence[Range], timeout_s: float) -> list[bytes | BaseExcept
         return list(
             fsspec.asyn.sync(fsspec.asyn.get_loop(), _fetch_together, ranges, targets, timeout_s)
         )
-    return [
-        _fetch_one(filesystem, path, place)
-        for place, (filesystem, path) in zip(ranges, targets, strict=True)
-    ]
-
-
-def _fetch_one(filesystem: Any, path: str, place: Range) -> bytes | BaseException:
-    try:
-        content: bytes = filesystem.cat_file(path, start=place.start, end=place.stop)
-    except OSError as error:
-        return error
-    return content
+    found: list[bytes | BaseException] = []
+    for place, (filesystem, path) in zip(ranges, targets, strict=True):
+        try:
+            found.append(filesystem.cat_file(path, start=place.start, end=place.stop))
+        except OSError as error:
+            found.append(error)
+    return found
 
 
 async def _fetch_together(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from moce_dist.data.listing import counted
-from moce_dist.data.tarscan import TarSample, open_tar, scan_tar, split_name
+from moce_dist.data.tarscan import open_tar, scan_tar, split_name
 from moce_dist.run.environment import check_url
 from moce_dist.run.files import write_atomic
 from moce_dist.run.names import as_text
@@ -129,21 +129,16 @@ def scan_shard(
         logger.warning("%s: left out: %s", as_text(url), counted(scan.left_out))
     shard = Shard(path or url, bytes=scan.bytes, sha256=scan.sha256, cluster=cluster)
     for sample in scan.samples:
-        _add_sample(shard, sample)
+        if (image := sample.image) is not None:
+            shard.keys.append(sample.key)
+            shard.starts.append(sample.start)
+            shard.ends.append(sample.end)
+            shard.offsets.append(image.offset_data)
+            shard.sizes.append(image.size)
     faults = [Fault(url, *problem) for sample in scan.samples for problem in sample.problems()]
     problems = scan.problems or ([] if scan.samples else ["holds no samples"])
     faults += [Fault(url, None, problem) for problem in problems]
     return replace(shard, num_samples=len(shard.keys)), faults
-
-
-def _add_sample(shard: Shard, sample: TarSample) -> None:
-    if (image := sample.image) is None:
-        return
-    shard.keys.append(sample.key)
-    shard.starts.append(sample.start)
-    shard.ends.append(sample.end)
-    shard.offsets.append(image.offset_data)
-    shard.sizes.append(image.size)
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:

@@ -248,7 +248,9 @@ def scan_tar(file: IO[bytes]) -> TarScan:
         if problem:
             problems.append(problem)
             goes_on = reader.skip_to_header()
-            if found and _lacks_members(samples):
+            # between two members a cut leaves no trace but what the other samples have
+            usual = {*samples[0].members, *samples[0].odd} if samples else set()
+            if found and {*found[-1].members, *found[-1].odd} < usual:
                 samples.pop()
         else:
             goes_on = reader.skip_zeros()
@@ -284,12 +286,6 @@ def _read_headers(reader: _HashingReader) -> tuple[list[_Member], str | None]:
 
 def _damaged(members: list[_Member], offset: int) -> str:
     return f"damaged header after {len(members)} members, at byte {offset}"
-
-
-def _lacks_members(samples: list[TarSample]) -> bool:
-    # between two members a cut leaves no trace but what the other samples have
-    last, first = ({*sample.members, *sample.odd} for sample in (samples[-1], samples[0]))
-    return last < first
 
 
 def _group(members: Iterable[_Member], left_out: Counter[str]) -> Iterator[TarSample]:

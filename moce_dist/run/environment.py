@@ -206,7 +206,13 @@ def bind_ranks(master: str) -> None:
     address = _own_address(master)
     if _is_loopback(address) and master != "localhost" and not master.startswith("127."):
         # the first rank's host itself, under its own name
-        address = _outer_address() or address
+        import psutil
+
+        every = (found for each in psutil.net_if_addrs().values() for found in each)
+        own = (found.address for found in every if found.family == socket.AF_INET)
+        outer = (found for found in own if not _is_loopback(found))
+        # without a default route, whatever there is
+        address = _own_address(_ELSEWHERE) or next(outer, address)
     name = interface_of(address)
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
@@ -219,19 +225,6 @@ def _own_address(other: str) -> str:
         probe.connect((other, 9))
         return str(probe.getsockname()[0])
     return ""
-
-
-def _outer_address() -> str:
-    import psutil
-
-    every = (found for each in psutil.net_if_addrs().values() for found in each)
-    others = (
-        found.address
-        for found in every
-        if found.family == socket.AF_INET and not _is_loopback(found.address)
-    )
-    # without a default route, whatever there is
-    return _own_address(_ELSEWHERE) or next(others, "")
 
 
 def _is_loopback(address: str) -> bool:

@@ -151,7 +151,13 @@ def _row(table: Table, tasks: Sequence[str], draws: int) -> Line:
 def _arm(runner: Runner, name: str, values: list[Line]) -> Line:
     plan, arm = runner.plan, runner.plan.study.arms[name]
     runs, kinds = plan.runs_of(name), plan.stages_of(name)
-    costs = [plan.cost(name, run, _iterations(run)) for run in runs]
+    costs = []
+    for run in runs:
+        try:
+            summary = json.loads((Run(run.root).clusters / "summary.json").read_text())
+        except OSError:
+            summary = {}
+        costs.append(plan.cost(name, run, summary.get("iterations")))
     seconds = [stage_seconds(runner, run, kinds) for run in runs]
     known = [each for each in seconds if each is not None]
     further = [v["cost"]["seconds"] for v in values if v["arm"] == name and v.get("cost")]
@@ -168,14 +174,6 @@ def _arm(runner: Runner, name: str, values: list[Line]) -> Line:
             else None,
         },
     }
-
-
-def _iterations(run: PlannedRun) -> int | None:
-    try:
-        summary = json.loads((Run(run.root).clusters / "summary.json").read_text())
-    except OSError:
-        return None
-    return int(summary["iterations"]) if "iterations" in summary else None
 
 
 def stage_seconds(runner: Runner, run: PlannedRun, kinds: Sequence[Kind]) -> float | None:

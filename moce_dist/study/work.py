@@ -102,17 +102,17 @@ def link_artefact(source: Path, folder: Path) -> None:
     marker = (source / COMPLETE).read_text()
     if (folder / COMPLETE).is_file() and (folder / COMPLETE).read_text() == marker:
         return
+
+    def link_or_copy(file: str, target: str) -> None:
+        try:
+            if file.endswith(".jsonl"):
+                raise OSError
+            os.link(file, target)
+        except OSError:
+            shutil.copyfile(file, target)
+
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=_link_or_copy)
+    shutil.copytree(source, temporary, copy_function=link_or_copy)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
-
-
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        if source.endswith(".jsonl"):
-            raise OSError
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
