@@ -13,7 +13,6 @@ Letters: n rows, D width, K clusters.
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from moce_dist.cluster.settle import Settled, settle
 from moce_dist.cluster.sweeps import as_tensor
 from moce_dist.config import ClusterConfig
 from moce_dist.run.artefacts import COMPLETE, is_complete, mark_complete
-from moce_dist.run.files import naming, write_atomic
+from moce_dist.run.files import naming, replacing, write_atomic
 from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
 
@@ -237,22 +236,17 @@ def write_assignments(
 ) -> None:
     """Write one line per row: key, shard, cluster, squared distance."""
     named = files.keys()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with pq.ParquetWriter(temporary, _SCHEMA) as writer:
-            for first in range(0, len(labels), _TABLE_ROWS):
-                part = slice(first, first + _TABLE_ROWS)
-                shards, keys = zip(*islice(named, _TABLE_ROWS), strict=True)
-                columns = [
-                    pa.array(keys, pa.string()),
-                    pa.array(shards, pa.string()).dictionary_encode(),
-                    pa.array(labels[part], pa.int32()),
-                    pa.array(distances[part].astype(np.float32), pa.float32()),
-                ]
-                writer.write_table(pa.table(columns, schema=_SCHEMA))
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA) as writer:
+        for first in range(0, len(labels), _TABLE_ROWS):
+            part = slice(first, first + _TABLE_ROWS)
+            shards, keys = zip(*islice(named, _TABLE_ROWS), strict=True)
+            columns = [
+                pa.array(keys, pa.string()),
+                pa.array(shards, pa.string()).dictionary_encode(),
+                pa.array(labels[part], pa.int32()),
+                pa.array(distances[part].astype(np.float32), pa.float32()),
+            ]
+            writer.write_table(pa.table(columns, schema=_SCHEMA))
 
 
 def read_assignments(path: Path) -> dict[str, int]:

@@ -22,7 +22,6 @@ k-means||, Bahmani et al. 2012, "Scalable k-means++".
 """
 
 import logging
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from moce_dist.cluster.matrix import Matrix
 from moce_dist.config import ClusterConfig
 from moce_dist.data.progress import track
 from moce_dist.run.artefacts import fingerprint
-from moce_dist.run.files import naming
+from moce_dist.run.files import naming, replacing
 
 _log = logging.getLogger(__name__)
 _SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 256, 16_384, 131_072
@@ -88,8 +87,7 @@ def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
 
 def save_state(path: Path, state: State, request: str) -> None:
     """Write the state of `request` so that a reader sees all of it or the one before."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with naming(temporary), temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
             allow_pickle=False,
@@ -98,7 +96,6 @@ def save_state(path: Path, state: State, request: str) -> None:
             prices=state.prices,
             scalars=np.array([state.iteration, state.objective, state.is_done]),
         )
-    temporary.replace(path)
 
 
 def load_state(path: Path, request: str) -> State | None:

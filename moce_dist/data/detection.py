@@ -85,14 +85,17 @@ def _tree_tiles(split: Split) -> Iterator[Scene]:
             for left in range(0, width - _SIDE + 1, step):
                 tile = photograph.pixels[upper : upper + _SIDE, left : left + _SIDE]
                 boxes = photograph.boxes - np.array([left, upper, left, upper])
-                shown = boxes.clip(0, _SIDE)
-                visible, whole = (
-                    np.prod((b[:, 2:] - b[:, :2]).clip(0), axis=1) for b in (shown, boxes)
-                )
-                is_there = visible > 0
-                ignored = (visible < _MIN_SHOWN * whole)[is_there]
-                if not ignored.all():
-                    yield Scene(tile, shown[is_there], ignored.tolist(), None)
+                if (scene := tile_scene(tile, boxes)) is not None:
+                    yield scene
+
+
+def tile_scene(tile: Pixels, boxes: Boxes) -> Scene | None:
+    """Keep what a tile (S, S, 3) shows of boxes (n, 4), which may leave it; None: no whole one."""
+    shown = boxes.clip(0, _SIDE)
+    visible, whole = (np.prod((b[:, 2:] - b[:, :2]).clip(0), axis=1) for b in (shown, boxes))
+    is_there = visible > 0
+    ignored = (visible < _MIN_SHOWN * whole)[is_there]
+    return None if ignored.all() else Scene(tile, shown[is_there], ignored.tolist(), None)
 
 
 def write_composited(out: Path) -> None:

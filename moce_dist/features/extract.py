@@ -14,7 +14,6 @@ Letters: B images of a batch, S side in pixels, D width.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ import torch
 
 from moce_dist.data.shards import Shard, ShardIndex
 from moce_dist.features.decoding import Float32, Framing, ImageBatch, ShardImages
-from moce_dist.run.files import naming, read_faults, record_fault, write_atomic
+from moce_dist.run.files import read_faults, record_fault, replacing, write_atomic
 from moce_dist.run.names import as_text
 
 FEATURE_FILES = ("*.npy", "*.keys.json", "*.labels.json")
@@ -135,15 +134,8 @@ def extract_shard(job: FeatureJob) -> int:
     if any(label is not None for label in labels):
         write_atomic(job.out / f"{job.name}.labels.json", json.dumps(labels))
     _record(job, faults)
-    temporary = job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp")
-    try:
-        with naming(temporary), temporary.open("wb") as file:
-            np.save(file, features.astype(np.float16), allow_pickle=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(job.target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(job.target) as temporary, temporary.open("wb") as file:
+        np.save(file, features.astype(np.float16), allow_pickle=False)
     return len(faults)
 
 

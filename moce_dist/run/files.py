@@ -36,6 +36,32 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(f"{path}: {error}") from None
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to be written, which takes the place of `path` when it is whole.
+
+    Readers see the old file or the new one, never a part.
+
+    Raises:
+        OSError: it names `path`, or its folder where that is what cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+        lease.check()
+        temporary.replace(path)
+    except OSError as error:
+        # the folder is what a person can do something about
+        if error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path.parent)) from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def link_tree(source: Path, target: Path) -> None:
     """Have a folder in two places: hard links of its files, copies where these cannot be.
 
@@ -55,24 +81,8 @@ def link_tree(source: Path, target: Path) -> None:
 def write_atomic(path: Path, text: str) -> None:
     """Write a text file so that readers see the old one or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with (
-            naming(path),
-            temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
-        ):
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        lease.check()
-        temporary.replace(path)
-    except OSError as error:
-        # the folder is what a person can do something about
-        if error.filename == str(temporary):
-            raise OSError(error.errno, error.strerror, str(path.parent)) from None
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -75,11 +75,11 @@ def test_training_and_test_photographs_differ():
 def test_tile_keeps_what_it_shows_of_a_tree():
     pixels = np.zeros((128, 128, 3), np.uint8)
     boxes = np.array([[-10, 20, 30, 40], [-30, 0, 10, 10], [200, 0, 220, 10], [5, 5, 9, 9]])
-    scene = detection._tree_tile(pixels, boxes)
+    scene = detection.tile_scene(pixels, boxes)
     assert scene.boxes.tolist() == [[0, 20, 30, 40], [0, 0, 10, 10], [5, 5, 9, 9]]
     assert scene.ignored == [False, True, False]
-    assert detection._tree_tile(pixels, boxes[2:3]) is None
-    assert detection._tree_tile(pixels, boxes[1:2]) is None
+    assert detection.tile_scene(pixels, boxes[2:3]) is None
+    assert detection.tile_scene(pixels, boxes[1:2]) is None
 
 
 def test_outlines_lie_on_the_cut_outs(composited):

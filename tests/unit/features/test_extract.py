@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,12 +317,14 @@ def test_interrupted_shards_are_made_and_finished_ones_are_left(tmp_path, monkey
     extract_shard(jobs[0])
     written = (folder / "train-000000.npy").stat().st_mtime_ns
 
-    def killed(path, array):
+    @contextmanager
+    def killed(path):
         path.with_name(f".{path.name}.1.tmp").write_bytes(b"half")
         raise InterruptedError
+        yield
 
     with monkeypatch.context() as patched, pytest.raises(InterruptedError):
-        patched.setattr(extract, "_write_array", killed)
+        patched.setattr(extract, "replacing", killed)
         extract_shard(jobs[1])
     assert not jobs[1].target.exists()
     begin_features(folder, {"mae": "a"})

@@ -212,7 +212,7 @@ def test_kept_pictures_give_the_same_looks_and_are_read_once(config, tmp_path, i
             assert not reason and np.array_equal(pixels, expected)
     shutil.rmtree(tmp_path / "data")
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(looks("all"), read, strict=True))
-    assert 0 < len(pictures["some"]._pictures) < len(task.train)
+    assert 0 < len(pictures["some"]._images) < len(task.train)
     assert TaskImages(task.train, backbone, pictures["none"])[(0, 0)].reason
 
 
