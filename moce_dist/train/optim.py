@@ -78,10 +78,15 @@ def learning_rate(
 ) -> float:
     """Learning rate of a step, from 0."""
     warmup = stage.warmup_epochs * steps_per_epoch
+    return warm_cosine(step, steps=total_steps, warmup=warmup, peak=stage.lr, least=stage.min_lr)
+
+
+def warm_cosine(step: int, *, steps: int, warmup: float, peak: float, least: float) -> float:
+    """Rate of a step counted from 0: linear to `peak`, then half a cosine to `least`."""
     if step < warmup:
-        return stage.lr * (step + 1) / math.ceil(warmup)
-    progress = (step - warmup) / max(1.0, total_steps - warmup)
-    return stage.min_lr + (stage.lr - stage.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+        return peak * (step + 1) / math.ceil(warmup)
+    progress = (step - warmup) / max(1.0, steps - warmup)
+    return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

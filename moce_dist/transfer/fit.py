@@ -17,7 +17,6 @@ Source of the rates: facebookresearch/mae util/lr_sched.py @efb2a80; for detecti
 
 import json
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from moce_dist.config import TransferConfig
@@ -34,6 +34,7 @@ from moce_dist.data.progress import track
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.files import naming, read_jsonl, write_atomic
 from moce_dist.train.checkpoint import check_finite
+from moce_dist.train.optim import warm_cosine
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.loading import Machine
@@ -57,10 +58,7 @@ Measures = dict[str, float]
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
     """Return the rate of a step counted from 0: linear to `peak`, then half a cosine."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
-    return _MIN_LR + (peak - _MIN_LR) * 0.5 * (1 + math.cos(math.pi * share))
+    return warm_cosine(step, steps=steps, warmup=warmup, peak=peak, least=_MIN_LR)
 
 
 def stepped_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
@@ -68,6 +66,28 @@ def stepped_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return float(peak * 0.1 ** sum(step >= share * steps for share in _MILESTONES))
+
+
+def layered_adamw(
+    vit: nn.Module,
+    new: Iterable[tuple[list[nn.Parameter], float]] = (),
+    *,
+    weight_decay: float,
+    layer_decay: float,
+) -> torch.optim.AdamW:
+    """Make AdamW whose groups carry `lr_scale`: 1 at the head, less block by block below it.
+
+    `new` are parameters outside of the ViT, with their decay; their scale is 1. Norms, biases and
+    tokens of the ViT are not decayed.
+    """
+    groups = param_groups_layer_decay(
+        vit,
+        weight_decay=weight_decay,
+        no_weight_decay_list=("pos_embed", "cls_token"),
+        layer_decay=layer_decay,
+    )
+    groups += [{"params": some, "lr_scale": 1.0, "weight_decay": decay} for some, decay in new]
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 @dataclass(frozen=True)

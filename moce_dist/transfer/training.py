@@ -18,6 +18,7 @@ from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.settings import ConfigError
 from moce_dist.train.blocks import prepare_blocks
+from moce_dist.train.optim import set_learning_rate
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.ranks import add_up, share_batch_norm
@@ -127,12 +128,6 @@ class Trainer:
     def close(self) -> None:
         """Release the engine; the model stays as it is."""
         self._engine.destroy()
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the rate of every group to `lr` times its own scale."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
 
 
 def stop_unless_finite(value: float, what: str, fit: str, step: int) -> None:

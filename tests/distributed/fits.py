@@ -124,7 +124,7 @@ def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_e
         patches.enter_context(patch.object(segment, "_DROP_PATH", 0.0))
         patches.enter_context(patch.object(upernet, "_DROPOUT", 0.0))
         if not adam:
-            patches.enter_context(patch.object(finetune, "make_optimizer", _sgd))
+            patches.enter_context(patch.object(finetune, "layered_adamw", _sgd))
             patches.enter_context(patch.object(upernet.Segmenter, "optimizer", _sgd))
             patches.enter_context(patch.object(detect, "make_optimizer", _sgd))
             patches.enter_context(patch.object(detect, "DetectorFit", _Settled))

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 from moce_dist.config import FinetuneConfig
@@ -28,7 +27,7 @@ from moce_dist.transfer.classification import frozen
 from moce_dist.transfer.classification.measure import measure, multi_label_loss
 from moce_dist.transfer.classification.task import Classification
 from moce_dist.transfer.drawing import Wishes
-from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit
+from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, layered_adamw, run_fit
 from moce_dist.transfer.loading import (
     Machine,
     TaskImages,
@@ -44,19 +43,6 @@ from moce_dist.transfer.tasks import Item
 
 _LABEL_SMOOTHING = 0.1
 _HEAD_STD = 2e-5
-
-
-def make_optimizer(
-    model: nn.Module, *, weight_decay: float, layer_decay: float
-) -> torch.optim.AdamW:
-    """Make AdamW whose groups carry `lr_scale`, 1 at the head and less block by block below it."""
-    groups = param_groups_layer_decay(
-        model,
-        weight_decay=weight_decay,
-        no_weight_decay_list=("pos_embed", "cls_token"),
-        layer_decay=layer_decay,
-    )
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
 class _LabelMixup(Mixup):  # type: ignore[misc]
@@ -128,7 +114,7 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
     fitting = Fitting(
         name=f"{task.name} finetune {backbone.name} seed {seed}",
         model=model,
-        optimizer=make_optimizer(
+        optimizer=layered_adamw(
             model, weight_decay=recipe.weight_decay, layer_decay=recipe.layer_decay
         ),
         batches=batches,

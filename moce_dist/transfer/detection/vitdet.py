@@ -27,7 +27,6 @@ import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from timm.models.vision_transformer import VisionTransformer
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -40,6 +39,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from moce_dist.config import DetectionConfig
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
+from moce_dist.transfer.fit import layered_adamw
 
 _FINEST_STRIDE = 4
 _NUM_LEVELS = 4
@@ -232,15 +232,13 @@ def make_optimizer(model: Any, layer_decay: float) -> torch.optim.AdamW:
 
     Norms and biases are not decayed.
     """
-    groups = param_groups_layer_decay(
+    new = [p for name, p in model.named_parameters() if not name.startswith("backbone.vit.")]
+    matrices, vectors = (
+        [p for p in new if (p.ndim > 1) == is_matrix] for is_matrix in (True, False)
+    )
+    return layered_adamw(
         model.backbone.vit,
+        [(matrices, _WEIGHT_DECAY), (vectors, 0.0)],
         weight_decay=_WEIGHT_DECAY,
-        no_weight_decay_list=("pos_embed",),
         layer_decay=layer_decay,
     )
-    new = [p for name, p in model.named_parameters() if not name.startswith("backbone.vit.")]
-    for is_matrix in (True, False):
-        some = [p for p in new if (p.ndim > 1) == is_matrix]
-        decay = _WEIGHT_DECAY if is_matrix else 0.0
-        groups.append({"params": some, "lr_scale": 1.0, "weight_decay": decay})
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
-from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+
+from moce_dist.transfer.fit import layered_adamw
 
 _LAYER_DECAY, _WEIGHT_DECAY = 0.65, 0.05
 _DROPOUT = 0.1
@@ -65,12 +66,10 @@ class Segmenter(nn.Module):
 
     def optimizer(self) -> torch.optim.AdamW:
         """Make AdamW with layer-wise decay in the ViT; groups carry `lr_scale`."""
-        groups = param_groups_layer_decay(
+        new = [p for name, p in self.named_parameters() if not name.startswith("vit.")]
+        return layered_adamw(
             self.vit,
+            [(new, _WEIGHT_DECAY)],
             weight_decay=_WEIGHT_DECAY,
-            no_weight_decay_list=("pos_embed", "cls_token"),
             layer_decay=_LAYER_DECAY,
         )
-        new = [p for name, p in self.named_parameters() if not name.startswith("vit.")]
-        groups.append({"params": new, "lr_scale": 1.0, "weight_decay": _WEIGHT_DECAY})
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)

@@ -14,9 +14,9 @@ from sklearn.preprocessing import StandardScaler
 from moce_dist.config import FinetuneConfig, make_config
 from moce_dist.data.kept import KeptImages
 from moce_dist.model.customize import customize
+from moce_dist.train.optim import set_learning_rate
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.classification import frozen as classify
-from moce_dist.transfer.classification.finetune import make_optimizer
 from moce_dist.transfer.classification.frozen import (
     Features,
     extract,
@@ -26,7 +26,7 @@ from moce_dist.transfer.classification.frozen import (
 )
 from moce_dist.transfer.classification.measure import accuracy
 from moce_dist.transfer.classification.task import Classification
-from moce_dist.transfer.fit import learning_rate
+from moce_dist.transfer.fit import layered_adamw, learning_rate
 from moce_dist.transfer.loading import (
     TaskImages,
     TrainingOrder,
@@ -34,7 +34,6 @@ from moce_dist.transfer.loading import (
     machine_of,
 )
 from moce_dist.transfer.tasks import Item
-from moce_dist.transfer.training import set_learning_rate
 
 from .conftest import finetune
 
@@ -225,7 +224,7 @@ def test_learning_rate_warms_up_and_falls_to_its_least():
 
 def test_layers_below_learn_more_slowly(config):
     model = run_backbone("random", config, None).classifier(2, seed=0, drop_path=0.0)
-    optimizer = make_optimizer(model, weight_decay=0.05, layer_decay=0.5)
+    optimizer = layered_adamw(model, weight_decay=0.05, layer_decay=0.5)
     set_learning_rate(optimizer, 8.0)
     rates = {
         name: group["lr"]
