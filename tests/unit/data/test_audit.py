@@ -117,7 +117,7 @@ def test_job_verifies_compares_and_exits_with_one_over_the_limit(tmp_path, image
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         assert done.returncode == 1, done.stderr
         assert "1 faults in 13 images, over data.max_fault_fraction" in done.stderr
-        assert "copies   1 exact, 0 near, of 1 pictures of" in done.stdout
+        assert "copies   1 exact, 0 near, of 1 images of" in done.stdout
         (copy,) = map(json.loads, (out / "copies.jsonl").read_text().splitlines())
         assert (copy["key"], copy["kind"]) == ("cat/00", "exact")
         # once, however often it is met
