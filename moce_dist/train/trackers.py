@@ -16,9 +16,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-
 from moce_dist.config import LoggingConfig
 from moce_dist.settings import ConfigError
 
@@ -139,17 +136,17 @@ class StepProfile:
     def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
         """Write into `folder`; without `steps` nothing is done."""
         self._folder, self._steps = folder / "profile", steps
-        self._running: profile | None = None
+        self._running: Any = None
 
     def at(self, step: int) -> None:
         """Note that `step` is about to begin: a profile starts or ends here."""
         if self._steps is None:
             return
         if self._running is None and step == self._steps[0] < self._steps[1]:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self._running = profile(activities=activities)
+            # torch takes seconds to import, which the check of a request need not wait for
+            from torch.profiler import profile
+
+            self._running = profile()
             self._running.start()
         elif self._running is not None and step >= self._steps[1]:
             self.close()
@@ -158,6 +155,8 @@ class StepProfile:
         """Write what was profiled; nothing where no profile runs."""
         if self._running is None or self._steps is None:
             return
+        import torch
+
         self._running.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"steps_{self._steps[0]}-{self._steps[1] - 1}.json.gz"

@@ -183,17 +183,7 @@ def _segmentation_problem(segmentation: Any, image: Entry) -> str:
     if not segmentation:
         return ""
     if isinstance(segmentation, dict):
-        size = [image["height"], image["width"]]
-        if segmentation.get("size") != size:
-            return f"run lengths of size {segmentation.get('size')}, its image has {size}"
-        counts = segmentation.get("counts")
-        if isinstance(counts, str):
-            counts = unpack_counts(counts)
-        is_list = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
-        # the library that unfolds them does not notice, and leaves the rest of the mask to chance
-        if not counts or not is_list or sum(counts) != math.prod(size):
-            return "its run lengths do not add up to the image"
-        return ""
+        return _run_lengths_problem(segmentation, [image["height"], image["width"]])
     try:
         arrays = [np.asarray(polygon) for polygon in segmentation]
     except (TypeError, ValueError):
@@ -218,6 +208,19 @@ def _is_near(positions: Any, side: int) -> bool:
 
 def _size(image: Entry) -> str:
     return f"its image of {image['width']} x {image['height']} pixels"
+
+
+def _run_lengths_problem(runs: Entry, size: Sequence[int]) -> str:
+    if runs.get("size") != size:
+        return f"run lengths of size {runs.get('size')}, its image has {size}"
+    counts = runs.get("counts")
+    if isinstance(counts, str):
+        counts = unpack_counts(counts)
+    is_good = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
+    # the library that unfolds them does not notice, and leaves the rest of the mask to chance
+    if not counts or not is_good or sum(counts) != math.prod(size):
+        return "its run lengths do not add up to the image"
+    return ""
 
 
 def unpack_counts(packed: str) -> list[int]:
