@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from moce_dist.data.device import DeviceDecoder
-from moce_dist.data.loaders import CONTEXT, load
+from moce_dist.data.loaders import CONTEXT, in_shared_memory, load
 from moce_dist.data.stream import (
     Batch,
     GroupOf,
@@ -112,7 +112,8 @@ class _Inbox(Iterable[Readers]):
         self._is_shared = is_shared
         self._queue: Any = queue.SimpleQueue()
         if is_shared:
-            self._queue = CONTEXT.Queue()
+            with in_shared_memory():
+                self._queue = CONTEXT.Queue()
             # a process that died takes nothing any more: nobody is to wait until it does
             self._queue.cancel_join_thread()
 

@@ -18,6 +18,7 @@ import numpy as np
 from moce_dist.config import DataConfig
 from moce_dist.data.decoders import Encoded
 from moce_dist.data.images import Decoded, Jpeg, open_croppable
+from moce_dist.data.loaders import in_shared_memory
 from moce_dist.data.table import Ids
 
 _MAX_DECODED_BYTES = 3 * 128 * 128
@@ -32,7 +33,8 @@ class KeptSamples:
         self._places = np.frombuffer(mmap.mmap(-1, max(1, num_samples) * 24), np.int64)
         self._places = self._places.reshape(-1, 3)
         self._end = np.frombuffer(mmap.mmap(-1, 8), np.int64)
-        self._lock = multiprocessing.Lock()
+        with in_shared_memory():
+            self._lock = multiprocessing.Lock()
 
     def has(self, ids: Ids) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Tell which of the samples (m,) are there, (m,)."""

@@ -13,7 +13,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import Any
@@ -48,10 +49,11 @@ def load(
     if processes == 0:
         yield from DataLoader(dataset, **options)
         return
-    reasons: Any = CONTEXT.SimpleQueue()
     options |= {"num_workers": processes, "timeout": _LOOK_EVERY_S}
     options["multiprocessing_context"] = CONTEXT
-    loader: Any = iter(DataLoader(dataset, worker_init_fn=partial(_begin, reasons), **options))
+    with in_shared_memory():
+        reasons: Any = CONTEXT.SimpleQueue()
+        loader: Any = iter(DataLoader(dataset, worker_init_fn=partial(_begin, reasons), **options))
     try:
         while (batch := _next(loader, reasons, stall_s)) is not _END:
             yield batch
@@ -59,6 +61,31 @@ def load(
         at_end()
         # else torch's handler of SIGCHLD raises the error of a dead process again, anywhere
         loader._shutdown_workers()
+
+
+@contextmanager
+def in_shared_memory() -> Iterator[None]:
+    """Name shared memory where making something in it fails: locks and queues lie there.
+
+    Raises:
+        OSError: it is too small.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        raise _too_small() from None
+
+
+def _too_small() -> OSError:
+    return OSError(
+        errno.ENOSPC,
+        "shared memory is too small for the batches of loader processes: give it more "
+        "(docker run --shm-size, an emptyDir of medium Memory), or lower "
+        "data.loader_processes or data.prefetch_batches",
+        _SHARED_MEMORY,
+    )
 
 
 def _next(loader: Any, reasons: Any, stall_s: float | None) -> Any:
@@ -96,13 +123,7 @@ def _explain(error: Exception, reasons: Any, loader: Any) -> Exception:
     reason = reasons.get() if not reasons.empty() else ""
     has_bus_error = any(process.exitcode == -signal.SIGBUS for process in loader._workers)
     if has_bus_error or "shared memory" in reason or "</torch_" in reason:
-        return OSError(
-            errno.ENOSPC,
-            "shared memory is too small for the batches of loader processes: give it more "
-            "(docker run --shm-size, an emptyDir of medium Memory), or lower "
-            "data.loader_processes or data.prefetch_batches",
-            _SHARED_MEMORY,
-        )
+        return _too_small()
     if reason:
         return RuntimeError(f"a loader process ended: {reason}")
     if isinstance(error, OSError | EOFError):

@@ -73,8 +73,9 @@ except OSError as error:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a /dev/shm of its own")
-def test_small_shared_memory_is_named_at_once():
-    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+@pytest.mark.parametrize("size", ["1m", "4k"], ids=["for a batch", "for a lock"])
+def test_small_shared_memory_is_named_at_once(size):
+    mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     done = subprocess.run(
         ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, SMALL],
         capture_output=True, text=True, cwd=os.path.dirname(__file__), check=False,
