@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from benches.harness import Report, interleave, run_ranks
 from benches.settings import BenchConfig
-from benches.step import KINDS, ddp_stepper, stepper, variant
+from benches.step import BASELINES, KINDS, baseline_stepper, stepper, variant
 from benches.synthetic import synthetic_state
 from moce_dist.cost.sizes import element_size, num_visible
 from moce_dist.parallel.token import token_bytes_exchanged
@@ -29,8 +29,8 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.setup import TrainState, worker_device
 
 _FIGURES = ("link_mbit", "token_communication_over_compute", "allreduce_over_compute")
-_RATIOS = (("token", "cluster"), ("cluster", "dense"), ("dense", "ddp"))
-_VARIANTS = (*KINDS, "ddp")
+_RATIOS = (("token", "cluster"), ("cluster", "dense"), ("dense", "ddp"), ("dense", "fsdp2"))
+_VARIANTS = (*KINDS, *BASELINES)
 _NETWORK = "10.77.0"
 
 
@@ -153,7 +153,9 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     states = {kind: _state(config, kind) for kind in KINDS}
     count = _count(config)
     steps = {kind: stepper(state, count) for kind, state in states.items()}
-    times = _timed(steps | {"ddp": ddp_stepper(states["dense"], count)}, config)
+    for baseline in BASELINES:
+        steps[baseline] = baseline_stepper(states["dense"], count, baseline)
+    times = _timed(steps, config)
     token = states["token"]
     alone = _timed({"all_to_all": _all_to_alls(token), "all_reduce": _all_reduce(token)}, config)
     return {

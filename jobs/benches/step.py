@@ -1,10 +1,10 @@
 """A training step of MoCE beside the dense model and the token-routed one, of equal active FLOPs.
 
-All variants but one are the same model, loop and engine, on the same ranks; they differ in
+All variants but two are the same model, loop and engine, on the same ranks; they differ in
 `moe.kind` and precision. A step is routing table, forward, backward, gradient reduction and
-optimiser step. `ddp` is what a user would write for the dense model: torch's
-DistributedDataParallel, its buckets overlapping with the backward pass, a fused optimiser, and
-nothing that is logged.
+optimiser step. `ddp` and `fsdp2` are what a user would write for the dense model: torch's
+DistributedDataParallel, or FSDP2's `fully_shard` of every block, which overlap their collectives
+with the passes, a fused optimiser, and nothing that is logged.
 """
 
 import copy
@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benches.harness import Report, interleave, run_ranks
@@ -29,7 +32,9 @@ from moce_dist.train.setup import TrainState, worker_device
 
 Kind = Literal["dense", "cluster", "token"]
 KINDS: tuple[Kind, ...] = ("dense", "cluster", "token")
-RATIOS = (("cluster", "dense"), ("cluster", "token"), ("dense", "ddp"))
+Baseline = Literal["ddp", "fsdp2"]
+BASELINES: tuple[Baseline, ...] = ("ddp", "fsdp2")
+RATIOS = (("cluster", "dense"), ("cluster", "token"), ("dense", "ddp"), ("dense", "fsdp2"))
 
 
 def run(config: BenchConfig) -> Report:
@@ -65,7 +70,9 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     count = config.bench.rounds + config.bench.warmup_rounds
     steps = {name: stepper(state, count) for name, state in states.items()}
     for suffix in ("", "_bf16"):
-        steps[f"ddp{suffix}"] = ddp_stepper(states[f"dense{suffix}"], count)
+        for baseline in BASELINES:
+            state = states[f"dense{suffix}"]
+            steps[f"{baseline}{suffix}"] = baseline_stepper(state, count, baseline)
     times = interleave(steps, rounds=config.bench.rounds, warmup=config.bench.warmup_rounds)
     return {"times": times, "figures": figures}
 
@@ -86,21 +93,17 @@ def stepper(state: TrainState, count: int) -> Callable[[], None]:
     return step
 
 
-def ddp_stepper(state: TrainState, count: int) -> Callable[[], None]:
-    """Return a function that takes a step of the same dense model under torch's DDP.
+def baseline_stepper(state: TrainState, count: int, baseline: Baseline) -> Callable[[], None]:
+    """Return a function that takes a step of the same dense model under torch's DDP or FSDP2.
 
     The model, its start, optimiser groups and batches are those of the dense `state`; the gradient
-    travels in the type that DDP has by default, or in bf16 by torch's own hook.
+    travels in the type that each has by default, or in bf16 by its own means.
     """
     device, config = state.engine.device, state.job.config
     model = MaskedAutoencoder(config).to(device)
     model.load_state_dict(state.model.state_dict())
     model.train()
-    wrapped = DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
-    )
-    if config.parallel.reduce_dtype == "bf16":
-        wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    wrapped = (_ddp if baseline == "ddp" else _fsdp2)(model, config, device)
     groups = parameter_groups(model, config.moce, config.gate, config.moe)
     optimizer = torch.optim.AdamW(groups, lr=config.moce.lr, betas=config.moce.betas, fused=True)
     batches = iter(synthetic_batches(state, count))
@@ -116,6 +119,26 @@ def ddp_stepper(state: TrainState, count: int) -> Callable[[], None]:
         dist.barrier()
 
     return step
+
+
+def _ddp(model: MaskedAutoencoder, config: BenchConfig, device: torch.device) -> nn.Module:
+    wrapped = DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+    )
+    if config.parallel.reduce_dtype == "bf16":
+        wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
+    return wrapped
+
+
+def _fsdp2(model: MaskedAutoencoder, config: BenchConfig, device: torch.device) -> nn.Module:
+    # precision is the model's own autocast, as in all variants
+    reduced = torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else None
+    policy = MixedPrecisionPolicy(reduce_dtype=reduced)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for block in [*model.blocks, *model.decoder_blocks]:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def exchange_figures(state: TrainState) -> dict[str, float]:

@@ -76,7 +76,7 @@ def synthetic_state(config: BenchConfig, device: torch.device) -> TrainState:
     if (gate := state.model.gate) is not None:
         train_gate(gate, config)
         state.router.regroup(gate, state.step)
-        state.router.refresh(gate, state.step)
+        state.router.decide(gate, state.step)
         state.router.replan()
     return state
 

@@ -309,6 +309,11 @@ class ParallelConfig(Section):
     """A rank in one step for so long, and for ten times the median, is restarted, seconds."""
 
     @property
+    def patience_s(self) -> float:
+        """Time in which ranks wait for each other; one of them verifies checkpoints alone."""
+        return max(3600.0, self.start_timeout_s)
+
+    @property
     def fewest_workers(self) -> int:
         """Fewest ranks that a stage is trained on."""
         return self.num_workers if self.min_workers is None else self.min_workers

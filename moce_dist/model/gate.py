@@ -111,10 +111,13 @@ class Gate(nn.Module):
 
 
 def logits(weight: Tensor, cluster_embedding: Tensor) -> Tensor:
-    """Map gate weights (L, E, D) and cluster embeddings (K, D) to logits (L, K, E), float32."""
+    """Map gate weights (L, E, D) and cluster embeddings (K, D) to logits (L, K, E), float32.
+
+    Weights of one layer (E, D) give its logits (K, E).
+    """
     # autocast would round what decides the routing
     with torch.autocast(weight.device.type, enabled=False):
-        return torch.einsum("led,kd->lke", weight.float(), cluster_embedding.float())
+        return torch.einsum("...ed,kd->...ke", weight.float(), cluster_embedding.float())
 
 
 def probabilities(weight: Tensor, cluster_embedding: Tensor) -> Tensor:
@@ -143,27 +146,41 @@ class NoiseSchedule:
     relative_std: float
     steps: int
 
+    def level(self, step: int) -> float:
+        """Return the standard deviation of a step's noise over the spread of the logits."""
+        return self.relative_std * max(0.0, 1 - step / self.steps) if self.steps else 0.0
+
+    def layer(self, step: int, layer: int, shape: tuple[int, int]) -> Tensor | None:
+        """Draw the noise of a layer in a step, (K, E), keyed by (seed, layer, step, cluster).
+
+        None where there is none any more.
+        """
+        if (level := self.level(step)) == 0:
+            return None
+        draws = np.random.Generator(np.random.Philox(key=self.seed, counter=[layer, step, 0, 0]))
+        return torch.from_numpy(draws.standard_normal(shape, np.float32) * np.float32(level))
+
     def sample(self, step: int, shape: tuple[int, int, int]) -> Tensor:
-        """Draw the noise of a step, (L, K, E), keyed by (seed, layer, step, cluster)."""
-        level = self.relative_std * max(0.0, 1 - step / self.steps) if self.steps else 0.0
-        if level == 0:
-            return torch.zeros(shape)
-        num_layers, num_clusters, num_experts = shape
-        noise = np.empty(shape, np.float32)
-        for layer in range(num_layers):
-            draws = np.random.Generator(
-                np.random.Philox(key=self.seed, counter=[layer, step, 0, 0])
-            )
-            noise[layer] = draws.standard_normal((num_clusters, num_experts), np.float32)
-        return torch.from_numpy(noise * level)
+        """Draw the noise of all layers in a step, (L, K, E)."""
+        layers = [self.layer(step, layer, shape[1:]) for layer in range(shape[0])]
+        return torch.stack([torch.zeros(shape[1:]) if n is None else n for n in layers])
+
+
+def noisy_layer(scores: Tensor, noise: Tensor | None) -> NDArray[np.float32]:
+    """Add noise (K, E), in units of the spread of the layer's logits, to its logits (K, E)."""
+    scores = scores.detach().float().cpu()
+    if noise is not None:
+        scores = torch.addcmul(scores, noise, scores.std(correction=0))
+    return scores.numpy()
 
 
 def noisy_scores(gate_logits: Tensor, noise: Tensor | None) -> NDArray[np.float64]:
     """Add noise (L, K, E), in units of the spread of a layer's logits, to logits (L, K, E)."""
-    scores = gate_logits.detach().float().cpu()
-    if noise is not None:
-        scores = scores + noise * scores.std(dim=(1, 2), correction=0, keepdim=True)
-    return scores.double().numpy()
+    layers = [
+        noisy_layer(scores, None if noise is None else noise[layer])
+        for layer, scores in enumerate(gate_logits)
+    ]
+    return np.stack(layers).astype(np.float64)
 
 
 def routing_table(
@@ -179,18 +196,31 @@ def routing_table(
     `noise` (L, K, E) is in units of the spread (standard deviation) of a layer's logits. With
     `groups: shared` clusters keep `cluster_group` (K,), or choose one now where that is undecided.
     """
-    table = noisy_scores(gate_logits, noise)
+    scores, groups = noisy_scores(gate_logits, noise), None
     if gate.groups == "shared":
-        groups = shared_groups(table, num_groups)
+        groups = shared_groups(scores, num_groups)
         if cluster_group is not None and bool((cluster_group >= 0).all()):
             groups = cluster_group.cpu().numpy()
-        num_experts = table.shape[2]
+    return np.stack([layer_table(layer, gate, groups, num_groups) for layer in scores])
+
+
+def layer_table(
+    scores: NDArray[np.floating],
+    gate: GateConfig,
+    groups: NDArray[np.int64] | None,
+    num_groups: int,
+) -> NDArray[np.int64]:
+    """Decide the expert of every cluster in one layer, (K,), from noisy scores (K, E).
+
+    `groups` (K,) are the clusters' expert groups, None where they choose among all experts.
+    """
+    if groups is not None:
+        num_experts = scores.shape[1]
         group_of_expert = np.arange(num_experts) // (num_experts // num_groups)
-        foreign = groups[:, None] != group_of_expert[None, :]
-        table = np.where(foreign[None], _FORBIDDEN, table)
+        scores = np.where(groups[:, None] != group_of_expert, _FORBIDDEN, scores)
     if gate.assign in ("balanced", "fixed"):
-        return np.stack([_balanced(layer) for layer in table])
-    return table.argmax(axis=2)
+        return _balanced(scores.astype(np.float64))
+    return scores.argmax(axis=1)
 
 
 def _balanced(scores: NDArray[np.float64]) -> NDArray[np.int64]:

@@ -259,18 +259,16 @@ def intervals(state: TrainState, stream: BatchStream, clock: Clock) -> Generator
     while state.step < state.total_steps:
         begin = state.step
         if gate is not None:
-            is_planning = begin % interval == 0
-            if is_planning:
+            if router.is_planning(begin):
                 router.regroup(gate, begin)
-            router.refresh(gate, begin)
-            if is_planning:
+                router.decide(gate, begin)
                 replan(state)
             if state.rank == 0:
                 router.begin_interval(gate, state.job.folder, begin)
         end = state.total_steps if gate is None else (begin // interval + 1) * interval
         stream.extend(router.placement.readers, min(end, state.total_steps))
         while (batch := timed_next(stream, clock)) is not None:
-            if gate is not None and state.step > begin:
+            if gate is not None:
                 router.refresh(gate, state.step)
             yield batch
         if gate is not None and state.rank == 0:
@@ -357,7 +355,7 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
         return None
     plan = Plan(table, state.plan.batch_size, state.job.config.seed)
     if state.model.gate is not None:
-        state.router.refresh(state.model.gate, state.total_steps, force=True)
+        state.router.decide(state.model.gate, state.total_steps)
     device, steps = state.engine.device, plan.steps_per_epoch
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     spec = replace(state.stream_spec(plan), stage=f"{state.job.name}-holdout")

@@ -1,7 +1,7 @@
 """Routing and placement over a run: one table per step, one plan per interval.
 
-The table is made on rank 0's host from the float32 gate weights and broadcast; it is the step's
-only synchronisation besides the gradients. The placement follows the table at intervals by
+The table is made on rank 0's host from the float32 gate weights and sent to all, a step ahead
+(tables.py); where a plan is made of it, at once. The placement follows the table at intervals by
 changing which group reads which cluster; experts move (migrate.py) only when the images that this
 saves until the next plan weigh more than the experts do.
 
@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moce_dist.config import Config
 from moce_dist.cost.sizes import TRANSFERS, expert_bytes, image_bytes
@@ -28,7 +27,6 @@ from moce_dist.model.gate import (
     certainty,
     logits,
     noisy_scores,
-    routing_table,
     runner_up,
     shared_groups,
 )
@@ -42,6 +40,7 @@ from moce_dist.parallel.placement import (
     predict_traffic,
 )
 from moce_dist.run.files import write_atomic
+from moce_dist.train.tables import TableMaker
 
 Ints = NDArray[np.int64]
 
@@ -88,7 +87,7 @@ class Router:
         self.placement = self.contiguous
         self._is_planned = False
         self._experts_moved = 0
-        self._embedding: tuple[int, Tensor] | None = None
+        self._maker = TableMaker(config, self._noise, clusters, topology.num_groups)
         self._interval: Interval | None = None
 
     @property
@@ -104,43 +103,43 @@ class Router:
         """
         if self._config.gate.groups != "shared":
             return
-        groups = shared_groups(noisy_scores(*self._scores(gate, step)), self._topology.num_groups)
+        groups = np.empty(len(self._sizes), np.int64)
+        if dist.get_rank() == 0:
+            host = self._maker.on_host(gate)
+            host.wait()
+            scores = logits(host.weight, host.cluster_embedding)
+            noise = self._noise.sample(step, (scores.shape[0], scores.shape[1], scores.shape[2]))
+            groups = shared_groups(noisy_scores(scores, noise), self._topology.num_groups)
         shared = torch.from_numpy(groups).to(gate.weight.device)
         dist.broadcast(shared, 0)
         gate.cluster_group.copy_(shared)
 
-    def _scores(self, gate: Gate, step: int) -> tuple[Tensor, Tensor]:
-        # float32 on the host: the routing must not depend on the kernels of a device
-        version = gate.cluster_embedding._version
-        if self._embedding is None or self._embedding[0] != version:
-            self._embedding = version, gate.cluster_embedding.cpu()
-        scores = logits(gate.weight.detach().cpu(), self._embedding[1])
-        shape = (scores.shape[0], scores.shape[1], scores.shape[2])
-        return scores, self._noise.sample(step, shape)
+    def is_planning(self, step: int) -> bool:
+        """Tell whether an interval, and so a plan, begins at `step`."""
+        return step % self._config.parallel.replan_steps == 0
 
-    def compute_table(self, gate: Gate, step: int) -> Ints:
-        """Compute a step's table (L, K) from the gate's weights; with noise early in training."""
-        scores, noise = self._scores(gate, step)
-        return routing_table(
-            scores,
-            self._config.gate,
-            noise=noise,
-            num_groups=self._topology.num_groups,
-            cluster_group=gate.cluster_group,
-        )
+    def decide(self, gate: Gate, step: int) -> None:
+        """Make the table of `step` from the gate's weights as they are; collective over all ranks.
 
-    def refresh(self, gate: Gate, step: int, *, force: bool = False) -> None:
-        """Make the table of `step` when it is due; collective over all ranks."""
-        is_due = force or step % self._config.gate.refresh_steps == 0 or not self._is_planned
-        if not is_due:
-            return
-        # one rank computes: with many clusters and experts it takes longer than the broadcast
-        is_first = dist.get_rank() == 0
-        table = self.compute_table(gate, step) if is_first else np.empty_like(self.table)
-        shared = torch.from_numpy(table).to(gate.weight.device)
-        dist.broadcast(shared, 0)
-        # who made it need not wait for it
-        self.table = table if is_first else shared.cpu().numpy()
+        At a run's start, for a plan, and after the last step; every other step's is begun before.
+        """
+        self._maker.begin(gate, step)
+        self._take()
+
+    def refresh(self, gate: Gate, step: int) -> None:
+        """Take the table of `step`, and begin that of the next one where it is due.
+
+        Collective over all ranks; waits for nothing, unless the table was not made in time.
+        """
+        self._take()
+        following = step + 1
+        is_due = following % self._config.gate.refresh_steps == 0
+        if is_due and following < self._total_steps and not self.is_planning(following):
+            self._maker.begin(gate, following)
+
+    def _take(self) -> None:
+        if self._maker.is_pending:
+            self.table = self._maker.take()
 
     def replan(self, step: int = 0) -> None:
         """Plan readers and experts from the current table, for the interval that begins at `step`.
@@ -181,7 +180,11 @@ class Router:
         return images * self._sizes.sum() / (steps * self._config.moce.batch_size)
 
     def save(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold to go on with the same table and placement."""
+        """Return what a checkpoint must hold to go on with the coming step's table, and placement.
+
+        Collective over all ranks.
+        """
+        self._take()
         return {"routing": self.table.tolist(), "placement": json.loads(self.placement.to_json())}
 
     def restore(self, position: dict[str, Any]) -> None:

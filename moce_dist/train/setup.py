@@ -47,7 +47,6 @@ from moce_dist.train.routing import Router
 from moce_dist.train.saver import Saver
 
 log = logging.getLogger(__name__)
-_PATIENCE_S = 3600
 
 
 @dataclass
@@ -148,9 +147,7 @@ def build_state(job: StageJob) -> TrainState:
     """Build model, groups and engine, load the newest checkpoint; collective over all ranks."""
     torch.set_num_threads(job.config.parallel.threads_per_worker)
     device = worker_device(job.config)
-    # rank 0 verifies checkpoints alone, and hashing terabytes takes its time
-    patience_s = max(_PATIENCE_S, job.config.parallel.start_timeout_s)
-    init_distributed(device, timedelta(seconds=patience_s))
+    init_distributed(device, timedelta(seconds=job.config.parallel.patience_s))
     # every rank makes the same plan from the same index: nothing about the data is sent around
     plan = job.plan()
     # chosen before the model is built: where the experts live stands in the checkpoint
@@ -222,7 +219,7 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
                 raise ConfigError(f"{checkpoint}: has no gate to go on from")
             gate.weight.data.copy_(weight)
         router.regroup(gate, 0)
-        router.refresh(gate, 0)
+        router.decide(gate, 0)
         router.replan()
     state.naming = Naming(job.config.moe_layers, router.experts, state.topology.place(state.rank))
     if start is not None and manifest is not None:

@@ -583,3 +583,24 @@ def operators(run, overrides, placement="planned", planted=False):
         state.step += 1
     state.engine.destroy()
     return counter.count
+
+
+def tables_and_weights(run, overrides):
+    """Run the real loop; of every step the gate's weights before it, and the table that it used."""
+    init_distributed(torch.device("cpu"))
+    step, seen = loop.train_step, []
+
+    def watched(state, batch):
+        gate = state.model.gate
+        kept = gate.weight.detach().clone(), gate.cluster_group.clone(), state.router.table.copy()
+        seen.append((*kept, gate.cluster_embedding.clone()))
+        return step(state, batch)
+
+    loop.train_step = watched
+    try:
+        loop.pretrain(make_job(run, overrides))
+    finally:
+        loop.train_step = step
+    return [
+        [value if isinstance(value, np.ndarray) else value.numpy() for value in e] for e in seen
+    ]

@@ -5,9 +5,9 @@ OPTIONS = [
     "parallel.replan_steps=1000",
 ]  # fmt: skip
 ON_THE_HOST = {
-    # clusters and their counts come of the plan, logits are computed on the host
+    # clusters and their counts come of the plan, routing tables from other hosts
     "train/loop.py:train_step", "train/loop.py:forward", "train/outcome.py:planned",
-    "parallel/exchange.py:__init__", "model/gate.py:noisy_scores",
+    "parallel/exchange.py:__init__",
     # a loader's work, without processes of its own
     "data/resize.py:resize",
 }  # fmt: skip
@@ -24,12 +24,12 @@ def test_a_dense_step_waits_once_for_the_step_before(pools, own_run):
     assert waits(pools, own_run, "moe.kind=dense") == {"train/outcome.py:read": 1}
 
 
-def test_a_step_with_experts_waits_for_its_routing_table_besides(pools, own_run):
-    # the table is read first, behind all of the step before: then that one's figures are there
-    assert waits(pools, own_run) == {"train/routing.py:_scores": 1, "train/outcome.py:read": 1}
+def test_a_step_with_experts_waits_for_nothing_more(pools, own_run):
+    # the routing table was made beside the step before
+    assert waits(pools, own_run) == {"train/outcome.py:read": 1}
 
 
 def test_planted_look_at_a_value_is_counted(pools, own_run):
     found = waits(pools, own_run, planted="norm")
-    assert found.pop("train/routing.py:_scores") == found.pop("train/outcome.py:read") == 1
+    assert found.pop("train/outcome.py:read") == 1
     assert sum(found.values()) == 1

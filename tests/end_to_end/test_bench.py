@@ -35,11 +35,11 @@ def bench(name, *overrides):
 
 def test_step_prints_all_variants_and_moves_nothing():
     document = bench("step")
-    kinds = {"dense", "cluster", "token", "ddp"}
+    kinds = {"dense", "cluster", "token", "ddp", "fsdp2"}
     assert document["variants"].keys() == kinds | {f"{kind}_bf16" for kind in kinds}
     assert document["ratios"].keys() == {
         "cluster/dense", "cluster/token", "cluster_bf16/dense_bf16", "cluster_bf16/token_bf16",
-        "dense/ddp", "dense_bf16/ddp_bf16",
+        "dense/ddp", "dense_bf16/ddp_bf16", "dense/fsdp2", "dense_bf16/fsdp2_bf16",
     }  # fmt: skip
     medians = {name: result["median"] for name, result in document["variants"].items()}
     assert document["ratios"]["cluster/dense"] == pytest.approx(
@@ -63,8 +63,9 @@ def test_step_counts_what_travels_when_groups_are_free():
 )
 def test_exchange_slows_the_link_of_two_hosts_and_leaves_none():
     document = bench("exchange")
-    assert document["variants"].keys() == {"dense", "cluster", "token", "ddp"}
-    assert document["ratios"].keys() == {"token/cluster", "cluster/dense", "dense/ddp"}
+    assert document["variants"].keys() == {"dense", "cluster", "token", "ddp", "fsdp2"}
+    ratios = {"token/cluster", "cluster/dense", "dense/ddp", "dense/fsdp2"}
+    assert document["ratios"].keys() == ratios
     assert document["figures"]["link_mbit"] > 0
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)
     assert "moce-" not in left.stdout

@@ -1,0 +1,107 @@
+"""What the routing table of a step costs the host: made at once, and made beside the step before.
+
+Two ranks have a gate and no model. `at_once` is the readable reference: noise, logits and argmax of
+all layers on the training thread of rank 0, and a broadcast. `first_rank` and `other_rank` are what
+a step waits for when its table was begun a step before; in place of the step itself the training
+thread sleeps, as it does while a GPU computes, and the gate's weights change. Every table is
+compared with the reference's.
+
+A step shorter than the figure `made_s` would wait for its table; `made_cpu_s` is the processor time
+in it, which as many threads share as there are layers and cores.
+
+Letters: L MoE layers, K clusters, E experts per layer.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from benches.harness import Report, run_ranks
+from benches.settings import BenchConfig
+from benches.synthetic import synthetic_centroids
+from moce_dist.model.gate import Gate, NoiseSchedule, logits, routing_table
+from moce_dist.parallel.groups import Topology
+from moce_dist.train.routing import Router
+
+_IMAGES_PER_CLUSTER = 313
+_TOTAL_STEPS = 10_000
+_STEP_OVER_MAKING = 4
+
+
+def run(config: BenchConfig) -> Report:
+    """Measure on `parallel.num_workers` ranks without Ray."""
+    result = run_ranks("routing:measure", config)
+    report = Report("routing", config).add_variants(result["times"])
+    report.add_ratio("first_rank", "at_once").add_ratio("other_rank", "at_once")
+    report.figures = result["figures"]
+    return report
+
+
+def measure(config: BenchConfig) -> dict[str, Any]:
+    """Time tables on this rank; collective over all ranks."""
+    gate = Gate(len(config.moe_layers), config.moe.num_experts, synthetic_centroids(config))
+    sizes = np.full(config.cluster.num_clusters, _IMAGES_PER_CLUSTER)
+    topology = Topology(dist.get_world_size(), config.parallel.num_groups)
+    router = Router(config, topology, sizes, total_steps=_TOTAL_STEPS)
+    noise = NoiseSchedule(
+        config.seed, config.gate.noise, int(_TOTAL_STEPS * config.gate.noise_fraction)
+    )
+    rounds, warmup = config.bench.rounds, config.bench.warmup_rounds
+    made = [_timed(lambda: router.decide(gate, 1)) for _ in range(warmup + rounds)][warmup:]
+    pause = _STEP_OVER_MAKING * max(seconds for seconds, _ in made)
+    at_once, beside, thread = [], [], []
+    expected = router.table
+    for step in range(1, 1 + warmup + rounds):
+        before, begin_thread = gate.weight.detach().clone(), time.thread_time()
+        seconds, _ = _timed(lambda s=step: router.refresh(gate, s))
+        beside.append(seconds)
+        thread.append(time.thread_time() - begin_thread)
+        assert (router.table == expected).all(), "the table is the reference's"
+        # the step: the training thread waits for a device
+        time.sleep(pause)
+        gate.weight.data += 0.01 * torch.randn(gate.weight.shape)
+        dist.broadcast(gate.weight.data, 0)
+        seconds, table = _timed(lambda b=before, s=step: _reference(config, gate, noise, b, s + 1))
+        at_once.append(seconds)
+        expected = table.numpy()
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, (beside[warmup:], thread[warmup:]))
+    return {
+        "times": {
+            "at_once": at_once[warmup:],
+            "first_rank": ranks[0][0],
+            "other_rank": ranks[1][0],
+        },
+        "figures": {
+            # beside the clock's, which other processes of a shared machine lengthen
+            "first_rank_cpu_ms": 1000 * statistics.median(ranks[0][1]),
+            "other_rank_cpu_ms": 1000 * statistics.median(ranks[1][1]),
+            "made_s": statistics.median(seconds for seconds, _ in made),
+            "made_cpu_s": min(cpu for _, cpu in made),
+        },
+    }
+
+
+def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    begin, cpu = time.perf_counter(), time.process_time()
+    result = work()
+    seconds = time.perf_counter() - begin
+    return seconds, time.process_time() - cpu if result is None else result
+
+
+def _reference(
+    config: BenchConfig, gate: Gate, noise: NoiseSchedule, weight: torch.Tensor, step: int
+) -> torch.Tensor:
+    # (L, K), made by rank 0 and sent to all
+    table = torch.empty((weight.shape[0], config.cluster.num_clusters), dtype=torch.int64)
+    if dist.get_rank() == 0:
+        scores = logits(weight, gate.cluster_embedding)
+        drawn = noise.sample(step, (scores.shape[0], scores.shape[1], scores.shape[2]))
+        table = torch.from_numpy(routing_table(scores, config.gate, noise=drawn))
+    dist.broadcast(table, 0)
+    return table

@@ -1,0 +1,167 @@
+"""Routing tables are made beside the steps: on rank 0's host, while the step before is computed.
+
+A table for step s follows from the gate's weights before step s - 1, which are there when that step
+is launched. So neither the device nor the training thread of any rank waits for a table:
+
+    training thread, all ranks    take 4, begin 5   launch step 4   take 5, begin 6   launch step 5
+    threads of rank 0                              noise, logits, argmax of 5; send
+
+The logits are computed in float32 on the host, whatever the device, as routing must not depend on a
+device's kernels; every layer is a piece of work of its own. What is sent goes from host to host, in
+a process group of its own, so no other collective waits for it.
+
+Letters: L MoE layers, K clusters, E experts per layer, D width.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from moce_dist.config import Config
+from moce_dist.model.gate import Gate, NoiseSchedule, layer_table, logits, noisy_layer
+
+Ints = NDArray[np.int64]
+_SCORES_OF_A_THREAD = 2**18
+
+
+@dataclass(frozen=True)
+class _Channel:
+    """How rank 0 makes tables and sends them; one for the life of a process group."""
+
+    group: dist.ProcessGroup | None
+    """None where there is nobody to send to."""
+    sender: ThreadPoolExecutor
+    """One thread: tables leave in the order in which they were begun."""
+    layers: ThreadPoolExecutor
+
+
+@functools.cache
+def _channel(_: dist.ProcessGroup | None, timeout_s: float) -> _Channel:
+    # groups and threads outlive a stage: several stages of a process share them
+    group: Any = None
+    if dist.get_world_size() > 1:
+        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    cores = len(os.sched_getaffinity(0))
+    return _Channel(group, ThreadPoolExecutor(1), ThreadPoolExecutor(cores))
+
+
+@dataclass(frozen=True)
+class GateOnHost:
+    """A gate as it is before a step, on its way to the host."""
+
+    weight: Tensor
+    """(L, E, D) float32."""
+    cluster_embedding: Tensor
+    """(K, D)."""
+    groups: Ints | None
+    """(K,) expert groups of the clusters where they keep one."""
+    arrival: Any = None
+
+    def wait(self) -> None:
+        """Wait until the weights are there."""
+        if self.arrival is not None:
+            self.arrival.synchronize()
+
+
+class TableMaker:
+    """Makes routing tables and sends them; `begin` and `take` are collective over all ranks."""
+
+    def __init__(
+        self, config: Config, noise: NoiseSchedule, num_clusters: int, num_groups: int
+    ) -> None:
+        self._config, self._noise, self._num_groups = config, noise, num_groups
+        self._shape = len(config.moe_layers), num_clusters
+        self._constant: dict[str, tuple[int, Tensor]] = {}
+        self._coming: Callable[[], Ints] | None = None
+
+    @property
+    def is_pending(self) -> bool:
+        """A table was begun and not taken yet."""
+        return self._coming is not None
+
+    def begin(self, gate: Gate, step: int) -> None:
+        """Have the table of `step` made from the gate's weights as they are now; waits for nothing.
+
+        A table that was begun before and not taken is dropped.
+        """
+        if self._coming is not None:
+            self.take()
+        channel = _channel(dist.group.WORLD, self._config.parallel.patience_s)
+        if dist.get_rank() == 0:
+            making = channel.sender.submit(self._send, self.on_host(gate), step, channel)
+            self._coming = functools.partial(_result, making)
+            return
+        # int32, the smallest type of integers that is sent and holds any expert's number
+        table = torch.empty(self._shape, dtype=torch.int32)
+        work = dist.broadcast(table, 0, group=channel.group, async_op=True)
+        self._coming = functools.partial(_arrived, work, table)
+
+    def take(self) -> Ints:
+        """Return the table (L, K) that was begun; waits only where it was not made in time."""
+        assert self._coming is not None, "a table was begun"
+        table, self._coming = self._coming(), None
+        return table
+
+    def on_host(self, gate: Gate) -> GateOnHost:
+        """Begin to copy the weights to the host; what does not change is copied once."""
+        weight = gate.weight.detach()
+        host = torch.empty(weight.shape, pin_memory=weight.is_cuda)
+        host.copy_(weight, non_blocking=True)
+        arrival = None
+        if weight.is_cuda:
+            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrival.record()
+        is_shared = self._config.gate.groups == "shared"
+        return GateOnHost(
+            host,
+            self._kept("embedding", gate.cluster_embedding),
+            self._kept("groups", gate.cluster_group).numpy() if is_shared else None,
+            arrival,
+        )
+
+    def _kept(self, name: str, tensor: Tensor) -> Tensor:
+        if name not in self._constant or self._constant[name][0] != tensor._version:
+            self._constant[name] = tensor._version, tensor.to("cpu", copy=True)
+        return self._constant[name][1]
+
+    def _send(self, gate: GateOnHost, step: int, channel: _Channel) -> Ints:
+        table = self.compute(gate, step, channel.layers)
+        if channel.group is not None:
+            # whoever made it need not wait until it has arrived
+            dist.broadcast(torch.from_numpy(table).int(), 0, group=channel.group, async_op=True)
+        return table
+
+    def compute(self, gate: GateOnHost, step: int, pool: ThreadPoolExecutor | None = None) -> Ints:
+        """Compute the table (L, K) of `step`, its layers side by side where that pays."""
+        gate.wait()
+        num_layers, num_clusters = self._shape
+        work = functools.partial(self._layer, gate, step)
+        is_small = num_layers * num_clusters * gate.weight.shape[1] < _SCORES_OF_A_THREAD
+        mapped = map if pool is None or is_small else pool.map
+        return np.stack(list(mapped(work, range(num_layers))))
+
+    def _layer(self, gate: GateOnHost, step: int, layer: int) -> Ints:
+        scores = logits(gate.weight[layer], gate.cluster_embedding)
+        noise = self._noise.layer(step, layer, (scores.shape[0], scores.shape[1]))
+        return layer_table(
+            noisy_layer(scores, noise), self._config.gate, gate.groups, self._num_groups
+        )
+
+
+def _result(making: Future[Ints]) -> Ints:
+    return making.result()
+
+
+def _arrived(work: Any, table: Tensor) -> Ints:
+    work.wait()
+    return table.numpy().astype(np.int64)

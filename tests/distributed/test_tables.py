@@ -1,0 +1,66 @@
+"""Routing tables that are made beside the steps are those of the readable reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from moce_dist.model.gate import NoiseSchedule, logits, routing_table
+
+REPLAN = 5
+FAST = ["moce.base_lr=0.5", "gate.lr_scale=10", "gate.noise_fraction=0.3", "logging.every_steps=7"]
+
+
+def tables(pools, run, ranks, *more):
+    overrides = [f"parallel.num_workers={ranks}", f"parallel.replan_steps={REPLAN}", *FAST, *more]
+    results = pools(ranks).run("tables_and_weights", run=str(run), overrides=overrides)
+    for other in results[1:]:
+        for (*_, mine, _), (*_, theirs, _) in zip(results[0], other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    return results[0]
+
+
+def reference(cases, seen, step, made_from, *more):
+    """The table of `step` from the weights before step `made_from`."""
+    config = cases.tiny_config([*FAST, *more])
+    weight, groups, _, embedding = (torch.from_numpy(value) for value in seen[made_from])
+    steps = int(len(seen) * config.gate.noise_fraction)
+    scores = logits(weight, embedding)
+    return routing_table(
+        scores,
+        config.gate,
+        noise=NoiseSchedule(config.seed, config.gate.noise, steps).sample(step, scores.shape),
+        num_groups=2,
+        cluster_group=groups if config.gate.groups == "shared" else None,
+    )
+
+
+def differing(cases, seen, lag, *more):
+    """Steps whose table is not that of the weights `lag` steps before; plans take the newest."""
+    steps = [step for step in range(len(seen)) if step % REPLAN]
+    at_plans = [step for step in range(len(seen)) if not step % REPLAN]
+    for step in at_plans:
+        np.testing.assert_array_equal(seen[step][2], reference(cases, seen, step, step, *more))
+    return [s for s in steps if (seen[s][2] != reference(cases, seen, s, s - lag, *more)).any()]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    "option", ["gate.groups=free", "gate.groups=shared", "gate.assign=balanced"]
+)
+def test_a_table_follows_from_the_weights_of_the_step_before(pools, cases, own_run, ranks, option):
+    seen = tables(pools, own_run, ranks, option)
+    assert len(seen) == 22
+    assert differing(cases, seen, 1, option) == []
+
+
+def test_planted_other_weights_are_noticed(pools, cases, own_run):
+    seen = tables(pools, own_run, 1)
+    assert differing(cases, seen, 0)
+
+
+def test_tables_stay_between_refreshes(pools, cases, own_run):
+    seen = tables(pools, own_run, 2, "gate.refresh_steps=3")
+    for step in range(1, len(seen)):
+        if step % 3 and step % REPLAN:
+            np.testing.assert_array_equal(seen[step][2], seen[step - 1][2])
+    assert (seen[3][2] == reference(cases, seen, 3, 2)).all()
