@@ -12,7 +12,7 @@ Needs root and iproute2; elsewhere the benchmark names what it could not measure
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -152,7 +152,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     """Time all variants, and the collectives of the token-routed one by themselves."""
     states = {kind: _state(config, kind) for kind in KINDS}
     count = _count(config)
-    steps = {kind: stepper(state, count) for kind, state in states.items()}
+    steps: dict[str, Callable[[], None]] = {k: stepper(s, count) for k, s in states.items()}
     for baseline in BASELINES:
         steps[baseline] = baseline_stepper(states["dense"], count, baseline)
     times = _timed(steps, config)

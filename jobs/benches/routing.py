@@ -52,13 +52,13 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         config.seed, config.gate.noise, int(_TOTAL_STEPS * config.gate.noise_fraction)
     )
     rounds, warmup = config.bench.rounds, config.bench.warmup_rounds
-    made = [_timed(lambda: router.decide(gate, 1)) for _ in range(warmup + rounds)][warmup:]
+    made = [_timed(router.decide, gate, 1) for _ in range(warmup + rounds)][warmup:]
     pause = _STEP_OVER_MAKING * max(seconds for seconds, _ in made)
     at_once, beside, thread = [], [], []
     expected = router.table
     for step in range(1, 1 + warmup + rounds):
         before, begin_thread = gate.weight.detach().clone(), time.thread_time()
-        seconds, _ = _timed(lambda s=step: router.refresh(gate, s))
+        seconds, _ = _timed(router.refresh, gate, step)
         beside.append(seconds)
         thread.append(time.thread_time() - begin_thread)
         assert (router.table == expected).all(), "the table is the reference's"
@@ -66,7 +66,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         time.sleep(pause)
         gate.weight.data += 0.01 * torch.randn(gate.weight.shape)
         dist.broadcast(gate.weight.data, 0)
-        seconds, table = _timed(lambda b=before, s=step: _reference(config, gate, noise, b, s + 1))
+        seconds, table = _timed(_reference, config, gate, noise, before, step + 1)
         at_once.append(seconds)
         expected = table.numpy()
     ranks: list[Any] = [None] * dist.get_world_size()
@@ -87,9 +87,10 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     }
 
 
-def _timed(work: Callable[[], Any]) -> tuple[float, Any]:
+def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
+    # seconds, and the result; where there is none, the processor time of all threads
     begin, cpu = time.perf_counter(), time.process_time()
-    result = work()
+    result = work(*arguments)
     seconds = time.perf_counter() - begin
     return seconds, time.process_time() - cpu if result is None else result
 

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benches.harness import Report, interleave, run_ranks
 from benches.settings import BenchConfig, make_bench_config
 from benches.synthetic import synthetic_batches, synthetic_state
+from moce_dist.config import Config
 from moce_dist.cost.sizes import training_flop
 from moce_dist.data.images import normalise
 from moce_dist.model.mae import MaskedAutoencoder
@@ -121,7 +122,7 @@ def baseline_stepper(state: TrainState, count: int, baseline: Baseline) -> Calla
     return step
 
 
-def _ddp(model: MaskedAutoencoder, config: BenchConfig, device: torch.device) -> nn.Module:
+def _ddp(model: MaskedAutoencoder, config: Config, device: torch.device) -> nn.Module:
     wrapped = DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
@@ -130,7 +131,7 @@ def _ddp(model: MaskedAutoencoder, config: BenchConfig, device: torch.device) ->
     return wrapped
 
 
-def _fsdp2(model: MaskedAutoencoder, config: BenchConfig, device: torch.device) -> nn.Module:
+def _fsdp2(model: MaskedAutoencoder, config: Config, device: torch.device) -> nn.Module:
     # precision is the model's own autocast, as in all variants
     reduced = torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else None
     policy = MixedPrecisionPolicy(reduce_dtype=reduced)

@@ -245,10 +245,10 @@ def shared_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.in
 def output_scales(p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: str) -> Tensor:
     """Weight of every image's expert output, (L, B): p, or p / stop_gradient(p).
 
-    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64; those of padding are negative
-    and get some cluster's weight.
+    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64; those of padding are -1 and get
+    the last cluster's weight.
     """
-    chosen = p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids.clamp_min(0)]
+    chosen = p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids]
     return chosen if combine == "prob" else chosen / chosen.detach()
 
 

@@ -14,6 +14,8 @@ Letters: B images, N patches, V visible patches, D encoder width, P patch side, 
 Source: He et al. 2022, arXiv 2111.06377, sections 3 and A.1.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from timm.layers import PatchEmbed
@@ -22,7 +24,14 @@ from torch import Tensor, nn
 from moce_dist.config import Config
 from moce_dist.model.gate import Gate
 from moce_dist.model.moce import Dispatcher, MoceBlock
-from moce_dist.model.vit import initialise, layer_norm, make_block, patchify, position_embedding
+from moce_dist.model.vit import (
+    DenseBlock,
+    cast_together,
+    initialise,
+    layer_norm,
+    patchify,
+    position_embedding,
+)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -63,7 +72,7 @@ class MaskedAutoencoder(nn.Module):
         self.patch_embed = PatchEmbed(size, model.patch_size, 3, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", position_embedding(size // model.patch_size, width))
-        self.blocks = nn.ModuleList([make_block(width, heads) for _ in range(depth)])
+        self.blocks = nn.ModuleList([DenseBlock(width, heads) for _ in range(depth)])
         self.norm = layer_norm(width)
 
     def _build_decoder(self) -> None:
@@ -73,7 +82,7 @@ class MaskedAutoencoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("decoder_pos_embed", position_embedding(side, width))
         self.decoder_blocks = nn.ModuleList(
-            [make_block(width, model.decoder_num_heads) for _ in range(model.decoder_depth)]
+            [DenseBlock(width, model.decoder_num_heads) for _ in range(model.decoder_depth)]
         )
         self.decoder_norm = layer_norm(width)
         self.decoder_pred = nn.Linear(width, model.patch_size**2 * 3)
@@ -85,13 +94,18 @@ class MaskedAutoencoder(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
-    def _embed_some(self, patches: Tensor, ids: Tensor) -> Tensor:
+    def _outer_weights(self, x: Tensor) -> tuple[Tensor, ...]:
+        # weight and bias of the patches' embedding, the decoder's embedding and its last layer
+        linears = self.patch_embed.proj, self.decoder_embed, self.decoder_pred
+        plain = tuple(p for linear in linears for p in linear.parameters())
+        return cast_together(x, *linears) or plain
+
+    def _embed_some(self, patches: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # of patches (B, N, P * P * 3) those at ids (B, V) alone are embedded: (B, V, D)
         chosen = patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[2]))
-        projection = self.patch_embed.proj
         # a convolution that does not overlap is a product; channels come last in a patch
-        weight = projection.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(chosen, weight, projection.bias) + self.pos_embed[0, 1:][ids]
+        weight = weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(chosen, weight, bias) + self.pos_embed[0, 1:][ids]
 
     def _with_token(self, x: Tensor) -> Tensor:
         # x (B, V, D) embedded patches; returns (B, 1 + V, D) with the class token first
@@ -100,8 +114,10 @@ class MaskedAutoencoder(nn.Module):
 
     def _encode(self, x: Tensor, dispatcher: Dispatcher | None, scales: Tensor | None) -> Tensor:
         x = self._with_token(x)
+        # one view a layer: all their gradients are put together once
+        by_layer = () if scales is None else scales.unbind()
         for block in self.blocks:
-            x = block(x, dispatcher, scales) if isinstance(block, MoceBlock) else block(x)
+            x = block(x, dispatcher, by_layer) if isinstance(block, MoceBlock) else block(x)
         return self.norm(x)
 
     def random_masking(self, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,9 +127,13 @@ class MaskedAutoencoder(nn.Module):
         ids_shuffle = noise.argsort(dim=1, stable=True)
         return ids_shuffle[:, :num_keep], ids_shuffle.argsort(dim=1)
 
-    def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict all patches (B, N, P * P * 3) from the encoder's output (B, 1 + V, D)."""
-        x = self.decoder_embed(latent)
+    def decode(self, latent: Tensor, ids_restore: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Predict all patches (B, N, P * P * 3) from the encoder's output (B, 1 + V, D).
+
+        `weights` are weight and bias of `decoder_embed` and of `decoder_pred`.
+        """
+        embed_weight, embed_bias, weight, bias = weights
+        x = F.linear(latent, embed_weight, embed_bias)
         batch, num_patches = ids_restore.shape
         hidden = self.mask_token.to(x.dtype).expand(batch, num_patches + 1 - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], hidden], dim=1)
@@ -121,14 +141,14 @@ class MaskedAutoencoder(nn.Module):
         x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_pred(self.decoder_norm(x))[:, 1:]
+        return F.linear(self.decoder_norm(x), weight, bias)[:, 1:]
 
     def target(self, images: Tensor) -> Tensor:
         """Return what is to be predicted, (B, N, P * P * 3), float32."""
         patches = patchify(images, self.config.model.patch_size)
         if not self.config.model.norm_pix_loss:
             return patches
-        mean, variance = patches.mean(dim=2, keepdim=True), patches.var(dim=2, keepdim=True)
+        variance, mean = torch.var_mean(patches, dim=2, keepdim=True)
         return (patches - mean) / (variance + 1e-6) ** 0.5
 
     def predict(
@@ -146,8 +166,10 @@ class MaskedAutoencoder(nn.Module):
         ids_keep, ids_restore = self.random_masking(noise)
         patches = patchify(images, self.config.model.patch_size)
         with self._autocast(images):
-            visible = self._embed_some(patches, ids_keep)
-            prediction = self.decode(self._encode(visible, dispatcher, scales), ids_restore)
+            weight, bias, *decoder = self._outer_weights(images)
+            visible = self._embed_some(patches, ids_keep, weight, bias)
+            latent = self._encode(visible, dispatcher, scales)
+            prediction = self.decode(latent, ids_restore, decoder)
         return prediction.to(images.dtype), ids_restore >= ids_keep.shape[1]
 
     def forward(

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from moce_dist.model.vit import cast_together
+
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
 _GROUPED_CAPABILITY = 9
 """Compute capability (H100, H200) at which torch's grouped product is one kernel."""
@@ -75,12 +77,6 @@ class _StackedLinear(nn.Module):
         for weight in self.weight.data:
             nn.init.xavier_uniform_(weight)
 
-    def grouped(self, x: Tensor, sizes: list[int], ends: Tensor) -> Tensor:
-        """Apply expert e to its `sizes[e]` rows of x (M, in); `ends` (E,) int32 sums the sizes."""
-        y = F.grouped_mm(x, self.weight.to(x.dtype).mT, offs=ends)
-        biases = self.bias.to(x.dtype).unbind()
-        return torch.cat([part + b for part, b in zip(torch.split(y, sizes), biases, strict=True)])
-
 
 def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     return F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2)
@@ -106,12 +102,7 @@ class Experts(nn.Module):
 
     def one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Compute `forward` as a matrix product an expert and layer."""
-        device, stacked = rows.device.type, (self.fc1, self.fc2)
-        parameters: list[Tensor] = [p for linear in stacked for p in (linear.weight, linear.bias)]
-        if torch.is_autocast_enabled(device):
-            # here once a layer; autocast would cast every expert's own
-            dtype = torch.get_autocast_dtype(device)
-            rows, parameters = rows.to(dtype), [p.to(dtype) for p in parameters]
+        rows, parameters = self._cast(rows)
         if len(counts) == 1:
             return _mlp(rows, *(p.squeeze(0) for p in parameters))
         # unbind, not indexing: its backward writes every expert's gradient once into one tensor
@@ -120,13 +111,27 @@ class Experts(nn.Module):
         return torch.cat([_mlp(*stack) for stack in stacks])
 
     def grouped(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Compute `forward` as one grouped matrix product a layer, in the type of `rows`."""
-        tokens = rows.flatten(0, 1)
+        """Compute `forward` as one grouped matrix product a linear layer."""
+        rows, (weight1, bias1, weight2, bias2) = self._cast(rows)
         sizes = [count * rows.shape[1] for count in counts]
         ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ends = ends.to(rows.device, non_blocking=True)
-        hidden = F.gelu(self.fc1.grouped(tokens, sizes, ends))
-        return self.fc2.grouped(hidden, sizes, ends).view(rows.shape)
+
+        def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            parts = torch.split(F.grouped_mm(x, weight.mT, offs=ends), sizes)
+            biases = bias.unbind()
+            return torch.cat([part + b for part, b in zip(parts, biases, strict=True)])
+
+        hidden = F.gelu(product(rows.flatten(0, 1), weight1, bias1))
+        return product(hidden, weight2, bias2).view(rows.shape)
+
+    def _cast(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # once a layer; autocast would cast every expert's own
+        linears = self.fc1, self.fc2
+        parameters = cast_together(rows, *linears)
+        if parameters is None:
+            parameters = tuple(p.to(rows.dtype) for linear in linears for p in linear.parameters())
+        return rows.to(parameters[0].dtype), parameters
 
 
 def is_groupable(rows: Tensor, counts: Sequence[int]) -> bool:
@@ -183,7 +188,7 @@ class MoceBlock(Block):  # type: ignore[misc]
         width = block.norm1.weight.shape[0]
         self.mlp = MoceMlp(num_local_experts, width, shared_units)
 
-    def forward(self, x: Tensor, dispatcher: Dispatcher, scales: Tensor) -> Tensor:
+    def forward(self, x: Tensor, dispatcher: Dispatcher, scales: Sequence[Tensor]) -> Tensor:
         """Transform tokens (B, N, D); `scales` (L, B) weights the experts' outputs."""
         x = x + self.attn(self.norm1(x))
         normed = self.norm2(x)
@@ -191,7 +196,7 @@ class MoceBlock(Block):  # type: ignore[misc]
         # one part after the other: the experts work on one while the next still travels
         outputs = [self.mlp.experts(rows, counts) for rows, counts in parts]
         y = dispatcher.combine(outputs, self.layer)
-        y = y * scales[self.layer, :, None, None].to(y.dtype)
+        y = y * scales[self.layer][:, None, None]
         return x + y if self.mlp.shared is None else x + y + self.mlp.shared(normed)
 
 

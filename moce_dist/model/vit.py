@@ -1,7 +1,8 @@
 """Parts of the vision transformer: position embedding, blocks, initialisation, patches.
 
 Blocks and patch embedding are timm's, under timm's names, so encoder weights load into a timm
-`VisionTransformer` as they are.
+`VisionTransformer` as they are. Where autocast would cast every parameter by itself, those of a
+block are cast in one operation, and so are their gradients: small kernels are what a GPU waits for.
 
 Letters: B images, N patches, D width, P patch side in pixels, S image side in pixels (N = (S /
 P)^2).
@@ -10,10 +11,13 @@ Source: Dosovitskiy et al. 2021, arXiv 2010.11929; He et al. 2022, arXiv 2111.06
 (fixed sine-cosine positions, Xavier initialisation).
 """
 
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
+import torch.nn.functional as F
+from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -37,9 +41,76 @@ def position_embedding(side: int, width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches])[None].float()
 
 
-def make_block(width: int, num_heads: int) -> Block:
-    """Make one transformer block: pre-norm attention and MLP of ratio 4, biases everywhere."""
-    return Block(width, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm)
+class _CastTogether(torch.autograd.Function):
+    """Cast tensors to a type, and their gradients back: one operation each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = tensors[0].dtype
+        return _copied(tensors, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_copied(gradients, ctx.dtype)
+
+
+def _copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    flat = tensors[0].new_empty(sum(t.numel() for t in tensors), dtype=dtype)
+    parts = torch.split(flat, [t.numel() for t in tensors])
+    views = [part.view(t.shape) for part, t in zip(parts, tensors, strict=True)]
+    torch._foreach_copy_(views, list(tensors))
+    return tuple(views)
+
+
+def cast_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
+    """Cast weight and bias of every linear layer to the type that autocast computes in for `x`.
+
+    None where it casts nothing, and while a compiler looks, which fuses casts by itself.
+    """
+    device = x.device.type
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
+        return None
+    parameters = [parameter for linear in linears for parameter in linear.parameters()]
+    return _CastTogether.apply(torch.get_autocast_dtype(device), *parameters)  # type: ignore[no-any-return]
+
+
+class SelfAttention(Attention):  # type: ignore[misc]
+    """timm's attention of a plain ViT."""
+
+    def forward(self, x: Tensor, **masks: Any) -> Tensor:
+        """Transform tokens (B, N, D)."""
+        weights = cast_together(x, self.qkv, self.proj)
+        if weights is None:
+            return super().forward(x, **masks)  # type: ignore[no-any-return]
+        return self.attend(x, weights)
+
+    def attend(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """Transform tokens (B, N, D) by weights and biases of `qkv` and `proj` that are cast."""
+        qkv_weight, qkv_bias, weight, bias = weights
+        heads = F.linear(x, qkv_weight, qkv_bias).view(*x.shape[:2], -1, self.head_dim)
+        # split before transposing: the gradient is then written once, where it belongs
+        qkv = [part.transpose(1, 2) for part in heads.split(self.num_heads, dim=2)]
+        y = F.scaled_dot_product_attention(*qkv)
+        return F.linear(y.transpose(1, 2).reshape(x.shape), weight, bias)
+
+
+class DenseBlock(Block):  # type: ignore[misc]
+    """timm's transformer block of a plain ViT: pre-norm attention and MLP of ratio 4, biases."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__(width, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm)
+        self.attn = SelfAttention(width, num_heads, qkv_bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens (B, N, D)."""
+        attn, mlp = self.attn, self.mlp
+        weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        if weights is None:
+            return super().forward(x)  # type: ignore[no-any-return]
+        *attention, weight1, bias1, weight2, bias2 = weights
+        x = x + attn.attend(self.norm1(x), attention)
+        hidden = F.gelu(F.linear(self.norm2(x), weight1, bias1))
+        return x + F.linear(hidden, weight2, bias2)
 
 
 def initialise(module: nn.Module) -> None:

@@ -243,7 +243,9 @@ class Engine:
         dist.all_reduce(sums)
         # replicas hold equal gradients: their sum counts every expert so many times
         self._norm = (shared + sums[-1] / self.spec.topology.num_replicas).sqrt().float()
-        self._is_spoilt |= ~(self._norm + sums[0]).isfinite()
+        both = self._norm + sums[0]
+        # of what is not finite this is nan, which equals nothing
+        self._is_spoilt |= both - both != 0
         return sums[:-1]
 
     @property
@@ -283,7 +285,11 @@ class Engine:
         ]
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         shared, local = (
-            torch.stack(torch._foreach_norm(part)).double().square().sum() if part else zero
+            torch.linalg.vector_norm(
+                torch.stack(torch._foreach_norm(part)), dtype=zero.dtype
+            ).square()
+            if part
+            else zero
             for part in parts
         )
         return shared, local

@@ -51,9 +51,14 @@ class LayerRoutes:
     """True when any image of the expert-parallel group travels: the same on all its ranks."""
 
     @property
+    def outward(self) -> Ints:
+        """Puts the images in the order [stay, leave]."""
+        return np.concatenate([self.stay, self.leave])
+
+    @property
     def home(self) -> Ints:
         """Puts [stay, leave] back in the order of the images."""
-        return np.argsort(np.concatenate([self.stay, self.leave]))
+        return np.argsort(self.outward)
 
 
 def layer_routes(place: Ints, slot: Ints, own_place: int, num_local_experts: int) -> LayerRoutes:
@@ -114,6 +119,19 @@ class _Journey:
         _, out = self._buffers
         self._work = self._buffers = None
         return out
+
+
+class _Reorder(torch.autograd.Function):
+    """Put rows (n, N, D) in another order; their gradients go back by the opposite one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, opposite: Tensor) -> Tensor:
+        ctx.opposite = opposite
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, ctx.opposite), None, None
 
 
 class _Depart(torch.autograd.Function):
@@ -180,40 +198,41 @@ class ExpertExchange:
             for place, slot in _destinations(clusters.numpy(), routing, experts)
         ]
         self._group = group
-        wanted = [
-            (r.stay, r.leave, r.by_expert, np.argsort(r.by_expert), r.home) for r in self.layers
-        ]
+        wanted = [(r.outward, r.home, r.by_expert, np.argsort(r.by_expert)) for r in self.layers]
         *self._indices, self.along = _to_device([*wanted, along], device)
 
     def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
         """Send images (b, N, D) to their experts; yield those that stay, then those that come."""
         routes = self.layers[layer]
-        stay, leave, by_expert, _, _ = self._indices[layer]
+        outward, home, by_expert, by_arrival = self._indices[layer]
         if torch.is_autocast_enabled(x.device.type):
             # the experts compute in this type anyway; casting first halves what travels
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = _Reorder.apply(x, outward, home)
         if not routes.is_exchanging:
-            yield x.index_select(0, stay), routes.stay_counts
+            yield x, routes.stay_counts
             return
+        staying, leaving = torch.split(x, [len(routes.stay), len(routes.leave)])
         journey = _Journey(routes.send_counts, routes.receive_counts, self._group)
-        travelling = _Depart.apply(x.index_select(0, leave), journey)
-        yield x.index_select(0, stay), routes.stay_counts
+        travelling = _Depart.apply(leaving, journey)
+        yield staying, routes.stay_counts
         arrived = _Arrive.apply(travelling, journey)
-        yield arrived.index_select(0, by_expert), routes.arrived_counts
+        yield _Reorder.apply(arrived, by_expert, by_arrival), routes.arrived_counts
 
     def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
         """Bring the parts' outputs home, (b, N, D) in the order of `dispatch`'s images."""
         routes = self.layers[layer]
-        _, _, _, by_arrival, home = self._indices[layer]
+        outward, home, by_expert, by_arrival = self._indices[layer]
         if not routes.is_exchanging:
-            return outputs[0].index_select(0, home)
+            return _Reorder.apply(outputs[0], home, outward)  # type: ignore[no-any-return]
         stayed, visitors = outputs
         journey = _Journey(routes.receive_counts, routes.send_counts, self._group)
-        travelling = _Depart.apply(visitors.index_select(0, by_arrival), journey)
+        travelling = _Depart.apply(_Reorder.apply(visitors, by_arrival, by_expert), journey)
         # joined even when nothing came back: a rank that left its share of the graph out would not
         # take part in the backward collective, and its peers would wait for ever
         returned = _Arrive.apply(travelling, journey)
-        return torch.cat([stayed, returned]).index_select(0, home)
+        together = torch.cat([stayed, returned])
+        return _Reorder.apply(together, home, outward)  # type: ignore[no-any-return]
 
 
 def _to_device(layers: Sequence[Sequence[Ints]], device: torch.device) -> list[tuple[Tensor, ...]]:

@@ -121,18 +121,18 @@ def train_step(state: TrainState, batch: Batch) -> Outcome:
     micro_batches, is_whole = state.micro_batches, state.engine.spec.parallel.zero_stage == 0
     lr = current_learning_rate(state)
     set_learning_rate(engine.optimizer, lr)
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for micro in range(micro_batches):
         losses, weights, auxiliary_loss, auxiliary = forward(state, batch, micro)
         loss = (losses * weights).sum()
         # the engine averages over ranks and micro-batches; ours is a mean over the step's images
-        engine.backward(loss * state.topology.num_ranks * micro_batches / count + auxiliary_loss)
-        sums += torch.stack([loss.detach(), (weights > 0).sum()])
+        engine.backward(loss * (state.topology.num_ranks * micro_batches / count) + auxiliary_loss)
+        sums[:2].add_(torch.stack([loss.detach(), (weights > 0).sum()]))
         if micro < micro_batches - 1:
             engine.step()
     # who was asked to stop travels along: agreeing on it costs no collective of its own
-    asked = state.pulse(state.job.name, state.step)
-    sums = engine.agree(torch.cat([sums, sums.new_full((1,), float(asked))]))
+    sums[2].fill_(float(state.pulse(state.job.name, state.step)))
+    sums = engine.agree(sums)
     if not is_whole:
         # before the optimiser has seen the gradients; the engine waits for the device anyway
         stop_unless_finite(state, "loss", float(sums[0]), batch.step)
@@ -223,6 +223,7 @@ def forward(
     scales = output_scales(p, table, clusters, config.gate.combine)
     losses = state.engine.forward(normalise(images), noise, exchange, scales)
     # the counts are the global batch's and known from the plan: no communication for these losses
+    counts = counts.to(p.dtype)
     balance, confidence = balance_loss(p, counts), confidence_loss(p, counts)
     total = config.gate.balance_weight * balance + config.gate.confidence_weight * confidence
     return losses, weights, total, torch.stack([balance, confidence]).detach()

@@ -34,7 +34,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split trainable parameters into groups with and without decay, the gate, and the experts.
 
-    Experts have groups of their own where their learning rate or their decay is another.
+    The gate and the experts have groups of their own where their learning rate or their decay is
+    another: every group is a launch of the optimiser's kernels.
     """
     gate_scale = 0.0 if gate.assign == "fixed" else gate.lr_scale
     # towards the mean they are pulled by the loop
@@ -53,7 +54,8 @@ def parameter_groups(
         if parameter.requires_grad:
             kind = "decay" if has_decay(name, parameter) else "no_decay"
             kind = f"experts_{kind}" if are_apart and is_expert(name) else kind
-            groups["gate" if name.startswith("gate.") else kind]["params"].append(parameter)
+            is_apart = name.startswith("gate.") and gate_scale != 1
+            groups["gate" if is_apart else kind]["params"].append(parameter)
     return [group for group in groups.values() if group["params"]]
 
 

@@ -1,7 +1,10 @@
 """What a step launches: with small kernels the host is soon slower than the GPU."""
 
+import pytest
+
 # twelve blocks and eight of the decoder, six of them with experts, as ViT-B has them
-SHAPE = ["model.depth=12", "model.decoder_depth=8", "parallel.precision=fp32"]
+SHAPE = ["model.depth=12", "model.decoder_depth=8"]
+PRECISIONS = ["parallel.precision=fp32", "parallel.precision=bf16"]
 
 
 def count(pools, run, ranks, *more, **arguments):
@@ -9,9 +12,10 @@ def count(pools, run, ranks, *more, **arguments):
     return max(pools(ranks).run("operators", run=str(run), overrides=overrides, **arguments))
 
 
-def test_a_step_launches_few_operators(pools, clustered_run):
-    one_each = ["moe.num_experts=1", "parallel.num_groups=1"]
-    dense = count(pools, clustered_run, 1, "moe.kind=dense")
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_step_launches_few_operators(pools, clustered_run, precision):
+    one_each = [precision, "moe.num_experts=1", "parallel.num_groups=1"]
+    dense = count(pools, clustered_run, 1, precision, "moe.kind=dense")
     experts = count(pools, clustered_run, 1, *one_each)
     assert dense <= 900
     assert experts <= 1000
@@ -25,6 +29,7 @@ def test_planted_work_on_every_parameter_is_counted(pools, clustered_run):
     assert planted > fused + 200
 
 
-def test_the_exchange_adds_few_operators(pools, clustered_run):
-    halves = ["moe.num_experts=2", "parallel.num_groups=2"]
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_exchange_adds_few_operators(pools, clustered_run, precision):
+    halves = [precision, "moe.num_experts=2", "parallel.num_groups=2"]
     assert count(pools, clustered_run, 2, *halves, placement="scrambled") <= 1150

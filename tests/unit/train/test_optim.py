@@ -61,7 +61,7 @@ def test_every_parameter_is_in_one_group_and_the_gate_has_its_own_rate():
 def test_experts_have_a_rate_and_a_decay_of_their_own_where_they_differ():
     model, gate = small_moce(), GateConfig()
     usual = {g["name"] for g in parameter_groups(model, STAGE, gate, MoeConfig())}
-    assert usual == {"decay", "no_decay", "gate"}
+    assert usual == {"decay", "no_decay"}
     for moe, decay, rate in (
         (MoeConfig(lr_scale=3), STAGE.weight_decay, 1.5),
         (MoeConfig(mean_decay=0.1), 0.0, 0.5),
@@ -76,7 +76,7 @@ def test_experts_have_a_rate_and_a_decay_of_their_own_where_they_differ():
         assert by_name["experts_decay"]["weight_decay"] == decay
         assert by_name["experts_no_decay"]["weight_decay"] == 0
         assert {by_name[name]["lr"] for name in ("experts_decay", "experts_no_decay")} == {rate}
-        assert by_name["decay"]["lr"] == by_name["gate"]["lr"] == 0.5
+        assert by_name["decay"]["lr"] == by_name["no_decay"]["lr"] == 0.5
         assert by_name["decay"]["weight_decay"] == STAGE.weight_decay
 
 
