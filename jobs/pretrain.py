@@ -18,7 +18,7 @@ from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, DataConfig, load_config
 from moce_dist.cost import sizes
 from moce_dist.cost.budget import budget_lines
-from moce_dist.data.shards import read_index
+from moce_dist.data.columns import open_shards
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run.artefacts import COMPLETE
 from moce_dist.run.directory import (
@@ -154,7 +154,7 @@ def check_source(data: DataConfig, root: Path) -> None:
         return
     kind, _, rest = data.source.partition(":")
     if kind == "index":
-        read_index(local_path(rest, "data.source = index:"))
+        open_shards(local_path(rest, "data.source = index:"))
         return
     kind, rest = parse_source(data.source)
     if kind == "folder":
@@ -200,7 +200,9 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
 def num_images(root: Path) -> int | None:
     """Count the images of a run that were ingested; None before."""
     index = root / "ingested"
-    return read_index(index).num_samples if (index / COMPLETE).exists() else None
+    if not (index / COMPLETE).exists():
+        return None
+    return sum(shard.num_samples for shard in open_shards(index))
 
 
 def base_lines(config: Config) -> list[str]:

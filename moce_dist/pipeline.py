@@ -21,6 +21,7 @@ from moce_dist.cluster.assign import read_assignments, read_summary, run_cluster
 from moce_dist.cluster.existing import assign_folder, assign_table
 from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
+from moce_dist.data.columns import open_shards
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
@@ -302,4 +303,4 @@ class Pipeline:
 
 def data_id(folder: Path) -> str:
     """Fingerprint of a data set: the sha256 of its shards, in order."""
-    return fingerprint([shard.sha256 for shard in read_index(folder).shards])
+    return fingerprint([shard.sha256 for shard in open_shards(folder)])

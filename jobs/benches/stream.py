@@ -4,7 +4,8 @@ All streams use the same number of loader processes and end with a batch in the 
 webdataset with Pillow, torchvision and its shuffle buffer, litdata (where it is installed) with the
 same transform on its own format, ours by plan and normalised there.
 Reading alone is measured without page cache: every tar from its first to its last byte, against the
-samples of the same tars in the order of the plan.
+samples of the same tars in the order of the plan. `random_read` is what the disk gives to anybody
+who wants single samples in random order: their ranges announced many at a time, and nothing else.
 """
 
 import itertools
@@ -32,7 +33,7 @@ from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import ShardIndex, read_index, write_index
 from moce_dist.data.stream import Layout, PlannedStep, PlannedStream, Readers, StreamSpec
-from moce_dist.data.table import Ids, sample_table
+from moce_dist.data.table import Ids, SampleTable, sample_table
 from moce_dist.data.writer import ShardWriter
 
 _CLUSTERS, _TARS_OF_CLUSTER = 8, 2
@@ -64,6 +65,7 @@ def run(config: BenchConfig) -> Report:
             **dict.fromkeys(streams, images),
             "sequential_read": sum(shard.bytes for shard in index.shards) / 2**20,
             "planned_read": int(spec.plan.table.size.sum()) / 2**20,
+            "random_read": int(spec.plan.table.size.sum()) / 2**20,
         }
         rates = {name: [amounts[name] / s for s in series] for name, series in seconds.items()}
         for name, values in rates.items():
@@ -72,6 +74,8 @@ def run(config: BenchConfig) -> Report:
         for baseline in streams.keys() - {"moce_dist"}:
             report.add_ratio("moce_dist", baseline)
         report.add_ratio("planned_read", "sequential_read")
+        report.add_ratio("random_read", "sequential_read")
+        report.add_ratio("planned_read", "random_read")
         report.figures["resume_first_batch_s"] = resume_first_batch(config, folder / "small")
         _add_s3(report, config, make_shards(folder / "s3", contents, _S3_SAMPLES))
     return report
@@ -156,7 +160,7 @@ def planned(spec: StreamSpec, steps: int) -> Iterator[PlannedStep]:
 
 
 def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[], float]]:
-    """Make both ways to read all samples once in one process; a call returns its seconds."""
+    """Make the ways to read all samples once in one process; a call returns its seconds."""
     paths = [index.url(shard) for shard in index.shards]
 
     def sequential() -> None:
@@ -169,10 +173,34 @@ def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[
         for step in planned(spec, spec.plan.steps_per_epoch):
             assert not any(isinstance(content, OSError) for content in step.contents)
 
+    table = spec.plan.table
+    order = np.random.default_rng(spec.plan.seed).permutation(table.num_samples)
+
+    def at_random() -> None:
+        files = [os.open(path, os.O_RDONLY) for path in paths]
+        ahead = max(1, int(spec.data.read_ahead_bytes * table.num_samples / table.num_bytes))
+        portions = [order[i : i + ahead] for i in range(0, len(order), ahead)]
+        for current, coming in zip([None, *portions], [*portions, None], strict=True):
+            if coming is not None:
+                for file, offset, size in _places(table, files, coming):
+                    os.posix_fadvise(file, offset, size, os.POSIX_FADV_WILLNEED)
+            if current is not None:
+                for file, offset, size in _places(table, files, current):
+                    os.pread(file, size, offset)
+        for file in files:
+            os.close(file)
+
     return {
         "sequential_read": lambda: _uncached(paths, sequential),
         "planned_read": lambda: _uncached(paths, by_plan),
+        "random_read": lambda: _uncached(paths, at_random),
     }
+
+
+def _places(table: SampleTable, files: list[int], rows: Ids) -> Iterator[tuple[int, int, int]]:
+    # open file, offset and size of samples
+    columns = (table.shard[rows].tolist(), table.offset[rows].tolist(), table.size[rows].tolist())
+    return ((files[shard], offset, size) for shard, offset, size in zip(*columns, strict=True))
 
 
 def _uncached(paths: list[str], read: Callable[[], None]) -> float:

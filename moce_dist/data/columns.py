@@ -91,28 +91,52 @@ def open_table(root: str | Path, num_clusters: int = 1) -> SampleTable:
     Raises:
         ConfigError: there is no index; see `read_index`.
     """
+    if (mapped := _map(root)) is None:
+        return sample_table(read_index(root), num_clusters)
+    said, batch = mapped
+    shards = _heads(said)
+    index, lengths = ShardIndex(str(root), []), np.array([s.num_samples for s in shards], np.int64)
+    return SampleTable(
+        urls=[index.url(shard) for shard in shards],
+        keys=_Keys(batch.column("key")),
+        shard=Runs(np.arange(len(shards)), lengths),
+        offset=batch.column("offset").to_numpy(),
+        size=batch.column("size").to_numpy(),
+        cluster=Runs(np.array([shard.cluster or 0 for shard in shards], np.int64), lengths),
+        digests=[shard.sha256 for shard in shards],
+        num_clusters=num_clusters,
+        known_bytes=said["bytes"],
+    )
+
+
+def open_shards(root: str | Path) -> list[Shard]:
+    """Open what is said once a shard: path, samples, sha256, cluster; nothing of its samples.
+
+    Raises:
+        ConfigError: there is no index; see `read_index`.
+    """
+    mapped = _map(root)
+    return read_index(root).shards if mapped is None else _heads(mapped[0])
+
+
+def _heads(said: dict[str, Any]) -> list[Shard]:
+    return [
+        Shard(path, count, cluster=cluster, sha256=digest)
+        for path, cluster, digest, count in said["shards"]
+    ]
+
+
+def _map(root: str | Path) -> tuple[dict[str, Any], Any] | None:
+    # metadata and columns of an index; None where there are none, or those of another index.json
     folder = Path(root)
     if "://" in str(root) or not (folder / COLUMNS_NAME).is_file():
-        return sample_table(read_index(root), num_clusters)
+        return None
     import pyarrow as pa
 
     batch = pa.ipc.open_file(pa.memory_map(str(folder / COLUMNS_NAME))).get_batch(0)
     said = json.loads(batch.schema.metadata[_META])
-    if said["format"] != _FORMAT or said["index"] != _likeness(folder / INDEX_NAME):
-        return sample_table(read_index(root), num_clusters)
-    paths, clusters, digests, counts = zip(*said["shards"], strict=True)
-    index, lengths = ShardIndex(str(root), []), np.array(counts, np.int64)
-    return SampleTable(
-        urls=[index.url(Shard(path)) for path in paths],
-        keys=_Keys(batch.column("key")),
-        shard=Runs(np.arange(len(paths)), lengths),
-        offset=batch.column("offset").to_numpy(),
-        size=batch.column("size").to_numpy(),
-        cluster=Runs(np.array([cluster or 0 for cluster in clusters], np.int64), lengths),
-        digests=list(digests),
-        num_clusters=num_clusters,
-        known_bytes=said["bytes"],
-    )
+    is_its_own = (folder / INDEX_NAME).is_file() and said["index"] == _likeness(folder / INDEX_NAME)
+    return (said, batch) if said["format"] == _FORMAT and is_its_own else None
 
 
 def _likeness(index: Path) -> list[int]:

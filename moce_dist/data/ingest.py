@@ -26,6 +26,7 @@ from moce_dist.config import DataConfig
 from moce_dist.data.columns import write_columns
 from moce_dist.data.packing import (
     HOLDOUT,
+    Packing,
     PipedTar,
     member_bytes,
     plan_files,
@@ -121,6 +122,13 @@ def ingest(
     out = out.resolve()
     kind, rest = parse_source(source)
     inputs = {"source": f"{kind}:{rest}", "holdout_fraction": config.holdout_fraction}
+    if config.store_side is not None:
+        if kind != "folder":
+            raise ConfigError(
+                f"data.store_side ({config.store_side}): is for images of a folder; what is in "
+                f"tars already stays as it is ({kind}:{rest})"
+            )
+        inputs["store_side"] = config.store_side
     if is_complete(out, inputs):
         logger.info("%s: complete already", out)
         return read_index(out)
@@ -176,11 +184,12 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
     tars = plan_files(
         folder.files, holdout_fraction=config.holdout_fraction, shard_bytes=config.shard_bytes
     )
-    with all_or_nothing(out, _FILES, plan_id(tars)):
+    packing = Packing(out, config.store_side)
+    with all_or_nothing(out, _FILES, fingerprint([plan_id(tars), config.store_side])):
         gate = _check_headers(folder, request)
         parts: dict[str, list[Shard]] = {"": [], HOLDOUT: []}
         for written in track(
-            request.map_tasks(write_files, out, tars), "tars packed", total=len(tars)
+            request.map_tasks(write_files, packing, tars), "tars packed", total=len(tars)
         ):
             gate.record(written.faults)
             gate.check(RuntimeError)

@@ -2,7 +2,8 @@
 
 The plan follows from the sorted list of files and their sizes, so workers write tars side by side
 and after a kill those that were finished stay. A file that cannot be read is left out of its tar
-and named as a fault.
+and named as a fault. With `data.store_side` large images are stored smaller: a crop of them is
+decoded sooner, at every use.
 
     cat/0.jpg cat/1.jpg dog/2.jpg ...   ->   train-000000.tar   cat/0 dog/2     holdout by the hash
                                              holdout/holdout-000000.tar   cat/1     of the key
@@ -16,13 +17,19 @@ comes from the environment (`$TOKEN`), as their text stands in the index, the le
 """
 
 import hashlib
+import io
 import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.images import open_croppable
 from moce_dist.data.listing import ending
+from moce_dist.data.resize import Size
 from moce_dist.data.shards import Fault, Shard, scan_shard
 from moce_dist.data.sources import PIPE, ImageFile, read_image_file
 from moce_dist.data.writer import ShardWriter, finished_tar, note_finished
@@ -30,6 +37,15 @@ from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 HOLDOUT = "holdout"
+_QUALITY, _SPARE = 90, 2
+"""Of what is stored smaller: JPEG's quality, and pixels that are decoded for each that is kept."""
+
+
+class Packing(NamedTuple):
+    """What all tars of a folder share."""
+
+    out: Path
+    store_side: int | None
 
 
 class FileTar(NamedTuple):
@@ -88,13 +104,30 @@ def plan_id(tars: Iterable[FileTar]) -> str:
     return digest.hexdigest()
 
 
-def write_files(out: Path, tar: FileTar) -> Written:
+def at_most(content: bytes, side: int) -> bytes | None:
+    """Encode an image anew whose longer side is longer than `side` pixels; None where it is not.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    image = open_croppable(content)
+    longer = max(image.width, image.height)
+    if longer <= side:
+        return None
+    size = Size(*(max(1, round(s * side / longer)) for s in (image.width, image.height)))
+    buffer = io.BytesIO()
+    pixels = image.resized(size, "bicubic", _SPARE)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY)
+    return buffer.getvalue()
+
+
+def write_files(packing: Packing, tar: FileTar) -> Written:
     """Pack the files of one tar; at once when an earlier attempt did.
 
     Raises:
         OSError: it cannot be written.
     """
-    folder = out / tar.folder
+    folder = packing.out / tar.folder
     if (found := finished_tar(folder, tar.name)) is not None:
         return Written(tar.folder, *found)
     faults: list[Fault] = []
@@ -104,9 +137,17 @@ def write_files(out: Path, tar: FileTar) -> Written:
         if isinstance(content, Fault):
             faults.append(content)
             continue
+        name = ending(file.path.name)
+        try:
+            smaller = at_most(content, packing.store_side) if packing.store_side else None
+        except ImageError as error:
+            faults.append(Fault(str(file.path), file.key, str(error)))
+            continue
+        if smaller is not None:
+            content, name = smaller, "jpg"
         writer = writer or ShardWriter(folder, tar.name)
         label = {} if file.label is None else {"cls": str(file.label).encode()}
-        writer.add(file.key, {ending(file.path.name): content, **label})
+        writer.add(file.key, {name: content, **label})
     if writer is None:
         return Written(tar.folder, Shard(tar.name), faults)
     shard = writer.close()

@@ -71,7 +71,7 @@ def cast_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
     if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
         return None
     parameters = [parameter for linear in linears for parameter in linear.parameters()]
-    return _CastTogether.apply(torch.get_autocast_dtype(device), *parameters)  # type: ignore[no-any-return]
+    return _CastTogether.apply(torch.get_autocast_dtype(device), *parameters)
 
 
 class SelfAttention(Attention):  # type: ignore[misc]
@@ -81,7 +81,7 @@ class SelfAttention(Attention):  # type: ignore[misc]
         """Transform tokens (B, N, D)."""
         weights = cast_together(x, self.qkv, self.proj)
         if weights is None:
-            return super().forward(x, **masks)  # type: ignore[no-any-return]
+            return super().forward(x, **masks)
         return self.attend(x, weights)
 
     def attend(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
@@ -89,8 +89,9 @@ class SelfAttention(Attention):  # type: ignore[misc]
         qkv_weight, qkv_bias, weight, bias = weights
         heads = F.linear(x, qkv_weight, qkv_bias).view(*x.shape[:2], -1, self.head_dim)
         # split before transposing: the gradient is then written once, where it belongs
-        qkv = [part.transpose(1, 2) for part in heads.split(self.num_heads, dim=2)]
-        y = F.scaled_dot_product_attention(*qkv)
+        parts = torch.split(heads, self.num_heads, dim=2)
+        query, key, value = (part.transpose(1, 2) for part in parts)
+        y = F.scaled_dot_product_attention(query, key, value)
         return F.linear(y.transpose(1, 2).reshape(x.shape), weight, bias)
 
 
@@ -106,7 +107,7 @@ class DenseBlock(Block):  # type: ignore[misc]
         attn, mlp = self.attn, self.mlp
         weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         if weights is None:
-            return super().forward(x)  # type: ignore[no-any-return]
+            return super().forward(x)
         *attention, weight1, bias1, weight2, bias2 = weights
         x = x + attn.attend(self.norm1(x), attention)
         hidden = F.gelu(F.linear(self.norm2(x), weight1, bias1))

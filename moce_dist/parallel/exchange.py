@@ -224,7 +224,7 @@ class ExpertExchange:
         routes = self.layers[layer]
         outward, home, by_expert, by_arrival = self._indices[layer]
         if not routes.is_exchanging:
-            return _Reorder.apply(outputs[0], home, outward)  # type: ignore[no-any-return]
+            return _Reorder.apply(outputs[0], home, outward)
         stayed, visitors = outputs
         journey = _Journey(routes.receive_counts, routes.send_counts, self._group)
         travelling = _Depart.apply(_Reorder.apply(visitors, by_arrival, by_expert), journey)
@@ -232,7 +232,7 @@ class ExpertExchange:
         # take part in the backward collective, and its peers would wait for ever
         returned = _Arrive.apply(travelling, journey)
         together = torch.cat([stayed, returned])
-        return _Reorder.apply(together, home, outward)  # type: ignore[no-any-return]
+        return _Reorder.apply(together, home, outward)
 
 
 def _to_device(layers: Sequence[Sequence[Ints]], device: torch.device) -> list[tuple[Tensor, ...]]:

@@ -1,10 +1,11 @@
 """The data sets of a study: ingested once below it, or counted where they lie for a dry run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moce_dist.config import Config
-from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
+from moce_dist.data.columns import open_shards
+from moce_dist.data.shards import INDEX_NAME, Shard
 from moce_dist.data.sources import list_folder
 from moce_dist.run.artefacts import read_marker
 from moce_dist.settings import ConfigError
@@ -16,8 +17,8 @@ def _location(out: Path, name: str, config: Config) -> Path:
     return Path(rest).absolute() if kind == "index" else out / "data" / name
 
 
-def _count(index: ShardIndex) -> int:
-    return sum(shard.num_samples for shard in index.shards)
+def _count(shards: Iterable[Shard]) -> int:
+    return sum(shard.num_samples for shard in shards)
 
 
 def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
@@ -32,10 +33,11 @@ def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
     for name, config in wanted.items():
         folder = _location(out, name, config)
         if config.data.source.startswith("index:"):
-            index = read_index(folder)
+            shards = open_shards(folder)
         else:
-            index = ingest(config.data.source, folder, config.data, out / "faults.jsonl")
-        found[name] = Source(name, folder, _count(index))
+            ledger = out / "faults.jsonl"
+            shards = ingest(config.data.source, folder, config.data, ledger).shards
+        found[name] = Source(name, folder, _count(shards))
     return found
 
 
@@ -53,7 +55,7 @@ def count_sources(
     for name, config in wanted.items():
         folder, source = _location(out, name, config), config.data.source
         if read_marker(folder) is not None or (folder / INDEX_NAME).is_file():
-            number = _count(read_index(folder))
+            number = _count(open_shards(folder))
         elif source.startswith("folder:") and Path(source.removeprefix("folder:")).is_dir():
             files = list_folder(Path(source.removeprefix("folder:"))).files
             number = round(len(files) * (1 - config.data.holdout_fraction))

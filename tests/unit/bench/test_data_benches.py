@@ -30,10 +30,14 @@ def test_photographs_are_real_ones_of_the_size_asked_and_seeded():
 
 def test_decode_reports_every_figure():
     report = json.loads(decode.run(config()).to_json())
-    names = [f"{who}_{size}" for size in (500, 2000) for who in ("pil_torchvision", "moce_dist")]
-    assert set(report["variants"]) | set(report["skipped"]) == {*names, "device_500", "device_2000"}
+    kinds = ("pil_torchvision", "moce_dist", "entropy", "device")
+    names = {f"{who}_{size}" for size in (500, 2000) for who in kinds}
+    assert set(report["variants"]) | set(report["skipped"]) == names | {"stored_2000"}
     assert all(v["unit"] == "images/s" and v["min"] > 0 for v in report["variants"].values())
-    assert set(report["ratios"]) == {f"moce_dist_{s}/pil_torchvision_{s}" for s in (500, 2000)}
+    ratios = {f"moce_dist_{s}/pil_torchvision_{s}" for s in (500, 2000)}
+    stored = {"stored_2000/moce_dist_2000", "stored_2000/pil_torchvision_2000"}
+    assert set(report["ratios"]) == ratios | stored
+    assert report["figures"]["bytes_per_image_stored"] < report["figures"]["bytes_per_image_2000"]
     assert 0.9 < report["figures"]["ssim_p01"] <= report["figures"]["ssim_mean"] <= 1
     assert set(report["skipped"]) <= {"device_500", "device_2000"}
 
@@ -41,10 +45,11 @@ def test_decode_reports_every_figure():
 def test_stream_reports_every_figure_or_names_it_as_skipped():
     report = json.loads(stream.run(config(samples=256, batches=4, epoch_samples=4096)).to_json())
     assert set(report["variants"]) == {
-        "webdataset", "litdata", "moce_dist", "sequential_read", "planned_read",
+        "webdataset", "litdata", "moce_dist", "sequential_read", "planned_read", "random_read",
     }  # fmt: skip
     assert set(report["ratios"]) == {
         "moce_dist/webdataset", "moce_dist/litdata", "planned_read/sequential_read",
+        "random_read/sequential_read", "planned_read/random_read",
     }  # fmt: skip
     assert report["figures"]["resume_first_batch_s"] > 0
     found = {**report["figures"], **report["skipped"]}

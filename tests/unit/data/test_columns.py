@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moce_dist.data.columns import open_table, write_columns
+from moce_dist.data.columns import open_shards, open_table, write_columns
 from moce_dist.data.shards import COLUMNS_NAME, Shard, write_index
 from moce_dist.data.table import Runs, sample_table
 
@@ -53,6 +53,17 @@ def test_columns_of_another_index_are_not_used(index, tmp_path):
     assert not (tmp_path / COLUMNS_NAME).exists()
     (tmp_path / COLUMNS_NAME).write_bytes(kept)
     assert_same(open_table(tmp_path), sample_table(other))
+
+
+def test_shards_are_said_without_reading_the_index(index, tmp_path, monkeypatch):
+    said = [(s.path, s.num_samples, s.sha256, s.cluster) for s in open_shards(tmp_path)]
+    write_columns(index)
+    monkeypatch.setattr("moce_dist.data.columns.read_index", None)
+    assert [(s.path, s.num_samples, s.sha256, s.cluster) for s in open_shards(tmp_path)] == said
+    assert said[0] == ("t0.tar", 2, "digest 0", 1)
+    with pytest.raises(TypeError):  # nothing is there but the index itself
+        (tmp_path / COLUMNS_NAME).unlink()
+        open_shards(tmp_path)
 
 
 def test_members_of_clusters_that_lie_apart(index):

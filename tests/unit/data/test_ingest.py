@@ -1,6 +1,7 @@
 """Ingest: folders, existing tars, hold-out, faults, completion, and the job's exit statuses."""
 
 import gzip
+import io
 import os
 import signal
 import subprocess
@@ -9,10 +10,12 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torchvision
 import webdataset
 from in_process import run_here
+from PIL import Image
 from tars import read_members
 
 from moce_dist.config import DataConfig
@@ -114,6 +117,37 @@ def test_same_folder_gives_the_same_bytes(tmp_path, image_folder):
     ]
     assert files[0] == files[1]
     assert all((outs[0] / f).read_bytes() == (outs[1] / f).read_bytes() for f in files[0])
+
+
+def test_large_images_are_stored_smaller_and_upright(tmp_path):
+    source, side = tmp_path / "pictures", 64
+    source.mkdir()
+    draws = np.random.default_rng(0)
+    wide = Image.fromarray(draws.integers(0, 255, (3, 5, 3), np.uint8)).resize((200, 120))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # shown after a quarter turn to the right
+    wide.save(source / "wide.jpg", quality=95)
+    wide.save(source / "turned.jpg", quality=95, exif=turned)
+    wide.resize((64, 38)).save(source / "small.png")
+    config = DataConfig(holdout_fraction=0, store_side=side)
+    run(f"folder:{source}", tmp_path / "out", config)
+    members = contents(tmp_path / "out")
+    assert members["small"] == {"png": (source / "small.png").read_bytes()}
+    found = {key: Image.open(io.BytesIO(members[key]["jpg"])) for key in ("wide", "turned")}
+    assert found["wide"].size == (64, 38) and found["turned"].size == (38, 64)
+    upright = np.asarray(found["turned"].transpose(Image.Transpose.ROTATE_90), np.float32)
+    expected = np.asarray(wide.resize((64, 38), Image.Resampling.BICUBIC), np.float32)
+    for pixels in (upright, np.asarray(found["wide"], np.float32)):
+        assert np.abs(pixels - expected).mean() < 6
+    for key in found:
+        assert len(members[key]["jpg"]) < (source / f"{key}.jpg").stat().st_size
+    with pytest.raises(ConfigError, match="holds other data"):
+        run(f"folder:{source}", tmp_path / "out")
+
+
+def test_tars_are_not_stored_smaller(tmp_path, three_tars):
+    with pytest.raises(ConfigError, match=r"data\.store_side \(64\): is for images of a folder"):
+        run(f"shards:{three_tars[0]}", tmp_path / "out", DataConfig(store_side=64))
 
 
 def test_symlink_loop_ends_and_nothing_is_read_twice(tmp_path, image_folder):
