@@ -177,8 +177,8 @@ def entropy_alone(content: bytes) -> object:
     """Decode a JPEG at an eighth of its size, where reading its entropy code is all there is."""
     header = jpeg_header(content)
     assert header is not None
-    sides = (-(-side // _EIGHTH) for side in (header.width, header.height))
-    return jpeg_pixels(content, *sides, _EIGHTH, is_fast=True)
+    width, height = (-(-side // _EIGHTH) for side in (header.width, header.height))
+    return jpeg_pixels(content, width, height, _EIGHTH, is_fast=True)
 
 
 def similarities(config: BenchConfig, contents: Sequence[bytes]) -> NDArray[np.float64]:

@@ -132,11 +132,10 @@ def reductions(run, overrides, bucket_bytes):
     dtype = torch.bfloat16 if "parallel.reduce_dtype=bf16" in overrides else None
     reducer = reduction.GradientReducer(order, dtype=dtype, bucket_bytes=bucket_bytes)
     state.engine._reducer = reducer
-    sums, original, finish = [], dist.all_reduce, reducer.finish
+    sums, waited_for, original, finish = [], [], dist.all_reduce, reducer.finish
 
     def counted(tensor, *arguments, **named):
-        if named.get("async_op"):
-            sums.append(tensor.numel())
+        (sums if named.get("async_op") else waited_for).append(tensor.numel())
         return original(tensor, *arguments, **named)
 
     begun = []
@@ -162,6 +161,7 @@ def reductions(run, overrides, bucket_bytes):
     state.engine.destroy()
     return {
         "sums": sums,
+        "waited_for": len(waited_for),
         "begun_in_backward": begun,
         "buckets": reducer.num_buckets,
         "bytes": reducer.num_bytes,

@@ -23,6 +23,8 @@ def test_all_buckets_but_the_last_ones_travel_during_the_backward_pass(pools, cl
         # every bucket is complete by the end of the backward pass
         assert result["begun_in_backward"] == [result["buckets"]]
         assert result["sums"] == results[0]["sums"], "one order on all ranks"
+        # the norm, the loss and who was asked to stop
+        assert result["waited_for"] == 1
 
 
 def test_size_of_buckets_changes_no_gradient(pools, clustered_run):
