@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
@@ -105,7 +106,9 @@ class DenseBlock(Block):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (B, N, D)."""
         attn, mlp = self.attn, self.mlp
-        weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
+        # somebody may have put experts in its place
+        is_plain = isinstance(mlp, Mlp)
+        weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2) if is_plain else None
         if weights is None:
             return super().forward(x)
         *attention, weight1, bias1, weight2, bias2 = weights
