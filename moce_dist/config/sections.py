@@ -53,7 +53,7 @@ class DataConfig(Section):
     holdout_fraction: Continued[float] = Field(0.01, ge=0, lt=0.5)
     """Share of the images kept out of training, for the held-out loss."""
     store_side: int | None = Field(None, ge=64)
-    """Images of a folder whose longer side is longer are stored so large, JPEG; None: as they are."""
+    """Longer side to which larger images of a folder are stored, as JPEG; None: as they are."""
     shard_bytes: Runtime[int] = Field(256 * 2**20, ge=2**16)
     """Size at which a tar is closed, bytes."""
     decode_on: Continued[Literal["loader", "device"]] = "loader"
