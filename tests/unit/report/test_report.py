@@ -89,6 +89,7 @@ def test_control_stands_beside_the_moce(finished):
         assert "moce - control, knn: +0.0100" in shown
         assert "mae (60 steps fewer)" in shown
     assert "control checkpoint" in page.text
+    assert "differences are of one pre-training" in text
 
 
 def test_one_seed_shows_no_deviation(finished):
