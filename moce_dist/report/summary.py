@@ -13,8 +13,8 @@ from moce_dist.run.rows import backbone_texts, difference_text, value_text
 
 _MAX_CLUSTERS = 16
 _ONE_PRETRAINING = (
-    "differences are of one pre-training: a run alone cannot tell them from those between two seeds "
-    "of it; jobs/study.py compares over seeds"
+    "differences are of one pre-training: a run alone cannot tell them from those between two "
+    "seeds of it; jobs/study.py compares over seeds"
 )
 
 
