@@ -15,7 +15,7 @@ from moce_dist.cli import job_parser, quiet_libraries, run_job
 
 BENCHES = (
     "step", "exchange", "placement", "checkpoint", "decode", "stream", "reshard", "cluster",
-    "balance", "index", "routing",
+    "balance", "start", "index", "routing",
 )  # fmt: skip
 CONFIGS = Path(__file__).parent.parent / "configs" / "bench"
 

@@ -12,6 +12,7 @@ stage mae and makes no clusters: it takes those of that run.
 import logging
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -34,9 +35,9 @@ from moce_dist.features.extract import (
     feature_names,
 )
 from moce_dist.launch.actors import gets_gpu, hold_actors
-from moce_dist.launch.job import PretrainJob
+from moce_dist.launch.job import Job, PretrainJob
 from moce_dist.launch.tasks import map_shared, map_tasks
-from moce_dist.launch.training import train
+from moce_dist.launch.training import hold_crew, train
 from moce_dist.run.artefacts import (
     artefact_id,
     fingerprint,
@@ -55,6 +56,8 @@ from moce_dist.train.job import HOLDOUT_TABLE, StageName
 
 log = logging.getLogger(__name__)
 HOLDOUT = "holdout"
+Train = Callable[[Job], None]
+"""Runs a job of training to its end; by default on workers that end with it."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,14 @@ class Pipeline:
     config: Config
 
     def pretrain(self) -> None:
-        """Run every stage that is not finished."""
-        self.mae()
-        self.cluster()
-        self.moce()
-        if self.config.control:
-            self.control()
+        """Run every stage that is not finished, those that train on the same workers."""
+        with hold_crew() as crew:
+            self.mae(crew.train)
+            crew.make_room()
+            self.cluster()
+            self.moce(crew.train)
+            if self.config.control:
+                self.control(crew.train)
 
     @property
     def _map_tasks(self) -> MapTasks:
@@ -100,12 +105,12 @@ class Pipeline:
             same_encoder(base, self.config)
         return base
 
-    def mae(self) -> None:
+    def mae(self, train: Train = train) -> None:
         """Train the dense masked autoencoder, or take that of the base run."""
         if self.base is not None:
             link_stage(self.base.stage("mae"), self.run.stage("mae"))
             return
-        self._train("mae", self.data, {"data": data_id(self.data)})
+        self._train(train, "mae", self.data, {"data": data_id(self.data)})
 
     def cluster(self) -> dict[str, Any]:
         """Features, balanced clusters, cluster-sharded tars; return the clusters' summary."""
@@ -254,18 +259,18 @@ class Pipeline:
             block_rows=self.config.cluster.block_rows,
         )
 
-    def moce(self) -> None:
+    def moce(self, train: Train = train) -> None:
         """Train the experts on the cluster-sharded tars."""
-        self._train_on("moce", None if self.base is None else self.base.stage("moce"))
+        self._train_on(train, "moce", None if self.base is None else self.base.stage("moce"))
 
-    def control(self) -> None:
+    def control(self, train: Train = train) -> None:
         """Train the MAE on as long as the experts: the same images, steps and schedule."""
         if self.config.moe.kind == "dense":
             log.info("control: stage moce of a run without experts is the control itself")
             return
-        self._train_on("control", base_control(self.base))
+        self._train_on(train, "control", base_control(self.base))
 
-    def _train_on(self, stage: StageName, base: Path | None) -> None:
+    def _train_on(self, train: Train, stage: StageName, base: Path | None) -> None:
         # from the same stage of another run, else from the MAE
         inputs = {
             "shards": artefact_id(self.run.shards),
@@ -278,9 +283,12 @@ class Pipeline:
         assert newest is not None
         start = str(newest) if base is not None else None
         steps_before = trained_steps(read_manifest(newest))
-        self._train(stage, self.run.shards, inputs, start=start, steps_before=steps_before)
+        weights = {"start": start, "steps_before": steps_before}
+        self._train(train, stage, self.run.shards, inputs, **weights)
 
-    def _train(self, stage: StageName, data: Path, inputs: dict[str, Any], **start: Any) -> None:
+    def _train(
+        self, train: Train, stage: StageName, data: Path, inputs: dict[str, Any], **start: Any
+    ) -> None:
         folder = self.run.stage(stage)
         if is_complete(folder, inputs) and has_last_checkpoint(folder):
             log.info("%s: complete", stage)

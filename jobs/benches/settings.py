@@ -43,6 +43,8 @@ class Measuring(Section):
     """`reshard`: size of the tars that are rewritten, GiB."""
     index_samples: int = Field(10**8, ge=1)
     """`index`: samples of the index."""
+    against: str | None = None
+    """`start`: folder of another copy of the project, whose commands run turn about with ours."""
     folder: str | None = None
     """`stream`, `reshard`, `index`: folder on the disk to be measured; else the temporary one."""
 

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
@@ -49,6 +48,8 @@ def describe_timm(name: str, what: str) -> Pixels:
         ConfigError: timm has no such model, no weights for it, or its images are not (3, S, S) or
             are framed in a way that is not known here.
     """
+    import timm
+
     if not timm.is_model(name) or not timm.is_model_pretrained(name):
         raise ConfigError(f"{what}: is no model of timm's with weights")
     given = timm.get_pretrained_cfg(name)
@@ -131,6 +132,8 @@ def timm_encoder(
     name: str, own: Pixels, device: torch.device, *, bf16: bool = False, pretrained: bool = True
 ) -> Encoder:
     """Build the encoder of a timm model that takes `own`; unless `pretrained`, draw its weights."""
+    import timm
+
     model = timm.create_model(name, pretrained=pretrained, num_classes=0)
     return Encoder(pooled_features(_frozen(model, device)), own, device, bf16=bf16)
 

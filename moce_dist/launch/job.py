@@ -105,7 +105,8 @@ def _one_line(error: Exception) -> str:
     return text if says_enough else f"{type(error).__name__}: {text}"
 
 
-def log_to_file(job: Job, level: int) -> None:
+@contextmanager
+def log_to_file(job: Job, level: int) -> Iterator[None]:
     """Write what this process logs into the job's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(job.folder / LOG)
@@ -113,6 +114,11 @@ def log_to_file(job: Job, level: int) -> None:
     ours = logging.getLogger("moce_dist")
     ours.setLevel(logging.INFO)
     ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        handler.close()
 
 
 class Follower:

@@ -9,10 +9,11 @@ Workers leave word on a status board; the driver looks at it every second:
 While a loop rests (`train/pulse.py`) only silence counts. Nothing here knows Ray.
 """
 
+import asyncio
 import re
 import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,10 +65,18 @@ def _say(rank: int, sign: Sign, what: str) -> str:
 
 
 class StatusBoard:
-    """Where driver and workers leave word: where they are, how far, what failed, when to stop."""
+    """Where driver and workers leave word: what to do, how far it is, what failed, when to stop.
 
-    def __init__(self) -> None:
-        """Begin with nobody there."""
+    Jobs follow each other: what is said of failures, steps and stopping is of the newest one.
+    """
+
+    def __init__(self, num_ranks: int = 1) -> None:
+        """Begin with nobody there, and nothing to do."""
+        self._num_ranks = num_ranks
+        self._jobs: list[Any] = []
+        self._finished: set[int] = set()
+        self._is_dismissed = False
+        self._news = asyncio.Event()
         self._nodes: list[str] = []
         self._signs: dict[int, Sign] = {}
         self._reached: dict[str, int] = {}
@@ -122,6 +131,35 @@ class StatusBoard:
     def stop(self) -> None:
         """Ask the workers to stop."""
         self._is_stopping = True
+
+    async def carry_out(self, job: Any) -> None:
+        """Hand out a job; return when all ranks have finished it."""
+        self._jobs.append(job)
+        self._finished, self._failures, self._reached = set(), [], {}
+        self._is_stopping = False
+        self._news.set()
+        await self._until(lambda: len(self._finished) == self._num_ranks)
+
+    async def next_job(self, number: int) -> Any:
+        """Wait for the job of that number, counted from 0; None when there will be none."""
+        await self._until(lambda: self._is_dismissed or number < len(self._jobs))
+        return self._jobs[number] if number < len(self._jobs) else None
+
+    def finish(self, rank: int) -> None:
+        """Note that a rank has done what the newest job wanted of it."""
+        self._finished.add(rank)
+        self._news.set()
+
+    def dismiss(self) -> None:
+        """Tell the workers that there are no more jobs."""
+        self._is_dismissed = True
+        self._news.set()
+
+    async def _until(self, is_true: Callable[[], bool]) -> None:
+        # all that is said here is said on one thread: nothing changes between question and wait
+        while not is_true():
+            self._news.clear()
+            await self._news.wait()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,11 @@ from moce_dist.run.tasks import Item, Result, Shared
 
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 * 2**20
+SEAT = "moce_seat"
+"""What a worker of a training takes of an embedded cluster without GPUs, beside the CPUs.
+
+The driver does one thing after the other: workers that wait for their next job keep nobody waiting.
+"""
 
 
 def connect(parallel: ParallelConfig) -> None:
@@ -31,9 +36,11 @@ def connect(parallel: ParallelConfig) -> None:
             ray.init(**quiet)
         return
     log.info("ray: starting an embedded cluster (set RAY_ADDRESS to use a running one)")
+    room = max(os.cpu_count() or 1, parallel.num_workers)
     ray.init(
         address="local",
-        num_cpus=max(os.cpu_count() or 1, parallel.num_workers),
+        num_cpus=room,
+        resources={SEAT: room},
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         _temp_dir=environment.ray_folder(),
@@ -51,6 +58,13 @@ def uses_gpu(parallel: ParallelConfig) -> bool:
     if parallel.use_gpu == "auto":
         return ray.cluster_resources().get("GPU", 0) > 0
     return parallel.use_gpu
+
+
+def seat_resource(parallel: ParallelConfig) -> str:
+    """Name what a worker of a training takes one of: a GPU, a seat, or a CPU."""
+    if uses_gpu(parallel):
+        return "GPU"
+    return SEAT if SEAT in ray.cluster_resources() else "CPU"
 
 
 def map_tasks(

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from moce_dist.config import GateConfig
@@ -225,6 +224,9 @@ def layer_table(
 
 def _balanced(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     # scores (K, E): every column takes K / E rows, the sum of the chosen scores is greatest
+    # as long to import as all else here
+    from scipy.optimize import linear_sum_assignment
+
     num_rows, num_columns = scores.shape
     share = -(-num_rows // num_columns)
     _, slots = linear_sum_assignment(np.repeat(scores, share, axis=1), maximize=True)

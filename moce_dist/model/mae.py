@@ -18,7 +18,6 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
 from moce_dist.config import Config
@@ -26,6 +25,7 @@ from moce_dist.model.gate import Gate
 from moce_dist.model.moce import Dispatcher, MoceBlock
 from moce_dist.model.vit import (
     DenseBlock,
+    PatchEmbed,
     cast_together,
     initialise,
     layer_norm,
@@ -57,6 +57,7 @@ class MaskedAutoencoder(nn.Module):
             shared = self.config.shared_units
             for layer, index in enumerate(self.config.moe_layers):
                 block = self.blocks[index]
+                assert isinstance(block, DenseBlock)
                 self.blocks[index] = MoceBlock(block, num_local_experts, layer, shared_units=shared)
             self.gate = Gate(
                 len(config.moe_layers),
@@ -69,7 +70,7 @@ class MaskedAutoencoder(nn.Module):
     def _build_encoder(self) -> None:
         model, size = self.config.model, self.config.data.image_size
         width, depth, heads = model.shape
-        self.patch_embed = PatchEmbed(size, model.patch_size, 3, width)
+        self.patch_embed = PatchEmbed(model.patch_size, width)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.register_buffer("pos_embed", position_embedding(size // model.patch_size, width))
         self.blocks = nn.ModuleList([DenseBlock(width, heads) for _ in range(depth)])

@@ -21,10 +21,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from moce_dist.model.vit import cast_together
+from moce_dist.model.vit import DenseBlock, cast_together
 
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
 _GROUPED_CAPABILITY = 9
@@ -175,17 +174,17 @@ class MoceMlp(nn.Module):
         self.shared = SharedMlp(width, shared_units) if shared_units else None
 
 
-class MoceBlock(Block):  # type: ignore[misc]
+class MoceBlock(nn.Module):
     """A transformer block whose MLP is chosen per image."""
 
     def __init__(
-        self, block: Block, num_local_experts: int, layer: int, *, shared_units: int = 0
+        self, block: DenseBlock, num_local_experts: int, layer: int, *, shared_units: int = 0
     ) -> None:
         """Take over attention and norms of a dense `block`; `layer` counts MoE layers from 0."""
-        nn.Module.__init__(self)
+        super().__init__()
         self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
         self.layer = layer
-        width = block.norm1.weight.shape[0]
+        width = block.norm1.normalized_shape[0]
         self.mlp = MoceMlp(num_local_experts, width, shared_units)
 
     def forward(self, x: Tensor, dispatcher: Dispatcher, scales: Sequence[Tensor]) -> Tensor:

@@ -1,11 +1,12 @@
 """Parts of the vision transformer: position embedding, blocks, initialisation, patches.
 
-Blocks and patch embedding are timm's, under timm's names, so encoder weights load into a timm
-`VisionTransformer` as they are. Where autocast would cast every parameter by itself, those of a
-block are cast in one operation, and so are their gradients: small kernels are what a GPU waits for.
+Blocks and patch embedding compute what timm's do, under timm's names, so encoder weights load into
+a timm `VisionTransformer` as they are; timm itself takes longer to import than all else that a
+training does. Where autocast would cast every parameter by itself, those of a block are cast in one
+operation, and so are their gradients: small kernels are what a GPU waits for.
 
-Letters: B images, N patches, D width, P patch side in pixels, S image side in pixels (N = (S /
-P)^2).
+Letters: B images, N tokens or patches, D width, H heads, P patch side in pixels, S image side in
+pixels (N = (S / P)^2 patches).
 
 Source: Dosovitskiy et al. 2021, arXiv 2010.11929; He et al. 2022, arXiv 2111.06377, appendix A.1
 (fixed sine-cosine positions, Xavier initialisation).
@@ -17,8 +18,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
-from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 layer_norm = partial(nn.LayerNorm, eps=1e-6)
@@ -75,20 +74,30 @@ def cast_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
     return _CastTogether.apply(torch.get_autocast_dtype(device), *parameters)
 
 
-class SelfAttention(Attention):  # type: ignore[misc]
-    """timm's attention of a plain ViT."""
+class SelfAttention(nn.Module):
+    """Attention of all tokens of an image to each other."""
 
-    def forward(self, x: Tensor, **masks: Any) -> Tensor:
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (B, N, D)."""
         weights = cast_together(x, self.qkv, self.proj)
-        if weights is None:
-            return super().forward(x, **masks)
-        return self.attend(x, weights)
+        if weights is not None:
+            return self.attend(x, weights)
+        # (3, B, H, N, D / H)
+        heads = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*heads.unbind(0))
+        y = self.proj(y.transpose(1, 2).reshape(x.shape))
+        return y
 
     def attend(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Transform tokens (B, N, D) by weights and biases of `qkv` and `proj` that are cast."""
         qkv_weight, qkv_bias, weight, bias = weights
-        heads = F.linear(x, qkv_weight, qkv_bias).view(*x.shape[:2], -1, self.head_dim)
+        heads = F.linear(x, qkv_weight, qkv_bias).view(*x.shape[:2], 3 * self.num_heads, -1)
         # split before transposing: the gradient is then written once, where it belongs
         parts = torch.split(heads, self.num_heads, dim=2)
         query, key, value = (part.transpose(1, 2) for part in parts)
@@ -96,25 +105,58 @@ class SelfAttention(Attention):  # type: ignore[misc]
         return F.linear(y.transpose(1, 2).reshape(x.shape), weight, bias)
 
 
-class DenseBlock(Block):  # type: ignore[misc]
-    """timm's transformer block of a plain ViT: pre-norm attention and MLP of ratio 4, biases."""
+class Mlp(nn.Module):
+    """Two layers with GELU between them, the first one 4 D wide."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform tokens (B, N, D)."""
+        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
+        return y
+
+
+class DenseBlock(nn.Module):
+    """Transformer block of a plain ViT: attention and MLP behind norms, added to what they take."""
 
     def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__(width, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=layer_norm)
-        self.attn = SelfAttention(width, num_heads, qkv_bias=True)
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = SelfAttention(width, num_heads)
+        self.norm2 = layer_norm(width)
+        self.mlp: nn.Module = Mlp(width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (B, N, D)."""
         attn, mlp = self.attn, self.mlp
         # somebody may have put experts in its place
-        is_plain = isinstance(mlp, Mlp)
-        weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2) if is_plain else None
+        weights = None
+        if isinstance(mlp, Mlp):
+            weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         if weights is None:
-            return super().forward(x)
+            x = x + attn(self.norm1(x))
+            x = x + mlp(self.norm2(x))
+            return x
         *attention, weight1, bias1, weight2, bias2 = weights
         x = x + attn.attend(self.norm1(x), attention)
         hidden = F.gelu(F.linear(self.norm2(x), weight1, bias1))
         return x + F.linear(hidden, weight2, bias2)
+
+
+class PatchEmbed(nn.Module):
+    """Images to tokens: one linear map of every patch."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed images (B, 3, S, S) as tokens (B, N, D)."""
+        tokens: Tensor = self.proj(images)
+        return tokens.flatten(2).transpose(1, 2)
 
 
 def initialise(module: nn.Module) -> None:

@@ -27,7 +27,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from moce_dist.parallel.problem import PlacementProblem, Solution, gains_of, read
 from moce_dist.parallel.transport import Floats, Ints, Pairs
@@ -49,6 +48,8 @@ def solve(problem: PlacementProblem) -> Solution:
     canonical, order = _canonical(problem)
     plan = _search(canonical)
     if canonical.current is not None:
+        from scipy.optimize import linear_sum_assignment
+
         # groups are interchangeable: call the new ones like the old ones that they resemble
         same = np.zeros((problem.num_groups, problem.num_groups))
         np.add.at(same, (plan.experts, canonical.current), 1)
@@ -139,6 +140,9 @@ def _soft_readers(
 
 def _place(problem: PlacementProblem, readers: Pairs) -> Ints:
     # per layer: keep most units in the group that reads them; a group is as many columns as slots
+    # slow to import, and stage mae plans nothing
+    from scipy.optimize import linear_sum_assignment
+
     num_experts, num_groups, slots = problem.num_experts, problem.num_groups, problem.slots
     experts = np.empty((len(problem.routing), num_experts), np.int64)
     for layer, table in enumerate(problem.routing):

@@ -14,11 +14,10 @@ import math
 
 import torch
 from deepspeed.moe.layer import MoE
-from timm.layers import Mlp
 from torch import Tensor, nn
 
 from moce_dist.config import Config
-from moce_dist.model.vit import initialise
+from moce_dist.model.vit import Mlp, initialise
 
 
 class TokenMlp(nn.Module):
@@ -28,7 +27,7 @@ class TokenMlp(nn.Module):
         super().__init__()
         self.moe = MoE(
             width,
-            Mlp(width, 4 * width),
+            Mlp(width),
             num_experts,
             ep_size,
             capacity_factor=capacity_factor,

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from timm.layers import Mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moce_dist.config import ParallelConfig
 from moce_dist.model.moce import MoceBlock
+from moce_dist.model.vit import Mlp
 
 
 def prepare_blocks(blocks: Iterable[Any], parallel: ParallelConfig) -> None:
@@ -19,7 +19,8 @@ def prepare_blocks(blocks: Iterable[Any], parallel: ParallelConfig) -> None:
     them: its collectives run once, and its shapes follow the step's routing.
     """
     for block in blocks:
-        is_dense = isinstance(block.mlp, Mlp)
+        # our own MLP, or timm's
+        is_dense = hasattr(block.mlp, "fc1")
         if parallel.activation_checkpointing:
             for part in [block] if is_dense else [block.attn, *expert_modules(block)]:
                 part.forward = partial(checkpoint, part.forward, use_reentrant=False)

@@ -11,11 +11,9 @@ import logging
 import pickle
 from pathlib import Path
 
-import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from moce_dist.config import WEIGHT_FILES, Config
@@ -36,6 +34,8 @@ def read_weights(source: str, field: str) -> dict[str, Tensor]:
     """
     path = Path(source)
     if path.suffix not in WEIGHT_FILES:
+        import timm
+
         return dict(timm.create_model(source, pretrained=True, num_classes=0).state_dict())
     if not path.is_file():
         raise ConfigError(f"{field} ({source}): no such file")
@@ -84,6 +84,8 @@ def dense_weights(config: Config, source: str, field: str) -> dict[str, Tensor]:
     for name in ("pos_embed", "decoder_pos_embed"):
         positions = found.get(name)
         if positions is not None and positions.shape[1] != side**2 + 1:
+            from timm.layers import resample_abs_pos_embed
+
             found[name] = resample_abs_pos_embed(positions, [side, side])
     taken = {name: tensor.float() for name, tensor in found.items() if name in weights}
     for name, tensor in taken.items():

@@ -11,6 +11,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from moce_dist.config import ParallelConfig
 from moce_dist.launch import training
 from moce_dist.launch.nodes import GROUP_LABEL, Requirements
+from moce_dist.launch.worker import join
 from moce_dist.settings import ConfigError
 
 
@@ -50,7 +51,7 @@ def test_ranks_follow_labels_not_the_order_of_starting(two_nodes, tmp_path):
 
         import torch.distributed as dist
 
-        training._join(60)
+        join(60)
         dist.init_process_group("gloo")
         label = ray.get_runtime_context().get_node_labels()[GROUP_LABEL]
         gathered = [None] * dist.get_world_size()

@@ -1,5 +1,6 @@
 """Where workers go, spelt out; and what a loss costs."""
 
+import asyncio
 import errno
 import os
 import signal
@@ -193,6 +194,33 @@ def test_the_desk_passes_on_what_ranks_say():
     assert desk.beat(0, Beat("mae", 8, 0.1, 0.1))
     assert desk.failure().text == "no space" and desk.reached() == {"mae": 8}
     assert desk.standing_still(0.0) == []
+
+
+def test_jobs_follow_each_other_on_the_board():
+    async def work(board, rank, done):
+        number = 0
+        while (job := await board.next_job(number)) is not None:
+            board.leave(rank, Failure(f"{job} of {rank}", is_final=True))
+            done.append((job, rank))
+            board.finish(rank)
+            number += 1
+
+    async def drive(board):
+        done = []
+        ranks = [asyncio.create_task(work(board, rank, done)) for rank in (0, 1)]
+        for job in ("mae", "moce"):
+            await board.carry_out(job)
+            assert sorted(done[-2:]) == [(job, 0), (job, 1)]
+            # what failed in the job before is not this one's
+            assert board.failure().text.startswith(job)
+            board.stop()
+        await asyncio.sleep(0)
+        assert not any(rank.done() for rank in ranks)
+        board.dismiss()
+        await asyncio.gather(*ranks)
+        assert len(done) == 4
+
+    asyncio.run(drive(StatusBoard(2)))
 
 
 def test_the_worker_that_died_is_named_before_what_its_neighbours_met():
