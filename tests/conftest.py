@@ -7,7 +7,7 @@ import pytest
 
 HERE = Path(__file__).parent
 pytest_plugins = ["ranks", "started"]
-_SHARING = {"laws": "distributed", "faults": "end_to_end"}
+_TOGETHER = {"laws": "ranks", "distributed": "ranks"}
 
 
 def pytest_configure():
@@ -19,14 +19,13 @@ def pytest_configure():
 def pytest_collection_modifyitems(items):
     """Mark tests with the `gpu` mark as skipped, without importing torch where there are none.
 
-    A folder besides `unit` is one group to `--dist loadgroup`: its tests share warm processes or a
-    finished run, and stay in order in one process. Laws share the ranks of `distributed`, faults
-    the run of `end_to_end`.
+    To `--dist loadgroup` the laws and `distributed` are one group, whose tests share warm ranks; of
+    the other folders besides `unit` each file is one, and stays in order in one process.
     """
     for item in items:
-        folder = item.path.relative_to(HERE).parts[0]
-        if folder != "unit":
-            item.add_marker(pytest.mark.xdist_group(_SHARING.get(folder, folder)))
+        path = item.path.relative_to(HERE)
+        if path.parts[0] != "unit":
+            item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(path.parts[0], str(path))))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

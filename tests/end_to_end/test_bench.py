@@ -19,7 +19,7 @@ TINY = (
 )  # fmt: skip
 
 
-def bench(name, *overrides):
+def bench(name, *overrides, rounds=2):
     flags = [flag for override in (*TINY, *overrides) for flag in ("--set", override)]
     command = [sys.executable, "jobs/bench.py", name, *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
@@ -27,7 +27,7 @@ def bench(name, *overrides):
     document = json.loads(done.stdout)
     assert document["bench"] == name
     assert document["machine"].keys() == MACHINE
-    assert document["config"]["bench.rounds"] == 2
+    assert document["config"]["bench.rounds"] == rounds
     for result in document["variants"].values():
         assert 0 < result["min"] <= result["median"] <= result["max"]
     return document
@@ -82,10 +82,21 @@ def test_what_cannot_be_measured_is_named(monkeypatch, capsys):
     assert {"token", "link_mbit", "token/cluster"} <= document["skipped"].keys()
 
 
-def test_wrong_name_is_refused():
-    command = [sys.executable, "jobs/bench.py", "stepp"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 2 and "stepp" in done.stderr and not done.stdout
+def test_wrong_name_is_refused(ask):
+    refused = ask("bench", "stepp")
+    refused.assert_refused(2, "stepp")
+    assert not refused.out
+
+
+@pytest.mark.long
+def test_start_names_its_parts_and_compares_two_copies():
+    document = bench("start", "bench.rounds=1", f"bench.against={ROOT}", rounds=1)
+    figures = document["figures"]
+    parts = [figures[f"{part}_s"] for part in ("command", "ray", "worker", "engine", "step")]
+    assert min(parts) >= 0 and sum(parts) == pytest.approx(figures["first_step_s"])
+    for name in ("first_step", "next_stage", "after_shards"):
+        assert document["variants"].keys() >= {name, f"{name}_against"}
+        assert f"{name}/{name}_against" in document["ratios"]
 
 
 SMALL_CLUSTER = ("bench.rows=4000", "bench.dim=8", "cluster.iterations=3")

@@ -128,11 +128,11 @@ def test_transfer_and_report_work_on_it(continued, finished, run_job, pictures, 
 
 
 def test_a_control_is_added_to_finished_runs_and_goes_on(
-    finished, continued, part_of, arguments, command, run_job, read_metrics
+    finished, continued, part_of, arguments, command, run_job, ask, read_metrics
 ):
     base = part_of(*STAGES)
     run, one = base.parent / "more", "parallel.num_workers=1"
-    plan = run_job("pretrain", *command(continued, "control=true"), "--dry-run").assert_done().out
+    plan = ask("pretrain", *command(continued, "control=true"), "--dry-run").assert_done().out
     assert f"control    from the MAE; {finished} has no control: no experts" in plan
     done = run_job("pretrain", *arguments(base, "control=true", one)).assert_done()
     assert re.search(r"^held-out loss: mae \S+, moce \S+, control \S+$", done.out, re.M)
@@ -149,7 +149,7 @@ def test_a_control_is_added_to_finished_runs_and_goes_on(
     text = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(text.replace(str(finished), str(base)))
     flags = command(run, f"base_run={base}", "cluster.with_prices=false")
-    plan = run_job("pretrain", *flags, "--stage", "control", "--dry-run").assert_done().out
+    plan = ask("pretrain", *flags, "--stage", "control", "--dry-run").assert_done().out
     assert f"control    from {base / 'control'}: no experts" in plan
     done = run_job("pretrain", *flags, "--stage", "control").assert_done()
     last = latest_checkpoint(base / "control" / "checkpoints")
@@ -176,9 +176,9 @@ def test_a_killed_one_ends_in_the_same_bits(continued, start, command, learned, 
         assert old.read_bytes() == new.read_bytes(), name
 
 
-def test_with_prices_the_same_pictures_spread_otherwise(continued, run_job, command, tmp_path):
+def test_with_prices_the_same_pictures_spread_otherwise(continued, ask, command, tmp_path):
     request = command(tmp_path / "run")
-    plan = run_job("pretrain", *request, "--dry-run").assert_done().out
+    plan = ask("pretrain", *request, "--dry-run").assert_done().out
     assert "goes on    from" in plan and "under their prices" in plan
     assert not list(tmp_path.iterdir())
     config = load_config(request[1], [word for word in request[4:] if word != "--set"])

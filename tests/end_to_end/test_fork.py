@@ -19,11 +19,11 @@ def base(tmp_path_factory, run_job, arguments):
 
 @pytest.fixture
 def fork(run_job, tmp_path):
-    """Fork a run into `tmp_path / "run"`."""
+    """Fork a run into `tmp_path / "run"`; `by=ask` where that is refused."""
 
-    def make(source, step, *flags, stage=STAGE):
+    def make(source, step, *flags, stage=STAGE, by=run_job):
         command = ["--fork", source, "--at", step, "--run", tmp_path / "run"]
-        return run_job("pretrain", *command, *flags, *stage)
+        return by("pretrain", *command, *flags, *stage)
 
     return make
 
@@ -41,7 +41,7 @@ def test_a_fork_without_changes_is_the_run_itself(fork, base, learned, tmp_path)
 
 
 def test_a_fork_changes_the_rate_and_remembers_where_it_came_from(
-    fork, base, read_metrics, run_job, arguments, tmp_path
+    fork, base, read_metrics, run_job, ask, arguments, tmp_path
 ):
     source, run, change = tmp_path / "source", tmp_path / "run", "mae.base_lr=1e-4"
     shutil.copytree(base, source)
@@ -57,7 +57,7 @@ def test_a_fork_changes_the_rate_and_remembers_where_it_came_from(
     }  # fmt: skip
     # the same command has nothing left to do, and the other run is not needed any more
     assert "mae: complete" in fork(source, 20, "--set", change).assert_done().err
-    fork(source, 10, "--set", change).assert_refused(2, f"--run {run}: is another run")
+    fork(source, 10, "--set", change, by=ask).assert_refused(2, f"--run {run}: is another run")
     shutil.rmtree(source)
     again = run_job("pretrain", *arguments(run, *ALONE, change), *STAGE).assert_done()
     assert "mae: complete" in again.err
@@ -81,13 +81,13 @@ def test_what_a_fork_may_not_do_is_refused(ask, base, tmp_path, step, flags, par
     assert not (tmp_path / "run").exists()
 
 
-def test_a_damaged_checkpoint_is_no_start(fork, base, tmp_path):
+def test_a_damaged_checkpoint_is_no_start(fork, ask, base, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(base, source)
     file = source / "mae/checkpoints/step_00000020/rank-00000.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    fork(source, 20).assert_refused(2, "--at 20: ", "rank-00000.safetensors is damaged")
+    fork(source, 20, by=ask).assert_refused(2, "--at 20: ", "rank-00000.safetensors is damaged")
     assert not (tmp_path / "run").exists()
 
 

@@ -22,10 +22,10 @@ def published(config, tmp_path):
     return tmp_path / "published.pth"
 
 
-def test_no_step_of_stage_mae_is_needed(published, run_job, arguments, tmp_path):
+def test_no_step_of_stage_mae_is_needed(published, run_job, ask, arguments, tmp_path):
     flags = ("parallel.num_workers=1", "mae.epochs=0", f"model.init={published}", "control=true")
     request = arguments(tmp_path / "run", *flags, "moce.epochs=1", "moce.warmup_epochs=0")
-    plan = run_job("pretrain", *request, "--dry-run").assert_done().out
+    plan = ask("pretrain", *request, "--dry-run").assert_done().out
     assert f"stages     mae (no step, the weights of {published}), cluster, moce, control" in plan
     done = run_job("pretrain", *request).assert_done()
     assert f"mae: no step, the weights of {published} are taken" in done.err

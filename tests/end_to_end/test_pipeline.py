@@ -1,6 +1,7 @@
 """One command from a folder of pictures to experts, task models and a report."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -94,25 +95,31 @@ def test_checkpoints_routing_and_placement_are_readable(finished):
     assert not list(finished.rglob("*.tmp"))
 
 
-def test_a_second_start_only_finds_everything_done(finished, start, arguments):
-    before = written(finished)
-    job = start("pretrain", *arguments(finished))
+@pytest.fixture
+def own_copy(finished, tmp_path):
+    """A copy of the finished run that a test may write to."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_a_second_start_only_finds_everything_done(own_copy, start, arguments):
+    before = written(own_copy)
+    job = start("pretrain", *arguments(own_copy))
     seen = set()
     job.wait_until(lambda: seen.update(job.helpers()) or job.process.poll() is not None, "end")
     result = job.finish().assert_done()
     assert not seen, "started processes though nothing was left to do"
     assert "training on" not in result.err
-    after = written(finished)
+    after = written(own_copy)
     changed = {str(p) for p in before if before[p] != after[p]}
     # the resolved configuration and its provenance belong to the newest start
     assert changed == {"config.yaml", "provenance.json"}
     assert before.keys() == after.keys()
 
 
-def test_single_stages_ask_for_what_they_need(run_job, arguments, tmp_path):
+def test_single_stages_ask_for_what_they_need(run_job, ask, arguments, tmp_path):
     one = ("parallel.num_workers=1", "mae.epochs=1", "moce.epochs=1")
     run = arguments(tmp_path / "run", *one)
-    refused = run_job("pretrain", *run, "--stage", "moce")
+    refused = ask("pretrain", *run, "--stage", "moce")
     refused.assert_refused(2, tmp_path / "run", "is not complete")
     for stage, made in (("mae", "mae"), ("cluster", "shards"), ("moce", "moce")):
         assert not (tmp_path / "run" / made / COMPLETE).exists()
@@ -120,17 +127,17 @@ def test_single_stages_ask_for_what_they_need(run_job, arguments, tmp_path):
         assert (tmp_path / "run" / made / COMPLETE).exists()
 
 
-def test_a_dry_run_writes_nothing(run_job, arguments, tmp_path):
-    result = run_job("pretrain", *arguments(tmp_path / "run"), "--dry-run").assert_done()
+def test_a_dry_run_writes_nothing(ask, arguments, tmp_path):
+    result = ask("pretrain", *arguments(tmp_path / "run"), "--dry-run").assert_done()
     assert not list(tmp_path.iterdir())
     for word in ("stages", "experts", "ranks", "batch"):
         assert word in result.out
 
 
-def test_another_identity_is_refused_and_fresh_sets_it_aside(run_job, arguments, part_of):
+def test_another_identity_is_refused_and_fresh_sets_it_aside(run_job, ask, arguments, part_of):
     run = part_of("ingested")
     changed = arguments(run, "seed=7", "model.mask_ratio=0.5", "parallel.num_workers=1")
-    refused = run_job("pretrain", *changed).assert_refused(2, run, "seed: 0 -> 7")
+    refused = ask("pretrain", *changed).assert_refused(2, run, "seed: 0 -> 7")
     assert "model.mask_ratio: 0.75 -> 0.5" in refused.error
     assert "num_workers" not in refused.error
     run_job(
@@ -163,13 +170,13 @@ def task(pictures, tmp_path_factory):
     return root
 
 
-def test_a_task_gets_its_model_and_the_report_shows_it(finished, task, run_job, config):
-    named = ("--run", finished, "--task", "imagefolder", "--data", task)
+def test_a_task_gets_its_model_and_the_report_shows_it(own_copy, task, run_job, config):
+    named = ("--run", own_copy, "--task", "imagefolder", "--data", task)
     chosen = ("--backbone", "moce,mae", "--protocol", "knn,finetune", "--config", config)
     budget = ("--set", "transfer.finetune.epochs=2", "--set", "transfer.finetune.batch_size=32")
     done = run_job("transfer", *named, *chosen, *budget).assert_done()
     assert "transfer-imagefolder: 2 of 2 workers" in done.err
-    folder = finished / "transfer" / "imagefolder"
+    folder = own_copy / "transfer" / "imagefolder"
     metrics = json.loads((folder / "metrics.json").read_text())
     assert len(metrics["results"]) == 4
     values = {r["backbone"]: r["value"] for r in metrics["results"] if r["protocol"] == "knn"}
@@ -178,6 +185,6 @@ def test_a_task_gets_its_model_and_the_report_shows_it(finished, task, run_job, 
     # digits and silhouettes are easy to tell apart, by chance half would be right
     assert min(values.values()) > 0.7
     assert any((folder / "backbone").iterdir())
-    shown = run_job("report", finished).assert_done()
+    shown = run_job("report", own_copy).assert_done()
     assert "imagefolder" in shown.out
-    assert (finished / "report.html").stat().st_size > 10_000
+    assert (own_copy / "report.html").stat().st_size > 10_000

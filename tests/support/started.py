@@ -1,6 +1,7 @@
 """Real jobs on a few hundred real images: started as a user starts them, killed as a machine dies.
 
-Fixtures of tests/end_to_end and tests/faults, which share one finished run.
+Fixtures of tests/end_to_end and tests/faults, which share one finished run, whichever process of
+the session they run in.
 
 Every process that a job leaves behind carries the job's mark in its environment, Ray's own
 processes and the decoding processes of a worker too; so they are found however they were started.
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 from in_process import run_here
 
 ROOT = Path(__file__).parents[2]
@@ -215,18 +217,40 @@ def torchrun(start_torchrun):
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """300 real pictures in two class folders: handwritten digits and silhouettes of animals."""
+def shared_once(tmp_path_factory):
+    """Make a folder once for all processes of the session: `shared_once(name, make)`, its path."""
+    base = tmp_path_factory.getbasetemp()
+    # each process of a distributed session has a folder in that of the session
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name, make):
+        folder, done = root / name, root / f"{name}.made"
+        with FileLock(f"{folder}.lock"):
+            if not done.exists():
+                # whoever was here before has failed, and said so
+                shutil.rmtree(folder, ignore_errors=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return once
+
+
+def _write_pictures(root):
     from moce_dist.data import samples
 
-    root = tmp_path_factory.mktemp("pictures")
     for name in ("digits", "silhouettes"):
         images = samples.task(name).train
-        (root / name).mkdir()
+        (root / name).mkdir(parents=True)
         for number in range(150):
             image = images[number * len(images) // 150]
             (root / name / f"{number:04d}.png").write_bytes(image.content)
-    return root
+
+
+@pytest.fixture(scope="session")
+def pictures(shared_once):
+    """300 real pictures in two class folders: handwritten digits and silhouettes of animals."""
+    return shared_once("pictures", _write_pictures)
 
 
 @pytest.fixture(scope="session")
@@ -250,11 +274,9 @@ def arguments(config, pictures):
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory, run_job, arguments):
-    """A run that nothing interrupted, on 2 Ray Train workers."""
-    root = tmp_path_factory.mktemp("finished") / "run"
-    run_job("pretrain", *arguments(root)).assert_done()
-    return root
+def finished(shared_once, run_job, arguments):
+    """A run that nothing interrupted, on 2 Ray Train workers; nobody may change it."""
+    return shared_once("finished", lambda root: run_job("pretrain", *arguments(root)).assert_done())
 
 
 @pytest.fixture
