@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -119,11 +120,10 @@ def _start(copy: Path, flags: list[str], run_folder: Path) -> dict[str, float]:
             os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         raise RuntimeError(f"{copy}: {said.strip().splitlines()[-1]}")
-    at = {name: seen[name] for name in ("raylet", "worker", "log", "built", "mae")}
-    edges = [begin, *at.values()]
-    parts = {part: b - a for part, a, b in zip(_PARTS, edges, edges[1:], strict=True)}
+    moments = [begin, *(seen[name] for name in ("raylet", "worker", "log", "built", "mae"))]
+    parts = {part: b - a for part, (a, b) in zip(_PARTS, pairwise(moments), strict=True)}
     return parts | {
-        "first_step": at["mae"] - begin,
+        "first_step": seen["mae"] - begin,
         "after_shards": seen["moce"] - (run_folder / "shards" / "COMPLETE").stat().st_mtime,
         "next_stage": seen["control"] - (run_folder / "moce" / "COMPLETE").stat().st_mtime,
     }
