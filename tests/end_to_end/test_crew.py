@@ -1,6 +1,7 @@
 """Workers stay from one stage to the next, are replaced when they die, and learn the same bits."""
 
 import shutil
+import time
 
 from moce_dist.run.artefacts import COMPLETE
 
@@ -19,6 +20,8 @@ def test_stages_share_workers_and_learn_what_fresh_ones_do(
     waiting[0].kill()
 
     def is_over():
+        # to look at all processes costs, and workers live for seconds at least
+        time.sleep(0.3)
         seen.update(worker.pid for worker in job.workers())
         return job.process.poll() is not None
 
