@@ -3,6 +3,7 @@
 import ast
 import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -179,3 +180,12 @@ def test_functions_fit_on_a_screen():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = node.end_lineno - node.lineno + 1
                 assert length <= 60, f"{path}:{node.lineno} {node.name}: {length} lines"
+
+
+def test_a_training_imports_no_library_that_it_does_not_need():
+    slow = "timm", "torchvision", "scipy.optimize"
+    code = f"import sys, moce_dist.train.loop; print([m for m in {slow} if m in sys.modules])"
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
