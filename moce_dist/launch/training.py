@@ -43,6 +43,7 @@ from moce_dist.train.pulse import Pulse
 log = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0
 _GROW_EVERY_S = 30.0
+_LEAVE_S = 30.0
 _OTHER_CALLS = 100
 """Calls that a status board takes at a time, besides those of ranks that wait for a job."""
 
@@ -59,8 +60,10 @@ def hold_crew() -> Iterator["Crew"]:
     crew = Crew()
     try:
         yield crew
-    finally:
         crew.dismiss()
+    finally:
+        # after an error nobody waits for workers in the middle of a job
+        crew.dismiss(wait_s=0)
 
 
 class Crew:
@@ -91,12 +94,12 @@ class Crew:
         if self._start is not None and self._start.resource != SEAT:
             self.dismiss()
 
-    def dismiss(self) -> None:
-        """Let the workers go; their seats are free soon after."""
+    def dismiss(self, *, wait_s: float = _LEAVE_S) -> None:
+        """Let the workers go, and wait so long at most until their seats are free."""
         if self._start is not None:
             # Ray may be gone already
             with suppress(RayError, RuntimeError):
-                self._start.board.dismiss.remote()
+                self._start.dismiss(wait_s)
         self._start = None
 
     def _supervise(self, job: Job, is_terminated: Callable[[], bool]) -> None:
@@ -195,6 +198,11 @@ class Attempt:
         is_same = wanted.parallel == self._wanted.parallel
         is_full = self.size == wanted.parallel.num_workers
         return is_same and is_full and not is_over and not self._is_draining()
+
+    def dismiss(self, wait_s: float) -> None:
+        """Tell the workers that there are no more jobs; wait so long at most for their end."""
+        self.board.dismiss.remote()
+        ray.wait([self._ending], timeout=wait_s)
 
     def hosting(self) -> set[str]:
         """Return the nodes on which workers arrived."""
