@@ -11,12 +11,13 @@ Letters: B images of a step, E experts, K clusters, D width.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from benches.settings import BenchConfig
-from moce_dist.data.images import Box, Cut
+from moce_dist.data.images import Box
 from moce_dist.data.plan import Plan
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.resize import Pixels
@@ -86,8 +87,8 @@ class _Stripes:
     """An image of stripes, whatever is cut out of it."""
 
     draws: np.random.Generator
-    width: int = 1
-    height: int = 1
+    width: int = 64
+    height: int = 64
 
     def crop(self, _: Box, size: int) -> Pixels:
         """Draw (S, S, 3)."""
@@ -106,8 +107,8 @@ class _SyntheticStream(PlannedStream):
             step.contents.extend([None] * len(step.ids))
             yield [step]
 
-    def _cut(self, step: PlannedStep, slot: int, draws: np.random.Generator) -> Cut:
-        return Cut(_Stripes(draws), Box(0, 0, 1, 1), is_mirrored=False)
+    def _image(self, step: PlannedStep, slot: int) -> Any:
+        return _Stripes(np.random.default_rng(int(step.ids[slot])))
 
 
 def synthetic_batches(state: TrainState, count: int) -> list[Batch]:
