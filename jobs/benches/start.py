@@ -85,7 +85,11 @@ def _ingested(config: BenchConfig, folder: Path) -> list[str]:
     flags = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
     index = folder / "index"
     command = [sys.executable, f"{ROOT}/jobs/ingest.py", "--source", f"folder:{images}"]
-    subprocess.run([*command, "--out", index, *flags], check=True, capture_output=True)
+    # without Ray, which is not measured here
+    alone = ["--out", str(index), *flags, "--set", "parallel.num_workers=1"]
+    done = subprocess.run([*command, *alone], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"jobs/ingest.py: {done.stderr.strip().splitlines()[-1]}")
     return [*flags, "--set", f"data.source=index:{index}"]
 
 
