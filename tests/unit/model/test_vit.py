@@ -1,43 +1,53 @@
-"""Blocks that cast their parameters together compute what timm's do, bit for bit."""
+"""Blocks and what they consist of compute what timm's do, bit for bit."""
+
+import contextlib
+from functools import partial
 
 import pytest
 import torch
+from timm.layers import PatchEmbed as TimmPatchEmbed
 from timm.models.vision_transformer import Attention, Block
 
-from moce_dist.model.vit import DenseBlock, SelfAttention
+from moce_dist.model.vit import DenseBlock, PatchEmbed, SelfAttention
+
+NORM = partial(torch.nn.LayerNorm, eps=1e-6)
+PAIRS = {
+    "block": (
+        lambda: DenseBlock(32, 2),
+        lambda: Block(32, 2, mlp_ratio=4.0, qkv_bias=True, norm_layer=NORM),
+        (3, 5, 32),
+    ),
+    "attention": (
+        lambda: SelfAttention(32, 2),
+        lambda: Attention(32, 2, qkv_bias=True),
+        (3, 5, 32),
+    ),
+    "patches": (lambda: PatchEmbed(8, 32), lambda: TimmPatchEmbed(16, 8, 3, 32), (3, 3, 16, 16)),
+}
 
 
-def outputs_and_gradients(block, forward, x):
-    block.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = forward(block, x)
+def outputs_and_gradients(module, x, precision):
+    lower = torch.autocast("cpu", torch.bfloat16)
+    with lower if precision == "bf16" else contextlib.nullcontext():
+        y = module(x)
     (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
-    return [y, *(parameter.grad for parameter in block.parameters())]
+    return [y, *(parameter.grad for parameter in module.parameters())]
 
 
-@pytest.mark.parametrize(
-    ("module", "theirs"),
-    [(DenseBlock(32, 2), Block.forward), (SelfAttention(32, 2, qkv_bias=True), Attention.forward)],
-    ids=["block", "attention"],
-)
-def test_bf16_equals_timm_bit_for_bit(module, theirs):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_outputs_and_gradients_equal_timms_bit_for_bit(name, precision):
+    ours, theirs, shape = PAIRS[name]
+    module, plain = ours(), theirs()
     draws = torch.Generator().manual_seed(0)
     for parameter in module.parameters():
         parameter.data = torch.randn(parameter.shape, generator=draws) * 0.2
-    x = torch.randn(3, 5, 32, generator=draws)
-    if isinstance(module, DenseBlock):
-        # as timm would have built it
-        plain = Block(32, 2, mlp_ratio=4.0, qkv_bias=True, norm_layer=torch.nn.LayerNorm)
-        plain.load_state_dict(module.state_dict())
-        plain.norm1.eps = plain.norm2.eps = module.norm1.eps
-    else:
-        plain = Attention(32, 2, qkv_bias=True)
-        plain.load_state_dict(module.state_dict())
-    ours = outputs_and_gradients(module, lambda m, rows: m(rows), x)
-    for mine, other in zip(ours, outputs_and_gradients(plain, theirs, x), strict=True):
+    plain.load_state_dict(module.state_dict())
+    x = torch.randn(shape, generator=draws)
+    pairs = zip(
+        outputs_and_gradients(module, x, precision),
+        outputs_and_gradients(plain, x, precision),
+        strict=True,
+    )
+    for mine, other in pairs:
         assert mine.dtype == other.dtype and mine.equal(other)
-
-
-def test_fp32_is_timm_s_own():
-    block, x = DenseBlock(32, 2), torch.randn(3, 5, 32)
-    assert block(x).equal(Block.forward(block, x))
