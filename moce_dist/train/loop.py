@@ -64,8 +64,7 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     state = build_state(job)
     state.pulse = pulse or state.pulse
     start = state.step
-    metrics_log = open_log(state)
-    clock = Clock()
+    metrics_log, clock = open_log(state), Clock()
     steps = job.config.logging.profile_steps if state.rank == 0 else None
     profile = StepProfile(job.folder, steps)
     profile.at(state.step)
@@ -95,17 +94,15 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
                 break
             profile.at(state.step)
     profile.close()
-    if state.step < state.total_steps:
-        state.saver.wait()
-        if metrics_log is not None:
-            metrics_log.close()
-        raise StoppedError(f"{job.name}: state saved at step {state.step} of {state.total_steps}")
-    loss = evaluate(state)
+    is_finished = state.step == state.total_steps
+    loss = evaluate(state) if is_finished else None
     state.saver.wait()
     if metrics_log is not None:
         metrics_log.close()
-        if loss is not None:
-            write_atomic(job.folder / "holdout.json", json.dumps(loss))
+    if not is_finished:
+        raise StoppedError(f"{job.name}: state saved at step {state.step} of {state.total_steps}")
+    if metrics_log is not None and loss is not None:
+        write_atomic(job.folder / "holdout.json", json.dumps(loss))
     return {"stage": job.name, "steps": state.step, "holdout": loss}
 
 
