@@ -20,7 +20,13 @@ from moce_dist.report.gate import gate_view, read_gate
 from moce_dist.report.placement import placement_view
 from moce_dist.report.reconstruct import Reconstructions, reconstruct
 from moce_dist.report.record import Line, Record, read_record
-from moce_dist.report.summary import cluster_notes, domain_mix, label_mix, timing_rows
+from moce_dist.report.summary import (
+    ONE_PRETRAINING,
+    cluster_notes,
+    domain_mix,
+    label_mix,
+    timing_rows,
+)
 from moce_dist.report.tasks import task_view
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import flatten
@@ -81,6 +87,7 @@ def render(record: Record, other: Record | None = None) -> str:
         thumbs=_thumbs(record),
         figures=_figures(record),
         tasks=[task_view(record, metrics, i) for i, metrics in enumerate(record.transfers)],
+        one_pretraining=ONE_PRETRAINING,
         timing=timing_rows(record),
         placement=placement_view(record),
         notes=cluster_notes(record.clusters) if record.clusters else [],

@@ -12,7 +12,7 @@ from moce_dist.report.record import Clusters, Record, Stage, read_record
 from moce_dist.run.rows import backbone_texts, difference_text, value_text
 
 _MAX_CLUSTERS = 16
-_ONE_PRETRAINING = (
+ONE_PRETRAINING = (
     "differences are of one pre-training: a run alone cannot tell them from those between two "
     "seeds of it; jobs/study.py compares over seeds"
 )
@@ -162,7 +162,7 @@ def _transfers(record: Record) -> Iterator[str]:
         differences = metrics.get("differences", [])
         yield from (f"  {difference_text(row, names, plus_minus='+-')}" for row in differences)
     if any(metrics.get("differences") for metrics in record.transfers):
-        yield _ONE_PRETRAINING
+        yield ONE_PRETRAINING
 
 
 def timing_rows(record: Record) -> list[dict[str, Any]]:

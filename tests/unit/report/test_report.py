@@ -240,6 +240,7 @@ def test_damaged_files_are_named_and_the_rest_is_shown(finished):
 def test_differences_and_failures_of_tasks_are_shown(finished):
     page = Page(write_report(finished))
     assert "moce - mae, knn: +0.0200 ± 0.0010" in page.text
+    assert "Differences are of one pre-training" in page.text
     path = finished / "transfer" / "digits" / "metrics.json"
     document = json.loads(path.read_text()) | {"failed": {"cars": "ConfigError: no folder"}}
     del document["differences"]
