@@ -69,6 +69,8 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         seconds, table = _timed(_reference, config, gate, noise, before, step + 1)
         at_once.append(seconds)
         expected = table.numpy()
+    # takes the table that is under way: a process must not end while it is sent
+    router.decide(gate, _TOTAL_STEPS)
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (beside[warmup:], thread[warmup:]))
     return {

@@ -44,6 +44,7 @@ EVERY_S = 5.0
 STALE_S = 60.0
 """A lock without a heartbeat for so long is nobody's."""
 _LOOK_S = 1.0
+_LEAVING = threading.Lock()
 log = logging.getLogger(__name__)
 
 
@@ -205,6 +206,8 @@ class Lease:
             # somebody has removed it: it is made anew, if its folder is there
             found = self._try() or (self.claim, 0.0)
         if found is not None and found[0].token != self.claim.token:
+            # of several threads that see it one speaks
+            _LEAVING.acquire()
             sys.stderr.write(
                 f"error: {self.folder}: was taken over by {found[0]}, as this process had given no "
                 f"sign of life for {STALE_S:g} s; it stops without writing\n"
