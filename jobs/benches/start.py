@@ -106,11 +106,13 @@ def _start(copy: Path, flags: list[str], run_folder: Path) -> dict[str, float]:
     config = run_folder.parent / "empty.yaml"
     config.write_text("{}\n")
     command = [sys.executable, f"{copy}/jobs/pretrain.py", "--config", str(config)]
+    # first of all, Ray's workers import from where the command was started
     variables = os.environ | {"PYTHONPATH": str(copy)}
     begin = time.time()
     process = subprocess.Popen(
         [*command, "--run", str(run_folder), *flags],
         env=variables,
+        cwd=copy,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
