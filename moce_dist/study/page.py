@@ -71,20 +71,20 @@ def _table(table: Line, reference: str) -> Line:
         "metric": table["metric"],
         "tasks": table["tasks"],
         "scale": points(scale),
-        "rows": [_row(name, row, table["tasks"], scale) for name, row in rows],
-        "reference": reference,
+        "rows": [_row(name, row, table["tasks"], scale, reference) for name, row in rows],
     }
 
 
-def _row(name: str, row: Line, tasks: list[str], scale: float) -> Line:
-    mean, difference = row["mean"], (row.get("difference") or {}).get("mean")
-    each = (row.get("difference") or {}).get("tasks", {})
+def _row(name: str, row: Line, tasks: list[str], scale: float, reference: str) -> Line:
+    mean, to = row["mean"], row.get("difference") or {}
+    difference, each = to.get("mean"), to.get("tasks", {})
     return {
         "arm": name,
         "mean": _with_deviation(mean),
         "num_seeds": mean["num_seeds"],
         "num_tasks": mean["num_tasks"],
         "difference": points(difference["mean"], sign=True) if difference else "",
+        "to": to["to"] if to and to["to"] != reference else "",
         "interval": _interval(difference),
         "bar": _bar(difference, scale),
         "verdict": _verdict(difference),

@@ -42,6 +42,8 @@ class Arm(Section):
     domains: Literal["all", "own_equal_images", "own_equal_steps"] = "all"
     """Train on all data; or a run for every domain that tasks name, on its images alone: on as many
     as a run on all data sees of that domain, or on as many as that sees of all."""
+    against: str | None = None
+    """The arm of the same cost that its differences are to; None: the study's `reference`."""
     continue_images: int | None = Field(None, ge=1)
     """Images of the further steps that a backbone `+own` or `+all` takes for every task."""
     seeds: tuple[int, ...] | None = None
@@ -82,7 +84,7 @@ class StudyConfig(Section):
     arms: dict[str, Arm] = Field(min_length=1)
     """What is compared, by name."""
     reference: str = "control"
-    """The arm that differences are to."""
+    """The arm that differences are to, where an arm names none."""
     tasks: tuple[StudyTask, ...] = Field(min_length=1)
     """Downstream tasks."""
     protocols: tuple[str, ...] = ("knn", "linear")
@@ -121,6 +123,8 @@ def read_study(path: Path, overrides: Sequence[str] = (), data: str | None = Non
 def _check_arm(study: StudyConfig, name: str, arm: Arm) -> None:
     if not re.fullmatch(r"[\w.+-]+", name):
         raise ConfigError(f"arms.{name}: a name has letters, digits and . _ + -")
+    if arm.against is not None and arm.against not in study.arms.keys() - {name}:
+        raise ConfigError(f"arms.{name}.against: {arm.against} is no other arm of the study")
     if arm.domains != "all":
         if not arm_config(study, arm).data.source.startswith("folder:"):
             raise ConfigError(f"arms.{name}.domains: data.source must be a folder of domains")
@@ -138,6 +142,14 @@ def _check_arm(study: StudyConfig, name: str, arm: Arm) -> None:
             check_request(task_request(study, task, arm), config)
         except ConfigError as error:
             raise ConfigError(f"arms.{name}, task {task.folder}: {error}") from None
+
+
+def partners_of(study: StudyConfig) -> dict[str, str | None]:
+    """Say of every arm which arm its differences are to; None for the study's reference."""
+    return {
+        name: arm.against or (None if name == study.reference else study.reference)
+        for name, arm in study.arms.items()
+    }
 
 
 def tasks_of(study: StudyConfig, arm: Arm) -> list[StudyTask]:

@@ -12,7 +12,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from moce_dist.run.artefacts import fingerprint, versions
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl
 from moce_dist.study.plan import Kind, PlannedRun
+from moce_dist.study.request import partners_of
 from moce_dist.study.runner import Runner
 from moce_dist.study.statistics import Table, spread
 
@@ -42,7 +43,7 @@ def collect(runner: Runner, split: str) -> Line:
         "reference": study.reference,
         "seeds": list(study.seeds),
         "arms": {name: _arm(runner, name, values) for name in study.arms},
-        "tables": tables(values, list(study.arms), study.reference, study.draws),
+        "tables": tables(values, partners_of(study), study.draws),
         "values": values,
         "runs": {name: _run(runner, run) for name, run in plan.runs.items()},
         "failed": runner.failed,
@@ -97,8 +98,11 @@ def read_values(runner: Runner) -> list[Line]:
     return found
 
 
-def tables(values: Iterable[Line], arms: Sequence[str], reference: str, draws: int) -> list[Line]:
-    """Make a table of every protocol and metric, and those of the means over protocols."""
+def tables(values: Iterable[Line], partners: Mapping[str, str | None], draws: int) -> list[Line]:
+    """Make a table of every protocol and metric, and those of the means over protocols.
+
+    `partners` says of every arm which arm its differences are to, if any.
+    """
     found: dict[tuple[str, str], dict[tuple[str, int, str], float]] = {}
     for value in values:
         key = value["arm"], value["seed"], value["task"]
@@ -115,25 +119,26 @@ def tables(values: Iterable[Line], arms: Sequence[str], reference: str, draws: i
             }
             found[MEAN, metric] = means
     return [
-        {"protocol": protocol, "metric": metric, **_table(cells, arms, reference, draws)}
+        {"protocol": protocol, "metric": metric, **_table(cells, partners, draws)}
         for (protocol, metric), cells in found.items()
     ]
 
 
 def _table(
-    cells: dict[tuple[str, int, str], float], arms: Sequence[str], reference: str, draws: int
+    cells: dict[tuple[str, int, str], float], partners: Mapping[str, str | None], draws: int
 ) -> Line:
     seeds = list(dict.fromkeys(seed for _, seed, _ in cells))
     tasks = list(dict.fromkeys(task for _, _, task in cells))
     of_arm = {
         arm: np.array([[cells.get((arm, seed, task), np.nan) for task in tasks] for seed in seeds])
-        for arm in arms
+        for arm in partners
     }
     rows = {}
     for arm, table in of_arm.items():
         rows[arm] = _row(table, tasks, draws)
-        if arm != reference:
-            rows[arm]["difference"] = _row(table - of_arm[reference], tasks, draws)
+        if (partner := partners[arm]) is not None:
+            difference = _row(table - of_arm[partner], tasks, draws)
+            rows[arm]["difference"] = {"to": partner, **difference}
     return {"tasks": tasks, "arms": rows}
 
 

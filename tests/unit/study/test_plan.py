@@ -233,6 +233,8 @@ def test_fields_of_a_study_are_overridden_from_the_command_line(read):
         ({"arms": {"m/e": {}}, "reference": "m/e"}, "arms.m/e: a name has letters"),
         ({"arms": {"mae": {"backbone": "mae", "seeds": [7]}}}, "arms.mae.seeds: 7 is none of"),
         ({"arms": {"mae": {"backbone": "mae", "tasks": ["x"]}}}, "arms.mae.tasks: x is none of"),
+        ({"arms": {"mae": {"against": "x"}}}, "arms.mae.against: x is no other arm"),
+        ({"arms": {"mae": {"against": "mae"}}}, "arms.mae.against: mae is no other arm"),
         (
             {"arms": {"mae": {"domains": "own_equal_steps"}}, "tasks": [{"task": "digits"}]},
             "no task names a domain",

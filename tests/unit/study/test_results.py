@@ -11,6 +11,8 @@ from moce_dist.study.page import render
 from moce_dist.study.results import tables, training_seconds
 from moce_dist.study.work import link_artefact
 
+PARTNERS = {"control": None, "moce": "control", "own": "control"}
+
 
 def value(arm, seed, task, protocol, share):
     of = {"arm": arm, "seed": seed, "task": task, "protocol": protocol}
@@ -32,10 +34,7 @@ def values():
 
 
 def made(values):
-    return {
-        table["protocol"]: table["arms"]
-        for table in tables(values, ["control", "moce", "own"], "control", 2000)
-    }
+    return {table["protocol"]: table["arms"] for table in tables(values, PARTNERS, 2000)}
 
 
 def test_table_by_hand(values):
@@ -60,6 +59,14 @@ def test_an_arm_with_some_tasks_is_compared_on_those(values):
     assert "b" not in own["tasks"]
 
 
+def test_an_arm_is_compared_with_the_partner_that_it_names(values, content):
+    found = tables(values, {**PARTNERS, "own": "moce"}, 2000)
+    own = found[0]["arms"]["own"]["difference"]
+    assert own["to"] == "moce" and own["mean"]["mean"] == pytest.approx((0.07 + 0.03) / 2)
+    page = render({**content, "tables": found})
+    assert "to moce" in page and "to moce" not in render(content)
+
+
 def test_mean_over_protocols(values):
     assert made(values)["mean"]["moce"]["mean"]["mean"] == pytest.approx(0.645 - 0.05)
     alone = [v for v in values if v["protocol"] == "knn"]
@@ -68,7 +75,7 @@ def test_mean_over_protocols(values):
 
 def test_metrics_of_other_kinds_have_tables_of_their_own(values):
     scene = {**value("control", 0, "c", "finetune", 0.3), "metric": "mIoU"}
-    found = tables([*values, scene], ["control"], "control", 1000)
+    found = tables([*values, scene], {"control": None}, 1000)
     assert [(t["protocol"], t["metric"], t["tasks"]) for t in found][2:] == [
         ("finetune", "mIoU", ["c"]),
         ("mean", "accuracy", ["a", "b"]),
@@ -90,7 +97,7 @@ def content(values):
     return {
         **{"title": "T & T", "split": "val", "reference": "control", "seeds": [0, 1], "left": 3},
         **{"arms": {"control": arm, "moce": arm, "own": arm}, "failed": {"r/mae": "<oops>"}},
-        "tables": tables(values, ["control", "moce", "own"], "control", 2000),
+        "tables": tables(values, PARTNERS, 2000),
         "runs": {"r": run},
         "study": {"tasks": ["a", "b"]},
         "machine": {"name": "m", "cores": 2, "memory_gib": 1, "system": "s", "gpu": None},
