@@ -37,12 +37,20 @@ def test_every_path_exists(page):
     folder = (ROOT / page).parent
     quoted = re.findall(r"`([\w./-]+)`", PAGES[page])
     indented = re.findall(r"^ {4}.*?((?:jobs|configs|k8s)/[\w./-]+)", PAGES[page], re.M)
-    linked = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
+    linked = [link for link in links if not link.startswith("#")]
     paths = {p for p in quoted if "/" in p and not p.startswith(MADE)} | {*indented, *linked}
     paths -= {"moce.dist/expert-group"}
     assert len(paths) > 5
     missing = [p for p in sorted(paths) if not (ROOT / p).exists() and not (folder / p).exists()]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_inside_a_page_has_its_heading(page):
+    headings = re.findall(r"^#+ (.+)$", PAGES[page], re.M)
+    anchors = {re.sub(r"[^\w -]", "", text).lower().replace(" ", "-") for text in headings}
+    assert set(re.findall(r"\]\(#([^)]+)\)", PAGES[page])) <= anchors
 
 
 @pytest.mark.parametrize(("page", "command"), COMMANDS)
