@@ -1,4 +1,4 @@
-"""Types of the arrays of this chapter."""
+"""Type aliases for the NumPy arrays of `moce_dist.cluster`."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,8 +1,7 @@
-"""Prices by coordinate ascent, row by row: the loops of `balance.py`, compiled.
+"""The compiled inner loops of `balance.py`: coordinate ascent on the prices, row by row.
 
-All functions work in place on arrays of one process and thread, in a fixed order, so that equal
-input gives equal bits. They are compiled once per machine and kept beside the package (or in the
-user's cache where that cannot be written).
+All functions work in place on one thread and in a fixed order, so equal input gives equal bits.
+They are compiled once per machine; see `compiled.py` for where the machine code is cached.
 
 Letters: s rows, K clusters, m candidates of a row.
 """
@@ -16,13 +15,14 @@ from moce_dist.cluster.candidates import Candidates
 from moce_dist.cluster.compiled import compiled
 
 _SAMPLED_FROM = 600
-"""Numbers from which on the search for one of them begins in a sample."""
+"""Array length above which selection first narrows the range with a sample."""
 
 
 class Lists(NamedTuple):
-    """Candidates by row, (s, m), and the same by cluster: entries `bounds[k]` to `bounds[k + 1]`.
+    """Candidates by row, and the same entries sorted by cluster.
 
-    An entry has a row and the distance of that row to the cluster, rows in order: (s m) each.
+    `ids` and `distances` are (s, m). The entries of cluster k are `bounds[k]` to `bounds[k + 1]` of
+    `rows` and `of_cluster`, (s m) each: a row, in ascending order, and its distance to the cluster.
     """
 
     ids: Int32
@@ -33,9 +33,9 @@ class Lists(NamedTuple):
 
 
 class Ranks(NamedTuple):
-    """Best and second best cluster of every row under the prices, and distance less price: (s, 2).
+    """Best and second best cluster of every row under the prices, and distance - price: (s, 2).
 
-    One array holds what belongs to a row, for rows are looked up in no order.
+    Both entries of a row are adjacent in memory because rows are looked up in random order.
     """
 
     ids: Int32
@@ -43,9 +43,9 @@ class Ranks(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Least and greatest number of rows that a cluster may take, (K,), and price, (K + 1,).
+    """Bounds on the number of rows that a cluster may take, (K,), and on its price, (K + 1,).
 
-    Numbers are below 0 where rows that stay are too many already.
+    A number is negative where the cluster's fixed rows (`balance.Others`) already exceed its size.
     """
 
     smallest: Int64
@@ -99,14 +99,14 @@ def _rank_row(lists: Any, prices: Any, ranks: Any, row: Any) -> None:
 
 @compiled
 def rank_rows(lists: Any, prices: Any, ranks: Any) -> None:
-    """Write the best and second best cluster of every row into `ranks`; the first wins a tie."""
+    """Write every row's best and second best cluster into `ranks`; ties go to the first listed."""
     for row in range(len(lists.ids)):
         _rank_row(lists, prices, ranks, row)
 
 
 @compiled
 def dual(lists: Any, prices: Any, bounds: Any) -> Any:
-    """Return the value of the dual at `prices`: what the best assignment costs at least."""
+    """Return the dual value at `prices`, a lower bound on the cost of the best assignment."""
     total: Any = 0.0
     for cluster in range(len(bounds.largest)):
         price = prices[cluster]
@@ -123,8 +123,8 @@ def dual(lists: Any, prices: Any, bounds: Any) -> Any:
 
 @compiled
 def _select(values: Any, low: Any, high: Any, place: Any) -> None:
-    # Hoare's: reorder from `low` to `high` so that values[place] is as if sorted, none before it
-    # greater
+    # Hoare's quickselect on values[low..high]: afterwards values[place] is what sorting would put
+    # there, and nothing before it is greater
     while low < high:
         pivot, left, right = values[place], low, high
         while left <= right:
@@ -144,10 +144,10 @@ def _select(values: Any, low: Any, high: Any, place: Any) -> None:
 
 @compiled
 def _between(limits: Any, size: Any) -> Any:
-    # a price above `size` of the limits
+    # returns a price that exceeds exactly `size` of the limits: midway to the next larger one
     num = len(limits)
     if num > _SAMPLED_FROM:
-        # Floyd and Rivest's: the right one of a sample splits all of them next to the place
+        # Floyd and Rivest 1975: selecting in a sample first leaves a pivot close to the wanted one
         sample = 0.5 * num ** (2 / 3)
         shift = 0.5 * np.sqrt(np.log(num) * sample * (1 - sample / num)) * np.sign(2 * size - num)
         low = max(0, int(size - size * sample / num + shift))
@@ -164,12 +164,12 @@ def _between(limits: Any, size: Any) -> Any:
 def _level(limits: Any, bounds: Any, cluster: Any) -> Any:
     smallest, largest = bounds.smallest[cluster], bounds.largest[cluster]
     if len(limits) > largest:
-        # rows that stay may be too many by themselves
+        # the fixed rows alone may exceed the largest size
         price = _between(limits, largest) if largest >= 0 else bounds.lowest[cluster]
         if price < 0:
             return price
     if len(limits) <= smallest:
-        # all rows that list the cluster are not enough
+        # even all rows that list the cluster are too few
         return bounds.highest[cluster]
     price = _between(limits, smallest) if smallest > 0 else np.float32(0)
     return max(price, np.float32(0))
@@ -177,7 +177,7 @@ def _level(limits: Any, bounds: Any, cluster: Any) -> Any:
 
 @compiled
 def reprice(lists: Any, prices: Any, ranks: Any, bounds: Any) -> None:
-    """Set every price to the level at which the size is right, to 0 where it is right there."""
+    """Set every price in turn to the level at which its cluster's size fits; to 0 if 0 fits."""
     ids, values = ranks
     limits = np.empty(np.diff(lists.bounds).max(), np.float32)
     for cluster in range(len(prices) - 1):

@@ -1,13 +1,13 @@
-"""Clusters of a data set, of new features, and the files that say so.
+"""Cluster a folder of features, assign single features, and read and write the result files.
 
-How a folder of new features meets clusters that are there: existing.py.
+`existing.py` assigns a whole folder of new features to existing clusters.
 
     OUT/centroids.npy        (K, D) float32, means of the final assignment
-    OUT/mean.npy             (D,) float32, subtracted before normalising (features of a run only)
-    OUT/prices.npy           (K,) float64, under which the balanced assignment is the nearest one
+    OUT/mean.npy             (D,) float32, subtracted before normalising; only for normalised rows
+    OUT/prices.npy           (K,) float64; a row's cluster has the least squared distance - price
     OUT/assignments.parquet  key, shard, cluster, distance (squared)
     OUT/summary.json         figures
-    OUT/state.npz, sample.npy  iterations in progress; gone when COMPLETE is there
+    OUT/state.npz, sample.npy  iterations in progress; removed once COMPLETE is written
 
 Letters: n rows, D width, K clusters.
 """
@@ -44,7 +44,7 @@ from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
 
 _TABLE_ROWS = 2**20
-"""Rows of the table of assignments that are in memory as keys at a time."""
+"""Rows of the assignment table whose keys are in memory at a time."""
 _SCHEMA = pa.schema(
     {
         "key": pa.string(),
@@ -57,7 +57,7 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class PricedCentroids:
-    """Clusters as rows on a device meet them: centroids (K, D) seen through `view`, prices (K,)."""
+    """Clusters that rows are assigned to: centroids (K, D) seen through `view`, prices (K,)."""
 
     view: View
     centroids: Float64
@@ -73,7 +73,7 @@ class PricedCentroids:
         return as_tensor(self.centroids, self.device)
 
     def assign(self, augmented: Tensor) -> tuple[Int64, Float64]:
-        """Return cluster and squared distance, (n,) each, of rows (x, 1) seen through the view."""
+        """Return cluster and squared distance, (n,) each, of rows (x, 1) after the view."""
         labels = search(augmented, self._base, num=1).ids[:, 0]
         distances = squared_distances(augmented[:, :-1], self._points, labels)
         return labels.cpu().numpy(), distances.cpu().numpy()
@@ -82,12 +82,12 @@ class PricedCentroids:
 def make_clusters(
     centroids: NDArray[Any], mean: NDArray[Any] | None, prices: NDArray[Any] | None
 ) -> PricedCentroids:
-    """Prepare centroids (K, D) with the mean (D,) that comes off raw features, and prices (K,).
+    """Prepare centroids (K, D), the mean (D,) that is subtracted from raw features, prices (K,).
 
-    Without `mean` features are compared as they are, without `prices` by distance alone.
+    Without `mean`, features are compared as they are. Without `prices`, only distance counts.
     """
     centres = np.asarray(centroids, np.float64)
-    # distances do not depend on the origin, and near the centroids they lose no digits
+    # distances do not depend on the origin; one near the centroids loses no digits in float32
     origin = np.zeros(centres.shape[1]) if mean is not None else centres.mean(axis=0)
     view = View(np.asarray(origin if mean is None else mean, np.float32), mean is not None)
     centres = centres - (view.mean.astype(np.float64) if mean is None else 0)
@@ -105,7 +105,7 @@ def assign_features(
     """Return the cluster of each feature row (n, D) and its squared distance: (n,) and (n,).
 
     With `mean` (D,) the features are raw: the mean is subtracted and rows are scaled to length 1.
-    Without, they are compared as they are.
+    Without it, features are compared as they are.
     """
     clusters = make_clusters(centroids, mean, prices)
     augmented = torch.ones(len(features), clusters.centroids.shape[1] + 1)
@@ -125,11 +125,10 @@ def run_clustering(
 ) -> dict[str, Any]:
     """Cluster a folder of features and write the result; return its summary.
 
-    Clusters that are not found in the features (`cluster.source`) are as they are given.
-    With `subtract_mean` rows are f -> normalise(f - mean), as for the features of a run; without,
-    they are taken as they are, or normalised when `cluster.spherical`. `inputs` are recorded in
-    COMPLETE, by default the fingerprint of the request; a folder that is complete for them is left
-    as it is.
+    With a `cluster.source` other than `features`, the clusters follow from the keys alone. With
+    `subtract_mean` rows become normalise(f - mean), as for the features of a run; without it, rows
+    are used as they are, or normalised if `cluster.spherical`. COMPLETE records `inputs`, by
+    default the fingerprint of the request; a folder that is complete for them is left untouched.
 
     Raises:
         ConfigError: the features cannot be used (which file, which row), K exceeds their number,
@@ -189,7 +188,7 @@ def _open_matrix(
 
 
 def artefacts(out_dir: Path) -> list[Path]:
-    """List the files that a finished folder may hold, `COMPLETE` left out."""
+    """List the files that a finished folder may hold, except `COMPLETE`."""
     names = ("centroids.npy", "mean.npy", "prices.npy", "assignments.parquet", "summary.json")
     return [out_dir / name for name in names]
 
@@ -201,7 +200,7 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
         stale.unlink(missing_ok=True)
     zero = np.zeros(len(state.centroids))
     sums = matrix.sums(state.centroids, zero, settled.labels)
-    # features taken as they are were only moved to their mean for the sake of digits: move back
+    # the view shifts features that are used as they are to their mean, for precision: undo that
     origin = 0.0 if matrix.view.normalise else matrix.view.mean.astype(np.float64)
     means = sums.means(state.centroids)
     means = directions(means) if lloyd.config.spherical else means
@@ -250,7 +249,7 @@ def write_assignments(
 
 
 def read_assignments(path: Path) -> dict[str, int]:
-    """Cluster of every key.
+    """Return the cluster of every key.
 
     Raises:
         ConfigError: the file is missing or is no table of assignments.
@@ -263,7 +262,7 @@ def read_assignments(path: Path) -> dict[str, int]:
 
 
 def read_summary(out_dir: Path) -> dict[str, Any]:
-    """Figures of a finished clustering.
+    """Return the figures of a finished clustering.
 
     Raises:
         ConfigError: there are none.
@@ -276,7 +275,7 @@ def read_summary(out_dir: Path) -> dict[str, Any]:
 
 
 def read_centroids(out_dir: Path) -> tuple[Float32, Float32 | None]:
-    """Centroids (K, D) and the mean (D,) that comes off raw features, where there is one.
+    """Read the centroids (K, D), and the mean (D,) that raw features need subtracted, if any.
 
     Raises:
         ConfigError: there are no centroids, or a file is damaged.
@@ -286,7 +285,7 @@ def read_centroids(out_dir: Path) -> tuple[Float32, Float32 | None]:
 
 
 def read_array(path: Path) -> NDArray[Any]:
-    """Read one of the arrays of a clustering.
+    """Read one array file of a clustering.
 
     Raises:
         ConfigError: it is missing or damaged.

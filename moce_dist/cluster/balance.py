@@ -1,27 +1,29 @@
 """Prices that keep the sizes of clusters between bounds.
 
-The assignment argmin_k |x - c_k|^2 - g_k is the best one among those with its own sizes, whatever
-the prices g are; prices at which all sizes are within the bounds give the best such assignment.
-They maximise a concave dual, here one price at a time: row i takes cluster k when g_k exceeds
+For any prices g, the assignment argmin_k |x - c_k|^2 - g_k is the cheapest one with its sizes. So
+prices at which all sizes are within the bounds give the cheapest balanced assignment. These prices
+maximise a concave dual, here one price at a time: row i takes cluster k when g_k exceeds
 
     limit_ik = d_ik - min over the other clusters j of (d_ij - g_j),
 
-so with the others fixed the best g_k lies just above the s-th smallest limit: s is the largest size
-where g_k is negative (the cluster charges), the smallest size where g_k is positive (it pays), and
-where neither is needed g_k = 0. Clusters that share the same rows underbid each other in small
-steps; a line search along the change of a whole round takes many of those steps at once.
+so with the other prices fixed, the best g_k lies just above the t-th smallest limit. For a negative
+g_k (the cluster charges) t is the largest allowed size, for a positive g_k (the cluster pays) it is
+the smallest allowed size; where neither is needed, g_k = 0. Clusters that compete for the same rows
+change their prices in small steps; a line search along the change of a whole round takes many of
+those steps at once.
 
-Every row brings its m best clusters only. What it would pay for any other is at least what it pays
-for the last of these, at the prices of the search that found them; that value stands for all others
-as a cluster of its own, number K, which is never full. Rows that end there wait for a next search.
-A cluster that pays draws rows that do not list it, too. So its price rises no further in one call
-than lets nearly all lists stand, and whether sizes are right only a next search tells.
+A row lists only its m best clusters. Under the prices of the search that found them, every other
+cluster costs the row at least as much as the worst one listed. That value is the distance to an
+extra cluster with id K, the outside, which is never full and stands for all clusters not listed.
+Rows that end there wait for the next search. A cluster that pays also attracts rows that do not
+list it. So one call raises a price only as far as nearly all lists stay valid, and only the next
+search shows whether the sizes are right.
 
-Of very many rows only those between clusters are here (`candidates.py`, Border). The others count
-as places that are taken, and no price moves further than lets them stay: what is said of the dual
-holds for all rows.
+With very many rows, only those between clusters are here (`candidates.py`, Border). The other rows
+count as occupied places, and no price moves so far that one of them would change its cluster. So
+what is said of the dual holds for all rows.
 
-Letters: s rows, K clusters, m candidates of a row.
+Letters: s rows, K clusters, m candidates per row.
 
 Source: dual coordinate ascent for assignment, Bertsekas, "Network Optimization" (1998), chapter 7;
 pattern moves: Hooke and Jeeves 1961.
@@ -38,13 +40,14 @@ from moce_dist.cluster.candidates import Candidates
 from moce_dist.config import ClusterConfig
 
 _LONGEST = 2**20
-"""Longest step of the line search, in changes of a round."""
+"""Longest step of the line search, in multiples of a round's change."""
 _OUTDATED = 0.1
-"""Share of rows whose lists may miss a cluster that pays as much as one call allows."""
+"""Share of rows whose lists may become invalid when a price rises as far as one call allows."""
 _GAIN = 0.05
-"""Rows beyond the sizes, over those at first, below which lists are out of date."""
+"""Ratio of the remaining to the initial excess below which a new search helps more than rounds."""
 _STEP = 0.45
-"""Most that a price moves, over how far two may part; what is left is for the exact finish."""
+"""Largest move of a price in units of `Others.reach`. Below 1/2, so that two prices never part by
+more than the reach; the rest is left for the exact finish."""
 
 
 class Sizes(NamedTuple):
@@ -55,7 +58,7 @@ class Sizes(NamedTuple):
 
 
 def allowed_sizes(num_rows: int, num_clusters: int, config: ClusterConfig) -> Sizes:
-    """Return the bounds of `config.balance`: sizes that differ by at most 1, a largest, none."""
+    """Return the bounds of `config.balance`: equal within 1, at most a largest size, or none."""
     fair = -(-num_rows // num_clusters)
     if config.balance == "exact":
         return Sizes(num_rows // num_clusters, fair)
@@ -68,19 +71,20 @@ def allowed_sizes(num_rows: int, num_clusters: int, config: ClusterConfig) -> Si
 def misfits(
     counts: Int64, prices: NDArray[Any], smallest: Int64 | int | None, largest: Int64 | int
 ) -> tuple[Int64, Int64]:
-    """Return how many rows clusters have too many and too few, (K,) each.
+    """Return by how many rows every cluster is too large and too small, (K,) each.
 
-    Without a smallest size only a cluster that is full has reason to charge.
+    Without a smallest size, a cluster that charges (price < 0) counts as too small until it is full
+    (complementary slackness).
     """
     least = np.where(prices < 0, largest, counts) if smallest is None else smallest
     return np.maximum(counts - largest, 0), np.maximum(least - counts, 0)
 
 
 class Ascended(NamedTuple):
-    """Prices (K,), how many rows were beyond the sizes at first and are in the end, the least size.
+    """Prices (K,), rows beyond the size bounds before and after, size of the smallest cluster.
 
-    Rows that wait count; so do those that too small clusters lack, where they are more, and those
-    that clusters lack which charge and are not full.
+    The excess is the greater of two counts: rows above the largest sizes plus waiting rows, and
+    rows missing from clusters that are too small (see `misfits`).
     """
 
     prices: Float64
@@ -90,7 +94,10 @@ class Ascended(NamedTuple):
 
 
 class Others(NamedTuple):
-    """Rows besides those at hand: how many each cluster has, (K,), and how far prices may part."""
+    """Fixed rows outside the problem: their number per cluster, (K,).
+
+    None of them changes its cluster while no two prices move further apart than `reach`.
+    """
 
     counts: Int64
     reach: float
@@ -105,19 +112,20 @@ def ascend(
     close: float = 0.01,
     others: Others | None = None,
 ) -> Ascended:
-    """Improve the prices (K,) under which rows found their candidates. The dual never falls.
+    """Improve the prices (K,) under which rows found their candidates; the dual never falls.
 
-    Distances need only be right up to a constant per row. Stops when the share of rows beyond the
-    sizes, less those for which lists know no way, is at most `close`, or so much smaller than at
-    first that a next search helps more than further rounds do. Prices mean the same when all
-    of them move alike: here at least one is 0, and none is above where there is no smallest size,
-    unless `others` hold it back.
+    Distances need only be right up to a constant per row. The rounds stop when the share of rows
+    beyond the sizes, except those that the candidates cannot fix, is at most `close`, or so much
+    smaller than at first that a new search helps more than further rounds. Adding a constant to all
+    prices changes nothing. Unless `others` hold prices back, at least one returned price is 0, and
+    none is positive if there is no smallest size.
     """
     others = others or Others(np.zeros(len(prices), np.int64), np.inf)
     num_clusters, num_rows = len(prices), len(found.ids) + int(others.counts.sum())
     if num_clusters == 1 or sizes.largest >= num_rows:
         return Ascended(np.zeros(num_clusters), 0, 0, num_rows // num_clusters)
-    # with a smallest size q, n - q K clusters have room for one more and may charge
+    # with a smallest size q, n - q K clusters can hold one more row and may charge: shift the
+    # prices so that as many are below 0
     num_charging = num_rows - sizes.smallest * num_clusters
     free = np.sort(prices)[num_charging] if sizes.smallest else prices.max()
     ascent = _Ascent(found, prices - free, sizes, others)
@@ -134,7 +142,7 @@ def ascend(
 
 
 class _Ascent:
-    """Prices, the last one that of the outside, and every row's best and second best cluster."""
+    """Prices (K + 1,), the outside's last, and every row's best and second best cluster."""
 
     def __init__(self, found: Candidates, prices: Float64, sizes: Sizes, others: Others) -> None:
         self.prices = np.append(prices, 0).astype(np.float32)
@@ -142,11 +150,11 @@ class _Ascent:
         self._taken, step = others.counts, np.float32(_STEP * others.reach)
         self.lists_all = found.ids.shape[1] == len(prices)
         if not self.lists_all:
-            # the outside, of the last price, is as far as the worst candidate
+            # the outside (cluster K, price 0) is as far away as the worst priced candidate
             paid = (found.distances - prices.astype(np.float32)[found.ids]).max(1, keepdims=True)
             outside = np.full((len(paid), 1), len(prices), np.int32)
             found = Candidates(*map(np.hstack, ((found.ids, outside), (found.distances, paid))))
-        # rows of a cluster stand together in memory
+        # keep the rows of a cluster together in memory
         order = np.argsort(found.ids[:, 0], kind="stable")
         found = Candidates(*(part[order] for part in found))
         highest = self._highest_prices(found)
@@ -172,14 +180,15 @@ class _Ascent:
         return highest
 
     def excess(self) -> int:
-        """Count the rows beyond the largest size and those that wait, or those that are lacking."""
+        """Count rows above the largest size and waiting rows, or missing rows if these are more."""
         beyond, lacking, num_waiting = self._misfits()
         return int(max(beyond.sum() + num_waiting, lacking.sum()))
 
     def open_excess(self) -> int:
-        """Count the same less that of clusters whose prices have moved as far as they may.
+        """Count the excess that this call can still remove.
 
-        What those lack is with the others or waits, and what is too much of them the others lack.
+        Leaves out clusters whose prices have reached their bounds. What those lack is surplus of
+        other clusters or waits; what those have too much is missing from other clusters.
         """
         beyond, lacking, num_waiting = self._misfits()
         is_highest = (self.prices >= self._bounds.highest)[:-1]
@@ -201,9 +210,9 @@ class _Ascent:
         return np.array(sizes), int(outside)
 
     def step(self) -> None:
-        """Set the prices one after the other, then go on along their change while the dual rises.
+        """Set the prices one after the other, then extrapolate their change while the dual rises.
 
-        The step doubles as long as it does.
+        The step length doubles as long as it does.
         """
         before = self.prices.copy()
         reprice(self._lists, self.prices, self._ranks, self._bounds)

@@ -1,17 +1,17 @@
 """A folder of `.npy` files as one matrix of features, read in fixed blocks of rows.
 
-Files stand in sorted order; their rows, one after the other, are the rows of the matrix. A block is
-a range of rows of one file, so what a block computes depends on the data alone. Reductions add
-blocks in order inside a group and groups in order, and groups depend on the number of blocks only:
-sums are the same bits on any number of workers.
+The matrix is the files' rows one after the other, files in sorted order. A block is a range of rows
+of one file, so what a block computes depends on the data alone. Reductions add the blocks of a
+group in order, then the groups in order. The grouping does not depend on the workers, so sums have
+the same bits on any number of them.
 
     a.npy (20000 rows)                    b.npy (5000 rows)   block_rows 8192
     [0:8192) [8192:16384) [16384:20000)   [0:5000)            global rows 0, 8192, 16384, 20000
 
-Nothing is unpickled, and files are memory mapped: the matrix is never in one place. A process with
-a GPU keeps the rows there from one sweep to the next. Sweeps go over all blocks in the same order,
-so what does not fit is read again every time, and what is there stays: to put the least recently
-used out would put out all.
+Nothing is unpickled. Files are memory mapped, so the whole matrix is never in one memory. A process
+with a GPU keeps rows on it from one sweep to the next; rows that do not fit are read again in every
+sweep. Resident rows are never evicted: sweeps visit all blocks in the same order, so evicting the
+least recently used block would in the end evict all.
 
 Letters: n rows, D feature width. A `View` says how a raw row becomes the vector that is clustered.
 """
@@ -38,16 +38,17 @@ from moce_dist.settings import ConfigError
 _log = logging.getLogger(__name__)
 
 SCAN_FIRST_BYTES = 10 * 10**9
+"""Bytes of features from which on an unusable row is a `ValueError`, not a `ConfigError`."""
 _MAX_GROUPS, _MIN_GROUPS = 128, 8
 _MANY_GROUPS, _FULL_GROUP = 32, 4
-"""Groups from which on they grow to so many blocks: what each returns takes time, too."""
+"""Groups hold up to 4 blocks while that leaves 32 groups: returning each result takes time, too."""
 _GROUP_SUMS_BYTES = 2**30
-"""What the results of a sweep may take together, unless that leaves too few groups."""
+"""Limit on the results of all groups of a sweep together, unless that leaves under 8 groups."""
 _SCAN_ROWS = 8192
 CACHED_ROWS = 256
-"""Rows that stay in the processor's cache while more than one thing is done to them."""
+"""Rows that fit into the processor's cache between one operation and the next."""
 _SHORTEST = 1e-12
-"""Length below which a row is not scaled to 1."""
+"""Least length that a row is divided by."""
 
 
 class Block(NamedTuple):
@@ -64,8 +65,8 @@ class View:
     """How a raw feature f becomes what is clustered: x = f - mean, then x / |x| if `normalise`.
 
     The features of a masked autoencoder share a large common direction that says nothing about the
-    image; it is taken off with the mean.
-    The mean (D,) is that of the data; without `centre` it is not taken off.
+    image; subtracting the mean removes it. `mean` (D,) is that of the data. Without `centre` it is
+    not subtracted.
     """
 
     mean: Float32
@@ -74,7 +75,7 @@ class View:
 
     @property
     def origin(self) -> Float32:
-        """What is taken off every feature, (D,)."""
+        """The vector that is subtracted from every feature, (D,)."""
         return self.mean if self.centre else np.zeros_like(self.mean)
 
     def apply(self, features: Tensor, out: Tensor) -> None:
@@ -116,7 +117,7 @@ class FeatureFiles:
         ]
 
     def keys(self) -> Iterator[tuple[str, str]]:
-        """(shard, key) of every row, by the `.keys.json` beside a file; else (`FILE`, `FILE:ROW`).
+        """Yield (shard, key) of every row from the file's `.keys.json`, or (`FILE`, `FILE:ROW`).
 
         Raises:
             ConfigError: a list of keys does not fit its file.
@@ -128,7 +129,7 @@ class FeatureFiles:
                 yield shard, f"{shard}:{row}" if keys is None else as_text(keys[row])
 
     def labels(self) -> Iterator[tuple[int, list[str | None]]]:
-        """First row and classes of every file with a readable `.labels.json` beside it."""
+        """Yield the first row and the labels of every file with a readable `.labels.json`."""
         firsts = accumulate(self.rows, initial=0)
         for path, rows, first in zip(self.paths, self.rows, firsts, strict=False):
             if (labels := _labels_of(path, rows)) is not None:
@@ -164,7 +165,7 @@ def _labels_of(path: Path, rows: int) -> list[str | None] | None:
         labels = json.loads(names.read_text())
     except (OSError, ValueError, RecursionError):
         labels = None
-    # labels only describe: what cannot be used of them stops nothing
+    # labels only describe clusters, so unusable ones must not stop a job
     if not isinstance(labels, list) or len(labels) != rows:
         _log.warning("%s: is no list of %d labels; none of them counts", names, rows)
         return None
@@ -178,7 +179,7 @@ def open_array(path: Path) -> NDArray[Any]:
         ConfigError: it is truncated, no `.npy`, holds objects, or is of another type or shape.
     """
     try:
-        # copy on write, for torch warns of arrays that cannot be written; nobody writes
+        # copy on write only because torch warns about read-only arrays; nobody writes
         array: NDArray[Any] = np.load(path, mmap_mode="c", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise ConfigError(f"{path}: is not a readable .npy file of numbers ({error})") from None
@@ -229,7 +230,7 @@ def read_block(
 ) -> Tensor:
     """Read the transformed rows of a block with a last column of ones, (n, D + 1) float32.
 
-    With `chosen`, sorted numbers inside the block, only these.
+    With `chosen`, sorted row numbers within the block, read only these rows.
     """
     path = Path(block.path)
 
@@ -251,7 +252,7 @@ def read_block(
 
 
 def group_blocks(blocks: Sequence[Block], result_bytes: int = 0) -> list[tuple[Block, ...]]:
-    """Consecutive blocks in at most 128 groups, by their number and the size of a result alone."""
+    """Split blocks into at most 128 groups, by their number and the size of a result alone."""
     fitting = _GROUP_SUMS_BYTES // max(result_bytes, 1)
     size = -(-len(blocks) // min(max(fitting, _MIN_GROUPS), _MAX_GROUPS))
     size = max(size, min(len(blocks) // _MANY_GROUPS, _FULL_GROUP), 1)
@@ -259,21 +260,21 @@ def group_blocks(blocks: Sequence[Block], result_bytes: int = 0) -> list[tuple[B
 
 
 class _Scanned(NamedTuple):
-    """Column sums of a group of blocks, and the first row that is not usable."""
+    """Column sums of a group of blocks, and the problem of its first unusable row."""
 
     sums: Float64
     problem: str | None
 
 
 class _Scan(NamedTuple):
-    """What is looked for: columns D, and rows without a direction."""
+    """What a scan checks: the width D, and whether it refuses rows of zeros."""
 
     dim: int
     refuse_zeros: bool
 
 
 def _problem(block: Block, rows: NDArray[Any], scan: _Scan) -> str | None:
-    # the sum is finite unless a value is not, or |f|^2 leaves the range of float32
+    # the squared norm is finite unless a value is not, or |f|^2 leaves the range of float32
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("nd,nd->n", rows, rows, dtype=np.float32)
     bad = np.flatnonzero(~np.isfinite(squares) | (scan.refuse_zeros & (squares == 0)))
@@ -287,7 +288,7 @@ def _problem(block: Block, rows: NDArray[Any], scan: _Scan) -> str | None:
 
 
 def scan_group(scan: _Scan, group: tuple[Block, ...]) -> _Scanned:
-    """Sum the columns of some blocks in order, (D,) float64; stops at the first row not usable."""
+    """Sum the columns of some blocks in order, (D,) float64; stop at the first unusable row."""
     view = View(np.zeros(scan.dim, np.float32), normalise=False)
     sums: Float64 | None = None
     for block in group:
@@ -303,11 +304,11 @@ def scan_group(scan: _Scan, group: tuple[Block, ...]) -> _Scanned:
 def column_mean(
     files: FeatureFiles, map_blocks: MapTasks = map_here, *, refuse_zeros: bool = False
 ) -> Float64:
-    """Mean of all rows, (D,) float64, after a look at every value.
+    """Check every value and return the mean of all rows, (D,) float64.
 
     Raises:
         ConfigError: naming the first row with NaN, infinity, an overflowing norm or, with
-            `refuse_zeros`, only zeros (from 10 GB on a ValueError: it was met while the job ran).
+            `refuse_zeros`, only zeros. From 10 GB on it is a ValueError, found by a running job.
     """
     total = np.zeros(files.dim)
     scan = _Scan(files.dim, refuse_zeros)
@@ -320,14 +321,14 @@ def column_mean(
 
 
 _KEPT_FREE = 0.3
-"""Share of the device's memory that stays free for what is computed."""
+"""Share of the device's memory that is kept free for computation."""
 
 Key = tuple[str, int, int, int]
 """File, first row, row after the last, time of the file's last change."""
 
 
 class Residents:
-    """Blocks of rows, (n, D) each, on one device."""
+    """The blocks of rows, (n, D) each, that this process keeps on its device."""
 
     def __init__(self) -> None:
         self._rows: dict[Key, Tensor] = {}
@@ -336,12 +337,12 @@ class Residents:
         return len(self._rows)
 
     def rows(self, key: Key, read: Callable[[], Tensor]) -> Tensor:
-        """Return rows that are here, or `read` them and keep them while there is room."""
+        """Return resident rows, or `read` them and keep them if there is room."""
         if (kept := self._rows.get(key)) is not None:
             return kept
         rows = read()
         free, total = torch.cuda.mem_get_info(rows.device)
-        # what the allocator holds and nobody uses is free as well
+        # memory that torch's allocator has reserved but not handed out is free as well
         unused = torch.cuda.memory_reserved(rows.device) - torch.cuda.memory_allocated(rows.device)
         if free + unused > _KEPT_FREE * total:
             self._rows[key] = rows
@@ -350,5 +351,5 @@ class Residents:
 
 @lru_cache(maxsize=1)
 def residents() -> Residents:
-    """Return what this process keeps."""
+    """Return this process's `Residents`."""
     return Residents()

@@ -1,4 +1,6 @@
-"""The best clusters of every row, which rows are alike in them, and which are between clusters.
+"""The best clusters of every row, rows with equal candidates (twins), and rows between clusters.
+
+A row is between clusters when its two best clusters are nearly equally good under the prices.
 
 Letters: n rows, b rows between clusters, m candidates per row, K clusters.
 """
@@ -19,11 +21,12 @@ class Candidates(NamedTuple):
 
 
 class Border(NamedTuple):
-    """What a search of all rows leaves: rows between clusters, and where all the others are.
+    """The result of a search of all rows: the rows between clusters, and the counts of the others.
 
     `labels` (n,) are the best clusters under the search's `prices` (K,). A row whose second best is
-    worse by more than `reach` stays where it is while no two prices move further apart than that;
-    `settled` (K,) counts such rows. Those left over are `rows` (b,), sorted, with candidates.
+    worse by more than `reach` keeps its cluster while no two prices move apart by more than
+    `reach`; `settled` (K,) counts such rows. The remaining rows are `rows` (b,), sorted, with their
+    candidates `found`.
     """
 
     labels: Int32
@@ -35,7 +38,7 @@ class Border(NamedTuple):
 
 
 def margins_of(found: Candidates, prices: Float64) -> Float64:
-    """Return by how much every row's second best cluster under prices is worse, (n,)."""
+    """Return how much worse every row's second best cluster is than its best one, (n,)."""
     if found.ids.shape[1] == 1:
         return np.full(len(found.ids), np.inf)
     paid = found.distances - prices[found.ids]
@@ -50,9 +53,9 @@ def choose(found: Candidates, prices: Float64) -> Int64:
 
 
 def find_twins(found: Candidates, among: Int64 | None = None) -> Int64:
-    """Return the lowest row with equal candidates at equal distances, for every row, (n,).
+    """Return, for every row, the lowest row with equal candidates at equal distances, (n,).
 
-    With `among`, twins found before by other candidates, only those of them count.
+    With `among`, the twins by an earlier set of candidates, rows must have been twins there too.
     """
     distances = np.ascontiguousarray(found.distances)
     columns = [*found.ids.T, *distances.view(np.int32).reshape(len(distances), -1).T]
@@ -70,7 +73,7 @@ def find_twins(found: Candidates, among: Int64 | None = None) -> Int64:
     is_like = is_like.all(axis=1)
     if among is not None:
         is_like &= among[others] == among[likes]
-    # rows that only share a hash stand alone
+    # rows that only share a hash have no twin
     unlike = others[~is_like]
     twins[unlike] = unlike
     return twins

@@ -1,17 +1,17 @@
-"""What clusters are about: their domains and labels, and how far apart they lie.
+"""Describe clusters: their agreement with domains and labels, and the distances of their centroids.
 
-A domain is the first folder of an image's key. Clustering sees neither keys nor labels, so how far
-clusters agree with these says what they are about. Two centroids that nearly touch share what one
-cluster could hold; a median distance far above the spread inside of the clusters says that they are
-things apart.
+A domain is the first folder of an image's key. Clustering sees neither keys nor labels, so the
+agreement with them tells what clusters are about. Two centroids that nearly coincide split what one
+cluster could hold. A median distance far above the spread within clusters means that the clusters
+are distinct.
 
-For comparison clusters can also be drawn at random, or be the domains themselves. Their centroids
-are the means of what they hold, so whatever meets centroids later (gate, held-out images, a task)
-meets these.
+For comparison, clusters can also be drawn at random, or be the domains themselves. Their centroids
+are the means of their rows, so all later users of centroids (gate, held-out images, a task) work
+with them unchanged.
 
 Letters: n rows, K clusters, D width.
 
-Source: normalised mutual information by the mean of both entropies, as in scikit-learn.
+Source: normalised mutual information, divided by the mean of both entropies as in scikit-learn.
 """
 
 import hashlib
@@ -29,11 +29,11 @@ from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError
 
 _MOST_LABELS = 8
-"""Labels that are listed of a cluster, the commonest ones."""
+"""Number of labels, the most frequent ones, that are listed for a cluster."""
 
 
 def domain_figures(keys: Iterable[str], labels: NDArray[Any], num_clusters: int) -> dict[str, Any]:
-    """Compare the clusters (n,) of keys with their domains; nothing where there are none.
+    """Compare the clusters (n,) of keys with their domains; nothing for fewer than two domains.
 
     `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster.
     """
@@ -52,10 +52,10 @@ def domain_figures(keys: Iterable[str], labels: NDArray[Any], num_clusters: int)
 
 
 def label_figures(files: FeatureFiles, clusters: NDArray[Any], num_clusters: int) -> dict[str, Any]:
-    """Compare the clusters (n,) of features with the labels beside them; nothing without any two.
+    """Compare the clusters (n,) of features with the stored labels; nothing for fewer than two.
 
-    `label_nmi` is the normalised mutual information over the `labelled` images, of `num_labels`
-    labels; `labels` lists {label: images} of every cluster, the commonest 8.
+    `label_nmi` is the normalised mutual information over the `labelled` images, which have
+    `num_labels` labels; `labels` lists {label: images} of every cluster, the 8 most frequent.
     """
     mixes: list[Counter[str]] = [Counter() for _ in range(num_clusters)]
     known: Counter[str] = Counter()
@@ -91,7 +91,9 @@ _LOOKED_AT = 4096
 
 
 def nearest_others(centroids: NDArray[Any], some: NDArray[np.int64] | None = None) -> Float64:
-    """Distance of centroids (K, D) to the nearest other of all, (K,), or of `some` (k,) ids, (k,).
+    """Return the distance of every centroid (K, D) to the nearest other one, (K,).
+
+    With `some`, (k,) ids, do so for these only, (k,).
 
     Raises:
         ValueError: there is no other one.
@@ -99,7 +101,7 @@ def nearest_others(centroids: NDArray[Any], some: NDArray[np.int64] | None = Non
     if len(centroids) < 2:
         raise ValueError("one centroid has no other")
     exact = np.asarray(centroids, np.float64)
-    # float32 finds the neighbour, fast; near the mean it loses no digits to a far origin
+    # float32 is fast enough to find the neighbour; centring keeps a far origin from costing digits
     centred = (exact - exact.mean(axis=0)).astype(np.float32)
     squares = np.einsum("kd,kd->k", centred, centred)
     ids = np.arange(len(exact)) if some is None else some
@@ -115,9 +117,9 @@ def nearest_others(centroids: NDArray[Any], some: NDArray[np.int64] | None = Non
 
 
 def centroid_figures(centroids: NDArray[Any]) -> dict[str, float]:
-    """Figures for summary.json: least and median distance of a centroid (K, D) to the nearest.
+    """Return the least and median distance from a centroid (K, D) to the nearest, for summary.json.
 
-    Of very many clusters some, spread over all of them, are looked at. None for one cluster.
+    Of more than 4,096 clusters, that many, evenly spaced, are measured. One cluster has no figures.
     """
     if len(centroids) < 2:
         return {}
@@ -135,10 +137,10 @@ def domain_of(key: str) -> str:
 
 
 def given_labels(files: FeatureFiles, config: ClusterConfig, seed: int) -> Int32:
-    """Return the clusters (n,) of all rows by their keys, as `cluster.source` says.
+    """Return the clusters (n,) of all rows, from their keys, as `cluster.source` says.
 
     Raises:
-        ConfigError: there are not as many domains as clusters.
+        ConfigError: the source is `folder`, and there are not as many domains as clusters.
     """
     keys = (key for _, key in files.keys())  # noqa: SIM118 - they are no mapping
     if config.source == "random":

@@ -1,12 +1,12 @@
-"""New features meet clusters that are there: a folder of any size, block by block.
+"""Assign a folder of new features, of any size, to existing clusters.
 
 The unit of work is a block of rows, as for k-means (`blocks.py`), so the result has the same bits
-on any number of workers; what is held of a row is its label and its distance. All clusters are
-compared with (no index), so a row gets its nearest one: argmin_k |x - c_k|^2 - g_k, with the prices
-g that balanced the clusters or without. New data of the same distribution then has sizes near those
-of the clustering; of another one it has the sizes that it has, and a cluster may stay empty.
+on any number of workers. Only a label and a distance per row stay in memory. A row is compared with
+all clusters (no index) and gets argmin_k |x - c_k|^2 - g_k, with the prices g that balanced the
+clusters or with none. With prices, new data of the same distribution has sizes near those of the
+clustering. Sizes of other data are not controlled, and a cluster may stay empty.
 
-    OUT/  what a clustering leaves (assign.py), with the centroids, mean and prices of that one
+    OUT/  the files of a clustering (assign.py), with copies of its centroids, mean and prices
 
 Letters: n rows, D width, K clusters.
 """
@@ -97,10 +97,10 @@ def _check_array(path: Path, array: NDArray[Any], shape: tuple[int | None, ...])
 
 
 def open_new_features(folder: Path, clusters: PricedCentroids) -> FeatureFiles:
-    """Read the headers of features that clusters are to be assigned to.
+    """Read the headers of features that are to be assigned to `clusters`.
 
     Raises:
-        ConfigError: the folder cannot be used, holds no rows, or they have another width.
+        ConfigError: the folder cannot be used, holds no rows, or rows of another width.
     """
     files, dim = open_features(folder), clusters.centroids.shape[1]
     if files.dim != dim:
@@ -113,13 +113,13 @@ def open_new_features(folder: Path, clusters: PricedCentroids) -> FeatureFiles:
 def scan_features(
     files: FeatureFiles, clusters: PricedCentroids, workers: Workers = HERE
 ) -> Float64:
-    """Look at every value of new features; return their mean, (D,).
+    """Check every value of new features; return their mean, (D,).
 
     Raises:
         ConfigError: naming file and row of the first one that cannot be assigned (a ValueError
-            beyond 10 GB, as for a clustering).
+            from 10 GB on, as in `column_mean`).
     """
-    # spherical clusters have a mean of zeros: a row of zeros has no direction then
+    # spherical clusters have a mean of zeros; then a row of zeros has no direction
     is_spherical = clusters.view.normalise and not clusters.view.mean.any()
     return column_mean(files, workers.map_tasks, refuse_zeros=is_spherical)
 
@@ -142,7 +142,7 @@ def assign_group(clusters: PricedCentroids, group: tuple[Block, ...]) -> Assigne
 def assign_files(
     files: FeatureFiles, clusters: PricedCentroids, *, block_rows: int, workers: Workers = HERE
 ) -> Assigned:
-    """Assign all rows of a folder of features, whose values were looked at before."""
+    """Assign all rows of a folder of features whose values `scan_features` has checked."""
     done = Assigned(np.empty(files.num_rows, np.int64), np.empty(files.num_rows))
     shared, groups = replace(clusters, device=workers.device), files.blocks(block_rows)
     first = 0
@@ -161,7 +161,7 @@ def assign_table(
     block_rows: int,
     workers: Workers = HERE,
 ) -> None:
-    """Write the table of a folder's rows and their nearest clusters alone.
+    """Assign a folder of features by distance alone, and write nothing but the assignment table.
 
     Raises:
         ConfigError: clusters or features cannot be used (which file, which row).
@@ -184,10 +184,10 @@ def assign_folder(
     workers: Workers = HERE,
     inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Assign a folder of features to the clusters of another one; write the result, return figures.
+    """Assign a folder of features to existing clusters; write the result, return its summary.
 
-    Where the clusters have a mean, rows are f -> normalise(f - mean), else they are taken as they
-    are. `inputs` are as in `run_clustering`.
+    Where the clusters have a mean, rows become normalise(f - mean); else they are used as they are.
+    `inputs` are as in `run_clustering`.
 
     Raises:
         ConfigError: clusters or features cannot be used (which file, which row), or, without

@@ -1,9 +1,9 @@
-"""Sheets of images: what a cluster looks like, from its centre to its edge.
+"""Image sheets that show what a cluster looks like, from its centre to its edge.
 
     gallery/cluster-00007.jpg     | nearest to the centroid ........ | farthest from it ... |
 
-The images are cropped to their centre and labelled by nothing: the file's name is the cluster.
-With very many clusters only some of them, evenly spaced, get a sheet.
+The images are cropped to their centre and carry no labels; the file name gives the cluster. With
+more than 256 clusters, 256 of them, evenly spaced, get a sheet.
 """
 
 from collections.abc import Sequence
@@ -31,14 +31,14 @@ _WHITE, _MISSING = (255, 255, 255), (208, 213, 221)
 
 
 def sheet_name(cluster: int) -> str:
-    """Name of a cluster's sheet."""
+    """Return the file name of a cluster's sheet."""
     return f"cluster-{cluster:05d}.jpg"
 
 
 def write_gallery(index: ShardIndex, clusters: Path, data: DataConfig) -> list[Path]:
-    """Write a sheet per cluster into `clusters/gallery`, by its `assignments.parquet`.
+    """Write the sheets of a clustering into `clusters/gallery`; return their paths.
 
-    An image that cannot be read is a grey square. Returns the files.
+    An image that cannot be read is shown as a grey square.
     """
     table = pq.read_table(clusters / "assignments.parquet")
     labels, distances = (table[name].to_numpy() for name in ("cluster", "distance"))
@@ -62,7 +62,7 @@ def shown_clusters(num_clusters: int) -> list[int]:
 
 
 def extremes(rows: NDArray[np.int64], distances: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Rows nearest to their centroid, then the farthest, without repeats, ties by row."""
+    """Return the rows nearest to their centroid, then the farthest, without repeats, ties by row."""
     ordered = rows[np.argsort(distances[rows], kind="stable")]
     if len(ordered) <= NUM_NEAREST + NUM_FARTHEST:
         return ordered
@@ -82,7 +82,7 @@ def _read(index: ShardIndex, keys: set[str], data: DataConfig) -> dict[str, Cont
 
 
 def sheet(contents: Sequence[Content | None]) -> Image.Image:
-    """Put images side by side, `SIDE` pixels each, a gap before the farthest."""
+    """Put images side by side, `SIDE` pixels each, with a gap before the farthest."""
     width = len(contents) * (SIDE + 2) + (_GAP if len(contents) > NUM_NEAREST else 0)
     canvas = Image.new("RGB", (max(1, width), SIDE), _WHITE)
     for number, content in enumerate(contents):
