@@ -1,1 +1,1 @@
-"""Images to cluster ids: features, balanced k-means, assignment."""
+"""Turn features into cluster ids: balanced k-means, exact sizes, assignment."""

@@ -1,25 +1,27 @@
 """Exact sizes at the least cost: shortest paths on the graph of clusters.
 
-From an assignment that is optimal for its prices, one unit of surplus after the other goes from a
-cluster that is too large to one that has room, along the shortest path over clusters:
+The start is an assignment that is optimal for its prices. Then one unit of surplus after the other
+moves from a cluster that is too large to one that has room, along the shortest path over clusters:
 
     edge a -> k costs min over images i of a of d_ik - d_ia, the image that is cheapest to move
 
     too large: 3 --(image 17 moves, +0.02)--> 8 --(image 4 moves, +0.01)--> 5: has room
 
-The path is found with Dijkstra on costs reduced by the prices, which are never negative, and the
-prices follow the distances, so every assignment on the way is optimal among those of its sizes,
-and so is the last one, for the given candidates. Where these lead to no cluster with room, a search
-under the prices of the moment adds some that lead further. The loops over paths are in `flow.py`.
+Dijkstra finds the path on reduced costs: with prices g as potentials, edge a -> k costs
+d_ik - d_ia - g_k + g_a, which is never negative, as i is in its best cluster. After each path the
+distances update the prices so that this stays true. So every assignment on the way, and the last
+one too, is the cheapest with its sizes, for the given candidates. Where the candidates lead to no
+cluster with room, a search under the current prices adds moves that lead further. The loops over
+paths are in `flow.py`.
 
-Twins, images with equal candidates at equal distances, move together: as many in one step as the
-path has of them on every edge, as its first cluster has too many, and as its last one has room for.
+Twins are images with equal candidates at equal distances. Several of them move in one step, limited
+by the twins on every edge of the path, the surplus of its first cluster and the room of its last.
 
-When n = q K + r, all clusters have q + 1 places and K - r of them hold a blank, which moves like an
-image at no cost, at most one to a cluster: which clusters are the larger ones is part of the
-optimum. Blanks pass through a pool, node K. Ties go to the lower row.
+When n = q K + r with r > 0, every cluster has q + 1 places and K - r clusters hold a blank, at most
+one each. A blank moves like an image, but at no cost, so the choice of the larger clusters is part
+of the optimum. Blanks move through a pool, node K. Ties go to the lower row.
 
-Letters: n rows, m candidates per row, K clusters; q, r quotient and rest of n / K.
+Letters: n rows, m candidates per row, K clusters; q, r quotient and remainder of n / K.
 
 Source: successive shortest paths with potentials, Ahuja, Magnanti, Orlin, "Network Flows" (1993),
 section 9.7.
@@ -51,16 +53,16 @@ from moce_dist.cluster.flow import (
 )
 
 _MAX_ADDED = 100
-"""Moves between two clusters that one search adds at most."""
+"""Most moves that one search adds between two clusters."""
 _CLOSED = -1e30
-"""Price at which nothing goes to a cluster."""
+"""Price at which no row chooses a cluster."""
 _POOL = 2**22
 """Edges between clusters that are remembered at a time."""
 _SPARE = 4096
-"""Room for lots, arrivals and twins' moves that memory is taken for at first."""
+"""Initial room for new lots, arrivals and logged moves of twins; it doubles when it is full."""
 
 Search = Callable[[Float64], Candidates]
-"""Candidates of the rows at hand under given prices (K,), best first."""
+"""Maps prices (K,) to the candidates of the rows at hand."""
 
 
 class Finish(NamedTuple):
@@ -82,10 +84,10 @@ def finish(
 ) -> Finish | None:
     """Move rows at the least cost until all sizes are within the bounds.
 
-    Without a smallest size that is until none is too large; otherwise the two bounds differ by at
-    most one. `search` finds candidates of the same rows under given prices; it is asked when those
-    at hand do not connect. `settled` (K,) counts rows besides, which stay; None comes back where
-    clusters have too many of them.
+    Without a smallest size, that is when no cluster is too large; otherwise the two bounds differ
+    by at most one. `search` finds candidates of the same rows under given prices; it is called when
+    the candidates at hand lead to no cluster with room. `settled` (K,) counts further rows, which
+    keep their clusters. Returns None where these make the sizes impossible.
     """
     if not len(found.ids):
         assert settled is not None
@@ -101,23 +103,25 @@ def finish(
 
 
 def dual_bound(prices: Float64, priced_cost: float, num_rows: int) -> float:
-    """Bound the cost of any assignment whose sizes differ by at most one from below.
+    """Return a lower bound on the cost of any assignment whose sizes differ by at most one.
 
     `priced_cost` is sum_i min_k (d_ik - g_k) over all K clusters.
     """
+    # weak duality: an assignment costs at least priced_cost + sum_k size_k g_k, which is least when
+    # the r larger clusters are those of the lowest prices
     quotient, rest = divmod(num_rows, len(prices))
     return float(priced_cost + quotient * prices.sum() + np.sort(prices)[:rest].sum())
 
 
 class _Flow:
-    """Labels, twins, prices, sizes and blanks; what `flow.py` works on is made from them."""
+    """Labels, twins, prices, sizes and blanks, from which the arrays of `flow.py` are built."""
 
     def __init__(
         self, found: Candidates, prices: Float64, sizes: Sizes, settled: Int64 | None
     ) -> None:
         num_clusters = len(prices)
         labels = choose(found, prices)
-        # rows of a cluster stand together in memory
+        # keep the rows of a cluster together in memory
         self._numbers = np.argsort(labels, kind="stable")
         self._labels: Int64 = labels[self._numbers]
         self.num_moves = self.num_paths = 0
@@ -129,7 +133,8 @@ class _Flow:
         surplus = counts - sizes.largest
         has_blank, pool_price = np.zeros(num_clusters, bool), 0.0
         if sizes.smallest:
-            # a blank goes where, under the prices, a place is least wanted: at the greatest g
+            # blanks start at the greatest prices, where a place is least wanted; the pool's price
+            # is the next one. So no blank's move has a negative reduced cost.
             num_blanks = sizes.largest * num_clusters - int(counts.sum())
             order = np.argsort(-prices, kind="stable")
             has_blank[order[:num_blanks]] = True
@@ -154,7 +159,7 @@ class _Flow:
         return self._sides.prices[:-1]
 
     def run(self) -> bool:
-        """Move surplus; tell whether all of it was moved, else candidates lead no further."""
+        """Move surplus; tell whether all of it was moved or the candidates lead no further."""
         moves, lots = self._moves(), self._lots(_SPARE)
         log = Log(np.zeros((_SPARE, 4), np.int64), np.zeros(3, np.int64))
         measure_lots(moves, lots)
@@ -179,7 +184,7 @@ class _Flow:
         num_clusters = len(self.prices)
         keys, sizes = np.unique(self._twins * num_clusters + self._labels, return_counts=True)
         rows, clusters = np.divmod(keys, num_clusters)
-        # the next lot of the same twins, of the last one the first
+        # the lots of the same twins form a ring: each names the next, the last names the first
         following = np.arange(1, len(keys) + 1)
         is_last = np.append(rows[1:] != rows[:-1], True)
         following[is_last] = np.flatnonzero(np.append(True, is_last[:-1]))
@@ -216,13 +221,17 @@ class _Flow:
             self._labels[twins[self._labels[twins] == source][:num]] = target
 
     def look_further(self, search: Search) -> bool:
-        """Find moves out of clusters that no candidate leads out of; tell whether there are any."""
+        """Find moves out of the clusters in which a search got stuck; tell whether there are any.
+
+        A search with the prices of these clusters closed returns candidates elsewhere only.
+        """
         reached = self._frontier.reached[: self._frontier.nodes[1]]
         is_inside = np.zeros(len(self.prices) + 1, bool)
         is_inside[reached] = True
         is_inside = is_inside[:-1]
         found = search(np.where(is_inside, _CLOSED, self.prices))
         found = Candidates(*(part[self._numbers] for part in found))
+        # rows stay twins only if the new candidates are equal as well
         before = self._twins
         self._twins = find_twins(found, before)
         self._further = self._further.inherited(before, self._twins)
@@ -232,7 +241,7 @@ class _Flow:
         places, columns = np.nonzero(is_inside[lots.cluster][:, None] & ~is_inside[targets])
         rows, targets = lots.row[places], targets[places, columns]
         distances = found.distances[rows, columns]
-        # the cheapest of every pair of clusters are enough
+        # between two clusters the cheapest moves suffice, no more of them than there is surplus
         surplus = int(np.maximum(self._sides.surplus, 0).sum())
         pairs = lots.cluster[places] * len(self.prices) + targets
         order = np.lexsort((distances - lots.own[places], pairs))
@@ -244,7 +253,7 @@ class _Flow:
 
 
 class _Further(NamedTuple):
-    """Moves beside the candidates: rows, sorted, the clusters they can go to, and distances."""
+    """Moves in addition to the candidates: sorted rows, target clusters, distances to these."""
 
     rows: Int64
     ids: Int64
@@ -260,7 +269,7 @@ class _Further(NamedTuple):
         return _Further(np.repeat(lowest, counts), self.ids[at], self.distances[at])
 
     def extended(self, rows: Int64, ids: NDArray[Any], distances: Float64) -> "_Further":
-        """Add moves; a second one of a row to the same cluster says the same."""
+        """Add moves, and drop a second one of a row to the same cluster, which is equal."""
         rows, ids = np.append(self.rows, rows), np.append(self.ids, ids)
         _, firsts = np.unique(rows * (int(ids.max(initial=0)) + 1) + ids, return_index=True)
         return _Further(rows[firsts], ids[firsts], np.append(self.distances, distances)[firsts])

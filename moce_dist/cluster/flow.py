@@ -1,14 +1,14 @@
-"""Shortest paths on the graph of clusters, and what moves along them: the loops of `exact.py`.
+"""The compiled loops of `exact.py`: shortest paths over clusters, and the moves along them.
 
-Twins that lie in one cluster are a lot; they move together, and a row without twins is a lot of its
-own. An edge of the graph is the lot that is cheapest to move from one cluster to another. Edges of
-a cluster are found when a path gets there, and hold until a lot comes or goes: what they cost does
-not depend on prices. They lie one after the other in a pool that is emptied when it is full.
+A lot is all twins that are in one cluster; a row without twins is a lot of its own. An edge of the
+graph is the lot that is cheapest to move from one cluster to another. The edges of a cluster are
+computed when a search reaches it. They stay valid until a lot enters or leaves the cluster, because
+their costs do not depend on prices. All edges are stored in one pool, which is emptied when full.
 
     cluster 3   began with lots 17, 4, 92     edges  -> 8  by lot 17, +0.02
                 arrived    lots 55, 8                -> 11 by lot 55, +0.07
 
-All functions run in one thread in a fixed order: equal input gives equal bits.
+All functions run on one thread in a fixed order: equal input gives equal bits.
 
 Letters: n rows, m candidates per row, K clusters; the pool of blanks is node K.
 """
@@ -24,14 +24,14 @@ from moce_dist.cluster.compiled import compiled
 
 NONE = -1
 DONE, STUCK, FULL = 0, 1, 2
-"""How `move_surplus` ends: all is moved, no way leads on, no memory is left for lots."""
+"""How `move_surplus` ends: all surplus is moved, no path leads on, no memory is left for lots."""
 
 
 class Moves(NamedTuple):
-    """Where rows can go: candidates (n, m), and further ones, `bounds[i]` to `bounds[i + 1]`.
+    """Where rows can go: candidates (n, m), and further moves `bounds[i]` to `bounds[i + 1]`.
 
-    Rows stand cluster by cluster, as they are gone through; `numbers` (n,) are their own. Twins
-    share what their first row has.
+    Rows are ordered by their first cluster, so that the loops read memory in order; `numbers` (n,)
+    are their original row numbers. Twins use the entries of their lowest row.
     """
 
     numbers: Int64
@@ -43,9 +43,10 @@ class Moves(NamedTuple):
 
 
 class Lots(NamedTuple):
-    """Lowest twin, cluster, size and distance of each lot; `next` leads around the twins' lots.
+    """Lowest twin, cluster, size and distance of each lot; `next` is a ring of the twins' lots.
 
-    Arrays have spare room; `used` (2,) counts the lots and the arrivals in them.
+    An arrival is an entry in a linked list of the lots that came to a cluster: `arrived_lot`, and
+    the arrival before it. Arrays have spare room; `used` (2,) counts the lots and the arrivals.
     """
 
     row: Int64
@@ -59,9 +60,9 @@ class Lots(NamedTuple):
 
 
 class LotLists(NamedTuple):
-    """The lots that clusters began with, and the last arrival of each, (K,).
+    """The lots that clusters began with, and the last arrival of each cluster, (K,).
 
-    Those of cluster k are `lots[bounds[k]:bounds[k + 1]]`.
+    Cluster k began with `lots[bounds[k]:bounds[k + 1]]`.
     """
 
     bounds: Int64
@@ -70,10 +71,10 @@ class LotLists(NamedTuple):
 
 
 class Edges(NamedTuple):
-    """The pool of edges, and those of each cluster in it, `begin[k]` to `end[k]`; -1: not found.
+    """The pool of edges; those of cluster k are `begin[k]` to `end[k]`, -1 if not computed.
 
-    `best` and `best_lot` (K,) are where a cluster's edges are put together, `used` (1,) is where
-    the pool ends.
+    `best` and `best_lot` (K,) are scratch space to collect a cluster's edges by target; `used` (1,)
+    is where the pool ends.
     """
 
     target: Int64
@@ -87,7 +88,10 @@ class Edges(NamedTuple):
 
 
 class Sides(NamedTuple):
-    """Prices (K + 1,); images too many and blanks of clusters, (K,)."""
+    """Prices of clusters and pool, (K + 1,); surplus and blanks of clusters, (K,).
+
+    A negative surplus is room.
+    """
 
     prices: Float64
     surplus: Int64
@@ -95,10 +99,10 @@ class Sides(NamedTuple):
 
 
 class Frontier(NamedTuple):
-    """What a search has reached: nodes with distance, node before and lot that moves, (K + 1,).
+    """What a search has reached: distance, previous node and moving lot of every node, (K + 1,).
 
-    `nearest` (1,) is the distance of the nearest cluster with room, `nodes` (2,) that cluster and
-    the number of entries of `reached`.
+    `reached` lists the nodes reached, and `nodes` (2,) holds the nearest cluster with room and the
+    length of that list. `nearest` (1,) is the distance of that cluster.
     """
 
     distance: Float64
@@ -110,14 +114,17 @@ class Frontier(NamedTuple):
 
 
 class Log(NamedTuple):
-    """Moves of twins, (row, source, target, number) each, and counts: entries, moves, paths."""
+    """Moves of twins, (row, source, target, number) each, and counts of entries, moves, paths.
+
+    A lot does not say which of its twins moved; `exact.py` replays the entries.
+    """
 
     entries: Int64
     counts: Int64
 
 
 class Graph(NamedTuple):
-    """All that paths are made of."""
+    """The whole state of the search and the moves."""
 
     moves: Moves
     lots: Lots
@@ -130,7 +137,7 @@ class Graph(NamedTuple):
 
 @compiled
 def own_distance(moves: Any, row: Any, cluster: Any) -> Any:
-    """Return the distance of a row to one of the clusters that it can be in, else infinity."""
+    """Return the distance of a row to a cluster; infinity if no move of the row leads there."""
     for place in range(moves.ids.shape[1]):
         if moves.ids[row, place] == cluster:
             return np.float64(moves.distances[row, place])
@@ -149,7 +156,7 @@ def measure_lots(moves: Any, lots: Any) -> None:
 
 @compiled
 def move_surplus(graph: Any) -> int:
-    """Move images along shortest paths until no cluster has too many; return how it ended.
+    """Move images along shortest paths until no cluster is too large; return how it ended.
 
     At `STUCK` the frontier holds the nodes from which no move leads on.
     """
@@ -164,6 +171,8 @@ def move_surplus(graph: Any) -> int:
             if min(free, len(log.entries) - log.counts[0]) < length:
                 return FULL
             _move_along(graph, source, num)
+            # potentials of successive shortest paths: g += min(distance - nearest, 0). No reduced
+            # cost becomes negative, and those along the path become 0, so it can be reversed.
             for at in range(frontier.nodes[1]):
                 node = frontier.reached[at]
                 nearer = frontier.distance[node] - frontier.nearest[0]
@@ -173,14 +182,14 @@ def move_surplus(graph: Any) -> int:
 
 @compiled
 def _find_room(graph: Any, source: Any) -> None:
-    # Dijkstra's, on costs reduced by the prices, which are never negative
+    # Dijkstra on reduced costs, which are never negative; stops at the nearest cluster with room
     sides, frontier = graph.sides, graph.frontier
     pool = len(sides.surplus)
     for at in range(frontier.nodes[1]):
         frontier.distance[frontier.reached[at]] = np.inf
     frontier.nearest[0] = np.inf
     frontier.nodes[0], frontier.nodes[1] = NONE, 0
-    # the last entry ends the search where there is no room
+    # this sentinel ends the search if no cluster with room is reached
     heap = [(np.inf, np.int64(NONE))]
     _reach(graph, heap, (source, np.int64(NONE), np.int64(NONE)), 0.0)
     while True:
@@ -188,7 +197,7 @@ def _find_room(graph: Any, source: Any) -> None:
         if distance >= frontier.nearest[0]:
             break
         if distance > frontier.distance[node]:
-            continue
+            continue  # outdated entry: the node was reached again at a smaller distance
         if node != pool:
             _leave_cluster(graph, heap, node)
             continue
@@ -203,7 +212,7 @@ def _find_room(graph: Any, source: Any) -> None:
 def _reach(graph: Any, heap: Any, step: Any, distance: Any) -> None:
     frontier, surplus = graph.frontier, graph.sides.surplus
     node, previous, lot = step
-    # a node that is no nearer than the room is of no use
+    # a node farther than the nearest room cannot be on the shortest path
     if distance >= frontier.nearest[0] or distance >= frontier.distance[node]:
         return
     if frontier.distance[node] == np.inf:
@@ -227,6 +236,7 @@ def _leave_cluster(graph: Any, heap: Any, node: Any) -> None:
     if edges.begin[node] == NONE:
         _find_edges(graph, node)
     targets, prices, reached = edges.target, sides.prices, frontier.distance
+    # below 0 come rounding errors, and moves that a later search added to the candidates
     for at in range(edges.begin[node], edges.end[node]):
         target = targets[at]
         ahead = max(edges.cost[at] - prices[target] + prices[node], 0.0)
@@ -237,7 +247,7 @@ def _leave_cluster(graph: Any, heap: Any, node: Any) -> None:
 @compiled
 def _find_edges(graph: Any, node: Any) -> None:
     lots, lists, edges = graph.lots, graph.lists, graph.edges
-    # as many as there can be
+    # a cluster has at most K edges: empty the pool where so many may not fit
     if edges.used[0] + len(edges.best) > len(edges.target):
         edges.begin[:] = NONE
         edges.used[0] = 0
@@ -284,7 +294,7 @@ def _offer(moves: Any, lots: Any, edges: Any, lot: Any) -> None:
 
 @compiled
 def _amount(graph: Any, source: Any) -> Any:
-    # how many images the whole path can take, and its length
+    # how many images can move along the whole path, and its length; with a blank on it, 1
     sides, frontier = graph.sides, graph.frontier
     pool, node = len(sides.surplus), frontier.nodes[0]
     num, length = min(sides.surplus[source], -sides.surplus[node]), 0
@@ -305,7 +315,7 @@ def _move_along(graph: Any, source: Any, num: Any) -> None:
     pool, node = len(sides.surplus), frontier.nodes[0]
     sides.surplus[source] -= num
     sides.surplus[node] += num
-    # the far end first: an image must not move on in the step that it arrives in
+    # from the far end, so that an image that arrives does not move on in the same step
     while node != source:
         previous, lot = frontier.previous[node], frontier.lot[node]
         if lot != NONE:
@@ -326,6 +336,8 @@ def _move_along(graph: Any, source: Any, num: Any) -> None:
 
 @compiled
 def _move(graph: Any, lot: Any, target: Any, num: Any) -> None:
+    # `num` twins of `lot` join their twins' lot in the target cluster, if it exists (`other`). Else
+    # the whole lot moves, or a new lot is split off where some twins stay.
     lots, last_arrival = graph.lots, graph.lists.last_arrival
     other = lots.next[lot]
     while other != lot and lots.cluster[other] != target:

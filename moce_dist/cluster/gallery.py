@@ -62,7 +62,7 @@ def shown_clusters(num_clusters: int) -> list[int]:
 
 
 def extremes(rows: NDArray[np.int64], distances: NDArray[np.float32]) -> NDArray[np.int64]:
-    """Return the rows nearest to their centroid, then the farthest, without repeats, ties by row."""
+    """Return the rows nearest to the centroid, then the farthest, without repeats, ties by row."""
     ordered = rows[np.argsort(distances[rows], kind="stable")]
     if len(ordered) <= NUM_NEAREST + NUM_FARTHEST:
         return ordered

@@ -1,19 +1,20 @@
-"""Lloyd's iterations under balance; the labels they end in are found in `settle.py`.
+"""Run Lloyd's iterations under balance; `settle.py` then finds the final labels.
 
     for each iteration:  prices that balance a sample between the centroids   (balance.py)
                          one sweep over all rows under the prices             (matrix.py)
                          centroids = means
     at the end:          exact sizes at the least cost                        (exact.py)
 
-The state is on disk after every iteration; a start that finds the state of the same request goes on
-from it, bit for bit. What is not a sweep happens in the calling process on one thread and on a
-sample that depends on the seed alone, so no result depends on the number of workers.
+The state is written to disk after every iteration; a restart of the same request continues from it,
+bit for bit. Everything but the sweeps happens in the calling process on one thread, and on a sample
+that depends on the seed alone, so no result depends on the number of workers.
 
-First centroids are chosen by k-means++ on a sample, whose time grows with the clusters times the
-rows that they are chosen from. For over 1,024 clusters some rounds draw four times as many rows as
-are wanted, all of a round at once, with chances that grow with the squared distance to the nearest
-one of the rounds before: searches, which workers do. K of these are chosen by k-means++, each
-weighing as much as rows are nearest to it. Very many stay as they were drawn.
+k-means++ chooses the first centroids from a sample. Its time grows with the number of clusters
+times the number of rows to choose from. So above 1,024 clusters k-means|| narrows the choice first:
+five rounds draw 4 K rows, all rows of a round at once, with probabilities proportional to the
+squared distance to the nearest row of the earlier rounds. The workers do these searches. k-means++
+then chooses K of the drawn rows, each weighted by the number of sample rows nearest to it. Above
+8,192 clusters only K rows are drawn, and these are the centroids.
 
 Letters: n rows, s sampled rows, D width, K clusters, m candidates.
 
@@ -41,24 +42,25 @@ from moce_dist.run.files import naming, replacing
 _log = logging.getLogger(__name__)
 _SAMPLE_PER_CLUSTER, _MIN_SAMPLE, _MAX_SAMPLE = 256, 16_384, 131_072
 _FEWEST_PER_CLUSTER = 3.5
-"""Not a whole number: sizes of the sample need some room."""
+"""Not a whole number, so that the cluster sizes in a sample have some room."""
 _SAMPLE_BLOCK_ROWS = 2048
-"""Small, for a sample is few rows and all workers search it."""
+"""Small, because a sample has few rows and all workers share its search."""
 PRICE_ROUNDS, _PRICE_CANDIDATES = 20, 32
 _SAMPLE_SEARCHES, _SMALLEST, _MANY_ROWS = 16, 0.9, 16
-"""Searches of a sample at most; share of its least size that every cluster of it must reach, if
-that size is so large that it is not mere chance which rows of the sample it is.
+"""Most searches of a sample; share of the smallest size that every cluster must reach in it; the
+smallest size from which on that is asked, because below it chance decides.
 """
 _CLOSE, _FINEST = 0.01, 0.001
 """Shares of a sample's rows beyond the sizes at which prices are good enough, and very good."""
 _SPLIT = 1 / 1024
 _NOT_OF_CLUSTERS = {"encoder", "feature_block", "batch_size", "with_prices", "border_rows"}
-"""Settings of how features come about, of what is done with clusters, and of memory."""
+"""Settings that do not change a clustering of given features: how features are made, how clusters
+are used, memory."""
 
 
 @dataclass(frozen=True)
 class State:
-    """All that a next iteration depends on: centroids (K, D), prices (K,), how far k-means is."""
+    """All that the next iteration depends on: centroids (K, D), prices (K,), and the progress."""
 
     centroids: Float64
     prices: Float64
@@ -68,10 +70,10 @@ class State:
 
 
 def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
-    """Fingerprint what decides a result: features (by their mean), their view, config, seed."""
+    """Fingerprint all inputs of a result: features (by their mean), their view, config, seed."""
     files, view = matrix.files, matrix.view
     names = [path.name for path in files.paths]
-    # a request of before there were other sources is the same request
+    # left out at its default, so that fingerprints from before the setting existed stay valid
     not_asked = {"source"} if config.source == "features" else set()
     return fingerprint(
         {
@@ -86,7 +88,7 @@ def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
 
 
 def save_state(path: Path, state: State, request: str) -> None:
-    """Write the state of `request` so that a reader sees all of it or the one before."""
+    """Write the state of `request` atomically: a reader sees all of it or the previous one."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -113,7 +115,7 @@ def load_state(path: Path, request: str) -> State | None:
 
 @dataclass(frozen=True)
 class Lloyd:
-    """One request: the matrix of all rows, that of the seeded sample, the settings."""
+    """One request: the matrix of all rows, the matrix of the seeded sample, the settings."""
 
     matrix: Matrix
     sample: Matrix
@@ -126,7 +128,7 @@ class Lloyd:
         return State(centroids, np.zeros(num_clusters))
 
     def prices(self, centroids: Float64, prices: Float64) -> Float64:
-        """Find prices (K,) that balance the sample between the centroids, from `prices` on."""
+        """Find prices (K,) that balance the sample between the centroids, starting at `prices`."""
         if self.config.balance == "off":
             return prices
         num = min(len(centroids), _PRICE_CANDIDATES)
@@ -136,10 +138,10 @@ class Lloyd:
             found = self.sample.nearest(centroids, prices, num)
             done = ascend(found, prices, sizes, rounds=PRICE_ROUNDS, close=_FINEST)
             prices = done.prices
-            # a cluster far from all rows is a small part of them, and needs some all the same
+            # a single cluster far from all rows hardly counts in the excess but must get its rows
             is_large = sizes.smallest >= _MANY_ROWS
             has_all = not is_large or done.least >= _SMALLEST * sizes.smallest
-            # sizes under the new prices are known for sure after a search under them
+            # only a search under the new prices shows their true sizes: judge the old ones
             if done.excess_before <= (_CLOSE if has_all else _FINEST) * num_rows:
                 break
         return prices
@@ -165,9 +167,9 @@ class Lloyd:
 
 
 def draw_sample(matrix: Matrix, num_clusters: int, seed: int, file: Path) -> Matrix:
-    """Write rows drawn by the seed to `file`, as clustering sees them; all rows when they are few.
+    """Write rows drawn by the seed, transformed by the view, to `file`; all rows if they are few.
 
-    Workers read them there, like those of all files.
+    Workers read the sample from there like any file of features.
     """
     num_rows = matrix.files.num_rows
     wanted = np.clip(_SAMPLE_PER_CLUSTER * num_clusters, _MIN_SAMPLE, _MAX_SAMPLE)
@@ -185,13 +187,13 @@ def draw_sample(matrix: Matrix, num_clusters: int, seed: int, file: Path) -> Mat
 
 
 def directions(centroids: Float64) -> Float64:
-    """Scale centroids to length 1; those without a direction stay zero."""
+    """Scale centroids to length 1; those of length 0 stay zero."""
     lengths = np.linalg.norm(centroids, axis=1, keepdims=True)
     return centroids / np.where(lengths > 0, lengths, 1)
 
 
 def split_empty(centroids: Float64, counts: Float64) -> Float64:
-    """Give every empty cluster half of the largest one: two centroids a little to either side."""
+    """Give every empty cluster half of the largest: both centroids move a little, opposite ways."""
     centroids, counts = centroids.copy(), counts.copy()
     sides = np.where(np.arange(centroids.shape[1]) % 2, -_SPLIT, _SPLIT)
     sides *= np.sqrt(np.square(centroids).mean())
@@ -206,7 +208,7 @@ def split_empty(centroids: Float64, counts: Float64) -> Float64:
 def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
     """Iterate until the objective settles or the iterations are used up.
 
-    A state of the same request in `state_file` is continued; it is written after every iteration.
+    Continues from a state of the same request in `state_file`, and writes it after every iteration.
     """
     request = state_request(lloyd.matrix, lloyd.config, seed)
     state = load_state(state_file, request) or lloyd.first_state(seed)
@@ -220,15 +222,15 @@ def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
 
 
 _ROWS_PER_CLUSTER, _FEWEST_ROWS = 64, 16_384
-"""Rows that centroids are chosen from, where the sample has more: for each, and in all."""
+"""Rows that k-means++ chooses from, at least, if the sample has more: per cluster, and in all."""
 _FEW, _MANY = 1024, 8192
-"""Most clusters that are chosen from all rows, and from rows drawn before."""
+"""Most clusters that k-means++ chooses from the sample directly, and from drawn rows."""
 _ROUNDS, _OVERSAMPLED = 5, 4
-"""Rounds of drawing; rows that they draw, over the clusters, where these are chosen from them."""
+"""Rounds of drawing; drawn rows per cluster where k-means++ chooses among them."""
 
 
 def choose_centroids(sample: Matrix, num_clusters: int, seed: int) -> Float64:
-    """Choose first centroids, (K, D), among the rows of a sample, which lie in one file."""
+    """Choose the first centroids, (K, D), among the rows of a sample, which is one file."""
     rows = open_array(sample.files.paths[0])
     if num_clusters <= _FEW:
         rows = rows[:: max(len(rows) // max(_ROWS_PER_CLUSTER * num_clusters, _FEWEST_ROWS), 1)]
@@ -243,7 +245,7 @@ def choose_centroids(sample: Matrix, num_clusters: int, seed: int) -> Float64:
 
 
 def draw_rows(sample: Matrix, num: int, seed: int) -> Int64:
-    """Draw the numbers of `num` rows, far from each other rather than near, in some rounds."""
+    """Draw the numbers of `num` rows by k-means||, which favours rows far from those drawn."""
     rows, draws = open_array(sample.files.paths[0]), np.random.default_rng(seed)
     everyone = np.arange(len(rows))
     drawn = draws.integers(len(rows), size=1)
@@ -256,7 +258,7 @@ def draw_rows(sample: Matrix, num: int, seed: int) -> Int64:
         new = draws.choice(left, min(len(share), len(left)), replace=False, p=chances)
         drawn = np.append(drawn, new)
         squares = np.minimum(squares, _squares(sample, rows[new]))
-    # where nearly all rows are alike
+    # too few are drawn where nearly all rows are equal: fill up with any others
     rest = draws.permutation(np.setdiff1d(everyone, drawn))[: num - len(drawn)]
     return np.append(drawn, rest)
 
@@ -271,7 +273,7 @@ def _squares(sample: Matrix, points: NDArray[np.float32]) -> Float64:
 def _plus_plus(
     rows: NDArray[np.float32] | Float64, num: int, seed: int, weights: Float64 | None = None
 ) -> Float64:
-    # a second to import, and training only reads clusters
+    # imported late: it takes a second, and training only reads clusters
     from sklearn.cluster import kmeans_plusplus
 
     with threadpool_limits(1):

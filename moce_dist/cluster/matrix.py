@@ -1,8 +1,8 @@
 """Sweeps of balanced k-means over a matrix of features that lies in files.
 
-K centroids and K prices are all that couples the rows: a sweep over all of them returns sums and
-counts per cluster, from which the objective and the means follow, or the best clusters of each row.
-What a worker does in one is in `sweeps.py`; here tasks are handed out and results put together.
+Only the K centroids and K prices couple the rows. So a sweep over all rows returns either the best
+clusters of each row, or sums and counts per cluster, from which the objective and the means follow.
+`sweeps.py` has a worker's part of a sweep; this module hands out tasks and merges the results.
 
 Letters: n rows, D width, K clusters, m candidates.
 """
@@ -35,15 +35,15 @@ from moce_dist.run.tasks import MapTasks
 
 _Bounds = tuple[tuple[Block, ...], int, int]
 _TRIAL_ROWS = 512
-"""Rows, spread over all files, that an index is tried on."""
+"""Rows, spread over all files, on which an index is tried."""
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """The features of a request, cut into groups of blocks, and who computes on them.
+    """The features of a request, in groups of blocks, and the workers that compute on them.
 
     From `index_from` clusters on, a search on CPUs may use an index that finds the share
-    `index_recall` of the best clusters. `device` is the workers': cpu, or cuda.
+    `index_recall` of the best clusters. `device` is that of the workers: cpu or cuda.
     """
 
     files: FeatureFiles
@@ -91,7 +91,7 @@ class Matrix:
         return sum(self.map_blocks(squares_of_group, sweep, self._tasks()))
 
     def sums(self, centroids: Float64, prices: Float64, labels: Int32 | None = None) -> Sums:
-        """Add up all rows per cluster, in block order."""
+        """Add up all rows per cluster in block order: under fixed `labels`, else the best ones."""
         fixed = Sweep(self.view, centroids, device=self.device)
         sweep = self.sweep(centroids, prices) if labels is None else fixed
         tasks = self._tasks(labels, centroids.nbytes)
@@ -110,14 +110,14 @@ class Matrix:
         return self.nearest(centroids, prices, 1).ids[:, 0]
 
     def nearest(self, centroids: Float64, prices: Float64, num: int) -> Candidates:
-        """Find the best `num` clusters of all rows; distances as searched, less |x|^2 or so."""
+        """Find the best `num` clusters of all rows; distances are up to a constant per row."""
         parts = self.map_blocks(nearest_of_group, self.sweep(centroids, prices, num), self._tasks())
         found = _collect(parts, self.files.num_rows, num)
         found.distances[...] += prices.astype(np.float32)[found.ids]
         return found
 
     def candidates(self, centroids: Float64, prices: Float64, num: int, rows: Int64) -> Candidates:
-        """Find the best `num` clusters of sorted `rows` and the distances to them, all digits."""
+        """Find the best `num` clusters of sorted `rows`, and accurate squared distances to them."""
         sweep = self.sweep(centroids, prices, num)
         tasks = []
         for group, first, end in self._bounds(group_blocks(self.files.blocks(self.block_rows))):
@@ -130,7 +130,7 @@ class Matrix:
     def border(self, centroids: Float64, prices: Float64, num: int, reach: float) -> Border:
         """Find the best cluster of all rows, and `num` candidates of those between clusters.
 
-        They are between two where the second best is worse by at most `reach`.
+        A row is between clusters where its second best one is worse by at most `reach`.
         """
         sweep = replace(self.sweep(centroids, prices, num), prices=prices, reach=reach)
         labels, first = np.empty(self.files.num_rows, np.int32), 0
@@ -148,9 +148,9 @@ class Matrix:
         return Border(labels, np.concatenate(rows), found, settled, prices, reach)
 
     def distances(self, centroids: Float64, labels: Int32) -> Iterator[tuple[int, Float64]]:
-        """Yield the squared distances of all rows to the centroids of their labels, part by part.
+        """Yield the squared distances of all rows to the centroids of their labels, in parts.
 
-        With every part comes the number of its first row.
+        Every part comes with the number of its first row.
         """
         sweep, first = Sweep(self.view, centroids, device=self.device), 0
         for part in self.map_blocks(distances_of_group, sweep, self._tasks(labels)):

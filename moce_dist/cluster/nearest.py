@@ -1,20 +1,20 @@
-"""Nearest clusters under prices: the search that takes nearly all of the time.
+"""Nearest clusters under prices: the search that takes nearly all of the clustering time.
 
 A row goes to argmin_k |x - c_k|^2 - g_k (prices g, see `balance.py`). Since
 
     |x - c|^2 - g = |x|^2 - <(x, 1), (2 c, g - |c|^2)>
 
-that is a search for the greatest inner product in D + 1 dimensions, which FAISS answers on CPU and
-GPU. With very many clusters an inverted file over them replaces the product with all: prices become
-one more coordinate, for with G = max g
+this is a search for the greatest inner product in D + 1 dimensions, which FAISS runs on CPU and
+GPU. With very many clusters an inverted file over them replaces the comparison with all. The prices
+become one more coordinate, because with G = max g
 
     |x - c|^2 + (G - g) = |(x, 0) - (c, sqrt(G - g))|^2.
 
-How many of its lists a search must look into depends on the features and on the prices, so every
-index is tried on some rows first. Where a search would look into so many that comparing with all
-clusters takes no longer, there is no index.
+How many lists of the inverted file a search must probe depends on the features and the prices, so
+every index is first tried on some rows. If it needs so many probes that comparing with all clusters
+takes no longer, no index is used.
 
-Searches run on one thread, so that what a block finds depends on the block alone.
+Searches run on one thread, so that the result of a block depends on the block alone.
 
 Letters: n rows, D width, K clusters, m candidates.
 """
@@ -35,12 +35,12 @@ from moce_dist.cluster.arrays import Float32, Float64
 from moce_dist.cluster.compiled import compiled_sums
 
 _DEVICE_ROWS = 65_536
-"""Rows whose candidates a GPU looks at together."""
+"""Rows whose candidate distances a GPU computes at a time."""
 _LIST_ITERATIONS, _LISTS_PER_ROOT = 4, 2
 _FEWEST_PROBES, _MOST_PROBED = 16, 1 / 4
-"""Lists that a search looks into at least; the share of all lists from which on none is used."""
+"""Lists that a search probes at least; the share of all lists above which no index is used."""
 _TIE = 1e-6
-"""Loss, in mean squared distances, at which two clusters are equally good."""
+"""Loss, over the mean squared distance, up to which two clusters are equally good."""
 
 
 @contextmanager
@@ -55,13 +55,16 @@ def _one_thread() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _gpu_resources() -> Any:
-    # lets FAISS take tensors, on the stream of torch
+    # this module makes FAISS accept tensors, on torch's stream
     import_module("faiss.contrib.torch_utils")
     return faiss.StandardGpuResources()
 
 
 class Nearest(NamedTuple):
-    """Best clusters of rows, best first, and |x - c|^2 - g - |x|^2 (float32): (n, m) each."""
+    """Best clusters of rows, best first, and their |x - c|^2 - g, float32: (n, m) each.
+
+    `priced` is right up to a constant per row: -|x|^2, or the greatest price from an index.
+    """
 
     ids: Tensor
     priced: Tensor
@@ -76,11 +79,11 @@ def make_base(centroids: Float64, prices: Float64) -> Float32:
 def search(augmented: Tensor, base: Tensor, *, num: int) -> Nearest:
     """Find the `num` clusters of least |x - c|^2 - g for rows (x, 1) of `augmented` (n, D + 1).
 
-    Both are on the device that does it; so is the result.
+    The search runs on the device of both tensors, where the result stays.
     """
     metric = faiss.METRIC_INNER_PRODUCT
     if augmented.is_cuda:
-        # first, for it changes what knn_gpu is
+        # must come first: the import inside replaces faiss.knn_gpu
         resources = _gpu_resources()
         found, ids = faiss.knn_gpu(resources, augmented, base, num, metric=metric)
         return Nearest(ids, -found)
@@ -94,7 +97,7 @@ def build_index(
 ) -> NDArray[np.uint8] | None:
     """Return an inverted file over the priced clusters as bytes, for `open_index`.
 
-    It looks into as many lists as it takes to find the share `recall` of the `num` best clusters of
+    It probes as many lists as are needed to find the share `recall` of the `num` best clusters of
     the rows (x, 1) of `trial`; None where these are so many that an index gains nothing.
     """
     last = np.sqrt(prices.max() - prices)
@@ -109,7 +112,7 @@ def build_index(
     index.nprobe = _FEWEST_PROBES
     while index.nprobe <= _MOST_PROBED * num_lists:
         theirs = search_index(trial, index, num=num).ids
-        # by value, place by place: under the prices of a balance rows stand between two clusters
+        # compare sorted values, not ids: balancing prices leave rows tied between two clusters
         rows, points = trial[:, :-1], torch.from_numpy(centroids).float()
         charged = torch.from_numpy(prices)
         distances = candidate_distances(rows, points, best)
@@ -123,14 +126,14 @@ def build_index(
 
 
 def open_index(index: NDArray[np.uint8]) -> Any:
-    """Make the bytes of an index into what `search_index` looks into: a copy of all clusters."""
+    """Turn the bytes of an index, which hold a copy of all clusters, into one to search."""
     return faiss.deserialize_index(index)
 
 
 def search_index(augmented: Tensor, index: Any, *, num: int) -> Nearest:
     """Find clusters like `search`, but only in the lists nearest to a row.
 
-    Where the lists hold fewer than `num`, the best one stands in for those that are missing.
+    Where these lists hold fewer than `num` clusters, the best one is repeated.
     """
     queries = augmented.numpy().copy()
     queries[:, -1] = 0
@@ -142,9 +145,9 @@ def search_index(augmented: Tensor, index: Any, *, num: int) -> Nearest:
 
 
 class Missed(NamedTuple):
-    """What an index costs: the share of rows that get a best cluster, and what the others lose.
+    """What an index costs: the share of rows that get a best cluster, and the loss of the others.
 
-    `excess` is the sum of their losses, |x - c|^2 - g, over that of all squared distances.
+    `excess` is the sum of the losses in |x - c|^2 - g over the sum of all squared distances.
     """
 
     recall: float
@@ -154,14 +157,14 @@ class Missed(NamedTuple):
 def measure_index(
     augmented: Tensor, index: NDArray[np.uint8], centroids: Float64, prices: Float64
 ) -> Missed:
-    """Compare on rows (x, 1) what an index finds with what the search over all clusters finds."""
+    """Compare, on rows (x, 1), the results of an index with those of a search of all clusters."""
     rows, points, charged = augmented[:, :-1], *map(torch.from_numpy, (centroids, prices))
     theirs = search_index(augmented, open_index(index), num=1).ids[:, 0]
     base = torch.from_numpy(make_base(centroids, prices))
     best = search(augmented, base, num=1).ids[:, 0]
     squares = squared_distances(rows, points, best)
     losses = squared_distances(rows, points, theirs) - charged[theirs] - squares + charged[best]
-    # under the prices of a balance rows stand between two clusters, and either one is right
+    # balancing prices leave rows tied between two clusters, and either one is right
     is_found = losses <= _TIE * squares.mean()
     return Missed(float(is_found.double().mean()), float(losses.sum() / squares.sum()))
 
@@ -192,7 +195,7 @@ def _distances(rows: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
 
 @compiled_sums
 def _measure(rows: Any, centroids: Any, ids: Any, distances: Any) -> None:
-    # torch would write the difference to every candidate to memory
+    # a loop, because torch would write the difference vector of every candidate to memory
     for row in range(len(ids)):
         for place in range(ids.shape[1]):
             cluster = ids[row, place]

@@ -1,18 +1,23 @@
-"""Labels of the wanted sizes at the least cost, from the centroids of k-means.
+"""Find labels of the wanted sizes at the least cost, from the centroids of k-means.
 
     prices of the sample -> prices of all rows -> exact sizes (exact.py) -> a bound on the cost
 
-Only rows between two clusters decide. Of more than `cluster.border_rows` rows a search returns
-candidates of those alone (`candidates.py`, Border): a sample of that size finds prices, and tells
-how far apart the two best clusters of such a row are; then prices move in steps that leave all
-others where they are, with a search of all rows after each, until few rows are beyond the sizes.
-A sample of few rows is corrected by the sizes that all rows have under its prices. The exact finish
-moves what is left; where the border is too narrow for that, or its prices go too far for the
-others, it goes on from another search with a wider one. So what the calling process holds are
-labels of all rows and candidates of about so many.
+The balance is decided by the rows between two clusters (`candidates.py`, Border). With more than
+`cluster.border_rows` rows, the calling process holds the candidates of these rows only:
 
-What is not a sweep happens in the calling process on one thread, so no result depends on the number
-of workers.
+1. A sample of that size gives first prices, and the reach: the margin between the two best clusters
+   up to which a row counts as between clusters. The sizes that all rows have under these prices
+   correct those of the sample.
+2. The prices then move in steps that change the cluster of no other row, with a search of all rows
+   after each step, until few rows are beyond the sizes.
+3. The exact finish moves the remaining rows. Where the border has too few rows for that, or the
+   prices move so far that other rows could change clusters, another search follows, with a greater
+   reach unless the prices are already close.
+
+So memory holds the labels of all rows and the candidates of about `cluster.border_rows` rows.
+
+Everything but the sweeps happens in the calling process on one thread, so no result depends on the
+number of workers.
 
 Letters: n rows, D width, K clusters, m candidates.
 """
@@ -41,26 +46,26 @@ from moce_dist.cluster.nearest import measure_index
 
 _log = logging.getLogger(__name__)
 _SEARCHES, _BORDER_SEARCHES = 4, 16
-"""Searches of all rows for prices at most: of a sample's, or all at hand; between clusters."""
+"""Most searches for prices: with a sample or with all rows at hand; with a border at hand."""
 _WIDER = 8
-"""How many times as far a border reaches that was not wide enough for an exact finish."""
+"""Factor on the reach of a border that was too narrow for an exact finish."""
 _FINEST, _CURRENT, _FEW = 0.0001, 0.01, 0.001
-"""Shares of rows beyond the sizes: at which prices are not improved any more; under the prices of
-the search, at which its lists are up to date; which the exact finish moves soon.
+"""Shares of rows beyond the sizes: below which prices are good enough; below which, under the
+prices of the search, its candidates are up to date; which the exact finish moves quickly.
 """
 _TIE = 1e-6
-"""Distance between the two best clusters of a row, in mean squared ones, that is none."""
+"""Margin between a row's two best clusters, over the mean squared distance, that counts as 0."""
 _ROWS_PER_CLUSTER = 64
-"""Rows between clusters that are held, at least."""
+"""Rows between clusters per cluster that are held at least."""
 _MEASURED_ROWS = 4096
-"""Rows that tell what an index misses."""
+"""Rows on which the misses of an index are measured."""
 _TIGHT = 1e-6
-"""Distance of a bound from the cost, over the cost, below which no better one is looked for."""
+"""Relative gap between cost and bound below which no better bound is computed."""
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Final labels (n,), prices (K,) where there are any, and figures on how they came about."""
+    """Final labels (n,), prices (K,) under balance, and figures for the summary."""
 
     labels: Int32
     prices: Float64 | None
@@ -86,11 +91,11 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
         "sizes_without_balance": free.astype(int).tolist(),
         **_index_figures(matrix, centroids, done.prices, index),
     }
-    # an index may miss the best cluster, and then there is no bound
+    # an index may miss the best cluster, and then the dual value is no bound
     if config.balance != "exact" or index is not None:
         return Settled(labels, done.prices, figures)
     bound, best = _lower_bound(matrix, centroids, done.prices), done.prices
-    # a bound holds at any prices; where candidates were too few the first ones may be better
+    # any prices give a bound; where candidates were too few, those before the finish may be better
     if bound < (1 - _TIGHT) * cost and (other := _lower_bound(matrix, centroids, prices)) > bound:
         bound, best = other, prices
     figures["cost_lower_bound"] = bound / matrix.files.num_rows
@@ -98,7 +103,10 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
 
 
 class _Balance:
-    """Prices of all rows, and what the last search under them has found."""
+    """The search for prices of all rows, with the border that the last sweep returned.
+
+    `_border` is a border found under the current prices, `_last` the one that they came from.
+    """
 
     def __init__(self, lloyd: Lloyd, centroids: Float64) -> None:
         config = lloyd.config
@@ -113,7 +121,7 @@ class _Balance:
         self._last: Border | None = None
 
     def find_prices(self, first: Float64) -> Float64:
-        """Find prices (K,) that balance all rows nearly, from those of the last iteration on."""
+        """Find prices (K,) that nearly balance all rows, starting at `first`."""
         self._prices, self._reach = self._lloyd.prices(self._centroids, first), np.inf
         if self._num_held < self._num_rows:
             self._balance_sample()
@@ -123,16 +131,16 @@ class _Balance:
         return self._prices
 
     def _search(self) -> Border:
-        # not two of them at a time
+        # release the old border first: memory holds one of them
         self._border = self._last = None
         border = self._matrix.border(self._centroids, self._prices, self._num, self._reach)
-        # of the next one, where a small sample has told too little
+        # widen the next border if this one has fewer rows than may be held
         self._reach *= min(max(self._num_held / max(len(border.rows), 1), 1), _WIDER)
         self._border = border
         return border
 
     def _improve(self) -> bool:
-        """Improve the prices by the rows at hand; tell whether few are left to an exact finish."""
+        """Improve the prices with the rows at hand; tell whether little is left to the finish."""
         border = self._border or self._search()
         others = Others(border.settled, border.reach)
         done = self._ascend(border.found, self._sizes, others)
@@ -142,7 +150,7 @@ class _Balance:
             done.excess,
             len(border.rows),
         )
-        # what was found is out of date
+        # the prices have moved on from those of the search
         self._border, self._last = None, border
         is_current = done.excess_before <= _CURRENT * self._num_rows
         return is_current and done.excess <= _FEW * self._num_rows
@@ -153,7 +161,7 @@ class _Balance:
         return done
 
     def _balance_sample(self) -> None:
-        """Balance rows spread over all, corrected by the sizes that all have under the prices."""
+        """Find prices and the reach from a sample, corrected by the true sizes of all clusters."""
         num_rows, num_held = self._num_rows, self._num_held
         parts = np.random.default_rng(0).random(num_held) + np.arange(num_held)
         rows = np.unique((parts * (num_rows / num_held)).astype(np.int64))
@@ -161,7 +169,8 @@ class _Balance:
         for _ in range(_SEARCHES):
             found = self._balance_some(rows, missing)
             margins = margins_of(found, self._prices)
-            # a mass of one point is divided between clusters, whatever the reach
+            # rows tied within rounding (many equal ones) are between clusters at any reach: the
+            # quantile is over the others
             margins = margins[margins > _TIE * found.distances.mean()]
             self._reach = np.inf
             if len(margins):
@@ -191,7 +200,7 @@ class _Balance:
         return found
 
     def finish(self) -> tuple[Int32, Finish]:
-        """Return labels (n,) of the wanted sizes at the least cost, and how they came about."""
+        """Return labels (n,) of the wanted sizes at the least cost, and the result of `finish`."""
         num_tried = 0
         while True:
             border, num_tried = self._last, num_tried + 1
@@ -205,8 +214,9 @@ class _Balance:
             if done is not None and went <= border.reach:
                 border.labels[border.rows] = done.labels
                 return border.labels, done
-            # with all rows at hand it ends; prices that went on a little are nearer, and mostly
-            # suffice, while those that went far have left what the border says of the others
+            # Search again. Prices that moved a little beyond the reach are closer to the optimum
+            # and mostly suffice. Prices that moved far are void, as the border's counts of the
+            # other rows do not hold for them. The loop ends at the latest when all rows are held.
             is_near = done is not None and went <= _WIDER * border.reach
             if done is not None and is_near:
                 self._prices = done.prices
@@ -218,7 +228,7 @@ class _Balance:
 def _index_figures(
     matrix: Matrix, centroids: Float64, prices: Float64, index: NDArray[np.uint8] | None
 ) -> dict[str, Any]:
-    """Measure on some rows what the index misses; nothing where none is used."""
+    """Measure on some rows what the index misses; nothing without an index."""
     if index is None:
         return {}
     missed = measure_index(matrix.spread_rows(_MEASURED_ROWS), index, centroids, prices)

@@ -1,9 +1,9 @@
-"""What a worker does in a sweep over a matrix of features: nearest clusters, sums, distances.
+"""A worker's part of a sweep over a matrix of features: nearest clusters, sums, distances.
 
-A sweep gives every row to its nearest cluster under prices (`nearest.py`). The unit of work is a
+A sweep assigns every row to its nearest cluster under prices (`nearest.py`). The unit of work is a
 fixed block of rows on one thread, and sums are float64 in block order (`blocks.py`), so a result
-has the same bits on any number of workers of one kind. On a GPU rows stay where they are searched
-and added up, those of a cluster in order.
+has the same bits on any number of workers of one kind. A GPU searches rows and sums them up in its
+own memory, the rows of a cluster in order.
 
 Letters: n rows, D width, K clusters, m candidates.
 """
@@ -32,7 +32,7 @@ from moce_dist.cluster.nearest import (
 
 
 class Sums(NamedTuple):
-    """What a sweep knows of the clusters: member sums (K, D) and counts (K,)."""
+    """What a sweep returns of the clusters: sums of their rows (K, D) and counts (K,)."""
 
     sums: Float64
     counts: Float64
@@ -48,7 +48,7 @@ class Sums(NamedTuple):
         return float(squares - 2 * cross + own)
 
     def means(self, empty: Float64) -> Float64:
-        """Return the mean of every cluster's members; the row of `empty` where there is none."""
+        """Return the mean of every cluster's rows; of an empty cluster its row of `empty`."""
         divisor = np.maximum(self.counts, 1)[:, None]
         return np.where(self.counts[:, None] > 0, self.sums / divisor, empty)
 
@@ -57,9 +57,9 @@ class Sums(NamedTuple):
 class Sweep:
     """What all tasks of a sweep share: the view, centroids (K, D), candidates m, the device.
 
-    A sweep that searches has either the base of its search or an index; one for the rows between
-    clusters has prices (K,), and how far apart their two best are at most. A worker gets it once,
-    and what is made of it stays for all tasks.
+    A sweep that searches has either the base of its search or an index. One that looks for rows
+    between clusters also has prices (K,) and `reach`, the greatest margin between their two best
+    clusters. A worker receives the sweep once and caches what it derives from it for all tasks.
     """
 
     view: View
@@ -99,8 +99,8 @@ class Sweep:
 
 
 def as_tensor(array: NDArray[Any], device: str = "cpu") -> Tensor:
-    """Bring an array to a device; where it lies on the CPU already it stays where it is."""
-    # what came from another process cannot be written, of which torch warns
+    """Bring an array to a device; on the CPU a contiguous, writable array is not copied."""
+    # an array from another process may be read-only, about which torch warns
     return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)
 
 
@@ -108,8 +108,8 @@ def as_tensor(array: NDArray[Any], device: str = "cpu") -> Tensor:
 class SweepTask:
     """A group of blocks, and the labels of their rows where these are fixed.
 
-    With `chosen` only such rows are read, all where it is None; it is sorted and counts from the
-    first row of the group.
+    `chosen` are the sorted numbers of the rows to read, counted from the first row of the group;
+    None: all rows.
     """
 
     blocks: tuple[Block, ...]
@@ -134,7 +134,7 @@ class SweepTask:
 
 
 def add_rows(total: Tensor, augmented: Tensor, labels: Tensor) -> None:
-    """Add rows (n, D + 1) to those of `total` (K, D + 1) float64 that `labels` name, in order."""
+    """Add rows (n, D + 1) in order to the rows of `total` (K, D + 1) float64 given by `labels`."""
     if not total.is_cuda:
         for start in range(0, len(augmented), CACHED_ROWS):
             part = slice(start, start + CACHED_ROWS)
@@ -144,7 +144,7 @@ def add_rows(total: Tensor, augmented: Tensor, labels: Tensor) -> None:
 
 
 def add_sorted_rows(total: Tensor, augmented: Tensor, labels: Tensor) -> None:
-    """Do the same with one thread for a cluster and column: a GPU's sums in a fixed order."""
+    """Do the same with one GPU thread per cluster and column, which fixes the order of the sums."""
     order = labels.argsort(stable=True)
     counts = torch.bincount(labels, minlength=len(total))
     rows = augmented[order].double()
@@ -152,7 +152,7 @@ def add_sorted_rows(total: Tensor, augmented: Tensor, labels: Tensor) -> None:
 
 
 def sum_group(sweep: Sweep, task: SweepTask) -> Sums:
-    """Sum up a group's clusters, under its fixed labels or the best ones."""
+    """Sum up a group's rows per cluster, under its fixed labels or the best ones."""
     num_clusters, dim = sweep.centroids.shape
     total = torch.zeros(num_clusters, dim + 1, dtype=torch.float64, device=sweep.device)
     for rows, fixed in task.read(sweep.view, sweep.device):
@@ -199,7 +199,7 @@ def border_of_group(sweep: Sweep, task: SweepTask) -> Part:
 
 
 def nearest_of_group(sweep: Sweep, task: SweepTask) -> Candidates:
-    """Find the best clusters of a group's rows and what the search compares them by."""
+    """Find the best clusters of a group's rows and the values that the search compares."""
     found = [sweep.search(rows) for rows, _ in task.read(sweep.view, sweep.device)]
     return _candidates([each.ids for each in found], [each.priced for each in found])
 

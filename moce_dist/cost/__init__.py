@@ -1,1 +1,1 @@
-"""What a configuration comes to: sizes, operations, and the time and memory of a step."""
+"""The cost of a configuration: sizes, operations, and the time and memory of a step."""

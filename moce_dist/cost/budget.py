@@ -1,12 +1,12 @@
-"""What a step, and with it a run, will cost on machines that one does not have yet.
+"""Estimate the time of a step, and of a run, on hardware that is not at hand.
 
-    step = compute + host + gradients that are not hidden + exchange + optimiser, or the loader
+    step = compute + host + exposed gradients + exchange + optimiser, or the loader if it is slower
 
-The sum is reckoned for stage moce on `hardware`. Communication follows the usual bounds: an
-all-reduce of S bytes over r members passes 2 (r - 1) / r S through each of them; between nodes all
-GPUs of a node share its cards. Gradients hide behind the backward pass, two thirds of the compute,
-but for the last bucket. Every term says where it is from: `computed` from shapes and peaks, `set`
-by the configuration, `measured` when a file of measurements has it.
+The estimate is for stage moce on `hardware`. Communication follows the usual bounds: an all-reduce
+of S bytes over r members passes 2 (r - 1) / r S through each of them, and all GPUs of a node share
+its network cards. At ZeRO-0 all gradients but the last bucket hide behind the backward pass, two
+thirds of the compute. Every term states its source: `computed` from shapes and peak rates, `set` by
+the configuration, or `measured` if a file of measurements has it.
 
 Letters: R ranks, G groups, B images of a step, L MoE layers.
 """
@@ -23,15 +23,16 @@ from moce_dist.settings import ConfigError, validate
 _BACKWARD = 2 / 3
 _FLOAT32_SLOWER = 16
 _ADAM_PASSES = 7
-"""AdamW reads weight, gradient and moments and writes all but the gradient."""
+"""AdamW reads weight, gradient and moments, and writes all but the gradient."""
 _ACTIVATIONS = 34
-"""Bytes of activations a token, unit of width and block in bfloat16. Source: Korthikanti et al.
-2022, arXiv 2205.05198, equation 1, without the attention matrix, which flash attention spares."""
+"""Bytes of bfloat16 activations per token, block and unit of width. Source: Korthikanti et al.
+2022, arXiv 2205.05198, equation 1, without the attention matrix, which flash attention never
+stores."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """One figure of a budget and where it is from."""
+    """One figure of a budget and its source."""
 
     name: str
     value: float
@@ -56,16 +57,16 @@ class Budget:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes that the ranks fill."""
+        """Number of nodes that the ranks need."""
         return -(-self.config.parallel.num_workers // self.hardware.gpus_per_node)
 
     @property
     def images(self) -> float:
-        """Images of a rank and step."""
+        """Images per rank and step."""
         return self.config.moce.batch_size / self.config.parallel.num_workers
 
     def compute(self) -> Term:
-        """Forward and backward pass."""
+        """Return the time of the forward and backward pass."""
         peak = self.hardware.bf16_tflops * 1e12
         if self.config.parallel.precision == "fp32":
             peak /= _FLOAT32_SLOWER
@@ -74,12 +75,12 @@ class Budget:
         return Term("compute", 1e3 * flop / (peak * self.hardware.utilisation), "ms", source)
 
     def host(self) -> Term:
-        """Time in which the host keeps the GPU waiting."""
+        """Return the time in which the GPU waits for the host."""
         source = "measured" if "host_ms" in self.measured else "set"
         return Term("host", self.hardware.host_ms, "ms", source)
 
     def gradient_bytes(self) -> int:
-        """Bytes of the shared gradients that a rank hands over in a step."""
+        """Return the bytes of a step's collectives for shared parameters, per rank."""
         parallel = self.config.parallel
         size = 2 if parallel.reduce_dtype == "bf16" else 4
         # ZeRO-1 and 2 gather the float32 weights again
@@ -95,7 +96,7 @@ class Budget:
         return 1e3 * max(inside, between)
 
     def gradients(self) -> Term:
-        """All-reduce of the shared gradients and of the experts', as if nothing hid it."""
+        """Return the time of all gradients' all-reduces, shared and experts', without overlap."""
         parallel = self.config.parallel
         ranks, replicas = parallel.num_workers, max(1, parallel.num_workers // parallel.num_groups)
         size = 2 if parallel.reduce_dtype == "bf16" else 4
@@ -105,7 +106,7 @@ class Budget:
         return Term("gradients", both, "ms", self._source("node_gbit_s", "nvlink_gb_s"))
 
     def gradients_exposed(self) -> Term:
-        """Return what of it the backward pass does not hide."""
+        """Return the part of `gradients` that the backward pass does not hide; all at ZeRO-1, 2."""
         whole = self.gradients()
         if self.config.parallel.zero_stage:
             return Term("gradients exposed", whole.value, "ms", whole.source)
@@ -114,7 +115,7 @@ class Budget:
         return Term("gradients exposed", min(whole.value, left + last), "ms", whole.source)
 
     def images_leaving(self) -> Term:
-        """Share of images times layers whose expert is elsewhere."""
+        """Return the share of (image, layer) pairs whose expert is in another place."""
         given = self.hardware.images_leaving
         if given is not None:
             is_measured = "images_leaving" in self.measured
@@ -125,7 +126,7 @@ class Budget:
         return Term("images leaving", 0.0 if shared else 1 - 1 / places, "", "computed")
 
     def exchange(self) -> Term:
-        """All-to-alls of images whose expert is elsewhere."""
+        """Return the time of the all-to-alls of images whose expert is in another place."""
         layers = len(self.config.moe_layers)
         moved = self.images * layers * self.images_leaving().value * sizes.TRANSFERS
         moved *= sizes.image_bytes(self.config)
@@ -139,19 +140,19 @@ class Budget:
         return Term("exchange", 1e3 * moved / (rate * 1e9), "ms", source)
 
     def optimiser(self) -> Term:
-        """AdamW, which memory bounds."""
+        """Return the time of AdamW's update, which memory bandwidth bounds."""
         own = sizes.shared_parameters(self.config) + sizes.local_expert_parameters(self.config)
         seconds = own * 4 * _ADAM_PASSES / (self.hardware.memory_gb_s * 1e9)
         return Term("optimiser", 1e3 * seconds, "ms", self._source("memory_gb_s"))
 
     def loader(self) -> Term:
-        """Time in which the loader processes of a rank make its images."""
+        """Return the time in which a rank's loader processes prepare its images."""
         processes = max(1, self.config.data.loader_processes)
         seconds = self.images / (processes * self.hardware.decode_images_s)
         return Term("loader", 1e3 * seconds, "ms", self._source("decode_images_s"))
 
     def step(self) -> Term:
-        """Add up the parts, or take the loader where that is slower."""
+        """Return the sum of the parts, or the time of the loader if that is slower."""
         parts = [self.compute(), self.host(), self.gradients_exposed()]
         parts += [self.exchange(), self.optimiser()]
         value = max(sum(part.value for part in parts), self.loader().value)
@@ -159,12 +160,12 @@ class Budget:
         return Term("step", value, "ms", "measured" if is_measured else "computed")
 
     def rate(self) -> Term:
-        """Images a second and GPU."""
+        """Return the images per second and GPU."""
         step = self.step()
         return Term("rate", 1e3 * self.images / step.value, "images/s a GPU", step.source)
 
     def memory(self) -> Term:
-        """Weights, gradients, buckets and moments of a rank, and activations of its images."""
+        """Return a rank's memory: weights, gradients in their buckets, moments and activations."""
         config = self.config
         own = sizes.shared_parameters(config) + sizes.local_expert_parameters(config)
         ranks = config.parallel.num_workers
@@ -180,13 +181,13 @@ class Budget:
         return Term("memory", total / 2**30, "GiB a GPU", "computed")
 
     def storage(self) -> Term:
-        """Return what the nodes together read."""
+        """Return the read rate of all nodes together."""
         rate = self.rate()
         total = rate.value * self.config.parallel.num_workers * self.hardware.sample_kb * 1e3
         return Term("storage", total / 1e9, "GB/s", rate.source)
 
     def days(self, num_images: int) -> Term:
-        """Both stages, and the control where it is wanted, at the rate of stage moce."""
+        """Return the time of both stages, and of any control, all at the rate of stage moce."""
         config = self.config
         epochs = config.mae.epochs + config.moce.epochs * (1 + config.control)
         rate = self.rate()
@@ -195,10 +196,10 @@ class Budget:
 
 
 def budget(config: Config) -> Budget:
-    """Reckon with the configuration's hardware and the file of measured terms that it names.
+    """Make a budget from the configuration's hardware and the file of measured terms it names.
 
     Raises:
-        ConfigError: the file is missing, or holds something else than numbers of known terms.
+        ConfigError: the file is missing, or holds anything but numbers of known terms.
     """
     hardware = config.hardware
     if hardware.terms is None:
@@ -212,7 +213,7 @@ def read_terms(path: Path) -> dict[str, Any]:
     """Read a file of measured terms.
 
     Raises:
-        ConfigError: it is missing, or no mapping.
+        ConfigError: it is missing or not a mapping.
     """
     try:
         terms = json.loads(path.read_text())

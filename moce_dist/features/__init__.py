@@ -1,1 +1,1 @@
-"""Images to rows of features: decode, frame, encode, one file a shard."""
+"""Turn images into rows of features: decode, frame, encode, one file per shard."""

@@ -1,30 +1,30 @@
-"""The images of a shard in batches for an encoder, decoded on threads while it works.
+"""Read a shard's images in batches for an encoder, decoded on threads while it works.
 
     reader      |b0 b1|        |b2|         |b3|         reads, and hands images to the decoders
     decoders    |b0 b0 b1 b1 ...   b2 b2 ...   b3 b3     one image each, into its slot of the batch
-    encoder              |b0|      |b1|        |b2|      whoever takes the batches
+    encoder              |b0|      |b1|        |b2|      the caller, who takes the batches
 
-The decoders have one batch in hand beside the one that is waited for, so three are in memory at
-most, and the stored bytes of as many. Every image has its slot, so a batch does not depend on who
-decodes what. With one thread there is none besides the caller's, which reads and decodes a batch
-when it takes it.
+The decoders work one batch ahead of the one that the caller waits for. So at most three batches,
+and the stored bytes of three, are in memory. Every image has its slot, so a batch does not depend
+on which thread decodes what. With `num_threads` 1 there are no extra threads: the caller's thread
+reads and decodes a batch when it takes it.
 
-For a model of timm's the whole image is resized as its evaluation does, then its middle is cut out;
-where it is smaller, it is padded.
+For a timm model the whole image is resized as in timm's evaluation. Then its centre is cut out, and
+padded where the resized image is smaller.
 
-    center   the shorter side becomes T = floor(S / crop_pct), the aspect stays
+    center   the shorter side becomes T = floor(S / crop_pct), the aspect ratio stays
     squash   both sides become T
-    border   the longer side becomes T, the aspect stays
+    border   the longer side becomes T, the aspect ratio stays
 
     640 x 480, S 224, crop_pct 0.875: T 256, resized to 341 x 256, cut at (58, 16)
 
-A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves twice the pixels, in each
-direction, of the resized one. Else pixels are timm's to one or two gray levels.
+A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves at least twice the pixels of the
+resized image in each direction. Otherwise the pixels equal timm's to one or two gray levels.
 
-Letters: B images of a batch, S side in pixels, T side that it is cut from.
+Letters: B images of a batch, S side in pixels, T side before the cut.
 
 Source: timm.data.transforms_factory.transforms_imagenet_eval, and torchvision's Resize and
-CenterCrop that it is made of.
+CenterCrop, which it uses.
 """
 
 import math
@@ -47,21 +47,21 @@ from moce_dist.run.names import clean_label
 Float32 = NDArray[np.float32]
 _BATCHES_AHEAD = 1
 _BLOCK, _MOST_BESIDE = 512, 2**16
-"""Bytes of a header in a tar, and what members are padded to; those of a sample beside its image
-up to which a class is looked for.
+"""Bytes of a tar header, to which members are padded as well; the most bytes of a sample besides
+its image that are read to look for a class.
 """
 MODES = ("center", "squash", "border")
 METHODS = tuple(method.name.lower() for method in Image.Resampling)
-"""Ways of interpolation that an image can be resized by."""
+"""Interpolation methods for resizing."""
 _SPARE = 2
-"""Pixels of a JPEG decoded at a part of its size over those that it is resized to."""
+"""Least ratio, per direction, of a JPEG's reduced decoded size to the size it is resized to."""
 BLACK = (0, 0, 0)
 _MAX_ASPECT = 8
-"""Aspect up to which all of an image is resized, though only its middle is kept."""
+"""Largest side of the resized image over S up to which the whole image is resized."""
 
 
 class Framing(NamedTuple):
-    """What is made of an image; `fill` is the colour that pads it, RGB."""
+    """How an image is resized and cut; `fill` is the RGB colour of the padding."""
 
     crop_pct: float
     mode: str = "center"
@@ -69,7 +69,7 @@ class Framing(NamedTuple):
     fill: tuple[int, ...] = BLACK
 
     def resized(self, image: Size, side: int) -> Size:
-        """Size of the whole image before an S x S square is cut out of it."""
+        """Return the size of the whole image before an S x S square is cut out of it."""
         target = math.floor(side / self.crop_pct)
         if self.mode == "squash":
             return Size(target, target)
@@ -82,7 +82,7 @@ class Framing(NamedTuple):
 
 
 def framed_image(content: Encoded, side: int, framing: Framing | None) -> Sample:
-    """Make an evaluation sample (3, S, S) as a model of timm's sees it; None: see `eval_image`.
+    """Make an evaluation sample (3, S, S) for a timm model; without framing, as `eval_image`.
 
     Raises:
         ImageError: see `open_image`.
@@ -99,7 +99,7 @@ def framed_image(content: Encoded, side: int, framing: Framing | None) -> Sample
 
 
 def _middle(content: Encoded, size: Size, side: int, method: str) -> Pixels:
-    """Resize only what is kept of a very long image, at most (S, S, 3)."""
+    """Resize only the kept middle of a very long image, at most (S, S, 3)."""
     image = open_image(content)
     across, down = image.width / size.width, image.height / size.height
     left, upper = (max(0, round((length - side) / 2)) for length in size)
@@ -109,7 +109,7 @@ def _middle(content: Encoded, size: Size, side: int, method: str) -> Pixels:
 
 
 def _square(pixels: Pixels, side: int, fill: tuple[int, ...]) -> Pixels:
-    """Cut out the middle of (H, W, 3), and pad what is missing of (S, S, 3)."""
+    """Cut the middle out of pixels (H, W, 3), and pad it to (S, S, 3) where they are smaller."""
     height, width = pixels.shape[:2]
     upper, left = (max(0, round((length - side) / 2)) for length in (height, width))
     middle = pixels[upper : upper + side, left : left + side]
@@ -123,10 +123,10 @@ def _square(pixels: Pixels, side: int, fill: tuple[int, ...]) -> Pixels:
 
 
 class ImageBatch(NamedTuple):
-    """The next images, (B, 3, S, S): a last batch is padded with zeros behind `num_images`.
+    """The next images, (B, 3, S, S); a last batch is padded with zeros after `num_images`.
 
-    `faults` says by row of the shard which could not be read, and why; they are zeros. `labels` are
-    the classes that the shard gives of the images, None where it gives none.
+    `faults` maps the shard's rows of unreadable images, which are zeros here, to the reasons.
+    `labels` are the classes that the shard gives for the images, None where it gives none.
     """
 
     images: Float32
@@ -136,12 +136,12 @@ class ImageBatch(NamedTuple):
 
 
 _Outcome = Callable[[], str | None]
-"""Waits for an image; says why it cannot be used, None if it can."""
+"""Waits for an image; returns the reason why it cannot be used, or None."""
 _Submit = Callable[[Callable[[], str | None]], _Outcome]
 
 
 class _Begun(NamedTuple):
-    """A batch that is being decoded: its first row, its images, and what waits for each."""
+    """A batch that is being decoded: first row, images, labels, and the outcome of each image."""
 
     first: int
     images: Float32
@@ -156,7 +156,7 @@ class _Begun(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardImages:
-    """The images of a shard at `url`, decoded by `num_threads` threads."""
+    """The images of the shard at `url`, decoded by `num_threads` threads."""
 
     shard: Shard
     url: str
@@ -166,7 +166,7 @@ class ShardImages:
     num_threads: int = 1
 
     def batches(self) -> Iterator[ImageBatch]:
-        """Yield all images in order; of an empty shard one batch of none, which tells a width.
+        """Yield all images in order; an empty shard yields one empty batch, to learn the width D.
 
         Raises:
             FileNotFoundError: the shard is gone.
@@ -192,7 +192,7 @@ class ShardImages:
                     yield waiting.popleft().result().finish()
             yield from (begun.result().finish() for begun in waiting)
         finally:
-            # the reader first, as it hands images to the decoders
+            # shut down the reader first, as it hands images to the decoders
             for pool in (reader, decoders):
                 pool.shutdown(cancel_futures=True)
 
@@ -212,7 +212,7 @@ class ShardImages:
             column[row]
             for column in (self.shard.starts, self.shard.ends, self.shard.offsets, self.shard.sizes)
         )
-        # an image alone, behind its own header, has no class; large members are not read for one
+        # a sample of one image has no class, and large other members are not read to look for one
         is_alone = offset - start <= _BLOCK and end - offset - size < _BLOCK
         if is_alone or end - start - size > _MOST_BESIDE:
             file.seek(offset)

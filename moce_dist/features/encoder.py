@@ -1,10 +1,9 @@
-"""Frozen models that make features of images, each with the images that it takes.
+"""Frozen encoders that turn images into features, each with a description of its input images.
 
-An encoder takes images as `framed_image` makes them: for a timm model resized and cut as timm
-evaluates it, for the others the full centre square, bicubic. They are normalised by ImageNet's
-statistics; the step from these to the statistics of a timm model is taken on the device. Whether
-matrix products are bfloat16 is the caller's choice. Which encoder a run has is said in
-`train/encoder.py`.
+An encoder takes images from `framed_image`: for a timm model resized and cut as in timm's
+evaluation, for others the full centre square, bicubic. The images are normalised by ImageNet's
+statistics; the device converts them to the statistics of a timm model. The caller chooses whether
+matrix products are bfloat16. `train/encoder.py` chooses the encoder of a run.
 
 Letters: B images, S side in pixels, N patches, D width.
 """
@@ -26,11 +25,11 @@ from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
 
 FIELDS = 8
-"""Fields of an image on a side whose mean colours are its features, for encoder `pixels`."""
+"""For encoder `pixels`, the fields per side of an image whose mean colours are its features."""
 
 
 class Pixels(NamedTuple):
-    """Images that a model takes: their side S, and the statistics that they are normalised with.
+    """The images that a model takes: their side S and the statistics of their normalisation.
 
     `framing` is how an image is resized and cut; None: its full centre square, bicubic.
     """
@@ -42,11 +41,11 @@ class Pixels(NamedTuple):
 
 
 def describe_timm(name: str, what: str) -> Pixels:
-    """Say what images a model of timm's takes, without loading it; `what` names it in errors.
+    """Describe the images that a timm model takes, without loading it; `what` names it in errors.
 
     Raises:
-        ConfigError: timm has no such model, no weights for it, or its images are not (3, S, S) or
-            are framed in a way that is not known here.
+        ConfigError: timm has no such model or no weights for it, or its images are not (3, S, S) or
+            are framed in a way that is not supported here.
     """
     import timm
 
@@ -62,7 +61,7 @@ def describe_timm(name: str, what: str) -> Pixels:
             f"{what}: takes images by {given.interpolation} and {given.crop_mode}, must be of "
             f"{', '.join(METHODS)} and {', '.join(MODES)}"
         )
-    # timm pads with the mean what it fits in whole, else with black
+    # timm pads with the mean colour in crop mode `border`, else with black
     fill = tuple(round(255 * level) for level in mean) if given.crop_mode == "border" else BLACK
     framing = Framing(given.crop_pct, given.crop_mode, given.interpolation, fill)
     return Pixels(width, mean, std, framing)
@@ -71,7 +70,7 @@ def describe_timm(name: str, what: str) -> Pixels:
 def renormalisation(
     mean: Sequence[float], std: Sequence[float]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return factor and shift, (3, 1, 1) each, from ImageNet's statistics to a model's own."""
+    """Return factor and shift, (3, 1, 1) each, to go from ImageNet's statistics to a model's."""
     given_mean, given_std, own_mean, own_std = (
         np.array(values, np.float32).reshape(3, 1, 1) for values in (MEAN, STD, mean, std)
     )
@@ -79,7 +78,7 @@ def renormalisation(
 
 
 class Encoder:
-    """A frozen encoder on its device; `pixels` are the images that it is called with."""
+    """A frozen encoder on its device; `pixels` describes the images that it is called with."""
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class Encoder:
 
 
 def encoder_device(parallel: ParallelConfig) -> torch.device:
-    """Choose this process's device: its GPU, unless there is none or `parallel.use_gpu` forbids."""
+    """Choose this process's device: the GPU if there is one and `parallel.use_gpu` is not False."""
     has_gpu = parallel.use_gpu is not False and torch.cuda.is_available()
     return torch.device("cuda" if has_gpu else "cpu")
 
@@ -117,7 +116,7 @@ def mae_encoder(
     block: int | None = None,
     bf16: bool = False,
 ) -> Encoder:
-    """Build the encoder of an MAE: mean of its patch tokens after the norm, or after a block."""
+    """Build the encoder of an MAE: the mean of its patch tokens after the norm or a `block`."""
     frozen = _frozen(model, device)
     features = frozen.features if block is None else partial(frozen.block_features, index=block)
     return Encoder(features, own, device, bf16=bf16)
@@ -131,7 +130,7 @@ def field_colours(images: Tensor) -> Tensor:
 def timm_encoder(
     name: str, own: Pixels, device: torch.device, *, bf16: bool = False, pretrained: bool = True
 ) -> Encoder:
-    """Build the encoder of a timm model that takes `own`; unless `pretrained`, draw its weights."""
+    """Build the encoder of a timm model that takes `own`; random weights unless `pretrained`."""
     import timm
 
     model = timm.create_model(name, pretrained=pretrained, num_classes=0)
@@ -139,17 +138,17 @@ def timm_encoder(
 
 
 def pooled_features(model: Any) -> Callable[[Tensor], Tensor]:
-    """Return (B, 3, S, S) -> (B, D) of a timm model without classifier.
+    """Return the map (B, 3, S, S) -> (B, D) of a timm model without classifier.
 
-    Of a ViT that would give its class token or a learned pooling: the mean of its patch tokens
-    (B, N, D) after the final norm. Of any other what timm gives.
+    A ViT whose timm output is its class token or a learned pooling gives the mean of its patch
+    tokens (B, N, D) after the final norm instead. Any other model gives its timm output.
     """
 
     def mean_of_patches(images: Tensor) -> Tensor:
         tokens: Tensor = model.forward_features(images)
         return tokens[:, model.num_prefix_tokens :].float().mean(dim=1)
 
-    # a ViT that pools by the mean has its final norm behind it, so it is asked itself
+    # a ViT that pools by the mean applies its final norm after pooling, so its output is used
     is_asked = getattr(model, "global_pool", "avg") == "avg"
     return model if is_asked or not hasattr(model, "num_prefix_tokens") else mean_of_patches
 

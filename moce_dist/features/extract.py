@@ -1,13 +1,13 @@
-"""Features of the images of a shard: decode, encode in fixed batches, one file per shard.
+"""Extract the features of a shard's images: decode, encode in fixed batches, one file per shard.
 
     RUN/features/train-000003.npy          (n, D) float16, raw encoder output, one row per sample
     RUN/features/train-000003.keys.json    the n keys, in the same order
     RUN/features/train-000003.labels.json  the n classes (members `cls`), null where a sample has
-                                           none; no file where none has one
+                                           none; no file if no sample has one
 
-A file appears under its name when it is whole, so a restart skips what is there. Batches are cut
-from the shard alone and the last one is padded, so a file does not depend on who wrote it. An
-unreadable image keeps its slot: a row of zeros and a line in the ledger of faults.
+A file gets its name only when it is complete, so a restart skips finished files. Batches depend on
+the shard alone and the last one is padded, so a file does not depend on which process wrote it. An
+unreadable image keeps its row, of zeros, and gets a line in the ledger of faults.
 
 Letters: B images of a batch, S side in pixels, D width.
 """
@@ -30,7 +30,7 @@ from moce_dist.run.files import read_faults, record_fault, replacing, write_atom
 from moce_dist.run.names import as_text
 
 FEATURE_FILES = ("*.npy", "*.keys.json", "*.labels.json")
-"""Names of what a shard's features are written to."""
+"""Name patterns of the files of a shard's features."""
 Encode = Callable[[torch.Tensor], torch.Tensor]
 """(B, 3, S, S) normalised images -> (B, D) features."""
 
@@ -39,7 +39,7 @@ Encode = Callable[[torch.Tensor], torch.Tensor]
 class EncoderSpec:
     """How a process builds its encoder: `factory(*arguments)`, a module-level function.
 
-    A process keeps the last one: `identity` differs where equal arguments name other weights.
+    A process caches the last encoder. `identity` differs where equal arguments mean other weights.
     """
 
     factory: Callable[..., Encode]
@@ -51,8 +51,8 @@ class EncoderSpec:
 class FeatureJob:
     """All that a worker needs to write the features of one shard.
 
-    `framing` is how the encoder's images are cut; None: the full centre square, bicubic. They are
-    decoded by `decode_threads` threads, on which nothing depends.
+    `framing` is how the encoder's images are cut; None: the full centre square, bicubic.
+    `decode_threads` threads decode them; the result does not depend on their number.
     """
 
     shard: Shard
@@ -74,12 +74,12 @@ class FeatureJob:
 
     @property
     def target(self) -> Path:
-        """The file of the features, there when it is whole."""
+        """The file of the features, which exists only when it is complete."""
         return self.out / f"{self.name}.npy"
 
     @property
     def num_images(self) -> int:
-        """Images of the shard, unreadable ones too."""
+        """Number of images of the shard, including unreadable ones."""
         return len(self.shard.keys)
 
 
@@ -89,7 +89,10 @@ def _build_encoder(encoder: EncoderSpec) -> Encode:
 
 
 def feature_names(index: ShardIndex) -> list[str]:
-    """File stems of the shards' features; equal tar names get the start of their path's sha256."""
+    """Return the file stems of the shards' features.
+
+    Shards with equal tar names get the first 8 digits of their path's sha256 appended.
+    """
     stems = [Path(shard.path).name.removesuffix(".tar") for shard in index.shards]
     counts = Counter(stems)
     return [
@@ -101,7 +104,7 @@ def feature_names(index: ShardIndex) -> list[str]:
 
 
 def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
-    """Make a folder ready for features made from `inputs`; files made from others are removed."""
+    """Prepare a folder for features made from `inputs`; remove files made from other inputs."""
     note, text = folder / "inputs.json", json.dumps(dict(inputs), sort_keys=True)
     for torn in folder.glob(".*.tmp"):
         torn.unlink(missing_ok=True)
@@ -114,7 +117,9 @@ def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
 
 
 def extract_shard(job: FeatureJob) -> int:
-    """Write features, keys and labels of one shard unless they are there; return unreadable images.
+    """Write the features, keys and labels of a shard unless they exist; count unreadable images.
+
+    The count is 0 where they exist.
 
     Raises:
         FileNotFoundError: the shard is gone.
@@ -142,7 +147,7 @@ def extract_shard(job: FeatureJob) -> int:
 def _record(job: FeatureJob, faults: Mapping[int, str]) -> None:
     if not faults:
         return
-    # a worker that died between these lines and the features has left them
+    # a worker that died after writing these lines, but before the features, has left them
     lines = read_faults(job.ledger)
     known = {(line.get("stage"), line.get("shard"), line.get("key")) for line in lines}
     for row, reason in faults.items():

@@ -1,1 +1,1 @@
-"""The mathematics: masked autoencoder, gate, experts, customisation. No process group, no file."""
+"""The models: masked autoencoder, gate, experts, customisation; no process groups, no files."""

@@ -1,18 +1,17 @@
-"""From a MoCE to the dense ViT of one task: one MLP per MoE layer, made of its experts.
+"""Turn a MoCE into the dense ViT of one task: one MLP per MoE layer, made of its experts.
 
-A task's images all take the same expert in a layer, so the gate is a constant for them and the MoE
+All images of a task take the same expert in a layer, so the gate is constant for them and the MoE
 layer is an ordinary MLP. Where the gate's probability p weights the expert's output
-(`gate.combine: prob`), the output is p (W h + b) = (p W) h + (p b): p goes into the last linear
-layer. Experts began as copies of one MLP, so an average of their weights is a model as well: a
-layer takes one expert, or all of them by weights that sum to 1. Hidden units that a layer shares
-come first, as in the dense MLP that they were split from.
+(`gate.combine: prob`), the output is p (W h + b) = (p W) h + (p b), so p is folded into the last
+linear layer. Experts began as copies of one MLP, so an average of their weights also is a valid
+model: a layer takes one expert, or all of them with weights that sum to 1. A layer's shared hidden
+units come first, as in the dense MLP that they were split from.
 
     blocks.5.mlp.experts.3.fc1.weight   --route[layer of block 5] = 3-->   blocks.5.mlp.fc1.weight
     blocks.5.mlp.experts.0.fc1.weight   --------------------------------   dropped
     gate.*, mask_token, decoder_*       --------------------------------   dropped
 
-Letters: D width, K clusters, L MoE layers (counted from 0, in the order of their blocks), E
-experts.
+Letters: D width, K clusters, L MoE layers (from 0, in the order of their blocks), E experts.
 
 Source: Liu et al. 2023, arXiv 2402.05382, section 3 (deployment of customised models).
 """
@@ -33,11 +32,11 @@ _ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 _DECODER = ("mask_token", "decoder_")
 _SUM_TOLERANCE = 1e-6
 Mix = Sequence[int | Sequence[float]]
-"""What the layers of a dense ViT are made of: one expert, or weights over all of them."""
+"""For every MoE layer, what its dense MLP is made of: one expert, or weights over all experts."""
 
 
 def routes(weights: Mapping[str, Tensor], gate: GateConfig, *, num_groups: int = 1) -> Tensor:
-    """List the expert of every cluster in every MoE layer, (L, K) int64, as routed without noise.
+    """Return the expert of every cluster in every MoE layer, (L, K) int64, routed without noise.
 
     `weights` are those of a MoCE by global name (`gate.weight` (L, E, D), `gate.cluster_embedding`
     (K, D), `gate.cluster_group` (K,)).
@@ -70,14 +69,14 @@ def customize(
     scale: Sequence[float] | None = None,
     with_decoder: bool = False,
 ) -> dict[str, Tensor]:
-    """Build the dense ViT's state dict, in timm's names, of the images that take `mix`.
+    """Build the state dict, in timm's names, of the dense ViT for images that take `mix`.
 
     Args:
         weights: all tensors of a MoCE (or of a dense MAE, then `mix` is empty) by global name.
-        mix: of every MoE layer its expert, a number below E, or weights over its E experts.
-        scale: with `gate.combine: prob`, what every layer's output is weighted with, L numbers; it
-            is folded into `fc2`.
-        with_decoder: keep the decoder's tensors, under their own names: a dense MAE.
+        mix: for every MoE layer its expert, a number below E, or weights over its E experts.
+        scale: with `gate.combine: prob`, the weight of every layer's output, L numbers; it is
+            folded into `fc2`.
+        with_decoder: keep the decoder's tensors, under their own names, for a dense MAE.
 
     Raises:
         ValueError: the mix does not fit the weights, or a tensor belongs to neither encoder,
@@ -118,7 +117,7 @@ def _merge(stack: Sequence[Tensor], row: Sequence[float]) -> Tensor:
     used = [(weight, tensor) for weight, tensor in zip(row, stack, strict=True) if weight]
     if len(used) == 1:
         return used[0][1]
-    # in float64, so that equal experts give themselves
+    # in float64, so that the average of equal experts is exactly that expert
     return sum((w * t.double() for w, t in used), torch.zeros(())).to(stack[0].dtype)
 
 

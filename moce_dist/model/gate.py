@@ -1,10 +1,11 @@
-"""The cluster-conditional gate: which expert an image goes to, decided from its cluster alone.
+"""The cluster-conditional gate, which chooses an image's expert from its cluster alone.
 
 The gate of a layer sees the centroid of the image's cluster, never the tokens. So all decisions
-of a step are one table of L x K experts, made before the forward pass, and both auxiliary losses
-follow from the K x E probabilities and the step's number of images per cluster.
+of a step are one routing table of L x K experts, made before the forward pass. Both auxiliary
+losses follow from the K x E probabilities and the step's number of images per cluster.
 
-`assign: fixed` learns nothing: similar clusters share an expert, the same one in all layers.
+With `assign: fixed` the gate does not learn: similar clusters share an expert, the same one in all
+layers.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, D width, B images.
 
@@ -29,8 +30,8 @@ _STARTS = 8
 def standardise(centroids: Tensor) -> Tensor:
     """Centre and scale centroids (K, D) to unit variance over the clusters.
 
-    Centroids of one data set share most of their direction; without this most clusters would start
-    at one expert.
+    The centroids of a data set share most of their direction, so without this step most clusters
+    would start at the same expert.
     """
     if centroids.shape[0] == 1:
         return centroids - centroids.mean(dim=0)
@@ -41,21 +42,21 @@ def standardise(centroids: Tensor) -> Tensor:
 def fixed_weight(cluster_embedding: Tensor, num_experts: int, seed: int) -> Tensor:
     """Return gate weights (E, D) whose balanced routing keeps similar clusters together.
 
-    They are the means of a partition of the cluster embeddings (K, D) into E equal groups, found by
-    alternating between means and the balanced assignment to them. As the groups are equal, the
-    assignment of greatest logits is that of least squared distances. Several starts are drawn with
-    the seed.
+    They are the means of a partition of the cluster embeddings (K, D) into E groups of equal size,
+    found by alternating between the means and the balanced assignment to them. Because the sizes
+    are equal, the assignment with the greatest logits also has the least squared distances. The
+    best of several starts, drawn with the seed, is taken.
     """
     points = cluster_embedding.double().numpy()
     draws, best = np.random.default_rng(seed), (-np.inf, np.empty(0))
     for _ in range(_STARTS):
-        # a start in which clusters that lie together in some direction are together
+        # a start: group the clusters by their order along a random direction
         order = (points @ draws.standard_normal(points.shape[1])).argsort(kind="stable")
         table = np.empty(len(points), np.int64)
         table[order] = np.arange(len(points)) * num_experts // len(points)
         while True:
             means = np.stack([points[table == e].mean(axis=0) for e in range(num_experts)])
-            # in float32, as the gate will
+            # products in float32, as the gate computes them
             scores = (points.astype(np.float32) @ means.T.astype(np.float32)).astype(np.float64)
             found = _balanced(scores)
             reached = scores[np.arange(len(points)), found].sum()
@@ -68,10 +69,10 @@ def fixed_weight(cluster_embedding: Tensor, num_experts: int, seed: int) -> Tens
 
 
 class Gate(nn.Module):
-    """Logits of the experts per cluster: one linear map a layer on the cluster embedding.
+    """Logits of the experts per cluster: per layer one linear map of the cluster embedding.
 
-    `cluster_group` (K,) int64 is the expert group that every cluster keeps with `groups: shared`,
-    -1 before it was decided; whoever plans decides it, so that what is read where stays right.
+    `cluster_group` (K,) int64 is the expert group that every cluster keeps with `groups: shared`.
+    It is -1 until the planner decides it, so that the groups match where clusters are read.
     """
 
     cluster_embedding: Tensor
@@ -88,11 +89,11 @@ class Gate(nn.Module):
     ) -> None:
         """Start with logits of about unit variance; `centroids` (K, D).
 
-        With `is_fixed` all layers start with `fixed_weight`, and nobody is to change it.
+        With `is_fixed` all layers have `fixed_weight`, which must not be trained.
         """
         super().__init__()
         width = centroids.shape[1]
-        # own generator: the start must not depend on how many experts this rank built before
+        # own generator: the weights must not depend on how many experts this rank built before
         draws = torch.randn(
             num_layers, num_experts, width, generator=torch.Generator().manual_seed(seed)
         )
@@ -114,7 +115,7 @@ def logits(weight: Tensor, cluster_embedding: Tensor) -> Tensor:
 
     Weights of one layer (E, D) give its logits (K, E).
     """
-    # autocast would round what decides the routing
+    # autocast would round the logits that decide the routing
     with torch.autocast(weight.device.type, enabled=False):
         return torch.einsum("...ed,kd->...ke", weight.float(), cluster_embedding.float())
 
@@ -127,32 +128,32 @@ def probabilities(weight: Tensor, cluster_embedding: Tensor) -> Tensor:
 def certainty(p: Tensor, table: Tensor) -> Tensor:
     """Pick the probability of every cluster's expert, (L, K), from p (L, K, E) and a table (L, K).
 
-    Where the assignment is balanced it need not be the greatest.
+    Under balanced assignment it need not be the cluster's greatest probability.
     """
     return p.gather(2, table[:, :, None]).squeeze(2)
 
 
 def runner_up(p: Tensor, table: Tensor) -> Tensor:
-    """Greatest probability of any other expert than the table's, (L, K); 0 of a single expert."""
+    """Return the greatest p of an expert other than the table's, (L, K); 0 with one expert."""
     return p.scatter(2, table[:, :, None], 0.0).amax(dim=2)
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Noise of the routing while training, relative to the spread of the logits, falling to 0."""
+    """Routing noise in training, relative to the spread of the logits, decaying linearly to 0."""
 
     seed: int
     relative_std: float
     steps: int
 
     def level(self, step: int) -> float:
-        """Return the standard deviation of a step's noise over the spread of the logits."""
+        """Return the standard deviation of a step's noise relative to the spread of the logits."""
         return self.relative_std * max(0.0, 1 - step / self.steps) if self.steps else 0.0
 
     def layer(self, step: int, layer: int, shape: tuple[int, int]) -> Tensor | None:
         """Draw the noise of a layer in a step, (K, E), keyed by (seed, layer, step, cluster).
 
-        None where there is none any more.
+        Returns None once the noise has decayed to 0.
         """
         if (level := self.level(step)) == 0:
             return None
@@ -193,7 +194,7 @@ def routing_table(
     """Decide the expert of every cluster in every layer, (L, K), from logits (L, K, E).
 
     `noise` (L, K, E) is in units of the spread (standard deviation) of a layer's logits. With
-    `groups: shared` clusters keep `cluster_group` (K,), or choose one now where that is undecided.
+    `groups: shared` clusters keep `cluster_group` (K,); if it is undecided, they choose now.
     """
     scores, groups = noisy_scores(gate_logits, noise), None
     if gate.groups == "shared":
@@ -211,7 +212,7 @@ def layer_table(
 ) -> NDArray[np.int64]:
     """Decide the expert of every cluster in one layer, (K,), from noisy scores (K, E).
 
-    `groups` (K,) are the clusters' expert groups, None where they choose among all experts.
+    `groups` (K,) are the clusters' expert groups; None: they choose among all experts.
     """
     if groups is not None:
         num_experts = scores.shape[1]
@@ -223,8 +224,8 @@ def layer_table(
 
 
 def _balanced(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    # scores (K, E): every column takes K / E rows, the sum of the chosen scores is greatest
-    # as long to import as all else here
+    # scores (K, E): every column takes at most ceil(K / E) rows, with the greatest sum of the
+    # chosen scores; imported late, as SciPy takes as long as everything else here
     from scipy.optimize import linear_sum_assignment
 
     num_rows, num_columns = scores.shape
@@ -236,8 +237,8 @@ def _balanced(scores: NDArray[np.float64]) -> NDArray[np.int64]:
 def shared_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.int64]:
     """Give every cluster one expert group for all layers, (K,), from scores (L, K, E).
 
-    A group's score is the sum over the layers of its best expert's; groups take equally many
-    clusters.
+    The score of a group is the sum over the layers of the score of its best expert. All groups take
+    equally many clusters.
     """
     num_layers, num_clusters, num_experts = scores.shape
     by_group = scores.reshape(num_layers, num_clusters, num_groups, num_experts // num_groups)
@@ -245,17 +246,17 @@ def shared_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.in
 
 
 def output_scales(p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: str) -> Tensor:
-    """Weight of every image's expert output, (L, B): p, or p / stop_gradient(p).
+    """Return the weight of every image's expert output, (L, B): p, or p / stop_gradient(p).
 
-    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64; those of padding are -1 and get
-    the last cluster's weight.
+    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64. Padding has id -1 and gets the
+    last cluster's weight.
     """
     chosen = p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids]
     return chosen if combine == "prob" else chosen / chosen.detach()
 
 
 def balance_loss(p: Tensor, cluster_counts: Tensor) -> Tensor:
-    """Mean over the layers of (std / mean)^2 of the experts' importance in the global batch.
+    """Return the layers' mean (std / mean)^2 of the experts' importance in the global batch.
 
     `p` (L, K, E), `cluster_counts` (K,) images of the step per cluster.
     Source: arXiv 2106.05974, appendix A.1, eq. (2).
@@ -265,7 +266,7 @@ def balance_loss(p: Tensor, cluster_counts: Tensor) -> Tensor:
 
 
 def confidence_loss(p: Tensor, cluster_counts: Tensor) -> Tensor:
-    """Mean entropy of p over the layers and the images of the global batch, nats."""
+    """Return the mean entropy of p over the layers and the global batch's images, in nats."""
     entropy = -(p * p.clamp_min(1e-12).log()).sum(dim=2)
     share = cluster_counts.to(p.dtype) / cluster_counts.sum()
     return (entropy * share).sum(dim=1).mean()

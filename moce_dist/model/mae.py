@@ -1,12 +1,13 @@
 """Masked autoencoder, dense or with experts: encoder of visible patches, light decoder, pixel loss.
 
-    image --patchify--> N patches --mask--> V visible --encoder--> tokens --decoder--> N
-    predictions loss = mean squared error on the N - V masked patches, each normalised by its own
-    mean and variance
+    image --patchify--> N patches --mask--> V visible --encoder--> tokens --decoder--> N predicted
 
-Which patches are masked follows from per-image noise that the caller draws, so the model holds no
-random state. Encoder weights carry timm's VisionTransformer names, decoder weights those of the
-published checkpoints.
+    loss = mean squared error on the N - V masked patches, each normalised by its own mean and
+           variance
+
+The caller draws the noise per image that decides which patches are masked, so the model holds no
+random state. Encoder weights have the names of timm's VisionTransformer, decoder weights those of
+the published checkpoints.
 
 Letters: B images, N patches, V visible patches, D encoder width, P patch side, S image side
 (pixels).
@@ -35,7 +36,7 @@ from moce_dist.model.vit import (
 
 
 class MaskedAutoencoder(nn.Module):
-    """MAE; with `centroids` its MoE layers hold experts and it carries a gate."""
+    """The MAE; with `centroids` it has a gate, and experts in its MoE layers."""
 
     pos_embed: Tensor
     decoder_pos_embed: Tensor
@@ -96,15 +97,15 @@ class MaskedAutoencoder(nn.Module):
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
     def _outer_weights(self, x: Tensor) -> tuple[Tensor, ...]:
-        # weight and bias of the patches' embedding, the decoder's embedding and its last layer
+        # weight and bias of the patch embedding, the decoder's embedding and its last layer
         linears = self.patch_embed.proj, self.decoder_embed, self.decoder_pred
         plain = tuple(p for linear in linears for p in linear.parameters())
         return cast_together(x, *linears) or plain
 
     def _embed_some(self, patches: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        # of patches (B, N, P * P * 3) those at ids (B, V) alone are embedded: (B, V, D)
+        # embeds only those of the patches (B, N, P * P * 3) that are at ids (B, V): (B, V, D)
         chosen = patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[2]))
-        # a convolution that does not overlap is a product; channels come last in a patch
+        # a non-overlapping convolution is a matrix product; channels come last in a patch
         weight = weight.permute(0, 2, 3, 1).flatten(1)
         return F.linear(chosen, weight, bias) + self.pos_embed[0, 1:][ids]
 
@@ -115,14 +116,14 @@ class MaskedAutoencoder(nn.Module):
 
     def _encode(self, x: Tensor, dispatcher: Dispatcher | None, scales: Tensor | None) -> Tensor:
         x = self._with_token(x)
-        # one view a layer: all their gradients are put together once
+        # unbind gives one view per layer, and its backward stacks all their gradients at once
         by_layer = () if scales is None else scales.unbind()
         for block in self.blocks:
             x = block(x, dispatcher, by_layer) if isinstance(block, MoceBlock) else block(x)
         return self.norm(x)
 
     def random_masking(self, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Order patches by noise (B, N): ids of the V kept (B, V), and `ids_restore` (B, N)."""
+        """Order patches by noise (B, N); return the V ids kept (B, V) and `ids_restore` (B, N)."""
         num_keep = int(noise.shape[1] * (1 - self.config.model.mask_ratio))
         # stable, so that equal noise gives the same mask on every device
         ids_shuffle = noise.argsort(dim=1, stable=True)
@@ -145,7 +146,7 @@ class MaskedAutoencoder(nn.Module):
         return F.linear(self.decoder_norm(x), weight, bias)[:, 1:]
 
     def target(self, images: Tensor) -> Tensor:
-        """Return what is to be predicted, (B, N, P * P * 3), float32."""
+        """Return the target of the prediction, (B, N, P * P * 3), float32."""
         patches = patchify(images, self.config.model.patch_size)
         if not self.config.model.norm_pix_loss:
             return patches
@@ -161,8 +162,9 @@ class MaskedAutoencoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Predict all patches from the visible ones: (B, N, P * P * 3) in the space of `target`.
 
-        Beside them the masked patches, (B, N) bool. `images` (B, 3, S, S) normalised by ImageNet's
-        statistics, `noise` (B, N); with experts also a `dispatcher` and `scales` (L, B).
+        Also returns which patches are masked, (B, N) bool. `images` (B, 3, S, S) are normalised by
+        ImageNet's statistics, `noise` is (B, N). A model with experts also takes a `dispatcher` and
+        `scales` (L, B), the weights of the experts' outputs.
         """
         ids_keep, ids_restore = self.random_masking(noise)
         patches = patchify(images, self.config.model.patch_size)
@@ -189,16 +191,16 @@ class MaskedAutoencoder(nn.Module):
     def features(
         self, images: Tensor, dispatcher: Dispatcher | None = None, scales: Tensor | None = None
     ) -> Tensor:
-        """Encode whole images (B, 3, S, S): mean of the patch tokens after the norm, (B, D)."""
+        """Encode whole images (B, 3, S, S) as the mean of the normed patch tokens, (B, D)."""
         with self._autocast(images):
             tokens = self._encode(self._embed(images), dispatcher, scales)
         return tokens[:, 1:].to(images.dtype).mean(dim=1)
 
     def block_features(self, images: Tensor, index: int) -> Tensor:
-        """Encode whole images (B, 3, S, S) by a dense model up to block `index`: (B, D).
+        """Encode whole images (B, 3, S, S) with a dense model up to block `index`, (B, D).
 
-        Patch tokens are scaled to zero mean and unit variance each, as the next block's norm would
-        without its parameters; then their mean.
+        Every patch token is scaled to zero mean and unit variance, as the next block's norm without
+        its parameters would do. The result is the mean of these tokens.
         """
         with self._autocast(images):
             x = self._with_token(self._embed(images))

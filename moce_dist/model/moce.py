@@ -1,13 +1,13 @@
-"""Experts in a transformer block, and the one-process dispatcher that is their readable reference.
+"""Experts in a transformer block, and the dispatcher for one process, the readable reference.
 
-Three roles, three places: the gate decides (gate.py), a dispatcher moves images to experts and
-back, experts compute. Whole images move: all tokens of an image go to one expert.
+The gate decides (gate.py), a dispatcher moves images to experts and back, and the experts compute.
+Whole images move: all tokens of an image go to one expert.
 
     images at home (B, N, D)  --dispatch-->  parts: rows by local expert (M, N, D), and counts
     outputs of the parts      --combine-->   outputs in the order of the images (B, N, D)
 
-`LocalDispatcher` sorts within one process: one part, M = B. The distributed one, in
-parallel/exchange.py, has a part of images that stay and, when any travel, one of those that come.
+`LocalDispatcher` sorts within one process and yields one part, M = B. The distributed dispatcher in
+parallel/exchange.py yields the images that stay and, when any travel, those that arrive.
 
 Letters: B images, N tokens, D width, H hidden width, L MoE layers, E experts held here.
 
@@ -28,12 +28,12 @@ from moce_dist.model.vit import DenseBlock, cast_together
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
 _GROUPED_CAPABILITY = 9
 """Compute capability (H100, H200) at which torch's grouped product is one kernel."""
-# the experts of DeepSpeed's own layer, the baseline of parallel/token.py, are modules of their own
+# in DeepSpeed's own MoE layer, the baseline of parallel/token.py, every expert is a module
 _SINGLE = re.compile(
     r"(blocks\.(\d+)\.mlp)\.moe\..*deepspeed_experts\.(\d+)\.(fc[12]\.(?:weight|bias))"
 )
 Part = tuple[Tensor, list[int]]
-"""Rows (M, N, D) sorted by local expert, and how many of them each local expert has."""
+"""Rows (M, N, D) sorted by local expert, and the number of rows of each local expert."""
 
 
 class Dispatcher(Protocol):
@@ -44,12 +44,12 @@ class Dispatcher(Protocol):
         ...
 
     def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
-        """Bring the experts' outputs, one a part, home: (B, N, D) in the order of the images."""
+        """Bring the experts' outputs, one per part, home: (B, N, D) in the order of the images."""
         ...
 
 
 class LocalDispatcher:
-    """All experts in this process: dispatch sorts the images by expert, combine undoes it."""
+    """All experts in this process: `dispatch` sorts the images by expert, `combine` undoes it."""
 
     def __init__(self, experts: Tensor, num_experts: int) -> None:
         """Prepare from `experts` (L, B) int64, the expert of every image in every MoE layer."""
@@ -82,9 +82,9 @@ def _mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """The local experts of one layer: timm's MLP each, parameters stacked over the experts.
+    """The local experts of one layer, each timm's MLP; parameters are stacked over the experts.
 
-    Every expert is called, on zero rows too: its parameters then always have a gradient, and all
+    Every expert is called, even with zero rows. So its parameters always have a gradient, and all
     ranks run the same backward pass in the same order.
     """
 
@@ -100,7 +100,7 @@ class Experts(nn.Module):
         return self.one_by_one(rows, counts)
 
     def one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Compute `forward` as a matrix product an expert and layer."""
+        """Compute `forward` with one matrix product per expert and linear layer."""
         rows, parameters = self._cast(rows)
         if len(counts) == 1:
             return _mlp(rows, *(p.squeeze(0) for p in parameters))
@@ -110,7 +110,7 @@ class Experts(nn.Module):
         return torch.cat([_mlp(*stack) for stack in stacks])
 
     def grouped(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Compute `forward` as one grouped matrix product a linear layer."""
+        """Compute `forward` with one grouped matrix product per linear layer."""
         rows, (weight1, bias1, weight2, bias2) = self._cast(rows)
         sizes = [count * rows.shape[1] for count in counts]
         ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -125,7 +125,7 @@ class Experts(nn.Module):
         return product(hidden, weight2, bias2).view(rows.shape)
 
     def _cast(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        # once a layer; autocast would cast every expert's own
+        # one cast per layer; autocast would cast the parameters of every expert separately
         linears = self.fc1, self.fc2
         parameters = cast_together(rows, *linears)
         if parameters is None:
@@ -134,10 +134,10 @@ class Experts(nn.Module):
 
 
 def is_groupable(rows: Tensor, counts: Sequence[int]) -> bool:
-    """Tell whether one grouped product is right and fast for rows (M, N, D) of these counts.
+    """Tell whether one grouped product is correct and fast for rows (M, N, D) of these counts.
 
-    Below capability 9 torch falls back on a loop that waits for the device at every group, and on
-    newer chips groups without rows gave wrong gradients (pytorch issue 172439).
+    Below capability 9 torch falls back to a loop that synchronises with the device at every group.
+    On newer GPUs groups without rows gave wrong gradients (pytorch issue 172439).
     """
     return (
         rows.is_cuda
@@ -149,7 +149,7 @@ def is_groupable(rows: Tensor, counts: Sequence[int]) -> bool:
 
 
 class SharedMlp(nn.Module):
-    """The hidden units of a layer that all images go through; the output's bias is the experts'."""
+    """The hidden units of a layer that all images use; the experts have the output bias."""
 
     def __init__(self, width: int, units: int) -> None:
         super().__init__()
@@ -163,9 +163,10 @@ class SharedMlp(nn.Module):
 
 
 class MoceMlp(nn.Module):
-    """What stands where the dense block has its MLP: the experts of one layer.
+    """The experts of one layer, in place of the dense block's MLP.
 
-    Of its 4 D hidden units `shared_units` may be of no expert: as many FLOPs an image as ever.
+    Of the 4 D hidden units that an image uses, `shared_units` belong to no expert and the others to
+    its expert, so the FLOPs per image equal those of the dense MLP.
     """
 
     def __init__(self, num_experts: int, width: int, shared_units: int = 0) -> None:
@@ -192,7 +193,7 @@ class MoceBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         normed = self.norm2(x)
         parts = dispatcher.dispatch(normed, self.layer)
-        # one part after the other: the experts work on one while the next still travels
+        # one part after the other: the experts compute on one while the next still travels
         outputs = [self.mlp.experts(rows, counts) for rows, counts in parts]
         y = dispatcher.combine(outputs, self.layer)
         y = y * scales[self.layer][:, None, None]
@@ -208,8 +209,8 @@ def experts_from_dense(
 ) -> dict[str, Tensor]:
     """Replace the MLPs of `layers` by `num_experts` equal copies, under global expert names.
 
-    The first `shared_units` hidden units become the layer's shared ones. Together they compute what
-    the dense MLP computes.
+    The first `shared_units` hidden units become the layer's shared ones. An expert and the shared
+    units together compute what the dense MLP computes.
     """
     result = {}
     for name, tensor in weights.items():
@@ -228,24 +229,25 @@ def experts_from_dense(
 
 
 def hidden_axis(part: str) -> int | None:
-    """Return the axis of an MLP's parameter that counts hidden units; the output's has none."""
+    """Return the axis of an MLP's parameter that counts hidden units; None for the output bias."""
     return {"fc1.weight": 0, "fc1.bias": 0, "fc2.weight": 1, "fc2.bias": None}[part]
 
 
 def is_stacked(name: str) -> bool:
-    """Tell whether a parameter of the model holds local experts, stacked."""
+    """Tell whether a parameter of the model holds stacked local experts."""
     return _STACKED.fullmatch(name) is not None
 
 
 def is_expert(name: str) -> bool:
-    """Tell whether a parameter belongs to experts, stacked or one by one."""
+    """Tell whether a parameter belongs to experts, stacked or single."""
     return is_stacked(name) or _SINGLE.fullmatch(name) is not None
 
 
 def global_names(name: str, layers: Sequence[int], residents: Sequence[Sequence[int]]) -> list[str]:
-    """Names, one per expert in it, that the parts of an expert parameter have everywhere.
+    """Return the global names, valid on all ranks, of the experts in an expert parameter.
 
-    `residents[i]` are the ids of the experts held here in MoE layer i, in order of their slots.
+    There is one name per expert in it. `residents[i]` are the ids of the experts held here in MoE
+    layer i, in the order of their slots.
     """
     if found := _STACKED.fullmatch(name):
         experts = residents[layers.index(int(found[2]))]

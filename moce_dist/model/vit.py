@@ -1,9 +1,10 @@
 """Parts of the vision transformer: position embedding, blocks, initialisation, patches.
 
-Blocks and patch embedding compute what timm's do, under timm's names, so encoder weights load into
-a timm `VisionTransformer` as they are; timm itself takes longer to import than all else that a
-training does. Where autocast would cast every parameter by itself, those of a block are cast in one
-operation, and so are their gradients: small kernels are what a GPU waits for.
+Blocks and patch embedding compute the same as timm's, under timm's parameter names, so encoder
+weights load into a timm `VisionTransformer` unchanged. timm itself is not used, because it takes
+longer to import than everything else in a training run. Autocast would cast every parameter
+separately, and many small kernels keep a GPU waiting. So the parameters of a block are cast in one
+operation, and so are their gradients.
 
 Letters: B images, N tokens or patches, D width, H heads, P patch side in pixels, S image side in
 pixels (N = (S / P)^2 patches).
@@ -42,7 +43,7 @@ def position_embedding(side: int, width: int) -> Tensor:
 
 
 class _CastTogether(torch.autograd.Function):
-    """Cast tensors to a type, and their gradients back: one operation each way."""
+    """Cast tensors to a dtype, and their gradients back, with one operation each way."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -63,9 +64,9 @@ def _copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]
 
 
 def cast_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
-    """Cast weight and bias of every linear layer to the type that autocast computes in for `x`.
+    """Cast weight and bias of every linear layer to the dtype that autocast uses for `x`.
 
-    None where it casts nothing, and while a compiler looks, which fuses casts by itself.
+    Returns None if autocast is off, and under `torch.compile`, which fuses casts by itself.
     """
     device = x.device.type
     if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
@@ -95,10 +96,10 @@ class SelfAttention(nn.Module):
         return y
 
     def attend(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """Transform tokens (B, N, D) by weights and biases of `qkv` and `proj` that are cast."""
+        """Transform tokens (B, N, D) with the cast weights and biases of `qkv` and `proj`."""
         qkv_weight, qkv_bias, weight, bias = weights
         heads = F.linear(x, qkv_weight, qkv_bias).view(*x.shape[:2], 3 * self.num_heads, -1)
-        # split before transposing: the gradient is then written once, where it belongs
+        # split before transposing, so that the backward pass writes the gradient once, in place
         parts = torch.split(heads, self.num_heads, dim=2)
         query, key, value = (part.transpose(1, 2) for part in parts)
         y = F.scaled_dot_product_attention(query, key, value)
@@ -106,7 +107,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with GELU between them, the first one 4 D wide."""
+    """Two linear layers with GELU between them; the hidden width is 4 D."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -120,7 +121,7 @@ class Mlp(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Transformer block of a plain ViT: attention and MLP behind norms, added to what they take."""
+    """Transformer block of a plain ViT: pre-norm attention and MLP with residual connections."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -132,7 +133,7 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (B, N, D)."""
         attn, mlp = self.attn, self.mlp
-        # somebody may have put experts in its place
+        # a caller may have replaced the MLP by experts
         weights = None
         if isinstance(mlp, Mlp):
             weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
@@ -147,7 +148,7 @@ class DenseBlock(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images to tokens: one linear map of every patch."""
+    """Maps images to tokens: one linear map of every patch."""
 
     def __init__(self, patch_size: int, width: int) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""The same mathematics on many ranks: groups, placement, exchange, engine."""
+"""The same models on many ranks: groups, placement, exchange, engine."""

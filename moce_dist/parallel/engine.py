@@ -1,15 +1,16 @@
-"""DeepSpeed's engine around our model: expert-parallel groups, ZeRO, clipping, state by name.
+"""Wrap the model in DeepSpeed's engine: expert-parallel groups, ZeRO, clipping, state by name.
 
-The only door to deepspeed. What its engine must see, and where it is wrong (version 0.19.8):
+DeepSpeed's engine is reached through this module only. What it requires, and where it is wrong
+(version 0.19.8):
 
-- Expert parameters carry `allreduce = False` and the name of their group; the engine counts a model
-  as MoE when a module is of its MoE class, so a bare marker of that class is attached.
+- Expert parameters carry `allreduce = False` and the name of their group. The engine treats a model
+  as MoE only if one of its modules is of DeepSpeed's MoE class, so a bare marker is attached.
 - Replicas of an expert are neighbouring ranks: `use_data_before_expert_parallelism`.
 - With loss = R / B * (sum over own images), all gradients are those of the global mean.
-- At ZeRO-0 it sums gradients in one piece after the backward pass; reduction.py does it meanwhile.
-- Clipping at ZeRO-0 mixes up the ranks' norms, so there the norm is computed and applied here.
-- At ZeRO-1 and 2 only the first parameter group's optimiser state is linked to parameters; it is
-  linked anew before state is read or written.
+- At ZeRO-0 it sums all gradients after the backward pass; reduction.py sums them during it instead.
+- At ZeRO-0 its clipping mixes up the norms of the ranks, so the norm is computed and applied here.
+- At ZeRO-1 and 2 it links only the first parameter group's optimiser state to parameters, so the
+  link is made again before state is read or written.
 
 Letters: R ranks, B images of a step, G expert groups.
 """
@@ -65,7 +66,7 @@ class _MoeMarker(MoE):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """How the engine is to run."""
+    """Settings of the engine."""
 
     parallel: ParallelConfig
     topology: Topology
@@ -80,20 +81,20 @@ class EngineSpec:
 
 
 def init_distributed(device: torch.device, timeout: timedelta | None = None) -> None:
-    """Join the process group named by RANK, WORLD_SIZE, MASTER_ADDR, or one of a single process.
+    """Join the process group given by RANK, WORLD_SIZE, MASTER_ADDR, or make one of one process.
 
-    Does nothing when a launcher has made the process group already. DeepSpeed's accelerator becomes
-    that of `device`, whatever this machine has. Collective over all ranks, which wait for each
-    other up to `timeout`; None: as long as torch thinks right.
+    An existing process group is kept. DeepSpeed's accelerator becomes that of `device`, whatever
+    this machine has. Collective over all ranks, which wait for each other up to `timeout`; None:
+    torch's default.
     """
-    # DeepSpeed chooses by what the machine has and moves modules there; a CPU rank on a GPU machine
-    # must stay on its CPU
+    # DeepSpeed picks the machine's best accelerator and moves modules there, but a CPU rank on a
+    # GPU machine must stay on its CPU
     if get_accelerator().device_name() != device.type:
         set_accelerator({"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[device.type]())
     shorten_sockets()
     os.environ.setdefault("LOCAL_RANK", "0")
-    # a C++ kernel for inference on one host, compiled at first use: not ours, and no compiler
-    # needed
+    # a C++ inference kernel that would be compiled at first use: unused here, and a compiler may be
+    # missing
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -111,11 +112,11 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
 def create_groups(topology: Topology) -> dist.ProcessGroup:
     """Create expert-parallel and replica groups; return this rank's expert-parallel group.
 
-    Collective over all ranks, which must call it equally often.
+    Collective: all ranks must call it equally often.
     """
     name = f"ep_size_{topology.ep_size}"
     known = deepspeed_groups._get_expert_parallel_group_dict()
-    # DeepSpeed keeps groups by name for the life of the process; a second engine shares them
+    # DeepSpeed keeps groups by name as long as the process lives; a second engine shares them
     if name not in known:
         deepspeed_groups._create_expert_and_data_parallel(
             topology.ep_size, use_data_before_expert_parallel_=True
@@ -128,7 +129,8 @@ def create_groups(topology: Topology) -> dist.ProcessGroup:
 def _in_backward_order(
     module: nn.Module,
 ) -> Iterator[tuple[nn.Parameter, dist.ProcessGroup | None]]:
-    # the gate weights the output of every MoE layer, so its gradients are whole with the first's
+    # the gate weights the output of every MoE layer, so its gradient is complete only after the
+    # backward pass of the first MoE layer: the gate comes last
     named = [item for item in module.named_parameters() if item[1].requires_grad][::-1]
     for _, parameter in sorted(named, key=lambda item: item[0].startswith("gate.")):
         group = None
@@ -147,7 +149,7 @@ def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
         "gradient_clipping": spec.clip_norm if zero else 0.0,
         "zero_optimization": {"stage": zero, "overlap_comm": False},
         "communication_data_type": spec.parallel.reduce_dtype,
-        # its clock waits for the device twice a micro-batch
+        # this timer synchronises with the device twice per micro-batch
         "timers": {"throughput": {"enabled": False}},
         # plain SGD is not on DeepSpeed's list
         "zero_allow_untested_optimizer": True,
@@ -156,7 +158,7 @@ def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
 
 
 class Engine:
-    """One rank's training engine; every method is collective over all ranks unless it says so."""
+    """One rank's training engine; every method is collective unless it says otherwise."""
 
     def __init__(
         self,
@@ -165,7 +167,7 @@ class Engine:
         make_optimizer: OptimizerFactory,
         spec: EngineSpec,
     ) -> None:
-        """Wrap `module`; experts are recognised by their names."""
+        """Wrap `module`, whose experts are recognised by parameter name."""
         self.module, self.spec = module, spec
         self.expert_group = create_groups(spec.topology)
         names = [name for name, _ in module.named_parameters()]
@@ -179,7 +181,7 @@ class Engine:
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(
                 parameter_groups
             )
-        # splitting leaves groups without parameters, which ZeRO cannot flatten
+        # the split can leave groups without parameters, which ZeRO cannot flatten
         parameter_groups = [group for group in parameter_groups if group["params"]]
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -199,7 +201,7 @@ class Engine:
 
     @property
     def reducer(self) -> GradientReducer | None:
-        """What sums gradients at ZeRO-0; None where DeepSpeed does."""
+        """The reducer that sums gradients at ZeRO-0; None where DeepSpeed sums them."""
         return self._reducer
 
     @property
@@ -217,7 +219,7 @@ class Engine:
         return self._engine(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate gradients of one micro-batch; the last one of a step reduces them."""
+        """Accumulate the gradients of a micro-batch; on the last one of a step, reduce them."""
         if self._reducer is None:
             self._engine.backward(loss)
             return
@@ -229,11 +231,11 @@ class Engine:
             self._reducer.finish()
 
     def agree(self, figures: Tensor) -> Tensor:
-        """Sum figures (n,) float64 over all ranks; call before the last `step` of several.
+        """Sum figures (n,) float64 over all ranks; call before the `step` that updates.
 
-        At ZeRO-0 the norm of the gradient comes of the same collective. Where it or the first sum
-        is not finite, the coming `step` updates nothing, and none after it does: what is launched
-        before the host knows must not change a weight.
+        At ZeRO-0 the same collective also gives the norm of the gradient. Where the norm or the
+        first sum is not finite, neither the next `step` nor any later one updates anything. So
+        kernels launched before the host learns of it cannot change a weight.
         """
         if self.spec.parallel.zero_stage > 0:
             dist.all_reduce(figures)
@@ -241,36 +243,36 @@ class Engine:
         shared, local = self._squares()
         sums = torch.cat([figures, local.view(1)])
         dist.all_reduce(sums)
-        # replicas hold equal gradients: their sum counts every expert so many times
+        # replicas hold equal gradients, so the sum counts every expert num_replicas times
         self._norm = (shared + sums[-1] / self.spec.topology.num_replicas).sqrt().float()
         both = self._norm + sums[0]
-        # of what is not finite this is nan, which equals nothing
+        # inf - inf and nan - nan are nan, and nan != 0
         self._is_spoilt |= both - both != 0
         return sums[:-1]
 
     @property
     def may_update(self) -> Tensor:
-        """1 () where the coming `step` updates, 0 where it will not; on the device, at ZeRO-0."""
+        """1 () if the next `step` updates, else 0; on the device, for ZeRO-0 only."""
         return 1 - self._is_spoilt.float()
 
     def step(self) -> Tensor:
         """Clip, update, and return the norm () of the gradient before clipping, on the device.
 
-        Call after every micro-batch; only the last one of a step updates (others return nan). A
-        norm that is not finite is so on all ranks, and then nothing is updated.
+        Call after every micro-batch; only the last one of a step updates, and the others return
+        nan. If the norm is not finite, it is so on all ranks, and nothing is updated.
         """
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
             return torch.full((), math.nan)
         if self.spec.parallel.zero_stage > 0:
-            # leaves everything as it is when the norm is not finite
+            # DeepSpeed updates nothing if the norm is not finite
             self._engine.step()
             return torch.tensor(float(self._engine.get_global_grad_norm()), device=self.device)
         if self._norm is None:
             self.agree(torch.zeros(1, dtype=torch.float64, device=self.device))
         norm, self._norm = self._norm, None
         assert norm is not None, "known since all agreed"
-        # fused optimisers divide gradients by the one, and do nothing where the other is 1
+        # fused optimisers divide gradients by grad_scale, and skip the update if found_inf is 1
         if limit := self.spec.clip_norm:
             self.optimizer.grad_scale = (norm / limit).clamp_min(1.0)
         self.optimizer.found_inf = self._is_spoilt.float()
@@ -278,7 +280,7 @@ class Engine:
         return norm
 
     def _squares(self) -> tuple[Tensor, Tensor]:
-        # squared norms () of the gradients of shared parameters and of the experts here, float64
+        # squared gradient norms (), float64: of the shared parameters, of the local experts
         named = [(n, p.grad) for n, p in self.module.named_parameters() if p.grad is not None]
         parts = [
             [g for n, g in named if is_expert(n) == of_experts] for of_experts in (False, True)
@@ -315,10 +317,10 @@ class Engine:
                 yield name, gradient
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Yield (name, kind, tensor) of float32 weights and moments, local names, own experts only.
+        """Yield (name, kind, tensor) of float32 weights and moments by local name.
 
-        Kinds are `weight` and MOMENTS; moments are absent before the first step. Collective over
-        the replicas at ZeRO-1 and 2.
+        Of the experts only those of this rank. Kinds are `weight` and MOMENTS; moments are absent
+        before the first step. Collective over the replicas at ZeRO-1 and 2.
         """
         self._link_optimizer_state()
         for name, parameter in self.module.named_parameters():
@@ -353,7 +355,7 @@ class Engine:
             self.optimizer.update_lp_params()
         elif with_moments:
             for state in self.optimizer.state.values():
-                # fused optimisers want it where the weights are
+                # fused optimisers need the step count on the device of the weights
                 state["step"] = torch.tensor(float(step), device=self.device)
 
     def _inner_optimizer(self) -> Any:
@@ -364,7 +366,7 @@ class Engine:
 
     def _create_partitioned_moments(self, step: int) -> None:
         optimizer = self._inner_optimizer()
-        # ZeRO makes its state at the first step; loading has to come before it
+        # ZeRO creates its state in the first step, but loading comes before that
         for group in optimizer.param_groups:
             for flat in group["params"]:
                 zeros = {kind: torch.zeros_like(flat) for kind in MOMENTS}

@@ -1,10 +1,10 @@
-"""The exchange: images whose expert lives elsewhere travel there and back.
+"""The exchange: images whose expert lives on another rank travel there and back.
 
 All split sizes are known on the host before the forward pass, because routes follow from cluster
-ids that every rank knows from the plan. So there is no padding, no capacity, no dropped image, no
-synchronisation inside a layer, and no collective at all in a layer in which no image of the
-expert-parallel group has to travel. Images that stay are not part of the collective, and their
-experts work while the others travel, in the forward and in the backward pass.
+ids, which every rank knows from the plan. So there is no padding, no capacity, no dropped image and
+no synchronisation inside a layer. A layer in which no image of the expert-parallel group has to
+travel runs no collective. Images that stay are not part of the collective, and their experts
+compute while the others travel, in the forward and in the backward pass.
 
     place 0 reads images a b c, place 1 reads d e f; a, b, d want an expert of place 0:
         dispatch   place 0: part [a b], then part [d]  place 1: part [e f], then part [c]
@@ -31,48 +31,48 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class LayerRoutes:
-    """What one rank does in one layer; all index arrays are small and made on the host."""
+    """One rank's part in the exchange of one layer; all index arrays are made on the host."""
 
     stay: Ints
-    """Own images whose expert is here, by local expert."""
+    """Own images whose expert is here, sorted by local expert."""
     stay_counts: list[int]
     """Images of `stay` per local expert."""
     leave: Ints
-    """Own images that travel, by (destination, slot there, position)."""
+    """Own images that travel, sorted by (destination, slot there, position)."""
     send_counts: list[int]
-    """Images of `leave` per place."""
+    """Images of `leave` per destination place."""
     receive_counts: list[int]
-    """Images that come, per place; within a place they are sorted by local expert."""
+    """Images that arrive, per place of origin; those of a place are sorted by local expert."""
     by_expert: Ints
-    """Sorts the images that came by local expert."""
+    """The order that sorts the arrived images by local expert."""
     arrived_counts: list[int]
-    """Images that came, per local expert."""
+    """Arrived images per local expert."""
     is_exchanging: bool
-    """True when any image of the expert-parallel group travels: the same on all its ranks."""
+    """True if any image of the expert-parallel group travels: the same on all its ranks."""
 
     @property
     def outward(self) -> Ints:
-        """Puts the images in the order [stay, leave]."""
+        """The order [stay, leave] of the images."""
         return np.concatenate([self.stay, self.leave])
 
     @property
     def home(self) -> Ints:
-        """Puts [stay, leave] back in the order of the images."""
+        """The order that turns [stay, leave] back into that of the images."""
         return np.argsort(self.outward)
 
 
 def layer_routes(place: Ints, slot: Ints, own_place: int, num_local_experts: int) -> LayerRoutes:
     """Plan one layer from the destination of every image of the expert-parallel group.
 
-    `place` and `slot` (P, b): where image j of the rank at place i must go, P places.
+    `place` and `slot` (P, b) say where image j of the rank at place i must go; P places.
     """
     mine, my_slots = place[own_place], slot[own_place]
     stay, leave = np.flatnonzero(mine == own_place), np.flatnonzero(mine != own_place)
     stay = stay[np.argsort(my_slots[stay], kind="stable")]
-    # the receiver sorts by the same keys, so no order has to be sent
+    # the receiver derives the same order, so none has to be sent
     leave = leave[np.lexsort((leave, my_slots[leave], mine[leave]))]
     coming = place == own_place
-    # what stays does not pass through the collective
+    # images that stay do not pass through the collective
     coming[own_place] = False
     arriving = np.concatenate([np.sort(slot[i][coming[i]]) for i in range(len(place))])
     return LayerRoutes(
@@ -88,7 +88,7 @@ def layer_routes(place: Ints, slot: Ints, own_place: int, num_local_experts: int
 
 
 class _Journey:
-    """One all-to-all of rows, and of their gradients the way back: begun, and waited for later."""
+    """An asynchronous all-to-all of rows, and in the backward pass of their gradients back."""
 
     def __init__(self, send: list[int], receive: list[int], group: dist.ProcessGroup | None):
         self._splits, self._group = (send, receive), group
@@ -96,10 +96,10 @@ class _Journey:
         self._buffers: tuple[Tensor, Tensor] | None = None
 
     def begin(self, x: Tensor, *, is_return: bool = False) -> None:
-        """Start to send rows (n, N, D)."""
+        """Start sending rows (n, N, D); with `is_return`, in the opposite direction."""
         send, receive = reversed(self._splits) if is_return else self._splits
         out = x.new_empty((sum(receive), *x.shape[1:]))
-        # what is being sent must live until it has gone
+        # the send buffer must live until the collective has ended
         self._buffers = x.contiguous(), out
         self._work = dist.all_to_all_single(
             out, self._buffers[0], receive, send, group=self._group, async_op=True
@@ -107,13 +107,13 @@ class _Journey:
 
     @property
     def under_way(self) -> Tensor:
-        """Stand for the rows that come, (m, N, D), before they are there; takes no memory."""
+        """Placeholder (m, N, D), without memory, for the rows that have yet to arrive."""
         assert self._buffers is not None
         _, out = self._buffers
         return out.new_empty(()).expand(out.shape)
 
     def end(self) -> Tensor:
-        """Wait for the rows that come, (m, N, D)."""
+        """Wait for the arriving rows and return them, (m, N, D)."""
         assert self._buffers is not None
         self._work.wait()
         _, out = self._buffers
@@ -122,7 +122,7 @@ class _Journey:
 
 
 class _Reorder(torch.autograd.Function):
-    """Put rows (n, N, D) in another order; their gradients go back by the opposite one."""
+    """Put rows (n, N, D) in another order; the backward pass applies the inverse order."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, opposite: Tensor) -> Tensor:
@@ -137,7 +137,8 @@ class _Reorder(torch.autograd.Function):
 class _Depart(torch.autograd.Function):
     """Begin the journey of rows; in the backward pass, end that of their gradients.
 
-    The result stands for rows under way: only its shape and its place in the graph mean something.
+    The result is a placeholder for the rows under way: only its shape and its place in the autograd
+    graph have a meaning.
     """
 
     @staticmethod
@@ -162,7 +163,7 @@ class _Arrive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         ctx.journey.begin(gradient, is_return=True)
-        # a stand-in of the shape that autograd expects; `_Depart` returns what arrives
+        # a placeholder of the shape that autograd expects; `_Depart` returns the true gradients
         return gradient, None
 
 
@@ -188,7 +189,7 @@ class ExpertExchange:
             routing: (L, K), the expert of every cluster.
             experts: where the experts live.
             own_place: this rank's place.
-            group: the expert-parallel group; None in a process of its own.
+            group: the expert-parallel group; None in a single process, where nothing travels.
             device: where the images are.
             along: further arrays of the micro-batch, brought to the device in the same copy.
         """
@@ -202,11 +203,11 @@ class ExpertExchange:
         *self._indices, self.along = _to_device([*wanted, along], device)
 
     def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
-        """Send images (b, N, D) to their experts; yield those that stay, then those that come."""
+        """Send images (b, N, D) to their experts; yield those that stay, then those that arrive."""
         routes = self.layers[layer]
         outward, home, by_expert, by_arrival = self._indices[layer]
         if torch.is_autocast_enabled(x.device.type):
-            # the experts compute in this type anyway; casting first halves what travels
+            # the experts compute in this dtype anyway; casting first halves the bytes that travel
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = _Reorder.apply(x, outward, home)
         if not routes.is_exchanging:
@@ -228,15 +229,15 @@ class ExpertExchange:
         stayed, visitors = outputs
         journey = _Journey(routes.receive_counts, routes.send_counts, self._group)
         travelling = _Depart.apply(_Reorder.apply(visitors, by_arrival, by_expert), journey)
-        # joined even when nothing came back: a rank that left its share of the graph out would not
-        # take part in the backward collective, and its peers would wait for ever
+        # part of the graph even if nothing came back: otherwise this rank would skip the backward
+        # collective, and its peers would wait for ever
         returned = _Arrive.apply(travelling, journey)
         together = torch.cat([stayed, returned])
         return _Reorder.apply(together, home, outward)
 
 
 def _to_device(layers: Sequence[Sequence[Ints]], device: torch.device) -> list[tuple[Tensor, ...]]:
-    # one copy for all layers: every copy of its own would cost a launch, whatever its size
+    # one copy for all layers, because every separate copy costs a launch, whatever its size
     arrays = [array for layer in layers for array in layer]
     packed = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *map(np.ravel, arrays)]))
     if device.type == "cuda":
@@ -246,7 +247,7 @@ def _to_device(layers: Sequence[Sequence[Ints]], device: torch.device) -> list[t
 
 
 def _destinations(clusters: Ints, routing: Ints, experts: ExpertMap) -> Iterator[tuple[Ints, Ints]]:
-    # per layer place and slot of every image (P, b); padding goes to the first expert at home
+    # yields per layer the place and slot of every image, (P, b); padding goes to slot 0 at home
     home = np.arange(len(clusters))[:, None]
     for layer, table in enumerate(routing):
         expert = table[clusters]
@@ -257,7 +258,7 @@ def _destinations(clusters: Ints, routing: Ints, experts: ExpertMap) -> Iterator
 def images_exchanged(clusters: Tensor, routing: Ints, experts: ExpertMap, replicas: int) -> int:
     """Count the images of a step that travel, summed over layers and ranks.
 
-    `clusters` (R, b) of all ranks, `replicas` ranks per place.
+    `clusters` (R, b) are those of all R ranks; a place has `replicas` ranks.
     """
     by_replica = [clusters.numpy()[first::replicas] for first in range(replicas)]
     return sum(

@@ -1,8 +1,9 @@
 """Ranks, expert groups and the process groups that follow from them.
 
-G logical expert groups are fixed for a run; R ranks host them, R a multiple or a divisor of G.
-Ranks of one group are neighbours and hold the same experts (replicas); one expert-parallel group
-is one rank of every place.
+A run has a fixed number G of logical expert groups, hosted by R ranks; R is a multiple or a divisor
+of G. A place is a set of neighbouring ranks that hold the same experts (replicas): the ranks of one
+group, or a single rank that hosts several groups. An expert-parallel group has one rank of every
+place.
 
     8 ranks, G = 4:   rank    0 1   2 3   4 5   6 7
                       place    0     1     2     3      replicas of an expert: one place
@@ -32,8 +33,9 @@ class Station(NamedTuple):
 def rank_order(stations: Sequence[Station]) -> list[int]:
     """Order workers by (group, node, local rank): entry r is the index of the worker of rank r.
 
-    Groups with numbers in their names sort by number (g2 before g10). Whoever starts the processes
-    may have mixed them up; expert-parallel groups are arithmetic on ranks, so order comes first.
+    Groups with numbers in their names sort by number (g2 before g10). A launcher may start the
+    workers in any order, but expert-parallel groups are computed from ranks, so ranks must be
+    assigned in this order.
     """
     return sorted(range(len(stations)), key=lambda i: (natural_key(stations[i].group), stations[i]))
 
@@ -45,7 +47,7 @@ def natural_key(name: str) -> tuple[int, str]:
 
 
 def free_port() -> int:
-    """Find a TCP port of this host that nobody uses, for the ranks to meet at."""
+    """Find a free TCP port of this host for the rendezvous of the ranks."""
     with socket.socket() as server:
         server.bind(("", 0))
         return int(server.getsockname()[1])
@@ -60,12 +62,12 @@ class Topology:
 
     @property
     def ep_size(self) -> int:
-        """Places, the ranks of one expert-parallel group."""
+        """Number of places, which is the number of ranks in an expert-parallel group."""
         return min(self.num_ranks, self.num_groups)
 
     @property
     def num_replicas(self) -> int:
-        """Ranks of one place."""
+        """Number of ranks of a place."""
         return self.num_ranks // self.ep_size
 
     def place(self, rank: int) -> int:
@@ -73,7 +75,7 @@ class Topology:
         return rank // self.num_replicas
 
     def expert_parallel_ranks(self, rank: int) -> list[int]:
-        """Return the ranks that `rank` exchanges images with, itself included, by place."""
+        """Return the ranks that `rank` exchanges images with, itself included, in place order."""
         replica = rank % self.num_replicas
         return [place * self.num_replicas + replica for place in range(self.ep_size)]
 
@@ -101,11 +103,11 @@ class ExpertMap:
 
     @property
     def num_local_experts(self) -> int:
-        """Experts of a layer in one place."""
+        """Number of experts of a layer in one place."""
         return int(self.slot.max()) + 1
 
     def residents(self, place: int) -> list[list[int]]:
-        """Ids of the experts of a place, per MoE layer in order of their slots."""
+        """Return the ids of a place's experts per MoE layer, in the order of their slots."""
         return [
             sorted(np.flatnonzero(places == place).tolist(), key=lambda e: int(slots[e]))
             for places, slots in zip(self.place, self.slot, strict=True)
@@ -113,7 +115,7 @@ class ExpertMap:
 
 
 def expert_map(expert_group: NDArray[np.int64], topology: Topology) -> ExpertMap:
-    """Locate the experts from the group of every expert, (L, E): slots go by (group, expert id)."""
+    """Locate the experts from the group of every expert, (L, E); slots sort by (group, id)."""
     # stable, so that equal placements give equal slots on any number of ranks
     order = np.argsort(expert_group, axis=1, kind="stable")
     rank_in_order = np.argsort(order, axis=1, kind="stable")

@@ -1,13 +1,13 @@
 """The gating scheduler: which experts live on which group, and which group reads which cluster.
 
 Input: a routing table, images per cluster, G. Output: a `Placement`. An image that is read by the
-group of its expert never leaves it, so the objective is the fewest images that must travel,
-summed over the layers, under equally many images per group. How it is found: planner.py.
+group of its expert never leaves it. So the objective is to minimise the images that must travel,
+summed over the layers, with equally many images per group. planner.py solves it.
 
-What a placement costs, images that leave their group, is predicted by the plan and counted after,
-in the same terms. The two differ where a step is not an epoch: a step's images are levelled over
-the groups, gate noise changes the table. Groups count, not ranks: where a rank hosts several
-groups, images between those do not travel.
+The plan predicts the cost of a placement, the images that leave their group, and `Traffic` counts
+it afterwards in the same terms. The two differ because the plan is for an epoch: within a step the
+images are levelled over the groups, and gate noise changes the routing table. Both count between
+groups, not ranks: where a rank hosts several groups, images between these do not really travel.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, B images of a step.
 """
@@ -29,27 +29,28 @@ from moce_dist.parallel.transport import MAX_UNITS, Floats, Ints
 
 @dataclass(frozen=True)
 class Placement:
-    """Home of every expert, and of every cluster's images."""
+    """The group of every expert, and the groups that read every cluster's images."""
 
     expert_group: Ints
     """(L, E): the group on which an expert lives."""
     shares: Floats
-    """(K, G): which part of a cluster a group reads; rows sum to 1."""
+    """(K, G): the share of a cluster that a group reads; rows sum to 1."""
 
     @property
     def num_groups(self) -> int:
-        """Expert groups, G."""
+        """Number of expert groups, G."""
         return self.shares.shape[1]
 
     @cached_property
     def _parts(self) -> tuple[Ints, Ints, Floats]:
-        # cluster, group, share of what is read: nearly always one part a cluster
+        # cluster, group and share of every nonzero share; nearly every cluster has just one
         cluster, group = np.nonzero(self.shares)
         return cluster, group, self.shares[cluster, group]
 
     @cached_property
     def _bounds(self) -> Floats:
-        # cluster + the share up to and with a part: sorted, so one search finds any slot's part
+        # cluster id + the cumulative share up to and including a part: these are sorted, so one
+        # search finds the part of any slot
         cluster, _, share = self._parts
         total = np.cumsum(share)
         before = np.concatenate([[0.0], total])[np.searchsorted(cluster, cluster)]
@@ -61,13 +62,13 @@ class Placement:
     def readers(self, clusters: Ints) -> Ints:
         """Give every slot of a step, (B,) cluster ids, the group that reads it: B / G each.
 
-        Padding (cluster -1) fills up what is left.
+        Padding (cluster -1) fills the remaining slots of the groups.
         """
         groups = np.full(len(clusters), -1)
         slots = np.argsort(clusters, kind="stable")
         slots = slots[np.searchsorted(clusters[slots], 0) :]
         ids = clusters[slots]
-        # the middle of the j-th of a cluster's n slots stands at (j + 1/2) / n of its shares
+        # the j-th of a cluster's n slots goes to the part that covers (j + 1/2) / n of its shares
         first = np.searchsorted(ids, ids)
         count = np.searchsorted(ids, ids, side="right") - first
         at = ids + (np.arange(len(ids)) - first + 0.5) / count
@@ -75,7 +76,7 @@ class Placement:
         return _level(groups, self.num_groups)
 
     def images_exchanged(self, routing: Ints, cluster_sizes: Ints) -> float:
-        """Predict the images that travel in an epoch, summed over the layers."""
+        """Predict how many images travel in an epoch, summed over the layers."""
         cluster, group, share = self._parts
         homes = np.take_along_axis(self.expert_group, routing, axis=1)
         stays = (homes[:, cluster] == group).sum(axis=0)
@@ -83,7 +84,7 @@ class Placement:
         return float(routing.shape[0] * cluster_sizes.sum() - local)
 
     def to_json(self) -> str:
-        """Write as JSON; of the shares only those that are not 0."""
+        """Write as JSON, with the nonzero shares only."""
         cluster, group, share = (part.tolist() for part in self._parts)
         document = {
             "expert_group": self.expert_group.tolist(),
@@ -104,7 +105,7 @@ class Placement:
 
 
 def _level(groups: Ints, num_groups: int) -> Ints:
-    # equal sizes: the last slots of groups that have too many go to groups that have too few
+    # makes the groups equal: the last slots of those that are too large go to those too small
     room = len(groups) // num_groups - np.bincount(groups[groups >= 0], minlength=num_groups)
     for group in np.flatnonzero(room < 0):
         groups[np.flatnonzero(groups == group)[room[group] :]] = -1
@@ -115,7 +116,7 @@ def _level(groups: Ints, num_groups: int) -> Ints:
 def contiguous_placement(
     num_layers: int, num_experts: int, num_clusters: int, groups: int
 ) -> Placement:
-    """Place experts and clusters by number alone: what a system without a scheduler does."""
+    """Place experts and clusters by number alone, as a system without a scheduler does."""
     expert_group = np.tile(np.arange(num_experts) * groups // num_experts, (num_layers, 1))
     shares = np.eye(groups)[np.arange(num_clusters) * groups // num_clusters]
     return Placement(expert_group, shares)
@@ -132,9 +133,9 @@ def plan_placement(
 ) -> Placement:
     """Plan experts and readers for a routing table (L, K); deterministic.
 
-    Without `expert_group` (L, E) experts are free. With it they stay put, unless moving one saves
-    more than `move_cost` images exchanged per epoch. With no MoE layer (L = 0) clusters are only
-    spread evenly.
+    Without `expert_group` (L, E) experts are placed freely. With it an expert stays, unless moving
+    it saves more than `move_cost` exchanged images per epoch. With no MoE layer (L = 0) clusters
+    are only spread evenly.
     """
     units, scale = _units(cluster_sizes, num_groups)
     if len(routing) == 0:
@@ -151,7 +152,8 @@ def plan_placement(
 
 
 def _units(cluster_sizes: Ints, num_groups: int) -> tuple[Ints, float]:
-    # whole units of which every group can have the same number, as long as they can be counted
+    # integer units that divide evenly among the groups, unless there would be more than MAX_UNITS:
+    # then sizes are scaled down. Returns units per cluster, and units per image.
     total = max(1, int(cluster_sizes.sum()))
     whole = num_groups // math.gcd(total, num_groups)
     if total * whole <= MAX_UNITS:
@@ -162,7 +164,7 @@ def _units(cluster_sizes: Ints, num_groups: int) -> tuple[Ints, float]:
 
 def _shares(plan: Solution, problem: PlacementProblem) -> Floats:
     shares = np.zeros((len(problem.sizes), problem.num_groups))
-    # an empty cluster has one reader too, of 0 units
+    # an empty cluster also has a reader, of 0 units
     shares[plan.readers.cluster, plan.readers.group] = plan.readers.value.clip(min=1)
     return shares / shares.sum(axis=1, keepdims=True)
 
@@ -172,14 +174,14 @@ class Traffic:
     """Images seen by groups and experts, and how many had to leave their group."""
 
     images_per_group: Floats
-    """(G,), padding left out."""
+    """(G,), without padding."""
     images_per_expert: Floats
     """(L, E)."""
     images_exchanged: float = 0.0
     """Summed over the layers."""
 
     def to_dict(self, config: Config) -> dict[str, Any]:
-        """Return what a placement file says about it."""
+        """Return the entries of a placement file."""
         images = float(self.images_per_group.sum())
         crossings = images * len(self.images_per_expert)
         return {
@@ -203,12 +205,12 @@ class Traffic:
 
 
 def no_traffic(placement: Placement) -> Traffic:
-    """Return zeros to count from."""
+    """Return a `Traffic` of zeros, for counting."""
     return Traffic(np.zeros(placement.num_groups), np.zeros(placement.expert_group.shape))
 
 
 def predict_traffic(placement: Placement, routing: Ints, cluster_sizes: Ints) -> Traffic:
-    """Predict an epoch under a routing table (L, K)."""
+    """Predict the traffic of an epoch under a routing table (L, K)."""
     traffic = no_traffic(placement)
     traffic.images_per_group += cluster_sizes @ placement.shares
     np.add.at(traffic.images_per_expert, (np.arange(len(routing))[:, None], routing), cluster_sizes)

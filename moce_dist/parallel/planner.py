@@ -1,22 +1,23 @@
 """Heuristics of the gating scheduler: experts to groups, readers to clusters, at cluster scale.
 
-An image that is read by the group of its expert stays there; a plan is judged by the images that
-leave, summed over the layers. With readers fixed, every layer is a linear assignment of experts
-to slots; with experts fixed, readers are a transport problem (transport.py). The two in turn find
-a local optimum, so much depends on where they start:
+An image that is read by the group of its expert stays there. The cost of a plan is the number of
+images that leave their group, summed over the layers. With the readers fixed, every layer is a
+linear assignment of experts to slots. With the experts fixed, the readers are a transport problem
+(transport.py). Alternating the two finds a local optimum, so the starts matter:
 
-    start     one layer's experts say how clusters start together; every layer in turn
-    anneal    soft readers, shares ~ exp((gain - price) / T), and experts in turn while T falls
-    polish    exact readers and experts in turn until nothing improves; small ones by swaps too
-    kick      experts of the best plan change places, a few or three groups' all; settle again
+    start     deal one layer's experts to the groups; they decide which clusters are read together
+    anneal    alternate soft readers, shares ~ exp((gain - price) / T), and experts while T falls
+    polish    alternate exact readers and experts until nothing improves; then swaps, if small
+    kick      exchange some experts of the best plan, or redeal three groups' all; polish again
 
-Effort is counted beforehand from the sizes, never by a clock, so a plan is a function of its
-input. Only (cluster, useful group) pairs are held, at most L a cluster, never K x G x L.
+The effort is computed beforehand from the sizes, never measured by a clock, so a plan depends on
+its input alone. Only (cluster, useful group) pairs are stored, at most L per cluster, never
+K x G x L.
 
-Most swaps need no new readers to be judged. At any prices p the units that can be gained are at
-most sum_k size_k max_g (a_kg - p_g) + sum_g p_g quota_g (weak duality of the transport problem),
-so at the plan's own prices all swaps get a bound in one sweep; only those whose bound is below
-the plan's cost are solved.
+Most swaps can be judged without solving for new readers. At any prices p the units gained are at
+most sum_k size_k max_g (a_kg - p_g) + sum_g p_g quota_g (weak duality of the transport problem). So
+the plan's own prices give a lower bound on the cost of every swap in one sweep, and only swaps
+whose bound is below the plan's cost are solved.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, S swaps.
 
@@ -35,22 +36,24 @@ _TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)
 _WARM = _TEMPERATURES[2:]
 _POLISH_ROUNDS, _POLISH_SWEEPS = 12, 3
 _MAX_KICKS = 40
-# estimates on a 2020s core: a layer of a sweep has a fixed cost, one per pair, one per E x E
+# estimated times on a 2020s core: a layer of a sweep has a fixed part, one per (cluster, group)
+# pair, and one per E x E
 _BUDGET_NS = 500_000_000
 _LAYER_NS, _PAIR_NS, _SLOT_NS = 200_000, 35, 30
 
 
 def solve(problem: PlacementProblem) -> Solution:
-    """Plan experts and readers; deterministic, and blind to the labels of experts.
+    """Plan experts and readers; deterministic, and independent of the numbering of experts.
 
-    With `current`, experts move only where the units saved outweigh `move_cost` each.
+    With `current`, an expert moves only where that saves more than `move_cost` units.
     """
     canonical, order = _canonical(problem)
     plan = _search(canonical)
     if canonical.current is not None:
         from scipy.optimize import linear_sum_assignment
 
-        # groups are interchangeable: call the new ones like the old ones that they resemble
+        # groups are interchangeable, so number the new ones like the current ones that they
+        # resemble: that saves moves
         same = np.zeros((problem.num_groups, problem.num_groups))
         np.add.at(same, (plan.experts, canonical.current), 1)
         _, old = linear_sum_assignment(same, maximize=True)
@@ -67,7 +70,8 @@ def _cost(plan: Solution) -> float:
 
 
 def _canonical(problem: PlacementProblem) -> tuple[PlacementProblem, Ints]:
-    # experts by load, then by their first cluster; order (L, E) gives their labels
+    # renumbers experts by load, then by first cluster, so that a plan does not depend on their
+    # numbers; order (L, E) has the original ones
     order = np.empty((len(problem.routing), problem.num_experts), np.int64)
     for layer, table in enumerate(problem.routing):
         loads = np.bincount(table, problem.sizes, problem.num_experts)
@@ -84,7 +88,7 @@ def _canonical(problem: PlacementProblem) -> tuple[PlacementProblem, Ints]:
 
 def _search(problem: PlacementProblem) -> Solution:
     free = replace(problem, current=None)
-    # how many annealed starts, one a layer at most, and how many kicks
+    # the number of annealed starts, at most one per layer, and of kicks, from the time budget
     num_layers, num_clusters = problem.routing.shape
     layer = _LAYER_NS + _PAIR_NS * num_clusters * num_layers + _SLOT_NS * problem.num_experts**2
     start = (len(_TEMPERATURES) + _POLISH_SWEEPS) * num_layers * layer
@@ -102,8 +106,8 @@ def _search(problem: PlacementProblem) -> Solution:
 
 
 def _start(problem: PlacementProblem, anchor: int) -> Ints:
-    # the anchor layer's experts are dealt to the groups by load; the others go where these send
-    # most of their units
+    # deal the anchor layer's experts, sorted by load, to the groups in turn: clusters start where
+    # their anchor expert is, and every layer's experts follow most of their units
     dealt = np.arange(problem.num_experts)[None] % problem.num_groups
     votes = gains_of(problem.routing[[anchor]], dealt)
     return _place(problem, votes._replace(value=problem.sizes.astype(float)))
@@ -111,12 +115,12 @@ def _start(problem: PlacementProblem, anchor: int) -> Ints:
 
 def _anneal(problem: PlacementProblem, experts: Ints, temperatures: Sequence[float]) -> Solution:
     if len(experts) == 1:
-        return read(problem, experts)  # a single layer has nobody to agree with
+        return read(problem, experts)  # a single layer has no other to agree with
     experts, prices = experts.copy(), np.zeros(problem.num_groups)
     layers = np.arange(len(experts))
     for temperature in temperatures:
         for layer in layers:
-            # a layer hears only what the others vote: its own vote would keep it where it is
+            # only the other layers vote: the layer's own vote would keep its experts in place
             others = layers != layer
             votes = gains_of(problem.routing[others], experts[others])
             readers, prices = _soft_readers(problem, votes, prices, temperature)
@@ -128,19 +132,21 @@ def _anneal(problem: PlacementProblem, experts: Ints, temperatures: Sequence[flo
 def _soft_readers(
     problem: PlacementProblem, gains: Pairs, prices: Floats, temperature: float
 ) -> tuple[Pairs, Floats]:
+    # softmax of (gain - price) / T over the groups of a cluster; then each price rises by
+    # T log(load / quota), which alone would scale the group's load to its quota (a Sinkhorn step)
     first = gains.first
     z = (gains.value - prices[gains.group]) / temperature
     z = np.exp(z - np.maximum.reduceat(z, first)[gains.cluster])
     z *= (problem.sizes / np.add.reduceat(z, first))[gains.cluster]
     loads = np.bincount(gains.group, z, problem.num_groups) / problem.quotas.clip(min=1)
-    # a group that nobody wants must not become infinitely cheap
+    # clipped, so that a group without load does not become infinitely cheap
     prices = prices + temperature * np.log(loads.clip(0.1, 10))
     return gains._replace(value=z), prices
 
 
 def _place(problem: PlacementProblem, readers: Pairs) -> Ints:
-    # per layer: keep most units in the group that reads them; a group is as many columns as slots
-    # slow to import, and stage mae plans nothing
+    # per layer, a linear assignment that keeps most units in the group that reads them; every slot
+    # of a group is a column. Imported late: SciPy is slow to import, and stage mae plans nothing.
     from scipy.optimize import linear_sum_assignment
 
     num_experts, num_groups, slots = problem.num_experts, problem.num_groups, problem.slots
@@ -169,13 +175,13 @@ def _kicked(problem: PlacementProblem, best: Solution, turn: int) -> Solution:
     draws = np.random.default_rng(turn)
     experts = best.experts.copy()
     if turn % 3:
-        # in one layer or more a few experts change places in a circle
+        # rotate two to four experts in each of one or more layers
         num_layers, num_experts = experts.shape
         for layer in draws.permutation(num_layers)[: draws.integers(1, num_layers + 1)]:
             chosen = draws.permutation(num_experts)[: draws.integers(2, 5)]
             experts[layer, chosen] = experts[layer, np.roll(chosen, 1)]
         return read(problem, experts, best.prices)
-    # three groups put their experts together and deal them anew
+    # pool the experts of three groups and deal them anew
     chosen = draws.permutation(problem.num_groups)[:3]
     for row in experts:
         members = np.flatnonzero(np.isin(row, chosen))
@@ -184,11 +190,11 @@ def _kicked(problem: PlacementProblem, best: Solution, turn: int) -> Solution:
 
 
 _MAX_CELLS = 50_000
-"""S x K x G up to which a plan counts as small."""
+"""S x K x G up to which swaps are tried."""
 
 
 def improve_by_swaps(problem: PlacementProblem, plan: Solution) -> Solution:
-    """Return a plan that no swap makes cheaper; a problem that is not small is left as it is."""
+    """Return a plan that no swap makes cheaper; a large problem's plan is returned unchanged."""
     num_layers, num_experts = plan.experts.shape
     swaps = num_layers * num_experts * (num_experts - 1) // 2
     if swaps * len(problem.sizes) * problem.num_groups > _MAX_CELLS:
@@ -211,7 +217,7 @@ def _first_better(problem: PlacementProblem, plan: Solution) -> Solution | None:
 
 
 def _swapped(experts: Ints) -> Ints:
-    # (S, L, E): experts after every swap that changes anything
+    # (S, L, E): the experts after each swap of two experts of a layer that are in different groups
     num_layers, num_experts = experts.shape
     first, second = (np.tile(i, num_layers) for i in np.triu_indices(num_experts, 1))
     layer = np.repeat(np.arange(num_layers), len(first) // num_layers)
@@ -225,12 +231,12 @@ def _swapped(experts: Ints) -> Ints:
 
 
 def _bounds(problem: PlacementProblem, plan: Solution, swapped: Ints) -> Floats:
-    # (S,): no plan with these experts costs less
+    # (S,): lower bounds by weak duality at the plan's prices: no plan with these experts costs less
     num_layers, num_clusters = problem.routing.shape
     gains = np.zeros((len(swapped), num_clusters, problem.num_groups), np.int32)
     at = np.arange(len(swapped))[:, None], np.arange(num_clusters)[None]
     for layer, table in enumerate(problem.routing):
-        gains[*at, swapped[:, layer, table]] += 1  # a layer adds to a cell once at most
+        gains[*at, swapped[:, layer, table]] += 1  # safe: a layer hits each cell at most once
     most = (gains - plan.prices).max(axis=2) @ problem.sizes + plan.prices @ problem.quotas
     moves = np.array([problem.cost_of_moves(experts) for experts in swapped])
     bounds: Floats = num_layers * problem.sizes.sum() - most + moves

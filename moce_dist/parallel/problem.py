@@ -1,4 +1,4 @@
-"""What the gating scheduler solves, and what a plan costs.
+"""The placement problem of the gating scheduler, and the cost of a plan.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, n pairs.
 """
@@ -13,7 +13,7 @@ from moce_dist.parallel.transport import Ints, Pairs, transport
 
 @dataclass(frozen=True)
 class PlacementProblem:
-    """What is to be placed; images are counted in whole units."""
+    """The input of the planner; images are counted in integer units."""
 
     routing: Ints
     """(L, K)."""
@@ -22,9 +22,9 @@ class PlacementProblem:
     num_experts: int
     num_groups: int
     current: Ints | None = None
-    """(L, E): where experts live now; None when they are free."""
+    """(L, E): the current group of every expert; None when experts are free."""
     move_cost: float = 0.0
-    """Units exchanged that it is worth to leave one expert where it is."""
+    """Exchanged units that the move of one expert must save at least."""
 
     @property
     def quotas(self) -> Ints:
@@ -37,7 +37,7 @@ class PlacementProblem:
         return np.repeat(np.arange(self.num_groups), self.num_experts // self.num_groups)
 
     def cost_of_moves(self, experts: Ints) -> float:
-        """Return `move_cost` for every expert that `experts` (L, E) does not leave where it is."""
+        """Return `move_cost` times the number of experts that `experts` (L, E) moves."""
         moves = 0 if self.current is None else int((experts != self.current).sum())
         return self.move_cost * moves
 
@@ -49,11 +49,11 @@ class Solution(NamedTuple):
     readers: Pairs
     prices: Ints
     cost: float
-    """Units exchanged, and `move_cost` for every expert that moved."""
+    """Exchanged units plus `move_cost` for every expert that moved."""
 
 
 def read(problem: PlacementProblem, experts: Ints, prices: Ints | None = None) -> Solution:
-    """Plan the best readers for experts (L, E); `prices` (G,) of a similar plan save time."""
+    """Find the best readers for experts (L, E); `prices` (G,) of a similar plan save time."""
     if prices is None:
         prices = np.zeros(problem.num_groups, np.int64)
     gains = gains_of(problem.routing, experts)
@@ -66,8 +66,12 @@ def read(problem: PlacementProblem, experts: Ints, prices: Ints | None = None) -
 
 
 def gains_of(routing: Ints, experts: Ints) -> Pairs:
-    """List what every cluster gains in the groups of its experts: layers (L, K), homes (L, E)."""
-    # a cluster's homes over the layers, sorted: how often a group stands there is its gain
+    """List the gain of every cluster in the groups of its experts.
+
+    `routing` (L, K) gives the experts of the clusters, `experts` (L, E) the groups of the experts.
+    """
+    # the gain of a group is the number of layers in which it has the cluster's expert: count equal
+    # neighbours in the sorted groups
     homes = np.sort(np.take_along_axis(experts, routing, axis=1).T.astype(np.int32), axis=1)
     is_first = np.ones(homes.shape, bool)
     is_first[:, 1:] = homes[:, 1:] != homes[:, :-1]

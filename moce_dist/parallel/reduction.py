@@ -1,16 +1,16 @@
 """Sum gradients over the ranks in buckets, while the backward pass still runs.
 
 Parameters are laid out in buckets in the order in which the backward pass finishes them. When the
-last gradient of a bucket is there, the bucket's all-reduce begins; the layers below still compute.
-Buckets are issued in one order on all ranks, whatever order gradients come in, because collectives
-of several groups that are issued in different orders wait for each other for ever.
+last gradient of a bucket is there, the bucket's all-reduce begins, while earlier layers still
+compute. All ranks issue the buckets in the same order, whatever order gradients come in, because
+collectives of several groups that are issued in different orders deadlock.
 
     parameters   embed  block 0  block 1  decoder          backward pass: right to left
     buckets            [   2   ][    1   ][  0  ]           issued: 0, 1, 2
 
-Shared parameters are summed over all ranks, those of experts over the ranks that hold the same
-experts. After `finish` every gradient is a view into its bucket, so nothing is copied back; buckets
-of another type than the parameters are copied back once.
+Gradients of shared parameters are summed over all ranks, those of experts over the ranks that hold
+the same experts. After `finish` every gradient is a view into its bucket, so nothing is copied
+back. Only buckets of another dtype than the parameters are copied back, once.
 
 Source: Li et al. 2020, arXiv 2006.15704 (PyTorch DDP), section 3.2.
 """
@@ -26,35 +26,36 @@ from torch import Tensor, nn
 from moce_dist.cost.sizes import BUCKET_BYTES
 
 _LEAST_BYTES, _FEWEST_BUCKETS = 2**20, 8
-"""A small model's buckets are closed sooner, or nothing would overlap."""
+"""Least size of a bucket, and the number of buckets below which they are made smaller: otherwise
+nothing of a small model's reduction would overlap."""
 
 
 @dataclass
 class Bucket:
-    """Parameters whose gradients travel together, and the buffer in which they do."""
+    """Parameters whose gradients are reduced together, and the buffer of the all-reduce."""
 
     parameters: list[nn.Parameter]
     group: dist.ProcessGroup | None
     """Ranks that the gradients are summed over; None for all ranks."""
     flat: Tensor
     views: list[Tensor]
-    """One per parameter, of its shape, into `flat`."""
+    """Views into `flat`, one per parameter and of its shape."""
     is_ready: set[int] = field(default_factory=set)
-    """Positions of the parameters whose gradients are there."""
+    """Positions of the parameters whose gradients are complete."""
     work: Any = None
 
     def begin(self) -> None:
-        """Copy the gradients in, zeros for parameters without one, and start the sum."""
+        """Copy the gradients in, zeros for parameters without one, and start the all-reduce."""
         gradients = []
         for parameter, view in zip(self.parameters, self.views, strict=True):
             gradients.append(view.zero_() if parameter.grad is None else parameter.grad)
-            # the gradient that is copied is let go of: the buffer holds it from now on
+            # release the copied gradient: from now on the buffer holds it
             parameter.grad = view if view.dtype == parameter.dtype else None
         torch._foreach_copy_(self.views, gradients)
         self.work = dist.all_reduce(self.flat, group=self.group, async_op=True)
 
     def end(self) -> None:
-        """Wait for the sum; on a GPU only the stream waits."""
+        """Wait for the all-reduce; on a GPU only the stream waits, not the host."""
         self.work.wait()
         self.work = None
         self.is_ready.clear()
@@ -78,10 +79,10 @@ class GradientReducer:
         """Lay out buckets and hook into the backward pass.
 
         Args:
-            parameters: (parameter, ranks that hold it; None: all), in the order in which the
-                backward pass finishes them. A group of one rank sums nothing.
-            dtype: of what travels; None: that of the parameters.
-            bucket_bytes: at which a bucket is closed; None: by the size of the model.
+            parameters: (parameter, group of the ranks that hold it; None: all ranks), in the order
+                in which the backward pass finishes them. A group of one rank needs no reduction.
+            dtype: of the buckets; None: that of the parameters.
+            bucket_bytes: size at which a bucket is closed; None: by the size of the model.
         """
         listed = list(parameters)
         if bucket_bytes is None:
@@ -107,7 +108,7 @@ class GradientReducer:
 
     @property
     def num_buckets(self) -> int:
-        """Collectives of a step."""
+        """Number of collectives in a step."""
         return len(self._buckets)
 
     @property
@@ -132,11 +133,11 @@ class GradientReducer:
             self._next += 1
 
     def start(self) -> None:
-        """Sum what the coming backward pass accumulates, the last one of the step."""
+        """Prepare to sum during the next backward pass, the last one of the step."""
         self._is_armed, self._next = True, 0
 
     def finish(self) -> None:
-        """Wait for all sums; parameters without a gradient on this rank get one, too."""
+        """Wait for all sums; parameters without a gradient on this rank get one as well."""
         self._issue(only_ready=False)
         self._is_armed = False
         for bucket in self._buckets:
@@ -153,7 +154,7 @@ def _fill(
     dtype: torch.dtype | None,
     bucket_bytes: int,
 ) -> list[tuple[list[nn.Parameter], dist.ProcessGroup | None]]:
-    # a bucket of every group is open at a time; a bucket stands where its last parameter does
+    # one bucket per group and dtype is open at a time; a bucket is ordered by its last parameter
     closed: list[tuple[list[nn.Parameter], dist.ProcessGroup | None]] = []
     is_open: dict[tuple[Any, torch.dtype], tuple[list[nn.Parameter], int]] = {}
     groups: dict[tuple[Any, torch.dtype], dist.ProcessGroup | None] = {}

@@ -1,10 +1,10 @@
-"""How the ranks of one start find each other, and nobody of the start before.
+"""Rendezvous of the ranks of one start, unaffected by earlier starts.
 
-torchrun keeps one store for all of its restarts, so what ranks wrote there before they were lost
-is still there: gloo then calls on processes that are dead. Its count of restarts does not help,
-nodes count for themselves. So the ranks agree on a name that only this start knows:
+torchrun keeps one store for all its restarts, so entries of lost ranks are still there, and gloo
+then connects to dead processes. torchrun's restart count does not help, because every node counts
+for itself. So the ranks agree on a name that only this start knows:
 
-    rank r > 0   hello/r = a number of its own                     ack: I saw my own number
+    rank r > 0   hello/r = a random number; ack once the offer shows that number
     rank 0       offer = {name, the numbers that it sees}, again when one changes, until all acked
 """
 
@@ -26,7 +26,7 @@ def fresh_store(timeout: timedelta | None) -> tuple[Store, int, int]:
     Collective over the ranks that a launcher's environment describes.
 
     Raises:
-        TimeoutError: not all ranks came.
+        TimeoutError: not all ranks joined in time.
     """
     timeout = timeout or default_pg_timeout
     store, rank, world_size = next(rendezvous("env://", timeout=timeout))
@@ -35,10 +35,10 @@ def fresh_store(timeout: timedelta | None) -> tuple[Store, int, int]:
 
 
 def agree(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """Agree on a name for this start with all ranks that are in it.
+    """Agree with all ranks of this start on a name for it.
 
     Raises:
-        TimeoutError: not all ranks came.
+        TimeoutError: not all ranks joined in time.
     """
     end, mine = time.monotonic() + timeout.total_seconds(), uuid.uuid4().hex
     if rank > 0:

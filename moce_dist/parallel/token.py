@@ -1,10 +1,10 @@
-"""The baseline: DeepSpeed's own MoE layer, whose tokens choose their experts on the device.
+"""The baseline: DeepSpeed's own MoE layer, in which tokens choose their experts on the device.
 
-It stands where a dense block has its MLP and is trained by the same model, loop and engine as
-MoCE, so that the two differ in routing alone. A token goes to its best expert while there is room
-(capacity), else it is dropped; two all-to-alls a layer move it there and back, and two more its
-gradient, wherever the image was read. Its choice among the tokens that are too many is random and
-not keyed, so a resumed run is not bit-equal.
+It replaces the MLP of a dense block and is trained with the same model, loop and engine as MoCE, so
+the two differ in routing alone. A token goes to its best expert while that has capacity, else it is
+dropped. Two all-to-alls per layer move tokens there and back, and two more move their gradients,
+regardless of where images were read. Where tokens exceed the capacity, the layer drops random ones
+without a keyed generator, so a resumed run is not bit-equal.
 
 Source: Lepikhin et al. 2021, arXiv 2006.16668 (GShard); deepspeed.moe. The paper's TokenMoE:
 Liu et al. 2023, arXiv 2402.05382, section 4.
@@ -21,7 +21,7 @@ from moce_dist.model.vit import Mlp, initialise
 
 
 class TokenMlp(nn.Module):
-    """DeepSpeed's MoE layer in place of a block's MLP; tokens (B, N, D) to (B, N, D)."""
+    """DeepSpeed's MoE layer in place of a block's MLP, from tokens (B, N, D) to (B, N, D)."""
 
     def __init__(self, width: int, num_experts: int, ep_size: int, capacity_factor: float) -> None:
         super().__init__()
@@ -37,9 +37,9 @@ class TokenMlp(nn.Module):
         self.balance_loss: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Route every token by itself; leaves the layer's loss in `balance_loss`."""
+        """Route every token separately; store the layer's balance loss in `balance_loss`."""
         if torch.is_autocast_enabled(x.device.type):
-            # the experts compute in this type anyway; casting first halves what travels
+            # the experts compute in this dtype anyway; casting first halves the bytes that travel
             x = x.to(torch.get_autocast_dtype(x.device.type))
         y, self.balance_loss, _ = self.moe(x)
         return y
@@ -54,16 +54,16 @@ def insert_token_experts(model: nn.Module, config: Config, ep_size: int) -> None
 
 
 def token_balance_loss(model: nn.Module) -> Tensor | None:
-    """Mean of the layers' balance losses of the last forward pass; None without such layers."""
+    """Return the layers' mean balance loss of the last forward pass; None without such layers."""
     losses = [m.balance_loss for m in model.modules() if isinstance(m, TokenMlp)]
     found = [loss for loss in losses if loss is not None]
     return torch.stack(found).mean() if found else None
 
 
 def token_bytes_exchanged(config: Config, ep_size: int, *, tokens: int, element_size: int) -> int:
-    """Bytes that leave one rank in a forward and backward pass over `tokens` tokens of its own.
+    """Count the bytes that leave one rank in a forward and backward pass over its `tokens` tokens.
 
-    Every expert's buffer is full to its capacity, with padding where tokens are too few.
+    Every expert's buffer is sent up to its capacity, padded where there are too few tokens.
     """
     moe = config.moe
     capacity = math.ceil(tokens / moe.num_experts * moe.capacity_factor)

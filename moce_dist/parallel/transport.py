@@ -1,13 +1,14 @@
-"""Who reads which cluster, exactly: a transport problem with whole gains, by prices and flows.
+"""The optimal readers of clusters: a transport problem with integer gains, by prices and flows.
 
-Reading cluster k, group g gains a_kg in 0..L (0 where no pair is listed); every cluster must be
-read and every group reads its quota. At prices p of the groups a cluster wants the groups of
-greatest a_kg - p_g. A maximum flow over these tight pairs either serves everybody, and then no
-plan is better, or it shows a set of groups of which more is wanted than they may read: their
-prices rise until the first of their clusters looks elsewhere. Gains are whole, so prices are.
+Group g gains a_kg in 0..L for every unit of cluster k that it reads (0 where no pair is listed).
+Every cluster must be read, and every group reads its quota. At group prices p, a cluster wants the
+groups with the greatest a_kg - p_g; these pairs are tight. If a maximum flow over the tight pairs
+serves all clusters, no plan is better. Otherwise it shows a set of groups that are wanted beyond
+their quotas, and their prices rise until the first of their clusters prefers another group. Gains
+are integers, so prices are, too.
 
     nodes     source, K clusters, G groups, anywhere, sink
-    anywhere  the cheapest groups, for clusters whose own groups have all become too dear
+    anywhere  leads to the cheapest groups, for clusters whose listed groups are all too expensive
 
 Letters: L MoE layers, K clusters, G expert groups, n pairs.
 
@@ -41,12 +42,12 @@ class Pairs(NamedTuple):
 
 
 def transport(gains: Pairs, sizes: Ints, quotas: Ints, prices: Ints) -> tuple[Pairs, Ints]:
-    """Give every cluster its readers so that the gain, summed over units, is greatest.
+    """Assign readers to every cluster so that the gain, summed over units, is greatest.
 
-    Every cluster has a pair in `gains`. `sizes` (K,) and `quotas` (G,) are whole units, equal in
-    sum, at most MAX_UNITS; `prices` (G,) are where to start. Returns the units that groups read
-    (0 for the one reader of an empty cluster) and the final prices. Of equally good answers it is
-    an arbitrary one, but always the same.
+    Every cluster has a pair in `gains`. `sizes` (K,) and `quotas` (G,) are integer units with equal
+    sums of at most MAX_UNITS; `prices` (G,) are the start. Returns the units that groups read (0
+    for the one reader of an empty cluster) and the final prices. Among equally good results the
+    choice is arbitrary but deterministic.
     """
     assert sizes.sum() == quotas.sum() <= MAX_UNITS
     while True:
@@ -59,7 +60,8 @@ def transport(gains: Pairs, sizes: Ints, quotas: Ints, prices: Ints) -> tuple[Pa
 
 
 def _tight(gains: Pairs, prices: Ints) -> tuple[Pairs, NDArray[np.bool_]]:
-    # the pairs that a cluster likes best at these prices, and the clusters that like any group
+    # the tight pairs at these prices, and the clusters for which a cheapest group is as good even
+    # without a gain ("lost")
     reduced = gains.value - prices[gains.group]
     anywhere = -prices.min()
     best = np.maximum(np.maximum.reduceat(reduced, gains.first), anywhere)
@@ -78,7 +80,7 @@ def _network(
         (np.zeros_like(clusters), clusters, sizes),
         (clusters[tight.cluster], groups[tight.group], sizes[tight.cluster]),
         (clusters[lost], np.full_like(lost, anywhere), sizes[lost]),
-        # never full: a saturated edge would hide that a cheapest group is wanted
+        # of unlimited capacity: a saturated edge would hide that a cheapest group is wanted
         (np.full_like(cheapest, anywhere), groups[cheapest], np.full_like(cheapest, sizes.sum())),
         (groups, np.full_like(groups, sink), quotas),
     ]
@@ -91,7 +93,8 @@ def _network(
 def _overdemanded(
     residual: csr_array, num_clusters: int, num_groups: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    # what the source still reaches: clusters that want more, and the groups that they want it of
+    # what the source still reaches in the residual graph (a minimum cut): clusters that are not
+    # fully served, and the groups that they want
     residual.eliminate_zeros()
     is_reached = np.zeros(residual.shape[0], bool)
     is_reached[breadth_first_order(residual, 0, return_predecessors=False)] = True
@@ -104,7 +107,8 @@ def _raise(
     reduced = gains.value - prices[gains.group]
     anywhere = -prices.min()
     best = np.maximum(np.maximum.reduceat(reduced, gains.first), anywhere)
-    # what a cluster that wants more would find in the other groups
+    # the best value that a reached cluster would find in the groups not reached; prices rise by the
+    # least loss, so that one more pair becomes tight
     elsewhere = np.where(is_wanted[gains.group], -np.inf, reduced)
     other = np.maximum(np.maximum.reduceat(elsewhere, gains.first), -prices[~is_wanted].min())
     step = int((best - other)[wants].min())
@@ -119,7 +123,8 @@ def _amounts(flow: csr_array, num_clusters: int, num_groups: int) -> Pairs:
     anywhere = 1 + num_clusters + num_groups
     direct = (tails > 0) & (tails <= num_clusters) & (heads < anywhere)
     into, out = heads == anywhere, tails == anywhere
-    # who went anywhere is dealt in order to the groups that took them in
+    # units that flow through `anywhere` are matched in order: clusters that sent with groups that
+    # received
     ends = np.cumsum(units[into]), np.cumsum(units[out])
     cuts = np.union1d(*ends)
     middles = cuts - 0.5
@@ -131,7 +136,7 @@ def _amounts(flow: csr_array, num_clusters: int, num_groups: int) -> Pairs:
 
 
 def _with_empty(amounts: Pairs, gains: Pairs, sizes: Ints) -> Pairs:
-    # no flow reaches an empty cluster: it stands where it gains most
+    # no flow reaches an empty cluster: its reader is the group with its greatest gain
     liked = np.lexsort((-gains.value, gains.cluster))[gains.first][sizes == 0]
     empty = gains.cluster[liked], gains.group[liked], np.zeros(len(liked))
     cluster, group, value = (np.concatenate(both) for both in zip(amounts, empty, strict=True))

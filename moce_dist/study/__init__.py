@@ -1,1 +1,1 @@
-"""Many runs under one question: arms compared over seeds and tasks."""
+"""Studies: arms of many runs, compared over seeds and tasks."""

@@ -1,4 +1,4 @@
-"""What a study would do, told before anything is done: runs, shared stages, images, cost."""
+"""The forecast of a study, before anything is run: runs, shared stages, images, cost."""
 
 from statistics import fmean
 
@@ -7,7 +7,7 @@ from moce_dist.study.plan import STAGES, StudyPlan
 
 
 def forecast(plan: StudyPlan) -> list[str]:
-    """Describe a plan in lines: every run with its stages, every arm with its cost, the sum."""
+    """Describe a plan in lines: every run with its stages, every arm with its cost, the total."""
     study, rate = plan.study, plan.study.flop_per_s
     lines = [f"runs       {len(plan.runs)}, {len(plan.pieces)} pieces of work"]
     total = 0

@@ -1,4 +1,4 @@
-"""A study from its data to its page; one at a time in a folder."""
+"""A study from its data to its page; only one study at a time runs in a folder."""
 
 import json
 import logging

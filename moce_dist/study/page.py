@@ -1,7 +1,7 @@
 """The page of a study: one HTML file that needs no network and no script.
 
-Every metric is a share, shown in points (per cent). The figure beside a difference is its interval
-on a scale that all rows of a table have in common.
+Every metric is a fraction, shown in points (per cent). The bar beside a difference shows its
+interval on a scale that all rows of a table share.
 """
 
 from typing import Any
@@ -51,7 +51,7 @@ def render(found: Line) -> str:
 
 
 def points(share: float | None, *, sign: bool = False) -> str:
-    """Write a share in points; a dash where there is none."""
+    """Format a fraction in points (per cent); None is a dash."""
     return "-" if share is None else f"{100 * share:{'+' if sign else ''}.2f}"
 
 
@@ -113,14 +113,14 @@ def _interval(spread: Line | None) -> str:
 
 
 def _verdict(spread: Line | None) -> str:
-    """Say on which side of 0 the whole interval lies."""
+    """Name the side of 0 on which the whole interval lies; "" if it holds 0."""
     if spread is None or spread["low"] is None or spread["low"] <= 0 <= spread["high"]:
         return ""
     return "better" if spread["low"] > 0 else "worse"
 
 
 def _bar(spread: Line | None, scale: float) -> Line | None:
-    """Place mean and interval on a line from 0 to 200 whose middle is 0."""
+    """Place mean and interval on a line from 0 to 200, where 100 is a difference of 0."""
     if spread is None:
         return None
     low, high = (spread["mean"] if spread[end] is None else spread[end] for end in ("low", "high"))

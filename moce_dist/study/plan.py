@@ -1,14 +1,14 @@
-"""From a study to the runs that it needs, what they share, and the pieces of work in their order.
+"""The plan of a study: the runs that it needs, the stages that they share, the pieces in order.
 
-Arms that learn the same (equal identity fields) are backbones of one run. Runs that begin alike
-share their first stages: the first of them makes a stage, the others link it, and find it complete
-and made from equal inputs.
+Arms with equal identity fields, which learn the same, are backbones of one run. Runs share the
+stages that they would make alike: the first run makes such a stage, the others link it, and find it
+complete and made from equal inputs.
 
     control, moce     mae -> features -> cluster -> moce, control   run A makes all of it
     random clusters                      cluster -> moce            mae and features are A's
     fewer experts                                   moce            clusters are A's too
 
-A piece is one stage of a run, or one task of it, and names the pieces that go before.
+A piece is one stage or one task of a run, and names the pieces that must be finished before it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -75,7 +75,7 @@ class PlannedRun:
     makers: dict[Kind, str] = field(default_factory=dict)
 
     def images(self, stage: Kind) -> int:
-        """Images that a stage sees, those of its last step's padding too."""
+        """Return the number of images that a stage sees, with the padding of its last step."""
         if stage in ("features", "cluster"):
             return self.source.num_images
         budget = self.config.mae if stage == "mae" else self.config.moce
@@ -85,7 +85,7 @@ class PlannedRun:
         return max(1, round(budget.epochs * epoch)) * budget.batch_size
 
     def cost(self, stages: tuple[Kind, ...], iterations: int | None = None) -> Cost:
-        """Cost of some stages, whoever makes them; `iterations` of k-means that were run."""
+        """Return the cost of some stages, whichever run makes them, for `iterations` of k-means."""
         images = {stage: self.images(stage) for stage in stages if stage in self.makers}
         return run_cost(self.config, images, iterations)
 
@@ -101,11 +101,11 @@ class Cell:
     request: Request
     """The comparison on the task, of this backbone alone."""
     config: Config
-    """What the comparison is made under."""
+    """Configuration of the comparison."""
 
     @property
     def backbone(self) -> str:
-        """Which backbone of the run."""
+        """Name of the backbone of the run."""
         return self.request.backbones[0]
 
 
@@ -141,7 +141,7 @@ def piece_id(run: str, kind: Kind, request: Request | None = None) -> str:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """A study over its data sets: the runs by name, the values to fill in, the pieces in order."""
+    """A planned study: the runs by name, the cells (values to fill in), the pieces in order."""
 
     study: StudyConfig
     runs: dict[str, PlannedRun]
@@ -149,7 +149,7 @@ class StudyPlan:
     pieces: list[Piece]
 
     def runs_of(self, arm: str) -> list[PlannedRun]:
-        """List the runs that an arm evaluates backbones of."""
+        """List the runs whose backbones an arm evaluates."""
         return [self.runs[n] for n in dict.fromkeys(c.run for c in self.cells if c.arm == arm)]
 
     def stages_of(self, arm: str) -> tuple[Kind, ...]:
@@ -158,7 +158,7 @@ class StudyPlan:
         return stages_of(given.backbone, arm_config(self.study, given), paid=True)
 
     def cost(self, arm: str, run: PlannedRun, iterations: int | None = None) -> Cost:
-        """Cost of an arm's model of one task, as if it were alone."""
+        """Return the cost of an arm's model of one task, as if nothing were shared."""
         cost, further = run.cost(self.stages_of(arm), iterations), self.study.arms[arm]
         images = further.continue_images or 0
         return replace(
@@ -169,10 +169,10 @@ class StudyPlan:
 
 
 def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kind, ...]:
-    """List the stages that a backbone is made by; with `paid`, those that its cost counts.
+    """List the stages that a backbone needs; with `paid`, those that its cost counts.
 
-    The control sees the images in the clusters' order, but needs no clusters. A choice by evidence
-    tries the control too.
+    The control sees the images in the clusters' order, but does not need clusters, so its cost
+    leaves them out. A choice by validation tries the control too.
     """
     last = stage_of(backbone, config)
     if last is None:
@@ -181,7 +181,7 @@ def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kin
     if last != "mae" and not (paid and backbone in ("control", "control+all")):
         needed |= {"features", "cluster"}
     if not paid and further_of(backbone) == "own":
-        # a choice of experts says which clusters are the task's
+        # the task's clusters come from a choice of experts
         needed.add("moce")
     select = base_of(backbone).partition(":")[2] or config.transfer.select
     if is_moce(backbone) and select == "validate":
@@ -190,7 +190,7 @@ def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kin
 
 
 def wanted_sources(study: StudyConfig) -> dict[str, Config]:
-    """List the data sets of a study: by name, a configuration whose data.source it is."""
+    """Return the data sets of a study by name, each as a configuration with that data.source."""
     found: dict[str, Config] = {}
     for arm in study.arms.values():
         domains = [task.domain for task in tasks_of(study, arm)] if arm.domains != "all" else []
@@ -203,15 +203,15 @@ def wanted_sources(study: StudyConfig) -> dict[str, Config]:
 
 
 def source_name(config: Config, domain: str) -> str:
-    """Name of a data set, or of one domain of it, in the study's folder."""
+    """Name a data set, or one domain of it, in the study's folder."""
     key = fingerprint([config.data.source, config.data.holdout_fraction])
     return f"{domain or 'all'}-{key[:8]}"
 
 
 def budget(stage: StageConfig, images: float | None, num_all: int, num_own: int) -> dict[str, Any]:
-    """Epochs of a stage on `num_own` images for the steps that it has on `num_all`.
+    """Return the epochs on `num_own` images that have as many steps as a stage on `num_all` images.
 
-    `images` instead of the stage's epochs; warm-up stays the same part of it.
+    `images`, if given, determine the steps instead of the stage's epochs. Warm-up keeps its share.
     """
     steps = stage.epochs * -(-num_all // stage.batch_size)
     if images is not None:
@@ -222,7 +222,7 @@ def budget(stage: StageConfig, images: float | None, num_all: int, num_own: int)
 
 @dataclass(frozen=True)
 class Planner:
-    """Resolve a study over its data sets, with everything below `out`."""
+    """Resolve a study over its data sets into a plan whose folders are below `out`."""
 
     study: StudyConfig
     sources: Mapping[str, Source]
@@ -231,11 +231,11 @@ class Planner:
 
     @cached_property
     def runs(self) -> dict[str, PlannedRun]:
-        """The runs, filled in as cells ask for them."""
+        """The runs by name; each is added when the first cell needs it."""
         return {}
 
     def plan(self) -> StudyPlan:
-        """List runs, values and pieces; a seed's before the next one's.
+        """List runs, cells and pieces, one seed after the other.
 
         Raises:
             ConfigError: a task changes what its run learns.
@@ -289,7 +289,7 @@ class Planner:
 
     def _run(self, arm: Arm, learnt: dict[str, Any], source: Source) -> PlannedRun:
         found, usual = identity(arm_config(self.study, arm, learnt)), identity(Config())
-        # fields at their defaults are left out, so that a new one renames no run
+        # fields at their defaults are left out, so that a new field does not rename runs
         changes = {path: value for path, value in found.items() if value != usual[path]}
         kind = source.name.rpartition("-")[0]
         name = f"{kind}-seed{learnt['seed']}-{fingerprint([source.name, changes])[:8]}"
@@ -315,7 +315,7 @@ class Planner:
     def _pieces(self, cells: list[Cell]) -> Iterator[Piece]:
         for run in self.runs.values():
             makers = run.makers
-            # wanted by a backbone; what the run is does not depend on it
+            # a backbone needs the control or not; the run's identity does not depend on it
             config = run.config.model_copy(update={"control": "control" in makers})
             before: tuple[str, ...] = ()
             for stage in (stage for stage in STAGES if stage in makers):
@@ -327,7 +327,7 @@ class Planner:
             yield from self._transfers(run, [c for c in cells if c.run == run.name])
 
     def _links(self, run: PlannedRun, needs: tuple[str, ...]) -> tuple[tuple[Kind, Path], ...]:
-        """List what other runs have made by the time that a piece with such needs begins."""
+        """List the stages of other runs that are finished when a piece with such needs starts."""
         makers = [(stage, maker) for stage, maker in run.makers.items() if maker != run.name]
         return tuple((s, self.runs[m].root) for s, m in makers if piece_id(m, s) in needs)
 
@@ -344,7 +344,8 @@ class Planner:
             config = group[0].config.model_copy(update={"control": "control" in run.makers})
             before = needs
             if any(further_of(name) == "all" for name in backbones):
-                # one control goes on for all tasks: the first of them trains it, and one at a time
+                # all tasks share one continued control per number of images: the first task trains
+                # it, and different numbers are trained one after the other
                 mine, others = piece_id(run.name, "transfer", request), tuple(first.values())
                 earlier = first.setdefault(request.continue_images, mine)
                 before = (*needs, *(others[-1:] if earlier == mine else (earlier,)))

@@ -1,8 +1,8 @@
-"""What a study compares: one YAML, checked before anything heavy is imported.
+"""The YAML file of a study, checked before anything heavy is imported.
 
-A study is a configuration, the seeds that it is pre-trained with, arms that each change something
-of it or evaluate another backbone of the same run, and downstream tasks. Paths of data are relative
-to `data`, so that one file serves wherever the images lie.
+A study has a configuration, the seeds of its pre-training, arms, and downstream tasks. Each arm
+changes fields of the configuration, or evaluates another backbone of the same run. Paths of data
+are relative to `data`, so that one file serves wherever the images are.
 """
 
 import json
@@ -22,7 +22,7 @@ Split = Literal["test", "val"]
 
 
 class Images(Section):
-    """Images that the stages of a run see, instead of the epochs of its configuration."""
+    """Numbers of images that a run's stages see, instead of the epochs of its configuration."""
 
     mae: int | None = Field(None, ge=1)
     """Images of stage mae."""
@@ -34,29 +34,30 @@ class Arm(Section):
     """One way to make a task's backbone."""
 
     about: str = ""
-    """What it is, in a few words, for the page."""
+    """Short description for the page."""
     backbone: str = "moce"
-    """Which backbone of the run is evaluated, as `jobs/transfer.py --backbone` has it."""
+    """Backbone of the run to evaluate, as `jobs/transfer.py --backbone` names it."""
     set: dict[str, Any] = Field(default_factory=dict)
     """Fields of the configuration that differ, by dotted path or nested."""
     domains: Literal["all", "own_equal_images", "own_equal_steps"] = "all"
-    """Train on all data; or a run for every domain that tasks name, on its images alone: on as many
-    as a run on all data sees of that domain, or on as many as that sees of all."""
+    """all: one run on all data. Otherwise one run for every domain that tasks name, on its images
+    alone. own_equal_images: on as many images as the run on all data sees of that domain.
+    own_equal_steps: on as many as the run on all data sees in total."""
     against: str | None = None
-    """The arm of the same cost that its differences are to; None: the study's `reference`."""
+    """Arm of the same cost that its differences are taken to; None: the study's `reference`."""
     continue_images: int | None = Field(None, ge=1)
     """Images of the further steps that a backbone `+own` or `+all` takes for every task."""
     seeds: tuple[int, ...] | None = None
-    """Seeds that it is made with; None: all of the study."""
+    """Seeds of the arm; None: all of the study."""
     tasks: tuple[str, ...] | None = None
-    """Names of the tasks that it is evaluated on; None: all, with `domains` those of a domain."""
+    """Names of the tasks to evaluate; None: all or, with runs per domain, those with a domain."""
 
 
 class StudyTask(SuiteEntry):
     """A task; one with a domain can be evaluated on models of that domain."""
 
     domain: str = ""
-    """Folder of the pre-training data that its images are like."""
+    """Folder of the pre-training data whose images are like the task's."""
 
     @property
     def folder(self) -> str:
@@ -70,7 +71,7 @@ class StudyConfig(Section):
     title: str = ""
     """Heading of the page."""
     base: str | None = None
-    """YAML of a pre-training, relative to the study's file, that `config` is laid over."""
+    """YAML of a pre-training, relative to the study's file; `config` overrides its fields."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Fields of the configuration."""
     data: str = ""
@@ -78,13 +79,13 @@ class StudyConfig(Section):
     images: Images = Images()
     """Images of the stages; by default the epochs of the configuration decide."""
     num_images: int | None = Field(None, ge=1)
-    """Training images of data.source, for a dry run where it is not at hand."""
+    """Number of training images of data.source, for a dry run without the data."""
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     """Seeds of the pre-training, and of the fits on top of it."""
     arms: dict[str, Arm] = Field(min_length=1)
     """What is compared, by name."""
     reference: str = "control"
-    """The arm that differences are to, where an arm names none."""
+    """Arm that differences are taken to, unless an arm names another."""
     tasks: tuple[StudyTask, ...] = Field(min_length=1)
     """Downstream tasks."""
     protocols: tuple[str, ...] = ("knn", "linear")
@@ -92,11 +93,11 @@ class StudyConfig(Section):
     draws: int = Field(10_000, ge=100)
     """Draws of the bootstrap."""
     flop_per_s: float | None = Field(None, gt=0)
-    """Floating-point operations a second of one worker in training, for the hours of a dry run."""
+    """Floating-point operations per second of a worker in training, for the hours of a dry run."""
 
 
 def read_study(path: Path, overrides: Sequence[str] = (), data: str | None = None) -> StudyConfig:
-    """Read a study's YAML with `a.b=value` overrides and check all that it asks for.
+    """Read a study's YAML with `a.b=value` overrides and check everything that it asks for.
 
     `data` replaces the folder of the data.
 
@@ -145,7 +146,7 @@ def _check_arm(study: StudyConfig, name: str, arm: Arm) -> None:
 
 
 def partners_of(study: StudyConfig) -> dict[str, str | None]:
-    """Say of every arm which arm its differences are to; None for the study's reference."""
+    """Return, per arm, the arm that its differences are taken to; None for the reference."""
     return {
         name: arm.against or (None if name == study.reference else study.reference)
         for name, arm in study.arms.items()
@@ -153,7 +154,7 @@ def partners_of(study: StudyConfig) -> dict[str, str | None]:
 
 
 def tasks_of(study: StudyConfig, arm: Arm) -> list[StudyTask]:
-    """List the tasks of an arm: models of one domain are for tasks of a domain."""
+    """List the tasks of an arm; an arm with a run per domain has only tasks with a domain."""
     of_arm = [task for task in study.tasks if arm.domains == "all" or task.domain]
     return of_arm if arm.tasks is None else [task for task in of_arm if task.folder in arm.tasks]
 

@@ -1,9 +1,9 @@
-"""What came out of a study: every value, the tables made of them, and what every arm cost.
+"""The results of a study: every value, the tables made of them, and the cost of every arm.
 
     RUN/transfer/TASK/metrics.json, RUN/STAGE --collect--> study.json
 
-A table holds the tasks of one protocol and metric. A last one, of the mean over protocols, is made
-where several protocols measure the same tasks alike.
+A table holds the tasks of one protocol and metric. If several protocols measure the same tasks by
+the same metric, a further table holds the means over these protocols.
 """
 
 import json
@@ -99,9 +99,9 @@ def read_values(runner: Runner) -> list[Line]:
 
 
 def tables(values: Iterable[Line], partners: Mapping[str, str | None], draws: int) -> list[Line]:
-    """Make a table of every protocol and metric, and those of the means over protocols.
+    """Make a table per protocol and metric, and the tables of means over protocols.
 
-    `partners` says of every arm which arm its differences are to, if any.
+    `partners` maps every arm to the arm that its differences are taken to, or to None.
     """
     found: dict[tuple[str, str], dict[tuple[str, int, str], float]] = {}
     for value in values:
@@ -182,9 +182,9 @@ def _arm(runner: Runner, name: str, values: list[Line]) -> Line:
 
 
 def stage_seconds(runner: Runner, run: PlannedRun, kinds: Sequence[Kind]) -> float | None:
-    """Seconds that a run's stages took, whoever made them; None while one is not finished.
+    """Return the seconds that a run's stages took, whichever run made them; None if unfinished.
 
-    Of a training stage those between its logged steps, whatever interrupted it.
+    For a training stage, only the time between logged steps counts, so interruptions do not.
     """
     total = 0.0
     for kind in kinds:
@@ -198,7 +198,7 @@ def stage_seconds(runner: Runner, run: PlannedRun, kinds: Sequence[Kind]) -> flo
 
 
 def training_seconds(metrics: Sequence[Line]) -> float:
-    """Seconds of training by a stage's metrics: images since the line before over their rate."""
+    """Sum the seconds of training by a stage's metrics: images since the last line / their rate."""
     seen, total = 0, 0.0
     for line in metrics:
         total += (line["images_seen"] - seen) / max(line["images_per_s"], 1e-9)

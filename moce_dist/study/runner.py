@@ -1,8 +1,8 @@
-"""The pieces of a study, side by side: what is ready goes to whoever is free, until all is done.
+"""Run the pieces of a study in parallel: a ready piece goes to a free worker, until all are done.
 
-A line of `pieces.jsonl` says that a piece was finished, how long it took, and what its artefact
-was; a piece whose line and artefact still hold is not started again. `progress.json` is how far
-the study is.
+A line of `pieces.jsonl` records that a piece was finished, how long it took, and its artefact. A
+piece whose line and artefact are still valid is not started again. `progress.json` holds the
+progress of the study.
 """
 
 import json
@@ -27,6 +27,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cache
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +54,17 @@ _MOST_PIECES = 64
 
 
 class Here(Executor):
-    """Run what is submitted at once, in this process."""
+    """Executor that runs what is submitted immediately, in this process."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call the function at once."""
+        """Call the function immediately."""
         future: Future[Any] = Future()
         future.set_result(fn(*args, **kwargs))
         return future
 
 
 def piece_fingerprint(piece: Piece) -> str:
-    """Fingerprint of what a piece makes, of its task's files by number, size and time."""
+    """Fingerprint what a piece makes; its task's files count by number, size and time."""
     request, transfer = piece.request, None
     if request is not None:
         transfer = [
@@ -87,7 +89,7 @@ def _stamp(folder: Path | None) -> list[float] | None:
 
 @dataclass
 class Journal:
-    """`pieces.jsonl`: what was finished, of what, and in how many seconds."""
+    """`pieces.jsonl`: the finished pieces, with their fingerprints, artefacts and seconds."""
 
     path: Path
     lines: dict[str, dict[str, Any]] = field(init=False)
@@ -96,7 +98,7 @@ class Journal:
         self.lines = {line["piece"]: line for line in read_jsonl(self.path)}
 
     def holds(self, piece: Piece) -> bool:
-        """Tell whether a piece was finished as it is wanted now, and its artefact is there."""
+        """Tell whether a piece with this fingerprint was finished, and its artefact is intact."""
         line, marker = self.lines.get(piece.id), read_marker(piece.folder)
         if line is None or marker is None or line["of"] != piece_fingerprint(piece):
             return False
@@ -105,7 +107,7 @@ class Journal:
         )
 
     def enter(self, piece: Piece, outcome: PieceOutcome) -> None:
-        """Note that a piece was finished; the seconds that it once took are kept."""
+        """Record a finished piece; if it was finished before, the longer time is kept."""
         before = self.lines.get(piece.id)
         of, seconds = piece_fingerprint(piece), outcome.seconds
         if before is not None and before["of"] == of:
@@ -122,13 +124,13 @@ class Journal:
         write_atomic(self.path, text)
 
     def seconds(self, piece_id: str) -> float | None:
-        """Seconds that a piece took; None before it was finished."""
+        """Return the seconds that a piece took; None before it was finished."""
         line = self.lines.get(piece_id)
         return None if line is None else float(line["seconds"])
 
 
 def _end_with_parent(leases: list[tuple[Path, str]]) -> None:
-    """End this process when the one that started it is gone, or has lost the study's folder."""
+    """End this process when its parent is gone, or has lost the lease of the study's folder."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -136,7 +138,7 @@ def _end_with_parent(leases: list[tuple[Path, str]]) -> None:
             time.sleep(_WATCH_S)
         os._exit(1)
 
-    # an interruption goes to the whole group; the parent says what is to end
+    # SIGINT goes to the whole process group; the parent decides what has to end
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
     lease.watch(leases)
@@ -146,7 +148,7 @@ def _end_with_parent(leases: list[tuple[Path, str]]) -> None:
 def _executor(
     plan: StudyPlan, jobs: int
 ) -> Iterator[tuple[Executor, Callable[[Piece], PieceOutcome], int]]:
-    """Choose what pieces are submitted to, as which function, and how many may be under way."""
+    """Choose the executor of the pieces, the function to submit, and how many run in parallel."""
     parallel = plan.pieces[0].config.parallel
     if os.environ.get("RAY_ADDRESS") and parallel.num_workers == 1:
         from moce_dist.launch.tasks import connect, map_tasks
@@ -162,7 +164,7 @@ def _executor(
         with ThreadPoolExecutor(_MOST_PIECES) as threads:
             yield threads, on_cluster, _MOST_PIECES
     elif jobs > 1:
-        # read by a process when it first imports what computes
+        # a process reads it when it first imports a numerical library
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         spawn = multiprocessing.get_context("spawn")
         processes = ProcessPoolExecutor(jobs, spawn, _end_with_parent, (lease.held(),))
@@ -170,20 +172,26 @@ def _executor(
             yield processes, carry_out_quietly, jobs
             processes.shutdown()
         except BaseException:
-            for child in multiprocessing.active_children():
-                # in training it saves its state first
-                child.terminate()
+            _end(multiprocessing.active_children())
             processes.shutdown(cancel_futures=True)
             raise
     else:
         yield Here(), carry_out, 1
 
 
+def _end(children: list[BaseProcess]) -> None:
+    # one in training takes SIGTERM as the request to save its state, then lives on without work
+    while alive := [child for child in children if child.is_alive()]:
+        for child in alive:
+            child.terminate()
+        connection.wait([child.sentinel for child in alive], timeout=1.0)
+
+
 class Runner:
-    """Carry out a plan's pieces; `report` is called now and then, when there is more to tell."""
+    """Carry out a plan's pieces; `report` is called now and then, after a piece has finished."""
 
     def __init__(self, plan: StudyPlan, out: Path, report: Callable[[], None]) -> None:
-        """Begin with what was finished before."""
+        """Start with the pieces that were finished before."""
         self.plan, self.out, self.report = plan, out, report
         self.journal = Journal(out / "pieces.jsonl")
         self.done = {piece.id for piece in plan.pieces if self.journal.holds(piece)}
@@ -192,7 +200,7 @@ class Runner:
         self._lanes, self._told_at, self._reported_at = 1, 0.0, time.monotonic()
 
     def run(self, jobs: int) -> None:
-        """Carry out all pieces that are left; those after one that fails are left out.
+        """Carry out all remaining pieces; those that need a failed piece are not started.
 
         Raises:
             StoppedError: SIGTERM came; what was running has saved its state.
@@ -258,7 +266,7 @@ class Runner:
         write_atomic(self.out / "progress.json", json.dumps(progress, indent=1))
 
     def seconds_left(self) -> float | None:
-        """Estimate the time to the end from pieces of the same kind; None before there are any."""
+        """Estimate the remaining time by finished pieces of each sort; None if a sort has none."""
         took: dict[str, list[float]] = {}
         for piece in self.plan.pieces:
             if piece.id in self.done:
@@ -279,7 +287,7 @@ class Runner:
 
 
 def _sort(piece: Piece) -> str:
-    """Pieces of one sort take as long as they are large."""
+    """Name the sort of a piece; the time of pieces of one sort is proportional to their size."""
     if piece.request is not None:
         return piece.request.folder
     return piece.kind if piece.kind in ("features", "cluster") else "training"

@@ -1,4 +1,4 @@
-"""The data sets of a study: ingested once below it, or counted where they lie for a dry run."""
+"""The data sets of a study: ingested once below its folder, or only counted for a dry run."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -46,10 +46,10 @@ def count_sources(
 ) -> dict[str, Source]:
     """Count the training images of a study's data sets without reading them.
 
-    Of what is not at hand there are `assumed` images.
+    A data set that is not available is taken to have `assumed` images.
 
     Raises:
-        ConfigError: it is not at hand, and no number is given.
+        ConfigError: a data set is not available, and `assumed` is None.
     """
     found = {}
     for name, config in wanted.items():

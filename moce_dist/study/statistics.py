@@ -1,13 +1,13 @@
 """Means, deviations and intervals over seeds and tasks.
 
 Results of one protocol are a table (S, T) of seeds and tasks. Arms of one seed saw the same images
-in the same order, so a difference to the reference is taken cell by cell first.
+in the same order, so a difference to the reference is first taken cell by cell.
 
-The interval of a mean over seeds and tasks is that of a bootstrap which draws seeds and tasks with
-replacement, both for the whole table: a task that is drawn is drawn for all seeds, as a task that
-suits an arm does so in every seed. Drawing tasks anew for every seed would treat S T values as that
-many independent ones, and give intervals that are too narrow. Of few seeds any percentile interval
-is too narrow: with three, 95 % are rather 80 %.
+The interval of a mean over seeds and tasks comes from a bootstrap that draws whole rows (seeds) and
+whole columns (tasks) with replacement. A task is drawn for all seeds at once, because a task that
+suits an arm does so in every seed. Drawing tasks separately for every seed would treat the S T
+values as independent, and give intervals that are too narrow. With few seeds any percentile
+interval is too narrow: with three, a 95 % interval covers about 80 %.
 
 Letters: S seeds, T tasks, R draws.
 
@@ -25,7 +25,7 @@ _LEVEL = (0.025, 0.975)
 
 
 class Spread(NamedTuple):
-    """A mean, its deviation over seeds, and a 95 % interval; what one seed cannot tell is None."""
+    """A mean, its deviation over seeds, and a 95 % interval; these two are None for one seed."""
 
     mean: float
     std: float | None
@@ -36,9 +36,9 @@ class Spread(NamedTuple):
 
 
 def bootstrap(table: Table, draws: int) -> tuple[float, float] | None:
-    """Interval of 95 % of the mean of a table (S, T), by R draws; the same one for every call.
+    """Return the 95 % interval of the mean of a table (S, T) by R draws, the same in every call.
 
-    None where there is nothing to draw from: a single value.
+    None if the table has fewer than two values.
     """
     if table.size < 2:
         return None
@@ -53,9 +53,9 @@ def bootstrap(table: Table, draws: int) -> tuple[float, float] | None:
 
 
 def spread(table: Table, draws: int) -> Spread | None:
-    """Describe a table (S, T) by the seeds that have all tasks; None when there is none.
+    """Describe a table (S, T) by the seeds that have all tasks; None if there is no such seed.
 
-    The deviation is that of the seeds' means, of the sample.
+    The deviation is the sample standard deviation of the seeds' means.
     """
     whole = table[~np.isnan(table).any(axis=1)]
     if not whole.size:

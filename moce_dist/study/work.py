@@ -1,7 +1,7 @@
-"""One piece of a study: what it shares is linked, then a stage is made or a task is fitted.
+"""One piece of a study: shared stages are linked, then a stage is made or a task is fitted.
 
-Whatever was finished before is found complete, whatever was interrupted goes on, so a piece may be
-carried out any number of times.
+Finished work is found complete and interrupted work is resumed, so a piece may be carried out any
+number of times.
 """
 
 import logging
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PieceOutcome:
-    """What became of a piece: how long it took, or why it failed."""
+    """The result of a piece: how long it took and, if it failed, the reason."""
 
     id: str
     seconds: float
@@ -30,9 +30,9 @@ class PieceOutcome:
 
 
 def prepare(piece: Piece) -> None:
-    """Make a piece's run, and link the stages that others have made.
+    """Make a piece's run, and link the stages that other runs have made.
 
-    This is for one process, so that pieces of a run can begin side by side.
+    One process calls this for all pieces, so that pieces of a run can start in parallel.
     """
     run = open_run(piece.root, piece.config)
     for stage, root in piece.links:
@@ -41,7 +41,7 @@ def prepare(piece: Piece) -> None:
 
 
 def carry_out(piece: Piece) -> PieceOutcome:
-    """Carry out a piece in this process; a failure is an outcome too.
+    """Carry out a piece in this process; a failure is returned as an outcome.
 
     Raises:
         StoppedError: SIGTERM came, and the state is saved.
@@ -80,7 +80,7 @@ def _make(run: Run, piece: Piece) -> None:
 
 
 def carry_out_alone(leases: list[tuple[Path, str]], piece: Piece) -> PieceOutcome:
-    """Carry out a piece on one worker of a Ray cluster, without more of that cluster."""
+    """Carry out a piece on one worker of a Ray cluster, without using the rest of the cluster."""
     if not lease.held():
         lease.watch(leases)
     os.environ.pop("RAY_ADDRESS", None)
@@ -88,16 +88,16 @@ def carry_out_alone(leases: list[tuple[Path, str]], piece: Piece) -> PieceOutcom
 
 
 def carry_out_quietly(piece: Piece) -> PieceOutcome:
-    """Carry out a piece beside others, and log only what is wrong."""
+    """Carry out a piece in parallel with others; log only warnings and errors."""
     quiet_libraries()
     logging.getLogger("moce_dist").setLevel(logging.WARNING)
     return carry_out(piece)
 
 
 def link_artefact(source: Path, folder: Path) -> None:
-    """Put a complete artefact of another run in a run: hard links, copies where these cannot be.
+    """Put a complete artefact of another run into a run: as hard links or, if these fail, copies.
 
-    Files that are written whole may be shared; lines are appended to logs, so those are copied.
+    Files that are written as a whole can be shared. Logs (`.jsonl`) get new lines, so are copied.
     """
     marker = (source / COMPLETE).read_text()
     if (folder / COMPLETE).is_file() and (folder / COMPLETE).read_text() == marker:

@@ -7,7 +7,7 @@ with random weights, or any model of timm's own.
 Letters: B images, S side in pixels, D width.
 
 Source: pooling and norm as in facebookresearch/mae models_vit.py@efb2a80 (mean of the patch tokens;
-fine-tuning replaces the encoder's last norm by one behind the mean).
+fine-tuning replaces the encoder's last norm by one after the mean).
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ _ARCHITECTURES = {
 
 
 def timm_architecture(config: Config) -> tuple[str, dict[str, Any]]:
-    """Name timm's registered architecture of a run's encoder and the arguments that make it equal.
+    """Return the timm architecture of a run's encoder and the arguments that reproduce it.
 
     The model then returns the mean of the patch tokens after the final norm.
     """
@@ -55,11 +55,11 @@ def timm_architecture(config: Config) -> tuple[str, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Backbone:
-    """An architecture of timm's and the weights to put into it (None: its own initialisation).
+    """A timm architecture and the weights to load into it.
 
-    `image_size` is the side S that it expects; `mean` and `std` are the statistics that its pixels
-    are normalised with; `choice` lists what the layers of a customised ViT were
-    made of: an expert, or weights over all.
+    `weights` None keeps timm's own: pre-trained if `pretrained`, else random. `image_size` is the
+    side S that the model expects; its pixels are normalised by `mean` and `std`. `choice` lists,
+    per MoE layer, what a customised ViT was made of: an expert, or weights over all experts.
     """
 
     name: str
@@ -73,10 +73,13 @@ class Backbone:
     choice: list[int | list[float]] | None = None
     identity: Mapping[str, Any] = field(default_factory=dict)
     cost: Mapping[str, float] | None = None
-    """Of further steps: images and seconds."""
+    """Images and seconds of the further steps, if there were any."""
 
     def features_model(self, seed: int) -> nn.Module:
-        """Build (B, 3, S, S) -> (B, D) in evaluation mode; `seed` draws what has no weights."""
+        """Build the model (B, 3, S, S) -> (B, D) in evaluation mode.
+
+        `seed` initialises parameters that have no weights.
+        """
         return self._load(self._create(seed, num_classes=0), strict=True).eval()
 
     def classifier(self, num_classes: int, *, seed: int, drop_path: float) -> nn.Module:
@@ -87,10 +90,10 @@ class Backbone:
         return self._load(self._create(seed, **changes), strict=False).train()
 
     def dense_model(self, image_size: int, *, seed: int, drop_path: float) -> nn.Module:
-        """Build the ViT for images of another side; position embeddings are resized bicubically.
+        """Build the ViT for another image size; position embeddings are resized bicubically.
 
         Raises:
-            ConfigError: the architecture is no plain ViT.
+            ConfigError: the architecture is not a plain ViT.
         """
         changes = {"img_size": image_size, "num_classes": 0, "drop_path_rate": drop_path}
         try:
@@ -116,7 +119,7 @@ class Backbone:
         # timm's own filter resizes the position embeddings to the model's grid
         weights = timm.models.vision_transformer.checkpoint_filter_fn(dict(self.weights), model)
         loaded = model.load_state_dict(weights, strict=strict)
-        # behind the mean a classifier has a new norm and a new head, nothing else may be missing
+        # a classifier has a new norm after the mean and a new head; nothing else may be missing
         assert all(k.startswith(("fc_norm.", "head.")) for k in loaded.missing_keys), loaded
         assert all(k.startswith("norm.") for k in loaded.unexpected_keys), loaded
         return model
@@ -130,9 +133,9 @@ def run_backbone(
     choice: list[int | list[float]] | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> Backbone:
-    """Describe a backbone of a run's architecture; without weights it starts at random.
+    """Describe a backbone of a run's architecture; without weights it is initialised at random.
 
-    `identity` is what results that were made with it depend on.
+    `identity` holds everything about the backbone that its results depend on.
     """
     architecture, arguments = timm_architecture(config)
     size = config.data.image_size

@@ -1,9 +1,9 @@
-"""What a task's own ViT is made of: its images' clusters, the choice, the customised weights.
+"""How a task's own ViT is made: the clusters of its images, the choice, the customised weights.
 
     checkpoints --choose--> choice.json --customise--> a backbone
 
-A choice that was made under the same conditions is read, not made again. What is tried by evidence
-is tried in select.py.
+A choice that was made under the same conditions is read, not made again. The candidates of
+`transfer.select: validate` are scored in select.py.
 """
 
 import json
@@ -55,7 +55,7 @@ from moce_dist.transfer.token import choose_by_use, usage_counter, without_gates
 logger = logging.getLogger(__name__)
 
 _VALIDATION = {"validate_by", "validate_folds", "validate_images", "knn_k", "linear_epochs"}
-"""Fields of `transfer` that a choice by evidence depends on."""
+"""Fields of `transfer` that a choice by validation depends on."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Dense(NamedTuple):
 
 
 def dense_backbone(name: str, config: Config, dense: Dense) -> Backbone:
-    """Take the encoder of a dense model as a backbone called `name`."""
+    """Make a backbone called `name` from the encoder of a dense model."""
     weights = customize(dense.weights, ())
     return run_backbone(name, config, weights, choice=dense.mix, identity=dense.identity)
 
@@ -127,10 +127,10 @@ class Chooser:
         return self.task.fingerprint()
 
     def choice(self, name: str = "moce") -> dict[str, Any]:
-        """Return the content of a backbone's choice file, chosen now unless that was done before.
+        """Return the content of a backbone's choice file; choose now unless that was done before.
 
-        `moce` chooses as the configuration says, `moce:SELECT` as its name does. Further steps
-        choose nothing.
+        `moce` chooses by `transfer.select`, `moce:SELECT` by its name. A backbone with further
+        steps has the choice of its base.
         """
         name = base_of(name)
         if name not in self.choices:
@@ -168,7 +168,7 @@ class Chooser:
         self, name: str, inputs: dict[str, Any], choose: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
         path = self.file(name)
-        # through JSON, so that tuples compare as the lists they become
+        # the fingerprint is of JSON, where tuples are lists
         of = fingerprint(inputs)
         if path.exists() and (known := json.loads(path.read_text())).get("of") == of:
             return dict(known)
@@ -179,7 +179,7 @@ class Chooser:
         return {**choice, "of": of}
 
     def file(self, name: str) -> Path:
-        """Return where the choice of `moce`, `moce:SELECT` or `token` stands."""
+        """Return the path of the choice file of `moce`, `moce:SELECT` or `token`."""
         _, colon, how = base_of(name).partition(":")
         return self.folder / f"choice{colon and '-'}{how}.json"
 
@@ -191,7 +191,7 @@ class Chooser:
         return task_clusters(self._encoded(encoder, encoder.pixels), self.run.clusters)
 
     def _encoded(self, encoder: Callable[[Tensor], Tensor], takes: Pixels) -> Tensor:
-        """Encode the task's training images, (n, ...); what cannot be read is skipped."""
+        """Encode the task's training images, (n, ...); unreadable ones are skipped."""
         images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
         features, _, faults = encode(encoder, takes, images, self.machine, name="encoder")
         skips = Skips(self.machine)

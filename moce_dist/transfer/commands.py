@@ -1,4 +1,4 @@
-"""Commands that use what was trained: `routes`, `heldout`, `predict`, `onnx` of `-m moce_dist`.
+"""Commands that use trained models: `routes`, `heldout`, `predict`, `onnx` of `-m moce_dist`.
 
 A MODEL is a task's folder in a run (RUN/transfer/TASK: its fits are chosen by flags), the folder of
 one fitted model, or an exported backbone (RUN/transfer/TASK/backbone, for `onnx`).
@@ -61,8 +61,9 @@ def _open_run(given: str) -> tuple[Run, Config]:
 def heldout(argv: Sequence[str]) -> None:
     """Say how well experts reconstruct held-out images of their own clusters, and others do.
 
-    One line of JSON a cluster and one of all: images, and mean losses by the image's own experts,
-    by others (their mean, and the worst), by the average of all experts, by the control.
+    Writes one line of JSON per cluster and one for all: the number of images, and the mean losses
+    of the images' own experts, of other experts (their mean, and the worst), of the average of all
+    experts, and of the control.
 
     Raises:
         ConfigError: there is no such run, or it has no experts of clusters or held-out images.
@@ -166,10 +167,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def find_model(args: Any) -> Path:
-    """Return the folder of the model that the flags mean.
+    """Return the folder of the model that the flags select.
 
     Raises:
-        ConfigError: there is none; saying which there are.
+        ConfigError: there is none; the message lists those that exist.
     """
     folder, which = Path(args.model), "best" if args.best else "last"
     if (folder / _CONFIG).is_file():
@@ -200,7 +201,9 @@ def find_model(args: Any) -> Path:
 
 
 def list_named(paths: Sequence[str]) -> list[Item]:
-    """List files, and the images of folders, each called by its path below its folder.
+    """List the given files, and the images of the given folders.
+
+    The key of an image in a folder is its path relative to that folder.
 
     Raises:
         ConfigError: a path is missing, or a folder holds no images.

@@ -1,11 +1,10 @@
-"""The comparison of backbones on one task: choose, customise, export, fit, write down.
+"""The comparison of backbones on one task: choose, customise, fit, write the results, export.
 
-    checkpoints --choose--> choice.json --customise--> backbone/ --fits--> results.jsonl -->
-    metrics.json
+    checkpoints --choose--> choice.json --customise--> weights --fits--> results.jsonl -->
+    metrics.json, backbone/
 
-What trains a backbone may run on many ranks, all else is the work of one process. Every backbone
-meets the same images, budgets and seeds. A fit that was finished under the same conditions is not
-repeated.
+Training may run on many ranks; one process does everything else. Every backbone gets the same
+images, budgets and seeds. A fit that was finished under the same conditions is not repeated.
 """
 
 import json
@@ -56,7 +55,7 @@ logger = logging.getLogger(__name__)
 
 
 class Comparison:
-    """One request on one run: what it needs is loaded once, what is finished is kept."""
+    """One request on one run; its inputs are loaded once, and finished results are kept."""
 
     def __init__(
         self,
@@ -66,7 +65,7 @@ class Comparison:
         task: Task,
         machine: Machine | None = None,
     ) -> None:
-        """Begin on a machine; without one on this process alone."""
+        """Set up the comparison on a machine; None means this process alone."""
         self.request, self.run, self.config, self.task = request, run, config, task
         self.folder = run.transfer(request.folder)
         self.machine = machine or machine_of(config)
@@ -112,7 +111,7 @@ class Comparison:
             take_further_steps(job, images, dense, shares, train)
 
     def steps_fewer(self) -> dict[str, int]:
-        """Count, by backbone of the run, the optimiser steps that it lacks to stage moce."""
+        """Return, per backbone of the run, how many fewer steps it took than stage moce."""
         mae = self.chooser.stages["mae"]
         before = 0 if mae is None else mae.manifest["step"]
         steps = {
@@ -154,7 +153,7 @@ class Comparison:
     def run_fit(self, fit: Fit, backbone: Backbone, identity: str) -> Row:
         """Carry out one fit and describe it as a row of metrics.json.
 
-        `identity` is what its result depends on.
+        `identity` is the fingerprint of everything that the result depends on.
         """
         transfer = self.config.transfer
         task = self.task.part_of(transfer, fit.protocol, fit.seed)
@@ -189,11 +188,11 @@ class Comparison:
 
 
 def train_fits(comparison: Comparison, ledger: Ledger) -> None:
-    """Carry out the trained fits that the ledger does not have; collective over the machine.
+    """Carry out the trained fits that the ledger lacks; collective over the machine's ranks.
 
     Raises:
         ValueError: no image can be read.
-        FloatingPointError: a loss is no number.
+        FloatingPointError: a loss, a gradient norm or a weight is not finite.
         StoppedError: a rank was asked to stop, and the state is saved.
     """
     machine = comparison.machine
@@ -212,10 +211,10 @@ def _enter(ledger: Ledger, fit: Fit, row: Row) -> None:
 
 
 def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str, Any]:
-    """Carry out a comparison, or take it up where it was left; return the content of metrics.json.
+    """Carry out or resume a comparison; return the content of metrics.json.
 
-    `train` has `train_fits` run on as many ranks as there are; other ranks that torchrun started
-    wait in it, so it is called even when nothing is left to train.
+    `train` runs `train_fits` on all ranks. The other ranks that torchrun started wait in it, so
+    under torchrun it is called even when nothing is left to train.
 
     Raises:
         ConfigError: a backbone cannot be made.

@@ -1,4 +1,4 @@
-"""Further steps (`further.py`) as they are asked for and sent to the ranks; nothing heavy."""
+"""Jobs of further steps (`further.py`), as they are sent to the ranks; imports nothing heavy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from moce_dist.transfer.request import Request, further_of
 class FurtherJob:
     """The further steps of one backbone, as they are sent to the ranks.
 
-    Ranks that torchrun started do not know `steps`; the first one tells them. None: they are done.
+    Ranks that torchrun started do not know `steps`; rank 0 sends them. If rank 0 has None, the
+    steps are done.
     """
 
     place: Run
@@ -25,27 +26,27 @@ class FurtherJob:
 
     @property
     def run_root(self) -> Path:
-        """The run, or where its transfers write."""
+        """The run's folder, or the one that its transfers write to."""
         return self.place.out or self.place.root
 
     @property
     def out(self) -> str:
-        """Where it writes, seen from there."""
+        """Output folder, relative to `run_root`."""
         return str(self.folder.relative_to(self.run_root))
 
     @property
     def name(self) -> str:
-        """What the job is called."""
+        """Name of the job."""
         return self.out.replace("/", "-")
 
     @property
     def parallel(self) -> ParallelConfig:
-        """How many workers there are to be, and in which groups."""
+        """Number of workers, and their groups."""
         return self.config.parallel
 
     @property
     def batch_size(self) -> int:
-        """Images of a step, which every number of workers below the full one divides."""
+        """Images of a step; any number of workers below the full one must divide it."""
         return self.config.transfer.continued.stage(self.config.moce, 1.0).batch_size
 
     def run(self, pulse: Pulse) -> None:
@@ -58,7 +59,7 @@ class FurtherJob:
             pretrain(steps, pulse)
 
     def progress(self) -> str:
-        """Say how far the training is; "" before its first line."""
+        """Describe the progress of the training; "" before its first line."""
         return self.steps.progress() if self.steps else ""
 
 
@@ -75,7 +76,7 @@ def further_folder(run: Run, request: Request, backbone: str) -> Path:
 
 
 def further_jobs(run: Run, config: Config, request: Request) -> dict[str, FurtherJob]:
-    """List the further steps that a request needs, by backbone, for ranks that know no more."""
+    """Return the jobs of the further steps that a request needs, by backbone, without `steps`."""
     return {
         name: FurtherJob(run, config, further_folder(run, request, name))
         for name in request.backbones

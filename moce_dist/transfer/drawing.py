@@ -1,4 +1,4 @@
-"""What predictions of all kinds share: wishes, colours, places of drawings, opened images."""
+"""Shared parts of predictions: options, colours, paths of drawings, decoding of images."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from moce_dist.transfer.tasks import Item
 
 
 class Wishes(NamedTuple):
-    """How images are to be predicted, and on what.
+    """Options of a prediction, and the machine that it runs on.
 
-    `top` classes are named; `out` is where drawings go (None: there are none); objects have at
-    least `min_score` (None: the kind's own least).
+    `top` is the number of classes to list, `out` the folder for drawings (None: no drawings), and
+    `min_score` the least score of a listed object (None: the default of the kind).
     """
 
     machine: Machine
@@ -29,7 +29,7 @@ class Wishes(NamedTuple):
 
 
 def palette(num_classes: int) -> NDArray[np.uint8]:
-    """Return distinct colours (C + 1, 3), the last one, black, for ignored pixels."""
+    """Return distinct colours (C + 1, 3); the last one is black, for ignored pixels."""
     hues = np.arange(num_classes) * 255 * 0.618034 % 255
     hsv = np.stack([hues, np.full(num_classes, 190), 255 - np.arange(num_classes) % 3 * 55], axis=1)
     colours = np.asarray(Image.fromarray(hsv.astype(np.uint8)[None], "HSV").convert("RGB"))[0]
@@ -37,10 +37,10 @@ def palette(num_classes: int) -> NDArray[np.uint8]:
 
 
 def drawing_paths(images: Sequence[Item], out: Path) -> list[Path]:
-    """Say where the drawing of every image goes: its mask, or itself with boxes.
+    """Return the path of every image's drawing: its mask, or the image with boxes.
 
     Raises:
-        ConfigError: two would go to one place, or one to that of an image.
+        ConfigError: two drawings have one path, or a drawing would overwrite an image.
     """
     paths = [(out / item.key).with_suffix(".png") for item in images]
     if twice := [path for path, count in Counter(paths).items() if count > 1]:
@@ -52,7 +52,7 @@ def drawing_paths(images: Sequence[Item], out: Path) -> list[Path]:
 
 
 def open_item(item: Item) -> Image.Image | str:
-    """Decode an image, or say why that cannot be done."""
+    """Decode an image, or return the reason why it cannot be decoded."""
     try:
         return open_image(item.read())
     except (ValueError, OSError) as error:

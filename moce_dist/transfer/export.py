@@ -41,8 +41,8 @@ def model_card(
 ) -> str:
     """Write the model card of a task's ViT: what it is, what it is made of, what was measured.
 
-    `choice` and `metrics` are the contents of choice.json (None of a model without experts) and
-    metrics.json, `about` further lines (run, data, checkpoint).
+    `choice` is the content of choice.json (None for a model without experts), `metrics` that of
+    metrics.json, and `about` holds further lines (run, data, checkpoint).
     """
     chosen = []
     if choice is not None:

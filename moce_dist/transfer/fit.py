@@ -1,18 +1,18 @@
-"""The loop of a fit, what it keeps on disk, and how it goes on after an interruption.
+"""The training loop of a fit, its files on disk, and how it resumes after an interruption.
 
-    FOLDER/state.safetensors   model and optimiser after some step, while the fit is under way
+    FOLDER/state.safetensors   model and optimiser after some step; deleted when the fit ends
     FOLDER/views.jsonl         early views of the metric: one line per `transfer.view_every_steps`
     FOLDER/best/               the model of the best view
     FOLDER/last/               the model after the last step, which is the one that is measured
 
-Every step draws from generators seeded by (seed, step, rank), so a fit that is taken up at a saved
-state on equally many ranks gives the same weights bit for bit. The test images never choose the
-model: what a comparison reports is `last/`. All ranks run the loop, the first one writes.
+Every step draws from generators seeded by (seed, step, rank), so a fit that resumes from a saved
+state on the same number of ranks gives bitwise equal weights. The test images never choose the
+model: a comparison reports `last/`. All ranks run the loop; rank 0 writes the files.
 
 Letters: B images of a rank.
 
-Source of the rates: facebookresearch/mae util/lr_sched.py @efb2a80; for detection ViTDet, Li et al.
-2022, arXiv 2203.16527, appendix A.2.
+Source of the learning rate schedules: facebookresearch/mae util/lr_sched.py @efb2a80; for detection
+ViTDet, Li et al. 2022, arXiv 2203.16527, appendix A.2.
 """
 
 import json
@@ -53,16 +53,16 @@ _MIN_LR = 1e-6
 _MILESTONES = (8 / 9, 26 / 27)
 
 Measures = dict[str, float]
-"""Figures by name; the first one is a task's result."""
+"""Metric values by name; the first one is the task's result."""
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
-    """Return the rate of a step counted from 0: linear to `peak`, then half a cosine."""
+    """Return the learning rate of a step (from 0): linear warm-up to `peak`, then half a cosine."""
     return warm_cosine(step, steps=steps, warmup=warmup, peak=peak, least=_MIN_LR)
 
 
 def stepped_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
-    """Return the rate of a step counted from 0: linear to `peak`, a tenth twice near the end."""
+    """Return the learning rate of a step (from 0): linear warm-up, then two drops to a tenth."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return float(peak * 0.1 ** sum(step >= share * steps for share in _MILESTONES))
@@ -75,10 +75,10 @@ def layered_adamw(
     weight_decay: float,
     layer_decay: float,
 ) -> torch.optim.AdamW:
-    """Make AdamW whose groups carry `lr_scale`: 1 at the head, less block by block below it.
+    """Make AdamW with layer-wise learning rate decay: groups have `lr_scale`, 1 at the head.
 
-    `new` are parameters outside of the ViT, with their decay; their scale is 1. Norms, biases and
-    tokens of the ViT are not decayed.
+    `new` lists parameters outside the ViT with their weight decay; their `lr_scale` is 1. Norms,
+    biases, class token and position embedding of the ViT have no weight decay.
     """
     groups = param_groups_layer_decay(
         vit,
@@ -92,9 +92,9 @@ def layered_adamw(
 
 @dataclass(frozen=True)
 class Kept:
-    """Where a fit keeps what, and how often; `identity` is what its result depends on.
+    """Where and how often a fit saves; `identity` fingerprints what its result depends on.
 
-    `pulse` is asked once a step; a yes on one rank is enough for the fit to save and leave.
+    `pulse` is asked once per step whether to stop. If it says yes on one rank, all save and leave.
     """
 
     folder: Path
@@ -107,10 +107,10 @@ class Kept:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a kind of task fits: a backbone by a protocol, with a seed, on a machine.
+    """One fit to carry out: a backbone, a protocol, a seed and a machine.
 
-    `out` is a folder for figures and drawings of the test images; `shared` is kept from fit to fit
-    of a comparison.
+    `out` is the folder for scores and drawings of the test images. `shared` is a cache for all
+    fits of a comparison.
     """
 
     backbone: Backbone
@@ -124,9 +124,9 @@ class Trial:
 
 
 class Fitted(NamedTuple):
-    """What a fit measures on its test images, and the images that it passed over.
+    """What a fit measures on its test images, and the images that it skipped.
 
-    `figures` are further entries of its row.
+    `figures` are further entries of its row in metrics.json.
     """
 
     measures: Measures
@@ -136,13 +136,13 @@ class Fitted(NamedTuple):
 
 @dataclass(frozen=True)
 class Fitting:
-    """A model on its way: how it is trained, viewed and described.
+    """A model in training: how it is trained, measured and described.
 
-    `batches(s)` yields this rank's (inputs, targets) from step s on: inputs (B, ...), and targets
-    (B, ...) or, where they differ in shape, a list of B that the loss takes to the device itself.
-    `loss` is a mean over `weigh(targets)` things, images unless said otherwise; `prepare` changes a
-    batch on the device; `schedule` gives the rate of a step; `view` measures the model as it is on
-    all ranks together, the first figure is the one that matters.
+    `batches(s)` yields this rank's (inputs, targets) from step s on. Inputs are (B, ...). Targets
+    are (B, ...) or, if they differ in shape, a list of B, which `loss` moves to the device itself.
+    `loss` is a mean over `weigh(targets)` items, by default the images. `prepare` changes a batch
+    on the device. `schedule` returns the learning rate of a step. `view` measures the current model
+    on all ranks together; its first value is the one that matters.
     """
 
     name: str
@@ -162,7 +162,7 @@ class Fitting:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed what a step draws from: torch's generators and, for timm's Mixup, numpy's global one."""
+    """Seed the generators of a step: torch's and, for timm's Mixup, numpy's global one."""
     words = np.random.SeedSequence([seed, step]).generate_state(2)
     torch.manual_seed(int(words[0]))
     np.random.seed(int(words[1]))
@@ -174,7 +174,7 @@ def run_fit(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
     Collective over the ranks of the machine; the measures are the same on all.
 
     Raises:
-        FloatingPointError: on all ranks; the loss, the gradient's norm or what would be saved or
+        FloatingPointError: on all ranks; the loss, the gradient norm, or a tensor to be saved or
             measured is not finite.
         StoppedError: a rank was asked to stop, and the state is saved.
     """
@@ -196,7 +196,7 @@ def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | 
     fitting.model.train()
     for step, batch in enumerate(batches, start):
         seed_step(fitting.seed, step)
-        # the draws of Mixup, numpy's, are for the whole batch, those of the model for a rank's part
+        # Mixup draws from numpy, alike on all ranks; the model draws from torch, per rank
         torch.manual_seed(torch.initial_seed() + machine.rank)
         rate = fitting.schedule(
             step, steps=fitting.steps, warmup=fitting.warmup, peak=fitting.peak_lr
@@ -292,13 +292,13 @@ def _save_state(
 
 
 def _resume(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept) -> int:
-    """Put the saved state of the same fit into model and optimiser; return its step, or 0.
+    """Load the saved state of the same fit into model and optimiser; return its step, or 0.
 
-    A state of a fit under other conditions, or a damaged one, is passed over.
+    A damaged state, or one of a fit under other conditions, is ignored.
     """
     path = kept.folder / _STATE
     found = _read_state(path, kept.identity) if machine.rank == 0 and path.exists() else None
-    # one rank verifies; the others must not choose differently
+    # only rank 0 checks the state, so that all ranks start at the same step
     step = from_first(found[0] if found else 0, machine)
     if step == 0:
         if machine.rank == 0:

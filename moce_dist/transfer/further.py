@@ -1,15 +1,15 @@
-"""Further steps of dense models: a task's own, and those that are fair to them.
+"""Further steps of dense models: a task's own, and those of the controls to compare with.
 
-    moce+own      the customised ViT, on N images of the task's own clusters, by its mass over them
-    control+own   the control, on the same images: do experts help as a start?
+    moce+own      the customised ViT, on N images of the task's clusters, by its mass over them
+    control+own   the control, on the same images: shows whether experts are a better start
     control+all   the control, on N more images of all the data; one for all tasks of a run
 
     RUN/transfer/TASK/continued/moce+own-N/{start/, metrics.jsonl, checkpoints/}
     RUN/control_more/N/{start/, metrics.jsonl, checkpoints/}
 
-The images stream by plan from the run's cluster-sharded tars, through the loop of all stages; the
-optimiser is a new one, the schedule that of `transfer.continued`. What was finished from the same
-inputs is not repeated, what was interrupted goes on.
+The images are streamed by plan from the run's cluster-sharded tars, through the same loop as in all
+stages. The optimiser is new, and the schedule is that of `transfer.continued`. Steps that were
+finished from the same inputs are not repeated; interrupted ones are resumed.
 
 Letters: K clusters.
 """
@@ -43,13 +43,13 @@ METRICS = "metrics.jsonl"
 def take_further_steps(
     job: FurtherJob, images: int, start: Dense, shares: Shares | None, train: Train
 ) -> None:
-    """Train a model on about `images` images, or find that this is done; on the first process.
+    """Train a model on about `images` images unless that is done already; called on rank 0.
 
-    `shares` (K,) says how much of every cluster; None: all images alike. `train` runs a job on all
-    ranks.
+    `shares` (K,) are the fractions of the images to take from every cluster; None takes all images
+    alike. `train` runs a job on all ranks.
 
     Raises:
-        ConfigError: the run has no tars of clusters, or none of the clusters with a share.
+        ConfigError: the run has no tars of clusters, or no image of the clusters with a share.
     """
     run, folder, config = job.place, job.folder, job.config
     steps = _plan_steps(job, images, shares)
@@ -76,7 +76,7 @@ def take_further_steps(
 
 
 def take_shared_steps(job: FurtherJob, images: int, train: Train) -> None:
-    """Train the control on, on all images, for all tasks of a run; see `take_further_steps`.
+    """Continue the control on all images, once for all tasks of a run; see `take_further_steps`.
 
     Raises:
         ConfigError: there is no control.
@@ -104,7 +104,7 @@ def _plan_steps(job: FurtherJob, images: int, shares: Shares | None) -> MoreStep
 
 
 def shares_of(clusters: Mapping[str, int], num_clusters: int) -> Shares:
-    """Return a task's mass over clusters, (K,), from the images by cluster of a choice.json."""
+    """Return a task's mass over clusters, (K,), from the image counts of its choice.json."""
     counts = np.zeros(num_clusters)
     for cluster, count in clusters.items():
         counts[int(cluster)] = count
@@ -112,7 +112,7 @@ def shares_of(clusters: Mapping[str, int], num_clusters: int) -> Shares:
 
 
 def further_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
-    """Read what further steps have ended in: the checkpoint's name and all weights.
+    """Read the result of further steps: the name of the last checkpoint, and all weights.
 
     Raises:
         ConfigError: there is none.
@@ -124,7 +124,7 @@ def further_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def cost_of(folder: Path) -> dict[str, float]:
-    """Sum up further steps: the images that they saw, and the seconds that they took."""
+    """Return the cost of further steps: images that they saw, and seconds that they took."""
     seen, seconds = 0, 0.0
     for line in read_jsonl(folder / METRICS):
         seconds += (line["images_seen"] - seen) / max(line["images_per_s"], 1e-9)

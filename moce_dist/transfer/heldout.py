@@ -1,14 +1,15 @@
-"""Held-out loss by cluster: of an image's own experts, of others, of their average, of the control.
+"""Held-out loss per cluster: of own experts, of other experts, of their average, of the control.
 
-Are experts experts? Every held-out image is reconstructed, under one crop and one mask,
+This shows whether experts specialise. Every held-out image is reconstructed, with the same crop and
+the same mask, by several models:
 
-    own       by the experts that its cluster takes
-    others    by those s further in every layer, s = 1 .. E - 1; the mean of these losses
-    worst     by the worst s of a cluster
-    average   by the plain mean of all experts
-    control   by the control, where the run has one
+    own       the experts that its cluster takes
+    others    the experts s further in every layer, s = 1 .. E - 1; the mean of these losses
+    worst     the s with the greatest mean loss on a cluster
+    average   the plain mean of all experts
+    control   the control, if the run has one
 
-A lower loss says nothing of features: see the tasks for these.
+A lower loss says nothing about the quality of features; the downstream tasks measure that.
 
 Letters: B images of a batch, K clusters, L MoE layers, E experts.
 """
@@ -52,7 +53,7 @@ class Reconstructors:
     """The models of a run that reconstruct held-out images, on one device."""
 
     def __init__(self, run: Run, config: Config) -> None:
-        """Load them.
+        """Load the models.
 
         Raises:
             ConfigError: the run has no experts of clusters.
@@ -92,14 +93,14 @@ class Reconstructors:
 
     @torch.inference_mode()
     def losses(self, batch: Batch) -> dict[str, NDArray[np.float64]]:
-        """Return the loss of every image of a batch: `own`, `average`, `control` (B,), `others`.
+        """Return losses per image: `own`, `average`, `control` (B,) and `others` (E - 1, B).
 
-        `others` is (E - 1, B), by the experts s further.
+        Row s - 1 of `others` is the loss of the experts s further.
         """
         config, clusters = self._config, batch.clusters[0]
         images, noise = normalise(batch.images.to(self.device)), batch.noise.to(self.device)
         own = self._table[:, clusters.clamp_min(0)]
-        # as loud as its own, so that what differs is what the experts know
+        # all experts get the output scale of the own ones, so that only their weights differ
         scales = output_scales(self._p, self._table, clusters, config.gate.combine).to(self.device)
         by_shift = []
         for shift in range(config.moe.num_experts):
@@ -112,7 +113,7 @@ class Reconstructors:
 
 
 def held_out_losses(run: Run, config: Config) -> Iterator[dict[str, Any]]:
-    """Yield a row for every cluster, and one of all: images and mean losses (null without images).
+    """Yield a row per cluster and one for all: image count and mean losses (None without images).
 
     Raises:
         ConfigError: the run has no experts of clusters, or no held-out images.
@@ -157,7 +158,7 @@ def held_out_table(run: Run, config: Config) -> SampleTable:
 
 def _batches(table: SampleTable, config: Config) -> Iterator[Batch]:
     plan = Plan(table, config.cluster.batch_size, config.seed)
-    # unreadable images stand in the run's ledger already
+    # the run's ledger lists unreadable images already
     ledger, layout = Path(os.devnull), Layout(1, 1)
     spec = StreamSpec(plan, config.data, config.num_patches, layout, 0, ledger, _HOLDOUT)
     yield from stream(

@@ -1,7 +1,7 @@
 """The kinds of task. A new kind is a folder and a line here.
 
-A kind is a subclass of `tasks.Task`, which lists and checks, and a module that works: it imports
-torch, and only where something is fitted or predicted. Its functions are those of `Work`.
+A kind is a subclass of `tasks.Task`, which lists and checks images, and a working module with the
+functions of `Work`. The working module imports torch; it is loaded only to fit or predict.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,21 +29,23 @@ KINDS: list[tuple[type[Task], str]] = [
 
 
 class Work(Protocol):
-    """What the working module of a kind has."""
+    """The functions that the working module of a kind must have."""
 
     def fit(self, task: Any, trial: "Trial") -> "Fitted":
         """Fit a backbone to a task and measure it on the test images.
 
-        Collective over the ranks of the machine where the protocol is trained on ranks.
+        Collective over the ranks of the machine if the protocol trains on several ranks.
         """
 
     def build(self, spec: "Spec") -> "nn.Module":
-        """Build the model of a fit with weights of its own."""
+        """Build the model of a fit with newly initialised weights."""
 
     def predict(
         self, model: "nn.Module", spec: "Spec", images: Sequence[Item], wishes: "Wishes"
     ) -> Iterator[dict[str, Any]]:
-        """Yield a line an image; an unreadable one has an `error`. The model is on its device.
+        """Yield one record per image, with `error` if it is unreadable.
+
+        The model is already on its device.
 
         Raises:
             ConfigError: the wishes lack something.
@@ -51,7 +53,7 @@ class Work(Protocol):
 
 
 def task_names() -> list[str]:
-    """List what `--task` can name."""
+    """List the values that `--task` accepts."""
     return [name for kind, _ in KINDS for name in kind.names]
 
 
@@ -68,7 +70,7 @@ def kind_of(task: str) -> type[Task]:
 
 
 def kind_named(name: str) -> tuple[type[Task], Work]:
-    """Return the kind that a fitted model or a task names, and its working module.
+    """Return a kind by the name that tasks and fitted models give it, and its working module.
 
     Raises:
         ValueError: there is no such kind.

@@ -1,6 +1,6 @@
-"""Items of a task to batches of pixels, and the machine that works on them.
+"""Loading of a task's items as batches of pixels, and the machine that processes them.
 
-A training draw depends on (seed, epoch, key of the item) alone, so a fit gives the same result with
+A training draw depends only on (seed, epoch, key of the item), so a fit gives the same result with
 any number of loader processes. R ranks share the batch of a step and the batches of a test.
 
 Letters: B images of a step, S side in pixels, R ranks.
@@ -36,7 +36,7 @@ Draw = tuple[int, int]
 
 
 class Unread(NamedTuple):
-    """An image that cannot be used: its key, and why not."""
+    """An unreadable image: its key, and the reason."""
 
     key: str
     reason: str
@@ -45,8 +45,8 @@ class Unread(NamedTuple):
 class Loaded(NamedTuple):
     """One decoded image (3, S, S), or a collated batch (B, 3, S, S).
 
-    `label` is () or (C,) of classes, or (S, S) of pixels. Where `reason` is not empty, `key` could
-    not be read.
+    `label` is () or (C,) for classes, or (S, S) for pixels. If `reason` is not empty, the image
+    `key` could not be read.
     """
 
     pixels: Any
@@ -55,7 +55,7 @@ class Loaded(NamedTuple):
     reason: Any
 
     def faults(self) -> list[Unread | None]:
-        """Tell for every image of a batch what is wrong with it, None if nothing."""
+        """Return the fault of every image of a batch, None if it was read."""
         pairs = zip(self.key, self.reason, strict=True)
         return [Unread(key, reason) if reason else None for key, reason in pairs]
 
@@ -63,10 +63,10 @@ class Loaded(NamedTuple):
 def stand_in(
     read: Callable[[int], tuple[Any, Any]], keys: Callable[[int], str], index: int, count: int
 ) -> Loaded:
-    """Read an image and label by number, or the next one of `count` that can be read in its place.
+    """Read an image and its label by number, or the next readable one in its place.
 
     Raises:
-        ValueError: none can be read.
+        ValueError: none of the `count` images can be read.
     """
     reason = ""
     for number in itertools.chain(range(index, count), range(index)):
@@ -81,7 +81,7 @@ def stand_in(
 class Machine:
     """Where a fit runs: device, whether matrix products are bfloat16, decoding processes.
 
-    A rank's part of a step's batch is computed in `micro_batches` parts, whose gradients add up.
+    A rank splits its part of a batch into `micro_batches` and accumulates their gradients.
     """
 
     device: torch.device
@@ -93,13 +93,13 @@ class Machine:
     rank: int = 0
     num_ranks: int = 1
     kept_images: KeptImages = field(default_factory=lambda: KeptImages(0), compare=False)
-    """Decoded images of the one task that it works on."""
+    """Cache of the images of its one task."""
 
     def rows(self, batch_size: int, *, mirrored: bool = False) -> list[int]:
-        """Say which rows of a step's batch this rank computes.
+        """Return the rows of a step's batch that this rank computes.
 
-        With `mirrored`, of an even batch, they lie symmetrically: Mixup takes an image's partner
-        from its mirror position, so both are on one rank.
+        With `mirrored`, which needs an even batch, rows are symmetric: Mixup takes an image's
+        partner from its mirror position, so both must be on one rank.
         """
         if not mirrored:
             return list(range(self.rank, batch_size, self.num_ranks))
@@ -114,9 +114,10 @@ class Machine:
 
 
 def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
-    """Choose what a rank of a fit runs on; bfloat16 on a GPU, threads on a CPU.
+    """Choose the machine of a rank; bfloat16 only on a GPU, threads only on a CPU.
 
-    Fewer ranks than `parallel.num_workers` share out the micro-batches and threads of all.
+    If there are fewer ranks than `parallel.num_workers`, they share the micro-batches and threads
+    of all workers.
     """
     parallel = config.parallel
     has_gpu = parallel.use_gpu is not False and torch.cuda.is_available()
@@ -143,10 +144,9 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
 
 
 class TaskImages(Dataset[Loaded]):
-    """Items as (3, S, S) float32 normalised for a model; with `augment` cropped and mirrored.
+    """Items as (3, S, S) float32, normalised for a model; with `augment` cropped and mirrored.
 
-    For training, an item that cannot be read is replaced by the next one that can; without
-    `augment` it is blank.
+    With `augment`, the next readable item replaces an unreadable one; otherwise it is blank.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class TaskImages(Dataset[Loaded]):
     ) -> None:
         self._items, self._size, self._kept = items, model.image_size, kept
         self._augment, self._seed = augment, seed
-        # all backbones see the same squares; what an encoder sees is its own
+        # all backbones get the same squares; an encoder has its own framing
         self._framing = model.framing if isinstance(model, Pixels) else None
         self._factor, self._shift = renormalisation(model.mean, model.std)
 
@@ -171,7 +171,7 @@ class TaskImages(Dataset[Loaded]):
         """Return item `index` as it looks in `epoch`, for a draw (epoch, index).
 
         Raises:
-            ValueError: it is for training, and no image can be read.
+            ValueError: with `augment`, no image can be read.
         """
         epoch, index = draw
         if self._augment is not None:
@@ -211,8 +211,8 @@ def eval_batches(
 ) -> Iterator[tuple[Tensor, Tensor, list[Unread | None]]]:
     """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU.
 
-    Of R ranks each gets every R-th batch: the batches do not depend on R, so neither do results.
-    Images that cannot be read are blank; the last part says for each what is wrong with it.
+    Each of R ranks gets every R-th batch; batches, and so results, do not depend on R. Unreadable
+    images are blank; the last element has the fault of every image, or None.
     """
     size = machine.eval_batch_size
     order = [
@@ -225,7 +225,7 @@ def eval_batches(
 
 
 class TrainingOrder:
-    """The draws of every step: each epoch is one permutation, whose remainder is left out."""
+    """The draws of every step; each epoch is one permutation without its incomplete last batch."""
 
     def __init__(self, num_items: int, batch_size: int, epochs: int, seed: int) -> None:
         self._num_items, self.batch_size = num_items, batch_size

@@ -1,4 +1,4 @@
-"""A fitted model from disk: what it says of images, and the model as ONNX.
+"""A fitted model from disk: its predictions for images, and its export to ONNX.
 
     {"image": "a.jpg", "classes": [{"name": "cat", "probability": 0.93}, ...]}
     {"image": "b.jpg", "mask": "OUT/b.png", "classes": [{"name": "sky", "share": 0.41}, ...]}
@@ -6,13 +6,13 @@
                                     "mask": {"size": [H, W], "counts": "..."}}, ...]}
     {"image": "d.jpg", "error": "image file is truncated"}
 
-Boxes are in pixels of the image (upright, as cameras mean it), masks are COCO's run lengths. Images
-go through the same steps as the test images of the fit, at one scale.
+Boxes are in pixels of the image after its EXIF rotation, masks are COCO's run lengths. Images are
+processed like the test images of the fit, at one scale.
 
-ONNX runs without torch; a backbone without a head can be written too.
+ONNX runs without torch; a backbone without a head can be exported too.
 
     FILE.onnx    images (B, 3, S, S) float32, normalised -> logits (B, C), (B, C, S, S), or
-                 features (B, D); B is free
+                 features (B, D); B is dynamic
     FILE.json    class names, side S, mean and deviation of the pixels
 
 Letters: B images, S side in pixels, C classes, D width; H, W height and width of an image.
@@ -66,10 +66,10 @@ def predict(
     out: Path | None,
     min_score: float | None,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a line an image by the model of a folder, on a GPU when there is one.
+    """Yield one record per image by the model of a folder, on a GPU if there is one.
 
     Raises:
-        ConfigError: there is no such model, or a wish is none of its kind's.
+        ConfigError: there is no such model, or an option does not apply to its kind.
     """
     model, spec = load_model(folder)
     if spec.kind == FEATURES:
@@ -87,7 +87,7 @@ _OPSET = 17
 
 
 class _Averages(nn.Module):
-    """Adaptive average pooling as two matrix products, for any side; ONNX has none."""
+    """Adaptive average pooling as two matrix products, for any side; ONNX has no such operator."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -120,8 +120,7 @@ def export_onnx(folder: Path, path: Path) -> list[Path]:
         raise ConfigError(f"{folder}: is a detector, which onnx does not write; use predict")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    # the exporter that needs no package besides torch and onnx
-    # a copy whose adaptive poolings are matrix products
+    # adaptive poolings become matrix products, in a copy
     copied = copy.deepcopy(model).cpu().eval()
     for name, module in list(copied.named_modules()):
         if isinstance(module, nn.AdaptiveAvgPool2d):
@@ -136,6 +135,7 @@ def export_onnx(folder: Path, path: Path) -> list[Path]:
         output_names=[output],
         dynamic_axes={"images": {0: "batch"}, output: {0: "batch"}},
         opset_version=_OPSET,
+        # this exporter needs no package besides torch and onnx
         dynamo=False,
     )
     temporary.replace(path)

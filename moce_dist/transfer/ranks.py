@@ -1,7 +1,7 @@
-"""What the ranks of a fit send each other: sums, lists, and the statistics of a batch.
+"""Communication between the ranks of a fit: sums, lists, and batch statistics.
 
-All functions but `share_batch_norm` are collective over the ranks of a machine; with one rank
-nothing is sent, and but for `join` there need not be a process group.
+All functions except `share_batch_norm` are collective over the ranks of a machine. With one rank
+nothing is sent, and only `join` needs a process group.
 
 Letters: B images of a rank, C channels, H, W pixels.
 """
@@ -20,11 +20,11 @@ from moce_dist.transfer.loading import Machine, machine_of
 
 T = TypeVar("T")
 _PREPARING = timedelta(hours=12)
-"""Ranks under torchrun wait for the first one, which reads a whole data set before."""
+"""Timeout of ranks under torchrun, which wait while rank 0 reads a whole data set."""
 
 
 def join(config: Config) -> Machine:
-    """Meet the other ranks, if a launcher started some; return what this one runs on."""
+    """Join the process group of all ranks that a launcher started; return this rank's machine."""
     device = machine_of(config).device
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     # DeepSpeed takes seconds to import, which protocols without training need not wait for
@@ -35,7 +35,7 @@ def join(config: Config) -> Machine:
 
 
 def add_up(values: Tensor, machine: Machine) -> Tensor:
-    """Sum a tensor over the ranks; the result is the same on all, on the CPU."""
+    """Sum a tensor over the ranks; the result is on the CPU and the same on all ranks."""
     if machine.num_ranks == 1:
         return values.cpu()
     total = values.detach().to(machine.device, copy=True)
@@ -44,7 +44,7 @@ def add_up(values: Tensor, machine: Machine) -> Tensor:
 
 
 def from_first(value: T, machine: Machine) -> T:
-    """Return what the first rank has."""
+    """Return the value of rank 0 on all ranks."""
     sent = [value]
     if machine.num_ranks > 1:
         dist.broadcast_object_list(sent, 0, device=machine.device)
@@ -52,7 +52,7 @@ def from_first(value: T, machine: Machine) -> T:
 
 
 def in_order(mine: list[T], machine: Machine) -> list[T]:
-    """Join results of items that the ranks took in turn (rank, rank + R, ...), on all ranks."""
+    """Gather on all ranks, in order, the results of items dealt in turn (rank, rank + R, ...)."""
     if machine.num_ranks == 1:
         return mine
     found: list[list[T]] = [[] for _ in range(machine.num_ranks)]
@@ -62,7 +62,7 @@ def in_order(mine: list[T], machine: Machine) -> list[T]:
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over all ranks, in which the gradients of all ranks' losses come together."""
+    """Sum over all ranks; its backward pass sums the gradients of all ranks' losses."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -78,9 +78,9 @@ class _Sum(torch.autograd.Function):
 
 
 def share_batch_norm(model: nn.Module) -> None:
-    """Let batch normalisation see the images of all ranks, in place; names stay as they are.
+    """Compute batch normalisation over the images of all ranks, in place; names do not change.
 
-    torch's own SyncBatchNorm refuses CPUs.
+    torch's own SyncBatchNorm does not support CPUs.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -102,7 +102,7 @@ def _normalise(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
     assert norm.momentum is not None
-    # else the buffers would hold the graphs of all steps
+    # otherwise the buffers would hold the autograd graphs of all steps
     with torch.no_grad():
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(variance * count / (count - 1).clamp_min(1), norm.momentum)

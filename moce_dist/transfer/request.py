@@ -1,7 +1,7 @@
 """One comparison on one task, checked before torch is imported.
 
-A request names the task, the backbones, the protocols and the seeds. Whatever can be wrong about it
-or about the run directory that it refers to is found here, from names, folders and headers.
+A request names the task, the backbones, the protocols and the seeds. Mistakes in it, or in the run
+directory that it refers to, are found here, from names, folders and headers.
 """
 
 from collections.abc import Sequence
@@ -43,17 +43,17 @@ class Request:
 
     @property
     def folder(self) -> str:
-        """Name of the task's folder in the run: its own in a suite, else the task's."""
+        """Name of the task's folder in the run: `name` if given (in a suite), else the task."""
         return self.name or self.task
 
 
 def base_of(backbone: str) -> str:
-    """Name what a backbone with further steps began as: `moce:merge` of `moce:merge+own`."""
+    """Return the name of a backbone before further steps: `moce:merge` for `moce:merge+own`."""
     return backbone if backbone.startswith("timm:") else backbone.partition("+")[0]
 
 
 def further_of(backbone: str) -> str:
-    """Say what a backbone's further steps are on: `own` clusters, `all` images, "" without any."""
+    """Return what a backbone's further steps train on: `own` clusters, `all` images, "" if none."""
     return backbone.removeprefix(base_of(backbone)).removeprefix("+")
 
 
@@ -63,7 +63,7 @@ def is_moce(backbone: str) -> bool:
 
 
 def is_chosen(backbone: str) -> bool:
-    """Tell whether a backbone is made for the task, of experts: that of a MoCE, or `token`."""
+    """Tell whether a backbone is made from experts for the task: from a MoCE's, or `token`."""
     return is_moce(backbone) or backbone == BY_USE
 
 
@@ -78,9 +78,9 @@ def backbones_of(config: Config) -> tuple[str, ...]:
 
 
 def stage_of(name: str, config: Config) -> str | None:
-    """Name the training stage that a backbone's weights come from; None for others' weights.
+    """Name the training stage that a backbone's weights come from; None for timm and `random`.
 
-    Of a name like `moce:HOW` or `control+own` what stands before the sign counts.
+    Of a name like `moce:HOW` or `control+own` only the part before the sign counts.
     """
     kind = base_of(name).partition(":")[0]
     if kind == own_backbone(config):
@@ -98,10 +98,11 @@ def experts_of(config: Config) -> str:
 def default_backbones(
     run: Run | None, config: Config, *, continues: bool = False
 ) -> tuple[str, ...]:
-    """Choose what is compared where nothing is asked for: the run's own, and what it must beat.
+    """Choose the default backbones of a comparison: the run's own, and its baseline.
 
-    That is the control where it is finished (without a run: is to be made), else the MAE, which was
-    trained for fewer steps. With `continues` each also with further steps.
+    The baseline is the control if it is finished (without a run: if it is to be made) and not the
+    run's own; else the MAE, which was trained for fewer steps. `continues` adds further steps to
+    the run's own and the control.
     """
     own = own_backbone(config)
     has_control = config.control if run is None else read_marker(run.stage("control")) is not None
@@ -226,10 +227,10 @@ def check_experts(given: Sequence[int], num_layers: int, num_experts: int) -> No
 
 
 def check_suite(suite: Sequence[SuiteEntry]) -> None:
-    """Check the list of a suite's tasks; each one's request is checked by itself.
+    """Check the list of a suite's tasks; the request of each task is checked separately.
 
     Raises:
-        ConfigError: there are none, or two lie in one folder.
+        ConfigError: there are none, two share a folder, or a name cannot be a folder's.
     """
     if not suite:
         raise ConfigError("--task all: the configuration lists no tasks in transfer.suite")
@@ -264,10 +265,11 @@ def check_stages(request: Request, run: Run, config: Config) -> None:
 
 
 def open_request_run(root: Path, recipe: str | None, overrides: list[str]) -> tuple[Run, Config]:
-    """Open a run with a recipe and `--set` overrides laid over the configuration it was made with.
+    """Open a run; a recipe and `--set` overrides change the configuration it was made with.
 
     Raises:
-        ConfigError: there is no such run, the recipe is wrong or changes what the run has learnt.
+        ConfigError: there is no such run, the recipe is wrong, or a change affects what the run
+            has learnt.
     """
     run, made_with = load_run(root)
     if recipe is not None:

@@ -1,8 +1,8 @@
-"""Results of a comparison: one line per fit, kept as soon as it is there, and their summary.
+"""Results of a comparison: one line per fit, written as soon as it is finished, and a summary.
 
-`results.jsonl` is the ledger: every fit appends its line with the fingerprint of what it depended
+`results.jsonl` is the ledger: every fit appends its line with the fingerprint of what it depends
 on, so that an interrupted or extended comparison repeats nothing. `metrics.json` is made from the
-lines that still hold:
+lines that are still valid:
 
     {"task": "digits", "metric": "accuracy",
      "results": [{"backbone": "moce", "protocol": "knn", "seed": 0, "value": 0.93, ...}, ...],
@@ -11,8 +11,8 @@ lines that still hold:
      ...}, ...]}
 
 A row of a backbone with further steps has their `cost`: {"images": 100000, "seconds": 812.5}.
-A row of the summary whose backbone was trained less than stage moce has `steps_fewer`. That of a
-suite of tasks has the rows of all of them, the means over tasks and what failed.
+A summary row has `steps_fewer` if its backbone was trained for fewer steps than stage moce. The
+metrics.json of a suite has the rows of all its tasks, the means over tasks, and the failures.
 """
 
 import json
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 class Fit(NamedTuple):
-    """One training or fitting: which backbone, by which protocol, with which seed."""
+    """One fit: a backbone, a protocol and a seed."""
 
     backbone: str
     protocol: str
@@ -38,7 +38,7 @@ class Fit(NamedTuple):
 
     @property
     def is_trained(self) -> bool:
-        """Tell whether the backbone learns too, step by step."""
+        """Tell whether the backbone itself is trained, step by step."""
         return self.protocol == "finetune"
 
 
@@ -83,7 +83,7 @@ class Ledger:
             "stage": self._stage(row["backbone"]),
             "row": row,
         }
-        # rewritten whole: an appended line after one that a kill cut off would be lost with it
+        # rewrite the file: a line appended behind one that a kill truncated would be lost with it
         lines = [*read_jsonl(self.path), line]
         write_atomic(self.path, "".join(json.dumps(each) + "\n" for each in lines))
 
@@ -94,15 +94,15 @@ def fingerprints(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _spread(values: Sequence[float]) -> Row:
-    # a single seed has no deviation, and one of 0 would claim that it has
+    # a single seed has no deviation, and 0 would claim that it was measured
     std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": std}
 
 
 def summarise(rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None) -> list[Row]:
-    """Mean and standard deviation (of the sample) per backbone and protocol.
+    """Compute the mean and the sample standard deviation per backbone and protocol.
 
-    `steps_fewer` are the optimiser steps that a backbone was trained less than stage moce.
+    `steps_fewer` says, per backbone, how many fewer optimiser steps it took than stage moce.
     """
     fewer = {name: steps for name, steps in (steps_fewer or {}).items() if steps > 0}
     values: dict[tuple[str, str], list[float]] = {}
@@ -120,15 +120,15 @@ def summarise(rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None)
 
 
 def reference_of(rows: Iterable[Row]) -> str | None:
-    """Choose what the others are compared with: `control`, else `mae`, else the first backbone."""
+    """Choose the reference of the comparison: `control`, else `mae`, else the first backbone."""
     names = list(dict.fromkeys(row["backbone"] for row in rows))
     return next((name for name in ("control", "mae", *names) if name in names), None)
 
 
 def differences(rows: Iterable[Row]) -> list[Row]:
-    """Mean and deviation of a backbone's value minus the reference's, seed by seed.
+    """Compute mean and deviation of a backbone's value minus the reference's, seed by seed.
 
-    Fits of one seed met the same images in the same order, so their difference varies less than
+    Fits of one seed see the same images in the same order, so their difference varies less than
     the values. Seeds that only one of the two has are left out.
     """
     ordered = list(rows)
@@ -168,8 +168,8 @@ def make_metrics(
 def _over_tasks(tables: Iterable[Iterable[Row]]) -> list[Row]:
     """Average rows of several tasks by backbone, protocol and reference.
 
-    Tasks vary independently, so the deviation of their mean is the root of the summed squares over
-    their number; it is null where that of a task is.
+    Tasks are taken as independent, so the deviation of their mean is the root of the summed squared
+    deviations, divided by the number of tasks. It is None if a task has none.
     """
     found: dict[tuple[Any, ...], list[Row]] = {}
     for rows in tables:

@@ -1,7 +1,7 @@
-"""The dense ViTs that lie in a MoCE checkpoint: which clusters take which experts.
+"""The dense ViTs that a MoCE checkpoint contains: which clusters take which experts.
 
-A route is one expert per MoE layer. The clusters of a run take some of the E^L routes; the ViT of
-any of them can be exported, by the same code as that of a task.
+A route is one expert per MoE layer. The clusters of a run take some of the E^L routes. The ViT of
+any route can be exported, by the same code as the ViT of a task.
 
 Letters: L MoE layers, E experts, K clusters.
 """
@@ -29,14 +29,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Route:
-    """One expert per MoE layer, and the images of every cluster that takes them."""
+    """One expert per MoE layer, and the number of images of every cluster that takes them."""
 
     experts: tuple[int, ...]
     clusters: dict[int, int]
 
     @property
     def num_images(self) -> int:
-        """Images of all clusters of the route."""
+        """Number of images in all clusters of the route."""
         return sum(self.clusters.values())
 
 
@@ -63,7 +63,7 @@ def cluster_sizes(run: Run, num_clusters: int) -> list[int]:
 
 
 def list_routes(run: Run, config: Config, stage: TrainedStage) -> list[Route]:
-    """List the routes that clusters take, the one of most images first.
+    """List the routes that clusters take, the one with most images first.
 
     Raises:
         ConfigError: the checkpoint has no experts, or the assignments are missing.
@@ -93,10 +93,10 @@ def route_lines(found: Sequence[Route]) -> list[str]:
 
 
 def export_route(run: Run, config: Config, experts: Sequence[int], out: Path) -> list[Path]:
-    """Write the dense ViT of a route, taken by a cluster or not; return its files.
+    """Write the dense ViT of a route, whether clusters take it or not; return its files.
 
-    The figures of its card, and with `gate.combine: prob` the p folded into it, are those of the
-    images that take the route; of all images when none does (a cluster may hold none).
+    The figures on its model card, and the p that `gate.combine: prob` folds into it, are computed
+    from the images that take the route, or from all images if none does (clusters may be empty).
 
     Raises:
         ConfigError: the experts do not exist.

@@ -1,8 +1,8 @@
 """A fitted model on disk: weights as safetensors, everything else as JSON; nothing is pickled.
 
     FOLDER/model.safetensors    weights
-    FOLDER/config.json          architecture, class names, pixels expected; a classifier's is in
-                                timm's local-dir format, so timm alone loads it too
+    FOLDER/config.json          architecture, class names, expected pixels; for classifiers in
+                                timm's local-dir format, so that timm alone can load them
 
     model = timm.create_model("local-dir:FOLDER", pretrained=True)      # classifiers
     model = transformers.AutoModelForImageClassification.from_pretrained("FOLDER")      # the same
@@ -38,7 +38,7 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Spec:
-    """What it takes to build a fitted model again and to feed it; `options` are its kind's own."""
+    """What is needed to rebuild a fitted model and to feed it; `options` depend on its kind."""
 
     kind: str
     task: str
@@ -56,12 +56,12 @@ class Spec:
         return bool(self.options.get("is_multi_label", False))
 
     def vit(self) -> nn.Module:
-        """Build the ViT with weights of its own; a classifier's has its head."""
+        """Build the ViT with newly initialised weights; a classifier's includes its head."""
         model: nn.Module = timm.create_model(self.architecture, **self.arguments)
         return model
 
     def backbone(self) -> Backbone:
-        """Describe what images have to look like, as loaders want it."""
+        """Describe the images that the model expects, in the form that loaders take."""
         return Backbone(
             self.task,
             self.architecture,
@@ -92,7 +92,7 @@ def features_spec(backbone: Backbone) -> Spec:
 def classifier_spec(
     backbone: Backbone, task: str, classes: Sequence[str], *, is_multi_label: bool, fc_norm: bool
 ) -> Spec:
-    """Describe a backbone with a head; `fc_norm` puts the last norm behind the mean."""
+    """Describe a backbone with a head; `fc_norm` puts the last norm after the mean."""
     arguments = {**backbone.arguments, "num_classes": len(classes)}
     if "fc_norm" in backbone.arguments:
         arguments["fc_norm"] = fc_norm
@@ -107,7 +107,7 @@ def classifier_spec(
 
 
 def dense_spec(backbone: Backbone, task: Task, image_size: int, **options: Any) -> Spec:
-    """Describe a backbone for images of another side, with what its kind puts on it."""
+    """Describe a backbone for another image size; `options` are those of the task's kind."""
     return replace(
         features_spec(backbone),
         kind=task.kind,
@@ -122,8 +122,8 @@ def dense_spec(backbone: Backbone, task: Task, image_size: int, **options: Any) 
 def timm_config(spec: Spec, tag: str) -> dict[str, Any]:
     """Make timm's `config.json`: architecture, arguments, and the images that it expects.
 
-    transformers wraps such a folder and says itself how many classes there are, so the arguments
-    must not.
+    transformers wraps such a folder and passes the number of classes itself, so the arguments must
+    not contain it.
     """
     num_classes = 0 if spec.kind == FEATURES else len(spec.classes)
     arguments = {name: value for name, value in spec.arguments.items() if name != "num_classes"}
@@ -152,7 +152,7 @@ def timm_config(spec: Spec, tag: str) -> dict[str, Any]:
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write tensors as safetensors, so that readers see the old file or the new one."""
+    """Write tensors as safetensors, atomically: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in weights.items()}
@@ -162,12 +162,12 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def save_model(folder: Path, model: nn.Module, spec: Spec, about: Mapping[str, Any]) -> None:
-    """Write a fitted model; `about` (its step, what was measured) stands in config.json."""
+    """Write a fitted model; `about` (its step and measures) is stored in config.json."""
     write_weights(folder / WEIGHTS, model.state_dict())
     common = asdict(spec)
     options = common.pop("options")
     ours = {"format": _FORMAT, **common, **options, "about": dict(about)}
-    # a ViT with a head is all timm's
+    # timm alone can build a ViT with a head
     theirs = timm_config(spec, spec.kind) if spec.arguments.get("num_classes") else {}
     write_atomic(folder / CONFIG, json.dumps({**theirs, "moce_dist": ours}, indent=1))
 

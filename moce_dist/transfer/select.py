@@ -1,28 +1,29 @@
-"""Which experts a task gets: its unlabelled images, their clusters, the gate's opinion of these.
+"""Choose the experts of a task from its unlabelled images, their clusters, and the gate.
 
     images --cluster.encoder--> features --nearest centroid--> clusters --gate--> mass per expert
 
-The encoder is the one that the clusters were made with (`train/encoder.py`), or distances to their
-centroids would mean nothing.
+The encoder is the one that the clusters were made with (`train/encoder.py`); with any other,
+distances to the centroids would be meaningless.
 
-The mass of an expert is the mean over the task's images of the gate's probability. Where the gate
-routes under constraints (`gate.assign: balanced`, `gate.groups: shared`) probability is no routing,
-so it is the share of the images that the routing table sends to the expert. What a layer becomes:
+The mass of an expert is the mean of the gate's probability for it over the task's images. If the
+gate routes under constraints (`gate.assign: balanced`, `gate.groups: shared`), probabilities do not
+determine the routing; the mass is then the share of the images that the routing table sends to the
+expert. `transfer.select` says what a layer becomes:
 
     vote             the expert of greatest mass
     largest_cluster  the expert of the cluster with most of the task's images
     merge            the mean of all experts, weighted by mass^(1 / merge_temperature)
     average          the plain mean of all experts
-    mismatched       the expert of least mass: a study asks what choosing is worth
-    validate         whichever of these, or the control, does best on the task
+    mismatched       the expert of least mass, for studies of what choosing is worth
+    validate         whichever of the others (but mismatched) or the control does best on the task
 
-To validate, a few candidates are tried on folds of the task's own training images; the test images
-are not among what is handed over.
+To validate, the candidates are tried on folds of the task's own training images. They never get the
+test images.
 
     training images --each candidate--> features --k-NN or logistic regression--> a score a fold
 
-A fold is judged by a fit on the others; the candidate of the best mean is taken, the earlier one of
-equals.
+The score of a fold is that of a fit on the other folds. The candidate with the best mean is taken,
+and of equal ones the first.
 
 Letters: n images of the task, D width, K clusters, L MoE layers, E experts.
 
@@ -54,7 +55,7 @@ _MAJORITY = 0.5
 
 
 def task_clusters(features: Tensor, clusters: Path) -> NDArray[np.int64]:
-    """Assign raw features (n, D) to the clusters of a run: ids (n,), by nearest centroid.
+    """Assign raw features (n, D) to the nearest centroids of a run; return cluster ids (n,).
 
     `clusters` is the run's folder with centroids.npy and mean.npy.
     """
@@ -66,7 +67,7 @@ def task_clusters(features: Tensor, clusters: Path) -> NDArray[np.int64]:
 def expert_mass(
     cluster_ids: NDArray[np.int64], weights: Mapping[str, Tensor], config: Config
 ) -> NDArray[np.float64]:
-    """Mass (L, E) of every expert for images of these clusters (n,); every layer sums to 1."""
+    """Return the mass (L, E) of experts for images of clusters (n,); every layer sums to 1."""
     p = cluster_probabilities(weights)
     gate = config.gate
     if gate.assign != "argmax" or gate.groups != "free":
@@ -86,9 +87,10 @@ def choose_experts(
 ) -> dict[str, Any]:
     """Choose what every MoE layer becomes for a task whose images lie in `cluster_ids` (n,).
 
-    Returns the content of choice.json; `given` experts override `transfer.select`. `scale`, with
-    `gate.combine: prob` only, is to be folded into the layers' outputs: the mean p over the images
-    of the chosen expert, or of the experts that they take themselves where several are merged.
+    Returns the content of choice.json; `given` experts override `transfer.select`. With
+    `gate.combine: prob`, `scale` is the factor to fold into each layer's output: the mean over the
+    images of the chosen expert's p or, for merged and mismatched experts, of the p of the expert
+    that the image is routed to.
 
     Raises:
         ConfigError: `given` does not name one existing expert per MoE layer.
@@ -122,7 +124,7 @@ def choose_experts(
 
 
 def mix_of(choice: Mapping[str, Any]) -> list[int | list[float]]:
-    """Say what every layer becomes, as `customize` takes it: its expert, or weights over all."""
+    """Return the mix that `customize` takes: per layer its expert, or weights over all experts."""
     layers = choice["layers"]
     return [x["weights"] if x["expert"] is None else x["expert"] for x in layers]
 
@@ -133,12 +135,12 @@ def _selected(
     weights: Mapping[str, Tensor],
     config: Config,
 ) -> NDArray[np.float64]:
-    """Weights of the experts (L, E), every row sums to 1."""
+    """Return the weights of the experts (L, E); every row sums to 1."""
     select, num_experts = config.transfer.select, mass.shape[1]
     if select == "average":
         return np.full(mass.shape, 1 / num_experts)
     if select == "merge":
-        # over the greatest, so that no power of it is lost
+        # divided by the greatest mass, so that powers do not underflow
         shares = (mass / mass.max(axis=1, keepdims=True)) ** (1 / config.transfer.merge_temperature)
         return np.asarray(shares / shares.sum(axis=1, keepdims=True))
     if select == "largest_cluster":
@@ -162,7 +164,7 @@ def _mean_probability(
     p = cluster_probabilities(weights).double()
     table = routes(weights, config.gate, num_groups=config.parallel.num_groups)
     ids = torch.from_numpy(cluster_ids)
-    # a layer on purpose badly chosen must be as loud as the others are
+    # mismatched experts get the output scale of the routed ones, so that only the choice differs
     is_own = config.transfer.select != "mismatched"
     return [
         float(p[i, ids, e if is_own and isinstance(e, int) else table[i, ids]].mean())
@@ -195,7 +197,7 @@ _TEMPERATURES = (0.5, 1.0, 2.0)
 
 
 def with_selection(config: Config, select: str, temperature: float | None = None) -> Config:
-    """Lay a selection, and a temperature of its merge, over a configuration."""
+    """Return a configuration with another selection and, if given, another merge temperature."""
     changes: dict[str, Any] = {"select": select}
     if temperature is not None:
         changes["merge_temperature"] = temperature
@@ -203,7 +205,7 @@ def with_selection(config: Config, select: str, temperature: float | None = None
 
 
 def candidate_configs(config: Config) -> dict[str, Config]:
-    """List the selections that are tried, by the names that choice.json gives them."""
+    """Return the configurations of the candidate selections, by their names in choice.json."""
     merges = {f"merge, T = {t:g}": with_selection(config, "merge", t) for t in _TEMPERATURES}
     return {
         "vote": with_selection(config, "vote"),
@@ -214,7 +216,7 @@ def candidate_configs(config: Config) -> dict[str, Config]:
 
 
 def folds_of(labels: Tensor, num_folds: int, seed: int) -> NDArray[np.int64]:
-    """Deal images with labels (n,), or (n, C), to folds (n,) by the seed, class by class."""
+    """Split images into folds (n,) by the seed; labels (n,) are stratified, (n, C) are not."""
     order = np.random.default_rng(seed).permutation(len(labels))
     if labels.ndim == 1:
         order = order[labels.numpy()[order].argsort(kind="stable")]
@@ -226,7 +228,7 @@ def folds_of(labels: Tensor, num_folds: int, seed: int) -> NDArray[np.int64]:
 def score_folds(
     features: Tensor, labels: Tensor, task: Task, transfer: TransferConfig, seed: int
 ) -> list[float]:
-    """Judge features (n, D) of images with `labels`: the task's metric on every fold."""
+    """Return the task's metric on every fold, from features (n, D) and labels of its images."""
     folds = torch.from_numpy(folds_of(labels, transfer.validate_folds, seed))
     scores = []
     for fold in range(int(folds.max()) + 1):
@@ -245,7 +247,7 @@ def score_folds(
 def try_candidates(
     candidates: Iterable[Backbone], task: Task, config: Config, machine: Machine
 ) -> list[dict[str, Any]]:
-    """Score every candidate on a task's training images; the best one stands first.
+    """Score every candidate on a task's training images; return the best one first.
 
     Raises:
         ValueError: no training image can be read.
@@ -263,9 +265,9 @@ def try_candidates(
 def validated(
     choices: Mapping[str, dict[str, Any]], tried: list[dict[str, Any]], transfer: TransferConfig
 ) -> dict[str, Any]:
-    """Make the content of choice.json: that of the best candidate, and what all have scored.
+    """Make the content of choice.json: that of the best candidate, and the scores of all.
 
-    Where the control is best there are no experts: `layers` is empty.
+    If the control is best there are no experts, and `layers` is empty.
     """
     best = tried[0]["name"]
     chosen = next(iter(choices.values())) if best == CONTROL else choices[best]

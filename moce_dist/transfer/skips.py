@@ -1,9 +1,9 @@
-"""Images that cannot be read while a fit is under way: passed over, counted and named.
+"""Images that cannot be read during a fit: they are skipped, counted and recorded.
 
-In training the next image that can be read stands in (classes, masks), or the image is missing
-from its batch (detection); in a test it does not count (in a detection's, nothing is found in it).
-While a fit that is kept is under way, `FOLDER/skipped.jsonl` has its skips by step, so that a fit
-that goes on counts those of before; in the end they are in the run's `faults.jsonl`.
+In training, the next readable image replaces the unreadable one (classification, segmentation), or
+the image is missing from its batch (detection). In a test it does not count (in detection, nothing
+is found in it). While a fit that is kept is running, `FOLDER/skipped.jsonl` lists its skips by
+step, so that a resumed fit counts earlier ones too. At the end the run's `faults.jsonl` lists them.
 
 Letters: n images of a rank, S side in pixels.
 """
@@ -32,7 +32,7 @@ Skipped = dict[str, Any]
 
 
 class Skips:
-    """The images that a fit passed over; the first rank notes those of all."""
+    """The images that a fit skipped; rank 0 records those of all ranks."""
 
     def __init__(self, machine: Machine, kept: Kept | None = None) -> None:
         self.machine, self._is_first = machine, machine.rank == 0
@@ -41,18 +41,18 @@ class Skips:
         self.test: Sequence[Unread] = ()
 
     def start(self, step: int) -> None:
-        """Take up the skips before a step; what came later is met again."""
+        """Restore the skips before a step; later ones will be found again."""
         known = read_jsonl(self._path) if self._path else []
         self.lines = [line for line in known if line["step"] < step]
         if len(self.lines) < len(known):
             self._write()
 
     def note(self, step: int, mine: Sequence[Unread | None]) -> list[Unread]:
-        """Note what a step passes over, and return it; `mine` has one entry an image of this rank.
+        """Record and return the skips of a step; `mine` has one entry per image of this rank.
 
         Collective over the ranks.
         """
-        # objects are sent only where there are some
+        # objects are gathered only if there are any
         count = add_up(torch.tensor(sum(fault is not None for fault in mine)), self.machine)
         if not count:
             return []
@@ -68,7 +68,7 @@ class Skips:
             write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
     def close(self) -> list[Skipped]:
-        """Return the skips of training and of the last test, and end their keeping on disk."""
+        """Return the skips of training and of the last test, and delete their file."""
         if self._path:
             self._path.unlink(missing_ok=True)
         if self._is_first:
@@ -114,7 +114,7 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's part (images (n, 3, S, S), labels) of every batch from step `start` on.
 
-    Notes the images that others stand in for. Collective over the ranks.
+    Records the images that others replace. Collective over the ranks.
     """
     skips.start(start)
     loader = load(images, machine.loader_processes, batch_sampler=draws)

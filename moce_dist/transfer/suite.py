@@ -1,9 +1,9 @@
-"""One task from its files to its metrics, and many of them that fail alone.
+"""One task from its files to its metrics, or many tasks that fail independently.
 
     orders --carry_out, each on its own--> outcomes --collect--> RUN/transfer/all/metrics.json
 
-An order travels to whichever process has room for it, so it holds all that it needs. One that is
-alone may have its fits trained on many ranks: those are a job, which is sent to all of them.
+An order is sent to any process that has room for it, so it holds all that it needs. If there is
+only one order, its fits may be trained on many ranks: they are a job that is sent to all ranks.
 """
 
 import json
@@ -41,7 +41,7 @@ class Order:
 
 @dataclass(frozen=True)
 class TaskOutcome:
-    """What became of an order: its metrics, or why there are none."""
+    """The result of an order: its metrics, or the reason why there are none."""
 
     name: str
     metrics: dict[str, Any] | None
@@ -61,7 +61,7 @@ def list_task(request: Request, config: Config) -> Task:
 class FitsJob:
     """The trained fits of an order, as they are sent to the ranks.
 
-    Ranks that torchrun started know neither choices nor ledger; the first one tells them.
+    Ranks that torchrun started know neither `choices` nor `ledger`; rank 0 sends them.
     """
 
     place: Run
@@ -71,31 +71,31 @@ class FitsJob:
 
     @property
     def name(self) -> str:
-        """What the job is called: its task."""
+        """Name of the job, made from that of the task's folder."""
         return f"transfer-{self.order.request.folder}"
 
     @property
     def folder(self) -> Path:
-        """Where the task's results go."""
+        """Folder of the task's results."""
         return self.place.transfer(self.order.request.folder)
 
     @property
     def run_root(self) -> Path:
-        """Where Ray may keep what it needs."""
+        """The run's folder, or the one that its transfers write to."""
         return self.place.out or self.place.root
 
     @property
     def parallel(self) -> ParallelConfig:
-        """How many workers there are to be."""
+        """Number of workers, and their groups."""
         return self.order.config.parallel
 
     @property
     def batch_size(self) -> int:
-        """Images of a step, which every number of workers below the full one divides."""
+        """Images of a step; any number of workers below the full one must divide it."""
         return kind_of(self.order.request.task).batch_size(self.order.config.transfer)
 
     def run(self, pulse: Pulse) -> None:
-        """Train what is left on this rank; collective over all ranks."""
+        """Train the remaining fits on this rank; collective over all ranks."""
         from moce_dist.transfer.compare import Comparison, train_fits
         from moce_dist.transfer.ranks import from_first, join
 
@@ -112,7 +112,7 @@ class FitsJob:
         train_fits(comparison, ledger)
 
     def progress(self) -> str:
-        """Say nothing: a fit logs how far it is."""
+        """Return nothing: a fit logs its own progress."""
         return ""
 
 
@@ -120,15 +120,15 @@ Train = Callable[[FitsJob | FurtherJob], None]
 
 
 def train_here(job: FitsJob | FurtherJob) -> None:
-    """Train the fits, or the further steps, of an order in this process, to their end."""
+    """Train the fits or the further steps of an order to their end in this process."""
     job.run(Pulse())
 
 
 def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, Any]:
-    """List, check, compare; return the content of metrics.json, or {} on ranks but the first.
+    """List, check and compare; return the content of metrics.json, or {} on ranks other than 0.
 
     Raises:
-        ConfigError: the task's files are not as they should be.
+        ConfigError: the task's files are missing or wrong.
     """
     job = FitsJob(run, order)
     quiet_libraries()
@@ -155,7 +155,7 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
 
 
 def prepare(run: Run, orders: Iterable[Order], train: Train) -> None:
-    """Take the further steps that tasks of a suite share, before they run side by side.
+    """Take the further steps that tasks of a suite share, before the tasks run in parallel.
 
     Raises:
         ConfigError: the run has no control.
@@ -170,7 +170,7 @@ def prepare(run: Run, orders: Iterable[Order], train: Train) -> None:
 
 
 def attempt(run: Run, order: Order) -> TaskOutcome:
-    """Carry out an order; a failure is an outcome too. The processor cores are for one worker."""
+    """Carry out an order with a single worker; a failure is returned as an outcome."""
     config = order.config
     alone = config.parallel.model_copy(update={"num_workers": 1, "min_workers": None})
     order = replace(order, config=config.model_copy(update={"parallel": alone}))
@@ -182,7 +182,7 @@ def attempt(run: Run, order: Order) -> TaskOutcome:
 
 
 def collect(run: Run, outcomes: Iterable[TaskOutcome]) -> dict[str, Any]:
-    """Wait for all outcomes, say how each ended, and write the suite's metrics.json."""
+    """Wait for all outcomes, log how each ended, and write the suite's metrics.json."""
     finished = []
     for outcome in outcomes:
         logger.info("%s: %s", outcome.name, outcome.failure or "done")

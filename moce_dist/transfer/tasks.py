@@ -1,7 +1,7 @@
-"""What a kind of task is: its images, and what the rest of transfers asks of it.
+"""The interface of a kind of task: its images, and what the rest of `transfer` needs from it.
 
-A kind is a subclass of `Task` in a folder of its own, a module there that fits and predicts, and a
-line of `kinds.py`. Here nothing heavy may be imported: requests are checked by it.
+A kind is a subclass of `Task` in its own folder, a module there that fits and predicts, and a line
+in `kinds.py`. This module checks requests, so it must not import anything heavy.
 """
 
 import logging
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class FilePart(NamedTuple):
-    """Bytes of a file: an image in a tar."""
+    """A range of a file's bytes: an image in a tar."""
 
     file: Path
     start: int
@@ -38,8 +38,8 @@ class FilePart(NamedTuple):
 class Item(NamedTuple):
     """A labelled image: its bytes, or the file or part of a file that holds them.
 
-    The label is a class, or with several labels an image one number a class: 1 there, 0 not there,
-    -1 not counted. Where labels do not matter it is 0.
+    The label is a class. If images have several labels it is one number per class: 1 present, 0
+    absent, -1 not counted. Where labels do not matter it is 0.
     """
 
     key: str
@@ -71,23 +71,23 @@ class Splits(NamedTuple):
 class Task(ABC):
     """A downstream task: class names, the images of its two splits, and its metric.
 
-    Images have a `key`; what else they have is the kind's own matter.
+    Images have a `key`; their other fields depend on the kind.
     """
 
     kind: ClassVar[str]
     """Name of the kind in fitted models."""
     names: ClassVar[Sequence[str]]
-    """What `--task` calls tasks of this kind."""
+    """Names that `--task` accepts for this kind."""
     protocols: ClassVar[Sequence[str]] = ("finetune",)
-    """Protocols that are taken by default."""
+    """Protocols that are used by default."""
     more_protocols: ClassVar[str] = ""
-    """Others that are taken, as an error lists them."""
+    """Other protocols that are accepted, as text for an error message."""
     can_validate: ClassVar[bool] = False
-    """Whether experts can be chosen by evidence: images have labels."""
+    """Whether experts can be chosen by `validate`, which needs images with class labels."""
     has_scores: ClassVar[bool] = False
     """Whether `predict` finds objects with scores."""
     onnx_output: ClassVar[str] = "logits"
-    """Name of the output of an ONNX file; "": there is no such file."""
+    """Name of the output of an ONNX file; "": the kind cannot be exported."""
 
     name: str
     classes: Sequence[str]
@@ -106,7 +106,7 @@ class Task(ABC):
 
     @classmethod
     def open(cls, name: str, data: Path | None, evaluate: str = "test") -> Self:
-        """List a task's images; with `evaluate: val` it is tested on a fifth of those of training.
+        """List a task's images; `evaluate: val` tests on a fifth of the training images instead.
 
         Raises:
             ConfigError: a file or folder is missing or wrong, or there are too few images.
@@ -129,7 +129,7 @@ class Task(ABC):
 
     @classmethod
     def needs_data(cls, name: str) -> bool:
-        """Tell whether a task's images are the user's own (`--data`)."""
+        """Tell whether the user has to supply a task's images (`--data`)."""
         return True
 
     @classmethod  # noqa: B027 - a kind may have nothing to check
@@ -148,12 +148,12 @@ class Task(ABC):
     @classmethod
     @abstractmethod
     def plan(cls, transfer: TransferConfig) -> str:
-        """Say what a fit costs, in one line of `--dry-run`."""
+        """Describe the cost of a fit in one line, for `--dry-run`."""
 
     @classmethod
     @abstractmethod
     def batch_size(cls, transfer: TransferConfig) -> int:
-        """Return the images of a training step, which ranks share."""
+        """Return the number of images of a training step, over all ranks."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -161,24 +161,24 @@ class Task(ABC):
 
     @abstractmethod
     def images(self) -> list[Item]:
-        """Return the training images without what there is to learn."""
+        """Return the training images as items, whose labels are not to be used."""
 
     def subset(self, max_train: int | None, seed: int) -> Self:
-        """Keep at most `max_train` training images, drawn with `seed`, in their order."""
+        """Keep at most `max_train` training images, drawn with `seed`, in their original order."""
         if max_train is None or max_train >= len(self.train):
             return self
         kept = np.random.default_rng(seed).permutation(len(self.train))[:max_train]
         return replace(self, train=[self.train[i] for i in sorted(kept)])
 
     def part_of(self, transfer: TransferConfig, protocol: str, seed: int) -> Self:
-        """Keep the training images that a protocol may have."""
+        """Keep the training images that a protocol may use."""
         return self.subset(transfer.max_train, seed)
 
     @abstractmethod
     def scan(self, *, threads: int) -> list[str]:
-        """Read all files of a task below `SCAN_LIMIT_BYTES`; larger ones are checked as met.
+        """Check all files of a task of at most `SCAN_LIMIT_BYTES`; return notes on their content.
 
-        Returns notes on what they hold.
+        Files of a larger task are checked when they are used.
 
         Raises:
             ConfigError: naming the first damaged file, and how many there are.
@@ -188,7 +188,7 @@ class Task(ABC):
 def scan_all(
     images: Sequence[T], size: Callable[[T], int], look: Callable[[T], Any], threads: int
 ) -> list[Any]:
-    """Return `look` of every image, or [] where all are larger than `SCAN_LIMIT_BYTES` together.
+    """Return `look` of every image, or [] if their total size exceeds `SCAN_LIMIT_BYTES`.
 
     Raises:
         ConfigError: the text of the first ImageError that `look` raises, and how many there are.
@@ -210,7 +210,7 @@ def scan_all(
 
 
 def warn_of_doubt(keys: Sequence[str]) -> None:
-    """Name the annotated images that are turned by their EXIF, their size telling nothing."""
+    """Warn of annotated images that EXIF turns and whose size does not tell what was annotated."""
     if keys:
         logger.warning(
             "%d annotated images are turned by EXIF, the first is %s: their sizes do not tell "

@@ -1,10 +1,10 @@
-"""A task's dense ViT from experts that tokens choose (`moe.kind: token`): merged by use.
+"""A task's dense ViT from experts that tokens choose (`moe.kind: token`), merged by their use.
 
     images --the model's own token gates--> tokens per expert --shares--> weights averaged by them
 
-No image of a task has one expert there, so no route is a model of it. Experts started as copies of
-one MLP, so their average is a model; a token's output is weighted with its probability p, of which
-the mean over the task's tokens is folded into the last linear layer.
+The tokens of an image choose different experts, so no route is a model of it. Experts started as
+copies of one MLP, so their average is a model. The layer weights a token's output with its
+probability p; the mean of p over the task's tokens is folded into the last linear layer.
 
 Letters: B images, N tokens with the class token, D width, L MoE layers, E experts.
 
@@ -29,16 +29,16 @@ _PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
 def without_gates(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Leave out the gates of a token-routed model: what `customize` takes."""
+    """Return a token-routed model's weights without its gates, as `customize` takes them."""
     gates = {_GATE.format(block) for block in moe_shape(weights)[0]}
     return {name: tensor for name, tensor in weights.items() if name not in gates}
 
 
 class UsageMlp(nn.Module):
-    """The experts of one layer and their gate, on one process; keeps what its tokens chose."""
+    """The experts of one layer and their gate, in one process; records what tokens choose."""
 
     def __init__(self, weights: Mapping[str, Tensor], block: int, num_experts: int) -> None:
-        """Take the tensors of block number `block` from weights by global name."""
+        """Take the tensors of block number `block` from weights with global names."""
         super().__init__()
         gate = weights[_GATE.format(block)].float()
         self.register_buffer("gate", gate, persistent=False)
@@ -51,7 +51,7 @@ class UsageMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Send every token of (B, N, D) through its best expert, weighted with its p.
 
-        `used` (B, E + 1) are then the tokens of each image by expert, and the sum of their p.
+        `used` (B, E + 1) then holds each image's number of tokens per expert, and the sum of p.
         """
         p, best = F.linear(x.float(), self.get_buffer("gate")).softmax(dim=-1).max(dim=-1)
         y = torch.zeros_like(x)
@@ -68,7 +68,7 @@ class UsageMlp(nn.Module):
 def usage_counter(
     weights: Mapping[str, Tensor], config: Config, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """Build the function from images (B, 3, S, S) to what their tokens use, (B, L * (E + 1))."""
+    """Build a function from images (B, 3, S, S) to `used` of all layers, (B, L * (E + 1))."""
     parallel = config.parallel.model_copy(update={"precision": "fp32"})
     model = MaskedAutoencoder(config.model_copy(update={"parallel": parallel}))
     blocks, num_experts = moe_shape(weights)
@@ -87,7 +87,7 @@ def usage_counter(
 
 
 def choose_by_use(used: Tensor, weights: Mapping[str, Tensor], *, task: str) -> dict[str, Any]:
-    """Make the content of choice.json from what every image's tokens use, (n, L * (E + 1))."""
+    """Make the content of choice.json from the `used` of n images, (n, L * (E + 1))."""
     blocks, num_experts = moe_shape(weights)
     sums = used.double().sum(dim=0).view(len(blocks), num_experts + 1)
     counts, p = sums[:, :-1], sums[:, -1]

@@ -1,7 +1,7 @@
-"""A model that is fitted, inside DeepSpeed's engine: steps on R ranks, and its state by name.
+"""Training of a fitted model in DeepSpeed's engine: steps on R ranks, and its state by name.
 
-The ranks' parts of a batch differ in size, and so do the micro-batches of a part, so every loss is
-weighted: gradients are those of the mean over the whole batch, whatever R and M are.
+The ranks' parts of a batch differ in size, and so do the micro-batches of a part. Every loss is
+therefore weighted, so that for any R and M gradients are those of the mean over the whole batch.
 
 Letters: R ranks, B images of a step, n images of a rank, M micro-batches.
 """
@@ -54,7 +54,7 @@ class Trainer:
         """Put a model and its optimiser into an engine; `loss` runs the model.
 
         Raises:
-            ConfigError: blocks are to be prepared, and the model has none.
+            ConfigError: checkpointing or compilation of blocks is on, and the model has none.
         """
         self._name, self._machine = name, machine
         init_distributed(machine.device)
@@ -71,7 +71,7 @@ class Trainer:
             Objective(model, loss, machine),
             optimizer.param_groups,
             lambda _: optimizer,
-            # parts differ in size: to the engine every micro-batch of a rank is one item
+            # micro-batches differ in size, so the engine counts each one as a single item
             EngineSpec(machine.parallel, topology, num_experts=1, batch_size=size, clip_norm=0.0),
         )
 
@@ -85,10 +85,11 @@ class Trainer:
     ) -> bool:
         """Take a step on this rank's inputs (n, ...) and targets (n, ...) or a list of n.
 
-        A loss is a mean over `weigh(targets)` things. Tells whether a rank was asked to stop.
+        The loss is a mean over `weigh(targets)` items. Returns whether a rank was asked to stop.
 
         Raises:
-            FloatingPointError: on all ranks, before the weights have changed.
+            FloatingPointError: the loss or the gradient norm is not finite; on all ranks, before
+                the weights change.
         """
         machine = self._machine
         set_learning_rate(self._engine.optimizer, rate)
@@ -111,14 +112,14 @@ class Trainer:
         return bool(sums[1] > 0)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (KIND/NAME, tensor) of weights, moments and buffers."""
+        """Yield (KIND/NAME, tensor) of weights, optimiser moments and buffers."""
         for name, kind, tensor in self._engine.state():
             yield f"{kind}/{name.removeprefix(_PREFIX)}", tensor.detach()
         for name, tensor in self._engine.module.named_buffers():
             yield f"{_BUFFER}/{name.removeprefix(_PREFIX)}", tensor
 
     def load(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """Go on from a state after `step` steps."""
+        """Resume from a state that was saved after `step` steps."""
         self._engine.load_state(
             lambda name, kind: tensors.get(f"{kind}/{name.removeprefix(_PREFIX)}"), step=step
         )
@@ -131,10 +132,10 @@ class Trainer:
 
 
 def stop_unless_finite(value: float, what: str, fit: str, step: int) -> None:
-    """Stop a fit when a figure, which is the same on all ranks, is not finite.
+    """Stop a fit when a value, which is the same on all ranks, is not finite.
 
     Raises:
-        FloatingPointError: naming the fit, the figure and the step.
+        FloatingPointError: naming the fit, the value and the step.
     """
     if not math.isfinite(value):
         raise FloatingPointError(f"{fit}: {what} is {value} in step {step}")
@@ -143,12 +144,12 @@ def stop_unless_finite(value: float, what: str, fit: str, step: int) -> None:
 def cut_batch(
     batch: tuple[Tensor, Any], count: int, weigh: Callable[[Any], int]
 ) -> Iterator[tuple[Tensor, Any, int]]:
-    """Cut a rank's batch into `count` micro-batches, with the weights of their losses."""
+    """Split a rank's batch into `count` micro-batches; yield each with the weight of its loss."""
     inputs, targets = batch
     for i in range(count):
         start, stop = (len(inputs) * edge // count for edge in (i, i + 1))
         if start < stop:
             yield inputs[start:stop], targets[start:stop], weigh(targets[start:stop])
         else:
-            # all ranks take equally many micro-batches, so one without images repeats the first
+            # all ranks run the same number of micro-batches, so an empty one repeats an image
             yield inputs[:1], targets[:1], 0

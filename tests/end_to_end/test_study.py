@@ -120,8 +120,8 @@ def test_page_needs_no_network_and_no_script(finished):
         assert arm in page
 
 
-def strike(job, out, moment):
-    """Wait until a stage is under way in some run, then kill the study as a machine dies."""
+def strike(job, out, moment, sign=signal.SIGKILL):
+    """Wait until a stage is under way in some run, then end the study, by default as a crash."""
     patterns = {
         "ingest": "data/*/train-*.tar",
         "mae": "runs/*/mae/checkpoints/step_*",
@@ -130,9 +130,10 @@ def strike(job, out, moment):
         "transfer": "runs/*/transfer/*/results.jsonl",
     }
     job.wait_until(lambda: any(out.glob(patterns[moment])), moment)
-    job.process.send_signal(signal.SIGKILL)
-    job.finish()
+    job.process.send_signal(sign)
+    result = job.finish()
     job.assert_nothing_stays()
+    return result
 
 
 MOMENTS = ("ingest", "mae", "features", "moce", "transfer")
@@ -153,6 +154,15 @@ def test_killed_study_goes_on_to_the_same_figures(moments, start, arguments, fin
     ours, theirs = found(out), found(finished)
     assert ours["values"] == theirs["values"]
     assert ours["tables"] == theirs["tables"]
+
+
+def test_terminated_study_ends_with_all_its_processes(start, arguments, finished, tmp_path):
+    out = tmp_path / "out"
+    # one process extracts features, which ends at once; another one may train, and saves first
+    result = strike(start("study", *arguments(out, "--jobs", 2)), out, "features", signal.SIGTERM)
+    assert result.status == 143 and "the same command continues" in result.err
+    start("study", *arguments(out, "--jobs", 2)).finish().assert_done()
+    assert found(out)["values"] == found(finished)["values"]
 
 
 @pytest.mark.long

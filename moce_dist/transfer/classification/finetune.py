@@ -1,8 +1,8 @@
 """Fine-tune a whole backbone on a classification task, by the published MAE recipe.
 
-AdamW whose learning rate falls from block to block towards the input, stochastic depth, Mixup and
-CutMix, random resized crops, a cosine after a linear warm-up. Every backbone of a comparison gets
-the same steps, images and draws.
+The recipe has AdamW with layer-wise learning rate decay, stochastic depth, Mixup and CutMix, random
+resized crops, and a cosine schedule after a linear warm-up. Every backbone of a comparison gets the
+same steps, images and draws.
 
 Letters: B images, C classes.
 
@@ -46,7 +46,7 @@ _HEAD_STD = 2e-5
 
 
 class _LabelMixup(Mixup):  # type: ignore[misc]
-    """Mixup and CutMix of images with several labels, (B, C); a label not counted stays so."""
+    """Mixup and CutMix of images with several labels, (B, C); uncounted labels (-1) stay -1."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         share = self._mix_batch(images)
@@ -72,15 +72,15 @@ def fit(task: Classification, trial: Trial) -> Fitted:
 
 
 def build(spec: Spec) -> nn.Module:
-    """Return the ViT (B, 3, S, S) -> (B, C): timm puts the head on it."""
+    """Build the ViT (B, 3, S, S) -> (B, C); timm adds the head."""
     return spec.vit()
 
 
 def finetune(task: Classification, trial: Trial) -> Fitted:
     """Fine-tune on the training images; return the task's measures on the test images.
 
-    The seed draws everything: the head, the order, crops, Mixup, stochastic depth. Collective over
-    the machine's ranks.
+    The seed determines all draws: the head, the order, crops, Mixup, stochastic depth. Collective
+    over the machine's ranks.
     """
     backbone, machine, seed = trial.backbone, trial.machine, trial.seed
     recipe, skips = trial.transfer.finetune, Skips(machine, trial.kept)
@@ -90,7 +90,7 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
             nn.init.trunc_normal_(parameter, std=_HEAD_STD)
     model.to(machine.device)
     images = TaskImages(task.train, backbone, machine.kept_images, augment=recipe, seed=seed)
-    # Mixup swaps an image with its mirror position in the batch, so batches are even
+    # Mixup pairs images at mirror positions in the batch, so batches are even
     batch_size = min(recipe.batch_size, len(images)) // 2 * 2
     order = TrainingOrder(len(images), batch_size, recipe.epochs, seed)
     mix = _mixer(recipe, task)
@@ -136,12 +136,12 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
 def evaluate(
     model: nn.Module, backbone: Backbone, task: Classification, machine: Machine
 ) -> tuple[Measures, list[Unread]]:
-    """Measure a classifier in evaluation mode on the test images that can be read; collective.
+    """Measure a classifier in evaluation mode on the readable test images; collective.
 
-    Returns also the images that cannot.
+    Also returns the unreadable images.
 
     Raises:
-        ValueError: none can.
+        ValueError: no image can be read.
     """
     found = []
     for images, labels, faults in eval_batches(task.test, backbone, machine):
@@ -154,7 +154,7 @@ def evaluate(
 def predict(
     model: nn.Module, spec: Spec, images: Sequence[Item], wishes: Wishes
 ) -> Iterator[dict[str, Any]]:
-    """Yield a line an image: its `wishes.top` likeliest classes with their probabilities."""
+    """Yield one record per image: its `wishes.top` likeliest classes with their probabilities."""
     machine, backbone = wishes.machine, spec.backbone()
     factor, shift = renormalisation(backbone.mean, backbone.std)
     for start in range(0, len(images), machine.eval_batch_size):

@@ -1,7 +1,7 @@
-"""Classification with a frozen backbone: nearest neighbours and a linear head on its features.
+"""Classification with a frozen backbone: k-NN, linear head or logistic regression on features.
 
-Both see each image once, uncropped: features are computed once per backbone and reused.
-Fine-tuning, which moves the backbone, is in finetune.py.
+Images are not augmented, so features are computed once per backbone and reused. Fine-tuning, which
+trains the backbone too, is in finetune.py.
 
 Letters: n images, D width, C classes. Labels are (n,), or (n, C) of 1, 0 and -1 (not counted) when
 an image has several.
@@ -40,7 +40,7 @@ _TEMPERATURE = 0.07
 _CHUNK = 8192
 _PENALTY = 1.0
 _SHARES = tuple(10.0**exponent for exponent in range(-4, 3))
-"""scikit-learn's C: weight of the losses' sum over that of half the squared weights."""
+"""Values of scikit-learn's C: weight of the summed losses relative to half the squared weights."""
 _DRAWS = 5
 _MAX_ITERATIONS = 1000
 
@@ -48,7 +48,7 @@ _MAX_ITERATIONS = 1000
 class Features(NamedTuple):
     """Features (n, D) float32 and labels int64 of the two splits, on the CPU.
 
-    Images that cannot be read are missing from them.
+    Unreadable images are left out.
     """
 
     train: Tensor
@@ -62,7 +62,7 @@ class Features(NamedTuple):
 def extract(
     backbone: Backbone, items: list[Item], machine: Machine, *, seed: int = 0
 ) -> tuple[Tensor, Tensor, list[Unread]]:
-    """Compute a backbone's features of items: see `encode`; `seed` draws what has no weights.
+    """Compute a backbone's features of items by `encode`; `seed` initialises missing weights.
 
     Raises:
         ValueError: no item can be read.
@@ -82,8 +82,8 @@ def encode(
 ) -> tuple[Tensor, Tensor, list[Unread]]:
     """Compute features (n, D) float32 and labels (n,) of items, in their order, on the CPU.
 
-    `takes` says what images (B, 3, S, S) the model takes. Images that cannot be read are missing,
-    and named beside the rest.
+    `takes` describes the images (B, 3, S, S) that the model expects. Unreadable images are left out
+    and returned as a list.
 
     Raises:
         ValueError: none can be read.
@@ -107,9 +107,9 @@ class Linear(NamedTuple):
 
 
 def knn_scores(features: Features, *, k: int, num_classes: int) -> Tensor:
-    """Vote of the k training images of greatest cosine similarity, weighted by exp(similarity / T).
+    """Let the k most similar training images vote, weighted by exp(cosine similarity / T).
 
-    Returns shares of the votes (n, C) for every test image. The training mean is subtracted from
+    Returns shares of the votes (n, C) for the test images. The training mean is subtracted from
     all features first.
     """
     mean = features.train.mean(dim=0)
@@ -131,8 +131,8 @@ def fit_linear(
 ) -> Linear:
     """Fit a linear head on standardised features; the standardisation is folded into it.
 
-    Logistic regression (multinomial, or one a class for several labels) with an L2 penalty, by
-    L-BFGS from zero: at most `passes` over the training features, and nothing drawn.
+    Logistic regression (multinomial, or one per class for several labels) with an L2 penalty, by
+    L-BFGS from zero. It makes at most `passes` over the training features and draws nothing.
     """
     mean, deviation = features.train.mean(dim=0), features.train.std(dim=0).clamp_min(1e-6)
     train = ((features.train - mean) / deviation).to(device)
@@ -175,7 +175,7 @@ def knn(features: Features, task: Task, transfer: TransferConfig) -> Measures:
 def linear(
     features: Features, task: Task, transfer: TransferConfig, *, device: torch.device
 ) -> tuple[Measures, Linear]:
-    """Fit and measure the linear protocol; return also the head."""
+    """Fit and measure the linear protocol; also return the head."""
     head = fit_linear(
         features, passes=transfer.linear_epochs, num_classes=len(task.classes), device=device
     )
@@ -183,9 +183,9 @@ def linear(
 
 
 def logistic(features: Features, task: Classification, few: int | None, *, seed: int) -> Measures:
-    """Measure logistic regression with a penalty that a part of the training images chooses.
+    """Measure logistic regression, whose penalty is chosen on a part of the training images.
 
-    With `few` labels a class the figures are means over `_DRAWS` draws of them with `seed`.
+    With `few` labels per class, results are means over `_DRAWS` draws of these labels by `seed`.
 
     Raises:
         ConfigError: an image has several labels.
@@ -235,7 +235,7 @@ def fit(task: Classification, trial: Trial) -> Fitted:
         ValueError: no image of a split can be read.
     """
     backbone, machine, seed, protocol = trial.backbone, trial.machine, trial.seed, trial.protocol
-    # what is drawn by the seed: weights that start at random, a part of the training images
+    # features depend on the seed if it draws the weights or a part of the training images
     is_drawn = backbone.weights is None and not backbone.pretrained
     is_drawn |= len(task.train) == trial.transfer.max_train
     key = (backbone.name, seed if is_drawn else 0)

@@ -1,6 +1,6 @@
-"""How good class scores are: accuracy, mean accuracy per class, mean average precision.
+"""Metrics of class scores: accuracy, mean accuracy per class, mean average precision.
 
-`measure` gives every figure of a metric; the first one is the task's result.
+`measure` returns all figures of a metric; the first one is the task's result.
 
     accuracy              accuracy
     mean_class_accuracy   mean_class_accuracy, accuracy
@@ -8,8 +8,8 @@
                           envelope, as VOC has it from 2010 on), mAP_uninterpolated (sum of
                           precision times step of recall)
 
-Precision and recall are taken where the score changes, so images of equal score count together and
-the result does not depend on their order.
+Precision and recall are taken where the score changes. Images of equal score thus count together,
+and the result does not depend on their order.
 
 Letters: n images, C classes.
 
@@ -36,13 +36,13 @@ class AveragePrecision(NamedTuple):
 
 
 def accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Share of the images whose predicted class (n,) is their label (n,)."""
+    """Return the share of images whose predicted class (n,) is their label (n,)."""
     share = multiclass_accuracy(predicted, labels, num_classes=num_classes, average="micro")
     return round(float(share), 6)
 
 
 def mean_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
-    """Mean over the classes that have images of the share of these that is predicted right."""
+    """Return the share of correctly predicted images per class, averaged over non-empty classes."""
     counts = labels.bincount(minlength=num_classes)
     right = labels[predicted == labels].bincount(minlength=num_classes)
     present = counts > 0
@@ -67,7 +67,7 @@ def average_precision(scores: Tensor, labels: Tensor) -> AveragePrecision:
     envelope = precision.flip(0).cummax(0).values.flip(0)
     steps = torch.diff(recall, prepend=torch.zeros(1, dtype=recall.dtype))
     points = torch.arange(11, dtype=recall.dtype) / 10
-    # recall of, say, 3 / 10 must reach the point 0.3
+    # the tolerance lets a recall of, for example, 3 / 10 reach the point 0.3
     best = [envelope[recall >= t - 1e-12].max() if recall[-1] >= t - 1e-12 else 0 for t in points]
     return AveragePrecision(
         float(sum(best)) / 11, float((envelope * steps).sum()), float((precision * steps).sum())
@@ -97,7 +97,7 @@ def measure(metric: str, scores: Tensor, labels: Tensor) -> Measures:
 def multi_label_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Sum the binary cross-entropies (B, C) -> (B,) of labels 0 to 1; negative ones are left out.
 
-    Labels may be mixed, so they are numbers between 0 and 1.
+    Labels that Mixup has mixed are numbers between 0 and 1.
     """
     targets = labels.clamp_min(0).to(logits.dtype)
     each = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")

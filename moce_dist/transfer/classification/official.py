@@ -1,4 +1,4 @@
-"""The published classification sets of the paper, in the layout that their makers ship.
+"""The published classification sets of the paper, in the folder layout of their publishers.
 
     --task       DATA/                              training        test         metric
     aircraft     fgvc-aircraft-2013b/               trainval        test         mean per class
@@ -13,13 +13,14 @@
     sun397       SUN397/                            Training_01     Testing_01   accuracy
     voc2007      VOCdevkit/VOC2007/                 trainval        test         mAP
 
-Lists are read by torchvision's dataset classes, images by this package. Nothing is downloaded,
-and nothing is unpickled: CIFAR is read in its binary version. Caltech-101 has no official split; 30
-images of every class are drawn with a fixed seed (of a smaller class half of them).
+Most lists are read by torchvision's dataset classes, all images by this package. Nothing is
+downloaded, and nothing is unpickled: CIFAR is read in its binary version. Caltech-101 has no
+official split; 30 images of every class are drawn with a fixed seed (half of a class that has no
+more than 30).
 
 Source: torchvision.datasets for the layouts; splits and metrics as in Ericsson et al. 2021, arXiv
-2011.13377, appendix A, whose suite the MoCE paper uses (they validate on parts of the training
-sets, which here all belong to training).
+2011.13377, appendix A, whose suite the MoCE paper uses (they hold out parts of the training sets
+for validation; here these parts belong to training).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -54,13 +55,13 @@ class Official(NamedTuple):
 
 
 OFFICIAL: dict[str, Official] = {}
-"""The sets by the names that `--task` has for them."""
+"""The sets by their names in `--task`."""
 
 
 def _official(
     name: str, metric: str, folder: str, *needs: str
 ) -> Callable[[Callable[[Path], Splits]], Callable[[Path], Splits]]:
-    """Enter a reader into `OFFICIAL`; `needs` are what must lie below DATA/`folder`."""
+    """Register a reader in `OFFICIAL`; `needs` are the paths required below DATA/`folder`."""
 
     def enter(read: Callable[[Path], Splits]) -> Callable[[Path], Splits]:
         OFFICIAL[name] = Official(read, metric, [f"{folder}/{path}" for path in needs])
@@ -70,10 +71,10 @@ def _official(
 
 
 def _listed(pairs: Iterable[Labelled], data: Path) -> list[Item]:
-    """Make items of files and labels, each called by its path below DATA.
+    """Make items of files and labels; the key of an item is its path relative to DATA.
 
     Raises:
-        ConfigError: naming the first file that is not there, and how many.
+        ConfigError: naming the first missing file, and how many there are.
     """
     listed = list(pairs)
     if lacking := [path for path, _ in listed if not path.is_file()]:
@@ -99,7 +100,7 @@ def _aircraft(data: Path) -> Splits:
 
 @_official("caltech101", "mean_class_accuracy", "caltech101", "101_ObjectCategories")
 def _caltech(data: Path) -> Splits:
-    # torchvision counts all that lies in a folder, so that a stray file becomes an image
+    # not read by torchvision, for which any stray file in a folder is an image
     folder, draws = data / "caltech101" / "101_ObjectCategories", np.random.default_rng(0)
     classes = [name for name in list_folders(folder) if name != _CALTECH_BACKGROUND]
     train: list[Item] = []
@@ -140,7 +141,7 @@ def _cifar(folder: Path, names: str, train: Sequence[str], test: str) -> Splits:
                 )
             for i, row in enumerate(content.reshape(-1, length)):
                 pixels = row[num_labels:].reshape(3, -1).T.tobytes()
-                # a PPM is its pixels behind a line, so nothing is compressed in vain
+                # a PPM is a header line and raw pixels, so nothing has to be compressed
                 ppm = f"P6 {_CIFAR_SIDE} {_CIFAR_SIDE} 255\n".encode() + pixels
                 items.append(Item(f"{path.name}/{i}", ppm, int(row[num_labels - 1])))
         splits.append(items)
@@ -188,7 +189,7 @@ def _flowers(data: Path) -> Splits:
     from torchvision.datasets import Flowers102
 
     class Flowers(Flowers102):  # type: ignore[misc]
-        """Flowers102 without comparing checksums: a part of the set is a set."""
+        """Flowers102 without its test of checksums, so that a part of the set can be read."""
 
         def _check_integrity(self) -> bool:
             return True
@@ -217,7 +218,7 @@ def _pets(data: Path) -> Splits:
 
 @_official("sun397", "accuracy", "SUN397", "ClassName.txt", "Training_01.txt", "Testing_01.txt")
 def _sun(data: Path) -> Splits:
-    # torchvision looks for images in all folders, so that a stray one ends it
+    # not read by torchvision, which searches all folders and fails at a stray image
     folder = data / "SUN397"
     # /a/abbey is the class abbey
     classes = [line.lstrip("/").partition("/")[2] for line in read_names(folder / "ClassName.txt")]
@@ -235,7 +236,7 @@ def _sun(data: Path) -> Splits:
 
 
 def _voc_label(annotation: Path) -> tuple[int, ...]:
-    """Read which classes an image shows: 1, 0, or -1 where all objects of a class are difficult.
+    """Read the classes of an image: 1 present, 0 absent, -1 if all objects are difficult.
 
     Source: the devkit's ImageSets/Main/CLASS_SPLIT.txt, which say the same.
     """
@@ -268,11 +269,11 @@ def _voc(data: Path) -> Splits:
 
 
 def official_task(name: str, data: Path | None) -> Splits:
-    """Read a published set: official splits, class names and metric.
+    """Read a published set: class names and the official splits.
 
     Raises:
-        ConfigError: a file or folder of the layout is missing, a list names what is not there, or
-            a list cannot be read.
+        ConfigError: a file or folder of the layout is missing, a list names a missing file, or a
+            list cannot be read.
     """
     official = OFFICIAL[name]
     layout = f"expected DATA/{official.needs[0]}"

@@ -5,8 +5,8 @@
                       "segmentation": polygons or run lengths, "area", "iscrowd"}]}
 
 `segmentation`, `area` and `iscrowd` may be absent. Boxes are in pixels from the upper left corner.
-What is wrong is refused; a box of no area, which COCO itself has a few of, stays: it counts in the
-evaluation, as the official evaluator has it, and nothing learns from it.
+Wrong entries are errors, except for boxes without area, of which COCO itself has a few. They count
+in the evaluation, as in the official evaluator, but are not used for training.
 
 Source: Lin et al. 2014, arXiv 1405.0312; the data format of cocodataset.org.
 """
@@ -24,7 +24,7 @@ from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
-# they become numbers of 64 bits
+# ids become 64-bit integers
 _IDS = 2**63
 
 Entry = dict[str, Any]
@@ -39,9 +39,9 @@ class Annotation(NamedTuple):
     box: tuple[float, float, float, float]
     """Left, upper, width, height, pixels."""
     area: float
-    """Pixels of the mask; of the box where the file does not say."""
+    """Area of the mask, pixels; of the box if the file gives none."""
     is_crowd: bool
-    """Many objects under one outline: neither learnt nor held against a prediction."""
+    """Many objects in one outline: not learnt, and never counted against a prediction."""
     segmentation: Any
     """Polygons as arrays (x, y, x, y, ...), run lengths as a dict, or None."""
 
@@ -159,7 +159,7 @@ def _annotation_problems(
 
 
 def _is_number(value: Any) -> bool:
-    # true and false are no numbers here, and nothing compares with NaN
+    # booleans are no numbers here, and NaN fails the comparison
     return type(value) in (int, float) and abs(value) <= _LARGEST
 
 
@@ -196,13 +196,13 @@ def _segmentation_problem(segmentation: Any, image: Entry) -> str:
     if not all(
         _is_near(a[::2], image["width"]) and _is_near(a[1::2], image["height"]) for a in arrays
     ):
-        # the library that fills them takes memory for every pixel of an edge, or crashes
+        # pycocotools takes memory for every pixel of an edge when it fills them, or crashes
         return f"segmentation reaches far outside of {_size(image)}"
     return ""
 
 
 def _is_near(positions: Any, side: int) -> bool:
-    """Tell whether positions lie inside of an image, or at most its own side away from it."""
+    """Tell whether positions lie inside an image, or outside by at most its side."""
     return bool(np.min(positions) >= -side and np.max(positions) <= 2 * side)
 
 
@@ -217,17 +217,17 @@ def _run_lengths_problem(runs: Entry, size: Sequence[int]) -> str:
     if isinstance(counts, str):
         counts = unpack_counts(counts)
     is_good = isinstance(counts, list) and all(type(c) is int and c >= 0 for c in counts)
-    # the library that unfolds them does not notice, and leaves the rest of the mask to chance
+    # pycocotools does not check this when it decodes them, and leaves the rest undefined
     if not counts or not is_good or sum(counts) != math.prod(size):
         return "its run lengths do not add up to the image"
     return ""
 
 
 def unpack_counts(packed: str) -> list[int]:
-    """Read run lengths from COCO's packed form.
+    """Decode run lengths from COCO's packed form; [] if it ends within a number.
 
-    A letter holds five bits, the lowest first, and whether more follow; from the fourth on a number
-    is the difference to the one two before it.
+    A character holds five bits of a number, lowest first, and a flag that more follow. From the
+    fourth number on, each is stored as its difference to the number two before it.
     """
     found: list[int] = []
     value = shift = 0
@@ -244,7 +244,7 @@ def unpack_counts(packed: str) -> list[int]:
 
 
 def _outline(segmentation: Any) -> Any:
-    # as lists of numbers the polygons of COCO would take gigabytes in every loader process
+    # as Python lists, the polygons of COCO would take gigabytes in every loader process
     if isinstance(segmentation, list) and segmentation:
         return [np.array(polygon, np.float64) for polygon in segmentation]
     return segmentation or None

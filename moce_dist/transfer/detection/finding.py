@@ -46,13 +46,13 @@ Figures = dict[str, dict[str, float]]
 
 
 class Scored(NamedTuple):
-    """Figures of boxes, and of masks where the task has them; images that cannot be read."""
+    """Figures of boxes and, if the task has them, of masks; and the unreadable images."""
 
     figures: Figures
     unread: list[Unread]
 
     def measures(self) -> Measures:
-        """Return the figures in one row, box AP first, without those that have no objects."""
+        """Return all figures by name, box AP first, without those that have no objects."""
         return {
             f"{kind} {name}": value
             for kind, values in self.figures.items()
@@ -80,8 +80,8 @@ def find(model: Any, image: Image.Image, machine: Machine) -> Detections:
 def evaluate(model: Any, task: Detection, machine: Machine, out: Path) -> Scored:
     """Score a detector in evaluation mode on the test images; draw the first few into `out`.
 
-    In an image that cannot be read nothing is found. Collective over the machine's ranks, which
-    take the images in turn; the first one scores and draws, and all return the same.
+    Nothing is found in an unreadable image. Collective over the machine's ranks: they take the
+    images in turn, rank 0 scores and draws, and all return the same.
     """
     mine = machine.rows(len(task.test))
     looks: list[Detections | Unread] = []
@@ -94,7 +94,7 @@ def evaluate(model: Any, task: Detection, machine: Machine, out: Path) -> Scored
 
 
 def find_in(model: Any, boxed: BoxedImage, machine: Machine) -> Detections | Unread:
-    """Find the objects of a test image, or say why it cannot be read."""
+    """Find the objects of a test image, or return the reason why it cannot be read."""
     try:
         return find(model, boxed.load().image, machine)
     except ImageError as error:
@@ -122,9 +122,9 @@ def _score(looks: Sequence[Detections | Unread], task: Detection, out: Path) -> 
 def predict(
     model: Any, spec: Spec, images: Sequence[Item], wishes: Wishes
 ) -> Iterator[dict[str, Any]]:
-    """Yield a line an image: its objects of `wishes.min_score` or more, best first.
+    """Yield one record per image: its objects of `wishes.min_score` or more, best first.
 
-    With `wishes.out` the image is written there with them, and the line has it as `drawn`.
+    With `wishes.out`, the image is also drawn there with its objects; `drawn` is that file.
     """
     paths: Sequence[Path | None] = len(images) * [None]
     if wishes.out is not None:
@@ -153,7 +153,7 @@ def predict(
 
 
 class Drawn(NamedTuple):
-    """One object of an image: corners, what is written beside it, colour, and mask (H, W)."""
+    """One object to draw: corners, text, colour, and mask (H, W)."""
 
     box: tuple[float, float, float, float]
     text: str
@@ -164,7 +164,7 @@ class Drawn(NamedTuple):
 def draw_preview(
     path: Path, image: Image.Image, boxed: BoxedImage, found: Detections, task: Detection
 ) -> None:
-    """Write an image with its sure detections, beside it with its true objects."""
+    """Write an image twice, side by side: with its sure detections and with its true objects."""
     true = []
     for a in boxed.learnable():
         x, y, width, height = a.box
@@ -205,7 +205,7 @@ def _draw(image: Image.Image, objects: list[Drawn]) -> NDArray[np.uint8]:
         if each.mask is not None:
             inside = each.mask == 1
             pixels[inside] += _OPACITY * (np.array(each.colour, np.float32) - pixels[inside])
-    # a small image is enlarged, so that what is written stays readable
+    # small images are enlarged, so that the text is readable
     factor = max(1, -(-_MIN_SIDE // max(image.size)))
     size = image.width * factor, image.height * factor
     canvas = Image.fromarray(pixels.round().astype(np.uint8)).resize(size)

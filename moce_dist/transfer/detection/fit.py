@@ -1,12 +1,12 @@
-"""Detection: train on squares of random scale, find boxes and masks, average precision.
+"""Detection: train on squares of random scale, find boxes and masks, measure average precision.
 
 An image that cannot be read is skipped, counted and named in `faults.jsonl`; in the test nothing
 is found in it (`skips.py`).
 
-R ranks share the images of a step, and those of a test. Squares, and the figures of a model, do
-not depend on R, but what is learnt is equal only in distribution: torchvision draws anchors and
-proposals from the generator of each rank, and its losses are means over those of a rank (of a
-micro-batch), the mask's over the objects among them.
+R ranks share the images of a step, and those of a test. The squares, and the scores of a given
+model, do not depend on R. The trained weights do, and agree only in distribution: torchvision
+samples anchors and proposals from each rank's generator, and its losses are means over the samples
+of a rank's micro-batch (the mask loss, over the objects among them).
 
 Letters: B images of a rank, S side of the square, pixels; n objects of a square; R ranks.
 
@@ -44,7 +44,7 @@ __all__ = ["build", "fit", "predict"]
 
 Target = dict[str, Tensor]
 Targets = Sequence[Target | None]
-"""What is to be found in the squares of a batch; None of a blank one, which weighs nothing."""
+"""Ground truth of the squares of a batch; None for a blank square, which has weight 0."""
 
 
 class _Squares(Dataset[Sample | Unread]):
@@ -100,7 +100,7 @@ class DetectorFit:
     def batches(self, seed: int, start: int, skips: Skips) -> Iterator[tuple[Tensor, Targets]]:
         """Yield this rank's squares (B, 3, S, S) in [0, 255] and targets from step `start` on.
 
-        Images that cannot be read are missing in their batch. Collective over the ranks.
+        Unreadable images are missing from their batch. Collective over the ranks.
 
         Raises:
             ConfigError: a step has too few images for so many ranks.
@@ -125,10 +125,10 @@ class DetectorFit:
             yield self.batch([item for item in items if isinstance(item, Sample)])
 
     def batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Targets]:
-        """Bring samples to squares (B, 3, S, S) in [0, 255] and what is to be found in them.
+        """Stack samples into squares (B, 3, S, S) in [0, 255] and their ground truth.
 
-        Without samples there is one blank square: a rank whose images cannot be read has to go
-        through the model's collectives like the others.
+        Without samples there is one blank square, because a rank without readable images must
+        still take part in the collectives of a step.
         """
         if not samples:
             size = self.recipe.size
@@ -155,7 +155,7 @@ class DetectorFit:
         def of(squares: Tensor, targets: Targets) -> Tensor:
             known = [nothing if target is None else target for target in targets]
             moved = [{name: x.to(device) for name, x in target.items()} for target in known]
-            # the detector says itself which part of it runs in bfloat16
+            # the detector itself chooses which of its parts run in bfloat16
             with torch.autocast(device.type, enabled=False):
                 losses: dict[str, Tensor] = model(list(squares.float() / 255), moved)
             return torch.stack(list(losses.values())).sum()
@@ -194,7 +194,7 @@ def fit(task: Detection, trial: Trial) -> Fitted:
     """Train on a task's training images and return box (and mask) figures on its test images.
 
     Writes `out/scores.json` and a few predictions beside the truth as PNG. A figure without objects
-    to find is None. Collective over the machine's ranks, of which the first one writes.
+    to find is None. Collective over the machine's ranks; rank 0 writes.
 
     Raises:
         ConfigError: a step has too few images for so many ranks.

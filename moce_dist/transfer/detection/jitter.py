@@ -3,8 +3,8 @@
     image 640 x 480, S = 1024, factor 1.5     scaled to 1536 x 1152, a window of 1024 x 1024
     the same, factor 0.3                        scaled to 307 x 230, padded below and to the right
 
-Objects go along: boxes are cut off at the window, those that lose their last pixel are left out.
-With outlines, boxes are drawn anew around what the window shows of them.
+Objects are transformed with the image. Boxes are clipped to the window; those less than a pixel
+wide or high are left out. With outlines, boxes are recomputed around the visible part of each.
 
 Letters: W, H width and height of an image, S side of the square, pixels; n objects.
 
@@ -28,7 +28,7 @@ Masks = NDArray[np.uint8]
 
 
 class Sample(NamedTuple):
-    """A training square; `categories` are COCO's ids, `masks` are left out of box-only tasks."""
+    """A training square; `categories` are COCO's ids, `masks` is None for box-only tasks."""
 
     pixels: NDArray[np.uint8]
     """(3, S, S) in [0, 255]."""
@@ -41,20 +41,20 @@ class Sample(NamedTuple):
 
 
 class Placing(NamedTuple):
-    """Where an image comes to lie: scaled, a window cut out, mirrored, in a square of side S."""
+    """How an image is placed in a square of side S: scaled, cropped to a window, mirrored."""
 
     scaled: tuple[int, int]
     """Width and height after scaling."""
     left: int
     upper: int
     width: int
-    """Of the window, at most S; what is left of the square is padding."""
+    """Width of the window, at most S; the rest of the square is padding."""
     height: int
     is_mirrored: bool
     size: int
 
     def points(self, points: NDArray[np.float64], boxed: BoxedImage) -> NDArray[np.float64]:
-        """Move points (..., 2) of the image, (x, y), to the square."""
+        """Map points (..., 2), which are (x, y) of the image, to the square."""
         factors = np.array(self.scaled) / (boxed.width, boxed.height)
         moved: NDArray[np.float64] = points * factors - (self.left, self.upper)
         if self.is_mirrored:
@@ -124,7 +124,7 @@ def _square(image: Image.Image, placing: Placing) -> NDArray[np.uint8]:
 
 
 def to_runs(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Bring polygons or run lengths, packed or not, to packed run lengths of a mask (H, W)."""
+    """Convert polygons or run lengths, packed or not, to packed run lengths of a mask (H, W)."""
     if isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes):
         return segmentation
     runs = run_lengths.frPyObjects(segmentation, height, width)
@@ -132,13 +132,13 @@ def to_runs(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> Masks:
-    """Fill polygons, or unfold run lengths, to a mask (H, W) of 0 and 1."""
+    """Fill polygons, or decode run lengths, as a mask (H, W) of 0 and 1."""
     mask: Masks = run_lengths.decode(to_runs(segmentation, height, width))
     return mask
 
 
 def place_mask(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
-    """Bring an outline to a mask (S, S) of the square."""
+    """Convert an outline to a mask (S, S) of the square."""
     if isinstance(segmentation, dict):
         whole = decode_mask(segmentation, boxed.height, boxed.width)
         scaled = np.asarray(Image.fromarray(whole).resize(placing.scaled, Image.Resampling.NEAREST))

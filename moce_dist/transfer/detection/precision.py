@@ -1,7 +1,7 @@
 """Average precision of boxes and masks as COCO defines it, by its own evaluator (pycocotools).
 
-Here is only what goes into it and what comes out: predictions in its form (left, upper, width,
-height; packed run lengths; COCO's ids), six figures in ours.
+This module only converts its inputs and outputs: predictions to its form (left, upper, width,
+height; packed run lengths; COCO's ids), and its results to six figures.
 
 Letters: n detections of an image, H, W its height and width, pixels.
 
@@ -29,7 +29,7 @@ Entry = dict[str, Any]
 
 
 class Detections(NamedTuple):
-    """What was found in an image, in its own pixels; `masks` are packed run lengths."""
+    """The objects found in an image, in its pixels; `masks` are packed run lengths."""
 
     boxes: NDArray[np.float64]
     """(n, 4): left, upper, right, lower."""
@@ -52,14 +52,14 @@ class Detections(NamedTuple):
 
 
 def pack_mask(mask: NDArray[np.bool_]) -> Entry:
-    """Pack a mask (H, W) to run lengths."""
+    """Pack a mask (H, W) into run lengths."""
     return dict(run_lengths.encode(np.asfortranarray(mask, np.uint8)))
 
 
 def ground_truth(images: Sequence[BoxedImage], task: Detection) -> COCO:
-    """Make the evaluator's data set of images; outlines are there if the task has masks.
+    """Make the evaluator's data set of images, with outlines if the task has masks.
 
-    Annotations are numbered anew from 1: the evaluator takes an annotation 0 for none.
+    Annotations are renumbered from 1, because the evaluator takes id 0 for no annotation.
     """
     objects = [(boxed, a) for boxed in images for a in boxed.annotations]
     annotations = [
@@ -86,7 +86,7 @@ def _outline(
     if not has_masks:
         return {}
     if segmentation is None:
-        # only crowds and boxes of no area may be without one
+        # only crowds and boxes without area may lack an outline
         x, y, width, height = box
         segmentation = [[x, y, x + width, y, x + width, y + height, x, y + height]]
     return {"segmentation": to_runs(segmentation, boxed.height, boxed.width)}
@@ -101,7 +101,7 @@ def _data_set(images: list[Entry], categories: list[Entry], annotations: list[En
 
 
 def box_results(boxed: BoxedImage, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
-    """Bring the boxes of an image to the evaluator's form."""
+    """Convert the boxes of an image to the evaluator's form."""
     return [
         {
             "image_id": boxed.id,
@@ -115,7 +115,7 @@ def box_results(boxed: BoxedImage, found: Detections, category_ids: Sequence[int
 
 
 def mask_results(boxed: BoxedImage, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
-    """Bring the masks of an image to the evaluator's form; their areas are those of the masks."""
+    """Convert the masks of an image to the evaluator's form; areas are those of the masks."""
     assert found.masks is not None
     return [
         {
@@ -131,7 +131,7 @@ def mask_results(boxed: BoxedImage, found: Detections, category_ids: Sequence[in
 
 
 def average_precision(truth: COCO, results: Sequence[Entry], kind: str) -> dict[str, float]:
-    """Return the six figures of `FIGURES` for `kind` bbox or segm; NaN where nothing is to find."""
+    """Return the six `FIGURES` for `kind` bbox or segm; NaN where there are no objects to find."""
     numbered = [
         {**entry, "id": number, "iscrowd": 0} for number, entry in enumerate(results, start=1)
     ]
@@ -143,5 +143,5 @@ def average_precision(truth: COCO, results: Sequence[Entry], kind: str) -> dict[
         evaluation.accumulate()
         evaluation.summarize()
     figures = (float(value) for value in evaluation.stats[: len(FIGURES)])
-    # the evaluator says -1 where no object is of the size
+    # the evaluator returns -1 if no object has the size
     return {n: v if v >= 0 else math.nan for n, v in zip(FIGURES, figures, strict=True)}

@@ -3,7 +3,7 @@
     DATA/annotations/instances_train2017.json      DATA/train2017/NAME.jpg
     DATA/annotations/instances_val2017.json        DATA/val2017/NAME.jpg
 
-Another ending than 2017 (`instances_train.json`, `train/`) is read as well. Everything is checked
+Endings other than 2017 (`instances_train.json`, `train/`) are read as well. Everything is checked
 before anything is trained.
 
 Letters: H, W height and width of an image, pixels; C classes.
@@ -33,7 +33,7 @@ _LAYOUT = "expected DATA/annotations/instances_{train,val}2017.json and DATA/{tr
 
 
 class BoxedImage(NamedTuple):
-    """An image file and its objects; `id` is COCO's."""
+    """An image file and its objects; `id` is the image id of COCO."""
 
     key: str
     image: Path
@@ -47,10 +47,10 @@ class BoxedImage(NamedTuple):
         return [a for a in self.annotations if not a.is_crowd and min(a.box[2:]) > 0]
 
     def load(self) -> Annotated:
-        """Decode the image, RGB: upright, or as stored where its annotations are for that.
+        """Decode the image to RGB: upright, or as stored if its annotations refer to that.
 
         Raises:
-            ImageError: it cannot be read, or is not of the size that the annotations are for.
+            ImageError: it cannot be read, or does not have the annotated size.
         """
         try:
             content = self.image.read_bytes()
@@ -131,7 +131,7 @@ class Detection(Task):
     def read(cls, name: str, data: Path | None) -> Self:
         """List the images and objects of a folder in COCO's layout.
 
-        Training images with nothing to learn from are left out.
+        Training images without learnable objects are left out.
 
         Raises:
             ConfigError: a file or folder is missing, an annotation is wrong, or the splits differ
@@ -169,7 +169,7 @@ class Detection(Task):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Check the square and the patches."""
+        """Check the size of square and patches."""
         size, patch_size = config.transfer.detection.size, config.model.patch_size
         if patch_size & (patch_size - 1):
             raise ConfigError(
@@ -183,7 +183,7 @@ class Detection(Task):
 
     @classmethod
     def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
-        """Select the section of detection, under its names of version 0.1."""
+        """Select the fields of detection, under their names of version 0.1."""
         return transfer.budget("detect_")
 
     @classmethod
@@ -197,11 +197,11 @@ class Detection(Task):
 
     @classmethod
     def batch_size(cls, transfer: TransferConfig) -> int:
-        """Return the squares of a step."""
+        """Return the number of squares per step."""
         return transfer.detection.batch_size
 
     def fingerprint(self) -> str:
-        """Sha256 over the annotation files, and keys and sizes of the images' files."""
+        """Return a sha256 over the annotation files, and keys and sizes of the image files."""
         digest = hashlib.sha256(repr(self.annotations_sha256).encode())
         for boxed in [*self.train, *self.test]:
             digest.update(f"{boxed.key}/{boxed.image.stat().st_size}\n".encode())

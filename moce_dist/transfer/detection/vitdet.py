@@ -8,9 +8,9 @@ attend to the whole image. The pyramid is made from the last map alone:
     (B, 3, S, S)               stride 16  as it is           ---               masks
                                stride 32  max-pool           --/
 
-The class token is left out, as there. Not taken over: relative position biases.
+As in ViTDet the class token is left out; unlike there, there are no relative position biases.
 
-Letters: B images, S side of the square, pixels; D width; N patches, g = S/P of them a side; w
+Letters: B images, S side of the square, pixels; D width; N patches, g = S/P of them per side; w
 side of a window in patches; F channels of the pyramid; C classes.
 
 Source: ViTDet, Li et al. 2022, arXiv 2203.16527, section 3 and appendix A.2; Mask R-CNN, He et al.
@@ -77,10 +77,10 @@ def global_blocks(depth: int) -> set[int]:
 
 
 def prepare_vit(vit: Any, window: int) -> None:
-    """Take the class token out of a timm ViT and put its attention into windows, in place.
+    """Remove a timm ViT's class token and restrict its attention to windows, in place.
 
     Raises:
-        ConfigError: it is another kind of model.
+        ConfigError: it is not a timm ViT.
     """
     if not isinstance(vit, VisionTransformer):
         raise ConfigError("--backbone: must be a plain ViT of timm's for detection")
@@ -98,7 +98,7 @@ def prepare_vit(vit: Any, window: int) -> None:
 
 
 def _level(width: int, doublings: int) -> tuple[nn.Module, int]:
-    # to a level 2 ** doublings times as fine as the ViT's map; returns its width, too
+    # resizes the ViT's map to a level 2 ** doublings times as fine; returns the level's width, too
     if doublings <= 0:
         return nn.MaxPool2d(2**-doublings) if doublings else nn.Identity(), width
     layers: list[nn.Module] = []
@@ -110,17 +110,17 @@ def _level(width: int, doublings: int) -> tuple[nn.Module, int]:
 
 
 class Pyramid(nn.Module):
-    """A ViT and a pyramid of its last map, as torchvision's R-CNN takes a backbone."""
+    """A ViT and a pyramid of its last map, with the interface of torchvision's R-CNN backbones."""
 
     def __init__(self, vit: Any, channels: int, autocast: Autocast) -> None:
         super().__init__()
         self.vit, self.out_channels, self._autocast = vit, channels, autocast
         patch = vit.patch_embed.patch_size[0]
-        # of the ViT's resolution to that of the finest level; halvings count below 0
         if patch & (patch - 1):
             raise ConfigError(
                 f"--backbone: has patches of {patch} pixels, detection needs 4, 8, 16 .."
             )
+        # doublings from the ViT's resolution to the finest level's; negative for halvings
         finest = int(math.log2(patch / _FINEST_STRIDE))
         self.strides = [_FINEST_STRIDE * 2**i for i in range(_NUM_LEVELS + 1)]
         levels = []
@@ -137,11 +137,11 @@ class Pyramid(nn.Module):
         self.levels = nn.ModuleList(levels)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Return maps (B, F, S/s, S/s) float32 of strides s; the last is for proposals alone."""
+        """Return float32 maps (B, F, S/s, S/s) of strides s; the last is only for proposals."""
         with self._autocast():
             (last,) = self.vit.forward_intermediates(images, indices=1, intermediates_only=True)
             maps = [level(last) for level in self.levels]
-        # the heads decode boxes in their own type, and bfloat16 is pixels off at 1024
+        # the heads decode boxes in the dtype of the maps; bfloat16 is pixels off at 1024
         named = OrderedDict((str(i), each.float()) for i, each in enumerate(maps))
         named["pool"] = F.max_pool2d(named[str(_NUM_LEVELS - 1)], 1, stride=2)
         return named
@@ -170,7 +170,7 @@ def _pool(output_size: int, pyramid: Pyramid, size: int) -> MultiScaleRoIAlign:
     pool = MultiScaleRoIAlign(
         [str(i) for i in range(_NUM_LEVELS)], output_size=output_size, sampling_ratio=0
     )
-    # it derives its levels' strides from the first image that it sees, once: show it a square
+    # it derives its levels' strides once, from its first input, so that must be a full square
     maps = {
         str(i): torch.zeros(1, 1, -(-size // stride), -(-size // stride))
         for i, stride in enumerate(pyramid.strides[:-1])
@@ -193,7 +193,7 @@ def make_detector(
     Its class 0 is the background; class c of the task is c + 1.
 
     Raises:
-        ConfigError: it is no plain ViT, or its patch is no power of two.
+        ConfigError: the ViT is not plain, or its patch size is not a power of two.
     """
     prepare_vit(vit, recipe.window)
     size, channels = recipe.size, recipe.channels
@@ -228,9 +228,9 @@ def make_detector(
 
 
 def make_optimizer(model: Any, layer_decay: float) -> torch.optim.AdamW:
-    """Make AdamW whose rate falls from block to block of the ViT; groups carry `lr_scale`.
+    """Make AdamW with layer-wise learning rate decay in the ViT; groups have `lr_scale`.
 
-    Norms and biases are not decayed.
+    Norms and biases have no weight decay.
     """
     new = [p for name, p in model.named_parameters() if not name.startswith("backbone.vit.")]
     matrices, vectors = (

@@ -1,9 +1,9 @@
-"""Semantic segmentation: train on crops, slide over whole images, intersection over union.
+"""Semantic segmentation: train on crops, predict whole images by sliding windows, measure IoU.
 
 Letters: B images, S side of a crop, H, W height and width, pixels; C classes.
 
 Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, crop and mirror, sliding
-evaluation; several scales and mirrored as its aug_test, which averages probabilities), without its
+windows; several scales and mirroring as in its aug_test, which averages probabilities), without its
 colour jitter; scores as in Long et al. 2015, arXiv 1411.4038, section 5.
 """
 
@@ -60,7 +60,7 @@ _NUM_PREVIEWS = 4
 
 
 class Scores(NamedTuple):
-    """Mean intersection over union, share of right pixels, mean recall, IoU per class or NaN."""
+    """Mean intersection over union (IoU), pixel accuracy, mean recall, IoU per class or NaN."""
 
     miou: float
     aacc: float
@@ -71,7 +71,8 @@ class Scores(NamedTuple):
 def scores(confusion: Tensor) -> Scores:
     """Compute scores from counts (C, C) int64, rows = truth, columns = prediction.
 
-    A class that neither truth nor prediction holds does not count in the means.
+    The mean IoU leaves out classes that neither truth nor prediction holds; the mean recall leaves
+    out those that the truth does not hold.
     """
     counts = confusion.double()
     hit, truth, predicted = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
@@ -165,7 +166,7 @@ def fit(task: Segmentation, trial: Trial) -> Fitted:
 
 
 class Window(NamedTuple):
-    """How a whole image is looked at: windows of side S at some scales, mirrored or not."""
+    """How a whole image is predicted: windows of side S, scales, and whether mirrored as well."""
 
     size: int
     scales: tuple[float, ...] = (1.0,)
@@ -173,7 +174,7 @@ class Window(NamedTuple):
 
 
 def windows(length: int, size: int) -> list[int]:
-    """List starts of windows of `size` that cover `length` >= size and overlap by a third."""
+    """List the starts of windows of `size` that cover `length` >= size, overlapping by a third."""
     stride = max(1, size * 2 // 3)
     return sorted({min(start, length - size) for start in range(0, length - size + stride, stride)})
 
@@ -181,7 +182,7 @@ def windows(length: int, size: int) -> list[int]:
 def slide(model: nn.Module, pixels: Tensor, size: int, machine: Machine) -> Tensor:
     """Average the logits of overlapping windows over an image (3, H, W): (C, H, W) on the CPU.
 
-    An image smaller than a window is filled up with the mean colour.
+    An image smaller than a window is padded with the mean colour.
     """
     height, width = pixels.shape[1:]
     pixels = F.pad(pixels, (0, max(0, size - width), 0, max(0, size - height)))
@@ -203,7 +204,7 @@ def slide(model: nn.Module, pixels: Tensor, size: int, machine: Machine) -> Tens
 def class_probabilities(
     model: nn.Module, image: Image.Image, backbone: Backbone, window: Window, machine: Machine
 ) -> Tensor:
-    """Mean of the class probabilities (C, H, W) over all scales and mirrorings of an image."""
+    """Average the class probabilities (C, H, W) over all scales and mirrorings of an image."""
     factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone.mean, backbone.std))
     size, looks = [image.height, image.width], []
     for scale in window.scales:
@@ -226,7 +227,7 @@ def evaluate(
     machine: Machine,
     out: Path,
 ) -> tuple[Measures, list[Unread]]:
-    """Measure on the test images that can be read; return also those that cannot; collective."""
+    """Measure on the readable test images; return the unreadable ones, too. Collective."""
     num_classes = len(task.classes)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     mine = machine.rows(len(task.test))
@@ -268,7 +269,7 @@ def build(spec: Spec) -> nn.Module:
 def predict(
     model: nn.Module, spec: Spec, images: Sequence[Item], wishes: Wishes
 ) -> Iterator[dict[str, Any]]:
-    """Write a coloured mask of every image's size into `wishes.out`; yield a line an image.
+    """Write a coloured mask of every image's size into `wishes.out`; yield one record per image.
 
     Raises:
         ConfigError: no folder is named.

@@ -1,9 +1,11 @@
 """Images with masks in ADE20K's folder layout, checked before anything is trained.
 
-    DATA/images/training/NAME.jpg      DATA/annotations/training/NAME.png      0 = ignore, else
-    class + 1 DATA/images/validation/NAME.jpg    DATA/annotations/validation/NAME.png
-    DATA/classes.txt                   one name a line; or ADE20K's objectInfo150.txt; else 150
-    numbers
+    DATA/images/training/NAME.jpg      DATA/annotations/training/NAME.png
+    DATA/images/validation/NAME.jpg    DATA/annotations/validation/NAME.png
+    DATA/classes.txt                   one name per line; or ADE20K's objectInfo150.txt; else the
+                                       classes are 150 numbers
+
+Masks hold 0 for pixels to ignore, else class + 1.
 
 Letters: H, W height and width of an image, S side of a crop, pixels; C classes.
 
@@ -38,9 +40,9 @@ logger = logging.getLogger(__name__)
 IGNORE = -1
 _SHARES_SHOWN = 20
 _NUM_CLASSES = 150
-# where a PNG and a TIFF say how many bits a number has; a PGM says its largest number
+# byte of a PNG and tag of a TIFF that hold the bit depth; bytes of a PGM that hold its largest grey
 _PNG_BITS, _TIFF_BITS, _NETPBM_HEADER = 24, 258, 1000
-# what keeps every number as it was
+# lossless formats, in which every class number is kept
 _MASK_ENDINGS = frozenset(("png", "tif", "tiff", "bmp", "gif", "pgm", "pnm"))
 _SCALES = (0.5, 2.0)
 _MEAN = np.array(MEAN, np.float32) * 255
@@ -104,7 +106,7 @@ def read_mask(path: Path) -> Labels:
     """Read a mask as class indices (H, W) int64; ignored pixels are `IGNORE`.
 
     Raises:
-        ImageError: the file is no image of one channel.
+        ImageError: the file is not an image of one channel.
     """
     try:
         content = path.read_bytes()
@@ -121,7 +123,7 @@ def read_mask(path: Path) -> Labels:
 
 
 def _largest_grey(content: bytes, image: Image.Image) -> int:
-    """Return the largest number of a mask's own grey, which Pillow spreads to that of its mode."""
+    """Return the largest grey value of a mask's file, which Pillow scales to that of its mode."""
     if image.format == "PPM":
         return int(re.sub(rb"#[^\n]*", b" ", content[:_NETPBM_HEADER]).split()[3])
     bits = 8
@@ -133,7 +135,7 @@ def _largest_grey(content: bytes, image: Image.Image) -> int:
 
 
 def load_masked(masked: MaskedImage, num_classes: int) -> tuple[Annotated, Labels]:
-    """Read an image, as its mask means it, and class indices (H, W).
+    """Read an image, upright or as stored to match its mask, and class indices (H, W).
 
     Raises:
         ImageError: one of them is unreadable, or the mask has another size or holds a class that
@@ -188,7 +190,7 @@ def training_crop(
 ) -> tuple[NDArray[np.float32], Labels]:
     """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
 
-    Returns pixels (3, S, S) and class indices (S, S); what lies outside the image is ignored.
+    Returns pixels (3, S, S) and class indices (S, S), which are `IGNORE` outside the image.
     """
     factor = draws.uniform(*_SCALES)
     image = scaled(image, max(1, round(size * factor)))
@@ -229,7 +231,7 @@ class Segmentation(Task):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        """Check crop and batch."""
+        """Check the size of crop and batch."""
         recipe, patch_size = config.transfer.segmentation, config.model.patch_size
         if recipe.crop % (2 * patch_size):
             raise ConfigError(
@@ -244,7 +246,7 @@ class Segmentation(Task):
 
     @classmethod
     def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
-        """Select the section of segmentation, under its names of version 0.1."""
+        """Select the fields of segmentation, under their names of version 0.1."""
         return transfer.budget("segment_")
 
     @classmethod
@@ -259,7 +261,7 @@ class Segmentation(Task):
         return transfer.segmentation.batch_size
 
     def fingerprint(self) -> str:
-        """Sha256 over classes, keys and file sizes."""
+        """Return a sha256 over classes, keys and file sizes."""
         digest = hashlib.sha256(repr(list(self.classes)).encode())
         for masked in [*self.train, *self.test]:
             sizes = masked.image.stat().st_size, masked.mask.stat().st_size
@@ -276,7 +278,7 @@ class Segmentation(Task):
         Returns notes: how often every number of a mask occurs, and which class is in no mask.
 
         Raises:
-            ConfigError: something cannot be used, or the masks hold less than two classes.
+            ConfigError: a file cannot be used, or the masks hold fewer than two classes.
         """
         num_classes = len(self.classes)
 

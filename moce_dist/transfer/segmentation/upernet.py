@@ -1,7 +1,7 @@
 r"""A plain ViT with a UPerNet decoder: images to one score per class and pixel.
 
-A plain ViT has one resolution; four of its blocks are brought to four, then a kept UPerNet decoder
-(segmentation-models-pytorch) joins them:
+A plain ViT has one resolution. The outputs of four blocks are resized to four resolutions, which
+the UPerNet decoder of segmentation-models-pytorch combines:
 
     block d/4    (B, D, S/P, S/P)  --x4-->  \
     block d/2                      --x2-->   UPerNet --> classes (B, C, S, S)
@@ -36,7 +36,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.vit = vit
         depth, width = len(vit.blocks), vit.embed_dim
-        # of fewer than four blocks some serve twice
+        # with fewer than four blocks, some are used twice
         self._taps = [max((i + 1) * depth // 4, 1) - 1 for i in range(4)]
         self.pyramid = nn.ModuleList(
             [
@@ -60,12 +60,12 @@ class Segmenter(nn.Module):
         maps = self.vit.forward_intermediates(images, indices=blocks, intermediates_only=True)
         of_block = dict(zip(blocks, maps, strict=True))
         levels = [f(of_block[tap]) for f, tap in zip(self.pyramid, self._taps, strict=True)]
-        # the decoder skips two levels finer than it needs
+        # the decoder ignores its two finest inputs, so these are placeholders
         logits = self.head(self.decoder([images, images, *levels]))
         return F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=False)
 
     def optimizer(self) -> torch.optim.AdamW:
-        """Make AdamW with layer-wise decay in the ViT; groups carry `lr_scale`."""
+        """Make AdamW with layer-wise learning rate decay in the ViT; groups have `lr_scale`."""
         new = [p for name, p in self.named_parameters() if not name.startswith("vit.")]
         return layered_adamw(
             self.vit,
