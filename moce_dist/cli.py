@@ -83,13 +83,13 @@ def command_parser(name: str, description: str | None, example: str) -> argparse
 
 
 def quiet_libraries() -> None:
-    """Set up a process for people: our lines at INFO, of the libraries only errors."""
-    # DeepSpeed would look itself, whichever module imports it first, and warn on standard output
+    """Set up logging and environment: moce_dist logs from INFO, libraries only errors."""
+    # otherwise DeepSpeed probes for an accelerator when imported, and warns on standard output
     accelerator = "cuda" if os.path.exists("/dev/nvidiactl") else "cpu"
     os.environ.setdefault("DS_ACCELERATOR", accelerator)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # after an interruption a call of Ray's must not start a second cluster
+    # after an interruption, a call to Ray must not start a second cluster
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(
@@ -107,7 +107,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Run a job's `main(argv)` and leave the process with the promised exit status."""
+    """Run a job's `main(argv)` and exit with the status that this module documents."""
     open_output()
     try:
         main(sys.argv[1:])
@@ -124,7 +124,7 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
         status = _fail(error, 1)
     sys.stdout.flush()
     if any(thread.name == WRITER for thread in threading.enumerate()):
-        # a save in flight is lost, and the next start removes it: nobody is kept waiting for a disk
+        # do not wait for the disk: a save in flight is lost, and the next start removes its files
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

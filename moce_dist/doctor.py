@@ -1,6 +1,6 @@
-"""The doctor: say whether this machine can run a request, before the hours are spent.
+"""The doctor: check whether this machine can run a request, before hours are spent on it.
 
-Every check stands alone: what is missing is a finding, never a crash.
+The checks are independent: a missing component is a finding, never a crash.
 """
 
 import importlib
@@ -23,7 +23,7 @@ _IN_PLACE_OF = {"faiss-gpu": "faiss-cpu"}
 
 
 class Check(NamedTuple):
-    """One finding: how it stands, what was looked at, what was seen, what to do about it."""
+    """One finding: its level, what was checked, what was seen, and advice."""
 
     level: Literal["ok", "warn", "fail"]
     name: str
@@ -31,7 +31,7 @@ class Check(NamedTuple):
     advice: str = ""
 
     def line(self) -> str:
-        """Write the finding as one line, its advice as a second."""
+        """Write the finding as one line; advice follows on a second unless the level is ok."""
         advice = f"\n      {'':15}{self.advice}" if self.advice and self.level != "ok" else ""
         return f"{self.level:4}  {self.name:15}{self.seen}{advice}"
 
@@ -116,7 +116,7 @@ def memory(_: Config) -> Iterator[Check]:
 
 
 def disk(config: Config) -> Iterator[Check]:
-    """Measure the space where runs will lie."""
+    """Measure the free disk space under `run.root`."""
     folder = Path(config.run.root).resolve()
     while not folder.exists():
         folder = folder.parent
@@ -129,7 +129,7 @@ def disk(config: Config) -> Iterator[Check]:
 
 
 def shared_memory(config: Config) -> Iterator[Check]:
-    """Measure /dev/shm, through which loaders, Ray's object store and NCCL hand data over."""
+    """Measure /dev/shm, through which loaders, Ray's object store and NCCL pass data."""
     folder = Path("/dev") / "shm"
     if not folder.is_dir():
         yield Check(
@@ -174,7 +174,7 @@ def network(_: Config) -> Iterator[Check]:
 
 
 def compilers(config: Config) -> Iterator[Check]:
-    """Look for what torch.compile builds with; nothing else is built at run time."""
+    """Look for the compiler that torch.compile needs; nothing else is built at run time."""
     is_there = shutil.which("c++") is not None
     level: Literal["ok", "warn"] = "ok" if is_there or not config.parallel.compile else "warn"
     seen = "c++" if is_there else "c++ not found"
@@ -182,7 +182,7 @@ def compilers(config: Config) -> Iterator[Check]:
 
 
 def open_files(_: Config) -> Iterator[Check]:
-    """Read the limit of open files, which Ray and many loaders meet first."""
+    """Read the limit on open files, which Ray and many loaders are the first to reach."""
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     level: Literal["ok", "warn"] = "ok" if soft >= 1024 else "warn"
     yield Check(level, "open files", str(soft), "raise it: ulimit -n 65536")
@@ -203,7 +203,7 @@ CHECKS: tuple[Callable[[Config], Iterator[Check]], ...] = (
 
 
 def topology_lines(config: Config) -> list[str]:
-    """Draw where ranks and expert groups would stand, as in `parallel/groups.py`."""
+    """Draw the layout of ranks and expert groups, as in `parallel/groups.py`."""
     from moce_dist.parallel.groups import Topology
 
     workers, groups = config.parallel.num_workers, config.parallel.num_groups
@@ -239,7 +239,7 @@ def topology_lines(config: Config) -> list[str]:
 
 
 def examine(check: Callable[[Config], Iterator[Check]], config: Config) -> Iterator[Check]:
-    """Run one check; a package that cannot be imported is its finding."""
+    """Run one check; an ImportError or OSError becomes its finding."""
     try:
         yield from check(config)
     except (ImportError, OSError) as error:

@@ -2,11 +2,11 @@
 
     images -> ingested/ -> mae/ -> features/ -> clusters/ -> shards/ -> moce/ -> control/
 
-A stage is skipped when its artefact is complete and was made from the same inputs; otherwise it is
-made, or taken up where it stopped. This module only wires chapters to `launch`.
+A stage is skipped when its artefact is complete and was made from the same inputs. Otherwise it is
+run, or resumed where it stopped. This module only connects the other packages to `launch`.
 
-Stage control is wanted with `control: true`. A run with `base_run` (run/directory.py) trains no
-stage mae and makes no clusters: it takes those of that run.
+Stage control runs only with `control: true`. A run with `base_run` (run/directory.py) trains no
+stage mae and computes no clusters: it takes both from its base run.
 """
 
 import logging
@@ -57,7 +57,7 @@ from moce_dist.train.job import HOLDOUT_TABLE, StageName
 log = logging.getLogger(__name__)
 HOLDOUT = "holdout"
 Train = Callable[[Job], None]
-"""Runs a job of training to its end; by default on workers that end with it."""
+"""Runs a training job to its end; the default starts workers for that job alone."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Pipeline:
     config: Config
 
     def pretrain(self) -> None:
-        """Run every stage that is not finished, those that train on the same workers."""
+        """Run every unfinished stage; the training stages share one set of workers."""
         with hold_crew() as crew:
             self.mae(crew.train)
             crew.make_room()
@@ -83,7 +83,7 @@ class Pipeline:
 
     @cached_property
     def data(self) -> Path:
-        """Folder of the data's index; a source that is no index is ingested first."""
+        """Folder of the data's index; a source that is not an index is ingested first."""
         source = self.config.data.source
         if source.startswith("index:"):
             return Path(source.removeprefix("index:")).resolve()
@@ -99,7 +99,7 @@ class Pipeline:
 
     @cached_property
     def base(self) -> Run | None:
-        """The run that this one goes on from."""
+        """The run that this one continues from, if any."""
         base = check_base(self.config, self.run.root)
         if base is not None and self.config.cluster.encoder != OWN:
             same_encoder(base, self.config)
@@ -113,7 +113,7 @@ class Pipeline:
         self._train(train, "mae", self.data, {"data": data_id(self.data)})
 
     def cluster(self) -> dict[str, Any]:
-        """Features, balanced clusters, cluster-sharded tars; return the clusters' summary."""
+        """Make features, clusters and cluster-sharded tars; return the clusters' summary."""
         self.features()
         summary = self.clusters()
         self.gallery()
@@ -185,7 +185,7 @@ class Pipeline:
 
     @property
     def _decode_threads(self) -> int:
-        # a GPU outruns one thread by far; on CPUs those that encode are busy, and all there are
+        # one thread cannot keep a GPU busy; on CPUs the encoding threads already use all cores
         parallel = self.config.parallel
         if gets_gpu(parallel):
             return max(1, self.config.data.loader_processes)
@@ -223,7 +223,7 @@ class Pipeline:
             )
 
     def gallery(self) -> None:
-        """Show what the clusters look like."""
+        """Write sheets that show what the clusters look like."""
         inputs = {"clusters": artefact_id(self.run.clusters), "data": data_id(self.data)}
         out = self.run.clusters / GALLERY
         if not is_complete(out, inputs):
@@ -264,14 +264,14 @@ class Pipeline:
         self._train_on(train, "moce", None if self.base is None else self.base.stage("moce"))
 
     def control(self, train: Train = train) -> None:
-        """Train the MAE on as long as the experts: the same images, steps and schedule."""
+        """Continue training the MAE like the experts: the same images, steps and schedule."""
         if self.config.moe.kind == "dense":
             log.info("control: stage moce of a run without experts is the control itself")
             return
         self._train_on(train, "control", base_control(self.base))
 
     def _train_on(self, train: Train, stage: StageName, base: Path | None) -> None:
-        # from the same stage of another run, else from the MAE
+        # start from the same stage of the base run, else from the MAE
         inputs = {
             "shards": artefact_id(self.run.shards),
             "clusters": artefact_id(self.run.clusters),

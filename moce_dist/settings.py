@@ -1,12 +1,12 @@
 """How a configuration is read: YAML, `--set` overrides, strict typing, errors with dotted paths.
 
-What stands there is what a reader sees. Text without quotes keeps its letters until the field that
-it is for says what it can be: `off` is a word for `cluster.balance` and false for `data.hflip`,
-`007` is a name for `base_run` and seven for `seed`, and nothing is a date or counted in sixties.
-What follows `--set a.b=` is, for a field of text, the text as it was said: ` #` begins no comment,
-and only quotes around the whole of it are taken off. A key that stands twice is a mistake.
+The type of a field, not the spelling, decides how unquoted text is read: `off` is a word for
+`cluster.balance` and false for `data.hflip`; `007` is a name for `base_run` and seven for `seed`.
+Nothing is read as a date or as a base-60 number. For a text field, the value of `--set a.b=` is
+taken literally: ` #` begins no comment, and only quotes around the whole value are removed. A
+duplicate key is an error.
 
-What the fields are stands in config/.
+The fields are defined in config/.
 """
 
 import json
@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class ConfigError(ValueError):
-    """A request that is wrong; the message lists every mistake as `path = value: rule`."""
+    """A wrong request; the message lists every mistake as `path = value: rule`."""
 
 
 class Section(BaseModel):
@@ -37,13 +37,13 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Plain(str):
-    """Text without quotes: what it is depends on the field that it is for."""
+    """Unquoted text; the type of its field decides what it means."""
 
     __slots__ = ()
 
 
 class Said(Plain):
-    """What follows `--set PATH=`."""
+    """The value of `--set PATH=VALUE`."""
 
     path = ""
 
@@ -60,7 +60,7 @@ _PLAIN, _MERGE = "!plain", "tag:yaml.org,2002:merge"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's parser; scalars without quotes stay text, whatever they look like."""
+    """PyYAML's parser; unquoted scalars stay text, whatever they look like."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
         if kind is yaml.ScalarNode and implicit[0]:
@@ -101,7 +101,7 @@ def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML text into dicts, lists, `str` (quoted) and `Plain`; `name` is for errors.
 
     Raises:
-        ConfigError: the text is not YAML, or a key stands twice.
+        ConfigError: the text is not YAML, or a key is duplicated.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
@@ -127,7 +127,7 @@ def read_tree(
 ) -> dict[str, Any]:
     """Read a YAML file (None: an empty one) as nested dicts and apply `a.b=value` overrides.
 
-    `under` is a tree that they are laid over, in place.
+    Both are applied on top of the tree `under`, which is changed in place.
 
     Raises:
         ConfigError: a file is missing or is not a mapping, or an override is malformed.
@@ -202,7 +202,7 @@ def _options(wanted: Any) -> tuple[Any, ...]:
 
 
 def _typed(value: Any, wanted: Any) -> Any:
-    """Turn text without quotes, wherever it stands in a value, into what its field can be."""
+    """Convert unquoted text anywhere in a value to a type that its field accepts."""
     options = _options(wanted)
     if isinstance(value, Said):
         value = _heard(value, options)
@@ -222,7 +222,7 @@ def _typed(value: Any, wanted: Any) -> Any:
 
 
 def _heard(said: Said, options: tuple[Any, ...]) -> Any:
-    """Read what follows `--set a.b=`; as YAML only where lists and sections may stand."""
+    """Read the value of `--set a.b=`; as YAML only quoted text, and fields of lists or sections."""
     is_text = any(option is str or get_origin(option) is Literal for option in options)
     is_quoted = len(said) > 1 and said[0] == said[-1] and said[0] in "\"'"
     if is_text and not is_quoted:
@@ -239,12 +239,12 @@ def _heard(said: Said, options: tuple[Any, ...]) -> Any:
 
 
 def _readings(text: Plain, options: tuple[Any, ...]) -> Iterator[Any]:
-    """Yield what text without quotes can be of the options, the likeliest first."""
+    """Yield the values that unquoted text can have under `options`, the most likely first."""
     yield from (c for o in options if get_origin(o) is Literal for c in get_args(o) if c == text)
     if text in _NULL and NoneType in options:
         yield None
     word = text.lower()
-    # without a field that says what is wanted, as YAML 1.2 has it
+    # where any type is allowed, only the booleans of YAML 1.2
     words = ("true", "false") if options == _ANYTHING else _WORDS
     if bool in options and word in words and text in (word, word.capitalize(), word.upper()):
         yield _WORDS[word]
@@ -256,7 +256,7 @@ def _readings(text: Plain, options: tuple[Any, ...]) -> Iterator[Any]:
     if float in options and _FLOAT.fullmatch(text):
         yield float(re.sub(r"\.(inf|nan)$", r"\1", word.replace("_", "")))
     if text in _NULL and any(isinstance(o, type) and issubclass(o, Section) for o in options):
-        # a section with nothing in it
+        # an empty section
         yield {}
     if str in options:
         yield str(text)
@@ -264,7 +264,7 @@ def _readings(text: Plain, options: tuple[Any, ...]) -> Iterator[Any]:
 
 
 def _describe(error: ValidationError, tree: dict[str, Any]) -> list[str]:
-    """Say what is wrong, a line a field, with the value as the user wrote it."""
+    """Describe the errors, one line per field, with the value as the user wrote it."""
     found: dict[str, list[str]] = {}
     for mistake in error.errors():
         node: Any = tree
@@ -273,7 +273,7 @@ def _describe(error: ValidationError, tree: dict[str, Any]) -> list[str]:
             inside = range(len(node)) if isinstance(node, list) else node
             is_in = isinstance(node, dict | list) and part in inside
             if not is_in and mistake["type"] != "missing":
-                # the rest names a member of a union, or is inside of what --set says
+                # the rest names a member of a union, or lies inside the text of a --set
                 break
             path.append(str(part))
             node = node[part] if is_in else None
@@ -288,7 +288,7 @@ def _describe(error: ValidationError, tree: dict[str, Any]) -> list[str]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {dotted path: leaf}."""
+    """Return nested dicts as {dotted path: leaf}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"

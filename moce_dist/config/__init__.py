@@ -1,9 +1,9 @@
-"""Typed configuration: one frozen tree, YAML files that hold only differences, `--set` overrides.
+"""Typed configuration: one frozen tree, YAML files of non-default values, `--set` overrides.
 
-sections.py   fields, defaults, bounds and roles of all sections but
-transfer.py   that of transfers
-tree.py       the whole, and the rules that tie fields together
-loading.py    from files and overrides to a checked configuration, and back
+sections.py   fields, defaults, bounds and roles of every section except transfers
+transfer.py   the transfer section
+tree.py       the complete configuration, and the rules between its fields
+loading.py    files and overrides to a checked configuration, and back to YAML
 """
 
 from moce_dist.config.loading import (

@@ -1,6 +1,7 @@
-"""How a configuration is made: from YAML files that hold differences, and `--set` overrides.
+"""Build a configuration from YAML files of non-default values and `--set` overrides.
 
-Every mistake of a request is reported at once, each with its dotted path, the value and the rule.
+All wrong fields are reported together, and then all broken rules between fields. Each message gives
+the dotted path, the value and the rule.
 """
 
 import logging
@@ -18,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 def checked(config: ConfigT) -> ConfigT:
-    """Return a configuration that breaks no rule.
+    """Return `config` if it breaks no rule between fields.
 
     Raises:
-        ConfigError: naming every rule that it breaks.
+        ConfigError: naming every broken rule.
     """
     if broken := cross_field_errors(config):
         raise ConfigError("; ".join(broken))
@@ -39,7 +40,7 @@ def make_config(tree: dict[str, Any]) -> Config:
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
-    """Read a YAML file of differences, apply `a.b=value` overrides, check everything.
+    """Read a YAML file of non-default values, apply `a.b=value` overrides and check the result.
 
     Raises:
         ConfigError: the file is missing, is not a mapping, or holds a mistake.
@@ -48,15 +49,15 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
 
 
 def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = None) -> Config:
-    """Read the configuration that a run was made with, and lay a file and overrides over it.
+    """Read the configuration of a run and apply a file and overrides on top of it.
 
-    A run of version 0.1 is read too.
+    Runs of version 0.1 can be read too. The rules between fields are not checked.
 
     Raises:
         ConfigError: an override is wrong, or this version does not know a setting of the run.
     """
     saved = read_tree(path)
-    # version 0.1 listed the settings of benchmarks too, and had other names
+    # version 0.1 also stored the settings of benchmarks, and used other names
     saved.pop("bench", None)
     _rename(saved)
     tree = read_tree(over, overrides, under=saved)
@@ -68,7 +69,7 @@ def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = 
 
 
 def _rename(tree: dict[str, Any], *, warn: bool = False) -> None:
-    """Give fields of version 0.1 their names of now."""
+    """Rename fields of version 0.1 to their current names."""
     for old, new in Config.RENAMED.items():
         section, prefix = old.split(".")
         fields = tree.get(section)
@@ -83,13 +84,13 @@ def _rename(tree: dict[str, Any], *, warn: bool = False) -> None:
 
 @cache
 def _tell(old: str, new: str) -> None:
-    # a study reads its configuration for every value
+    # cached, because a study reads its configuration once per value
     log.warning("%s is now called %s", old, new)
 
 
 @cache
 def roles(config: type[Config] = Config) -> dict[str, Role]:
-    """Role of every field of a configuration, by dotted path, as it stands in its type."""
+    """Return the role of every field by dotted path, as its type declares it."""
     return dict(_roles(config, "", Role.IDENTITY))
 
 

@@ -1,13 +1,13 @@
-"""The sections of a configuration but that of transfers: fields, defaults, bounds, roles.
+"""All configuration sections except transfers: fields, defaults, bounds and roles.
 
-Every default stands here and nowhere else. Derived values are properties, never written back. The
-role of a field is in its type:
+Defaults are defined in `config/` and nowhere else. Derived values are properties and are never
+written back. The type of a field declares its role:
 
-    int               decides what a run learns (identity); a continued run keeps its base run's
-    Continued[int]    decides what a run learns; a run with `base_run` may have another
+    int               decides what a run learns (identity); must equal the value of a `base_run`
+    Continued[int]    decides what a run learns; may differ from the value of a `base_run`
     Runtime[int]      may change between two starts of a run
 
-A section's role is that of all its fields.
+The role of a section applies to all its fields that declare none.
 """
 
 from enum import Enum
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Role(Enum):
-    """What a field has to do with a run directory."""
+    """Whether a field belongs to a run's identity, and whether a run with `base_run` may set it."""
 
     IDENTITY = "identity"
     CONTINUED = "continued"
@@ -43,7 +43,7 @@ class DataConfig(Section):
     """What is read, and how one image becomes a training sample."""
 
     source: Continued[str] = ""
-    """`folder:PATH`, `shards:PATTERN`, `sample:NAME`, `index:DIR` (ingested, with index.json)."""
+    """`folder:PATH`, `shards:PATTERN`, `sample:NAME`, or `index:DIR` (ingested, has index.json)."""
     image_size: int = Field(224, ge=8, le=2048)
     """Side of the square crop, pixels."""
     crop_scale_min: Continued[float] = Field(0.2, gt=0, le=1)
@@ -53,39 +53,39 @@ class DataConfig(Section):
     holdout_fraction: Continued[float] = Field(0.01, ge=0, lt=0.5)
     """Share of the images kept out of training, for the held-out loss."""
     store_side: int | None = Field(None, ge=64)
-    """Longer side to which larger images of a folder are stored, as JPEG; None: as they are."""
+    """Longer side to which ingest scales larger images of a folder (JPEG); None: unchanged."""
     shard_bytes: Runtime[int] = Field(256 * 2**20, ge=2**16)
     """Size at which a tar is closed, bytes."""
     decode_on: Continued[Literal["loader", "device"]] = "loader"
-    """`device`: JPEG crops of training are decoded by the GPU (nvImageCodec), not by loaders."""
+    """`device`: the GPU decodes JPEG training crops (nvImageCodec), instead of the loaders."""
     loader_processes: Runtime[int] = Field(4, ge=0)
-    """Decoding processes per worker, threads where a GPU makes features; 0: the worker decodes."""
+    """Decoding processes per worker (threads for features on a GPU); 0: the worker decodes."""
     prefetch_batches: Runtime[int] = Field(2, ge=1)
     """Batches that every loader process keeps ready."""
     stall_timeout_s: Runtime[float] = Field(300, gt=0)
-    """A loader that delivers nothing for so long ends the run, seconds."""
+    """Seconds without a batch from a loader after which the run ends."""
     read_ahead_bytes: Runtime[int] = Field(32 * 2**20, ge=1)
-    """What a loader process reads of coming steps at once, bytes; it holds twice as much."""
+    """Bytes of coming steps that a loader process reads at once; it holds twice as many."""
     read_timeout_s: Runtime[float] = Field(60, gt=0)
-    """A request to remote storage that takes longer is repeated, seconds."""
+    """Seconds after which a request to remote storage is repeated."""
     read_deadline_s: Runtime[float] = Field(240, gt=0)
-    """Requests are repeated for so long; then the samples are faults. Less than the stall's."""
+    """Seconds of repeated requests after which samples are faults; below `stall_timeout_s`."""
     keep: Runtime[Literal["none", "memory"]] = "none"
-    """`memory`: a worker keeps samples after their first use, small ones decoded; transfers too."""
+    """`memory`: workers keep samples after first use, small ones decoded; so do transfers."""
     keep_bytes: Runtime[int] = Field(2**30, ge=1)
-    """What a worker keeps at most; what does not fit is read at every use."""
+    """Most bytes that a worker keeps; samples that do not fit are read at every use."""
     cache: Runtime[str | None] = None
     """Folder on a node's own disk for samples of remote shards; all ranks of the node share it."""
     cache_bytes: Runtime[int] = Field(100 * 2**30, ge=1)
-    """What a data set may take of it: as many samples as fit are kept, and always the same ones."""
+    """Bytes of `cache` for a data set; as many samples as fit are kept, always the same ones."""
     allow_pipes: Runtime[bool] = False
-    """Let ingest run the shell commands of `shards:pipe:COMMAND`, which write a tar each."""
+    """Let ingest run the shell commands of `shards:pipe:COMMAND`; each writes one tar."""
     max_fault_fraction: Runtime[float] = Field(0.01, ge=0, le=1)
-    """Share of unreadable images of a data set over which a job stops."""
+    """Share of unreadable images above which a job stops."""
 
 
 WEIGHT_FILES = (".pth", ".pt", ".safetensors")
-"""Endings of files with weights; another name is one of timm's hub."""
+"""File name endings of weight files; any other name is looked up in timm's hub."""
 
 
 class ViTShape(NamedTuple):
@@ -109,7 +109,7 @@ class ModelConfig(Section):
     """The masked autoencoder. Source: He et al. 2022, arXiv 2111.06377, table 8 and section 3."""
 
     size: Literal["tiny", "small", "base", "large", "huge"] = "base"
-    """Named encoder shape; `width`, `depth` and `num_heads` override single numbers of it."""
+    """Named encoder shape; `width`, `depth` and `num_heads` override its numbers."""
     width: int | None = Field(None, ge=8)
     """Encoder width D."""
     depth: int | None = Field(None, ge=1)
@@ -144,20 +144,20 @@ class MoeConfig(Section):
     """Which encoder blocks carry experts, and what routes to them."""
 
     kind: Literal["cluster", "token", "dense"] = "cluster"
-    """MoCE; the baseline whose tokens choose experts, by DeepSpeed's own layer; no experts."""
+    """`cluster`: MoCE; `token`: tokens choose experts, DeepSpeed's layer; `dense`: no experts."""
     capacity_factor: Continued[float] = Field(1.25, gt=0)
-    """Tokens that an expert takes over its even share (kind token); more are dropped."""
+    """Capacity of an expert relative to its even share of tokens (kind token); more are dropped."""
     num_experts: int = Field(8, ge=1)
     """Experts per MoE layer, E."""
     layers: tuple[int, ...] | None = None
-    """Blocks whose MLP becomes experts, by index; default every second one, the last included."""
+    """Indices of blocks whose MLP becomes experts; default: every second one up to the last."""
 
     shared_fraction: float = Field(0.0, ge=0, lt=1)
-    """Share of an MoE block's hidden units that are no expert's: all images go through them."""
+    """Share of an MoE block's hidden units that process all images and belong to no expert."""
     lr_scale: Continued[float] = Field(1.0, gt=0)
-    """The experts' learning rate over the model's."""
+    """Learning rate of the experts relative to the model's."""
     mean_decay: Continued[float | None] = Field(None, ge=0)
-    """Weight decay of experts towards their mean, in place of the stage's towards 0."""
+    """Weight decay of experts towards their mean; None: the stage's decay, towards 0."""
 
     def layer_indices(self, depth: int) -> tuple[int, ...]:
         """Return the indices of the MoE blocks of an encoder of `depth` blocks."""
@@ -174,11 +174,11 @@ class GateConfig(Section):
     combine: Literal["prob", "straight_through"] = "straight_through"
     """Weight of an expert's output: its probability p, or p / stop_gradient(p)."""
     assign: Continued[Literal["argmax", "balanced", "fixed"]] = "argmax"
-    """A cluster's best expert; the best at equal loads; similar clusters share one, unlearnt."""
+    """`argmax`: best expert; `balanced`: best at equal load; `fixed`: by similarity, not learnt."""
     groups: Literal["free", "shared"] = "free"
-    """Choose among all experts, or keep a cluster in one expert group in all layers."""
+    """`free`: choose among all experts; `shared`: one expert group per cluster in all layers."""
     noise: Continued[float] = Field(1.0, ge=0)
-    """Training noise at the start: standard deviation over the spread of the logits."""
+    """Initial training noise: standard deviation relative to the spread of the logits."""
     noise_fraction: Continued[float] = Field(0.5, ge=0, le=1)
     """Share of the training over which the noise falls linearly to 0."""
     balance_weight: Continued[float] = Field(0.01, ge=0)
@@ -186,7 +186,7 @@ class GateConfig(Section):
     confidence_weight: Continued[float] = Field(0.01, ge=0)
     """Coefficient beta of the confidence loss."""
     lr_scale: Continued[float] = Field(1.0, gt=0)
-    """The gate's learning rate over the model's."""
+    """Learning rate of the gate relative to the model's."""
     refresh_steps: Continued[int] = Field(1, ge=1)
     """Steps between two routing tables."""
 
@@ -197,35 +197,35 @@ class ClusterConfig(Section):
     num_clusters: int = Field(256, ge=1)
     """Number of clusters, K."""
     source: Continued[Literal["features", "random", "folder"]] = "features"
-    """Clusters of similar features; drawn at random; the domains (first folders of the keys)."""
+    """Cluster similar features, draw at random, or take the domains (first folders of the keys)."""
     encoder: str = Field("mae", pattern=r"^(mae|pixels|timm:.+|.+[.](pth|pt|safetensors))$")
-    """Whose features: `mae` (the run's), `pixels`, `timm:NAME`, a file of published MAE weights."""
+    """Encoder of features: the run's `mae`, `pixels`, `timm:NAME`, a file of published weights."""
     feature_block: int | None = Field(None, ge=0)
-    """Block of the MAE's encoder whose patch tokens are the features; None: the last, normed."""
+    """Block of the MAE encoder whose patch tokens give the features; None: the last, normalised."""
     balance: Continued[Literal["exact", "soft", "off"]] = "exact"
-    """Sizes differ by at most one; sizes within `soft_bound` of the mean; plain k-means."""
+    """`exact`: sizes differ by at most 1; `soft`: limit on the largest; `off`: plain k-means."""
     spherical: Continued[bool] = False
-    """Centroids have length 1; rows of `--features` are scaled to it, zero rows are refused."""
+    """Unit-length centroids; rows of `--features` are scaled to unit length, zero rows refused."""
     soft_bound: Continued[float] = Field(1.1, gt=1)
-    """Largest cluster over the mean size under `soft`."""
+    """Largest cluster size relative to the mean, under `soft`."""
     iterations: Continued[int] = Field(25, ge=1)
     """Upper bound on the iterations of k-means."""
     tolerance: Continued[float] = Field(1e-4, ge=0)
     """Relative change of the objective below which k-means stops."""
     block_rows: Continued[int] = Field(8192, ge=1)
-    """Rows in the unit of work; results do not depend on who computes a block."""
+    """Rows per block of work; results do not depend on which worker computes a block."""
     num_candidates: Continued[int] = Field(16, ge=2)
-    """Nearest clusters per image that the exact finish may move it to."""
+    """Nearest clusters that the exact finish may move an image to."""
     border_rows: Runtime[int] = Field(2**20, ge=1)
-    """Images between two clusters that the driver holds under balance, at 0.5 KB each."""
+    """Images on a border between clusters that the driver holds to balance, 0.5 KB each."""
     index_from: Continued[int] = Field(16_384, ge=2)
-    """Clusters from which on the search uses an index over them where that is faster."""
+    """Number of clusters from which the search uses an index over them, if that is faster."""
     index_recall: Continued[float] = Field(0.98, gt=0, le=1)
-    """Share of the best clusters that the index finds at least; more is slower."""
+    """Least share of the best clusters that the index must find; higher is slower."""
     batch_size: Continued[int] = Field(256, ge=1)
     """Images per forward pass when features are computed."""
     with_prices: Continued[bool] = True
-    """With `base_run`: assign under the prices that balanced its clusters, where it has any."""
+    """With `base_run`: assign with the prices that balanced its clusters, if it has any."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -262,7 +262,7 @@ class StageConfig(Section):
 def legal_worker_counts(
     num_groups: int, batch_size: int, micro_batches: int, most: int | None = None
 ) -> list[int]:
-    """Numbers of workers R <= `most` (4 G) that host the G groups evenly and divide the batch."""
+    """List the worker counts R <= `most` (4 G) that host G groups evenly and divide the batch."""
     counts = range(1, (4 * num_groups if most is None else most) + 1)
     return [
         r
@@ -278,41 +278,41 @@ class ParallelConfig(Section):
     num_workers: Runtime[int] = Field(1, ge=1)
     """Training processes R, one per GPU; R is a multiple or a divisor of `num_groups`."""
     min_workers: Runtime[int | None] = Field(None, ge=1)
-    """Fewest processes to start or go on with when nodes are missing; None: all `num_workers`."""
+    """Fewest processes to start or continue with when nodes are missing; None: `num_workers`."""
     num_groups: Continued[int] = Field(1, ge=1)
     """Logical expert groups G, fixed for a run."""
     micro_batches: Runtime[int] = Field(1, ge=1)
-    """Forward and backward passes per optimiser step on `num_workers` ranks; more on fewer."""
+    """Forward and backward passes per step on `num_workers` ranks; fewer ranks run more."""
     zero_stage: Runtime[Literal[0, 1, 2]] = 0
     """DeepSpeed's partitioning of optimiser state (1) and gradients (2)."""
     precision: Continued[Literal["fp32", "bf16"]] = "bf16"
-    """Matrix products of the model; weights, gradients and moments are float32, never TF32."""
+    """Type of the model's matrix products; weights, gradients and moments are float32, no TF32."""
     deterministic: Runtime[bool] = False
-    """On GPUs take repeatable kernels only, so that a resumed run has the same bits; slower."""
+    """Use only repeatable kernels on GPUs, so that a resumed run is bit-identical; slower."""
     reduce_dtype: Continued[Literal["fp32", "bf16"]] = "fp32"
-    """Type in which gradients are summed over the ranks; bf16 halves what travels."""
+    """Type in which gradients are summed over the ranks; bf16 halves the traffic."""
     threads_per_worker: Runtime[int] = Field(1, ge=1)
     """CPU threads of a worker's tensor operations; 1 gives repeatable sums."""
     compile: Runtime[bool] = False
-    """torch.compile of the blocks; of those with experts only the attention."""
+    """Compile the blocks with torch.compile; in blocks with experts, only the attention."""
     activation_checkpointing: Runtime[bool] = False
-    """Keep no activations inside blocks and compute them again in the backward pass."""
+    """Recompute the activations inside blocks in the backward pass instead of keeping them."""
     use_gpu: Continued[bool | Literal["auto"]] = "auto"
     """Give every worker a GPU; auto: when there is one."""
     replan_steps: Continued[int] = Field(100, ge=1)
     """Steps between two placements."""
     max_failures: Runtime[int] = Field(3, ge=0)
-    """Restarts after the loss of a worker whose node lives on."""
+    """Most restarts after losses of workers whose node stays alive."""
     max_preemptions: Runtime[int] = Field(1000, ge=0)
-    """Restarts after the loss, or the announced loss, of a worker's node."""
+    """Most restarts after the loss, or the announced loss, of a worker's node."""
     start_timeout_s: Runtime[float] = Field(600, gt=0)
-    """Time in which nodes with room for the fewest workers must be there, seconds."""
+    """Seconds within which nodes with room for the fewest workers must appear."""
     step_timeout_s: Runtime[float] = Field(300, gt=0)
-    """A rank in one step for so long, and for ten times the median, is restarted, seconds."""
+    """Seconds in one step, and at least ten median steps, after which a rank is restarted."""
 
     @property
     def patience_s(self) -> float:
-        """Time in which ranks wait for each other; one of them verifies checkpoints alone."""
+        """Seconds that ranks wait for each other; long, since one rank verifies checkpoints."""
         return max(3600.0, self.start_timeout_s)
 
     @property
@@ -323,16 +323,16 @@ class ParallelConfig(Section):
     def micro_batches_on(self, num_ranks: int, batch_size: int) -> int:
         """Micro-batches of a step on `num_ranks` ranks.
 
-        The fewest under which no rank holds more images at a time than on `num_workers` ranks.
+        The fewest for which no rank holds more images at once than on `num_workers` ranks.
         """
         images = batch_size // num_ranks
         fewest = -(-self.num_workers * self.micro_batches // num_ranks)
         return next((m for m in range(fewest, images) if images % m == 0), images)
 
     def worker_counts(self, batch_size: int) -> list[int]:
-        """Numbers of workers that a stage may start on, the most first.
+        """List the worker counts that a stage may start on, largest first.
 
-        `num_workers` and what is legal from there down to `min_workers`; micro-batches adapt.
+        `num_workers`, then the legal counts below it down to `min_workers`; micro-batches adapt.
         """
         legal = legal_worker_counts(self.num_groups, batch_size, 1, self.num_workers - 1)
         fewer = [r for r in legal if r >= self.fewest_workers]
@@ -358,36 +358,36 @@ class LoggingConfig(Section):
     trackers: tuple[Literal["wandb", "mlflow"], ...] = ()
     """Also write for Weights & Biases (offline) or MLflow, into the stage's folder."""
     profile_steps: tuple[int, int] | None = None
-    """Profile rank 0 from the first of these steps up to before the second."""
+    """Profile rank 0 from the first of these steps until before the second."""
 
 
 class HardwareConfig(Section):
-    """What `--dry-run` reckons a step's time with; the defaults are nodes of eight H100 SXM."""
+    """Hardware that `--dry-run` estimates a step's time for; default: nodes of eight H100 SXM."""
 
     gpus_per_node: int = Field(8, ge=1)
-    """Ranks of a node, which share its cards and cores."""
+    """Ranks per node, which share its network cards and CPU cores."""
     bf16_tflops: float = Field(989, gt=0)
-    """Peak of a GPU's dense bfloat16 products, TFLOP/s; float32 is reckoned at a sixteenth."""
+    """Peak of a GPU's dense bfloat16 products, TFLOP/s; float32 is taken as a sixteenth of it."""
     utilisation: float = Field(0.4, gt=0, le=1)
-    """Share of the peak that forward and backward pass reach."""
+    """Share of the peak that the forward and backward passes reach."""
     memory_gb_s: float = Field(3350, gt=0)
     """Bandwidth of a GPU's memory, GB/s."""
     memory_gib: float = Field(80, gt=0)
     """Memory of a GPU, GiB."""
     node_gbit_s: float = Field(400, gt=0)
-    """A node's network, all its cards together, Gbit/s each way."""
+    """Network bandwidth of a node, all its cards together, Gbit/s in each direction."""
     nvlink_gb_s: float = Field(450, gt=0)
-    """What a GPU sends to those of its own node, GB/s each way."""
+    """Bandwidth from a GPU to the others of its node, GB/s in each direction."""
     host_ms: float = Field(5, ge=0)
-    """Time of a step in which the host keeps the GPU waiting, ms."""
+    """Time per step in which the GPU waits for the host, ms."""
     decode_images_s: float = Field(400, gt=0)
-    """Training samples that one loader process makes a second."""
+    """Training samples per second of one loader process."""
     sample_kb: float = Field(110, gt=0)
     """Size of an encoded image, KB (1,000 bytes)."""
     num_images: int | None = Field(None, ge=1)
-    """Images of the data set; None: of the run's index, where it is made."""
+    """Images of the data set; None: read from the run's index, if it exists."""
     images_leaving: float | None = Field(None, ge=0, le=1)
-    """Share of images times layers whose expert is elsewhere; None: 0 with shared groups, else
-    that of images placed at random."""
+    """Share of (image, layer) pairs whose expert is in another place; None: 0 with shared groups,
+    else the share for random placement."""
     terms: str | None = None
-    """File of measured terms, which go before these fields: `{"host_ms": 3.1, ...}`."""
+    """JSON file of measured terms that override these fields: `{"host_ms": 3.1, ...}`."""

@@ -1,4 +1,4 @@
-"""The section of transfers: selection of experts, protocols, and what a fit of each kind costs."""
+"""The transfer section: selection of experts, protocols, and the budget of each kind of fit."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,7 +8,7 @@ from moce_dist.config.sections import StageConfig
 from moce_dist.settings import Section
 
 RENAMED = {"segment_": "segmentation", "detect_": "detection"}
-"""Prefixes of fields in version 0.1, and the sections that these fields are in now."""
+"""Field prefixes of version 0.1, and the sections that now hold these fields."""
 
 
 class FinetuneConfig(Section):
@@ -35,7 +35,7 @@ class FinetuneConfig(Section):
     hflip: bool = True
     """Mirror half of the training images."""
     max_train: int | None = Field(None, ge=1)
-    """Cap on the training images of a fine-tuned classifier, beside `transfer.max_train`."""
+    """Cap on a fine-tuned classifier's training images, in addition to `transfer.max_train`."""
     warmup_epochs: float = Field(5, ge=0)
     """Linear warm-up."""
 
@@ -54,16 +54,16 @@ class SegmentationConfig(Section):
     channels: int = Field(512, ge=8)
     """Channels of the decoder."""
     scales: tuple[Annotated[float, Field(gt=0, le=4)], ...] = Field((1.0,), min_length=1)
-    """Scales at which a test image is predicted; mmsegmentation takes 0.5 to 1.75."""
+    """Scales at which a test image is predicted; mmsegmentation uses 0.5 to 1.75."""
     flip: bool = False
-    """Predict every test image mirrored too."""
+    """Also predict every test image mirrored."""
 
 
 class DetectionConfig(Section):
     """Training and test of detection. Source: ViTDet, arXiv 2203.16527, appendix A.2."""
 
     size: int = Field(1024, ge=32)
-    """Side of the square that the model takes, pixels; a multiple of 32 and of two patches."""
+    """Side of the square input, pixels; a multiple of 32 and of two patches."""
     steps: int = Field(184_375, ge=1)
     """Steps of training; the rate falls tenfold after 8/9 and 26/27 of them."""
     batch_size: int = Field(64, ge=1)
@@ -75,13 +75,13 @@ class DetectionConfig(Section):
     drop_path: float = Field(0.1, ge=0, lt=1)
     """Stochastic depth of the backbone."""
     scale_min: float = Field(0.1, gt=0, le=1)
-    """Least factor of large-scale jitter."""
+    """Smallest factor of large-scale jitter."""
     scale_max: float = Field(2, ge=1)
-    """Greatest factor of large-scale jitter; test images have factor 1."""
+    """Largest factor of large-scale jitter; test images have factor 1."""
     window: int = Field(14, ge=1)
     """Side of an attention window, patches; four blocks attend to the whole image."""
     anchor_strides: float = Field(8, gt=0)
-    """Side of a level's anchors in its strides: 8 gives 32 pixels on the finest of the pyramid."""
+    """Anchor side of a pyramid level, in strides of it: 8 gives 32 pixels on the finest level."""
     channels: int = Field(256, ge=8)
     """Channels of the feature pyramid and of the heads' convolutions."""
     rois: int = Field(512, ge=4)
@@ -98,7 +98,7 @@ class SuiteEntry(Section):
     name: str = ""
     """Name of its folder and row; default the task's. Two entries of one task need two names."""
     protocol: tuple[str, ...] = ()
-    """Protocols; none: those of `--protocol`."""
+    """Protocols; empty: those of `--protocol`."""
     set: tuple[str, ...] = ()
     """Overrides `a.b=value` of the configuration for this task."""
 
@@ -107,20 +107,20 @@ Selection = Literal["vote", "largest_cluster", "merge", "average", "mismatched",
 
 
 class ContinuedConfig(Section):
-    """Steps beside the stages (`--continue-images`): a task's own, and those that are fair to them.
+    """Further training outside the stages (`--continue-images`): a task's own steps and controls.
 
-    Whatever is not here is that of stage moce; the optimiser is a new one.
+    All other settings are those of stage moce; the optimiser starts new.
     """
 
     batch_size: int | None = Field(None, ge=1)
-    """Images per optimiser step; None: those of stage moce."""
+    """Images per optimiser step; None: as in stage moce."""
     base_lr: float | None = Field(None, gt=0)
-    """Learning rate per 256 images; None: that of stage moce."""
+    """Learning rate per 256 images; None: as in stage moce."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
 
     def stage(self, moce: StageConfig, epochs: float) -> StageConfig:
-        """Return the optimisation of steps that last `epochs`."""
+        """Return the optimisation settings of such steps over `epochs` epochs."""
         given = self.model_dump(include={"batch_size", "base_lr"}, exclude_none=True)
         warmup = {"warmup_epochs": self.warmup_fraction * epochs}
         return moce.model_copy(update={**given, **warmup, "epochs": epochs})
@@ -130,27 +130,27 @@ class TransferConfig(Section):
     """Downstream tasks: selection of experts, protocols, budgets."""
 
     task: str = ""
-    """Task of a recipe; `--task` goes before it."""
+    """Task of a recipe; `--task` overrides it."""
     suite: tuple[SuiteEntry, ...] = ()
     """The tasks of `--task all`."""
     save_models: bool = True
     """Keep fine-tuned and linear models, for `python -m moce_dist predict` and `onnx`."""
     save_every_steps: int = Field(500, ge=1)
-    """Steps between two saved states of a fit, from which it goes on after an interruption."""
+    """Steps between two saved states of a fit; an interrupted fit resumes from the newest."""
     view_every_steps: int | None = Field(None, ge=1)
-    """Steps between two early views of a fit's metric, whose best model is kept; None: no views."""
+    """Steps between early evaluations of a fit, whose best model is kept; None: no evaluations."""
     select: Selection = "vote"
-    """What a MoE layer becomes: an expert, a mean of all, or what does best (`select.py`)."""
+    """What an MoE layer becomes: one expert, a mean of all, or the best of these (`select.py`)."""
     merge_temperature: float = Field(1.0, gt=0)
     """`merge` weights experts by mass^(1 / T): near 0 it is the vote, when large the average."""
     validate_by: Literal["knn", "linear"] = "knn"
-    """The protocol by which `validate` tries candidates, on folds of the training images."""
+    """Protocol with which `validate` scores candidates on folds of the training images."""
     validate_folds: int = Field(5, ge=2)
-    """Folds of the training images; each is judged by the others."""
+    """Folds of the training images; each is tested with the others as training set."""
     validate_images: int = Field(2000, ge=2)
-    """Training images that `validate` looks at, at most; drawn with the seed."""
+    """Most training images that `validate` uses; drawn with the seed."""
     evaluate: Literal["test", "val"] = "test"
-    """Images that figures are of; `val`, for choices: the folder, or a fifth of the training's."""
+    """Images to measure on; `val`, for choices: that folder, or a fifth of the training images."""
     continued: ContinuedConfig = ContinuedConfig()
     """Steps on the images of a task's own clusters."""
     max_train: int | None = Field(None, ge=1)
@@ -167,13 +167,16 @@ class TransferConfig(Section):
     """Fits of detection."""
 
     def flat(self) -> dict[str, Any]:
-        """Return all fields under the names of version 0.1, whose fingerprints still hold."""
+        """Return all fields under their names of version 0.1, so that old fingerprints hold."""
         fields = self.model_dump(mode="json")
         for old, section in RENAMED.items():
             fields |= {f"{old}{name}": value for name, value in fields.pop(section).items()}
         return fields
 
     def budget(self, beginning: str) -> dict[str, Any]:
-        """Select what a fit depends on: fields of version 0.1 that begin so, and its images."""
+        """Select what a fit depends on: its images, and `flat` fields that begin with `beginning`.
+
+        The prefix is one of version 0.1, e.g. `segment_`.
+        """
         own = {k: value for k, value in self.flat().items() if k.startswith(beginning)}
         return {"max_train": self.max_train, **own}

@@ -1,4 +1,4 @@
-"""The whole of a request, and the rules that tie two of its fields together."""
+"""The complete configuration, and the rules between its fields."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,15 +28,15 @@ from moce_dist.settings import Section
 
 
 class Config(Section):
-    """The whole of a request."""
+    """The complete configuration of a request."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         f"transfer.{old}": f"transfer.{new}." for old, new in RENAMED.items()
     }
     seed: Continued[int] = Field(0, ge=0)
-    """Every random draw of a run is keyed by it."""
+    """Key of every random draw of a run."""
     base_run: Continued[str | None] = None
-    """A finished run whose encoder, clusters and experts this run goes on from, on data.source."""
+    """Finished run whose encoder, clusters and experts this run continues from, on data.source."""
     run: Runtime[RunConfig] = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -46,7 +46,7 @@ class Config(Section):
     mae: Continued[StageConfig] = StageConfig()
     moce: Continued[StageConfig] = StageConfig(epochs=200)
     control: Runtime[bool] = False
-    """Also train the MAE on with the images and steps of stage moce, for a fair comparison."""
+    """Also continue training the MAE on the images and steps of stage moce, to compare fairly."""
     parallel: ParallelConfig = ParallelConfig()
     checkpoint: Runtime[CheckpointConfig] = CheckpointConfig()
     logging: Runtime[LoggingConfig] = LoggingConfig()
@@ -60,7 +60,7 @@ class Config(Section):
 
     @property
     def shared_units(self) -> int:
-        """Hidden units of an MoE block that its experts share, in eights, as GPUs want them."""
+        """Hidden units of an MoE block that its experts share: a multiple of 8, to suit GPUs."""
         return 8 * round(self.moe.shared_fraction * self.model.shape.width / 2)
 
     @property
@@ -70,7 +70,7 @@ class Config(Section):
 
     @property
     def with_absolute_init(self) -> "Config":
-        """The same request from any folder: `model.init` is absolute where it is a file."""
+        """The same request, valid in any folder: `model.init` is absolute if it is a file."""
         init = self.model.init
         if init is None or Path(init).suffix not in WEIGHT_FILES:
             return self
@@ -189,7 +189,7 @@ def _parallel_rules(config: Config) -> Iterable[str]:
 
 
 def cross_field_errors(config: Config) -> list[str]:
-    """Every rule that ties two fields together and that `config` breaks."""
+    """List every rule between fields that `config` breaks."""
     rules = (_model_rules, _stage_rules, _expert_rules, _cluster_rules, _parallel_rules)
     broken, data = [text for rule in rules for text in rule(config)], config.data
     if data.read_deadline_s >= (stall := data.stall_timeout_s):

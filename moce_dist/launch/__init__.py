@@ -1,1 +1,1 @@
-"""Work on many machines: the only chapter that knows Ray."""
+"""Run work on many machines: the only package that uses Ray."""

@@ -1,13 +1,13 @@
-"""Workers that keep what they have from one sweep over the data to the next: Ray actors.
+"""Ray actors that keep their state from one sweep over the data to the next.
 
-Items are dealt out like cards: worker w gets numbers w, w + W, ..., so in every sweep a block of
-rows goes to the same worker, which still has its file open or, on a GPU, the rows themselves. Who
-has done all of its own takes the last one of whoever has most left. A worker that dies is replaced,
-and its items go back; while a new one is on its way, the others do them.
+Items are dealt out in turn: of W workers, worker w gets items w, w + W, ... So in every sweep a
+block of rows goes to the same worker, which still has its file open or, on a GPU, still holds the
+rows. A worker that has none left takes the last item of the longest queue. A worker that dies is
+replaced and its items are queued again; until the new one has started, the others do them.
 
     2 workers, 7 items   worker 0: 0 2 4 6    worker 1: 1 3 5, then 6 if worker 0 has not begun it
 
-Results come in the order of the items, so who did what decides nothing.
+Results come in the order of the items, so they do not depend on which worker did what.
 """
 
 from collections import deque
@@ -30,20 +30,20 @@ from moce_dist.run.tasks import Item, Result, Shared, Workers, map_here
 
 _DEATHS = (RayActorError, OutOfMemoryError)
 _IN_HAND = 2
-"""Items that a worker has at a time, so that it need not wait for the next one."""
+"""Items assigned to a worker at a time, so that it need not wait for the next one."""
 _AHEAD = 16
-"""Items for each worker that may be done before the first one that is not."""
+"""How far items may run ahead of the first unfinished one, per worker."""
 _START_S = 60
-"""How long the work waits for all workers; then those that are there begin, seconds."""
+"""Seconds to wait for all workers; then those that have started begin."""
 _MAX_LOSSES = 3
-"""Losses of workers in a sweep, for each of them, after which the work is given up."""
+"""Lost workers per sweep, relative to the number of workers, above which the sweep fails."""
 
 
 @contextmanager
 def hold_actors(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Workers]:
-    """Hold `parallel.num_workers` workers; with one and no cluster the work is done here.
+    """Hold `parallel.num_workers` workers; one without a cluster is this process.
 
-    With `gpu` each has one of the cluster's GPUs, where it has any and `parallel` allows.
+    With `gpu` each worker gets a GPU, if the cluster has any and `parallel` allows it.
     """
     if not needs_ray(parallel):
         device = _own_device(parallel) if gpu else "cpu"
@@ -71,14 +71,14 @@ def gets_gpu(parallel: ParallelConfig) -> bool:
 
 
 def _own_device(parallel: ParallelConfig) -> str:
-    # seconds to import, and nothing else here needs it
+    # torch takes seconds to import, and nothing else here needs it
     import torch
 
     return "cuda" if parallel.use_gpu and torch.cuda.is_available() else "cpu"
 
 
 def _free_device() -> None:
-    # what this process does next needs the memory
+    # later work of this process needs the memory
     import torch
 
     from moce_dist.cluster.blocks import residents
@@ -88,16 +88,16 @@ def _free_device() -> None:
 
 
 class _Worker:
-    """One worker: keeps what all items of a sweep share until the next sweep."""
+    """One worker; it keeps what all items of a sweep share until the next sweep."""
 
     def __init__(self) -> None:
         self._sweep, self._job = -1, (None, None)
 
     def greet(self) -> None:
-        """Answer, which a worker does that has started."""
+        """Return nothing; the answer shows that the worker has started."""
 
     def do(self, sweep: int, job: list[Any], item: Any) -> Any:
-        """Apply the function of a sweep to what is shared and an item."""
+        """Apply the function of a sweep to the shared value and an item."""
         if sweep != self._sweep:
             self._sweep, self._job = sweep, ray.get(job[0])
         function, shared = self._job
@@ -106,7 +106,7 @@ class _Worker:
 
 
 class ActorPool:
-    """Workers with state, started when they are needed first (`run/tasks.py`, `MapTasks`)."""
+    """Workers with state, started at the first call (`run/tasks.py`, `MapTasks`)."""
 
     def __init__(self, parallel: ParallelConfig, *, gpu: bool) -> None:
         self.num_workers, self._gpu = parallel.num_workers, gpu
@@ -122,7 +122,7 @@ class ActorPool:
 
         Raises:
             Exception: the first error of the function, as it was raised.
-            RuntimeError: workers died again and again, or none has started.
+            RuntimeError: workers died too often, or none has started.
         """
         self._start()
         self._sweeps += 1
@@ -143,7 +143,7 @@ class ActorPool:
         self._greetings[worker.greet.remote()] = worker
 
     def _wait(self) -> None:
-        # else the first one to come would take the blocks of all others
+        # otherwise the first worker to start would take the blocks of all others
         expected, longest = self.greetings, self._start_timeout_s
         come, _ = ray.wait(expected, num_returns=len(expected), timeout=min(_START_S, longest))
         if not come:
@@ -157,7 +157,7 @@ class ActorPool:
 
     @property
     def greetings(self) -> list[Any]:
-        """What workers have not yet answered."""
+        """Greetings that workers have not answered yet."""
         return list(self._greetings)
 
     def present(self) -> dict[int, Any]:
@@ -166,7 +166,7 @@ class ActorPool:
         return {n: worker for n, worker in self._workers.items() if worker not in coming}
 
     def hear(self, greeting: Any) -> None:
-        """Take note of a worker's answer."""
+        """Record a worker's answer to its greeting."""
         worker = self._greetings.pop(greeting)
         try:
             ray.get(greeting)
@@ -174,7 +174,7 @@ class ActorPool:
             self.replace(worker, error)
 
     def replace(self, worker: Any, error: RayError) -> None:
-        """Start another worker in the place of one that died, unless that was done."""
+        """Replace a worker that died, unless that was done already."""
         places = [number for number, at in self._workers.items() if at == worker]
         if not places:
             return
@@ -191,7 +191,7 @@ class ActorPool:
 
 
 class _Sweep:
-    """Items of one call: who has which of them, and what is done."""
+    """The items of one call: queued, running and done."""
 
     def __init__(self, pool: ActorPool, number: int, job: list[Any], items: Sequence[Any]) -> None:
         self._pool, self._number, self._job, self._items = pool, number, job, items
@@ -222,7 +222,7 @@ class _Sweep:
         own = self._queues[number]
         if own and own[0] < limit:
             return own.popleft()
-        # what is wanted first may be with somebody who is not there
+        # the item that is wanted first may be queued for a worker that has not started
         absent = [queue for n, queue in enumerate(self._queues) if queue and n not in present]
         if absent and (first := min(absent)) and first[0] < limit:
             return first.popleft()

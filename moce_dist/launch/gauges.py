@@ -1,7 +1,7 @@
 """A job's figures for Prometheus, through Ray's metrics: `ray_moce_*` on a node's metrics port.
 
-The driver reads what the job leaves in files, as a person would, so workers know nothing of it. The
-series, their labels and what they mean: k8s/README.md, "Watching".
+The driver reads them from the job's files, so the workers are not involved. The series, their
+labels and their meaning are listed in k8s/README.md, "Watching".
 """
 
 import json
@@ -28,10 +28,10 @@ _LABELS = ("run", "stage")
 
 
 class JobGauges:
-    """The figures of one job, renewed from its newest line of metrics."""
+    """The figures of one job, updated from its newest line of metrics."""
 
     def __init__(self, job: Job) -> None:
-        """Begin with no restart."""
+        """Create the gauges, with no restart counted yet."""
         self._job, self._due = job, 0.0
         self._labels = {"run": job.run_root.name, "stage": job.name}
         self._gauges = {
@@ -46,12 +46,12 @@ class JobGauges:
         self.restarted({"failure": 0, "preemption": 0})
 
     def restarted(self, counts: dict[str, int]) -> None:
-        """Note how often the job was started again, by the kind of the loss."""
+        """Set how often the job was restarted, by the kind of the loss."""
         for kind, count in counts.items():
             self._restarts.set(count, {**self._labels, "kind": kind})
 
     def report(self) -> None:
-        """Renew the figures from time to time."""
+        """Update the figures, at most once in five seconds."""
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + _EVERY_S
@@ -70,7 +70,7 @@ class JobGauges:
         size = ledger.stat().st_size if ledger.exists() else 0
         if size == self._ledger_bytes:
             return
-        # a resumed stage drops the lines of steps that it repeats
+        # the ledger may also shrink: a resumed stage drops the lines of steps that it repeats
         self._ledger_bytes = size
         mine = [f for f in read_faults(ledger) if f.get("stage") == self._job.name]
         self._faults.set(len(mine), self._labels)

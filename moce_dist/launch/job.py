@@ -17,7 +17,7 @@ from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.pulse import Pulse
 
 LOG = "log.txt"
-"""In a job's folder: what workers have to say."""
+"""File in a job's folder with the workers' log."""
 log = logging.getLogger(__name__)
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOP_WAIT_S = 60
@@ -29,14 +29,14 @@ _FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class Job(Protocol):
-    """Training that workers carry out together; it is sent to them, so it is small.
+    """Training that workers run together; it is sent to them, so it is small.
 
-    It may be started again on another number of workers, and goes on from what it has saved.
+    It may be restarted on another number of workers, and resumes from what it has saved.
     """
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Name of the job."""
 
     @property
     def run_root(self) -> Path:
@@ -48,21 +48,21 @@ class Job(Protocol):
 
     @property
     def parallel(self) -> ParallelConfig:
-        """How many workers there are to be, and in which groups."""
+        """Number of workers, and their groups."""
 
     @property
     def batch_size(self) -> int:
-        """What every number of workers below the full one must divide."""
+        """Images of a step, which every number of workers below the full one must divide."""
 
     def run(self, pulse: Pulse) -> None:
-        """Carry it out on this rank.
+        """Run the job on this rank.
 
         Raises:
-            StoppedError: `pulse` said so on one rank, and the state is saved.
+            StoppedError: `pulse` asked one rank to stop; the state is saved.
         """
 
     def progress(self) -> str:
-        """Say in a line how far it is; "" when its log says that, or nobody knows."""
+        """Describe the progress in a line; "" if the log shows it, or if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -79,17 +79,18 @@ class PretrainJob(StageJob):
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a worker, in a line; final when another try would not cure it."""
+    """What ended a worker, in a line; final if a retry would not help."""
 
     text: str
     is_final: bool
 
 
 def failure_of(error: Exception) -> Failure:
-    """Tell errors of the training itself from what a lost worker does to the others.
+    """Tell errors of the training itself from those that a lost worker causes in the others.
 
-    A wrong request, figures that are not finite, a full or read-only disk, small shared memory
-    stay as they are. Connections break, and torch says RuntimeError to most things: those may heal.
+    A wrong request, figures that are not finite, a full or read-only disk and too little shared
+    memory are final. A broken connection may recover, and so may most RuntimeErrors, which torch
+    raises for many causes.
     """
     text = _one_line(error)
     if isinstance(error, OSError):
@@ -107,7 +108,7 @@ def _one_line(error: Exception) -> str:
 
 @contextmanager
 def log_to_file(job: Job, level: int) -> Iterator[None]:
-    """Write what this process logs into the job's folder."""
+    """Also write this process's log into the job's folder."""
     job.folder.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(job.folder / LOG)
     handler.setLevel(level)
@@ -122,7 +123,7 @@ def log_to_file(job: Job, level: int) -> Iterator[None]:
 
 
 class Follower:
-    """Tells a person how a job gets on, from what its workers leave in files."""
+    """Logs the progress of a job, from the files that its workers write."""
 
     def __init__(self, job: Job, *, every_s: float = 10.0) -> None:
         self._job, self._log = job, job.folder / LOG
@@ -131,7 +132,7 @@ class Follower:
         self._position = self._log.stat().st_size if self._log.exists() else 0
 
     def report(self) -> None:
-        """Pass on new lines of the workers' log, and from time to time how far the training is."""
+        """Pass on new lines of the workers' log, and every `every_s` seconds the progress."""
         self.report_log()
         if time.monotonic() < self._due:
             return
@@ -156,7 +157,7 @@ class Follower:
 
 
 def short_stop(environment: Mapping[str, str]) -> str:
-    """Say that `ray job stop` would kill this job before its state is saved; "" where it would not.
+    """Warn if `ray job stop` would kill this job before its state is saved; else return "".
 
     Ray's default is 3 s between SIGTERM and SIGKILL.
     """
@@ -173,7 +174,7 @@ def short_stop(environment: Mapping[str, str]) -> str:
 
 @contextmanager
 def heed_sigterm() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM into a question that can be asked."""
+    """Catch SIGTERM during the block; yield a function that tells whether it came."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -182,5 +183,5 @@ def heed_sigterm() -> Iterator[Callable[[], bool]]:
     try:
         yield asked.is_set
     finally:
-        # None when it was not Python that had set the handler
+        # None if the earlier handler was not set from Python
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)

@@ -1,12 +1,12 @@
 """Which nodes the workers take: the driver's decision, without Ray.
 
-A job wants `parallel.num_workers` ranks and goes on with `parallel.min_workers` when nodes are
-missing. At the start and after every loss the driver looks at the nodes that are alive, takes the
-largest legal number of ranks that they have room for, and starts all workers again from the newest
-checkpoint. Batches and routing do not change with that number, micro-batches do.
+A job wants `parallel.num_workers` ranks and continues with as few as `parallel.min_workers` when
+nodes are missing. At the start and after every loss, the driver looks at the live nodes, takes the
+largest legal number of ranks that they have room for, and starts all workers from the newest
+checkpoint. That number changes micro-batches, but not batches or routing.
 
     G = 4, 8 workers, at least 1; a node of 2 slots for each of the labels g0 .. g3
-    all alive     ranks  0 1 | 2 3 | 4 5 | 6 7      one place a label, two ranks a place
+    all alive     ranks  0 1 | 2 3 | 4 5 | 6 7      one place per label, two ranks per place
     g2 is gone    ranks  0   | 1   | 2   | 3        places on g0 g0 g1 g3
 
 Letters: R ranks, G expert groups.
@@ -44,7 +44,7 @@ class Host:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What a job needs of the nodes."""
+    """What a job needs from the nodes."""
 
     name: str
     parallel: ParallelConfig
@@ -53,11 +53,11 @@ class Requirements:
     """What a worker takes one of: `CPU` or `GPU`."""
 
     def topology(self, num_workers: int) -> Topology:
-        """Arrange that many ranks among the groups."""
+        """Return the layout of `num_workers` ranks among the groups."""
         return Topology(num_workers, self.parallel.num_groups)
 
     def best_seats(self, hosts: Sequence[Host]) -> list[str] | None:
-        """Seat the largest legal number of workers; the label of every rank, or None.
+        """Seat the largest legal number of workers; return the label of every rank, or None.
 
         Raises:
             ConfigError: there are more labels than a full start has places for.
@@ -80,7 +80,7 @@ class Requirements:
             )
 
     def missing(self, hosts: Sequence[Host]) -> str:
-        """Say what is needed at least, and what the nodes have."""
+        """Describe the least that is needed, and what the nodes have."""
         fewest, labels = self.parallel.fewest_workers, labels_of(hosts)
         need = f"{fewest} workers need a free {self.resource} each"
         if labels and fewest == self.parallel.num_workers:
@@ -105,9 +105,9 @@ def labels_of(hosts: Sequence[Host]) -> list[str]:
 def seats(
     hosts: Sequence[Host], topology: Topology, *, one_place_a_label: bool
 ) -> list[str] | None:
-    """Choose a node label for every rank, neighbours on one place; "" when no node has a label.
+    """Choose a node label for every rank; "" when no node has a label.
 
-    The ranks of a place share a label. None when the nodes have no room for all.
+    The neighbouring ranks of a place share a label. None when the nodes have no room for all ranks.
     """
     labels, slots = labels_of(hosts), Counter[str]()
     for host in hosts:
@@ -117,7 +117,7 @@ def seats(
     room = [slots[label] // topology.num_replicas for label in labels]
     if one_place_a_label:
         room = [min(1, places) for places in room]
-    # the first place of every label before the second of any: work is spread over the nodes
+    # every label gets its first place before any gets a second, which spreads the work
     offers = sorted((turn, i) for i, places in enumerate(room) for turn in range(places))
     taken = sorted(i for _, i in offers[: topology.ep_size])
     if len(taken) < topology.ep_size:
@@ -128,10 +128,10 @@ def seats(
 def wait_for_seats(
     wanted: Requirements, look: Callable[[], list[Host]], should_stop: Callable[[], bool]
 ) -> list[str]:
-    """Look at the nodes until there is room; the label of every rank of the largest legal number.
+    """Look at the nodes until they have room; return the label of every rank, see `best_seats`.
 
-    Less than the full number is taken only after some seconds: nodes report with a delay what a
-    worker that ended gave back.
+    Fewer workers than the full number are accepted only after some seconds, because nodes report
+    with a delay the resources that an ended worker gave back.
 
     Raises:
         ConfigError: there are more labels than places.
@@ -143,7 +143,7 @@ def wait_for_seats(
     while True:
         hosts = look()
         has_labels |= bool(labels_of(hosts))
-        # when all labelled nodes are away, the others must not take their place
+        # nodes without a label must not replace labelled ones, even when all of these are gone
         usable = [host for host in hosts if host.group or not has_labels]
         found, waited_s = wanted.best_seats(usable), time.monotonic() - begin
         if found and (len(found) == wanted.parallel.num_workers or waited_s >= settle_s):
@@ -160,7 +160,7 @@ def wait_for_seats(
 
 
 def answers(node: Mapping[str, Any]) -> bool:
-    """Tell whether a node, as Ray lists it, can be reached; the head is slow to find out."""
+    """Tell whether a node that Ray lists can be reached; Ray's head notices a loss late."""
     address = node["NodeManagerAddress"], node["NodeManagerPort"]
     try:
         socket.create_connection(address, timeout=2).close()

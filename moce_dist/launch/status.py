@@ -1,12 +1,14 @@
-"""How a start of the workers gets on: who is where, who stands still, how it ended.
+"""Status of a start of the workers: where they run, which ranks hang, how it ended.
 
-Workers leave word on a status board; the driver looks at it every second:
+Workers report to a status board, and the driver looks at it every second:
 
     rank 0   step 41, for 310 s      waits for rank 1 in a collective
-    rank 1   step 40, for 312 s      is behind: it stands still, and is killed
-    rank 2   nothing for 305 s       its process is stopped: it stands still, too
+    rank 1   step 40, for 312 s      is behind: it hangs, and is killed
 
-While a loop rests (`train/pulse.py`) only silence counts. Nothing here knows Ray.
+    rank 2   no beat for 305 s       its process is stopped: it hangs, whatever the others do
+
+Only if no rank is silent are ranks compared by step, and not while a loop rests
+(`train/pulse.py`). Nothing here knows Ray.
 """
 
 import asyncio
@@ -26,7 +28,7 @@ _MEDIANS = 10
 
 @dataclass(frozen=True)
 class Sign:
-    """A rank's last beat, when it came (seconds of this host's clock), and where the rank is."""
+    """A rank's last beat, when it came (seconds of this host's clock), and where the rank runs."""
 
     node: str
     address: str
@@ -36,9 +38,9 @@ class Sign:
 
 
 def standing_still(signs: Mapping[int, Sign], timeout_s: float, now: float) -> dict[int, str]:
-    """Find the ranks that stand still, each with a line that says so.
+    """Find the ranks that hang, each with a line that says so.
 
-    None does before `timeout_s`, nor before ten times the median step.
+    No rank counts as hanging before `timeout_s`, nor before ten times the longest median step.
     """
     limit = max([timeout_s, *(_MEDIANS * sign.beat.median_s for sign in signs.values())])
     silent = {rank: now - sign.at for rank, sign in signs.items() if now - sign.at > limit}
@@ -49,7 +51,7 @@ def standing_still(signs: Mapping[int, Sign], timeout_s: float, now: float) -> d
         for rank, sign in signs.items()
         if sign.beat.age_s is not None
     }
-    # a rank that rests may be at what the others wait for
+    # the others may be waiting for a rank that rests
     if len(ages) < len(signs) or max(ages.values(), default=0.0) <= limit:
         return {}
     last = min(sign.beat.step for sign in signs.values())
@@ -65,13 +67,13 @@ def _say(rank: int, sign: Sign, what: str) -> str:
 
 
 class StatusBoard:
-    """Where driver and workers leave word: what to do, how far it is, what failed, when to stop.
+    """Exchange between driver and workers: jobs, progress, failures, requests to stop.
 
-    Jobs follow each other: what is said of failures, steps and stopping is of the newest one.
+    Jobs follow each other: failures, steps and requests to stop are those of the newest one.
     """
 
     def __init__(self, num_ranks: int = 1) -> None:
-        """Begin with nobody there, and nothing to do."""
+        """Begin without workers and without a job."""
         self._num_ranks = num_ranks
         self._jobs: list[Any] = []
         self._finished: set[int] = set()
@@ -85,16 +87,16 @@ class StatusBoard:
         self._is_stopping = False
 
     def arrive(self, node: str, seats: Any) -> None:
-        """Note that a worker runs on a node, in a placement group that all share."""
+        """Note that a worker runs on a node, in the placement group that all workers share."""
         self._nodes.append(node)
         self._seats = seats
 
     def seats(self) -> Any:
-        """Return the placement group of the workers, None before the first has arrived."""
+        """Return the placement group of the workers; None before the first has arrived."""
         return self._seats
 
     def nodes(self) -> list[str]:
-        """List the nodes of the workers, one entry a worker."""
+        """List the nodes of the workers, one entry per worker."""
         return self._nodes
 
     def join(self, rank: int, sign: Sign) -> None:
@@ -102,7 +104,7 @@ class StatusBoard:
         self._signs[rank] = replace(sign, at=time.monotonic())
 
     def beat(self, rank: int, beat: Beat) -> bool:
-        """Note that a rank is alive, and how far it is; tell whether the workers are to stop."""
+        """Record a rank's beat; tell whether the workers are to stop."""
         if rank in self._signs:
             self._signs[rank] = replace(self._signs[rank], at=time.monotonic(), beat=beat)
         if beat.step >= 0:
@@ -110,13 +112,13 @@ class StatusBoard:
         return self._is_stopping
 
     def leave(self, rank: int, failure: Failure | None = None) -> None:
-        """Note that a rank has ended, and by what."""
+        """Note that a rank has ended, and its failure, if any."""
         self._signs.pop(rank, None)
         if failure is not None:
             self._failures.append(failure)
 
     def failure(self) -> Failure | None:
-        """Return a failure that another try would not cure, the first of them."""
+        """Return the first failure that a retry would not cure; None if there is none."""
         return next((failure for failure in self._failures if failure.is_final), None)
 
     def reached(self) -> dict[str, int]:
@@ -124,7 +126,7 @@ class StatusBoard:
         return self._reached
 
     def standing_still(self, timeout_s: float) -> list[tuple[Sign, str]]:
-        """List the ranks that stand still, each with a line that says so."""
+        """List the ranks that hang, each with a line that says so."""
         found = standing_still(self._signs, timeout_s, time.monotonic())
         return [(self._signs[rank], line) for rank, line in sorted(found.items())]
 
@@ -146,7 +148,7 @@ class StatusBoard:
         return self._jobs[number] if number < len(self._jobs) else None
 
     def finish(self, rank: int) -> None:
-        """Note that a rank has done what the newest job wanted of it."""
+        """Note that a rank has finished the newest job."""
         self._finished.add(rank)
         self._news.set()
 
@@ -156,7 +158,7 @@ class StatusBoard:
         self._news.set()
 
     async def _until(self, is_true: Callable[[], bool]) -> None:
-        # all that is said here is said on one thread: nothing changes between question and wait
+        # all methods run on one thread, so nothing changes between the test and the wait
         while not is_true():
             self._news.clear()
             await self._news.wait()
@@ -168,16 +170,16 @@ class Ending:
 
     is_finished: bool = False
     is_saved: bool = False
-    """They left when they were asked to, with their state saved."""
+    """The workers stopped when they were asked to, with their state saved."""
     cause: str = ""
 
 
 def cause_of(error: Exception) -> str:
-    """Say in a line what ended a start: which worker died, else what the first of them met."""
+    """Say in a line what ended a start: the worker that died, else the first worker's error."""
     failures = getattr(error, "worker_failures", {})
     if died := next((item for item in failures.items() if _is_death(item[1])), None):
         rank, met = died
-        # the last line tells the exit status, or that the machine was out of memory
+        # the last line gives the exit status, or says that the machine was out of memory
         detail = textwrap.shorten(str(met).strip().splitlines()[-1], 300, placeholder=" ...")
         return f"worker {rank} died: {detail}"
     for rank, met in failures.items():
@@ -186,7 +188,7 @@ def cause_of(error: Exception) -> str:
 
 
 def _is_death(error: Exception) -> bool:
-    # Ray's words for a worker that does not answer any more; what it wraps differs
+    # Ray's error for a worker that no longer answers; the error that it wraps varies
     return type(error).__name__.startswith("WorkerHealthCheck")
 
 
@@ -196,7 +198,7 @@ def _shorten(error: Exception) -> str:
 
 @dataclass
 class LossBudget:
-    """Losses so far, counted by their kind."""
+    """Losses so far, counted by kind."""
 
     name: str
     parallel: ParallelConfig
@@ -206,15 +208,15 @@ class LossBudget:
     _last: str = ""
 
     def charge(self, *, is_preemption: bool, cause: str, reached: Mapping[str, int]) -> str:
-        """Count a loss and say so in a line; `reached` are the last steps of the loops.
+        """Count a loss and return a line about it; `reached` holds the last step of every loop.
 
         Raises:
-            RuntimeError: naming the budget that this loss exceeds; or the cause is that of the loss
-                before, and no step was gained since.
+            RuntimeError: the loss exceeds its budget; or it has the cause of the loss before, and
+                no step was gained since.
         """
         has_gained = any(step > self._reached.get(loop, -1) for loop, step in reached.items())
         self._reached |= {k: max(step, self._reached.get(k, -1)) for k, step in reached.items()}
-        # numbers of ranks, processes and ports differ from time to time
+        # numbers of ranks, processes and ports differ between losses of the same cause
         last, self._last = self._last, "" if is_preemption else re.sub(r"\d+", "#", cause)
         if self._last and self._last == last and not has_gained:
             raise RuntimeError(f"{self.name}: twice, without a step gained in between: {cause}")

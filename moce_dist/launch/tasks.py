@@ -1,4 +1,4 @@
-"""Ray's cluster, found or started, and functions mapped over items on its workers.
+"""Find or start a Ray cluster, and map functions over items on its workers.
 
 A running cluster is used when RAY_ADDRESS names one, as in `ray job submit`; else an embedded one
 is started in this process and ends with it.
@@ -20,9 +20,9 @@ from moce_dist.run.tasks import Item, Result, Shared
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 * 2**20
 SEAT = "moce_seat"
-"""What a worker of a training takes of an embedded cluster without GPUs, beside the CPUs.
+"""Resource that a training worker takes from an embedded cluster without GPUs, instead of a CPU.
 
-The driver does one thing after the other: workers that wait for their next job keep nobody waiting.
+The driver does one thing at a time, so workers that wait for their next job need no CPU.
 """
 
 
@@ -61,7 +61,7 @@ def uses_gpu(parallel: ParallelConfig) -> bool:
 
 
 def seat_resource(parallel: ParallelConfig) -> str:
-    """Name what a worker of a training takes one of: a GPU, a seat, or a CPU."""
+    """Name the resource that a training worker takes one of: a GPU, a seat, or a CPU."""
     if uses_gpu(parallel):
         return "GPU"
     return SEAT if SEAT in ray.cluster_resources() else "CPU"
@@ -77,7 +77,7 @@ def map_tasks(
 ) -> Iterator[Result]:
     """Apply a module-level function to items on `num_workers` workers; results in the items' order.
 
-    The function is called as `function(*shared, item)`; what is shared reaches every node once.
+    The function is called as `function(*shared, item)`; shared values are sent to a node once.
     A task whose worker died is run again elsewhere. With one worker and no cluster it runs here.
 
     Raises:
@@ -109,5 +109,5 @@ def map_shared(
     items: Sequence[Item],
     /,
 ) -> Iterator[Result]:
-    """`map_tasks` in the form that chapters ask for (`run/tasks.py`, `MapTasks`)."""
+    """Call `map_tasks` in the form of `MapTasks` (`run/tasks.py`)."""
     return map_tasks(function, items, parallel=parallel, shared=(shared,))

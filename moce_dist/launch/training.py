@@ -1,15 +1,15 @@
-"""Training on Ray Train's workers, started again as often as it takes: the driver's side.
+"""The driver's side of training on Ray Train's workers, with restarts after losses.
 
-What runs on the workers knows nothing of Ray and reports through files of the run directory, so a
-job looks the same under plain torchrun. A crew keeps its workers from one job to the next
-(`worker.py`), since starting them costs more than a small job.
+The training code on the workers knows nothing of Ray and reports through files in the run
+directory, so a job behaves the same under plain torchrun. A crew keeps its workers from one job to
+the next (`worker.py`), because starting them takes longer than a small job.
 
-When a worker is lost, all start again from the newest checkpoint, on as many nodes as there are
-then: `nodes.py` decides, and Ray neither restarts nor resizes anything by itself.
-A node that drains, room for more workers, or SIGTERM to the driver stop the training between two
-steps, with its state saved; so does the drain of the driver's own node, which the driver leaves.
-A rank that stands still is killed, which is a loss like any other. An error of the training itself
-is not tried again; it reaches the driver through the status board, not a disk.
+After the loss of a worker, all workers start again from the newest checkpoint, on the nodes that
+are left. `nodes.py` chooses them; Ray restarts and resizes nothing by itself. The training stops
+between two steps, with its state saved, when a node drains, when there is room for more workers or
+when the driver gets SIGTERM. It also does when the driver's own node drains, and the driver then
+exits. A rank that hangs is killed, which counts as a loss. An error of the training itself is not
+retried; it reaches the driver through the status board, not through a file.
 """
 
 import logging
@@ -45,7 +45,7 @@ _LOOK_EVERY_S = 1.0
 _GROW_EVERY_S = 30.0
 _LEAVE_S = 30.0
 _OTHER_CALLS = 100
-"""Calls that a status board takes at a time, besides those of ranks that wait for a job."""
+"""Calls that a status board serves at a time, in addition to ranks that wait for a job."""
 
 
 def train(job: Job) -> None:
@@ -56,18 +56,18 @@ def train(job: Job) -> None:
 
 @contextmanager
 def hold_crew() -> Iterator["Crew"]:
-    """Hold a crew whose workers stay from one job to the next, until the end of the block."""
+    """Hold a crew that keeps its workers from one job to the next until the end of the block."""
     crew = Crew()
     try:
         yield crew
         crew.dismiss()
     finally:
-        # after an error nobody waits for workers in the middle of a job
+        # after an error, do not wait for workers that are in the middle of a job
         crew.dismiss(wait_s=0)
 
 
 class Crew:
-    """Workers that carry out jobs one after the other; hired for the first, again after a loss."""
+    """Workers that run jobs one after the other; started for the first, and again after a loss."""
 
     def __init__(self) -> None:
         self._start: Attempt | None = None
@@ -77,8 +77,8 @@ class Crew:
 
         Raises:
             ConfigError: the cluster's labels do not fit the groups.
-            RuntimeError: with the error that the workers left; or nodes or workers were missing for
-                too long or too often.
+            RuntimeError: the training failed, with the error of a worker; nodes were missing for
+                too long; or workers were lost too often.
             StoppedError: this process got SIGTERM, or its node drains; the state is saved.
         """
         if "RANK" in os.environ or not needs_ray(job.parallel):
@@ -90,12 +90,12 @@ class Crew:
             self._supervise(job, lambda: is_terminated() or _is_leaving())
 
     def make_room(self) -> None:
-        """Let the workers go if they hold CPUs or GPUs that other work needs."""
+        """Dismiss the workers if they hold CPUs or GPUs that other work needs."""
         if self._start is not None and self._start.resource != SEAT:
             self.dismiss()
 
     def dismiss(self, *, wait_s: float = _LEAVE_S) -> None:
-        """Let the workers go, and wait so long at most until their seats are free."""
+        """Dismiss the workers; wait at most `wait_s` seconds until their seats are free."""
         if self._start is not None:
             # Ray may be gone already
             with suppress(RayError, RuntimeError):
@@ -104,7 +104,7 @@ class Crew:
 
     def _supervise(self, job: Job, is_terminated: Callable[[], bool]) -> None:
         parallel = job.parallel
-        # known once: when the last node with a GPU is lost, training waits for one
+        # decided once: when the last node with a GPU is lost, training waits for another one
         resource = seat_resource(parallel)
         wanted = Requirements(job.name, parallel, job.batch_size, resource)
         look = partial(live_hosts, resource)
@@ -141,7 +141,7 @@ class Crew:
 
 @contextmanager
 def _asking_for_room(parallel: ParallelConfig) -> Iterator[None]:
-    """Have an autoscaler, where there is one, bring and keep a place for every worker."""
+    """Ask an autoscaler, if there is one, to provide a place for every worker in this block."""
     from ray.autoscaler.sdk import request_resources
 
     resource = seat_resource(parallel)
@@ -149,18 +149,18 @@ def _asking_for_room(parallel: ParallelConfig) -> Iterator[None]:
     try:
         yield
     finally:
-        # what was asked for would stay asked for
+        # the request would otherwise stay in force
         with suppress(RayError, RuntimeError):
             request_resources(bundles=[])
 
 
 def _is_leaving() -> bool:
-    """Tell whether the node of this process drains: in Kubernetes the head's pod is to go."""
+    """Tell whether the node of this process drains; in Kubernetes that is the head's pod."""
     return ray.get_runtime_context().get_node_id() in cluster_state.get_draining_nodes()
 
 
 def live_hosts(resource: str) -> list[Host]:
-    """Look at the nodes that are there and will stay: not draining, and answering."""
+    """List the nodes that are alive, not draining, and reachable."""
     free, draining = available_resources_per_node(), cluster_state.get_draining_nodes()
     return [
         Host(
@@ -178,29 +178,29 @@ class Attempt:
     """One start of all workers, from the newest checkpoint until they are lost or dismissed."""
 
     def __init__(self, job: Job, wanted: Requirements, labels: list[str]) -> None:
-        """Begin a start of one worker for each label, for `job` first."""
+        """Start one worker per label; `job` is their first job."""
         self._wanted, self.size, self.resource = wanted, len(labels), wanted.resource
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(StatusBoard).options(
             num_cpus=0, scheduling_strategy=here, max_concurrency=2 * self.size + _OTHER_CALLS
         )
         self.board = board.remote(self.size)
-        # in a process of its own: here Ray Train would take over SIGINT, and a thread of it that is
-        # still waiting when Ray is shut down would end this process with the wrong exit status
+        # in a separate process: in this one Ray Train would take over SIGINT, and a thread of it
+        # that still waits at Ray's shutdown would end this process with the wrong exit status
         beside = ray.remote(fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
         self._ending = beside.remote(job, wanted.resource, labels, self.board, lease.held())
         self._grow_at = time.monotonic() + _GROW_EVERY_S
         self.has_room_for_more = False
 
     def can_take(self, wanted: Requirements) -> bool:
-        """Tell whether another job can have these workers: all that it wants, and all alive."""
+        """Tell whether another job can use these workers: same settings, full number, all alive."""
         is_over = bool(ray.wait([self._ending], timeout=0)[0])
         is_same = wanted.parallel == self._wanted.parallel
         is_full = self.size == wanted.parallel.num_workers
         return is_same and is_full and not is_over and not self._is_draining()
 
     def dismiss(self, wait_s: float) -> None:
-        """Tell the workers that there are no more jobs; wait so long at most for their end."""
+        """Tell the workers that there are no more jobs; wait at most `wait_s` s for their end."""
         self.board.dismiss.remote()
         ray.wait([self._ending], timeout=wait_s)
 
@@ -209,9 +209,9 @@ class Attempt:
         return set(ray.get(self.board.nodes.remote()))
 
     def free_seats(self) -> None:
-        """Give back what the workers held, when whoever does that for Ray Train is gone as well.
+        """Free the resources of the workers, in case Ray Train's controller is gone as well.
 
-        Ray's own cleaner asks the dashboard, which an embedded cluster has not.
+        Ray's own cleaner needs the dashboard, which an embedded cluster does not have.
         """
         if (seats := ray.get(self.board.seats.remote())) is not None:
             remove_placement_group(seats)
@@ -219,7 +219,7 @@ class Attempt:
     def run(
         self, job: Job, followers: tuple[Follower, JobGauges], is_terminated: Callable[[], bool]
     ) -> Ending:
-        """Have the workers carry out a job and follow them to its end, however it comes."""
+        """Let the workers run a job and follow it to its end; return how it ended."""
         killed: list[str] = []
         finished = self.board.carry_out.remote(job)
         while not (over := ray.wait([self._ending, finished], timeout=_LOOK_EVERY_S)[0]):
@@ -243,7 +243,7 @@ class Attempt:
         for sign, line in found:
             log.warning("%s: %s; it is killed", self._wanted.name, line)
             there = NodeAffinitySchedulingStrategy(sign.node, soft=False)
-            # by a task, because a stopped process does not hear what Ray says to it
+            # by a task on its node, because a stopped process does not react to Ray
             kill = ray.remote(lambda process: os.kill(process, signal.SIGKILL))
             kill.options(num_cpus=0, scheduling_strategy=there).remote(sign.process)
         return [line for _, line in found]

@@ -1,12 +1,12 @@
-"""What runs on the workers: Ray Train around them, ranks in order, one job after the other.
+"""What runs on the workers: Ray Train starts them, they agree on ranks and run job after job.
 
-Workers stay when a job is finished and wait for the next one, with their imports, process group and
-expert groups behind them. Who hands jobs out is the driver (`training.py`); the status board is
-where they meet.
+Workers stay when a job is finished and wait for the next one, so that imports, process group and
+expert groups are set up only once. The driver (`training.py`) hands out jobs through the status
+board.
 
-Of Ray Train three helpers stay away, each a process of its own: one asks an autoscaler for room and
-one frees the seats of a controller that died, which the driver does; one hands out Ray's data sets,
-and there are none.
+Three helper processes of Ray Train are not started. One asks an autoscaler for room and one frees
+the seats of a controller that died; the driver does both. The third serves Ray's data sets, which
+are not used.
 """
 
 import gc
@@ -21,7 +21,7 @@ from datetime import timedelta
 from itertools import count
 from typing import Any
 
-# a site's 0 would mean the first version of Ray Train, which this module does not know
+# overrides a site's 0: this module needs version 2 of Ray Train
 os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
 
 import ray
@@ -45,21 +45,21 @@ from moce_dist.train.pulse import Pulse
 
 _BEAT_EVERY_S = 1.0
 _BEATS_A_S = 100
-"""Signs of life of all ranks that the status board takes in a second."""
+"""Most heartbeats per second, of all ranks together, that are sent to the status board."""
 
 
 class _DriversRoom(FixedScalingPolicy):  # type: ignore[misc]
-    """A fixed number of workers, for which the driver asks an autoscaler."""
+    """A fixed number of workers; the driver asks an autoscaler for their room."""
 
     def after_controller_start(self, train_run_context: Any) -> None:
-        """Start no process that asks as well."""
+        """Start no process that asks an autoscaler."""
 
     def _maybe_send_resource_request(self) -> None:
         pass
 
 
 class _Trainer(DataParallelTrainer):  # type: ignore[misc]
-    """Ray Train's own, without the helpers that the driver does without."""
+    """Ray Train's trainer without the helper processes that are not needed."""
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         parts["scaling_policy"] = _DriversRoom(self.scaling_config)
@@ -69,13 +69,13 @@ class _Trainer(DataParallelTrainer):  # type: ignore[misc]
 
 
 def fit(job: Job, resource: str, labels: list[str], board: Any, leases: Any) -> Ending:
-    """Run Ray Train with one worker for each label, until they are dismissed; say how it ended.
+    """Run Ray Train with one worker per label until they are dismissed; return how it ended.
 
-    `job` is the first of their jobs; the others come by way of the board.
+    `job` is the first of their jobs and gives the settings; workers get all jobs from the board.
     """
     parallel = job.parallel
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(parallel.start_timeout_s)
-    # the driver asks who drains; Ray's own watcher would end the workers while they save
+    # the driver looks for draining nodes; Ray's own watcher would end workers while they save
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     selectors = [{GROUP_LABEL: label} for label in labels if label]
     trainer = _Trainer(
@@ -99,16 +99,16 @@ def fit(job: Job, resource: str, labels: list[str], board: Any, leases: Any) -> 
     )
     try:
         cause = trainer.fit().return_value
-    except Exception as error:  # noqa: BLE001 - Ray's own, over whatever the workers met
+    except Exception as error:  # noqa: BLE001 - Ray wraps any error of the workers
         return Ending(cause=cause_of(error))
     return Ending(is_finished=True) if cause is None else Ending(is_saved=True, cause=cause)
 
 
 def join(timeout_s: float) -> None:
-    """Agree on ranks ordered by (group, node, local rank); set what torch.distributed reads.
+    """Agree on ranks ordered by (group, node, local rank); set torch.distributed's variables.
 
-    Ray regroups ranks by node, so its rank says nothing of the group: every worker reads the label
-    of its own node, and all learn everybody's through a store at Ray's rank 0.
+    Ray orders its ranks by node, so they say nothing about groups. Every worker reads the label of
+    its own node and shares it with all others through a store at Ray's rank 0.
     """
     from torch._C._distributed_c10d import TCPStore
 
@@ -123,7 +123,7 @@ def join(timeout_s: float) -> None:
     found = [json.loads(store.get(f"station/{worker}")) for worker in range(size)]
     order = rank_order([Station(*entry[:3]) for entry in found])
     *_, master, master_port = found[order[0]]
-    # Ray shows a worker only its own GPU, so that is number 0 for every one of them
+    # Ray makes only its own GPU visible to a worker, so the local rank is always 0
     os.environ.update(RANK=str(order.index(mine)), WORLD_SIZE=str(size), LOCAL_RANK="0")
     os.environ.update(MASTER_ADDR=master, MASTER_PORT=str(master_port))
     # the store must outlive its last reader
@@ -133,9 +133,9 @@ def join(timeout_s: float) -> None:
 
 
 def _work(config: dict[str, Any]) -> str | None:
-    """Carry out job after job; None when there are no more, else what was said on leaving early."""
+    """Run job after job; return None after the last one, or the message of an early stop."""
     board = config["board"]
-    # a driver that stands still cannot tell its workers that another has taken the run over
+    # a driver that hangs cannot tell its workers that another process has taken over the run
     lease.watch(config["leases"])
     node = ray.get_runtime_context().get_node_id()
     ray.get(board.arrive.remote(node, get_current_placement_group()))
@@ -165,7 +165,7 @@ def _work(config: dict[str, Any]) -> str | None:
 def _carry_out(job: Job, board: Any, rank: int) -> None:
     with _watched(board, rank) as pulse:
         job.run(pulse)
-    # engines refer to themselves, and the next job needs the memory
+    # engines contain reference cycles, and the next job needs their memory
     gc.collect()
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()
@@ -173,13 +173,13 @@ def _carry_out(job: Job, board: Any, rank: int) -> None:
 
 @contextmanager
 def _watched(board: Any, rank: int) -> Iterator[Pulse]:
-    """Tell the board in the background that this rank is alive, and hear whether it is to stop."""
+    """Send the board heartbeats of this rank in the background, and receive requests to stop."""
     asked, is_over = threading.Event(), threading.Event()
     pulse = Pulse(asked.is_set)
     every_s = max(_BEAT_EVERY_S, int(os.environ["WORLD_SIZE"]) / _BEATS_A_S)
 
     def beat() -> None:
-        # without a driver there is no board, and soon no worker
+        # when the board is gone, so is the driver, and this worker ends soon
         with suppress(RayError):
             while not is_over.is_set():
                 if ray.get(board.beat.remote(rank, pulse.beat())):

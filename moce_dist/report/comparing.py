@@ -1,4 +1,4 @@
-"""Two runs side by side: what differs in their configurations, and what came of it."""
+"""Two runs side by side: the differences of their configurations and of their results."""
 
 from collections.abc import Sequence
 from typing import Any

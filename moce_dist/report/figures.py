@@ -1,8 +1,8 @@
-"""Panels of a run as SVG text, to be inlined in the page, one drawing a panel.
+"""Panels of a run as SVG text, to be inlined in the page, one drawing per panel.
 
-A panel is as wide as a phone, and panels stand beside each other where there is room. Text stays
-text, ids are derived from the panel's name, colours are those of the page (dark or light), no time
-of making is written: the same run gives the same bytes.
+A panel is as wide as a phone, and panels are placed side by side where there is room. Text stays
+text, ids are derived from the panel's name, and colours follow the page (dark or light). No
+creation time is written, so the same run gives the same bytes.
 
 Letters: K clusters, L MoE layers, E experts per layer, T logged steps.
 """
@@ -50,7 +50,7 @@ _STYLE = {
     "axes.formatter.limits": (-3, 6),
     "legend.frameon": False,
 }
-# what the page gives another colour in the dark
+# colours that the page changes in dark mode
 _OF_PAGE = {
     "#1d2939": "var(--ink)",
     _GREY: "var(--soft)",
@@ -66,7 +66,7 @@ _TITLES = {"mae": "stage mae", "moce": "stage moce", "control": "stage control"}
 
 
 def panel(name: str, draw: Callable[[Axes], object], *, height: float = _HEIGHT) -> str:
-    """Draw one panel and return it as SVG text with ids of its own; its title names it."""
+    """Draw one panel and return it as SVG text; its ids begin with `name`."""
     style = _STYLE | {"svg.hashsalt": name}
     with rc_context(style):
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -75,11 +75,11 @@ def panel(name: str, draw: Callable[[Axes], object], *, height: float = _HEIGHT)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
-    # matplotlib numbers its groups alike in every drawing, and ids must be unique in a page
+    # matplotlib uses the same group ids in every drawing, and ids must be unique in a page
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
     text = re.sub(r"#[0-9a-f]{6}\b", lambda m: _OF_PAGE.get(m[0], m[0]), text)
-    # the page sets its size; a reader hears the label of the figure around it
+    # the page sets the size; a screen reader reads the label of the figure around the panel
     return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', _SVG_TAG, text, count=1)
 
 
@@ -96,13 +96,13 @@ def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[Sequence[float], Sequ
 
 def _plot(axes: Axes, points: tuple[Sequence[float], Sequence[float]], **style: Any) -> None:
     x, y = _thin(*points)
-    # lone points make no line
+    # a lone point draws no line, so few points get markers
     marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(x) < 40 else {}
     axes.plot(x, y, **{"linewidth": 1.4, **marker, **style})
 
 
 def _from(axes: Axes, bottom: float) -> None:
-    """Begin the y axis at `bottom`, and leave room above a curve that hardly moves."""
+    """Start the y axis at `bottom`, and leave room above a curve that hardly changes."""
     top = axes.dataLim.ymax
     axes.set_ylim(bottom, top + 0.06 * (top - bottom) if bottom < top < np.inf else None)
 
@@ -184,7 +184,7 @@ def speed(record: Record) -> list[str]:
 
 
 def experts(record: Record) -> list[str]:
-    """Draw every layer's share of images per expert over time, (E, T) a panel."""
+    """Draw every layer's share of images per expert over time, one (E, T) panel per layer."""
     counts = record.stages["moce"].experts
     if counts is None:
         return []
@@ -249,7 +249,7 @@ def routing_changes(record: Record) -> tuple[list[int], list[int]]:
 
 
 def cluster_sizes(clusters: Clusters | None) -> list[str]:
-    """Draw cluster sizes, with and without balance; of up to `_MAX_CLUSTERS` what each holds."""
+    """Draw cluster sizes with and without balance; up to `_MAX_CLUSTERS` clusters by domain."""
     if clusters is None or not len(clusters.sizes):
         return []
 
@@ -293,15 +293,15 @@ def _size_bars(axes: Axes, clusters: Clusters) -> None:
 
 
 def by_domain(clusters: Clusters) -> NDArray[np.int64]:
-    """Order clusters by their main domain, in it the largest first, (K,) ids."""
+    """Return cluster ids (K,) ordered by main domain, the largest first within a domain."""
     return np.lexsort((-clusters.sizes, clusters.counts.argmax(axis=1)))
 
 
 def centroid_distances(clusters: Clusters | None) -> list[str]:
-    """Draw the distances between centroids, (K, K), clusters in the order of their sizes' figure.
+    """Draw the distances between centroids, (K, K), in the order of the figure of cluster sizes.
 
-    Of more than `_MAX_CLUSTERS` only so many, evenly spaced in that order, are drawn: squares
-    would be smaller than a pixel.
+    Of more than `_MAX_CLUSTERS` clusters only that many are drawn, evenly spaced in that order,
+    because smaller squares would be less than a pixel.
     """
     if clusters is None or clusters.centroids is None:
         return []
@@ -337,6 +337,6 @@ def centroid_distances(clusters: Clusters | None) -> list[str]:
 
 
 def evenly(items: Sequence[int], most: int) -> list[int]:
-    """Take at most so many of the items, evenly spaced, the first one included."""
+    """Take at most `most` of the items, evenly spaced, including the first one."""
     count = min(len(items), most)
     return [items[i * len(items) // count] for i in range(count)]

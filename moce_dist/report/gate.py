@@ -1,7 +1,7 @@
-"""Which cluster goes to which expert, and how sure the gate is of it: the map, strips over time.
+"""Which cluster goes to which expert, and how sure the gate is: the current map, and its history.
 
-What holds now is computed from the newest checkpoint of stage moce; without one it is the last
-written table. How it came about stands in `routing/` and `gate/`, one file an interval.
+The current map is computed from the newest checkpoint of stage moce; without one it is the last
+written table. The history is in `routing/` and `gate/`, one file per interval.
 
 Letters: K clusters, L MoE layers, E experts per layer, T written tables.
 """
@@ -71,7 +71,7 @@ class GateView:
 
 
 def read_gate(record: Record) -> GateView | None:
-    """Read the routing that holds now; None where clusters choose no experts."""
+    """Read the current routing; None if clusters choose no experts, or if there is none yet."""
     config = record.config
     if config is None or config.moe.kind != "cluster":
         return None
@@ -93,7 +93,7 @@ def read_gate(record: Record) -> GateView | None:
 
 
 def _of_checkpoint(config: Config, checkpoint: Path) -> GateView | None:
-    # torch takes its time to import, and an unfinished run does not need it
+    # torch is slow to import, and a run without checkpoints does not need it
     from moce_dist.model.customize import cluster_probabilities, routes
 
     names = ("gate.weight", "gate.cluster_embedding", "gate.cluster_group")
@@ -116,16 +116,16 @@ def _of_checkpoint(config: Config, checkpoint: Path) -> GateView | None:
 
 
 def expert_colour(expert: int, num_experts: int) -> str:
-    """Give an expert its colour in the whole page, `#rrggbb`; black text is readable on it."""
+    """Return an expert's colour on the page, `#rrggbb`; black text is readable on it."""
     if num_experts <= len(_COLOURS):
         return _COLOURS[expert]
-    # neighbours in number are far apart in hue
+    # experts with neighbouring numbers are far apart in hue
     red, green, blue = colorsys.hls_to_rgb(expert * 0.618034 % 1, 0.7, 0.6)
     return f"#{round(red * 255):02x}{round(green * 255):02x}{round(blue * 255):02x}"
 
 
 def strength(p: float, num_experts: int) -> float:
-    """Opacity of a probability: faint at 1 / E, where the gate does not know, full at 1."""
+    """Opacity of a probability: faint at 1 / E, where the gate is undecided, full at 1."""
     if not np.isfinite(p):
         return 1.0
     above = (p - 1 / num_experts) / max(1e-9, 1 - 1 / num_experts)
@@ -133,13 +133,13 @@ def strength(p: float, num_experts: int) -> float:
 
 
 def order_by_route(gate: GateView, domains: NDArray[np.int64]) -> list[int]:
-    """Order clusters so that those of one route stand together, then by main domain (K,)."""
+    """Order clusters so that those of one route are together, then by main domain (K,)."""
     keys = [domains[: gate.table.shape[1]], *gate.table]
     return [int(c) for c in np.lexsort(keys)]
 
 
 def strip(record: Record, gate: GateView, layer: int, order: list[int]) -> str | None:
-    """Draw a layer over time as a data URI: a row a cluster, a column a table, colour the expert.
+    """Draw a layer over time as a data URI: rows are clusters, columns tables, colours experts.
 
     None with fewer than two tables.
     """
@@ -213,7 +213,7 @@ def gate_view(record: Record, gate: GateView) -> dict[str, Any]:
 
 
 def _sureness(record: Record, layers: int) -> list[str]:
-    """Draw the mean probability of the chosen expert over the run, a line a layer."""
+    """Draw the mean probability of the chosen expert over the run, one line per layer."""
     if len(record.certainty) < 2:
         return []
     steps = [float(c.step) for c in record.certainty]

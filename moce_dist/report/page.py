@@ -36,7 +36,7 @@ _MAX_CLUSTERS = 512
 _MAX_SHEETS = 64
 _MAX_REASONS = 20
 _LEAST_EXCESS = 0.02
-"""Of a loss: the darkest cell of what experts know has at least this much."""
+"""Least excess of the loss that the darkest cell stands for, in the table of experts."""
 _THUMBS, _THUMB_SIDE = 4, 64
 
 
@@ -68,7 +68,7 @@ def render(record: Record, other: Record | None = None) -> str:
         changed = [f"{path}: {mine[path]}" for path in mine if mine[path] != usual[path]]
     excess = np.zeros((0, 0))
     if seen is not None and seen.losses.size:
-        # under the experts of other clusters minus that under the own ones, (R, R)
+        # loss under the experts of other clusters minus that under the own ones, (R, R)
         excess = seen.losses - np.diag(seen.losses)[:, None]
     return environment.get_template("page.html.jinja").render(
         name=record.root.name,
@@ -101,7 +101,7 @@ def render(record: Record, other: Record | None = None) -> str:
         ],
         config=to_yaml(record.config) if record.config else "",
         differences="\n".join(changed),
-        # last: what is read for the page may be damaged too
+        # last, because reading files for the page may add problems
         problems=record.problems,
     )
 
@@ -176,7 +176,7 @@ def _mix(record: Record) -> list[dict[str, Any]]:
     clusters = record.clusters
     if clusters is None:
         return []
-    # of very many clusters those are listed that have a sheet
+    # with very many clusters, only those that have a sheet are listed
     ids = list(range(len(clusters.sizes)))
     listed = ids if len(ids) <= _MAX_CLUSTERS else sorted(clusters.sheets) or ids
     listed = evenly(listed, _MAX_CLUSTERS)

@@ -1,4 +1,4 @@
-"""Where experts live and which clusters their groups read, and what that cost beside the plan.
+"""Where experts live and which clusters their groups read; the exchange planned and measured.
 
     group 0   reads clusters 3, 5, 7 (half)   holds experts 0, 2 of layer 0; 1, 3 of layer 1
               12,000 images an epoch planned, 410 of the interval's 430 stayed
@@ -19,7 +19,7 @@ _MAX_INTERVALS = 200
 
 
 def placement_view(record: Record) -> dict[str, Any] | None:
-    """Gather the newest placement group by group, and predicted beside measured exchange."""
+    """Gather the newest placement by group, and the predicted and measured exchange."""
     if not record.placements:
         return None
     last = record.placements[-1]
@@ -70,7 +70,7 @@ def _contiguous(placement: Line) -> float | None:
 
 
 def _interval(placement: Line) -> dict[str, Any]:
-    """Put a plan's prediction beside what was counted under it."""
+    """Put a plan's prediction next to what was counted under it."""
     measured = placement.get("measured_in_interval")
 
     def percent(value: float | None) -> str:
@@ -86,7 +86,7 @@ def _interval(placement: Line) -> dict[str, Any]:
 
 
 def _locality(placements: list[Line]) -> str:
-    """Draw which part of images times layers stayed in its group, an interval a point."""
+    """Draw the share of (image, layer) pairs that stayed in their group, one point per interval."""
 
     def points(values: list[float | None]) -> tuple[list[float], list[float]]:
         known = [(p["step"], v) for p, v in zip(placements, values, strict=True) if v is not None]

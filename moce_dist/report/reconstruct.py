@@ -1,13 +1,14 @@
 """What the models see in masked images: reconstructions, and what an expert knows.
 
-A MoCE holds a dense model per route (one expert a MoE layer), made as that of a task is made. So
-the same masked image is given to the MAE early and late, to the control, to the experts of its own
-cluster and to those of another one; what these are worse by is what the former know.
+A MoCE holds a dense model per route (one expert per MoE layer), extracted as for a downstream task.
+The same masked image is given to an early and a late MAE, to the control, to the experts of its own
+cluster and to those of another one. The higher loss of the other experts measures what the own
+experts know.
 
     image --keyed mask--> visible patches --model of a route--> masked patches, loss
 
-Images are held-out ones where there are any. A prediction is of patches normalised by their own
-mean and variance (`model.norm_pix_loss`), which are put back for the eye.
+Held-out images are used if there are any. With `model.norm_pix_loss` a prediction is of patches
+normalised by their own mean and variance, which are restored for display.
 
 Letters: B images, N patches, S image side (pixels), L MoE layers, K clusters, R shown clusters.
 """
@@ -48,7 +49,7 @@ _GREY = 0.5
 
 
 class Tile(NamedTuple):
-    """An image as it stands in a page: `src` is a data URI, `loss` what lies beneath it."""
+    """An image on the page: `src` is a data URI, `loss` is shown beneath it."""
 
     src: str
     loss: float | None = None
@@ -56,11 +57,11 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """One image: the original, the masked one, and what every model makes of it."""
+    """One image: the original, the masked one, and the reconstruction of every model."""
 
     cluster: int | None
     other: int | None
-    """The cluster whose experts stand in the last column."""
+    """The cluster whose experts fill the last column."""
     tiles: list[Tile]
 
 
@@ -94,7 +95,7 @@ def reconstruct(record: Record, gate: GateView | None) -> Reconstructions | str:
     """Make the reconstructions of a run, or say in a line why there are none.
 
     Raises:
-        ConfigError, OSError, ValueError: what is there cannot be read.
+        ConfigError, OSError, ValueError: a file cannot be read.
     """
     config = record.config
     if config is None:
@@ -124,7 +125,7 @@ class _Viewer:
         self.noise = torch.rand(len(samples.images), config.num_patches, generator=draws)
 
     def view(self) -> Reconstructions:
-        """Fill rows and losses."""
+        """Compute rows and losses."""
         seen: dict[str, _Seen] = {}
         kept = _checkpoints(self.record, "mae")
         titles = self.record.titles
@@ -222,7 +223,7 @@ _OWN_AND_OTHER = ("MoCE, own experts", "MoCE, other experts")
 
 
 def _checkpoints(record: Record, stage: str) -> list[Path]:
-    """Whole small checkpoints of a stage, newest first; of many only the ends are verified."""
+    """List undamaged small checkpoints, newest first; only the first and last are verified."""
     every = complete_checkpoints(record.run.stage(stage) / "checkpoints")
     found = [path for path in every if _bytes(path) <= _MAX_CHECKPOINT_BYTES]
     newest = next((i for i, path in enumerate(found) if damage(path) is None), len(found))
@@ -238,7 +239,7 @@ def _bytes(checkpoint: Path) -> int:
 
 def _table(record: Record, config: Config, gate: GateView | None) -> tuple[SampleTable, bool]:
     """Return the held-out images with their clusters, else the images of training."""
-    # the order in which stages name them; pyarrow and faiss come along
+    # imported late, because it needs pyarrow and faiss
     from moce_dist.cluster.assign import read_assignments
 
     source = config.data.source
@@ -274,7 +275,7 @@ def _samples(record: Record, config: Config, gate: GateView | None) -> _Samples 
     clusters: list[int] = []
     for cluster in _shown(table, gate):
         count = _PER_CLUSTER if gate is not None else _MAX_SHOWN
-        # the middle one of so many parts: images of one folder lie side by side
+        # the middle image of each of `count` parts, because images of one folder are neighbours
         size = int(table.cluster_sizes[cluster])
         places = np.unique((2 * np.arange(count) + 1) * size // (2 * count))
         for row in table.members(np.full(len(places), cluster), places):
@@ -292,7 +293,7 @@ def _samples(record: Record, config: Config, gate: GateView | None) -> _Samples 
 
 
 def _shown(table: SampleTable, gate: GateView | None) -> list[int]:
-    """Choose clusters that take other experts than each other, the largest first."""
+    """Choose clusters whose experts differ most from each other, beginning with the largest."""
     sizes = table.cluster_sizes
     chosen = [int(sizes.argmax())]
     if gate is None:

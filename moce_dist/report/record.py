@@ -1,7 +1,7 @@
 """What a run directory holds, read once for the page and the summary.
 
-Reading never fails on a run that is unfinished, interrupted or damaged: a part that is not there is
-None or empty, and a file that cannot be read is named in `problems`.
+Reading never fails on a run that is unfinished, interrupted or damaged: a missing part is None or
+empty, and a file that cannot be read is named in `problems`.
 
 Letters: K clusters, L MoE layers, E experts per layer.
 """
@@ -31,7 +31,7 @@ STAGES = ("mae", "moce", "control")
 class Stage:
     """One training stage: its metrics, oldest first, and its held-out loss when it was measured.
 
-    `experts` are the images per expert of the logged steps, (T, L, E); None before stage moce.
+    `experts` are the images per expert of the T logged steps, (T, L, E); None without any.
     """
 
     metrics: list[Line]
@@ -49,8 +49,8 @@ class Stage:
 class Clusters:
     """Sizes (K,) and domain mix (K, domains) of the clusters; a domain is a key's first folder.
 
-    `summary` is the content of summary.json, `centroids` is (K, D), `sheets` are the files of the
-    gallery by cluster: each is None or empty where it is not there.
+    `summary` is the content of summary.json, `centroids` is (K, D), and `sheets` are the files of
+    the gallery by cluster. Each is None or empty if it is missing.
     """
 
     domains: list[str]
@@ -72,7 +72,7 @@ class Clusters:
 
     @property
     def free_sizes(self) -> NDArray[np.int64] | None:
-        """Images per cluster if each were in the nearest, (K,); None where that was not taken."""
+        """Images per cluster (K,) if each were in its nearest one; None if not recorded."""
         sizes = self.summary.get("sizes_without_balance")
         return None if sizes is None else np.array(sizes, np.int64)
 
@@ -110,7 +110,7 @@ class Record:
     """The documents of `placement/step_X.json`, oldest first."""
     transfers: list[Line] = field(default_factory=list)
     choices: dict[str, Line] = field(default_factory=dict)
-    """The content of choice.json of the tasks whose clusters chose experts, by task."""
+    """Content of choice.json by task, for tasks whose clusters chose experts."""
     faults: list[Line] = field(default_factory=list)
     artefacts: list[Artefact] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -136,7 +136,7 @@ class Record:
 
     @property
     def without_routes(self) -> str:
-        """Why there is nothing to say of experts that clusters choose; empty where there is."""
+        """Why the run has no experts that clusters choose; empty if it has."""
         kind = "cluster" if self.config is None else self.config.moe.kind
         why = {"token": "tokens choose the experts", "dense": "no experts"}.get(kind)
         return f"{why} (moe.kind {kind})" if why else ""
@@ -148,7 +148,7 @@ class Record:
 
     @property
     def base(self) -> str | None:
-        """The run whose encoder, clusters and experts this one goes on from."""
+        """The run whose encoder, clusters and experts this one continues from."""
         return None if self.config is None else self.config.base_run
 
     def attempt(self, read: Callable[[Path], T], path: Path) -> T | None:
@@ -336,7 +336,7 @@ def _read_stage(record: Record, folder: Path) -> Stage:
 
 
 def read_record(root: Path) -> Record:
-    """Read what is there of a run.
+    """Read all parts of a run that exist.
 
     Raises:
         ConfigError: `root` is no run directory.
@@ -360,7 +360,7 @@ def read_record(root: Path) -> Record:
     for path in sorted((root / "transfer").glob("*/metrics.json")):
         if metrics := record.attempt(_read_transfer, path):
             record.transfers.append(metrics)
-            # a choice by use of tokens knows no clusters
+            # a choice by token usage has no clusters
             choice = record.attempt(_read_object, path.with_name("choice.json"))
             if choice and choice.get("clusters"):
                 found = record.attempt(_read_choice, path.with_name("choice.json"))

@@ -1,4 +1,4 @@
-"""A run in a screen of text: what it learnt, what its clusters hold, where everything lies."""
+"""Summary of a run as a screen of text: losses, clusters, experts, tasks and artefacts."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ ONE_PRETRAINING = (
 
 
 def summary_lines(run_root: Path) -> list[str]:
-    """Summarise a run directory; parts that are missing are said to be missing.
+    """Summarise a run directory; missing parts are reported as missing.
 
     Raises:
         ConfigError: there is no run.
@@ -55,7 +55,7 @@ def _losses(record: Record) -> Iterator[str]:
 
 
 def domain_mix(counts: np.ndarray, domains: list[str]) -> str:
-    """Write one cluster's domains from half a percent on: `digits 97 %, relief 3 %`."""
+    """Write one cluster's domains of at least half a percent: `digits 97 %, relief 3 %`."""
     if not counts.any():
         return "no images"
     total = max(1, int(counts.sum()))
@@ -64,7 +64,7 @@ def domain_mix(counts: np.ndarray, domains: list[str]) -> str:
 
 
 def label_mix(clusters: Clusters, cluster: int) -> str:
-    """Write the commonest labels of a cluster from half a percent on; empty without labels."""
+    """Write a cluster's commonest labels of at least half a percent; empty without labels."""
     size = max(1, int(clusters.sizes[cluster]))
     shares = {label: 100 * count / size for label, count in clusters.labels(cluster).items()}
     return ", ".join(f"{label} {share:.0f} %" for label, share in shares.items() if share >= 0.5)
@@ -76,7 +76,7 @@ def purity(clusters: Clusters) -> float:
 
 
 def cluster_notes(clusters: Clusters) -> list[str]:
-    """Say in figures how the clusters stand to domains and labels, to balance and to each other."""
+    """Describe in figures how clusters relate to domains, labels, balance and each other."""
     known, free = clusters.summary, clusters.free_sizes
     notes = []
     if "nmi" in known:
@@ -166,7 +166,7 @@ def _transfers(record: Record) -> Iterator[str]:
 
 
 def timing_rows(record: Record) -> list[dict[str, Any]]:
-    """Gather a row per trained stage: images/s, seconds and their parts in percent."""
+    """Gather one row per trained stage: images/s, time, and the parts of the time in percent."""
     rows = []
     for name, stage in record.shown_stages.items():
         if (seconds := stage_seconds(stage)) is None:
@@ -187,7 +187,7 @@ def timing_rows(record: Record) -> list[dict[str, Any]]:
 
 
 def stage_seconds(stage: Stage) -> tuple[float, float, float] | None:
-    """Sum up a stage's seconds: all, those spent waiting for images, those spent saving."""
+    """Sum up a stage's seconds: total, waiting for images, saving; None if none were logged."""
     lines = [m for m in stage.metrics if m.get("images_per_s")]
     if not lines:
         return None

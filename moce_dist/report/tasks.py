@@ -1,7 +1,7 @@
-"""Downstream tasks: where their images fell, which experts they chose, what came of it.
+"""Downstream tasks: the clusters of their images, the experts that these chose, the results.
 
-The control's figure stands beside the MoCE's in every table, and rows are in one order: MoCE,
-control, MAE, others.
+Every table shows the control next to the MoCE. Rows are always in the same order: MoCE, control,
+MAE, others.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _GREY = "#667085"
 
 
 def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
-    """Gather what the page says of one task; `number` tells its figures from those of others."""
+    """Gather what the page shows of one task; `number` makes the names of its panels unique."""
     names = backbone_texts(metrics)
     cells = {(row["backbone"], row["protocol"]): row for row in metrics["summary"]}
     protocols = sorted({protocol for _, protocol in cells})
@@ -57,7 +57,7 @@ def _rank(backbone: str) -> tuple[int, str]:
 
 
 def _values(name: str, metrics: Line, protocol: str, backbones: list[str]) -> str:
-    """Draw means of a protocol as points; deviations over seeds where there are several."""
+    """Draw a protocol's means as points, with deviations over seeds if there are several."""
     rows = {r["backbone"]: r for r in metrics["summary"] if r["protocol"] == protocol}
     names = backbone_texts(metrics)
 

@@ -1,1 +1,1 @@
-"""The run directory: who writes there, what is complete, names, where a run goes on from."""
+"""The run directory: its lease, complete artefacts, file names, and the run it continues from."""

@@ -1,8 +1,7 @@
-"""Artefacts: folders of a run that a stage makes, complete when `COMPLETE` says so.
+"""Artefacts: folders that the stages of a run make, complete when they hold `COMPLETE`.
 
-The marker is written last: the inputs that the artefact was made from and the sha256 of its files.
-A stage whose marker is there and whose inputs are the same is skipped; anything else is made again
-or resumed.
+This marker is written last. It lists the inputs of the artefact and the sha256 of its files. A
+stage whose marker exists with the same inputs is skipped; any other is run again or resumed.
 """
 
 import hashlib

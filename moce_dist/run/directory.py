@@ -3,16 +3,16 @@
 A run is one directory that belongs to one identity (`config.identity`); every stage writes one
 artefact folder inside it (`artefacts.py`).
 
-With `base_run` a run goes on from a finished one, on other images: nothing is learnt anew that is
-there already.
+With `base_run` a run continues from a finished one, on other images, and reuses what that one
+learnt:
 
     BASE/mae       its last checkpoint is linked to RUN/mae: the encoder of all features
     BASE/clusters  the images of data.source are assigned to them: RUN/clusters
     BASE/moce      the experts and the gate that stage moce starts from
     BASE/control   the weights that stage control starts from; without it, those of the MAE
 
-Optimiser, learning rate, routing and the gate's noise begin as for any stage. Weights and clusters
-mean something only under the settings that they were made with, so those must be the same.
+Optimiser, learning rate, routing and the gate's noise start as in any stage. Weights and clusters
+are valid only under the settings that they were made with, so those must be the same.
 """
 
 import json
@@ -31,7 +31,7 @@ from moce_dist.settings import ConfigError
 
 
 class StoppedError(RuntimeError):
-    """A run was asked to stop and has saved its state; the same command goes on from there."""
+    """A run was asked to stop and has saved its state; the same command continues from there."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Run:
 
     root: Path
     out: Path | None = None
-    """Where transfers write, if not into the run, which may be read-only."""
+    """Where transfers write instead of the run, which may be read-only."""
 
     @property
     def faults(self) -> Path:
@@ -77,12 +77,13 @@ class Run:
 
 
 def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
-    """Absolute path of a run directory; a relative one lies in `run.root`.
+    """Return the absolute path of a run directory; a relative one lies in `run.root`.
 
     `named` is what an error calls it.
 
     Raises:
-        ConfigError: inside a submitted job both are relative: the run would be in a temporary copy.
+        ConfigError: in a submitted job, if `path` and `run.root` are relative: the run would lie
+            in a temporary copy.
     """
     run = Path(path)
     if not run.is_absolute() and run.parts[:1] != Path(config.run.root).parts[:1]:
@@ -91,9 +92,9 @@ def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
 
 
 def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
-    """Create a run directory, or take up an existing one of the same identity; `lease.hold` it.
+    """Create a run directory, or reopen one of the same identity; `lease.hold` it before.
 
-    Under torchrun the first process decides and writes; the others would meet its files half made.
+    Under torchrun only the first process checks and writes; others could find half-made files.
 
     Raises:
         ConfigError: the directory belongs to another identity or to another version's settings, or
@@ -126,7 +127,7 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
 
 
 def read_provenance(root: Path) -> dict[str, Any]:
-    """Read what a run directory says of its making; {} where there is nothing to read."""
+    """Read a run's provenance.json; {} if it is missing or damaged."""
     try:
         found: dict[str, Any] = json.loads((root / "provenance.json").read_text())
     except (OSError, json.JSONDecodeError):
@@ -135,7 +136,7 @@ def read_provenance(root: Path) -> dict[str, Any]:
 
 
 def differing_fields(config: Config, other: Config) -> list[str]:
-    """Identity fields in which two configurations differ, as `path: other -> config`."""
+    """List the identity fields that differ between two configurations, `path: other -> config`."""
     mine, theirs = identity(config), identity(other)
     return [f"{k}: {theirs.get(k)!r} -> {mine[k]!r}" for k in mine if mine[k] != theirs.get(k)]
 
@@ -155,9 +156,9 @@ def load_run(root: Path, named: str = "--run") -> tuple[Run, Config]:
 
 
 def set_aside(root: Path) -> None:
-    """Rename a folder: a fresh start must not destroy days of training on a typing error.
+    """Rename a folder, so that a fresh start by mistake does not destroy days of training.
 
-    One that is held stays, and all that lies in it is moved.
+    A folder that has a lock stays, and its content is moved.
     """
     stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{time.time_ns() % 10**9:09d}"
     aside = root.with_name(f"{root.name}.before-{stamp}")
@@ -186,7 +187,7 @@ def base_of(config: Config) -> Run | None:
 
 
 def check_base(config: Config, root: Path) -> Run | None:
-    """Check that the run in `root` can go on from its base run; return that, None without one.
+    """Check that the run in `root` can continue from its base run; return that, None without one.
 
     Raises:
         ConfigError: there is no such run, it is not finished, or it was made with other settings.
@@ -215,18 +216,18 @@ def check_base(config: Config, root: Path) -> Run | None:
 
 
 def base_control(base: Run | None) -> Path | None:
-    """Folder of the base run's control; None where it has none that is finished."""
+    """Return the folder of the base run's stage control; None if there is no finished one."""
     if base is None or read_marker(base.stage("control")) is None:
         return None
     return base.stage("control")
 
 
 def unlike(config: Config, base: Config) -> list[str]:
-    """List what must be the base run's and is not, as `path: base -> config`."""
+    """List the fields that must equal the base run's and differ, as `path: base -> config`."""
     mine, theirs, role = identity(config), identity(base), roles()
     kept = {path for path in mine if role[path] is Role.IDENTITY}
     if config.gate.groups == "shared":
-        # the groups that experts learnt in matter to the weights where the gate keeps to them
+        # with shared groups, the weights depend on the groups that they were trained in
         kept.add(_SHARED)
     return [
         f"{path}: {theirs.get(path)!r} -> {mine[path]!r}"

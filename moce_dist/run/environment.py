@@ -1,8 +1,8 @@
-"""What the machine and its variables have to do with a run: found out first, said in a line.
+"""Check the machine and its environment variables before a run; report a problem in one line.
 
-RAY_ADDRESS may name a cluster that is gone; a batch system's TMPDIR may be too long for sockets;
-a host's own name may stand for the loopback. What can be put right is put right, a user's own
-setting goes first, and the rest is refused with the name of the variable.
+RAY_ADDRESS may name a cluster that is gone, a batch system's TMPDIR may be too long for sockets,
+and a host's own name may resolve to the loopback. Problems are corrected where possible, but a
+user's own setting takes precedence. Others are refused with the name of the variable.
 """
 
 import ipaddress
@@ -27,26 +27,26 @@ _ANSWER_S = 10.0
 _LOOK_S = 1.0
 _SOCKET_BYTES = 107
 _RAY_SOCKET = "/ray/session_2026-11-29_12-00-00_000000_4194304/sockets/plasma_store"
-# of documentation: a datagram socket that is connected to it learns its own address, sends nothing
+# reserved for documentation: connecting a UDP socket to it sends nothing and shows the own address
 _ELSEWHERE = "192.0.2.1"
 
 
 def _refused(reason: str) -> ConfigError:
-    """Say what is wrong with RAY_ADDRESS, and what it may be."""
+    """Make an error that says what is wrong with RAY_ADDRESS, and what it may be."""
     return ConfigError(f"{RAY_ADDRESS} = {os.environ.get(RAY_ADDRESS, '')}: {reason}; {_MAY_BE}")
 
 
 def is_first_process() -> bool:
-    """Tell whether this process speaks for all: always, unless torchrun started several."""
+    """Tell whether this process acts for all: always, unless torchrun started several."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def joining_a_cluster() -> Iterator[None]:
-    """Look whether RAY_ADDRESS leads to a cluster, then let Ray join it; errors name the variable.
+    """Check RAY_ADDRESS, then let Ray join the cluster in the block; errors name the variable.
 
     Raises:
-        ConfigError: it leads nowhere, or this machine is no node of the cluster.
+        ConfigError: no cluster answers there, or this machine is not a node of the cluster.
     """
     check_ray_address()
     try:
@@ -56,10 +56,10 @@ def joining_a_cluster() -> Iterator[None]:
 
 
 def check_ray_address(*, within_s: float = _ANSWER_S) -> None:
-    """Ask whether somebody answers at RAY_ADDRESS, where it names a host; Ray itself asks long.
+    """Check that a server answers at RAY_ADDRESS, if it names a host; Ray itself would wait long.
 
     Raises:
-        ConfigError: it is no address of a cluster, or nobody answers there within `within_s`.
+        ConfigError: it is not the address of a cluster, or nothing answers within `within_s`.
     """
     address = os.environ.get(RAY_ADDRESS, "")
     if address in ("", "auto", "local"):
@@ -80,7 +80,7 @@ def check_ray_address(*, within_s: float = _ANSWER_S) -> None:
 
 
 def _silence(host: str, port: int, within_s: float) -> str:
-    """Say why no server of gRPC answers, "" when one does."""
+    """Return why no gRPC server answers; "" when one does."""
     try:
         socket.create_connection((host, port), timeout=max(1.0, within_s)).close()
     except (OSError, OverflowError) as error:
@@ -98,10 +98,10 @@ def _silence(host: str, port: int, within_s: float) -> str:
 
 
 def ray_folder() -> str | None:
-    """Folder for an embedded cluster's files, short enough for its sockets; None for Ray's own.
+    """Return a folder for an embedded cluster, short enough for its sockets; None: Ray's default.
 
     Raises:
-        ConfigError: RAY_TMPDIR is too long, or there is no other folder than a long TMPDIR.
+        ConfigError: RAY_TMPDIR is too long, or TMPDIR is too long and there is no other folder.
     """
     if given := os.environ.get("RAY_TMPDIR"):
         if not _is_short(given):
@@ -114,7 +114,7 @@ def ray_folder() -> str | None:
 
 
 def shorten_sockets() -> None:
-    """Give the sockets over which loader processes hand batches on a folder short enough for them.
+    """Choose a folder with a short path for the sockets that loader processes send batches over.
 
     Raises:
         ConfigError: TMPDIR is too long for sockets, and there is no other folder.
@@ -123,7 +123,7 @@ def shorten_sockets() -> None:
     if not _is_short(tempfile.gettempdir()):
         tempfile.tempdir = _short_folder()
         try:
-            # multiprocessing remembers it, and so do its processes
+            # multiprocessing remembers this folder, and its processes inherit it
             multiprocessing.util.get_temp_dir()
         finally:
             tempfile.tempdir = before
@@ -148,12 +148,12 @@ def _is_short(folder: str) -> bool:
 
 
 def local_path(path: str | Path, named: str, other: str = "") -> Path:
-    """Return a path that was given, `named` so; `other` says what else could make it absolute.
+    """Return a given path, called `named` in errors; `other` says what else can make it absolute.
 
-    What a configuration says may be text that stands for bytes, see `names.as_path`.
+    Text that stands for bytes is converted, see `names.as_path`.
 
     Raises:
-        ConfigError: it is relative, inside of a job that was submitted to Ray.
+        ConfigError: the path is relative inside a job that was submitted to Ray.
     """
     if not Path(path).is_absolute() and os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         raise ConfigError(
@@ -164,10 +164,10 @@ def local_path(path: str | Path, named: str, other: str = "") -> Path:
 
 
 def check_writable(folder: Path, advice: str) -> None:
-    """Look whether something can be written into a folder that is there, or will be.
+    """Check that a folder can be written to, or the nearest parent that exists.
 
     Raises:
-        ConfigError: it cannot; with advice.
+        ConfigError: it cannot; the message ends with `advice`.
     """
     while not folder.exists():
         folder = folder.parent
@@ -178,10 +178,10 @@ def check_writable(folder: Path, advice: str) -> None:
 
 
 def check_url(url: str) -> None:
-    """Look whether what reads a URL is installed.
+    """Check that the package that reads a URL is installed.
 
     Raises:
-        ConfigError: it is not, naming what to install; or nobody knows such URLs.
+        ConfigError: it is not, naming what to install; or the kind of URL is unknown.
     """
     import fsspec
 
@@ -198,20 +198,20 @@ def check_url(url: str) -> None:
 
 
 def bind_ranks(master: str) -> None:
-    """Let gloo and NCCL use the interface by which this host reaches the first rank.
+    """Let gloo and NCCL use the interface through which this host reaches the first rank.
 
     By default gloo takes the address of the host's own name, which Debian and Ubuntu set to
-    127.0.1.1. A user's GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME stays.
+    127.0.1.1. A GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME that the user has set is kept.
     """
     address = _own_address(master)
     if _is_loopback(address) and master != "localhost" and not master.startswith("127."):
-        # the first rank's host itself, under its own name
+        # this is the first rank's host, under its own name
         import psutil
 
         every = (found for each in psutil.net_if_addrs().values() for found in each)
         own = (found.address for found in every if found.family == socket.AF_INET)
         outer = (found for found in own if not _is_loopback(found))
-        # without a default route, whatever there is
+        # without a default route, take any interface that is not the loopback
         address = _own_address(_ELSEWHERE) or next(outer, address)
     name = interface_of(address)
     if name is not None:
@@ -232,7 +232,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has an address; None when none has."""
+    """Return the name of the network interface that has an address; None when none has."""
     import psutil
 
     return next(
@@ -246,6 +246,6 @@ def interface_of(address: str) -> str | None:
 
 
 def loopback_of(name: str) -> str | None:
-    """Address of a host's name when it leads to the loopback, as in Debian's /etc/hosts."""
+    """Return the address of a host's name if it is a loopback, as in Debian's /etc/hosts."""
     address = socket.gethostbyname(name)
     return address if _is_loopback(address) else None

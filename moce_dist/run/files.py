@@ -12,15 +12,15 @@ from typing import Any
 from moce_dist.run import lease
 
 WRITER = "checkpoint"
-"""Name of a thread that writes a checkpoint, which a process that leaves need not wait for."""
+"""Name of the threads that write checkpoints; an exiting process need not wait for them."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Name the file in an error that does not: writing says nothing but "No space left".
+    """Add the file to a write error that does not name it, such as "No space left".
 
     Raises:
-        OSError: for every error of writing, also those that numpy and safetensors call otherwise.
+        OSError: for every write error, including those that numpy and safetensors raise.
     """
     try:
         yield
@@ -38,12 +38,12 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield the name of a file to be written, which takes the place of `path` when it is whole.
+    """Yield the name of a file to write, which replaces `path` when it is complete.
 
     Readers see the old file or the new one, never a part.
 
     Raises:
-        OSError: it names `path`, or its folder where that is what cannot be written to.
+        OSError: naming `path`, or its folder if the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
         lease.check()
         temporary.replace(path)
     except OSError as error:
-        # the folder is what a person can do something about
+        # name the folder, which is what the user can correct
         if error.filename == str(temporary):
             raise OSError(error.errno, error.strerror, str(path.parent)) from None
         raise
@@ -63,9 +63,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Have a folder in two places: hard links of its files, copies where these cannot be.
+    """Duplicate a folder with hard links to its files, or copies where links are not possible.
 
-    Files of a run are replaced, never changed, so both places may hold them.
+    Files of a run are replaced, never changed, so both folders may share them.
     """
 
     def link(file: str, to: str) -> None:
@@ -86,7 +86,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; a last line cut off by a kill is left out."""
+    """Read the objects of a JSON-lines file; a last line cut off by a kill is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
@@ -112,7 +112,7 @@ def read_faults(ledger: Path) -> list[dict[str, Any]]:
 
 
 def forget_faults(ledger: Path, stage: str, step: int) -> None:
-    """Drop a stage's faults from `step` on: those steps run again, and a line is a use."""
+    """Drop a stage's faults from `step` on: these steps run again and record their faults anew."""
     faults = read_faults(ledger)
     kept = [f for f in faults if f["stage"] != stage or f["step"] < step]
     if len(kept) < len(faults):

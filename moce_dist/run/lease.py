@@ -1,19 +1,20 @@
-"""One writer a folder: `FOLDER/lock` names the process that may write there.
+"""One writer per folder: `FOLDER/lock` names the process that may write there.
 
-The lock is a small file: host, process, since when; its time of change is the heartbeat. It needs
-no `flock`, only what NFS keeps too: a file that one process alone can create (`lock.new`, there
-for the instant in which its maker looks at `lock`), and a rename.
+The lock is a small file with host, process and start time; its modification time is the heartbeat.
+It needs no `flock`, only operations that are atomic on NFS too: exclusive creation of a file
+(`lock.new`, which exists only while its creator looks at `lock`), and rename.
 
-    lock.new is created --nobody holds lock--> renamed to lock, which is now ours
-                        --its owner lives----> removed; we are refused
+    lock.new is created --nobody holds lock--> renamed to lock: the creator is the owner
+                        --its owner lives----> removed: the creator is refused
 
-An owner is dead when its process is gone (looked up where its number means something: same boot,
-same container), or when it gave no heartbeat for `STALE_S`. Whoever meets the lock of another host
-waits for a heartbeat, so it knows within seconds that the owner lives. Ages are those of the file
-server's clock; clocks of hosts need not agree.
+An owner is dead when its process is gone, which can be seen on the same boot and in the same
+container. Where it cannot be seen, or when the process is stopped, the owner is dead after
+`STALE_S` without a heartbeat. A process that finds the lock of another host waits for a heartbeat,
+so it knows within seconds that the owner lives. Ages are measured by the file server's clock, so
+clocks of hosts need not agree.
 
-A process that was stopped for so long, and runs on, may have been replaced: it looks before it
-writes and every few seconds, and leaves at once, as if it had been killed.
+A process that was stopped for that long and runs again may have been replaced. So an owner checks
+the lock before it writes and every few seconds. If it was replaced, it exits at once, as if killed.
 """
 
 import json
@@ -42,7 +43,7 @@ FILES = (LOCK, TAKING)
 EVERY_S = 5.0
 """Seconds between two heartbeats."""
 STALE_S = 60.0
-"""A lock without a heartbeat for so long is nobody's."""
+"""Seconds without a heartbeat after which a lock may be taken over."""
 _LOOK_S = 1.0
 _LEAVING = threading.Lock()
 log = logging.getLogger(__name__)
@@ -50,21 +51,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Claim:
-    """What a lock says of its owner."""
+    """What a lock says about its owner."""
 
     token: str = ""
     host: str = "?"
     pid: int = 0
     started: str = ""
-    """When the process started, ticks since boot: numbers of processes are used again."""
+    """When the process started, ticks since boot, because process ids are reused."""
     place: str = ""
-    """Boot and container, inside which the number means something; "" where nobody can tell."""
+    """Boot and container in which the process id is valid; "" if unknown."""
     since: str = "?"
     command: str = ""
 
     @classmethod
     def of_this_process(cls) -> "Claim":
-        """Make a claim like no other."""
+        """Make a unique claim for this process."""
         pid = os.getpid()
         since = time.strftime("%F %T UTC", time.gmtime())
         command, token = shlex.join(sys.argv), uuid.uuid4().hex
@@ -76,7 +77,7 @@ class Claim:
         return f"process {self.pid} on {self.host} ({command}) since {self.since}"
 
     def fate(self, silence_s: float) -> Literal["alive", "dead", "unknown"]:
-        """Judge the owner, `silence_s` seconds after its last heartbeat."""
+        """Tell whether the owner lives, `silence_s` seconds after its last heartbeat."""
         is_silent = silence_s > STALE_S
         state = "hidden"
         if self.place and self.place == _place():
@@ -98,7 +99,7 @@ def _place() -> str:
 
 
 def _process(pid: int) -> tuple[str, str]:
-    """State of a process (Linux's letter, `gone` or `hidden`), and when it started, ticks."""
+    """Return a process's state (Linux's letter, `gone` or `hidden`) and start time in ticks."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return fields[0], fields[19]
@@ -113,16 +114,16 @@ def _process(pid: int) -> tuple[str, str]:
 
 
 def _read(path: Path) -> tuple[Claim, float] | None:
-    """Read a claim and its heartbeat, server's clock; None when there is none."""
+    """Read a claim and its heartbeat (file server's clock); None when there is none."""
     try:
-        # opened, so that a client of NFS asks the server
+        # opening the file makes an NFS client ask the server
         with path.open() as file:
             text, beat = file.read(), os.fstat(file.fileno()).st_mtime
         return Claim(**json.loads(text)), beat
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
-        # cut off, or not ours: only its age tells
+        # truncated, or another kind of file: only its age can be judged
         return Claim(), beat
 
 
@@ -130,7 +131,7 @@ class Lease:
     """The right of one process to write into a folder, renewed in the background."""
 
     def __init__(self, folder: Path, token: str = "", *, renews: bool = True) -> None:
-        """Stand for the claim of that token, which another process may have made and renew."""
+        """Make a claim of this process; without `renews`, watch another's claim, `token`."""
         self.folder, self._lock = folder, folder / LOCK
         self.claim = Claim.of_this_process() if renews else Claim(token)
         self._renews, self._seen = renews, time.monotonic()
@@ -139,14 +140,15 @@ class Lease:
 
     @property
     def _is_mine(self) -> bool:
-        # a forked process has a copy
+        # a forked process has a copy of this lease but does not own it
         return self._renews and self.claim.pid == os.getpid()
 
     def take(self) -> None:
-        """Become the owner, and stay it.
+        """Become the owner, and renew the lock from then on.
 
         Raises:
-            ConfigError: somebody else is, and lives; or the folder cannot be written.
+            ConfigError: another process is the owner, and lives.
+            OSError: the folder cannot be written to.
         """
         first: tuple[Claim, float] | None = None
         while (holder := self._try()) is not None:
@@ -162,7 +164,7 @@ class Lease:
         self.watch()
 
     def _try(self) -> tuple[Claim, float] | None:
-        """Take the lock if it is nobody's, else tell whose it is, and its heartbeat."""
+        """Take the lock if it is free and return None; else return its claim and heartbeat."""
         taking = self.folder / TAKING
         while True:
             with suppress(FileExistsError):
@@ -175,38 +177,38 @@ class Lease:
                     log.info("%s: is free, was left by %s", self.folder, holder[0])
                 with suppress(FileNotFoundError):
                     taking.rename(self._lock)
-                # who was held up in here may have been taken for dead
+                # a process that was delayed in here may have been taken for dead: read back
                 if (found := _read(self._lock)) and found[0].token == self.claim.token:
                     self._seen = time.monotonic()
                     return None
             _remove_left(taking)
 
     def watch(self) -> None:
-        """Look after the lock in the background until `end`."""
+        """Check the lock, and renew an own one, in the background until `end`."""
         self._watcher.start()
 
     def _beat(self) -> None:
         while not self._ended.wait(EVERY_S):
-            # what cannot be read now may be read later; `check` lets nothing be written meanwhile
+            # a lock that cannot be read now may be later; until then `check` prevents writing
             with suppress(OSError, ConfigError):
                 self.check(older_than_s=0.0)
                 if self._renews and not self._ended.is_set():
                     os.utime(self._lock)
 
     def check(self, *, older_than_s: float = _LOOK_S) -> None:
-        """Look whether the lock is still ours, unless that was done just now; else leave.
+        """Check that the lock still has this claim, unless just checked; if not, exit.
 
         Raises:
-            OSError: nobody can tell.
+            OSError: the lock cannot be read.
         """
         if self._ended.is_set() or time.monotonic() - self._seen < older_than_s:
             return
         found = _read(self._lock)
         if found is None and self._is_mine and not self._ended.is_set():
-            # somebody has removed it: it is made anew, if its folder is there
+            # the lock was removed: it is made anew, if its folder exists
             found = self._try() or (self.claim, 0.0)
         if found is not None and found[0].token != self.claim.token:
-            # of several threads that see it one speaks
+            # of several threads that notice it, only one writes the message
             _LEAVING.acquire()
             sys.stderr.write(
                 f"error: {self.folder}: was taken over by {found[0]}, as this process had given no "
@@ -217,7 +219,7 @@ class Lease:
         self._seen = time.monotonic()
 
     def end(self) -> None:
-        """Give the folder back."""
+        """Release the folder."""
         self._ended.set()
         self._watcher.join()
         found = _read(self._lock)
@@ -235,7 +237,7 @@ def _create(path: Path, text: str) -> None:
 
 
 def _remove_left(taking: Path) -> None:
-    """Wait for whoever looks at the lock; remove what a dead one left."""
+    """Wait for the process that is looking at the lock; remove its file if it is dead."""
     found = _read(taking)
     if found is None:
         return
@@ -253,14 +255,14 @@ _LEASES: dict[Path, Lease] = {}
 
 @contextmanager
 def hold(*folders: Path) -> Iterator[None]:
-    """Be the only process that writes into these folders, which are made; removed locks are left.
+    """Be the only process that writes into these folders, which are created if missing.
 
-    Of processes that torchrun started the first one holds for all. A folder that this process holds
-    already is no matter.
+    Under torchrun the first process holds them for all. A folder that this process already holds
+    is skipped. At the end the locks are removed, and so are new folders that stayed empty.
 
     Raises:
-        ConfigError: somebody else writes into one; or it cannot be written, or not by all
-            libraries, which want UTF-8.
+        ConfigError: another process writes into one; or it cannot be written to; or its path is
+            not UTF-8, which some libraries require.
     """
     with ExitStack() as stack:
         for folder in map(Path.resolve, folders):
@@ -291,24 +293,24 @@ def _held(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             _LEASES.pop(folder).end()
-            # where nothing came of it; else they are not empty, and stay
+            # new folders that stayed empty; removing any other fails, and it stays
             for made in new:
                 made.rmdir()
 
 
 def held() -> list[tuple[Path, str]]:
-    """Leases of this process, for `watch` in processes that work for it."""
+    """Return the leases of this process, for `watch` in processes that work for it."""
     return [(folder, lease.claim.token) for folder, lease in _LEASES.items()]
 
 
 def watch(leases: Iterable[tuple[Path, str]]) -> None:
-    """Leave, like their owner, when one of these leases is lost."""
+    """Exit, like their owner, when one of these leases is lost."""
     for folder, token in leases:
         _LEASES[folder] = Lease(folder, token, renews=False)
         _LEASES[folder].watch()
 
 
 def check() -> None:
-    """Leave at once if this process has lost a lease; to be called before something is written."""
+    """Exit at once if this process has lost a lease; call it before writing something."""
     for lease in tuple(_LEASES.values()):
         lease.check()

@@ -1,8 +1,8 @@
-r"""Names are bytes: file and class names as text that every table, log and terminal can hold.
+r"""File and class names as text that every table, log and terminal can hold.
 
-Linux takes any bytes for a name, and Python hands over those that are no UTF-8 as lone surrogates,
-which nothing can encode. Paths stay as they are; whatever else is made of a name, a key, a class,
-a line of output, goes through here.
+A file name on Linux may be any bytes. Python represents bytes that are not UTF-8 as lone
+surrogates, which cannot be encoded. Paths keep them; everything else that is made from a name (a
+key, a class, a line of output) is converted here.
 
     bytes caf\xe9.png    path caf\udce9.png    text caf\xe9.png in letters, on any locale
 """
@@ -22,21 +22,21 @@ _LABEL_LENGTH = 200
 
 
 def as_text(name: str | bytes | os.PathLike[str]) -> str:
-    r"""Return a name as text that is valid UTF-8; bytes that are none stand as `\xNN`."""
+    r"""Return a name as valid UTF-8 text; bytes that are not UTF-8 become `\xNN`."""
     if isinstance(name, str) and name.isascii():
         return name
     try:
         raw = os.fsencode(name)
     except UnicodeEncodeError:
-        # no name of this file system: text of a file, that may hold half a letter
+        # not a name of this file system but text from a file, which may hold other surrogates
         raw = str(name).encode("utf-8", "surrogatepass")
     return raw.decode("utf-8", "backslashreplace")
 
 
 def as_path(text: str | Path) -> Path:
-    r"""Return the path that `as_text` made this of, if it or its folder is there; else as it is.
+    r"""Return the path that `as_text` made this from, if it or its folder exists; else as it is.
 
-    What a configuration says of a path is such text.
+    A path in a configuration is such text.
     """
     path = Path(text)
     if r"\x" not in str(text) or path.exists():
@@ -48,13 +48,13 @@ def as_path(text: str | Path) -> Path:
 
 
 def read_names(path: Path) -> list[str]:
-    """Read the names of a file, one a line, whatever its encoding; empty lines do not count."""
+    """Read names from a file, one per line, in any encoding; empty lines are skipped."""
     text = as_text(path.read_bytes().removeprefix(BOM_UTF8))
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def clean_label(label: Any) -> str | None:
-    """Return a class, a number or a short name that can be printed, as text; of others None."""
+    """Return a label as text if it is a number or a short printable name, else None."""
     if isinstance(label, bool) or not isinstance(label, str | int | float):
         return None
     text = str(label).strip()
@@ -62,14 +62,14 @@ def clean_label(label: Any) -> str | None:
 
 
 def open_output() -> None:
-    """Let standard output and error take any text: what they cannot show is escaped."""
+    """Let standard output and error take any text: they escape what they cannot show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def json_line(value: Any) -> str:
-    """Return JSON for standard output, readable where that can show it, in ASCII elsewhere."""
+    """Return JSON for standard output; in ASCII if its encoding cannot show the text."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode(sys.stdout.encoding or "ascii")

@@ -1,8 +1,8 @@
 """How a row of a metrics.json is written: on the page, in summaries, tables and model cards.
 
-A row has a backbone, a mean and `std`, its deviation over seeds: null where there was one seed. One
-of weights that were trained less than stage moce has the optimiser steps that they lack,
-`steps_fewer`, and is never shown without them.
+A row has a backbone, a mean and `std`, the deviation over seeds (null with one seed). If its
+weights were trained for fewer optimiser steps than stage moce, it also has the difference,
+`steps_fewer`, and is never shown without it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def backbone_text(row: Mapping[str, Any]) -> str:
-    """Name the backbone of a summary's row, with the steps that it was trained less."""
+    """Name the backbone of a summary's row, and how many training steps fewer it has."""
     fewer = row.get("steps_fewer")
     return f"{row['backbone']} ({fewer} steps fewer)" if fewer else str(row["backbone"])
 
@@ -33,6 +33,6 @@ def difference_text(row: Mapping[str, Any], names: Mapping[str, str], plus_minus
 
 
 def without_deviations(rows: Iterable[dict[str, Any]]) -> None:
-    """Set the deviation of rows to null: one seed has none."""
+    """Set the deviation of rows to null, because one seed has none."""
     for row in rows:
         row["std"] = None

@@ -1,7 +1,7 @@
-"""How a stage hands out tasks: one by one here, or to workers.
+"""How a stage hands out tasks: one by one in this process, or to workers.
 
-The workers are those of `launch/tasks.py` or `launch/actors.py`. What gives out tasks need not know
-which, as results come back in the order of the items.
+The workers are those of `launch/tasks.py` or `launch/actors.py`. The code that hands out tasks need
+not know which, because results come back in the order of the items.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 
 
 class MapTasks(Protocol):
-    """Apply a module-level function to what all share and an item each; in the items' order."""
+    """Apply a module-level function to a shared value and each item, in the items' order."""
 
     def __call__(
         self, function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
@@ -30,7 +30,7 @@ def map_here(
 
 
 class Workers(NamedTuple):
-    """Who computes: how tasks are handed out to them, and the device of each, cpu or cuda."""
+    """The workers of a stage: how they get tasks, and the device of each, cpu or cuda."""
 
     map_tasks: MapTasks = map_here
     device: str = "cpu"

@@ -1,4 +1,4 @@
-"""What becomes of a transformer's blocks before training: recomputed activations, compilation."""
+"""Prepare a transformer's blocks for training: activation checkpointing and compilation."""
 
 from collections.abc import Iterable
 from functools import partial
@@ -13,13 +13,14 @@ from moce_dist.model.vit import Mlp
 
 
 def prepare_blocks(blocks: Iterable[Any], parallel: ParallelConfig) -> None:
-    """Checkpoint activations of blocks and compile them, in place; names stay as they are.
+    """Checkpoint activations of blocks and compile them, in place; names do not change.
 
-    Of blocks with experts this concerns the attention and the experts, never what routes between
-    them: its collectives run once, and its shapes follow the step's routing.
+    In blocks with experts, checkpointing covers the attention and the experts, compilation only the
+    attention. Neither covers the routing: its collectives must run once, and its shapes change with
+    every step.
     """
     for block in blocks:
-        # our own MLP, or timm's
+        # the MLP of this package, or timm's
         is_dense = hasattr(block.mlp, "fc1")
         if parallel.activation_checkpointing:
             for part in [block] if is_dense else [block.attn, *expert_modules(block)]:
@@ -29,7 +30,7 @@ def prepare_blocks(blocks: Iterable[Any], parallel: ParallelConfig) -> None:
 
 
 def expert_modules(block: nn.Module) -> list[nn.Module]:
-    """Modules of a block that compute experts, and what they share."""
+    """Return the modules of a block that compute its experts and their shared part."""
     if isinstance(block, MoceBlock):
         shared = block.mlp.shared
         return [block.mlp.experts] if shared is None else [block.mlp.experts, shared]

@@ -1,4 +1,4 @@
-"""Checkpoints that do not know how many ranks wrote them.
+"""Checkpoints that do not depend on the number of ranks that wrote them.
 
 Tensors are keyed by kind and global name (`weight/blocks.3.mlp.experts.5.fc1.weight`), experts by
 their id, so any legal number of ranks can load what any other wrote:
@@ -7,14 +7,14 @@ their id, so any legal number of ranks can load what any other wrote:
                   rank-00001.safetensors    no tensor is in two files (saver.py)
                   manifest.json             position, routing, placement, sha256 of all and itself
 
-Loading verifies the sha256 of every file; a damaged checkpoint is reported and the newest undamaged
-one is used.
+The sha256 of every file is verified; a damaged checkpoint is reported and the newest undamaged one
+is used.
 
-There are no other masters and no generators to save. Weights are float32 at every precision and
-ZeRO stage (bf16 is the type of the matrix products alone), so they are the masters. Every random
-draw is keyed, those of an image by (seed, epoch, sample key) and the gate's noise by (seed, step),
-so the step is the whole of the random state; what the position holds of the stream, one cursor a
-cluster, follows from it and is compared when a stage resumes.
+There are no separate master weights to save: weights are float32 at every precision and ZeRO stage,
+and bf16 is only the type of matrix products. There are no random generators to save either: draws
+of an image are keyed by (seed, epoch, sample key) and the gate's noise by (seed, step), so the step
+is the complete random state. The position of the stream, one cursor per cluster, follows from the
+step too; it is stored only to be compared when a stage resumes.
 """
 
 import json
@@ -35,7 +35,7 @@ from moce_dist.run.artefacts import file_sha256, fingerprint
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 
-if TYPE_CHECKING:  # who only reads checkpoints need not wait for deepspeed
+if TYPE_CHECKING:  # reading a checkpoint must not import deepspeed
     from moce_dist.parallel.engine import Engine
 
 FORMAT = "moce_dist.checkpoint.v2"
@@ -45,14 +45,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Naming:
-    """How this rank's parameters are called everywhere."""
+    """Maps names of this rank's parameters to global names."""
 
     layers: Sequence[int]
     experts: ExpertMap | None
     place: int
 
     def global_names(self, name: str) -> list[str]:
-        """Global names of a parameter's experts; of a shared one just its own."""
+        """Return the global names of a parameter's experts; for a shared one, its own name."""
         if not is_expert(name):
             return [name]
         assert self.experts is not None
@@ -76,9 +76,9 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def trained_steps(manifest: Mapping[str, Any], before: int = 0) -> int:
-    """Optimiser steps behind a checkpoint's weights, those of the stages before it included.
+    """Count the optimiser steps behind a checkpoint's weights, including earlier stages.
 
-    `before` are the latter where the checkpoint does not say.
+    `before` is the number in earlier stages, used if the manifest does not record it.
     """
     return int(manifest["step"]) + int(manifest.get("steps_before", before))
 
@@ -116,18 +116,18 @@ def write_weights(checkpoint: Path, weights: Mapping[str, Tensor]) -> None:
     path = checkpoint / "rank-00000.safetensors"
     save_file({f"weight/{name}": t.contiguous() for name, t in weights.items()}, path)
     manifest = {"format": FORMAT, "step": 0, "files": {path.name: file_sha256(path)}}
-    # last, and sealed: without it there is no checkpoint
+    # the manifest is written last: without it there is no checkpoint
     write_atomic(checkpoint / MANIFEST, json.dumps({**manifest, "sha256": fingerprint(manifest)}))
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Refuse state that nothing can be learnt from.
+    """Refuse state that is not finite.
 
-    The magnitudes of a tensor must have a finite sum in float32: a second moment that began as the
-    square of a finite norm has, weights about 1e37 have not, though each of them is a number.
+    The sum of a tensor's magnitudes must be finite in float32. A second moment that began as the
+    square of a finite norm passes; weights of about 1e37 fail, though each of them is finite.
 
     Raises:
-        FloatingPointError: naming the first tensor that is not so.
+        FloatingPointError: naming the first tensor that fails.
     """
     for name, tensor in tensors:
         if tensor.is_floating_point() and not torch.isfinite(torch.linalg.vector_norm(tensor, 1)):
@@ -141,7 +141,7 @@ def _tensors(checkpoint: Path) -> Iterator[tuple[str, Path]]:
 
 
 def stored(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (KIND/NAME, tensor) of all that a checkpoint holds."""
+    """Yield (KIND/NAME, tensor) for every tensor of a checkpoint."""
     for key, path in _tensors(checkpoint):
         with safe_open(path, "pt") as file:
             yield key, file.get_tensor(key)
@@ -189,7 +189,7 @@ def part_reader(checkpoint: Path, naming: Naming) -> Callable[[str, str], Tensor
 def load_checkpoint(checkpoint: Path, engine: "Engine", naming: Naming) -> dict[str, Any]:
     """Load this rank's part of a checkpoint and return its manifest.
 
-    Weights and moments are bit-equal to what was saved, whatever the number of ranks then and now.
+    Weights and moments are bit-equal to what was saved, for any numbers of ranks then and now.
     """
     manifest, read = read_manifest(checkpoint), tensor_reader(checkpoint)
     for name, buffer in engine.module.named_buffers():

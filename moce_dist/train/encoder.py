@@ -1,13 +1,13 @@
 """The encoder whose features are clustered: the run's MAE, published weights, a timm model.
 
     cluster.encoder  mae        the trained MAE of the run: mean of the patch tokens after the norm,
-                                or of those of a block before (cluster.feature_block)
+                                or of those of an earlier block (cluster.feature_block)
                      pixels     the mean colours of 8 x 8 fields of the image, no model
-                     FILE       the same encoder with the weights of a published file
-                     timm:NAME  of a ViT the same mean, of any other model what its own head sees
+                     FILE       the same encoder as mae, with the weights of a published file
+                     timm:NAME  for a ViT the same mean, for any other model the input of its head
 
-The images of a task meet the encoder that the clusters were made with, so both build it here. On a
-GPU matrix products are bfloat16 (`parallel.precision`), on a CPU all is float32.
+The images of a task must pass the encoder that the clusters were made with, so both build it here.
+On a GPU matrix products follow `parallel.precision` (bfloat16); on a CPU everything is float32.
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ def build_encoder(config: Config, checkpoint: Path | None, device: torch.device)
 
 
 def encoder_pixels(config: Config) -> Pixels:
-    """Say what images the model behind the encoder takes.
+    """Return the size and framing of the images that the encoder takes.
 
     Raises:
         ConfigError: timm has no such model.
@@ -74,7 +74,7 @@ def encoder_pixels(config: Config) -> Pixels:
 
 
 def check_encoder(config: Config) -> None:
-    """Check an encoder that is not the run's own, before hours are spent on what precedes it.
+    """Check an encoder other than the run's own, before earlier stages spend hours.
 
     Raises:
         ConfigError: timm has no such model, or a file's weights do not fit the configured one.
@@ -87,7 +87,7 @@ def check_encoder(config: Config) -> None:
 
 
 def encoder_id(config: Config) -> str:
-    """Name an encoder that is not the run's own by what its features depend on.
+    """Identify an encoder other than the run's own by what its features depend on.
 
     Raises:
         ConfigError: there is no such file, or timm has no such model.
@@ -107,9 +107,9 @@ def encoder_id(config: Config) -> str:
 
 
 def encoder_spec(config: Config, checkpoint: Path | None, *, identity: str = "") -> EncoderSpec:
-    """Say in strings how a worker builds the encoder; it stands in a folder of its own.
+    """Describe in strings how a worker builds the encoder; paths are absolute.
 
-    `identity` is what the weights are known by.
+    A worker runs in another folder. `identity` identifies the weights.
     """
     cluster = config.cluster
     if cluster.encoder not in (OWN, PIXELS) and not cluster.encoder.startswith(_TIMM):
@@ -129,10 +129,10 @@ def load_encoder(config_json: str, checkpoint: str) -> Encoder:
 
 
 def same_encoder(run: Run, config: Config) -> str:
-    """Return `encoder_id` of an encoder other than the run's MAE.
+    """Return `encoder_id` of an encoder other than the run's MAE, after checking it.
 
     Raises:
-        ConfigError: it is gone, or is not the one that the clusters' features were made with.
+        ConfigError: it is missing, or the run's features were made with another one.
     """
     now, marker = encoder_id(config), read_marker(run.features)
     if marker is not None and (was := marker["inputs"].get("encoder")) != now:

@@ -1,8 +1,8 @@
-"""What the experts of a step did and what moved between the ranks, for metrics.jsonl.
+"""Metrics of a step's experts and of the exchange between ranks, for metrics.jsonl.
 
-Everything follows from the plan and the routing table, so all ranks know it without asking.
-`images_exchanged_contiguous` is what the same step would have exchanged had experts and clusters
-been placed by number alone: the measure of what the scheduler is worth.
+They follow from the plan and the routing table, so all ranks know them without communication.
+`images_exchanged_contiguous` is what the same step would have exchanged with experts and clusters
+placed by number alone: the baseline that shows the gain of the scheduler.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def moe_metrics(
 ) -> dict[str, Any]:
     """Metrics of the experts, from the plan and the routing table alone.
 
-    `auxiliary` are the step's balance and confidence losses.
+    `auxiliary` holds the step's balance and confidence losses.
     """
     config, router = state.job.config, state.router
     if state.job.stage != "moce":

@@ -1,8 +1,8 @@
 """The folder of a training stage: how it begins, and when it counts as finished.
 
 A stage is finished when it is `COMPLETE` and its newest undamaged checkpoint is the one that the
-marker lists. What it was made from is noted before the first step: checkpoints of other inputs must
-not be taken up.
+marker lists. Its inputs are recorded before the first step, so that checkpoints made from other
+inputs are never resumed.
 """
 
 import json
@@ -44,12 +44,12 @@ def has_last_checkpoint(folder: Path) -> bool:
 
 
 def begin_stage(folder: Path, inputs: Mapping[str, Any]) -> None:
-    """Make a folder ready for a stage made from `inputs`; one made from others is set aside."""
+    """Prepare the folder of a stage made from `inputs`; set it aside if it has other inputs."""
     if not is_first_process():
         return
     note, text = folder / "inputs.json", json.dumps(dict(inputs), sort_keys=True)
     if folder.exists() and not (note.is_file() and note.read_text() == text):
-        # its checkpoints must not be taken up
+        # its checkpoints must not be resumed
         log.warning("%s: was made from other inputs; it is set aside", folder)
         set_aside(folder)
     write_atomic(note, text)
@@ -57,10 +57,10 @@ def begin_stage(folder: Path, inputs: Mapping[str, Any]) -> None:
 
 
 def link_stage(source: Path, folder: Path) -> None:
-    """Make a stage out of the last checkpoint of another run's finished one, without training.
+    """Make a stage from the last checkpoint of another run's finished stage, without training.
 
     Raises:
-        ConfigError: that one is not finished, or its last checkpoint is damaged.
+        ConfigError: that stage is not finished, or its last checkpoint is damaged.
     """
     inputs = {"base": trained_id(source)}
     if is_complete(folder, inputs) and has_last_checkpoint(folder):
@@ -77,9 +77,9 @@ def link_stage(source: Path, folder: Path) -> None:
 
 
 def link_checkpoint(checkpoint: Path, folder: Path) -> Path:
-    """Put another run's checkpoint into `folder`, by `link_tree`.
+    """Link another run's checkpoint into `folder`, by `link_tree`; return the new folder.
 
-    Returns the new folder, which has its name when it is whole.
+    The new folder gets its final name only when it is complete.
     """
     target = folder / checkpoint.name
     temporary = folder / f".{checkpoint.name}.{os.getpid()}.tmp"

@@ -1,13 +1,13 @@
-"""A new run that goes on from the middle of another one, with other settings of the optimiser.
+"""Fork a run: continue from a checkpoint of another run with other settings of the optimiser.
 
     python jobs/pretrain.py --fork runs/base --at 12000 --run lower --set mae.base_lr=5e-5
 
-    RUN/ingested, and for a fork in stage moce mae, features, clusters, shards   shared as they are
-    RUN/STAGE/checkpoints/step_STEP, its metrics up to there                     goes on from there
-    every later stage                                                            made anew
+    RUN/ingested; in stage moce also mae, features, clusters, shards   shared unchanged
+    RUN/STAGE/checkpoints/step_STEP, and the metrics before it         training continues from there
+    every later stage                                                  made anew
 
 Shared means hard links: files of a run are replaced, never changed, so either run may be removed.
-What such a run came from stands in its `provenance.json`.
+The origin of a fork is recorded in its `provenance.json`.
 """
 
 import json
@@ -32,7 +32,7 @@ from moce_dist.run.files import link_tree, read_jsonl, write_atomic
 from moce_dist.settings import ConfigError
 
 SHARED = {"mae": ("ingested",), "moce": ("ingested", "mae", "features", "clusters", "shards")}
-"""By stage of the fork, newest stage last: what comes from the other run as it is."""
+"""What is taken unchanged from the other run, by stage of the fork, in the order of stages."""
 _OPTIMISATION = (
     *("epochs", "warmup_epochs", "base_lr", "min_lr"),
     *("weight_decay", "betas", "clip_norm"),
@@ -43,7 +43,7 @@ _WAIT_S = 3600.0
 
 
 def free_fields(stage: str) -> list[str]:
-    """Fields in which a fork of a stage may differ: the optimisation of what it trains."""
+    """List the fields that a fork of a stage may change: the optimisation of what it trains."""
     stages = ("mae", "moce") if stage == "mae" else ("moce",)
     fields = [f"{name}.{field}" for name in stages for field in _OPTIMISATION]
     return fields + [f"gate.{field}" for field in _OF_GATE]
@@ -51,7 +51,7 @@ def free_fields(stage: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Fork:
-    """Where a run came from: another one, a stage of it, a step, and what is changed."""
+    """Origin of a forked run: the other run, its stage and step, and the changed fields."""
 
     run: str
     stage: Literal["mae", "moce"]
@@ -60,7 +60,7 @@ class Fork:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint that the fork goes on from."""
+        """The checkpoint that the fork continues from."""
         return Path(self.run) / self.stage / "checkpoints" / f"step_{self.step:08d}"
 
     def is_made(self, root: Path) -> bool:
@@ -92,10 +92,10 @@ def fork_config(source: str, overrides: Iterable[str]) -> Config:
 def plan_fork(source: str, step: int, stage: str, config: Config, root: Path) -> Fork:
     """Check that the run in `root` can be forked from a checkpoint of `source`.
 
-    `stage` is `mae`, `moce`, or `all` for the newest that has a checkpoint of that step.
+    `stage` is `mae`, `moce`, or `all` for the last one that has a checkpoint of that step.
 
     Raises:
-        ConfigError: naming what is not there, and the fields that may not differ.
+        ConfigError: naming what is missing, or the fields that may not differ.
     """
     run, made_with = load_run(resolve_run(source, config, "--fork"), "--fork")
     if run.root == root:
@@ -125,13 +125,14 @@ def plan_fork(source: str, step: int, stage: str, config: Config, root: Path) ->
 
 
 def make_fork(fork: Fork, config: Config, root: Path) -> None:
-    """Make the run, in a folder that this process holds; begun anew when it was interrupted.
+    """Make the forked run in a folder whose lease this process holds.
 
-    Other processes of torchrun wait for the first one.
+    An interrupted fork is begun anew. Under torchrun the other processes wait for the first one.
 
     Raises:
         ConfigError: the folder holds something else, the checkpoint is damaged or not finite, or
-            the stage would be over before it.
+            the stage would end before its step.
+        TimeoutError: the first process did not make the fork in time.
     """
     if not is_first_process():
         made, end = root / "config.yaml", time.monotonic() + _WAIT_S
@@ -158,7 +159,7 @@ def make_fork(fork: Fork, config: Config, root: Path) -> None:
 
 
 def _check_checkpoint(fork: Fork, config: Config) -> str:
-    # torch takes seconds to import, which a wrong request need not wait for
+    # torch takes seconds to import, and most wrong requests are refused before this point
     from moce_dist.train.checkpoint import check_finite, damage, read_manifest, stored
     from moce_dist.train.job import StageJob
 

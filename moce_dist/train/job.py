@@ -1,4 +1,4 @@
-"""A training stage as it is sent to the workers: small, and everything else is read from disk."""
+"""A training stage as it is sent to the workers: small, because they read the rest from disk."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,14 +13,14 @@ from moce_dist.data.plan import Plan
 from moce_dist.run.files import read_jsonl
 
 _NOTABLE_WAIT = 0.1
-"""Share of the time spent waiting for images above which a person is told."""
+"""Share of the time spent waiting for images above which `progress` mentions it."""
 HOLDOUT_TABLE = "holdout.parquet"
 StageName = Literal["mae", "moce", "control"]
 """Stage control is stage moce without experts: the same images, batches, steps and schedule."""
 
 
 class TooManyFaultsError(RuntimeError):
-    """More of the data is unreadable than the configuration allows; trying again is no use."""
+    """More of the data is unreadable than the configuration allows; a retry would not help."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class StageJob:
 
     def __post_init__(self) -> None:
         config = self.config.without_experts if self.stage == "control" else self.config
-        # a worker stands in a folder of its own
+        # a worker runs in another folder
         object.__setattr__(self, "config", config.with_absolute_init)
 
     @property
     def name(self) -> str:
-        """What the job is called: its stage."""
+        """Name of the job: its stage."""
         return self.stage
 
     @property
@@ -57,7 +57,7 @@ class StageJob:
 
     @property
     def parallel(self) -> ParallelConfig:
-        """How many workers there are to be, and in which groups."""
+        """Number of workers, and their groups."""
         return self.config.parallel
 
     @property
@@ -67,12 +67,12 @@ class StageJob:
 
     @property
     def num_clusters(self) -> int:
-        """Clusters K that the images are told apart by; stage mae knows none."""
+        """Clusters K of the images; 1 in stage mae, which has none."""
         return 1 if self.stage == "mae" else self.config.cluster.num_clusters
 
     @property
     def batch_size(self) -> int:
-        """Images of a step, which all legal numbers of workers divide."""
+        """Images of a step; every legal number of workers divides it."""
         return self.stage_config.batch_size
 
     def plan(self) -> Plan:
@@ -90,7 +90,7 @@ class StageJob:
         return total_steps(self.stage_config, self.plan())
 
     def progress(self) -> str:
-        """Say how far the training is, by the newest line of its metrics; "" before the first."""
+        """Describe the progress by the newest line of the metrics; "" before the first."""
         metrics = read_jsonl(self.folder / "metrics.jsonl")
         if not metrics:
             return ""
@@ -109,10 +109,10 @@ class StageJob:
 
 @dataclass(frozen=True)
 class MoreSteps(StageJob):
-    """A model without experts that is trained on beside the stages, from the weights at `start`.
+    """Further training of a model without experts, outside the stages, from weights at `start`.
 
-    On all images, or with `quotas` (K,) on so many of every cluster an epoch: a task's own steps.
-    `out` is its folder in the run, `epochs` how long it takes.
+    It uses all images, or with `quotas` (K,) that many of every cluster per epoch: a task's own
+    steps. `out` is its folder in the run, `epochs` its length.
     """
 
     out: str = ""
@@ -121,7 +121,7 @@ class MoreSteps(StageJob):
 
     @property
     def name(self) -> str:
-        """What the job is called: its folder in the run."""
+        """Name of the job: its folder in the run."""
         return self.out
 
     @property
@@ -141,5 +141,5 @@ class MoreSteps(StageJob):
 
 
 def total_steps(stage: StageConfig, plan: Plan) -> int:
-    """Optimiser steps of a stage over a plan; none of one that takes weights as they are."""
+    """Optimiser steps of a stage over a plan; 0 if the stage takes weights as they are."""
     return max(1, round(stage.epochs * plan.steps_per_epoch)) if stage.epochs else 0

@@ -2,10 +2,10 @@
 
     build, resume; for each step: next batch, routing table, train_step, log, save; held-out loss
 
-The order of the lines is the order of time, but a step's figures are read one step late
-(outcome.py), unless it is logged or saved. A loss or a gradient that is not finite stops all ranks
-together; from that step on the weights do not change, whatever is launched before it is read.
-Whoever starts the training may ask it to stop: the ranks agree on that in the same collective,
+Lines run in this order, except that a step's figures are read one step late (outcome.py) unless the
+step is logged or saved. A loss or gradient that is not finite stops all ranks together. From that
+step on the weights do not change, even if another step is launched before the figures are read. The
+caller may ask the training to stop: the ranks agree on it in the collective that sums the losses,
 save and leave.
 
 Letters: R ranks, b images of a rank, B images of a step, M micro-batches, L MoE layers, E experts.
@@ -52,12 +52,11 @@ _FAULTS_BEFORE_STOP = 8
 def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     """Train one stage to its end and return its summary; collective over all ranks.
 
-    `pulse` is asked once a step whether to stop; a yes on one rank is enough.
+    `pulse` is asked once per step whether to stop; a yes on one rank is enough.
 
     Raises:
-        FloatingPointError: the loss, the gradient's norm or what a checkpoint would hold is not
-            finite.
-        StoppedError: on all ranks, after the step in which one of them was asked to stop was saved.
+        FloatingPointError: the loss, the gradient norm or the state to be saved is not finite.
+        StoppedError: on all ranks, when one of them was asked to stop; the state is saved.
         TooManyFaultsError: too many images were unreadable.
         OSError: a checkpoint could not be written.
     """
@@ -69,7 +68,7 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     profile = StepProfile(job.folder, steps)
     profile.at(state.step)
     if state.total_steps == 0:
-        # weights taken as they are: the stage leaves a checkpoint behind all the same
+        # a stage that takes weights as they are writes a checkpoint all the same
         save(state)
     with closing(batches(state, clock)) as coming:
         for batch in coming:
@@ -109,10 +108,10 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
 def train_step(state: TrainState, batch: Batch) -> Outcome:
     """Launch one optimiser step on this rank's part of a batch; collective over all ranks.
 
-    Where the loss or the gradient is not finite, nothing is updated, then and ever after.
+    If the loss or the gradient is not finite, neither this step nor any later one updates anything.
 
     Raises:
-        FloatingPointError: on all ranks, at ZeRO-1 and 2, before the weights have changed.
+        FloatingPointError: at ZeRO-1 and 2, on all ranks, before the weights have changed.
     """
     engine, count = state.engine, max(1, int(batch.cluster_counts.sum()))
     micro_batches, is_whole = state.micro_batches, state.engine.spec.parallel.zero_stage == 0
@@ -122,16 +121,16 @@ def train_step(state: TrainState, batch: Batch) -> Outcome:
     for micro in range(micro_batches):
         losses, weights, auxiliary_loss, auxiliary = forward(state, batch, micro)
         loss = (losses * weights).sum()
-        # the engine averages over ranks and micro-batches; ours is a mean over the step's images
+        # the engine averages over ranks and micro-batches; the loss is a mean over all images
         engine.backward(loss * (state.topology.num_ranks * micro_batches / count) + auxiliary_loss)
         sums[:2].add_(torch.stack([loss.detach(), (weights > 0).sum()]))
         if micro < micro_batches - 1:
             engine.step()
-    # who was asked to stop travels along: agreeing on it costs no collective of its own
+    # requests to stop are summed with the losses, which saves a collective
     sums[2].fill_(float(state.pulse(state.job.name, state.step)))
     sums = engine.agree(sums)
     if not is_whole:
-        # before the optimiser has seen the gradients; the engine waits for the device anyway
+        # check before the optimiser sees the gradients; ZeRO waits for the device anyway
         stop_unless_finite(state, "loss", float(sums[0]), batch.step)
     decay_to_mean(engine, state.job.config.moe, lr)
     norm = engine.step()
@@ -141,10 +140,10 @@ def train_step(state: TrainState, batch: Batch) -> Outcome:
 
 
 def settle(state: TrainState, outcome: Outcome, *, at_once: bool) -> None:
-    """Take note of the step before, and at once or when all are to stop of the newest one, too.
+    """Read the previous step; read the newest one too if `at_once`, or if all ranks are to stop.
 
     Raises:
-        FloatingPointError: on all ranks; the weights are those before the step.
+        FloatingPointError: on all ranks, for a step that is not finite; it changed no weights.
     """
     if state.pending is not None:
         take_note(state, state.pending)
@@ -155,11 +154,11 @@ def settle(state: TrainState, outcome: Outcome, *, at_once: bool) -> None:
 
 
 def take_note(state: TrainState, outcome: Outcome) -> None:
-    """Read a step: is it finite, what could not be read, was a rank asked to stop; see `settle`."""
+    """Read a step's figures: finite values, unreadable images, requests to stop; see `settle`."""
     figures = outcome.read()
     stop_unless_finite(state, "loss", figures.loss, outcome.batch.step)
     stop_unless_finite(state, "gradient norm", figures.norm, outcome.batch.step)
-    # unreadable images weigh 0 but stay in the divisor, so no rank has to hear of them first
+    # unreadable images weigh 0 but stay in the divisor, so ranks need not count them beforehand
     state.faults += outcome.planned - int(figures.images)
     state.is_stopping |= figures.asked > 0
 
@@ -183,7 +182,7 @@ def step_metrics(state: TrainState, outcome: Outcome) -> dict[str, Any]:
 def forward(
     state: TrainState, batch: Batch, micro: int
 ) -> tuple[Tensor, Tensor, Tensor | float, Tensor]:
-    """Run one micro-batch: losses and weights (b / M,), auxiliary loss, its parts (2,)."""
+    """Run one micro-batch; return losses and weights (b / M,), auxiliary loss, its parts (2,)."""
     config, device, gate = state.job.config, state.engine.device, state.model.gate
     size = len(batch.weights) // state.micro_batches
     part = slice(micro * size, (micro + 1) * size)
@@ -213,13 +212,13 @@ def forward(
     )
     table, clusters, counts = exchange.along
     if config.gate.assign == "fixed":
-        # with a gradient, of zeros: an engine wants one of every parameter
+        # adds a zero gradient, because the engine needs a gradient for every parameter
         p = F.one_hot(table, config.moe.num_experts) + 0 * gate.logits()
     else:
         p = gate.logits().softmax(dim=-1)
     scales = output_scales(p, table, clusters, config.gate.combine)
     losses = state.engine.forward(normalise(images), noise, exchange, scales)
-    # the counts are the global batch's and known from the plan: no communication for these losses
+    # the plan gives the counts of the global batch, so these losses need no communication
     counts = counts.to(p.dtype)
     balance, confidence = balance_loss(p, counts), confidence_loss(p, counts)
     total = config.gate.balance_weight * balance + config.gate.confidence_weight * confidence
@@ -237,11 +236,10 @@ def stop_unless_finite(state: TrainState, what: str, value: float, step: int) ->
 
 
 def batches(state: TrainState, clock: Clock) -> Generator[Batch]:
-    """Yield the batches that are left, with routing and placement up to date for each.
+    """Yield the remaining batches, with routing and placement up to date for each.
 
-    The placement changes between intervals; the loader hears of it and reads by it. What an
-    interval exchanged, counted on the steps that are logged, is written beside what its plan
-    predicted.
+    The placement changes between intervals, and the loader then reads by the new one. The exchange
+    of an interval, counted on its logged steps, is written next to what its plan predicted.
     """
     stream = BatchStream(
         state.stream_spec(state.plan), start=state.step, device=state.engine.device
@@ -282,7 +280,7 @@ def timed_next(stream: BatchStream, clock: Clock) -> Batch | None:
 
 
 def is_due(state: TrainState, every: int) -> bool:
-    """Tell whether something done every so many steps, and after the last, is due."""
+    """Tell whether an action is due that runs every `every` steps and after the last one."""
     return state.step % every == 0 or state.step == state.total_steps
 
 
@@ -318,7 +316,7 @@ def stop_if_too_many_faults(state: TrainState) -> None:
 
 
 def save(state: TrainState) -> None:
-    """Begin to write a checkpoint of the step to come; collective over all ranks."""
+    """Begin to write a checkpoint that resumes at `state.step`; collective over all ranks."""
     position = {
         "step": state.step,
         "stage": state.job.name,

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line a logged step, steps increasing, cut on resume; trackers get the same."""
+"""metrics.jsonl, one line per logged step, truncated on resume; trackers get the same figures."""
 
 import json
 import math
@@ -28,7 +28,7 @@ class MetricsLog:
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one line; `metrics["step"]` must be greater than any before.
 
-        JSON has no word for a figure that is not finite: it is written as null.
+        A figure that is not finite is written as null, because JSON cannot express it.
         """
         metrics = _finite(metrics)
         lease.check()
@@ -71,7 +71,7 @@ class Clock:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Add the time that the block takes, in which training stands for a save."""
+        """Add the time of the block, in which training waits for a save."""
         before = time.perf_counter()
         yield
         self._save_s += time.perf_counter() - before

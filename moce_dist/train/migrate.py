@@ -1,15 +1,15 @@
-"""Experts move: weights and moments go from the ranks that held them to the ranks that will.
+"""Move experts: send weights and moments from the ranks that held them to their new ranks.
 
-A re-plan may give experts another group. Their tensors then travel as a checkpoint's would when
-it is loaded on another number of ranks, by `Engine.state` and `Engine.load_state` under global
-names, but from memory to memory, inside the expert-parallel group and without a disk:
+A new plan may give experts another group. Their tensors are then read and loaded like those of a
+checkpoint, by `Engine.state` and `Engine.load_state`, but they travel from memory to memory inside
+the expert-parallel group:
 
     place 0 holds experts [0 1] of a layer, place 1 holds [2 3]; afterwards [0 3] and [1 2]
     fc1.weight      place 0: [0 1] --keeps 0, sends 1, receives 3--> [0 3]      place 1: [1 2]
     then its moments, then the next parameter
 
-Every group of replicas moves its own copy, so nothing crosses between them; what stays in a
-place is not sent. Tensors are copied, never computed on: all bits stay.
+Every expert-parallel group moves its own replicas, so nothing is sent between these groups. Experts
+that stay in a place are not sent. Tensors are only copied, so every bit is preserved.
 
 Letters: L MoE layers, E experts per layer, P places, S experts of a layer in one place.
 """
@@ -34,7 +34,7 @@ def replan(state: TrainState) -> None:
 
 
 def move_experts(state: TrainState, before: ExpertMap) -> None:
-    """Bring every expert from where `before` has it to where the router has it now.
+    """Move every expert from its place in `before` to its place in the router's current map.
 
     Collective over all ranks; no collective is run when all experts stay in their slots.
     """
@@ -48,7 +48,7 @@ def move_experts(state: TrainState, before: ExpertMap) -> None:
             continue
         old, new = ((each.place[layer], each.slot[layer]) for each in (before, after))
         stack = exchange_slots(tensor, old, new, own=place, group=state.engine.expert_group)
-        # kept on the host: beside the engine there may be room for one stack, not for all
+        # kept on the host: the device may have room for one more stack, but not for all
         moved[name, kind] = stack.cpu()
     state.engine.load_state(lambda name, kind: moved.get((name, kind)), step=state.step)
     state.naming = Naming(layers, after, place)
@@ -76,7 +76,7 @@ def exchange_slots(
     coming = coming[np.argsort(old_place[coming], kind="stable")]
     result = torch.empty_like(tensor)
     result[_rows(new_slot[kept], tensor)] = tensor[_rows(old_slot[kept], tensor)]
-    if (old_place != new_place).any():  # known to all places alike
+    if (old_place != new_place).any():  # the same on all places
         arrived = tensor.new_empty((len(coming), *tensor.shape[1:]))
         dist.all_to_all_single(
             arrived,

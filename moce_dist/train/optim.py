@@ -34,11 +34,11 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split trainable parameters into groups with and without decay, the gate, and the experts.
 
-    The gate and the experts have groups of their own where their learning rate or their decay is
-    another: every group is a launch of the optimiser's kernels.
+    The gate and the experts have separate groups only if their learning rate or decay differs,
+    because every group is a launch of the optimiser's kernels.
     """
     gate_scale = 0.0 if gate.assign == "fixed" else gate.lr_scale
-    # towards the mean they are pulled by the loop
+    # the loop decays them towards their mean instead
     expert_decay = stage.weight_decay if moe.mean_decay is None else 0.0
     groups: dict[str, dict[str, Any]] = {
         "decay": {"weight_decay": stage.weight_decay, "lr_scale": 1.0},
@@ -64,7 +64,7 @@ def optimizer_factory(
 ) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
     """Return the function that makes the stage's optimiser from parameter groups.
 
-    Fused: few kernels, which themselves clip the gradients and can be told not to update.
+    The optimiser is fused: its few kernels also clip the gradients and can skip the update.
     """
 
     def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -78,13 +78,13 @@ def optimizer_factory(
 def learning_rate(
     stage: StageConfig, step: int, *, steps_per_epoch: int, total_steps: int
 ) -> float:
-    """Learning rate of a step, from 0."""
+    """Learning rate of a step, counted from 0."""
     warmup = stage.warmup_epochs * steps_per_epoch
     return warm_cosine(step, steps=total_steps, warmup=warmup, peak=stage.lr, least=stage.min_lr)
 
 
 def warm_cosine(step: int, *, steps: int, warmup: float, peak: float, least: float) -> float:
-    """Rate of a step counted from 0: linear to `peak`, then half a cosine to `least`."""
+    """Rate of a step, counted from 0: linear to `peak`, then half a cosine to `least`."""
     if step < warmup:
         return peak * (step + 1) / math.ceil(warmup)
     progress = (step - warmup) / max(1.0, steps - warmup)
@@ -99,10 +99,10 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 @torch.no_grad()
 def decay_to_mean(engine: "Engine", moe: MoeConfig, lr: float) -> None:
-    """Decay experts towards their mean, where `moe.mean_decay` says so, as AdamW does towards 0.
+    """Decay experts towards their mean, if `moe.mean_decay` is set, as AdamW does towards 0.
 
-    Between `agree` and `step`; where that one will not update, nothing changes here either.
-    Collective over the expert-parallel group, and over the replicas at ZeRO-1 and 2.
+    Call it between `agree` and `step`; it changes nothing if `step` will not update. Collective
+    over the expert-parallel group, and over the replicas at ZeRO-1 and 2.
     """
     stacks = [p for name, p in engine.module.named_parameters() if is_stacked(name)]
     if not (moe.mean_decay and stacks):

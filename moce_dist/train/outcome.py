@@ -1,8 +1,8 @@
-"""What a step leaves on the device, and when the host reads it.
+"""The figures that a step leaves on the device, and when the host reads them.
 
-Waiting for a figure of the step that was just launched would leave the device idle while the next
-one is launched. So a copy to the host is begun behind the step and read one step late, when it is
-there; only a step that is logged or saved is read at once.
+If the host waited for the figures of the step just launched, the device would be idle while the
+next step is launched. So the copy to the host is queued behind the step and read one step late,
+when it has arrived. Only a step that is logged or saved is read at once.
 
     host     launch 4   launch 5   read 4   launch 6   read 5
     device              4 4 4 4 4 4 5 5 5 5 5 5 6 6 6 ...
@@ -18,7 +18,7 @@ from moce_dist.data.stream import Batch
 
 
 class Figures(NamedTuple):
-    """A step in numbers; the same on all ranks."""
+    """The figures of a step; the same on all ranks."""
 
     loss: float
     """Sum over the images of the step."""
@@ -34,10 +34,10 @@ class Figures(NamedTuple):
 
 @dataclass
 class Outcome:
-    """A step that was launched: what the host knows of it, and its figures under way."""
+    """A launched step: what the host knows of it, and its figures on their way to the host."""
 
     batch: Batch
-    """Without its images."""
+    """Without its images and noise."""
     lr: float
     figures: Tensor
     """(6,) float64, see `Figures`."""

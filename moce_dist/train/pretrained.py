@@ -1,7 +1,7 @@
 """Start from weights that users already have: published MAE files, timm's MAE backbones.
 
-Encoder names are the same everywhere (timm's); a published `.pth` keeps its tensors under
-`model`. Most files carry no decoder: then the decoder starts new, and the log says so.
+All of them use timm's names for the encoder; a published `.pth` keeps its tensors under `model`.
+Most files have no decoder: then the decoder is newly initialised, and the log says so.
 
 Source: the layout of mae_pretrain_vit_*.pth, arXiv 2111.06377; timm's `vit_*_patch16_224.mae`.
 """
@@ -26,11 +26,11 @@ log = logging.getLogger(__name__)
 def read_weights(source: str, field: str) -> dict[str, Tensor]:
     """Read a state dict: a local `.pth`, `.pt` or `.safetensors`, or a timm name of the hub.
 
-    `field` is the setting that named it, for errors.
+    `field` is the setting that named it, for errors. Only tensors, plain containers and
+    `argparse.Namespace` are unpickled.
 
     Raises:
-        ConfigError: the file is missing or is no state dict; nothing in it is unpickled but
-        tensors.
+        ConfigError: the file is missing, damaged or not a state dict.
     """
     path = Path(source)
     if path.suffix not in WEIGHT_FILES:
@@ -58,10 +58,10 @@ def read_weights(source: str, field: str) -> dict[str, Tensor]:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Return the dense weights that training starts from: new ones, or `model.init`'s over them.
+    """Return the dense weights that training starts from: new ones, replaced by `model.init`'s.
 
     Raises:
-        ConfigError: a tensor of `model.init` has another shape than the configured model's.
+        ConfigError: `model.init` cannot be read, or does not fit the configured model.
     """
     if config.model.init is not None:
         return dense_weights(config, config.model.init, "model.init")
@@ -74,10 +74,10 @@ def _new_weights(config: Config) -> dict[str, Tensor]:
 
 
 def dense_weights(config: Config, source: str, field: str) -> dict[str, Tensor]:
-    """Lay the weights of `source` over new ones of the configured MAE; `field` named them.
+    """Replace new weights of the configured MAE by those of `source`, which `field` named.
 
     Raises:
-        ConfigError: the encoder is not all there, or a tensor has another shape than the model's.
+        ConfigError: the encoder is incomplete, or a tensor has another shape than the model's.
     """
     weights, found = _new_weights(config), read_weights(source, field)
     side = config.data.image_size // config.model.patch_size

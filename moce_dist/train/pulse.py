@@ -1,8 +1,8 @@
-"""Signs of life of a training: the loop and step that a rank is in, and for how long.
+"""Heartbeat of a training: the loop and step that a rank is in, and for how long.
 
-A loop asks its pulse once a step whether to stop. Time between two steps in which something else is
-done (a save, a measurement) is no step: there the loop rests. Who judges what ranks say is
-`launch/status.py`.
+A loop asks its pulse once per step whether to stop. While it does something else between two steps
+(a save, a measurement), it rests: that time counts as no step. `launch/status.py` judges the
+heartbeats of the ranks.
 """
 
 import statistics
@@ -21,7 +21,7 @@ def never() -> bool:
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself: loop and step that it is in, and for how long.
+    """What a rank reports: the loop and step that it is in, and for how long.
 
     `age_s` is None while no step is under way; `median_s` is the median of the last steps.
     """
@@ -33,7 +33,7 @@ class Beat:
 
 
 class Pulse:
-    """Asked once a step whether to stop; a yes on one rank is enough for all to save and leave."""
+    """Asked once per step whether to stop; after a yes on one rank all ranks save and leave."""
 
     def __init__(self, should_stop: Callable[[], bool] = never) -> None:
         self._should_stop = should_stop
@@ -50,11 +50,11 @@ class Pulse:
         return self._should_stop()
 
     def rest(self) -> None:
-        """Note that what follows, until the next step, may take its time."""
+        """Note that the time until the next step belongs to no step."""
         self._since = None
 
     def beat(self) -> Beat:
-        """Return what there is to say now; called on another thread."""
+        """Return the current state; called from another thread."""
         since, steps = self._since, [*self._steps]
         return Beat(
             self._loop,

@@ -1,9 +1,10 @@
 """Routing and placement over a run: one table per step, one plan per interval.
 
-The table is made on rank 0's host from the float32 gate weights and sent to all, a step ahead
-(tables.py); where a plan is made of it, at once. The placement follows the table at intervals by
-changing which group reads which cluster; experts move (migrate.py) only when the images that this
-saves until the next plan weigh more than the experts do.
+Rank 0 makes the table on its host from the float32 gate weights and sends it to all ranks, one step
+ahead (tables.py). A table that a plan is made from is computed at once instead. The placement
+follows the table at intervals by changing which group reads which cluster. Experts move
+(migrate.py) only when the images that this saves until the next plan have more bytes than the
+experts.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups.
 """
@@ -47,7 +48,7 @@ Ints = NDArray[np.int64]
 
 @dataclass
 class Interval:
-    """Steps under one placement: what was predicted for an epoch, what was counted since."""
+    """Steps under one placement: the traffic predicted for an epoch, and that counted so far."""
 
     begin: int
     predicted: Traffic
@@ -57,7 +58,7 @@ class Interval:
     steps: int = 0
 
     def to_dict(self, config: Config) -> dict[str, Any]:
-        """Return what a placement file says about it; `measured` is None before the first step."""
+        """Return its part of a placement file; the measurement is None before the first step."""
         predicted = self.predicted.to_dict(config)
         predicted["images_exchanged_contiguous"] = self.naive_images_exchanged
         measured = {"steps": self.steps, **self.measured.to_dict(config)}
@@ -98,8 +99,8 @@ class Router:
     def regroup(self, gate: Gate, step: int) -> None:
         """With shared groups, let every cluster choose its group until the next plan.
 
-        In between it keeps it, whatever the noise: readers follow plans, not steps. Collective over
-        all ranks.
+        Until then the cluster keeps it, whatever the noise, because readers follow plans, not
+        steps. Collective over all ranks.
         """
         if self._config.gate.groups != "shared":
             return
@@ -119,17 +120,17 @@ class Router:
         return step % self._config.parallel.replan_steps == 0
 
     def decide(self, gate: Gate, step: int) -> None:
-        """Make the table of `step` from the gate's weights as they are; collective over all ranks.
+        """Make the table of `step` from the current gate weights; collective over all ranks.
 
-        At a run's start, for a plan, and after the last step; every other step's is begun before.
+        For a run's start, a plan, and after the last step; `refresh` begins all other tables.
         """
         self._maker.begin(gate, step)
         self._take()
 
     def refresh(self, gate: Gate, step: int) -> None:
-        """Take the table of `step`, and begin that of the next one where it is due.
+        """Take the table of `step`, and begin that of the next step if one is due.
 
-        Collective over all ranks; waits for nothing, unless the table was not made in time.
+        Collective over all ranks; waits only if the table is not ready in time.
         """
         self._take()
         following = step + 1
@@ -144,11 +145,11 @@ class Router:
     def replan(self, step: int = 0) -> None:
         """Plan readers and experts from the current table, for the interval that begins at `step`.
 
-        Collective over all ranks. Experts that already live somewhere may be given another group:
-        who holds them must then move them.
+        Collective over all ranks. The plan may give experts another group; the caller must then
+        move them.
         """
         plan: list[Placement | None] = [None]
-        # one rank plans: another kind of host might break a tie in another way
+        # rank 0 plans for all, because another kind of host might break ties differently
         if dist.get_rank() == 0:
             plan = [self._plan(step)]
         dist.broadcast_object_list(plan, 0)
@@ -158,7 +159,7 @@ class Router:
         self.placement, self._is_planned = plan[0], True
 
     def _plan(self, step: int) -> Placement:
-        # with shared groups the gate itself says which experts belong together: they stay put
+        # with shared groups the gate decides which experts belong together, so they never move
         is_shared = self._config.gate.groups == "shared"
         return plan_placement(
             self.table,
@@ -180,7 +181,7 @@ class Router:
         return images * self._sizes.sum() / (steps * self._config.moce.batch_size)
 
     def save(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold to go on with the coming step's table, and placement.
+        """Return the table of the coming step and the placement, for a checkpoint.
 
         Collective over all ranks.
         """
@@ -188,16 +189,16 @@ class Router:
         return {"routing": self.table.tolist(), "placement": json.loads(self.placement.to_json())}
 
     def restore(self, position: dict[str, Any]) -> None:
-        """Take up what `save` returned."""
+        """Restore what `save` returned."""
         self.table = np.array(position["routing"], np.int64).reshape(self.table.shape)
         self.placement = Placement.from_json(json.dumps(position["placement"]))
         self._is_planned = True
 
     def begin_interval(self, gate: Gate, folder: Path, step: int) -> None:
-        """Write `routing/step_X.json` and, with the prediction alone, `placement/step_X.json`.
+        """Write `step_X.json` in routing/, gate/ and, with only the prediction, in placement/.
 
-        `gate/step_X.json` has the gate's probability of every entry of the table, and of the best
-        other expert, both (L, K).
+        That in gate/ holds the gate's probability of the table's expert and of the best other
+        expert, both (L, K).
         """
         write_atomic(folder / "routing" / f"step_{step}.json", json.dumps(self.table.tolist()))
         p, table = gate.logits().detach().softmax(dim=2).cpu(), torch.from_numpy(self.table)
@@ -217,7 +218,7 @@ class Router:
         """Count a step: `clusters` (R, b) of every slot of every rank, under the current table."""
         if self._interval is None:  # a stage without experts
             return
-        # ranks stand in the order of groups, so every B / G slots are a group's
+        # ranks are ordered by group, so every B / G slots belong to one group
         by_group = clusters.reshape(self._topology.num_groups, -1)
         self._interval.measured.count(by_group, self.table, self.placement)
         self._interval.steps += 1
@@ -225,7 +226,7 @@ class Router:
     def write_placement(self, folder: Path) -> None:
         """Write `placement/step_X.json` of the interval: prediction and measurement side by side.
 
-        The bytes moved are those of all replicas; the plan of a run's start moves nothing.
+        The bytes moved are those of all replicas; the first plan of a run moves nothing.
         """
         moved = self._experts_moved
         assert self._interval is not None, "an interval was begun"

@@ -1,32 +1,32 @@
-"""Saving while training goes on: copy to the host, then write, hash and publish in the background.
+"""Save while training continues: copy to the host, then write, hash and publish in the background.
 
     main thread     save: copy | step  step  step  poll: all wrote | step  poll: published
     background             write rank-R.safetensors, fsync, sha256 | rank 0: manifest, rename, prune
 
-Training waits for the copy only. What is written is the copy, so the steps that follow do not
-change it. The host buffers stay for the next save (page-locked on CUDA), which waits for the last
-one: at most one save is in flight.
+Training waits only for the copy. Later steps do not change the copy, and the copy is what is
+written. The host buffers (page-locked on CUDA) are kept for the next save. A save waits for the one
+before it, so at most one is in flight.
 
-Every tensor is written once, by the rank that has the least to write so far among those that hold
-it: all ranks for a shared tensor, the replicas for a stack of experts. Sizes are known everywhere,
-so all ranks come to the same answer without asking, also at ZeRO-1 and 2, where reading a tensor is
-collective over the replicas and each rank keeps what it will write.
+Every tensor is written once. Among the ranks that hold it (all ranks for a shared tensor, the
+replicas for a stack of experts), the one with the least to write so far writes it. All ranks know
+all sizes, so they choose the same writer without communication. At ZeRO-1 and 2 reading a tensor is
+collective over the replicas, and each rank keeps only what it will write.
 
-How the ranks agree: a background thread runs no collective (with the training's own they could
-meet in different orders and hang) and looks at no other rank's files (on a shared file system they
-may show late). While a save is in flight every rank calls `poll` at every step boundary: one number
-is summed over the ranks, and when nobody writes any more they exchange digests and errors. All know
-at the same step whether a save is in flight, so all call the same collectives; a failure of one is
-an error on all, and without a save in flight `poll` costs nothing.
+How the ranks agree: a background thread runs no collective, because it could interleave with the
+training's collectives in different orders and hang. It looks at no other rank's files, which may
+appear late on a shared file system. Instead every rank calls `poll` at every step boundary. While a
+save is in flight, `poll` sums over the ranks how many still write; at zero they exchange digests
+and errors. All ranks know whether a save is in flight, so all run the same collectives. A failure
+on one rank is an error on all. Without a save in flight `poll` costs nothing.
 
 A kill at any moment leaves the newest published checkpoint: data is on disk before the manifest
-names it, and one rename publishes both. What was half-written lies in a hidden folder under a name
-of this process group's own; the next start removes it, and a lost process that still writes into
-its own cannot spoil another's.
+names it, and one rename publishes both. A half-written save lies in a hidden folder whose name is
+unique to this process group. The next start removes it, and a lost process that still writes into
+its own folder cannot damage another save.
 
-What is not finite is not published: the background looks at what it writes.
+State that is not finite is not published: the background thread checks what it writes.
 
-Memory on the host: 12 bytes a parameter, divided among the ranks.
+Memory on the host: 12 bytes per parameter, divided among the ranks.
 """
 
 import contextlib
@@ -71,10 +71,10 @@ log = logging.getLogger(__name__)
 
 
 class _Background(threading.Thread):
-    """One call on a thread that gives way to training; ends with `result` or `error`."""
+    """One call on a thread of the lowest priority; ends with `result` or `error`."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
-        # no daemon: those that are inside a library when the interpreter ends abort the process
+        # no daemon: one that is inside a library when the interpreter exits aborts the process
         super().__init__(name=WRITER)
         self._action = action
         self.result: Any = None
@@ -91,14 +91,14 @@ class _Background(threading.Thread):
             self.error = OSError(f"{error}")
 
     def finish(self) -> None:
-        """Wait for the end; at normal priority, for nobody is left to give way to."""
+        """Wait for the end, at normal priority because training waits too."""
         self._set_niceness(0)
         self.join()
 
     def _set_niceness(self, niceness: int) -> None:
-        # one thread's own on Linux; elsewhere it would be the whole process's
+        # applies to one thread on Linux, but to the whole process elsewhere
         if sys.platform == "linux" and self.native_id is not None:
-            # it may have ended, and only root may take niceness back
+            # the thread may have ended, and only root may lower niceness
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.setpriority(os.PRIO_PROCESS, self.native_id, niceness)
 
@@ -118,7 +118,7 @@ class _Save:
 class Saver:
     """Writes a stage's checkpoints; its public methods are collective over all ranks.
 
-    A save in flight is lost when training ends by an error, unless `wait` is called before.
+    A save in flight is lost when training ends with an error, unless `wait` is called before.
     """
 
     def __init__(self, folder: Path, topology: Topology, *, keep: int) -> None:
@@ -135,13 +135,13 @@ class Saver:
         self._token = token[0]
         self._device = torch.device("cpu")
         self.seconds: float | None = None
-        """From the start of the last save to its publication; None before the first."""
+        """Seconds from the start of the last save to its publication; None before the first."""
 
     def save(self, engine: "Engine", naming: Naming, position: dict[str, Any]) -> None:
         """Copy the training state at `position["step"]` and begin to write it.
 
         Raises:
-            OSError: the save before could not be written; see `poll`.
+            FloatingPointError, OSError: the previous save failed; see `poll`.
         """
         if self._save is not None:
             log.info("%s: is still being written; training waits", self._save.target)
@@ -155,11 +155,11 @@ class Saver:
         self._save = _Save(target, temporary, position, task, begun=begun)
 
     def poll(self) -> None:
-        """Take the save in flight a stage further when all ranks are ready; call at every step.
+        """Advance the save in flight when all ranks are ready; call at every step.
 
         Raises:
-            FloatingPointError: on all ranks, when what one would write is not finite.
-            OSError: on all ranks, when one could not write; nothing half-written stays.
+            FloatingPointError: on all ranks, when the state of one is not finite.
+            OSError: on all ranks, when one could not write. The half-written files are removed.
         """
         if self._save is None:
             return
@@ -169,10 +169,10 @@ class Saver:
             self._go_on(self._save)
 
     def wait(self) -> None:
-        """Return when nothing is in flight.
+        """Wait until no save is in flight.
 
         Raises:
-            OSError: see `poll`.
+            FloatingPointError, OSError: see `poll`.
         """
         while self._save is not None:
             self._save.task.finish()
@@ -217,7 +217,7 @@ class Saver:
 
 
 class Shares:
-    """Who writes what: the same sums on every rank, from sizes alone."""
+    """Chooses the writer of every tensor from sizes alone, equally on every rank."""
 
     def __init__(self, topology: Topology, rank: int) -> None:
         self._rank = rank
@@ -227,7 +227,7 @@ class Shares:
         self._all = [everyone]
 
     def is_mine(self, name: str, tensor: Tensor) -> bool:
-        """Choose the writer of a tensor, for experts one in every place; tell if it is this rank.
+        """Choose a tensor's writer, for experts one per place; tell whether it is this rank.
 
         Must be called with the same tensors in the same order on all ranks.
         """
@@ -248,7 +248,7 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     with naming(path):
         save_file(tensors, path)
     with path.open("rb") as file:
-        # on disk before a manifest names it, and on a shared file system there for other hosts
+        # on disk, and on a shared file system visible to other hosts, before a manifest names it
         os.fsync(file.fileno())
     return {path.name: file_sha256(path)}
 

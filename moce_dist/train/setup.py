@@ -1,4 +1,4 @@
-"""Build the training state of one rank: data plan, model, groups, engine, and where to resume."""
+"""Build the training state of one rank: data plan, model, groups, engine and resume point."""
 
 import logging
 import os
@@ -66,7 +66,7 @@ class TrainState:
     pulse: Pulse = field(default_factory=Pulse)
     is_stopping: bool = False
     pending: Outcome | None = None
-    """A step of which no note was taken yet."""
+    """The newest step, if its figures have not been read yet."""
 
     @cached_property
     def kept(self) -> KeptSamples | None:
@@ -106,10 +106,10 @@ class TrainState:
 
 
 def worker_device(config: Config) -> torch.device:
-    """Choose this process's device, and how exact a GPU's products are.
+    """Choose this process's device, and set the precision of a GPU's matrix products.
 
-    Float32 means float32: no TF32. With `parallel.deterministic` an operation that cannot be
-    repeated bit for bit on a GPU is an error.
+    TF32 is off, so float32 products are exact float32. With `parallel.deterministic`, a GPU
+    operation that is not repeatable bit for bit raises an error.
 
     Raises:
         ConfigError: `parallel.use_gpu` is true and there is none.
@@ -129,13 +129,13 @@ def worker_device(config: Config) -> torch.device:
 
 
 def holdout_table(job: StageJob) -> SampleTable | None:
-    """Read the held-out images; but for stage mae with the clusters that they were assigned to."""
+    """Read the held-out images, with their assigned clusters in every stage except mae."""
     if job.holdout is None:
         return None
     table = open_table(job.holdout, job.num_clusters)
     if job.stage == "mae":
         return table
-    # a bench of steps needs neither faiss nor pyarrow, which clustering brings along
+    # imported late: it needs faiss and pyarrow, which a benchmark of steps does without
     from moce_dist.cluster.assign import read_assignments
 
     clusters = read_assignments(Run(job.run_root).shards / HOLDOUT_TABLE)
@@ -144,14 +144,14 @@ def holdout_table(job: StageJob) -> SampleTable | None:
 
 
 def build_state(job: StageJob) -> TrainState:
-    """Build model, groups and engine, load the newest checkpoint; collective over all ranks."""
+    """Build model, groups and engine and load the newest checkpoint; collective over all ranks."""
     torch.set_num_threads(job.config.parallel.threads_per_worker)
     device = worker_device(job.config)
     init_distributed(device, timedelta(seconds=job.config.parallel.patience_s))
-    # every rank makes the same plan from the same index: nothing about the data is sent around
+    # every rank makes the same plan from the same index, so no data about it is sent
     plan = job.plan()
-    # chosen before the model is built: where the experts live stands in the checkpoint
-    # one rank reads and verifies; the others must not choose differently, nor record before
+    # chosen before the model is built, because the checkpoint holds the placement of the experts
+    # rank 0 alone chooses, so that all ranks take the same one and record no fault too early
     chosen: list[Path | None] = [None]
     if dist.get_rank() == 0:
         chosen = [latest_checkpoint(job.folder / "checkpoints")]
@@ -168,9 +168,9 @@ def build_state(job: StageJob) -> TrainState:
 def assemble(
     job: StageJob, plan: Plan, centroids: Tensor | None, device: torch.device
 ) -> TrainState:
-    """Build model, groups and engine around a plan, untrained; collective over all ranks.
+    """Build untrained model, groups and engine for a plan; collective over all ranks.
 
-    `centroids` (K, D) of a model with experts of clusters.
+    `centroids` is (K, D) if clusters choose the experts, else None.
     """
     config, stage, rank = job.config, job.stage_config, dist.get_rank()
     topology = Topology(dist.get_world_size(), config.parallel.num_groups)
@@ -212,7 +212,7 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
         router.restore(manifest)
     elif gate is not None:
         if job.start is not None:
-            # what the first table and the placement of the experts follow from
+            # the first table and the placement of the experts follow from this weight
             checkpoint = Path(job.start)
             weight = tensor_reader(checkpoint)("weight/gate.weight")
             if weight is None:
@@ -241,7 +241,7 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
 
 
 def _load_positions(state: TrainState, read: Callable[[str], Tensor | None]) -> None:
-    # they are not learnt here, but weights from elsewhere may have learnt them
+    # position embeddings are fixed here, but weights from elsewhere may have learnt them
     for name in ("pos_embed", "decoder_pos_embed"):
         if (found := read(name)) is not None:
             getattr(state.model, name).copy_(found)

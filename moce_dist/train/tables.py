@@ -1,14 +1,14 @@
-"""Routing tables are made beside the steps: on rank 0's host, while the step before is computed.
+"""Make routing tables on rank 0's host while the device computes the step before.
 
-A table for step s follows from the gate's weights before step s - 1, which are there when that step
-is launched. So neither the device nor the training thread of any rank waits for a table:
+The table of step s follows from the gate weights before step s - 1, which exist when that step is
+launched. So neither the device nor the training thread of any rank waits for a table:
 
     training thread, all ranks    take 4, begin 5   launch step 4   take 5, begin 6   launch step 5
     threads of rank 0                              noise, logits, argmax of 5; send
 
-The logits are computed in float32 on the host, whatever the device, as routing must not depend on a
-device's kernels; every layer is a piece of work of its own. What is sent goes from host to host, in
-a process group of its own, so no other collective waits for it.
+The logits are computed in float32 on the host for every device, because routing must not depend on
+a device's kernels. Every layer is a separate piece of work. Tables are sent from host to host in a
+separate process group, so no other collective waits for them.
 
 Letters: L MoE layers, K clusters, E experts per layer, D width.
 """
@@ -36,18 +36,18 @@ _SCORES_OF_A_THREAD = 2**18
 
 @dataclass(frozen=True)
 class _Channel:
-    """How rank 0 makes tables and sends them; one for the life of a process group."""
+    """Threads and process group for making and sending tables; one per default process group."""
 
     group: dist.ProcessGroup | None
-    """None where there is nobody to send to."""
+    """None with a single rank."""
     sender: ThreadPoolExecutor
-    """One thread: tables leave in the order in which they were begun."""
+    """One thread, so that tables are sent in the order in which they were begun."""
     layers: ThreadPoolExecutor
 
 
 @functools.cache
 def _channel(_: dist.ProcessGroup | None, timeout_s: float) -> _Channel:
-    # groups and threads outlive a stage: several stages of a process share them
+    # cached, so that the stages of a process share groups and threads
     group: Any = None
     if dist.get_world_size() > 1:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -57,18 +57,18 @@ def _channel(_: dist.ProcessGroup | None, timeout_s: float) -> _Channel:
 
 @dataclass(frozen=True)
 class GateOnHost:
-    """A gate as it is before a step, on its way to the host."""
+    """A gate's state before a step, while it is copied to the host."""
 
     weight: Tensor
     """(L, E, D) float32."""
     cluster_embedding: Tensor
     """(K, D)."""
     groups: Ints | None
-    """(K,) expert groups of the clusters where they keep one."""
+    """(K,) expert group of every cluster, with shared groups; else None."""
     arrival: Any = None
 
     def wait(self) -> None:
-        """Wait until the weights are there."""
+        """Wait until the weights have arrived."""
         if self.arrival is not None:
             self.arrival.synchronize()
 
@@ -86,13 +86,13 @@ class TableMaker:
 
     @property
     def is_pending(self) -> bool:
-        """A table was begun and not taken yet."""
+        """Whether a table was begun and not taken yet."""
         return self._coming is not None
 
     def begin(self, gate: Gate, step: int) -> None:
-        """Have the table of `step` made from the gate's weights as they are now; waits for nothing.
+        """Begin the table of `step` from the current gate weights, without waiting for it.
 
-        A table that was begun before and not taken is dropped.
+        A table that was begun before and not taken is waited for and dropped.
         """
         if self._coming is not None:
             self.take()
@@ -101,19 +101,19 @@ class TableMaker:
             making = channel.sender.submit(self._send, self.on_host(gate), step, channel)
             self._coming = functools.partial(_result, making)
             return
-        # int32, the smallest type of integers that is sent and holds any expert's number
+        # int32 is the smallest integer type that can be sent and holds any expert's number
         table = torch.empty(self._shape, dtype=torch.int32)
         work = dist.broadcast(table, 0, group=channel.group, async_op=True)
         self._coming = functools.partial(_arrived, work, table)
 
     def take(self) -> Ints:
-        """Return the table (L, K) that was begun; waits only where it was not made in time."""
+        """Return the table (L, K) that was begun; waits only if it is not ready in time."""
         assert self._coming is not None, "a table was begun"
         table, self._coming = self._coming(), None
         return table
 
     def on_host(self, gate: Gate) -> GateOnHost:
-        """Begin to copy the weights to the host; what does not change is copied once."""
+        """Begin to copy the gate to the host; tensors that do not change are copied only once."""
         weight = gate.weight.detach()
         host = torch.empty(weight.shape, pin_memory=weight.is_cuda)
         host.copy_(weight, non_blocking=True)
@@ -137,12 +137,12 @@ class TableMaker:
     def _send(self, gate: GateOnHost, step: int, channel: _Channel) -> Ints:
         table = self.compute(gate, step, channel.layers)
         if channel.group is not None:
-            # whoever made it need not wait until it has arrived
+            # the sender need not wait until the table has arrived
             dist.broadcast(torch.from_numpy(table).int(), 0, group=channel.group, async_op=True)
         return table
 
     def compute(self, gate: GateOnHost, step: int, pool: ThreadPoolExecutor | None = None) -> Ints:
-        """Compute the table (L, K) of `step`, its layers side by side where that pays."""
+        """Compute the table (L, K) of `step`, its layers in parallel if they are large enough."""
         gate.wait()
         num_layers, num_clusters = self._shape
         work = functools.partial(self._layer, gate, step)

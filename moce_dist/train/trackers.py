@@ -1,12 +1,12 @@
-"""What else a stage writes for those who watch it: figures for trackers, profiles of its steps.
+"""Optional output of a training stage: figures for experiment trackers, and step profiles.
 
-Nothing is sent anywhere. What is written lies in the stage's folder:
+Nothing is sent anywhere. All files lie in the stage's folder:
 
     tensorboard/   event files
-    wandb/         offline runs of one id; `wandb sync` uploads them
+    wandb/         offline runs under one id; `wandb sync` uploads them
     mlflow/        one run of an experiment; `mlflow ui --backend-store-uri` shows it
-    profile/       of some steps, on demand: torch profiler's trace, for Perfetto or
-                   chrome://tracing, and a table of operations by their own time
+    profile/       on request, of some steps: a trace of torch's profiler, for Perfetto or
+                   chrome://tracing, and a table of operations sorted by self time
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ class Tracker(Protocol):
 
 
 def check_trackers(logging: LoggingConfig) -> None:
-    """Refuse trackers whose package is not there.
+    """Refuse trackers whose package is not installed.
 
     Raises:
         ConfigError: naming the tracker and how to install it.
@@ -46,7 +46,7 @@ def check_trackers(logging: LoggingConfig) -> None:
 def open_trackers(
     logging: LoggingConfig, folder: Path, *, start_step: int, settings: Mapping[str, Any]
 ) -> list[Tracker]:
-    """Open the trackers of the stage at `folder`; `settings` are what a run is made with.
+    """Open the trackers of the stage at `folder`; `settings` is the run's configuration.
 
     Raises:
         ConfigError: one is not installed.
@@ -98,7 +98,7 @@ class _WandB:
 
 class _MLflow:
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
-        # a folder of files needs no server; MLflow wants to be told that this is meant
+        # a file store needs no server, but MLflow requires this opt-in
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
@@ -110,7 +110,7 @@ class _MLflow:
         )
         runs = self._client.search_runs([experiment])
         if runs:
-            # an interrupted stage goes on in its own run
+            # an interrupted stage continues its own run
             self._run_id = runs[0].info.run_id
             return
         self._run_id = self._client.create_run(experiment, run_name=folder.name).info.run_id
@@ -131,10 +131,10 @@ _ROWS = 40
 
 
 class StepProfile:
-    """Profiles the steps from `first` up to before `end`, where these are asked for."""
+    """Profiles the steps from `steps[0]` until before `steps[1]`, if these are given."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
-        """Write into `folder`; without `steps` nothing is done."""
+        """Write into `folder`/profile; without `steps`, do nothing."""
         self._folder, self._steps = folder / "profile", steps
         self._running: Any = None
 
@@ -143,7 +143,7 @@ class StepProfile:
         if self._steps is None:
             return
         if self._running is None and step == self._steps[0] < self._steps[1]:
-            # torch takes seconds to import, which the check of a request need not wait for
+            # torch takes seconds to import, and checking a request does not need it
             from torch.profiler import profile
 
             self._running = profile()
@@ -152,7 +152,7 @@ class StepProfile:
             self.close()
 
     def close(self) -> None:
-        """Write what was profiled; nothing where no profile runs."""
+        """End the running profile, if any, and write it."""
         if self._running is None or self._steps is None:
             return
         import torch
