@@ -154,6 +154,8 @@ class MoeConfig(Section):
 
     shared_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of an MoE block's hidden units that are no expert's: all images go through them."""
+    shared_base: bool = False
+    """Experts are offsets of one MLP per layer, which all images train; they start at 0."""
     lr_scale: Continued[float] = Field(1.0, gt=0)
     """The experts' learning rate over the model's."""
     mean_decay: Continued[float | None] = Field(None, ge=0)

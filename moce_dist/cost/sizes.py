@@ -78,6 +78,8 @@ def dense_parameters(config: Config) -> int:
 
 def shared_parameters(config: Config) -> int:
     """Trained parameters that all ranks hold in stage moce, the gate left out."""
+    if config.moe.shared_base:
+        return dense_parameters(config)
     return dense_parameters(config) - len(config.moe_layers) * expert_parameters(config)
 
 
