@@ -129,10 +129,13 @@ def _expert_rules(config: Config) -> Iterable[str]:
     if moe.kind == "token":
         for name, value, usual in (
             ("shared_fraction", moe.shared_fraction, 0.0),
+            ("shared_base", moe.shared_base, False),
             ("mean_decay", moe.mean_decay, None),
         ):
             if value != usual:
                 yield f"moe.{name} ({value:g}) needs experts of clusters, moe.kind is token"
+    if moe.shared_base and moe.mean_decay is not None:
+        yield "moe.mean_decay: offsets of a base (moe.shared_base) decay towards it already"
 
 
 def _cluster_rules(config: Config) -> Iterable[str]:

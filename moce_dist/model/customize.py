@@ -5,7 +5,8 @@ layer is an ordinary MLP. Where the gate's probability p weights the expert's ou
 (`gate.combine: prob`), the output is p (W h + b) = (p W) h + (p b), so p is folded into the last
 linear layer. Experts began as copies of one MLP, so an average of their weights also is a valid
 model: a layer takes one expert, or all of them with weights that sum to 1. A layer's shared hidden
-units come first, as in the dense MLP that they were split from.
+units come first, as in the dense MLP that they were split from. Where experts are offsets of a base
+(`moe.shared_base`), the base is added to them.
 
     blocks.5.mlp.experts.3.fc1.weight   --route[layer of block 5] = 3-->   blocks.5.mlp.fc1.weight
     blocks.5.mlp.experts.0.fc1.weight   --------------------------------   dropped
@@ -26,7 +27,7 @@ from moce_dist.config import GateConfig
 from moce_dist.model.gate import logits, probabilities, routing_table
 from moce_dist.model.moce import hidden_axis
 
-_SHARED = re.compile(r"blocks\.\d+\.mlp\.shared\..+")
+_SHARED = re.compile(r"blocks\.\d+\.mlp\.(shared|base)\..+")
 _EXPERT = re.compile(r"blocks\.(\d+)\.mlp\.experts\.(\d+)\.(.+)")
 _ENCODER = ("cls_token", "pos_embed", "patch_embed.", "blocks.", "norm.")
 _DECODER = ("mask_token", "decoder_")
@@ -99,6 +100,8 @@ def customize(
                 row, factor = chosen[int(block)]
                 stem = f"blocks.{block}.mlp.experts"
                 merged = _merge([weights[f"{stem}.{e}.{part}"] for e in range(num_experts)], row)
+                if (base := weights.get(f"blocks.{block}.mlp.base.{part}")) is not None:
+                    merged = base + merged
                 folded = merged * factor if part.startswith("fc2.") else merged
                 shared, axis = weights.get(f"blocks.{block}.mlp.shared.{part}"), hidden_axis(part)
                 if shared is not None and axis is not None:

@@ -11,6 +11,10 @@ parallel/exchange.py yields the images that stay and, when any travel, those tha
 
 Letters: B images, N tokens, D width, H hidden width, L MoE layers, E experts held here.
 
+With `moe.shared_base`, the weights of expert e are W + O_e: a base W that every image trains, plus an
+offset O_e that starts at 0 and that only the expert's own images train. The matrix products are as
+large as without a base.
+
 Source: Liu et al. 2023, arXiv 2402.05382; expert initialisation as copies of the dense MLP:
 Komatsuzaki et al. 2023, arXiv 2212.05055.
 """
@@ -93,15 +97,20 @@ class Experts(nn.Module):
         self.fc1 = _StackedLinear(num_experts, width, hidden)
         self.fc2 = _StackedLinear(num_experts, hidden, width)
 
-    def forward(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert."""
-        if is_groupable(rows, counts):
-            return self.grouped(rows, counts)
-        return self.one_by_one(rows, counts)
+    def forward(self, rows: Tensor, counts: Sequence[int], base: "BaseMlp | None" = None) -> Tensor:
+        """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert.
 
-    def one_by_one(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        With a `base`, the stacked parameters are offsets that are added to it.
+        """
+        if is_groupable(rows, counts):
+            return self.grouped(rows, counts, base)
+        return self.one_by_one(rows, counts, base)
+
+    def one_by_one(
+        self, rows: Tensor, counts: Sequence[int], base: "BaseMlp | None" = None
+    ) -> Tensor:
         """Compute `forward` with one matrix product per expert and linear layer."""
-        rows, parameters = self._cast(rows)
+        rows, parameters = self._cast(rows, base)
         if len(counts) == 1:
             return _mlp(rows, *(p.squeeze(0) for p in parameters))
         # unbind, not indexing: its backward writes every expert's gradient once into one tensor
@@ -109,9 +118,9 @@ class Experts(nn.Module):
         stacks = zip(parts, *(p.unbind() for p in parameters), strict=True)
         return torch.cat([_mlp(*stack) for stack in stacks])
 
-    def grouped(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def grouped(self, rows: Tensor, counts: Sequence[int], base: "BaseMlp | None" = None) -> Tensor:
         """Compute `forward` with one grouped matrix product per linear layer."""
-        rows, (weight1, bias1, weight2, bias2) = self._cast(rows)
+        rows, (weight1, bias1, weight2, bias2) = self._cast(rows, base)
         sizes = [count * rows.shape[1] for count in counts]
         ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ends = ends.to(rows.device, non_blocking=True)
@@ -124,9 +133,19 @@ class Experts(nn.Module):
         hidden = F.gelu(product(rows.flatten(0, 1), weight1, bias1))
         return product(hidden, weight2, bias2).view(rows.shape)
 
-    def _cast(self, rows: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _cast(self, rows: Tensor, base: "BaseMlp | None") -> tuple[Tensor, tuple[Tensor, ...]]:
         # one cast per layer; autocast would cast the parameters of every expert separately
         linears = self.fc1, self.fc2
+        if base is not None:
+            # added in float32: an offset may be small against the base
+            device = rows.device.type
+            dtype = rows.dtype
+            if torch.is_autocast_enabled(device):
+                dtype = torch.get_autocast_dtype(device)
+            bases = [p for linear in (base.fc1, base.fc2) for p in linear.parameters()]
+            offsets = [p for linear in linears for p in linear.parameters()]
+            sums = tuple((o + b).to(dtype) for o, b in zip(offsets, bases, strict=True))
+            return rows.to(dtype), sums
         parameters = cast_together(rows, *linears)
         if parameters is None:
             parameters = tuple(p.to(rows.dtype) for linear in linears for p in linear.parameters())
@@ -162,6 +181,15 @@ class SharedMlp(nn.Module):
         return y
 
 
+class BaseMlp(nn.Module):
+    """Weights of a layer that the experts' offsets are added to; every image trains them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+
 class MoceMlp(nn.Module):
     """The experts of one layer, in place of the dense block's MLP.
 
@@ -169,24 +197,34 @@ class MoceMlp(nn.Module):
     its expert, so the FLOPs per image equal those of the dense MLP.
     """
 
-    def __init__(self, num_experts: int, width: int, shared_units: int = 0) -> None:
+    def __init__(
+        self, num_experts: int, width: int, *, shared_units: int = 0, has_base: bool = False
+    ) -> None:
         super().__init__()
-        self.experts = Experts(num_experts, width, 4 * width - shared_units)
+        hidden = 4 * width - shared_units
+        self.experts = Experts(num_experts, width, hidden)
         self.shared = SharedMlp(width, shared_units) if shared_units else None
+        self.base = BaseMlp(width, hidden) if has_base else None
 
 
 class MoceBlock(nn.Module):
     """A transformer block whose MLP is chosen per image."""
 
     def __init__(
-        self, block: DenseBlock, num_local_experts: int, layer: int, *, shared_units: int = 0
+        self,
+        block: DenseBlock,
+        num_local_experts: int,
+        layer: int,
+        *,
+        shared_units: int = 0,
+        has_base: bool = False,
     ) -> None:
         """Take over attention and norms of a dense `block`; `layer` counts MoE layers from 0."""
         super().__init__()
         self.norm1, self.attn, self.norm2 = block.norm1, block.attn, block.norm2
         self.layer = layer
         width = block.norm1.normalized_shape[0]
-        self.mlp = MoceMlp(num_local_experts, width, shared_units)
+        self.mlp = MoceMlp(num_local_experts, width, shared_units=shared_units, has_base=has_base)
 
     def forward(self, x: Tensor, dispatcher: Dispatcher, scales: Sequence[Tensor]) -> Tensor:
         """Transform tokens (B, N, D); `scales` (L, B) weights the experts' outputs."""
@@ -194,7 +232,7 @@ class MoceBlock(nn.Module):
         normed = self.norm2(x)
         parts = dispatcher.dispatch(normed, self.layer)
         # one part after the other: the experts compute on one while the next still travels
-        outputs = [self.mlp.experts(rows, counts) for rows, counts in parts]
+        outputs = [self.mlp.experts(rows, counts, self.mlp.base) for rows, counts in parts]
         y = dispatcher.combine(outputs, self.layer)
         y = y * scales[self.layer][:, None, None]
         return x + y if self.mlp.shared is None else x + y + self.mlp.shared(normed)
@@ -206,11 +244,13 @@ def experts_from_dense(
     num_experts: int,
     *,
     shared_units: int = 0,
+    has_base: bool = False,
 ) -> dict[str, Tensor]:
     """Replace the MLPs of `layers` by `num_experts` equal copies, under global expert names.
 
-    The first `shared_units` hidden units become the layer's shared ones. An expert and the shared
-    units together compute what the dense MLP computes.
+    The first `shared_units` hidden units become the layer's shared ones. With `has_base` the copy
+    is the base, and the experts are offsets of 0. An expert, its base and the shared units together
+    compute what the dense MLP computes.
     """
     result = {}
     for name, tensor in weights.items():
@@ -223,6 +263,8 @@ def experts_from_dense(
         if hidden is not None and shared_units:
             sizes = [shared_units, tensor.shape[hidden] - shared_units]
             result[f"{stem}.shared.{part}"], routed = torch.split(tensor, sizes, dim=hidden)
+        if has_base:
+            result[f"{stem}.base.{part}"], routed = routed, torch.zeros_like(routed)
         for expert in range(num_experts):
             result[f"{stem}.experts.{expert}.{part}"] = routed.clone()
     return result

@@ -136,9 +136,18 @@ def test_clipped_step_moves_weights_as_the_clipped_gradient(
             assert_close(name, moved, clipped, clip, 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("shared", "shared_name"),
+    [
+        ("moe.shared_fraction=0.5", "blocks.1.mlp.shared.fc2.weight"),
+        ("moe.shared_base=true", "blocks.1.mlp.base.fc2.bias"),
+    ],
+)
 @pytest.mark.parametrize("zero_stage", [0, 2])
-def test_shared_units_equal_one_process(pools, cases, clustered_run, zero_stage):
-    extra = ["moe.shared_fraction=0.5", "moce.optimizer=sgd"]
+def test_shared_weights_equal_one_process(
+    pools, cases, clustered_run, zero_stage, shared, shared_name
+):
+    extra = [shared, "moce.optimizer=sgd"]
     configuration = (2, 2, zero_stage, 1, "scrambled")
     overrides, results = run(pools, clustered_run, configuration, extra)
     expected = reference(
@@ -146,7 +155,7 @@ def test_shared_units_equal_one_process(pools, cases, clustered_run, zero_stage)
     )
     gradients = merged(results, "gradients")
     assert gradients.keys() == expected["gradients"].keys()
-    assert {"blocks.1.mlp.shared.fc2.weight", "blocks.1.mlp.experts.0.fc2.bias"} <= gradients.keys()
+    assert {shared_name, "blocks.1.mlp.experts.0.fc2.bias"} <= gradients.keys()
     for name, gradient in gradients.items():
         assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
     # it begins with the loss of the dense model

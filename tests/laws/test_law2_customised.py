@@ -21,7 +21,16 @@ from moce_dist.model.moce import (
 NUM_EXPERTS = 3
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.5], ids=["routed", "shared"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        {},
+        {"shared_fraction": 0.5},
+        {"shared_base": True},
+        {"shared_fraction": 0.5, "shared_base": True},
+    ],
+    ids=["routed", "shared", "offsets", "both"],
+)
 def config(request: pytest.FixtureRequest) -> Config:
     return make_config(
         {
@@ -30,10 +39,7 @@ def config(request: pytest.FixtureRequest) -> Config:
                 **{"width": 24, "depth": 4, "num_heads": 2, "patch_size": 4},
                 **{"decoder_width": 16, "decoder_depth": 1, "decoder_num_heads": 2},
             },
-            "moe": {
-                **{"num_experts": NUM_EXPERTS, "layers": [1, 3]},
-                "shared_fraction": request.param,
-            },
+            "moe": {"num_experts": NUM_EXPERTS, "layers": [1, 3], **request.param},
             "parallel": {"precision": "fp32"},
         }
     )
@@ -132,11 +138,14 @@ def test_dense_mae_loses_only_its_decoder(config):
     timm_vit(state)
 
 
+def grow(dense: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
+    shares = {"shared_units": config.shared_units, "has_base": config.moe.shared_base}
+    return experts_from_dense(dense, config.moe_layers, NUM_EXPERTS, **shares)
+
+
 def test_experts_copied_from_dense_customise_back_to_it(config):
     dense = MaskedAutoencoder(config).state_dict()
-    grown = experts_from_dense(
-        dense, config.moe_layers, NUM_EXPERTS, shared_units=config.shared_units
-    )
+    grown = grow(dense, config)
     assert moe_shape(grown) == ([1, 3], NUM_EXPERTS)
     back = customize(grown, (2, 0))
     assert back.keys() == customize(dense, ()).keys()
@@ -160,14 +169,16 @@ def test_weights_average_experts_and_scale_folds_into_the_last_linear(config, we
         ("fc2.weight", 0.8),
         ("fc2.bias", 0.8),
     ):
-        a, b, c = (weights[f"blocks.1.mlp.experts.{e}.{part}"] for e in range(3))
+        # 0 where there is no base: an expert is what it adds to it
+        bases = [weights.get(f"blocks.{b}.mlp.base.{part}", torch.zeros(())) for b in (1, 3)]
+        a, b, c = (bases[0] + weights[f"blocks.1.mlp.experts.{e}.{part}"] for e in range(3))
         axis = hidden_axis(part)
         routed, other = (
             t if axis is None else t.narrow(axis, units, t.shape[axis] - units)
             for t in (found[f"blocks.1.mlp.{part}"], found[f"blocks.3.mlp.{part}"])
         )
         torch.testing.assert_close(routed, factor * (a / 2 + b / 4 + c / 4), rtol=0, atol=1e-14)
-        assert torch.equal(other, weights[f"blocks.3.mlp.experts.1.{part}"])
+        assert torch.equal(other, bases[1] + weights[f"blocks.3.mlp.experts.1.{part}"])
         if axis is not None and units:
             # what is shared has no weight of the gate's
             shared = found[f"blocks.1.mlp.{part}"].narrow(axis, 0, units)
@@ -177,12 +188,10 @@ def test_weights_average_experts_and_scale_folds_into_the_last_linear(config, we
 @pytest.mark.parametrize("row", [[1 / 3] * 3, [0.2, 0.5, 0.3]])
 def test_averages_of_equal_experts_are_the_dense_model_to_the_bit(row, config):
     dense = MaskedAutoencoder(config).state_dict()
-    grown = experts_from_dense(
-        dense, config.moe_layers, NUM_EXPERTS, shared_units=config.shared_units
-    )
+    grown = grow(dense, config)
     back = customize(grown, [row, row])
     assert all(torch.equal(back[name], dense[name]) for name in back)
-    grown["blocks.1.mlp.experts.1.fc1.weight"] = grown["blocks.1.mlp.experts.1.fc1.weight"] * 1.001
+    grown["blocks.1.mlp.experts.1.fc1.weight"] = grown["blocks.1.mlp.experts.1.fc1.weight"] + 1e-3
     planted = customize(grown, [row, row])
     assert not torch.equal(planted["blocks.1.mlp.fc1.weight"], dense["blocks.1.mlp.fc1.weight"])
 

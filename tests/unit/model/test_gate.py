@@ -121,7 +121,8 @@ def test_gate_starts_equal_for_equal_seeds_whatever_was_drawn_before():
 def test_a_fixed_gate_gives_similar_clusters_one_expert_in_all_layers():
     draws = torch.Generator().manual_seed(0)
     kinds = torch.randperm(12, generator=draws) % 4
-    centroids = torch.randn(4, 16, generator=draws)[kinds] + 0.1 * torch.randn(12, 16)
+    centroids = torch.randn(4, 16, generator=draws)[kinds]
+    centroids += 0.1 * torch.randn(12, 16, generator=draws)
     gate = Gate(3, 4, centroids, seed=1, is_fixed=True)
     table = routing_table(gate.logits(), GateConfig(assign="fixed"))
     assert (table == table[0]).all()

@@ -9,6 +9,7 @@ from moce_dist.model.customize import cluster_probabilities
 from moce_dist.model.gate import output_scales, routing_table
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import (
+    BaseMlp,
     Experts,
     LocalDispatcher,
     experts_from_dense,
@@ -46,20 +47,43 @@ def test_every_image_gets_its_expert():
     assert torch.allclose(y, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("base", [None, BaseMlp(8, 16)], ids=["own", "offsets"])
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 5], [0, 0, 0], [1, 1, 1]])
-def test_grouped_product_equals_one_by_one(counts):
+def test_grouped_product_equals_one_by_one(counts, base):
     torch.manual_seed(0)
     layer, results = Experts(3, 8, 16), []
-    for parameter in layer.parameters():
+    parameters = [*layer.parameters(), *(base.parameters() if base else ())]
+    for parameter in parameters:
         torch.nn.init.normal_(parameter)
     rows, weight = torch.randn(sum(counts), 2, 8), torch.randn(sum(counts), 2, 8)
     for forward in (layer.one_by_one, layer.grouped):
         x = rows.clone().requires_grad_()
-        y = forward(x, counts)
-        gradients = torch.autograd.grad((y * weight).sum(), [x, *layer.parameters()])
+        y = forward(x, counts, base)
+        gradients = torch.autograd.grad((y * weight).sum(), [x, *parameters])
         results.append([y, *gradients])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_an_offset_and_its_base_compute_what_their_sum_does():
+    torch.manual_seed(0)
+    offsets, base, whole = Experts(3, 8, 16), BaseMlp(8, 16), Experts(3, 8, 16)
+    with torch.no_grad():
+        for name in ("fc1", "fc2"):
+            for part in ("weight", "bias"):
+                offset, shared, total = (
+                    getattr(getattr(each, name), part) for each in (offsets, base, whole)
+                )
+                total.copy_(offset.normal_() + shared.normal_())
+    rows, counts = torch.randn(6, 2, 8), [3, 1, 2]
+    torch.testing.assert_close(offsets(rows, counts, base), whole(rows, counts))
+    # the base's gradient is the sum of all experts', each offset's is its own expert's
+    for y in (offsets(rows, counts, base), whole(rows, counts)):
+        y.square().sum().backward()
+    torch.testing.assert_close(offsets.fc1.weight.grad, whole.fc1.weight.grad)
+    torch.testing.assert_close(base.fc1.weight.grad, whole.fc1.weight.grad.sum(dim=0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert offsets(rows, counts, base).dtype is torch.bfloat16
 
 
 def test_idle_experts_get_zero_gradients_not_none():
@@ -71,15 +95,20 @@ def test_idle_experts_get_zero_gradients_not_none():
     assert layer.fc1.weight.grad[1].abs().sum() > 0
 
 
+@pytest.mark.parametrize("has_base", [False, True])
 @pytest.mark.parametrize("shared", [0.0, 0.5, 0.25])
-def test_experts_start_as_the_dense_mlp(shared):
-    config = load_config(None, [*SMALL, f"moe.shared_fraction={shared}"])
+def test_experts_start_as_the_dense_mlp(shared, has_base):
+    fields = [f"moe.shared_fraction={shared}", f"moe.shared_base={has_base}"]
+    config = load_config(None, [*SMALL, *fields])
     dense = MaskedAutoencoder(config)
     sparse = MaskedAutoencoder(config, centroids=torch.randn(6, 32), num_local_experts=3)
     units = config.shared_units
     assert units == shared * 128
-    weights = experts_from_dense(dense.state_dict(), config.moe_layers, 3, shared_units=units)
+    weights = experts_from_dense(
+        dense.state_dict(), config.moe_layers, 3, shared_units=units, has_base=has_base
+    )
     state = sparse.state_dict()
+    assert ("blocks.1.mlp.base.fc1.weight" in state) == has_base
     for name in state:
         if is_stacked(name):
             names = global_names(name, config.moe_layers, [[0, 1, 2]] * len(config.moe_layers))
