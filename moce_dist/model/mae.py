@@ -55,11 +55,16 @@ class MaskedAutoencoder(nn.Module):
             nn.init.normal_(token, std=0.02)
         self.gate: Gate | None = None
         if centroids is not None:
-            shares = {"shared_units": config.shared_units, "has_base": config.moe.shared_base}
             for layer, index in enumerate(self.config.moe_layers):
                 block = self.blocks[index]
                 assert isinstance(block, DenseBlock)
-                self.blocks[index] = MoceBlock(block, num_local_experts, layer, **shares)
+                self.blocks[index] = MoceBlock(
+                    block,
+                    num_local_experts,
+                    layer,
+                    shared_units=config.shared_units,
+                    has_base=config.moe.shared_base,
+                )
             self.gate = Gate(
                 len(config.moe_layers),
                 config.moe.num_experts,

@@ -11,9 +11,9 @@ parallel/exchange.py yields the images that stay and, when any travel, those tha
 
 Letters: B images, N tokens, D width, H hidden width, L MoE layers, E experts held here.
 
-With `moe.shared_base`, the weights of expert e are W + O_e: a base W that every image trains, plus an
-offset O_e that starts at 0 and that only the expert's own images train. The matrix products are as
-large as without a base.
+With `moe.shared_base`, the weights of expert e are W + O_e: a base W that every image trains, plus
+an offset O_e that starts at 0 and that only the expert's own images train. The matrix products are
+as large as without a base.
 
 Source: Liu et al. 2023, arXiv 2402.05382; expert initialisation as copies of the dense MLP:
 Komatsuzaki et al. 2023, arXiv 2212.05055.
