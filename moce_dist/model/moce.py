@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_dist.model.vit import DenseBlock, cast_together
+from moce_dist.model.vit import DenseBlock, add_together, cast_together
 
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
 _GROUPED_CAPABILITY = 9
@@ -135,20 +135,12 @@ class Experts(nn.Module):
 
     def _cast(self, rows: Tensor, base: "BaseMlp | None") -> tuple[Tensor, tuple[Tensor, ...]]:
         # one cast per layer; autocast would cast the parameters of every expert separately
-        linears = self.fc1, self.fc2
-        if base is not None:
-            # added in float32: an offset may be small against the base
-            device = rows.device.type
-            dtype = rows.dtype
-            if torch.is_autocast_enabled(device):
-                dtype = torch.get_autocast_dtype(device)
-            bases = [p for linear in (base.fc1, base.fc2) for p in linear.parameters()]
-            offsets = [p for linear in linears for p in linear.parameters()]
-            sums = tuple((o + b).to(dtype) for o, b in zip(offsets, bases, strict=True))
-            return rows.to(dtype), sums
-        parameters = cast_together(rows, *linears)
+        if base is None:
+            parameters = cast_together(rows, self.fc1, self.fc2)
+        else:
+            parameters = add_together(rows, self, base)
         if parameters is None:
-            parameters = tuple(p.to(rows.dtype) for linear in linears for p in linear.parameters())
+            parameters = tuple(p.to(rows.dtype) for p in self.parameters())
         return rows.to(parameters[0].dtype), parameters
 
 

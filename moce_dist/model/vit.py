@@ -55,6 +55,23 @@ class _CastTogether(torch.autograd.Function):
         return None, *_copied(gradients, ctx.dtype)
 
 
+class _AddTogether(torch.autograd.Function):
+    """Add bases (...) to stacks (E, ...) in their own dtype and cast the sums, all at once."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        stacks, bases = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+        ctx.dtype = stacks[0].dtype
+        sums = torch._foreach_add(stacks, bases)
+        return tuple(sums) if dtype == ctx.dtype else _copied(sums, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if gradients[0].dtype != ctx.dtype:
+            gradients = _copied(gradients, ctx.dtype)
+        return None, *gradients, *(gradient.sum(dim=0) for gradient in gradients)
+
+
 def _copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     flat = tensors[0].new_empty(sum(t.numel() for t in tensors), dtype=dtype)
     parts = torch.split(flat, [t.numel() for t in tensors])
@@ -73,6 +90,18 @@ def cast_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
         return None
     parameters = [parameter for linear in linears for parameter in linear.parameters()]
     return _CastTogether.apply(torch.get_autocast_dtype(device), *parameters)
+
+
+def add_together(x: Tensor, stacks: nn.Module, bases: nn.Module) -> tuple[Tensor, ...]:
+    """Add the parameters (...) of `bases` to those (E, ...) of `stacks`; see `cast_together`.
+
+    The sums have the type that autocast computes in for `x`, or that of `x`.
+    """
+    device, dtype = x.device.type, x.dtype
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    added: tuple[Tensor, ...] = _AddTogether.apply(dtype, *stacks.parameters(), *bases.parameters())
+    return added
 
 
 class SelfAttention(nn.Module):

@@ -12,26 +12,26 @@ from moce_dist.run.files import read_jsonl
 from moce_dist.train.checkpoint import damage, latest_checkpoint, load_weights
 
 
-def overrides(ranks, zero=0, groups=4):
+def overrides(ranks, zero=0, groups=4, base=False):
     return [
         f"parallel.num_workers={ranks}", f"parallel.zero_stage={zero}",
-        f"parallel.num_groups={groups}", "moce.epochs=1",
+        f"parallel.num_groups={groups}", "moce.epochs=1", f"moe.shared_base={base}",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
-def test_saved_on_4_loads_on_2_and_1_and_back(pools, own_run, tmp_path, zero_stage):
-    pools(4).run("train_to_end", run=str(own_run), overrides=overrides(4, zero_stage))
+@pytest.mark.parametrize(("zero_stage", "base"), [(0, False), (0, True), (1, True), (2, False)])
+def test_saved_on_4_loads_on_2_and_1_and_back(pools, own_run, tmp_path, zero_stage, base):
+    options = overrides(4, zero_stage, base=base)
+    pools(4).run("train_to_end", run=str(own_run), overrides=options)
     folder = own_run / "moce" / "checkpoints"
-    expected = merged(
-        pools(4).run("saved_state", run=str(own_run), overrides=overrides(4, zero_stage)), "tensors"
-    )
+    expected = merged(pools(4).run("saved_state", run=str(own_run), overrides=options), "tensors")
     kinds = {kind for kind, _ in expected}
     assert kinds == {"weight", "exp_avg", "exp_avg_sq"}
     experts = {name for _, name in expected if ".experts." in name}
     assert len(experts) == 2 * 4 * 4  # layers, experts, tensors
+    assert len({name for _, name in expected if ".base." in name}) == base * 2 * 4
     for ranks, other_zero in ((2, zero_stage), (1, 0), (4, 1)):
-        options = overrides(ranks, other_zero)
+        options = overrides(ranks, other_zero, base=base)
         loaded = merged(
             pools(ranks).run("saved_state", run=str(own_run), overrides=options), "tensors"
         )
@@ -42,7 +42,7 @@ def test_saved_on_4_loads_on_2_and_1_and_back(pools, own_run, tmp_path, zero_sta
     pools(2).run(
         "save_again",
         run=str(own_run),
-        overrides=overrides(2, zero_stage),
+        overrides=overrides(2, zero_stage, base=base),
         out=str(tmp_path / "again"),
     )
     before, after = (load_weights(latest_checkpoint(f)) for f in (folder, tmp_path / "again"))
