@@ -38,6 +38,8 @@ _SINGLE = re.compile(
 )
 Part = tuple[Tensor, list[int]]
 """Rows (M, N, D) sorted by local expert, and the number of rows of each local expert."""
+Weights = tuple[Tensor, ...]
+"""Stacked (E, ...) parameters of a layer: fc1.weight, fc1.bias, fc2.weight and fc2.bias."""
 
 
 class Dispatcher(Protocol):
@@ -97,30 +99,33 @@ class Experts(nn.Module):
         self.fc1 = _StackedLinear(num_experts, width, hidden)
         self.fc2 = _StackedLinear(num_experts, hidden, width)
 
-    def forward(self, rows: Tensor, counts: Sequence[int], base: "BaseMlp | None" = None) -> Tensor:
+    def cast(self, x: Tensor) -> Weights:
+        """Return the parameters in the type of the products for tokens `x`, by one cast."""
+        cast = cast_together(x, self.fc1, self.fc2)
+        return tuple(p.to(x.dtype) for p in self.parameters()) if cast is None else cast
+
+    def forward(self, rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
         """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert.
 
-        With a `base`, the stacked parameters are offsets that are added to it.
+        `weights` are the experts' parameters, stacked, in the type of the products.
         """
+        rows = rows.to(weights[0].dtype)
         if is_groupable(rows, counts):
-            return self.grouped(rows, counts, base)
-        return self.one_by_one(rows, counts, base)
+            return self.grouped(rows, counts, weights)
+        return self.one_by_one(rows, counts, weights)
 
-    def one_by_one(
-        self, rows: Tensor, counts: Sequence[int], base: "BaseMlp | None" = None
-    ) -> Tensor:
+    def one_by_one(self, rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
         """Compute `forward` with one matrix product per expert and linear layer."""
-        rows, parameters = self._cast(rows, base)
         if len(counts) == 1:
-            return _mlp(rows, *(p.squeeze(0) for p in parameters))
+            return _mlp(rows, *(w.squeeze(0) for w in weights))
         # unbind, not indexing: its backward writes every expert's gradient once into one tensor
         parts = torch.split(rows, list(counts))
-        stacks = zip(parts, *(p.unbind() for p in parameters), strict=True)
+        stacks = zip(parts, *(w.unbind() for w in weights), strict=True)
         return torch.cat([_mlp(*stack) for stack in stacks])
 
-    def grouped(self, rows: Tensor, counts: Sequence[int], base: "BaseMlp | None" = None) -> Tensor:
+    def grouped(self, rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
         """Compute `forward` with one grouped matrix product per linear layer."""
-        rows, (weight1, bias1, weight2, bias2) = self._cast(rows, base)
+        weight1, bias1, weight2, bias2 = weights
         sizes = [count * rows.shape[1] for count in counts]
         ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
         ends = ends.to(rows.device, non_blocking=True)
@@ -132,16 +137,6 @@ class Experts(nn.Module):
 
         hidden = F.gelu(product(rows.flatten(0, 1), weight1, bias1))
         return product(hidden, weight2, bias2).view(rows.shape)
-
-    def _cast(self, rows: Tensor, base: "BaseMlp | None") -> tuple[Tensor, tuple[Tensor, ...]]:
-        # one cast per layer; autocast would cast the parameters of every expert separately
-        if base is None:
-            parameters = cast_together(rows, self.fc1, self.fc2)
-        else:
-            parameters = add_together(rows, self, base)
-        if parameters is None:
-            parameters = tuple(p.to(rows.dtype) for p in self.parameters())
-        return rows.to(parameters[0].dtype), parameters
 
 
 def is_groupable(rows: Tensor, counts: Sequence[int]) -> bool:
@@ -198,6 +193,12 @@ class MoceMlp(nn.Module):
         self.shared = SharedMlp(width, shared_units) if shared_units else None
         self.base = BaseMlp(width, hidden) if has_base else None
 
+    def weights(self, x: Tensor) -> Weights:
+        """Return the experts' weights in the type of the products for tokens `x`, base included."""
+        if self.base is None:
+            return self.experts.cast(x)
+        return add_together(x, self.experts, self.base)
+
 
 class MoceBlock(nn.Module):
     """A transformer block whose MLP is chosen per image."""
@@ -223,8 +224,9 @@ class MoceBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         normed = self.norm2(x)
         parts = dispatcher.dispatch(normed, self.layer)
+        weights = self.mlp.weights(normed)
         # one part after the other: the experts compute on one while the next still travels
-        outputs = [self.mlp.experts(rows, counts, self.mlp.base) for rows, counts in parts]
+        outputs = [self.mlp.experts(rows, counts, weights) for rows, counts in parts]
         y = dispatcher.combine(outputs, self.layer)
         y = y * scales[self.layer][:, None, None]
         return x + y if self.mlp.shared is None else x + y + self.mlp.shared(normed)

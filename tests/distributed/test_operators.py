@@ -16,9 +16,14 @@ def count(pools, run, ranks, *more, **arguments):
 def test_a_step_launches_few_operators(pools, clustered_run, precision):
     one_each = [precision, "moe.num_experts=1", "parallel.num_groups=1"]
     dense = count(pools, clustered_run, 1, precision, "moe.kind=dense")
-    experts = count(pools, clustered_run, 1, *one_each)
+    own, offsets = (
+        count(pools, clustered_run, 1, *one_each, f"moe.shared_base={base}")
+        for base in (False, True)
+    )
     assert dense <= 900
-    assert experts <= 1000
+    assert own <= 1000
+    # a sum each way, and gradients of the base
+    assert own < offsets <= 1050
 
 
 def test_planted_work_on_every_parameter_is_counted(pools, clustered_run):
@@ -31,5 +36,7 @@ def test_planted_work_on_every_parameter_is_counted(pools, clustered_run):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_exchange_adds_few_operators(pools, clustered_run, precision):
-    halves = [precision, "moe.num_experts=2", "parallel.num_groups=2"]
+    halves = [precision, "moe.num_experts=2", "parallel.num_groups=2", "moe.shared_base=false"]
     assert count(pools, clustered_run, 2, *halves, placement="scrambled") <= 1150
+    halves[-1] = "moe.shared_base=true"
+    assert count(pools, clustered_run, 2, *halves, placement="scrambled") <= 1175

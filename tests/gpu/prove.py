@@ -138,8 +138,8 @@ def grouped(on_gpu, _):
         rows = torch.randn(sum(counts), tokens, width, device=device, dtype=dtype)
         found, wanted = rows.clone().requires_grad_(), rows.double().requires_grad_()
         with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
-            experts(found, counts).float().pow(2).sum().backward()
-        exact.one_by_one(wanted, counts).pow(2).sum().backward()
+            experts(found, counts, experts.cast(found)).float().pow(2).sum().backward()
+        exact.one_by_one(wanted, counts, exact.cast(wanted)).pow(2).sum().backward()
         pairs = [(found.grad, wanted.grad)] + [
             (p.grad, q.grad) for p, q in zip(experts.parameters(), exact.parameters(), strict=True)
         ]

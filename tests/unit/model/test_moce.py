@@ -9,9 +9,9 @@ from moce_dist.model.customize import cluster_probabilities
 from moce_dist.model.gate import output_scales, routing_table
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import (
-    BaseMlp,
     Experts,
     LocalDispatcher,
+    MoceMlp,
     experts_from_dense,
     global_names,
     is_stacked,
@@ -42,23 +42,23 @@ def test_every_image_gets_its_expert():
     dispatcher = LocalDispatcher(chosen, experts)
     ((rows, counts),) = dispatcher.dispatch(x, 0)
     assert counts == [2, 0, 3]
-    y = dispatcher.combine([layer(rows, counts)], 0)
+    y = dispatcher.combine([layer(rows, counts, layer.cast(rows))], 0)
     expected = torch.stack([mlps[e](image) for e, image in zip(chosen[0], x, strict=True)])
     assert torch.allclose(y, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("base", [None, BaseMlp(8, 16)], ids=["own", "offsets"])
+@pytest.mark.parametrize("has_base", [False, True], ids=["own", "offsets"])
 @pytest.mark.parametrize("counts", [[2, 0, 3], [0, 0, 5], [0, 0, 0], [1, 1, 1]])
-def test_grouped_product_equals_one_by_one(counts, base):
+def test_grouped_product_equals_one_by_one(counts, has_base):
     torch.manual_seed(0)
-    layer, results = Experts(3, 8, 16), []
-    parameters = [*layer.parameters(), *(base.parameters() if base else ())]
+    mlp, results = MoceMlp(3, 8, shared_units=16, has_base=has_base), []
+    parameters = [*mlp.experts.parameters(), *(mlp.base.parameters() if has_base else ())]
     for parameter in parameters:
         torch.nn.init.normal_(parameter)
     rows, weight = torch.randn(sum(counts), 2, 8), torch.randn(sum(counts), 2, 8)
-    for forward in (layer.one_by_one, layer.grouped):
+    for forward in (mlp.experts.one_by_one, mlp.experts.grouped):
         x = rows.clone().requires_grad_()
-        y = forward(x, counts, base)
+        y = forward(x, counts, mlp.weights(x))
         gradients = torch.autograd.grad((y * weight).sum(), [x, *parameters])
         results.append([y, *gradients])
     for one, other in zip(*results, strict=True):
@@ -67,28 +67,34 @@ def test_grouped_product_equals_one_by_one(counts, base):
 
 def test_an_offset_and_its_base_compute_what_their_sum_does():
     torch.manual_seed(0)
-    offsets, base, whole = Experts(3, 8, 16), BaseMlp(8, 16), Experts(3, 8, 16)
+    mlp, whole = MoceMlp(3, 4, has_base=True), MoceMlp(3, 4)
+    offsets, base = mlp.experts, mlp.base
     with torch.no_grad():
         for name in ("fc1", "fc2"):
             for part in ("weight", "bias"):
                 offset, shared, total = (
-                    getattr(getattr(each, name), part) for each in (offsets, base, whole)
+                    getattr(getattr(each, name), part) for each in (offsets, base, whole.experts)
                 )
                 total.copy_(offset.normal_() + shared.normal_())
-    rows, counts = torch.randn(6, 2, 8), [3, 1, 2]
-    torch.testing.assert_close(offsets(rows, counts, base), whole(rows, counts))
+    rows, counts = torch.randn(6, 2, 4), [3, 1, 2]
+    found, expected = (each.experts(rows, counts, each.weights(rows)) for each in (mlp, whole))
+    torch.testing.assert_close(found, expected)
     # the base's gradient is the sum of all experts', each offset's is its own expert's
-    for y in (offsets(rows, counts, base), whole(rows, counts)):
+    for y in (found, expected):
         y.square().sum().backward()
-    torch.testing.assert_close(offsets.fc1.weight.grad, whole.fc1.weight.grad)
-    torch.testing.assert_close(base.fc1.weight.grad, whole.fc1.weight.grad.sum(dim=0))
+    gradient = whole.experts.fc1.weight.grad
+    torch.testing.assert_close(offsets.fc1.weight.grad, gradient)
+    torch.testing.assert_close(base.fc1.weight.grad, gradient.sum(dim=0))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert offsets(rows, counts, base).dtype is torch.bfloat16
+        sums = mlp.weights(rows)
+    assert all(s.dtype is torch.bfloat16 for s in sums)
+    assert sums[0].equal((offsets.fc1.weight + base.fc1.weight).bfloat16())
 
 
 def test_idle_experts_get_zero_gradients_not_none():
     layer = Experts(3, 4, 8)
-    layer(torch.randn(2, 1, 4), [0, 2, 0]).sum().backward()
+    rows = torch.randn(2, 1, 4)
+    layer(rows, [0, 2, 0], layer.cast(rows)).sum().backward()
     for parameter in layer.parameters():
         assert parameter.grad is not None
         assert (parameter.grad[[0, 2]] == 0).all()
