@@ -60,6 +60,8 @@ def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = 
     # version 0.1 also stored the settings of benchmarks, and used other names
     saved.pop("bench", None)
     _rename(saved)
+    # experts had weights of their own, whatever is now the default
+    saved.setdefault("moe", {}).setdefault("shared_base", False)
     tree = read_tree(over, overrides, under=saved)
     _rename(tree, warn=True)
     try:

@@ -154,7 +154,7 @@ class MoeConfig(Section):
 
     shared_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of an MoE block's hidden units that process all images and belong to no expert."""
-    shared_base: bool = False
+    shared_base: bool = True
     """Add each expert's weights to one MLP per layer that all images train; they start at 0."""
     lr_scale: Continued[float] = Field(1.0, gt=0)
     """Learning rate of the experts relative to the model's."""

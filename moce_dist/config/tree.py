@@ -64,6 +64,11 @@ class Config(Section):
         return 8 * round(self.moe.shared_fraction * self.model.shape.width / 2)
 
     @property
+    def has_base(self) -> bool:
+        """Whether the experts of a layer are offsets of one MLP."""
+        return self.moe.shared_base and self.moe.kind == "cluster"
+
+    @property
     def without_experts(self) -> "Config":
         """The same request for a model without experts."""
         return self.model_copy(update={"moe": self.moe.model_copy(update={"kind": "dense"})})
@@ -129,13 +134,12 @@ def _expert_rules(config: Config) -> Iterable[str]:
     if moe.kind == "token":
         for name, value, usual in (
             ("shared_fraction", moe.shared_fraction, 0.0),
-            ("shared_base", moe.shared_base, False),
             ("mean_decay", moe.mean_decay, None),
         ):
             if value != usual:
                 yield f"moe.{name} ({value:g}) needs experts of clusters, moe.kind is token"
-    if moe.shared_base and moe.mean_decay is not None:
-        yield "moe.mean_decay: offsets of a base (moe.shared_base) decay towards it already"
+    if config.has_base and moe.mean_decay is not None:
+        yield "moe.mean_decay needs moe.shared_base=false: offsets of a base decay towards it"
 
 
 def _cluster_rules(config: Config) -> Iterable[str]:

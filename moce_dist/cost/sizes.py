@@ -78,7 +78,7 @@ def dense_parameters(config: Config) -> int:
 
 def shared_parameters(config: Config) -> int:
     """Return the trained parameters that all ranks hold in stage moce, without the gate."""
-    if config.moe.shared_base:
+    if config.has_base:
         return dense_parameters(config)
     return dense_parameters(config) - len(config.moe_layers) * expert_parameters(config)
 

@@ -63,7 +63,7 @@ class MaskedAutoencoder(nn.Module):
                     num_local_experts,
                     layer,
                     shared_units=config.shared_units,
-                    has_base=config.moe.shared_base,
+                    has_base=config.has_base,
                 )
             self.gate = Gate(
                 len(config.moe_layers),

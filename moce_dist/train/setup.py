@@ -264,8 +264,9 @@ def _first_weights(job: StageJob) -> dict[str, Tensor]:
         raise ConfigError(f"{job.run_root / 'mae'}: holds no undamaged checkpoint to start from")
     dense = initial_weights(config) if mae is None else load_weights(mae)
     layers, experts = config.moe_layers, config.moe.num_experts
-    shared, has_base = config.shared_units, config.moe.shared_base
-    return experts_from_dense(dense, layers, experts, shared_units=shared, has_base=has_base)
+    return experts_from_dense(
+        dense, layers, experts, shared_units=config.shared_units, has_base=config.has_base
+    )
 
 
 def _centroids(job: StageJob) -> Tensor | None:

@@ -28,10 +28,10 @@ def experts_of(found):
 @pytest.mark.parametrize(("ranks", "zero"), [(1, 0), (2, 0), (2, 2)])
 def test_mean_decay_moves_experts_towards_the_mean_of_all(pools, clustered_run, ranks, zero):
     # steps that are long enough for experts to part at once
-    decay, far = 0.1, "moce.base_lr=80"
-    first, _ = weights(pools, clustered_run, ranks, 1, far, zero=zero)
-    plain, results = weights(pools, clustered_run, ranks, 2, far, zero=zero)
-    extra = [far, f"moe.mean_decay={decay}"]
+    decay, far = 0.1, ["moce.base_lr=80", "moe.shared_base=false"]
+    first, _ = weights(pools, clustered_run, ranks, 1, *far, zero=zero)
+    plain, results = weights(pools, clustered_run, ranks, 2, *far, zero=zero)
+    extra = [*far, f"moe.mean_decay={decay}"]
     pulled, _ = weights(pools, clustered_run, ranks, 2, *extra, zero=zero)
     share = results[0]["metrics"][1]["lr"] * decay
     before, without = experts_of(first), experts_of(plain)

@@ -24,8 +24,8 @@ NUM_EXPERTS = 3
 @pytest.fixture(
     scope="module",
     params=[
-        {},
-        {"shared_fraction": 0.5},
+        {"shared_base": False},
+        {"shared_fraction": 0.5, "shared_base": False},
         {"shared_base": True},
         {"shared_fraction": 0.5, "shared_base": True},
     ],
@@ -139,7 +139,7 @@ def test_dense_mae_loses_only_its_decoder(config):
 
 
 def grow(dense: dict[str, torch.Tensor], config: Config) -> dict[str, torch.Tensor]:
-    shares = {"shared_units": config.shared_units, "has_base": config.moe.shared_base}
+    shares = {"shared_units": config.shared_units, "has_base": config.has_base}
     return experts_from_dense(dense, config.moe_layers, NUM_EXPERTS, **shares)
 
 
