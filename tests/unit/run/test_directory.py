@@ -160,6 +160,18 @@ def test_run_with_the_names_of_version_0_1_is_taken_up(tmp_path):
     assert open_run(tmp_path / "run", Config()).root == tmp_path / "run"
 
 
+def test_run_from_before_experts_shared_a_base_keeps_weights_of_their_own(tmp_path):
+    of_before = make_config({"moe": {"shared_base": False}})
+    open_run(tmp_path / "run", of_before)
+    tree = of_before.model_dump(mode="json")
+    del tree["moe"]["shared_base"]
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(tree))
+    assert load_run(tmp_path / "run")[1].moe.shared_base is False
+    assert open_run(tmp_path / "run", of_before).root == tmp_path / "run"
+    with pytest.raises(ConfigError, match="moe.shared_base"):
+        open_run(tmp_path / "run", Config())
+
+
 def test_artefact_id_follows_content_and_inputs(tmp_path):
     first, same = artefact(tmp_path / "a"), artefact(tmp_path / "b")
     other = artefact(tmp_path / "c", content="other weights")
