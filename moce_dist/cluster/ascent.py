@@ -143,8 +143,8 @@ def _select(values: Any, low: Any, high: Any, place: Any) -> None:
 
 
 @compiled
-def _between(limits: Any, size: Any) -> Any:
-    # returns a price that exceeds exactly `size` of the limits: midway to the next larger one
+def price_above(limits: Any, size: Any) -> Any:
+    """Return a price above exactly `size` of the limits: midway to the next larger limit."""
     num = len(limits)
     if num > _SAMPLED_FROM:
         # Floyd and Rivest 1975: selecting in a sample first leaves a pivot close to the wanted one
@@ -165,13 +165,13 @@ def _level(limits: Any, bounds: Any, cluster: Any) -> Any:
     smallest, largest = bounds.smallest[cluster], bounds.largest[cluster]
     if len(limits) > largest:
         # the fixed rows alone may exceed the largest size
-        price = _between(limits, largest) if largest >= 0 else bounds.lowest[cluster]
+        price = price_above(limits, largest) if largest >= 0 else bounds.lowest[cluster]
         if price < 0:
             return price
     if len(limits) <= smallest:
         # even all rows that list the cluster are too few
         return bounds.highest[cluster]
-    price = _between(limits, smallest) if smallest > 0 else np.float32(0)
+    price = price_above(limits, smallest) if smallest > 0 else np.float32(0)
     return max(price, np.float32(0))
 
 

@@ -128,7 +128,7 @@ def ascend(
     # prices so that as many are below 0
     num_charging = num_rows - sizes.smallest * num_clusters
     free = np.sort(prices)[num_charging] if sizes.smallest else prices.max()
-    ascent = _Ascent(found, prices - free, sizes, others)
+    ascent = Ascent(found, prices - free, sizes, others)
     excess_before = ascent.excess()
     # lists of all clusters are never out of date
     gain = 0 if ascent.lists_all else _GAIN
@@ -141,7 +141,7 @@ def ascend(
     return Ascended(done, excess_before, ascent.excess(), ascent.least())
 
 
-class _Ascent:
+class Ascent:
     """Prices (K + 1,), the outside's last, and every row's best and second best cluster."""
 
     def __init__(self, found: Candidates, prices: Float64, sizes: Sizes, others: Others) -> None:

@@ -222,7 +222,7 @@ def look_at(paths: Sequence[Path]) -> Looks:
         raise ConfigError(f"{paths[0].parent}: no image of it can be read")
     both = [*images, *(image[:, ::-1] for image in images)]
     signs = np.stack([_signs(image) for image in both])
-    return Looks(names, digests, signs, np.stack([_thumbnail(image) for image in both]))
+    return Looks(names, digests, signs, np.stack([thumbnail(image) for image in both]))
 
 
 def find_in_shard(shared: tuple[Looks, DataConfig], task: _Task) -> list[Copy]:
@@ -255,7 +255,7 @@ def _near(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | N
         return None
     distances = np.bitwise_count(looks.signs ^ _signs(image)).sum(axis=1)
     rows = np.flatnonzero(distances <= _MAX_DISTANCE)
-    alike = looks.thumbnails[rows] @ _thumbnail(image)
+    alike = looks.thumbnails[rows] @ thumbnail(image)
     if not len(rows) or alike.max() < _MIN_CORRELATION:
         return None
     best = rows[alike.argmax()]
@@ -280,9 +280,9 @@ def _signs(image: NDArray[np.float32]) -> NDArray[np.uint64]:
     return np.packbits(np.concatenate([across.ravel(), down.ravel()])).view(np.uint64)
 
 
-def _thumbnail(image: NDArray[np.float32]) -> NDArray[np.float32]:
+def thumbnail(image: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Shrink an image to a vector of length 1 and mean 0; zeros for an image of one colour."""
     pixels = _resized(image, _THUMBNAIL, _THUMBNAIL).ravel()
     centred = pixels - pixels.mean()
     length = float(np.linalg.norm(centred))
-    # an image of one colour is like no other
     return centred / length if length > 1e-3 else np.zeros_like(centred)

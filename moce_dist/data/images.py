@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
-_ASPECT = (math.log(3 / 4), math.log(4 / 3))
+LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _JPEG_END = b"\xff\xd9"
 # libjpeg-turbo has vectorised inverse DCTs for these only
 _REDUCTIONS = (8, 4, 2)
@@ -252,7 +252,7 @@ def random_box(width: int, height: int, scale_min: float, draws: np.random.Gener
     for _ in range(10):
         # as `draws.uniform` has it, in a third of its time
         area = width * height * (scale_min + (1.0 - scale_min) * draws.random())
-        ratio = math.exp(_ASPECT[0] + (_ASPECT[1] - _ASPECT[0]) * draws.random())
+        ratio = math.exp(LOG_ASPECT[0] + (LOG_ASPECT[1] - LOG_ASPECT[0]) * draws.random())
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(draws.integers(width - w + 1)), int(draws.integers(height - h + 1))

@@ -107,13 +107,14 @@ class Plan:
 
     def _in_order(self, epoch: int, clusters: Ids, places: Ids) -> tuple[Ids, Ids]:
         # equal times go by a seeded turn of the clusters, so that no cluster is always first
-        turn = _turn(self.seed, epoch, len(self._counts))
+        turn = cluster_order(self.seed, epoch, len(self._counts))
         order = np.lexsort((turn[clusters], (places + 0.5) / self._counts[clusters]))
         return clusters[order], places[order]
 
 
 @lru_cache(maxsize=4)
-def _turn(seed: int, epoch: int, num_clusters: int) -> Ids:
+def cluster_order(seed: int, epoch: int, num_clusters: int) -> Ids:
+    """Return the place of every cluster among those that are due at the same time, (K,)."""
     draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch]))
     return draws.permutation(num_clusters)
 

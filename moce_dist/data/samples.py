@@ -159,7 +159,8 @@ def _thumbnail(plane: Pixels) -> Pixels:
     return np.asarray(Image.fromarray(square).resize((_TILE, _TILE), Image.Resampling.BOX))
 
 
-def _domain(name: str) -> Iterator[Pixels]:
+def domain_images(name: str) -> Iterator[Pixels]:
+    """Yield the pre-training images of a domain, pixels (H, W) or (H, W, 3)."""
     if name in _EARTH_IMAGES:
         source, scale = _EARTH_IMAGES[name]
         image = carriers.earth(source)
@@ -185,7 +186,7 @@ def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
     seen: set[bytes] = set()
     for domain in DOMAINS:
         number = 0
-        for pixels in _domain(domain):
+        for pixels in domain_images(domain):
             digest = hashlib.sha256(pixels.tobytes()).digest()
             if digest in seen or not is_informative(pixels):
                 continue

@@ -84,7 +84,8 @@ class FeatureJob:
 
 
 @lru_cache(maxsize=1)
-def _build_encoder(encoder: EncoderSpec) -> Encode:
+def cached_encoder(encoder: EncoderSpec) -> Encode:
+    """Build an encoder, or return the one that this process built last, if it is the same."""
     return encoder.factory(*encoder.arguments)
 
 
@@ -158,5 +159,5 @@ def _record(job: FeatureJob, faults: Mapping[int, str]) -> None:
 
 def _encode(job: FeatureJob, batch: ImageBatch) -> Float32:
     with torch.inference_mode():
-        features = _build_encoder(job.encoder)(torch.from_numpy(batch.images))
+        features = cached_encoder(job.encoder)(torch.from_numpy(batch.images))
     return features[: batch.num_images].float().cpu().numpy()

@@ -126,9 +126,10 @@ def create_groups(topology: Topology) -> dist.ProcessGroup:
     return group
 
 
-def _in_backward_order(
+def in_backward_order(
     module: nn.Module,
 ) -> Iterator[tuple[nn.Parameter, dist.ProcessGroup | None]]:
+    """Yield parameters with their process groups in the order in which their gradients appear."""
     # the gate weights the output of every MoE layer, so its gradient is complete only after the
     # backward pass of the first MoE layer: the gate comes last
     named = [item for item in module.named_parameters() if item[1].requires_grad][::-1]
@@ -195,7 +196,7 @@ class Engine:
         if spec.parallel.zero_stage == 0:
             self._engine.enable_backward_allreduce = False
             self._reducer = GradientReducer(
-                _in_backward_order(module),
+                in_backward_order(module),
                 dtype=torch.bfloat16 if spec.parallel.reduce_dtype == "bf16" else None,
             )
 

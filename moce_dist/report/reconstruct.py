@@ -105,7 +105,7 @@ def reconstruct(record: Record, gate: GateView | None) -> Reconstructions | str:
     if not _checkpoints(record, "mae"):
         limit = _MAX_CHECKPOINT_BYTES >> 30
         return f"checkpoints of stage mae are damaged, or above the {limit} GiB that a page loads"
-    samples = _samples(record, config, gate)
+    samples = read_samples(record, config, gate)
     if samples is None:
         return "the run's images are not on this machine's disks, or too many"
     return _Viewer(record, config, gate, samples).view()
@@ -264,7 +264,8 @@ def _index(folder: Path) -> ShardIndex:
     return read_index(folder)
 
 
-def _samples(record: Record, config: Config, gate: GateView | None) -> _Samples | None:
+def read_samples(record: Record, config: Config, gate: GateView | None) -> _Samples | None:
+    """Read the images to reconstruct, with their clusters; None if the data is not at hand."""
     try:
         table, is_held_out = _table(record, config, gate)
     except ConfigError:

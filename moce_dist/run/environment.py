@@ -28,7 +28,7 @@ _LOOK_S = 1.0
 _SOCKET_BYTES = 107
 _RAY_SOCKET = "/ray/session_2026-11-29_12-00-00_000000_4194304/sockets/plasma_store"
 # reserved for documentation: connecting a UDP socket to it sends nothing and shows the own address
-_ELSEWHERE = "192.0.2.1"
+ELSEWHERE = "192.0.2.1"
 
 
 def _refused(reason: str) -> ConfigError:
@@ -212,7 +212,7 @@ def bind_ranks(master: str) -> None:
         own = (found.address for found in every if found.family == socket.AF_INET)
         outer = (found for found in own if not _is_loopback(found))
         # without a default route, take any interface that is not the loopback
-        address = _own_address(_ELSEWHERE) or next(outer, address)
+        address = _own_address(ELSEWHERE) or next(outer, address)
     name = interface_of(address)
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)

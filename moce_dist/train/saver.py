@@ -151,7 +151,7 @@ class Saver:
         temporary = target.with_name(f".{target.name}.{self._token}.tmp")
         tensors = self._copy(engine, naming)
         path = temporary / f"rank-{self._rank:05d}.safetensors"
-        task = _Background(partial(_write_tensors, path, tensors))
+        task = _Background(partial(write_tensors, path, tensors))
         self._save = _Save(target, temporary, position, task, begun=begun)
 
     def poll(self) -> None:
@@ -240,7 +240,12 @@ class Shares:
         return self._rank in writers
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Write tensors to a file and sync it; return the sha256 of the file by its name.
+
+    Raises:
+        FloatingPointError: a tensor is not finite.
+    """
     if not tensors:
         return {}
     check_finite(tensors.items())

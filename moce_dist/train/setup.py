@@ -160,7 +160,7 @@ def build_state(job: StageJob) -> TrainState:
         forget_faults(Run(job.run_root).faults, f"{job.name}-holdout", 0)
     dist.broadcast_object_list(chosen, 0)
     start = chosen[0]
-    state = assemble(job, plan, _centroids(job), device)
+    state = assemble(job, plan, centroids_of(job), device)
     _start_or_resume(state, start)
     return state
 
@@ -235,8 +235,8 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
         read = tensor_reader(Path(job.start))
         _load_positions(state, lambda name: read(f"weight/{name}"))
         return
-    weights = _first_weights(job)
-    state.engine.load_state(lambda name, kind: _lookup(weights, state.naming, name, kind), step=0)
+    weights = first_weights(job)
+    state.engine.load_state(lambda name, kind: weight_of(weights, state.naming, name, kind), step=0)
     _load_positions(state, weights.get)
 
 
@@ -247,7 +247,8 @@ def _load_positions(state: TrainState, read: Callable[[str], Tensor | None]) -> 
             getattr(state.model, name).copy_(found)
 
 
-def _lookup(weights: dict[str, Tensor], naming: Naming, name: str, kind: str) -> Tensor | None:
+def weight_of(weights: dict[str, Tensor], naming: Naming, name: str, kind: str) -> Tensor | None:
+    """Pick a parameter from weights by global name, experts stacked; None if it is not there."""
     names = naming.global_names(name)
     if kind != "weight" or names[0] not in weights:
         return None
@@ -255,7 +256,12 @@ def _lookup(weights: dict[str, Tensor], naming: Naming, name: str, kind: str) ->
     return torch.stack(parts) if is_stacked(name) else parts[0]
 
 
-def _first_weights(job: StageJob) -> dict[str, Tensor]:
+def first_weights(job: StageJob) -> dict[str, Tensor]:
+    """Return the weights that a stage starts from without a checkpoint of its own, by global name.
+
+    Raises:
+        ConfigError: the run has no undamaged checkpoint of stage mae.
+    """
     config = job.config
     if job.stage == "mae":
         return initial_weights(config)
@@ -269,7 +275,8 @@ def _first_weights(job: StageJob) -> dict[str, Tensor]:
     )
 
 
-def _centroids(job: StageJob) -> Tensor | None:
+def centroids_of(job: StageJob) -> Tensor | None:
+    """Read the centroids (K, D) that the gate of a stage sees; None for a stage without a gate."""
     if job.stage != "moce" or job.config.moe.kind != "cluster":
         return None
     path = Run(job.run_root).clusters / "centroids.npy"

@@ -184,7 +184,7 @@ def run_fit(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
     trainer = Trainer(fitting.name, fitting.model, fitting.loss, fitting.optimizer, machine)
     try:
         _train(fitting, trainer, machine, kept)
-        return _finish(fitting, machine, kept)
+        return finish(fitting, machine, kept)
     finally:
         trainer.close()
 
@@ -251,7 +251,8 @@ def _view(fitting: Fitting, kept: Kept, step: int, found: Measures) -> None:
     write_atomic(kept.folder / _VIEWS, "".join(json.dumps(line) + "\n" for line in views))
 
 
-def _finish(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
+def finish(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
+    """Measure a fit after its last step and save its model; return its measures."""
     if kept is not None:
         kept.pulse.rest()
     found = _measured(fitting, fitting.steps)

@@ -120,7 +120,7 @@ def held_out_losses(run: Run, config: Config) -> Iterator[dict[str, Any]]:
     """
     table, models = held_out_table(run, config), Reconstructors(run, config)
     clusters, parts = [], []
-    for batch in _batches(table, config):
+    for batch in held_out_batches(table, config):
         is_used = batch.weights.numpy() > 0
         clusters.append(batch.clusters[0].numpy()[is_used])
         parts.append({k: v[..., is_used] for k, v in models.losses(batch).items()})
@@ -156,7 +156,8 @@ def held_out_table(run: Run, config: Config) -> SampleTable:
     return replace(table, cluster=np.array([clusters[key] for key in table.keys], np.int64))
 
 
-def _batches(table: SampleTable, config: Config) -> Iterator[Batch]:
+def held_out_batches(table: SampleTable, config: Config) -> Iterator[Batch]:
+    """Yield all samples of a table in batches, as training would read them."""
     plan = Plan(table, config.cluster.batch_size, config.seed)
     # the run's ledger lists unreadable images already
     ledger, layout = Path(os.devnull), Layout(1, 1)

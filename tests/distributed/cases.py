@@ -74,9 +74,9 @@ def build(run, overrides, placement="planned"):
         state.naming = Naming(
             job.config.moe_layers, state.router.experts, state.topology.place(state.rank)
         )
-        weights = setup._first_weights(job)
+        weights = setup.first_weights(job)
         state.engine.load_state(
-            lambda name, kind: setup._lookup(weights, state.naming, name, kind), step=0
+            lambda name, kind: setup.weight_of(weights, state.naming, name, kind), step=0
         )
     return state
 
@@ -128,7 +128,7 @@ def reductions(run, overrides, bucket_bytes):
     init_distributed(torch.device("cpu"))
     state = build(run, overrides)
     state.engine.reducer.detach()
-    order = list(engine._in_backward_order(state.engine.module))
+    order = list(engine.in_backward_order(state.engine.module))
     dtype = torch.bfloat16 if "parallel.reduce_dtype=bf16" in overrides else None
     reducer = reduction.GradientReducer(order, dtype=dtype, bucket_bytes=bucket_bytes)
     state.engine._reducer = reducer
@@ -305,7 +305,7 @@ def save_while_training(run, overrides, out):
     """Save one step twice: waiting for it, and written only after two further steps."""
     init_distributed(torch.device("cpu"))
     state, may_write, lines = build(run, overrides), threading.Event(), []
-    write, handler = saver._write_tensors, logging.Handler()
+    write, handler = saver.write_tensors, logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
     saver.log.addHandler(handler)
     saver.log.setLevel(logging.INFO)
@@ -315,7 +315,7 @@ def save_while_training(run, overrides, out):
         return write(path, tensors)
 
     def release():
-        saver._write_tensors = write
+        saver.write_tensors = write
         may_write.set()
 
     for batch in stream(
@@ -325,7 +325,7 @@ def save_while_training(run, overrides, out):
             state.saver = saver.Saver(Path(out) / "waited", state.topology, keep=2)
             loop.save(state)
             state.saver.wait()
-            saver._write_tensors = write_late
+            saver.write_tensors = write_late
             state.saver = saver.Saver(Path(out) / "late", state.topology, keep=2)
             loop.save(state)
         loop.train_step(state, batch)

@@ -141,7 +141,7 @@ def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_e
 
 def ruined_fit(kind, root, out, overrides, **options):
     """Fit; after the last step the weights are numbers that cannot be summed."""
-    whole = fit._finish
+    whole = fit.finish
 
     def finish(fitting, machine, kept):
         with torch.no_grad():
@@ -149,19 +149,19 @@ def ruined_fit(kind, root, out, overrides, **options):
                 parameter.fill_(1e37)
         return whole(fitting, machine, kept)
 
-    with patch.object(fit, "_finish", finish):
+    with patch.object(fit, "finish", finish):
         return fit_task(kind, root, out, overrides, **options)
 
 
 def graphs_left(kind, root, out, overrides):
     """Name the buffers that hold a graph after the steps of a fit: memory would grow with them."""
-    whole, found = fit._finish, []
+    whole, found = fit.finish, []
 
     def finish(fitting, machine, kept):
         found.extend(name for name, buffer in fitting.model.named_buffers() if buffer.requires_grad)
         return whole(fitting, machine, kept)
 
-    with patch.object(fit, "_finish", finish):
+    with patch.object(fit, "finish", finish):
         fit_task(kind, root, out, overrides)
     return found
 

@@ -55,7 +55,7 @@ class TokenExperts(torch.nn.Module):
 def reference(job, gates):
     """One process, float64: loss and gradients by global name."""
     config = job.config
-    weights = setup._first_weights(job) | gates
+    weights = setup.first_weights(job) | gates
     model = MaskedAutoencoder(config)
     state = model.state_dict()
     model.load_state_dict(state | {n: w for n, w in weights.items() if n in state})

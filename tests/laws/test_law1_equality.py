@@ -35,9 +35,9 @@ def reference(job, table, combine):
     """One process, no engine, float64: loss, gradients by global name, total norm."""
     config = copy.deepcopy(job.config)
     experts = config.moe.num_experts
-    model = MaskedAutoencoder(config, centroids=setup._centroids(job), num_local_experts=experts)
+    model = MaskedAutoencoder(config, centroids=setup.centroids_of(job), num_local_experts=experts)
     residents = [list(range(experts))] * len(config.moe_layers)
-    weights = setup._first_weights(job)
+    weights = setup.first_weights(job)
     state = model.state_dict()
     for name in state:
         if is_stacked(name):
@@ -128,7 +128,7 @@ def test_clipped_step_moves_weights_as_the_clipped_gradient(
     job = cases.make_job(clustered_run, overrides)
     expected = reference(job, results[0]["table"], "straight_through")
     assert expected["norm"] > clip
-    start = setup._first_weights(job)
+    start = setup.first_weights(job)
     for name, weight in merged(results, "weights").items():
         if name in start:
             moved = (start[name].numpy() - weight) / lr

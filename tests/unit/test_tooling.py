@@ -1,5 +1,6 @@
 """Locks, Makefile, continuous integration and packaging agree with each other."""
 
+import ast
 import os
 import re
 import shutil
@@ -81,7 +82,7 @@ def test_checkov_is_locked_apart_from_what_it_would_hold_back():
 
 def test_sample_packages_are_the_versions_that_the_reader_knows():
     assert pins("samples.txt") == {
-        canonicalize_name(name): version for name, version in carriers._VERSIONS.items()
+        canonicalize_name(name): version for name, version in carriers.VERSIONS.items()
     }
 
 
@@ -148,3 +149,36 @@ def test_wheel_carries_the_package_and_the_pages_template(tmp_path):
     assert "moce_dist/report/page.html.jinja" in names and "moce_dist/config/tree.py" in names
     assert any(name.endswith("LICENSE") for name in names)
     assert not [name for name in names if name.startswith("jobs")]
+
+
+def private_names(path):
+    """Functions and classes of the package that a test file takes although they are private."""
+    tree = ast.parse(path.read_text())
+    imports = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moce_dist")
+    ]
+    names = {alias.asname or alias.name for node in imports for alias in node.names}
+    return {name for name in names if name.startswith("_")} | {
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in names
+        and node.attr.startswith("_")
+        and node.attr != "_replace"
+        and not node.attr.startswith("__")
+    }
+
+
+def test_tests_take_no_private_names_of_the_package(tmp_path):
+    found = {
+        path: names for path in (ROOT / "tests").rglob("*.py") if (names := private_names(path))
+    }
+    assert found == {}
+    planted = tmp_path / "planted.py"
+    planted.write_text(
+        "from moce_dist.train import loop\nfrom moce_dist.run.files import _a\nloop._b\n"
+    )
+    assert private_names(planted) == {"_a", "loop._b"}

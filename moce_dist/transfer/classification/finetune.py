@@ -45,10 +45,11 @@ _LABEL_SMOOTHING = 0.1
 _HEAD_STD = 2e-5
 
 
-class _LabelMixup(Mixup):  # type: ignore[misc]
+class LabelMixup(Mixup):  # type: ignore[misc]
     """Mixup and CutMix of images with several labels, (B, C); uncounted labels (-1) stay -1."""
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix images (B, 3, S, S) in place, and their labels (B, C)."""
         share = self._mix_batch(images)
         other = labels.flip(0)
         mixed = labels * share + other * (1 - share)
@@ -58,7 +59,7 @@ class _LabelMixup(Mixup):  # type: ignore[misc]
 def _mixer(recipe: FinetuneConfig, task: Classification) -> Mixup | None:
     if recipe.mixup == 0 and recipe.cutmix == 0:
         return None
-    return (_LabelMixup if task.is_multi_label else Mixup)(
+    return (LabelMixup if task.is_multi_label else Mixup)(
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
         label_smoothing=_LABEL_SMOOTHING,

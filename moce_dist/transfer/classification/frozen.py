@@ -202,14 +202,16 @@ def logistic(features: Features, task: Classification, few: int | None, *, seed:
         if few is not None:
             kept = [rows[labels[rows] == label][:few] for label in np.unique(labels)]
             rows = rng.permutation(np.concatenate(kept))
-        model = _fit_logistic(train[rows], labels[rows])
+        model = fit_logistic(train[rows], labels[rows])
         scores = torch.full((len(test), len(task.classes)), -torch.inf)
         scores[:, model.classes_] = torch.from_numpy(model.predict_log_proba(test)).float()
         found.append(measure(task.metric, scores, features.test_labels))
     return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
 
-def _fit_logistic(rows: NDArray[np.float32], labels: NDArray[np.int64]) -> Any:
+def fit_logistic(rows: NDArray[np.float32], labels: NDArray[np.int64]) -> Any:
+    """Fit logistic regression to rows (n, D) in random order; held-out rows choose the penalty."""
+
     # rows (n, D) in random order
     def fit(share: float, x: NDArray[np.float32], y: NDArray[np.int64]) -> Any:
         return LogisticRegression(C=share, max_iter=_MAX_ITERATIONS).fit(x, y)

@@ -47,7 +47,7 @@ Targets = Sequence[Target | None]
 """Ground truth of the squares of a batch; None for a blank square, which has weight 0."""
 
 
-class _Squares(Dataset[Sample | Unread]):
+class Squares(Dataset[Sample | Unread]):
     """Training squares of images, drawn by (seed, epoch, key)."""
 
     def __init__(self, task: Detection, recipe: DetectionConfig, seed: int) -> None:
@@ -111,7 +111,7 @@ class DetectorFit:
         epochs = -(-recipe.steps // (len(train) // batch_size))
         order = TrainingOrder(len(train), batch_size, epochs, seed)
         loader = load(
-            _Squares(self.task, recipe, seed),
+            Squares(self.task, recipe, seed),
             self.machine.loader_processes,
             batch_sampler=rank_draws(order, self.machine, start, recipe.steps),
             collate_fn=list,

@@ -24,7 +24,7 @@ def test_a_price_between_is_that_of_sorted_limits(kind):
         }[kind].astype(np.float32)
         ordered = np.sort(limits)
         expected = (ordered[size - 1] + ordered[size]) / np.float32(2)
-        assert ascent._between(limits, size) == expected
+        assert ascent.price_above(limits, size) == expected
 
 
 def test_lists_by_cluster_hold_the_rows_in_order():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moce_dist.cluster.balance import Sizes, _Ascent, allowed_sizes, ascend
+from moce_dist.cluster.balance import Ascent, Sizes, allowed_sizes, ascend
 from moce_dist.cluster.candidates import Candidates
 from moce_dist.config import ClusterConfig
 
@@ -120,8 +120,8 @@ def test_ascent_ends_when_only_a_next_search_can_help(monkeypatch):
     distances[3] = 100
     ids = np.tile(np.arange(3, dtype=np.int32), (900, 1))
     found = Candidates(ids, distances[:3].T.copy())
-    rounds, step = [], _Ascent.step
-    monkeypatch.setattr(_Ascent, "step", lambda *given: [rounds.append(1), step(*given)])
+    rounds, step = [], Ascent.step
+    monkeypatch.setattr(Ascent, "step", lambda *given: [rounds.append(1), step(*given)])
     done = ascend(found, np.zeros(4), Sizes(225, 225), rounds=1000)
     assert 0 < len(rounds) < 30
     assert done.excess == pytest.approx(225, abs=0.05 * done.excess_before)

@@ -130,7 +130,7 @@ def test_job_verifies_compares_and_exits_with_one_over_the_limit(tmp_path, image
 
 def test_mean_of_thumbnails_does_not_count():
     """Pictures that differ in brightness and contrast only are alike."""
-    from moce_dist.data.audit import _thumbnail
+    from moce_dist.data.audit import thumbnail
 
     pixels = np.random.default_rng(0).uniform(0, 100, (64, 64)).astype(np.float32)
-    assert float(_thumbnail(pixels) @ _thumbnail(2 * pixels + 30)) > 0.9999
+    assert float(thumbnail(pixels) @ thumbnail(2 * pixels + 30)) > 0.9999

@@ -36,7 +36,7 @@ def write_packages(root):
             Image.fromarray(pixels).save(folder / f"{i}.png")
         Image.fromarray(pixels).save(folder / "cartoon" / "left_out.png")
         Image.fromarray(np.full((60, 80, 4), 255, np.uint8)).save(folder / "plain.png")
-    for path in desktop._wallpaper_paths():
+    for path in desktop.wallpaper_paths():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         pixels = draws.integers(0, 60, (300, 320, 3), np.uint8)
         pixels[..., 2] += 150
@@ -49,7 +49,7 @@ def composited(tmp_path_factory) -> Detection:
     root = tmp_path_factory.mktemp("composited")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_DIRS", f"/nowhere:{write_packages(root / 'share')}")
-        patch.setattr(detection, "_NUM_SCENES", {"train2017": 12, "val2017": 4})
+        patch.setattr(detection, "NUM_SCENES", {"train2017": 12, "val2017": 4})
         detection.write_composited(root / "out")
     return Detection.read("coco", root / "out")
 
@@ -67,7 +67,7 @@ def test_trees_have_boxes_alone_and_all_photographs_are_read(trees):
 
 def test_training_and_test_photographs_differ():
     train, test = (
-        {name for name, _ in detection._TREE_SPLITS[split]} for split in ("train2017", "val2017")
+        {name for name, _ in detection.TREE_SPLITS[split]} for split in ("train2017", "val2017")
     )
     assert not train & test and train | test == set(carriers.TREE_PHOTOGRAPHS)
 
@@ -103,7 +103,7 @@ def test_outlines_lie_on_the_cut_outs(composited):
 def test_cut_outs_and_wallpapers_of_the_splits_differ(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_DIRS", str(write_packages(tmp_path)))
     for items in (desktop.stamps(), desktop.wallpapers()):
-        train, test = ({i.name for i in detection.part(items, s)} for s in detection._NUM_SCENES)
+        train, test = ({i.name for i in detection.part(items, s)} for s in detection.NUM_SCENES)
         assert not train & test and train | test == {i.name for i in items}
         assert {i.label for i in items if i.name in test} == {i.label for i in items}
     assert not [s for s in desktop.stamps() if "left_out" in s.name or "plain" in s.name]

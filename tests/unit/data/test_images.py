@@ -293,7 +293,7 @@ def test_a_generator_set_anew_is_a_new_one():
         for generator in (again := draws.of(7, number, "a"), fresh):
             generator.random(5, np.float32)
         box = images.random_box(500, 375, 0.2, again)
-        area, ratio = 500 * 375 * fresh.uniform(0.2, 1), math.exp(fresh.uniform(*images._ASPECT))
+        area, ratio = 500 * 375 * fresh.uniform(0.2, 1), math.exp(fresh.uniform(*images.LOG_ASPECT))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         assert (box.right - box.left, box.lower - box.upper) == (width, height)
         assert (box.left, box.upper) == (

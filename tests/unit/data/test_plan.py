@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moce_dist.data.plan import PADDING, Plan, _turn, quotas_of
+from moce_dist.data.plan import PADDING, Plan, cluster_order, quotas_of
 from moce_dist.data.table import Runs, SampleTable
 
 
@@ -143,7 +143,7 @@ def test_steps_and_cursors_are_those_of_all_samples_sorted_by_time(sizes, batch)
     for epoch in (0, 2):
         clusters = np.repeat(np.arange(len(counts)), counts)
         times = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
-        turn = _turn(3, epoch, len(counts))[clusters]
+        turn = cluster_order(3, epoch, len(counts))[clusters]
         expected = clusters[np.lexsort((turn, times))]
         assert plan.table.cluster[epoch_order(plan, epoch)].tolist() == expected.tolist()
         for step in range(0, plan.steps_per_epoch, 7):

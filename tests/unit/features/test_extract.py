@@ -215,7 +215,7 @@ def test_file_and_faults_do_not_depend_on_the_threads_that_decode(tmp_path, thre
     for name, number in (("alone", 1), ("many", threads)):
         folder = tmp_path / name
         more = {"out": folder, "ledger": tmp_path / f"{name}.jsonl", "decode_threads": number}
-        extract._build_encoder.cache_clear()
+        extract.cached_encoder.cache_clear()
         assert extract_shard(job_of(tmp_path, shard, **spec, **more)) == 4
         faults = read_faults(tmp_path / f"{name}.jsonl")
         # Pillow names the place in memory of what it cannot identify
@@ -295,7 +295,7 @@ def test_file_does_not_depend_on_other_shards_nor_on_who_writes_it(tmp_path):
     jobs = [job_of(tmp_path, s, name=s.path.removesuffix(".tar"), **spec) for s in shards]
     for folder, order in (("forwards", jobs), ("backwards", jobs[::-1]), ("alone", jobs[1:2])):
         # a process that begins anew draws nothing from what came before
-        extract._build_encoder.cache_clear()
+        extract.cached_encoder.cache_clear()
         for job in order:
             extract_shard(replace(job, out=tmp_path / folder))
     assert len(digests(tmp_path / "forwards")) == 6

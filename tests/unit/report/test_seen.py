@@ -52,7 +52,7 @@ def test_losses_are_those_of_the_model(seen):
     from moce_dist.report import reconstruct as module
 
     record = read_record(root)
-    samples = module._samples(record, record.config, read_gate(record))
+    samples = module.read_samples(record, record.config, read_gate(record))
     noise = torch.rand(len(samples.images), 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         losses = model(samples.images, noise)

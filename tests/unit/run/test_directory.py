@@ -168,7 +168,7 @@ def test_run_from_before_experts_shared_a_base_keeps_weights_of_their_own(tmp_pa
     (tmp_path / "run" / "config.yaml").write_text(dump_yaml(tree))
     assert load_run(tmp_path / "run")[1].moe.shared_base is False
     assert open_run(tmp_path / "run", of_before).root == tmp_path / "run"
-    with pytest.raises(ConfigError, match="moe.shared_base"):
+    with pytest.raises(ConfigError, match=r"moe\.shared_base"):
         open_run(tmp_path / "run", Config())
 
 

@@ -137,7 +137,7 @@ def test_interface_that_a_user_names_stays(no_interfaces):
 
 
 def test_host_whose_name_is_the_loopback_is_reached_by_its_other_interface(no_interfaces):
-    own = {"debian": "127.0.0.1", environment._ELSEWHERE: "10.0.0.7"}
+    own = {"debian": "127.0.0.1", environment.ELSEWHERE: "10.0.0.7"}
     no_interfaces.setattr(environment, "_own_address", own.get)
     no_interfaces.setattr(environment, "interface_of", {"10.0.0.7": "eth0", "127.0.0.1": "lo"}.get)
     bind_ranks("debian")

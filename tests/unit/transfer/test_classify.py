@@ -126,13 +126,13 @@ def test_few_labels_of_noise_call_for_a_strong_penalty(four):
 
 def test_logistic_takes_so_many_labels_of_each_class(features, four, monkeypatch):
     seen = []
-    fit = classify._fit_logistic
+    fit = classify.fit_logistic
 
     def watched(rows, labels):
         seen.append((np.bincount(labels).tolist(), rows[:, 0].tolist()))
         return fit(rows, labels)
 
-    monkeypatch.setattr(classify, "_fit_logistic", watched)
+    monkeypatch.setattr(classify, "fit_logistic", watched)
     first, again = (logistic(features, four, 10, seed=0) for _ in range(2))
     other = logistic(features, four, 10, seed=1)
     assert {tuple(counts) for counts, _ in seen} == {(10, 10, 10, 10)}

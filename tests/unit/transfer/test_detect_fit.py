@@ -21,7 +21,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit as loop
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.detection.finding import evaluate
-from moce_dist.transfer.detection.fit import DetectorFit, _Squares
+from moce_dist.transfer.detection.fit import DetectorFit, Squares
 from moce_dist.transfer.detection.fit import fit as fit_detector
 from moce_dist.transfer.detection.precision import average_precision, ground_truth
 from moce_dist.transfer.detection.task import Detection
@@ -204,7 +204,7 @@ def test_early_views_change_nothing_and_seeds_do(make_fit, tmp_path):
 
 def test_parts_of_a_batch_add_up(make_fit):
     fit = make_fit(batch_size=4, drop_path=0.0)
-    model, squares = fit.build(0), _Squares(fit.task, fit.recipe, 0)
+    model, squares = fit.build(0), Squares(fit.task, fit.recipe, 0)
     images, targets = fit.batch([squares[0, i] for i in range(4)])
     # with every proposal taken, nothing of the heads' draws is left to chance
     model.rpn.fg_bg_sampler.batch_size_per_image = 10**6
@@ -219,7 +219,7 @@ def test_parts_of_a_batch_add_up(make_fit):
 def test_only_the_pyramid_runs_in_bfloat16(make_fit):
     fit = make_fit()
     fit.machine = replace(fit.machine, bf16=True)
-    model, squares = fit.build(0), _Squares(fit.task, fit.recipe, 0)
+    model, squares = fit.build(0), Squares(fit.task, fit.recipe, 0)
     kinds: dict[str, torch.dtype] = {}
 
     def note(name: str) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from moce_dist.model.customize import customize
 from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit
 from moce_dist.transfer.backbone import Backbone, run_backbone
-from moce_dist.transfer.classification.finetune import _LabelMixup
+from moce_dist.transfer.classification.finetune import LabelMixup
 from moce_dist.transfer.classification.task import Classification
 from moce_dist.transfer.fit import Fitted, Kept
 from moce_dist.transfer.loading import Unread, machine_of
@@ -177,7 +177,7 @@ def test_mixed_labels_are_weighted_and_those_not_counted_stay_so():
     np.random.seed(0)
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
     labels = torch.tensor([[1, 0, -1, 1], [0, 0, 1, 1]])
-    mixer = _LabelMixup(mixup_alpha=1.0, cutmix_alpha=0.0, num_classes=4)
+    mixer = LabelMixup(mixup_alpha=1.0, cutmix_alpha=0.0, num_classes=4)
     mixed, targets = mixer(images.clone(), labels)
     share = 1 - float(mixed[0, 0, 0, 0])
     assert 0 < share < 1

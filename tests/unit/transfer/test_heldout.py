@@ -74,7 +74,7 @@ def test_losses_are_those_of_the_dense_models_of_each_route(
     counts = [rows[k]["images"] for k in range(NUM_CLUSTERS)]
     assert counts == [6, 6, 5, 6, 6, 0] and rows["all"]["images"] == 29
     assert rows[5]["own"] is None and rows[5]["worst"] is None
-    batches = list(heldout._batches(heldout.held_out_table(held_out, config), config))
+    batches = list(heldout.held_out_batches(heldout.held_out_table(held_out, config), config))
     weights = by_global_name(models["moce"], config)
     table = routes(weights, config.gate)
     p = torch.einsum("led,kd->lke", weights["gate.weight"], weights["gate.cluster_embedding"])
