@@ -1,4 +1,4 @@
-"""Measure ours against baselines, interleaved in one run; one JSON object on stdout.
+"""Measure a part of the system, interleaved with its baselines; print one JSON object.
 
 python jobs/bench.py step
 python jobs/bench.py placement --set bench.rounds=3

@@ -1,13 +1,13 @@
-"""Cluster features into balanced clusters: those of a run, or a folder of .npy files.
+"""Cluster the features of a run, or of a folder of .npy files, into balanced clusters.
 
-Without Ray for one worker; the result is the same on any number of them.
+The result does not depend on the number of workers. One worker without a cluster needs no Ray.
 
     python jobs/cluster.py --features DIR --num-clusters 256 --out OUT
     python jobs/cluster.py --run quickstart
     python jobs/cluster.py --features NEW --assign-to OUT --out ASSIGNED
 
-With --run: features, clusters and cluster-sharded tars of that run. With --assign-to: no new
-clusters, but new features assigned to those of an earlier request.
+With --run, the job makes features, clusters and cluster-sharded tars of that run. With
+--assign-to, it makes no clusters, but assigns new features to those of an earlier request.
 """
 
 import json
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse the request, check it, cluster."""
+    """Parse and check the request, then cluster."""
     parser = job_parser(
         "Balanced k-means over features; results do not depend on the number of workers.",
         "python jobs/cluster.py --features features/ --num-clusters 256 --out clusters/",
@@ -82,7 +82,7 @@ def check_flags(arguments: Namespace) -> None:
 def read_config(arguments: Namespace, base: str | Path | None) -> Config:
     """Combine a file, --set and the flags of this job."""
     flags = {"num_clusters": arguments.num_clusters, "balance": arguments.balance}
-    # quoted, for YAML reads a bare `off` as false
+    # quoted, because YAML reads a bare `off` as false
     given = [
         f"cluster.{name}={json.dumps(value)}" for name, value in flags.items() if value is not None
     ]
@@ -95,7 +95,7 @@ def cluster_run(arguments: Namespace) -> None:
         raise ConfigError(f"--out {arguments.out}: the clusters of a run lie in the run")
     if arguments.fresh:
         raise ConfigError("--fresh: would set the whole run aside; remove its clusters instead")
-    # the flags are checked before the run is looked for: both mistakes are the request's
+    # read the flags first, so that a wrong flag is reported before a missing run
     root = resolve_run(arguments.run, read_config(arguments, arguments.config))
     load_run(root)
     config = read_config(arguments, arguments.config or root / "config.yaml")
@@ -117,7 +117,7 @@ def read_out(arguments: Namespace) -> Path:
     """Return the folder of the result.
 
     Raises:
-        ConfigError: none is named, it is a file, or what is read lies in it.
+        ConfigError: no folder is named, it is a file, or it holds what is read.
     """
     if arguments.out is None:
         raise ConfigError("--out: must name the folder of the result")
@@ -131,7 +131,7 @@ def read_out(arguments: Namespace) -> Path:
 
 
 def cluster_folder(arguments: Namespace) -> None:
-    """Cluster anyone's features, taken as they are."""
+    """Cluster the features of a folder, without subtracting their mean."""
     out, config = read_out(arguments), read_config(arguments, arguments.config)
     files = check_folder(Path(arguments.features), config)
     if arguments.dry_run:
@@ -156,7 +156,7 @@ def cluster_folder(arguments: Namespace) -> None:
 
 
 def assign_new(arguments: Namespace) -> None:
-    """Assign anyone's features to clusters that are there."""
+    """Assign the features of a folder to existing clusters."""
     out, config = read_out(arguments), read_config(arguments, arguments.config)
     features, named = Path(arguments.features), Path(arguments.assign_to)
     from moce_dist.cluster.existing import assign_folder, open_new_features, read_clusters
@@ -233,7 +233,7 @@ def work_lines(files: "FeatureFiles", config: Config) -> list[str]:
 
 
 def print_summary(summary: dict[str, object], out: Path) -> None:
-    """Show the figures; what there is of every cluster stays in summary.json."""
+    """Print the figures, except lists with a value per cluster; summary.json has those."""
     for name, value in summary.items():
         if not isinstance(value, list):
             print(f"{name:<24} {value}")

@@ -1,4 +1,4 @@
-"""Turn images into shards and an index: a folder, tars, or a set from installed packages."""
+"""Turn a folder of images, tars, or images of installed packages into shards and an index."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def place(args: Any, config: Config) -> tuple[Path, Path | None]:
 
 @contextmanager
 def held(args: Any, config: Config, out: Path, root: Path | None) -> Iterator[None]:
-    """Be the only one who writes, into a run or folder that is taken up or begun anew."""
+    """Lock the run and the output folder; with --fresh, set their earlier content aside."""
     with hold(*([root] if root else [])):
         if root:
             open_run(root, config, fresh=args.fresh)
@@ -117,7 +117,7 @@ def held(args: Any, config: Config, out: Path, root: Path | None) -> Iterator[No
 
 
 def write_task(name: str, out: Path) -> None:
-    """Write a downstream task of a sample set as folders and say what there is."""
+    """Write a downstream task of a sample set as folders, and print how many images it has."""
     from moce_dist.data import detection, samples
 
     if name == SEGMENTATION:
@@ -135,7 +135,7 @@ def write_task(name: str, out: Path) -> None:
 
 
 def held_out(out: Path) -> list[ShardIndex]:
-    """Read the index of the images that are held out, if some are."""
+    """Read the index of the held-out images, if there are any."""
     return [read_index(out / HOLDOUT)] if (out / HOLDOUT / INDEX_NAME).is_file() else []
 
 
@@ -163,10 +163,10 @@ def summarise(indices: Sequence[ShardIndex], out: Path, num_faults: int, left_ou
 
 
 def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> None:
-    """Read and decode every image; a line of the ledger for each that is bad.
+    """Read and decode every image, and write a line for each bad one into the ledger.
 
     Raises:
-        RuntimeError: they are more than `data.max_fault_fraction` of the data.
+        RuntimeError: more than `data.max_fault_fraction` of the images are bad.
     """
     from moce_dist.data.audit import verify
     from moce_dist.launch.tasks import map_shared
@@ -194,7 +194,7 @@ def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> N
 
 
 def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config: Config) -> None:
-    """Look for images of a downstream set; `copies.jsonl` of the data names each."""
+    """Find images of a downstream set in the data, and list them in its `copies.jsonl`."""
     from moce_dist.data.audit import find_copies
     from moce_dist.launch.tasks import map_shared
 
@@ -245,7 +245,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_shards(args: Any, config: Config, out: Path, ledger: Path, left_out: str) -> None:
-    """Make the shards and say what they are; then check and compare them, if that was asked for."""
+    """Make the shards and print a summary; then compare and verify them, if requested."""
     from moce_dist.launch.tasks import map_shared
 
     source, tasks = config.data.source, partial(map_shared, config.parallel)

@@ -1,6 +1,6 @@
-"""Says in a line which Python runs the jobs, to somebody who took another one.
+"""Exit with one line of advice if this Python lacks the packages that the jobs need.
 
-The first thing that a job imports.
+Every job imports this module first.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Pre-train: masked autoencoder, features, clusters, cluster-sharded tars, experts, control.
+"""Run the stages: MAE, features, clusters, cluster-sharded tars, experts, control.
 
 python jobs/pretrain.py                                  the quickstart, on real images, no GPU
 python jobs/pretrain.py --config configs/pretrain/vit_base.yaml --run base
@@ -42,7 +42,7 @@ QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
 def main(argv: Sequence[str]) -> None:
-    """Parse the request, check it, run the stages."""
+    """Parse and check the request, then run the stages."""
     parser = job_parser(
         "Pre-train MoCE: mae -> features -> cluster -> reshard -> moce (-> control).",
         "python jobs/pretrain.py --config configs/quickstart.yaml --run quickstart",
@@ -124,7 +124,7 @@ def check_request(config: Config, stage: str) -> None:
             )
     check_trackers(config.logging)
     if stage in ("all", "cluster") and config.cluster.encoder != "mae":
-        # only the library that a name belongs to knows it
+        # only the library of an encoder knows its names
         from moce_dist.train.encoder import check_encoder
 
         check_encoder(config)
@@ -198,7 +198,7 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
 
 
 def num_images(root: Path) -> int | None:
-    """Count the images of a run that were ingested; None before."""
+    """Count the ingested images of a run; None before they are ingested."""
     index = root / "ingested"
     if not (index / COMPLETE).exists():
         return None
@@ -206,7 +206,7 @@ def num_images(root: Path) -> int | None:
 
 
 def base_lines(config: Config) -> list[str]:
-    """Describe what is taken from another run, where one is continued."""
+    """Describe what is taken from the run that is continued, if there is one."""
     base = base_of(config)
     if base is None:
         return []
@@ -228,7 +228,7 @@ def expert_line(config: Config) -> str:
 
 
 def control_lines(config: Config, stage: str) -> list[str]:
-    """Describe stage control, where it is wanted."""
+    """Describe stage control, if it is requested."""
     if stage != "control" and not (stage == "all" and config.control):
         return []
     if config.moe.kind == "dense":
@@ -244,7 +244,7 @@ def control_lines(config: Config, stage: str) -> list[str]:
 
 
 def loss_lines(run: Run) -> list[str]:
-    """Say what the finished stages lose on held-out images, side by side; no line without any."""
+    """List the held-out losses of the finished stages in one line; no line without a loss."""
     files = {stage: run.stage(stage) / "holdout.json" for stage in TRAINED}
     found = {stage: json.loads(f.read_text()) for stage, f in files.items() if f.exists()}
     losses = ", ".join(f"{stage} {holdout['loss']:.4f}" for stage, holdout in found.items())

@@ -1,7 +1,7 @@
-"""Write one HTML page, and a summary on stdout, from a run directory.
+"""Write the report of a run as one HTML page, and print a summary.
 
-Reads what is there of RUN and says what is missing; needs no network, neither does the page. With
-OTHER, another run, it writes RUN/report-beside-OTHER.html, which compares the two.
+The job reads what RUN holds and says what is missing. Neither the job nor the page needs a network.
+With OTHER, another run, the job writes RUN/report-beside-OTHER.html, which compares the two.
 """
 
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run_root(named: str, config: Config, what: str) -> Path:
-    # a path that the shell completed is meant as it stands
+    # a path that leads to a run from here, as after shell completion, is taken as it is
     is_here = (Path(named) / "config.yaml").is_file()
     root = Path(named).resolve() if is_here else resolve_run(named, config, what)
     if not (root / "config.yaml").is_file():

@@ -1,4 +1,4 @@
-"""Compare arms over seeds and tasks: every run made or taken up, then one table and one page.
+"""Compare arms over seeds and tasks: make or resume every run, then write a table and a page.
 
 python jobs/study.py --config configs/studies/small.yaml --data /data/study --out small --jobs 2
 """

@@ -80,14 +80,14 @@ def parse(argv: Sequence[str]) -> Any:
 
 
 def make_request(args: Any, run: Run | None, config: Config) -> Request:
-    """Read the flags into a request; a recipe's task stands in for `--task`."""
+    """Make a request from the flags; without `--task`, take `transfer.task`."""
     task = args.task or config.transfer.task
     if not task:
         raise ConfigError("--task: is missing, and the configuration names no transfer.task")
     protocols = parse_names(args.protocol, "--protocol") if args.protocol else None
     return Request(
         task,
-        # a worker stands in a folder of its own
+        # absolute, because workers run in folders of their own
         local_path(args.data, "--data").absolute() if args.data else None,
         parse_names(args.backbone, "--backbone")
         if args.backbone
@@ -100,7 +100,7 @@ def make_request(args: Any, run: Run | None, config: Config) -> Request:
 
 
 def open_configured(args: Any, overrides: Sequence[str] = ()) -> tuple[Run | None, Config]:
-    """Read the configuration, laid over that of the run when there is one."""
+    """Read the configuration; if there is a run, lay it over the run's own."""
     every = [*args.overrides, *overrides]
     config = load_config(args.config, every)
     if args.run or not args.dry_run:
@@ -113,7 +113,7 @@ def open_configured(args: Any, overrides: Sequence[str] = ()) -> tuple[Run | Non
 
 
 def make_orders(args: Any, run: Run | None, config: Config) -> list[Order]:
-    """Read a suite's entries, or the flags, into checked orders."""
+    """Make checked orders from the entries of a suite, or from the flags."""
     if (args.task or config.transfer.task) != ALL:
         orders = [Order(make_request(args, run, config), config, args.fresh)]
     else:
@@ -125,7 +125,7 @@ def make_orders(args: Any, run: Run | None, config: Config) -> list[Order]:
 
 
 def suite_order(args: Any, entry: SuiteEntry) -> Order:
-    """Lay an entry of a suite over the flags."""
+    """Make the order of one entry of a suite; its fields override the flags."""
     run, config = open_configured(args, entry.set)
     given = entry.data or (args.data if kind_of(entry.task).needs_data(entry.task) else None)
     flags = {**vars(args), "task": entry.task, "data": given}
@@ -159,7 +159,7 @@ def print_plan(request: Request, config: Config, run: Run | None) -> None:
 
 
 def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
-    """Print mean and deviation per task, backbone and protocol, and how they differ."""
+    """Print mean, deviation and difference to the reference per task, backbone and protocol."""
     from rich.console import Console
     from rich.table import Table
 
@@ -171,7 +171,7 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
         other = {(row["backbone"], row["protocol"]): row for row in metrics["differences"]}
         for row in metrics["summary"]:
             found = other.get((row["backbone"], row["protocol"]))
-            # the means of a suite are over the tasks that have such fits
+            # a mean of a suite covers only the tasks that have such fits
             metric = (
                 f"mean over {row['num_tasks']} tasks" if "num_tasks" in row else metrics["metric"]
             )
@@ -185,27 +185,27 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def check_torchrun(args: Any, config: Config) -> None:
-    """Check that processes which torchrun started have something to share.
+    """Refuse a suite under torchrun, because each task of a suite has one worker.
 
     Raises:
-        ConfigError: they have not.
+        ConfigError: torchrun started this process, and a suite is requested.
     """
     if "RANK" in os.environ and (args.task or config.transfer.task) == ALL:
         raise ConfigError("--task all: not under torchrun; its tasks have one worker each")
 
 
 def train_on_workers(job: FitsJob | FurtherJob) -> None:
-    """Train the fits of a task, or further steps before them, on as many workers as there are."""
+    """Train the fits of a task, or the further steps before them, on all workers."""
     from moce_dist.launch.training import train
 
     train(job)
 
 
 def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
-    """Carry out all tasks on as many workers as there are, and say what came of them.
+    """Carry out all tasks on all workers, and print the results.
 
     Raises:
-        RuntimeError: naming the tasks that failed; the others are done and reported.
+        RuntimeError: names the tasks that failed; the others are finished and reported.
     """
     quiet_libraries()
     from moce_dist.launch.tasks import map_tasks

@@ -1,11 +1,12 @@
-"""Run a job's script, and let a wrong request end the RayJob for good.
+"""Run a job's script, and end the RayJob for good if the request is wrong.
 
     python /app/k8s/run.py /app/jobs/pretrain.py --config ...
 
-KubeRay tries a failed Ray job again on a new cluster, whatever its exit status, and takes a stopped
-one for complete. A request that is wrong (exit status 2, or no such script) is as wrong on the next
-cluster, so its Ray job is stopped here: status STOPPED, the reason on the last line of its log.
-Every other failure keeps its exit status and is tried again.
+KubeRay retries a failed Ray job on a new cluster, whatever its exit status, and treats a stopped
+job as complete. A wrong request (exit status 2, or no such script) would fail on the next cluster
+too, so this wrapper stops its Ray job. The status is then STOPPED; the last line of the log says
+so, and the line above it gives the reason. Every other failure keeps its exit status and is
+retried.
 """
 
 import json
@@ -21,7 +22,7 @@ _DASHBOARD = "http://127.0.0.1:8265"
 
 
 def main(argv: list[str]) -> int:
-    """Run a script and return its exit status; in a Ray job a wrong request does not return."""
+    """Run a script and return its exit status; do not return for a wrong request in a Ray job."""
     status = subprocess.call([sys.executable, *argv])
     if status == WRONG_REQUEST and _JOB in os.environ:
         end_for_good()

@@ -2,8 +2,9 @@
 
     python k8s/size.py --config configs/pretrain/vit_large_512.yaml --gpus 8
 
-A place of expert groups (min(workers, groups) of them) is a replica of the worker group: as many
-whole nodes as its ranks need. The files overlays/*/kustomization.yaml are what this prints.
+There are min(workers, groups) places of expert groups. Each place is one replica of the worker
+group, and takes as many whole nodes as its ranks need. The files overlays/*/kustomization.yaml are
+output of this script, except that of overlays/head.
 """
 
 import shlex
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
             slots=slots,
         )
     )
-    # `add` replaces what is there
+    # `add` also replaces an existing value
     for path, value in changes.items():
         sys.stdout.write(f"      - {{op: add, path: /spec/{path}, value: {value}}}\n")
 

@@ -1,1 +1,1 @@
-"""What `jobs/bench.py` measures: a module a benchmark, ours and its baselines interleaved."""
+"""The benchmarks of `jobs/bench.py`, one module each, interleaved with their baselines."""

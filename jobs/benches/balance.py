@@ -1,12 +1,12 @@
-"""Exact balance against the programs that solve it for features that fit in memory.
+"""Compare exact balance with programs that solve it for features that fit in memory.
 
     k_means_constrained   KMeansConstrained, all sizes equal, from our first centroids
     moce_dist             our iterations and exact sizes, from the same centroids
     pot                   the optimal transport of all rows to the first centroids, ot.emd2
     moce_dist_settle      our exact sizes at the first centroids
 
-All run in this process on one thread. Costs of the first two are mean squared distances to the
-means of their labels, of the others to the first centroids.
+All run in this process on one thread. Costs are mean squared distances: for the first two, to the
+means of the clusters that they find; for the other two, to the first centroids.
 
 Letters: n rows, D width, K clusters.
 """
@@ -56,7 +56,7 @@ class Bench:
 
     @cached_property
     def rows(self) -> Float64:
-        """All features less their mean, (n, D)."""
+        """All features minus their mean, (n, D)."""
         files, mean = self.lloyd.matrix.files, self.lloyd.matrix.view.mean
         return np.concatenate([np.load(path) for path in files.paths]) - mean.astype(np.float64)
 
@@ -80,7 +80,7 @@ class Bench:
         self._judge("k_means_constrained", judge.fit_predict(self.rows))
 
     def run_moce_dist(self) -> None:
-        """Do the same."""
+        """Cluster into equal sizes by our iterations and exact sizes."""
         file, request = self.folder / "state.npz", state_request
         start = State(self.first, np.zeros(len(self.first)))
         save_state(file, start, request(self.lloyd.matrix, self.lloyd.config, self.config.seed))
@@ -101,20 +101,20 @@ class Bench:
         self.costs["pot"] = float(import_module("ot").emd2([], [], distances, numItermax=10**7))
 
     def run_moce_dist_settle(self) -> None:
-        """Do the same, from prices of 0."""
+        """Find our exact sizes at the first centroids, from prices of 0."""
         labels = settle(self.lloyd, State(self.first, np.zeros(len(self.first)))).labels
         cost = float(np.square(self.rows - self.first[labels]).sum())
         self.costs["moce_dist_settle"] = cost / len(self.rows)
 
 
 def run(config: BenchConfig) -> Report:
-    """Measure all variants whose package is there, interleaved."""
+    """Measure all variants whose package is installed, interleaved."""
     report = Report("balance", config)
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1):
         bench = Bench(config, Path(folder))
         (bench.folder / "features").mkdir()
         write_mixture(bench.folder / "features", config)
-        # what all start from is no part of anyone's time
+        # the common start is not timed
         _ = bench.first, bench.rows
         variants: dict[str, Callable[[], Any]] = {}
         for theirs, package in _PACKAGES.items():

@@ -1,15 +1,15 @@
-"""What saving costs a training: a save that everybody waits for, beside one in the background.
+"""Time what saving costs a training: a save in the background, and one that all wait for.
 
     without    N steps
     with       save, N steps, wait for what is left of the save
     blocking   save, wait
 
-save_stall is with - without, so it holds the copy, what the writer takes from the steps, and what
-is left over at their end; save_blocking is the same save of the same state with nothing beside it.
-N is `checkpoint.every_steps`, or more where steps are short: a stretch lasts at least four blocking
-saves, as saves are rarer than that in any training. Two gloo ranks, or one rank on a GPU. Where all
-cores train, no stall is below `save_cpu_s`, the processor time of a rank's save (copies into the
-page cache, sha256), however it is put off.
+save_stall is `with` minus `without`. So it contains the copy, the time that the writer takes from
+the steps, and what is left of the save after them. save_blocking is the same save of the same state
+with nothing beside it. N is `checkpoint.every_steps`, or more if steps are short: N steps last at
+least four blocking saves, because saves are rarer than that in any training. There are two gloo
+ranks, or one rank on a GPU. Where all cores train, no stall is below `save_cpu_s`, the processor
+time of a rank's save (copies into the page cache, sha256), however long it is put off.
 
 The model, its batch and its step are those of synthetic.py.
 """
@@ -38,7 +38,7 @@ _STRETCH_OVER_SAVE = 4
 
 
 def run(config: BenchConfig) -> Report:
-    """Measure on `parallel.num_workers` processes, on one where there is a GPU to use."""
+    """Measure on `parallel.num_workers` processes, or on one if there is a GPU to use."""
     if config.parallel.use_gpu and torch.cuda.is_available():
         parallel = config.parallel.model_copy(update={"num_workers": 1})
         config = config.model_copy(update={"parallel": parallel})
@@ -59,13 +59,13 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         shared = [own]
         dist.broadcast_object_list(shared, 0)
         measured = _measure(_Training(config, Path(shared[0])), config)
-        # rank 0 removes the folder, and others may not have read it yet
+        # rank 0 removes the folder, which others may not have read yet
         dist.barrier()
         return measured
 
 
 def _measure(training: "_Training", config: BenchConfig) -> dict[str, Any]:
-    # the first step makes the moments, the first save the host buffers
+    # the first step creates the moments, and the first save the host buffers
     training.steps(1)
     training.blocking()
     save_s, step_s = (
@@ -93,7 +93,7 @@ def _seconds(action: Callable[[], None]) -> float:
 
 
 class _Training:
-    """A model that takes steps on one synthetic batch, and a saver; timed calls end together."""
+    """A model that trains on one synthetic batch, and a saver; timed calls end with a barrier."""
 
     def __init__(self, config: BenchConfig, folder: Path) -> None:
         self._state = synthetic_state(config, worker_device(config))
@@ -103,7 +103,7 @@ class _Training:
         self.saves_cpu_s: list[float] = []
 
     def steps(self, count: int, *, is_saving: bool = False) -> None:
-        """Take steps; with a save that begins before the first of them and ends with the last."""
+        """Take steps; with `is_saving`, begin a save before the first and end it after the last."""
         if is_saving:
             self._save()
         for _ in range(count):
@@ -113,14 +113,14 @@ class _Training:
         self._end()
 
     def blocking(self) -> None:
-        """Save and wait for the end of it."""
+        """Save, and wait until the save has ended."""
         begin = time.process_time()
         self._save()
         self._end()
         self.saves_cpu_s.append(time.process_time() - begin)
 
     def state_gib(self) -> float:
-        """Size of the checkpoint on disk, GiB."""
+        """Return the size of the checkpoint on disk, GiB."""
         (checkpoint,) = complete_checkpoints(self._folder)
         return sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**30
 

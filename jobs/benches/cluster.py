@@ -1,11 +1,12 @@
-"""Our k-means on several workers against `faiss.Kmeans` on all points in one process.
+"""Compare our k-means on several workers with `faiss.Kmeans` on all points in one process.
 
     faiss_N_threads   Kmeans.train on the float32 matrix in memory, N threads
-    moce_dist_off     our iterations from the same centroids, reading float16 files; Ray is up
+    moce_dist_off     our iterations from the same centroids, reading float16 files; Ray is running
     moce_dist_exact   a whole request: scan, k-means++, iterations, exact finish, result on disk
 
-Objectives are those of the last centroids on all points, taken with the same sweep. Memory of a
-worker is what it holds itself: anonymous and shared pages, not the page cache behind mapped files.
+The objectives of FAISS and of `moce_dist_off` are computed by the same sweep over all points, from
+the last centroids; that of `moce_dist_exact` is the one in its summary. The memory of a worker is
+what it holds itself: anonymous and shared pages, but not the page cache behind mapped files.
 
 Letters: n rows, D width, K clusters.
 """
@@ -59,7 +60,7 @@ def write_mixture(folder: Path, config: BenchConfig) -> None:
 
 @dataclass
 class Bench:
-    """The data and what the variants have left."""
+    """The data, and the results of the variants."""
 
     config: BenchConfig
     folder: Path
@@ -91,7 +92,7 @@ class Bench:
 
     @cached_property
     def first(self) -> State:
-        """Centroids that all start from."""
+        """Centroids that FAISS and `moce_dist_off` start from."""
         return self.lloyd.first_state(self.config.seed)
 
     @cached_property
@@ -145,10 +146,10 @@ class Bench:
 
 
 class Memory:
-    """Greatest own memory of one of Ray's workers below this process, and of itself, while open.
+    """Record the peak memory of this process, and of any Ray worker below it, while open.
 
-    Of the worker's, `private_gib` leaves out pages of Ray's object store, which all processes of a
-    node share and which grow with what passes through them.
+    `private_gib` is a worker's peak without pages of Ray's object store. All processes of a node
+    share these pages, and they grow with what passes through the store.
     """
 
     def __init__(self) -> None:
@@ -183,7 +184,7 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 def _own_gib(process: psutil.Process) -> tuple[float, float]:
-    # anonymous pages, and shared ones
+    # returns anonymous pages and shared ones
     try:
         lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
     except OSError:
@@ -200,7 +201,7 @@ def run(config: BenchConfig) -> Report:
     """Measure the variants that are asked for, interleaved.
 
     Raises:
-        ConfigError: `bench.variants` names one that there is not.
+        ConfigError: `bench.variants` names an unknown one.
     """
     report, asked = Report("cluster", config), _asked(config.bench.variants)
     with tempfile.TemporaryDirectory() as folder, hold_actors(config.parallel, gpu=True) as workers:
@@ -215,7 +216,7 @@ def run(config: BenchConfig) -> Report:
         (bench.folder / "features").mkdir()
         write_mixture(bench.folder / "features", config)
         if asked != ["moce_dist_exact"]:
-            # what all others start from is no part of anyone's time
+            # the common start of the other variants is not timed
             _ = bench.first, bench.rows, bench.lloyd.matrix.squares
         with Memory() as memory:
             times = interleave(
@@ -258,7 +259,7 @@ def _report(report: Report, bench: Bench, memory: Memory) -> Report:
             figures["objective_exact_over_faiss"] = found / objectives["faiss"]
         figures["size_max_minus_min"] = summary["size_max"] - summary["size_min"]
     if not faiss:
-        # FAISS holds all features in this process
+        # with FAISS, this process holds all features
         figures["peak_rss_gib_of_driver"] = memory.driver_gib
     if memory.worker_gib:
         figures["peak_rss_gib_per_worker"] = memory.worker_gib

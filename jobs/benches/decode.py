@@ -1,9 +1,9 @@
-"""`jobs/bench.py decode`: a training sample from a photograph, images a second on one core.
+"""Measure how many training samples per second one core makes from photographs.
 
-Ours against the pipeline of the MAE recipe: Pillow decodes, torchvision crops, mirrors, converts
-and normalises. Both make (3, 224, 224) float32 with the same scale of crops, each in a process of
-its own, one at a time. Likeness is the structural similarity of the luma of the same crops, before
-they are mirrored and normalised.
+Our pipeline is compared with that of the MAE recipe, where Pillow decodes, and torchvision crops,
+mirrors, converts and normalises. Both make (3, 224, 224) float32 with the same scale of crops. Each
+runs in a process of its own, one at a time. Likeness is the structural similarity of the luma of
+the same crops, before they are mirrored and normalised.
 """
 
 import io
@@ -70,7 +70,7 @@ def run(config: BenchConfig) -> Report:
     for name, encoded in contents.items():
         report.add_ratio(f"moce_dist_{name}", f"pil_torchvision_{name}")
         report.figures[f"bytes_per_image_{name}"] = int(np.mean([len(c) for c in encoded]))
-        # of a sample's time, were all of the picture's rows needed
+        # share of a sample's time if a crop needed all rows of the image
         rates_of = (report.variants[f"{who}_{name}"]["median"] for who in ("moce_dist", "entropy"))
         report.figures[f"entropy_share_{name}"] = next(rates_of) / next(rates_of)
     report.figures["bytes_per_image_stored"] = int(np.mean([len(c) for c in stored]))
@@ -105,7 +105,7 @@ class LoaderProcess:
         self._process.start()
 
     def __call__(self) -> float:
-        """Run once over all contents; seconds of processor time, not of waiting."""
+        """Run once over all contents; return seconds of processor time, without waiting."""
         self._ours.send(True)
         seconds: float = self._ours.recv()
         return seconds
@@ -141,7 +141,7 @@ def reference_pipeline(config: BenchConfig) -> Callable[[bytes], torch.Tensor]:
 
 
 def device_rates(config: BenchConfig, contents: Sequence[bytes]) -> list[float]:
-    """Measure `data.decode_on: device`, drawing included: images a second of one thread's time."""
+    """Measure `data.decode_on: device`, random draws included: images per second of one thread."""
     data, rates = config.data, []
     decoder = DeviceDecoder(data.image_size, torch.device("cuda"))
     for _ in range(config.bench.warmup_rounds + config.bench.rounds):
@@ -159,7 +159,7 @@ def device_rates(config: BenchConfig, contents: Sequence[bytes]) -> list[float]:
 
 
 def our_pipeline(config: BenchConfig) -> Callable[[bytes], object]:
-    """Make `train_image` with the draws of one key after another, as the stream calls it."""
+    """Make a function that calls `train_image` as the stream does, each time with new draws."""
     data, count = config.data, 0
 
     def decode(content: bytes) -> object:
@@ -174,7 +174,7 @@ def our_pipeline(config: BenchConfig) -> Callable[[bytes], object]:
 
 
 def entropy_alone(content: bytes) -> object:
-    """Decode a JPEG at an eighth of its size, where reading its entropy code is all there is."""
+    """Decode a JPEG at an eighth of its size, which is little more than entropy decoding."""
     header = jpeg_header(content)
     assert header is not None
     width, height = (-(-side // _EIGHTH) for side in (header.width, header.height))
@@ -182,7 +182,7 @@ def entropy_alone(content: bytes) -> object:
 
 
 def similarities(config: BenchConfig, contents: Sequence[bytes]) -> NDArray[np.float64]:
-    """Compare fixed crops of every image with the reference's; one similarity each."""
+    """Compare seeded crops of every image with the reference's; return one similarity each."""
     size, values = config.data.image_size, []
     for number, content in enumerate(contents):
         image = open_croppable(content)
@@ -209,7 +209,7 @@ def reference_crop(content: bytes, box: Box, size: int) -> Pixels:
 
 
 def similarity(ours: Pixels, theirs: Pixels) -> float:
-    """Structural similarity of the luma (ITU-R 601) of two images (S, S, 3) uint8."""
+    """Compute the structural similarity of the luma (ITU-R 601) of two images (S, S, 3) uint8."""
     weights = torch.tensor([0.299, 0.587, 0.114])
     lumas = (torch.from_numpy(p.copy()).float() @ weights for p in (ours, theirs))
     a, b = (luma[None, None] for luma in lumas)

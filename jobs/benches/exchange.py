@@ -1,12 +1,13 @@
-"""Training steps of two hosts on a slow link: dense, MoCE and token-routed.
+"""Time dense, MoCE and token-routed steps of two hosts that are joined by a slow link.
 
-Two network namespaces joined by a veth pair are two hosts with a link of a chosen speed. First the
-token-routed step is timed on the unthrottled link; then the link is slowed, in two attempts, until
-its all-to-alls take `bench.communication_over_compute` times that, as on fast GPUs with a slow
-network, and all variants are timed. With a = all-to-all and r = gradient all-reduce over compute, a
-system that exchanges nothing can be faster by (1 + a + r) / (1 + r) when neither overlaps.
+Two network namespaces joined by a veth pair act as two hosts with a link of a chosen speed. First,
+the token-routed step's compute is timed on the unthrottled link. The link is then slowed, in two
+attempts, until the step's all-to-alls take `bench.communication_over_compute` times its compute, as
+on fast GPUs with a slow network. Then all variants are timed. Let a be the time of the all-to-alls
+and r that of the gradients' all-reduce, both over the compute. If neither overlaps with it, a
+system that exchanges nothing can be faster by (1 + a + r) / (1 + r).
 
-Needs root and iproute2; elsewhere the benchmark names what it could not measure.
+This needs root and iproute2; without them, the report names what was not measured.
 """
 
 import os
@@ -55,7 +56,7 @@ def run(config: BenchConfig) -> Report:
         wanted_s = config.bench.communication_over_compute * free["compute_s"]
         rate = free["sent_bytes"] * 8 / wanted_s
         hosts.limit(rate)
-        # what a slow link carries is less than its rate: headers, windows, packets sent again
+        # a slow link carries less than its rate: headers, windows, packets sent again
         rate *= hosts.run("exchange:communicate", config)["all_to_all_s"] / wanted_s
         hosts.limit(rate)
         result = hosts.run("exchange:measure", config)
@@ -131,12 +132,12 @@ def _call(command: str) -> None:
 
 
 def calibrate(config: BenchConfig) -> dict[str, Any]:
-    """Time the token-routed step's compute, and count the bytes its all-to-alls send a rank."""
+    """Time the token-routed step's compute; count the bytes that its all-to-alls send per rank."""
     state = _state(config, "token")
     times = _timed({"token": stepper(state, _count(config))}, config)["token"]
     communication = _timed({"all": _all_to_alls(state)}, config)["all"]
     reduction = _timed({"all": _all_reduce(state)}, config)["all"]
-    # the link is not slowed yet, but gloo is never free
+    # the link is not slowed yet, but gloo takes time on any link
     compute = min(times) - min(communication) - min(reduction)
     return {"compute_s": compute, "sent_bytes": _sent_bytes(state)}
 
@@ -186,7 +187,7 @@ def _sent_bytes(state: TrainState) -> int:
 
 
 def _all_to_alls(state: TrainState) -> Any:
-    # as many and as large as those of a token-routed step; half of every buffer stays
+    # as many and as large as those of a token-routed step; half of every buffer stays local
     calls = 4 * len(state.job.config.moe_layers)
     size = 2 * _sent_bytes(state) // calls
     buffer = torch.zeros(size, dtype=torch.uint8, device=state.engine.device)
@@ -200,7 +201,7 @@ def _all_to_alls(state: TrainState) -> Any:
 
 
 def _all_reduce(state: TrainState) -> Any:
-    # gradients of what all ranks share; an expert's stay where it lives
+    # gradients of shared parameters; those of an expert stay where it lives
     shared = sum(
         p.numel() for n, p in state.model.named_parameters() if "deepspeed_experts" not in n
     )

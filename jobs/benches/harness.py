@@ -1,11 +1,11 @@
-"""Interleaved measurement: every variant runs once a round, so a machine's moods hit all alike.
+"""Interleaved measurement: every variant runs once per round, so disturbances affect all alike.
 
     times = interleave({"dense": run_dense, "cluster": run_cluster}, rounds=8, warmup=2)
     Report("step", config).add_variants(times).add_ratio("cluster", "dense")
 
-What one process measures is `interleave`; when several ranks measure together, rank 0's clock
-counts and every timed function ends with a barrier. What could not be measured is named in
-`skipped`, never made up.
+`interleave` measures in one process. When several ranks measure together, rank 0's clock counts,
+and every timed function ends with a barrier. `Report.skipped` names what could not be measured, and
+why; no value is ever made up.
 """
 
 import json
@@ -32,7 +32,7 @@ _RANK_TIMEOUT_S = 600.0
 
 @dataclass
 class Report:
-    """What a benchmark prints: one JSON object (DESIGN of `jobs/bench.py`)."""
+    """What a benchmark prints: one JSON object."""
 
     name: str
     config: BenchConfig
@@ -41,10 +41,10 @@ class Report:
     figures: dict[str, Any] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     terms: dict[str, float] = field(default_factory=dict)
-    """Measured fields of `hardware`, which budgets of machines of this kind are made of."""
+    """Measured fields of `hardware`, from which budgets for such machines are computed."""
 
     def add_variants(self, values: Mapping[str, Sequence[float]], unit: str = "s") -> "Report":
-        """Record the values of variants, one a round, in `unit`."""
+        """Record the values of variants, one per round, in `unit`."""
         for name, series in values.items():
             self.variants[name] = {
                 "median": statistics.median(series),
@@ -56,7 +56,7 @@ class Report:
         return self
 
     def add_ratio(self, over: str, under: str) -> "Report":
-        """Record median over median of two variants; skipped when one of them was."""
+        """Record the ratio of two medians; skip it if a variant was not measured."""
         name = f"{over}/{under}"
         missing = [v for v in (over, under) if v not in self.variants]
         if missing:
@@ -66,16 +66,16 @@ class Report:
         return self
 
     def write_terms(self, path: Path) -> None:
-        """Add the measured terms to a file of them, those of other benchmarks left as they are.
+        """Add the measured terms to a file, and keep those of other benchmarks in it.
 
         Raises:
-            ConfigError: the file holds something else.
+            ConfigError: the file holds something other than terms.
         """
         known = read_terms(path) if path.exists() else {}
         write_atomic(path, json.dumps(known | self.terms, indent=1))
 
     def to_json(self) -> str:
-        """Write as one line of JSON; `config` holds what differs from the defaults."""
+        """Return one line of JSON, whose `config` holds what differs from the defaults."""
         given, defaults = (flatten(c.model_dump(mode="json")) for c in (self.config, BenchConfig()))
         document = {
             "bench": self.name,
@@ -117,10 +117,10 @@ def _cpu_model() -> str:
 def interleave(
     variants: Mapping[str, Callable[[], Any]], *, rounds: int, warmup: int
 ) -> dict[str, list[float]]:
-    """Run every variant once a round; seconds of the counted rounds, per variant.
+    """Run every variant once per round; return the seconds of the counted rounds per variant.
 
-    The order turns by one each round, so that no variant always follows the same other one. A
-    variant that returns a float was timed by its own clock: those are its seconds.
+    The order rotates by one each round, so that no variant always follows the same other one. A
+    variant that returns a float has timed itself, and that float counts.
     """
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
@@ -135,17 +135,17 @@ def interleave(
 
 
 def child_environment() -> dict[str, str]:
-    """Return this process's environment for one that runs a module of `benches`."""
+    """Return the environment for a child process that runs a module of `benches`."""
     jobs = str(Path(__file__).parents[1])
     known = os.environ.get("PYTHONPATH")
     return os.environ | {"PYTHONPATH": f"{jobs}{os.pathsep}{known}" if known else jobs}
 
 
 def run_fresh(module: str, *arguments: object) -> dict[str, float]:
-    """Run a module of the benchmarks in a process of its own; what it prints is its figures.
+    """Run a module of the benchmarks in a new process, and return the figures that it prints.
 
     Raises:
-        RuntimeError: the process failed; with the last line that it wrote.
+        RuntimeError: the process failed; the message holds the last line of its stderr.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     process = subprocess.run(
@@ -166,13 +166,13 @@ def run_ranks(
     master: str = "127.0.0.1",
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Call `benches.MODULE:FUNCTION(config)` on `num_workers` processes; rank 0's result.
+    """Call `benches.MODULE:FUNCTION(config)` on `num_workers` processes; return rank 0's result.
 
-    `function` is `"step:measure"`; the result is a JSON object. `prefixes[r]` is put before the
-    command of rank r, for example to enter a network namespace.
+    `function` is, for example, `"step:measure"`; the result is a JSON object. `prefixes[r]` is put
+    before the command of rank r, for example to enter a network namespace.
 
     Raises:
-        RuntimeError: with the last line of the first rank that failed.
+        RuntimeError: a rank failed; the message holds the last line of the first one that did.
     """
     size = config.parallel.num_workers
     port = free_port()

@@ -1,8 +1,8 @@
-"""What an index of very many samples costs a rank: to start, to plan a step, to resume, to save.
+"""Measure what a large index costs a rank: to start, to plan a step, to resume, to save.
 
-The samples are made up, their columns are written as `jobs/ingest.py` writes them, and a fresh
-process opens them, once a round. What it holds beside the file that all processes of a node map
-is its private memory. That every sample is planned once is counted for some of the clusters.
+The samples are made up, and their columns are written as `jobs/ingest.py` writes them. Once per
+round, a fresh process opens them. Its private memory is what it holds beside the file that all
+processes of a node map. For some of the clusters it checks that every sample is planned once.
 
 Letters: K clusters, n samples.
 """
@@ -43,7 +43,7 @@ def run(config: BenchConfig) -> Report:
         "samples": count,
         "start_s": report.variants["start"]["median"],
         "plan_step_ms": 1000 * report.variants["plan_step"]["median"],
-        # beside the clock's, which other processes of a shared machine lengthen
+        # beside wall-clock times, which other processes of a shared machine lengthen
         "start_cpu_s": min(f["start_cpu_s"] for f in figures),
         "plan_step_cpu_ms": 1000 * min(f["plan_step_cpu_s"] for f in figures),
         "private_bytes": max(f["private_bytes"] for f in figures),
@@ -73,14 +73,14 @@ def make_columns(folder: Path, count: int, num_clusters: int) -> int:
     text += ord("0")
     ends = np.arange(0, (count + 1) * _KEY_BYTES, _KEY_BYTES)
     keys = pa.LargeStringArray.from_buffers(count, pa.py_buffer(ends), pa.py_buffer(text))
-    # it is not parsed where there are columns
+    # the index is not parsed if there are columns
     (folder / INDEX_NAME).write_text("{}")
     write_table(folder, shards, keys, np.arange(count) * 2048, np.full(count, 1500, np.uint32))
     return (folder / COLUMNS_NAME).stat().st_size
 
 
 def measure_here(folder: str, num_clusters: int, batch_size: int, seed: int) -> dict[str, Any]:
-    """Open, plan, resume and save in this process: seconds, and its own memory in bytes."""
+    """Open, plan, resume and save in this process; return seconds and private memory in bytes."""
     import pyarrow  # noqa: F401 - a library's own memory is not the index's
 
     before, marks, begin_cpu = private_bytes(), [time.perf_counter()], time.process_time()
@@ -120,7 +120,7 @@ def measure_here(folder: str, num_clusters: int, batch_size: int, seed: int) -> 
 
 
 def private_bytes() -> int:
-    """Memory of this process that no file is behind, bytes."""
+    """Return the memory of this process that no file backs, bytes."""
     status = Path("/proc/self/status").read_text()
     (line,) = (line for line in status.splitlines() if line.startswith("RssAnon"))
     return 1024 * int(line.split()[1])

@@ -1,4 +1,4 @@
-"""Real photographs for benchmarks, encoded as JPEG of quality 90 at the size that is asked for."""
+"""Make JPEGs of quality 90 and of any size from real photographs, for benchmarks."""
 
 import io
 from collections.abc import Iterator
@@ -18,9 +18,9 @@ QUALITY = 90
 def photographs(config: BenchConfig, width: int, height: int, count: int) -> list[bytes]:
     """Make `count` JPEGs of `width` x `height` from the images of `data.source`.
 
-    Without `folder:PATH` there, from what installed packages carry: scikit-learn's two photographs
-    and the Blue Marble. An image is scaled down, never up, and cut at a seeded place; smaller
-    ones are laid side by side until they are large enough, in a mosaic of real pieces.
+    If it is empty, the images are those in installed packages: scikit-learn's two photographs and
+    the Blue Marble. An image is scaled down, never up, and cropped at a seeded place. If it is too
+    small, crops of it are tiled into a mosaic.
     """
     draws = np.random.default_rng(config.seed)
     images = list(_images(config.data.source))

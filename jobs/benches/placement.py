@@ -1,10 +1,9 @@
-"""How fast the gating scheduler plans, and how good its plans are, at the size of large clusters.
+"""Measure speed and quality of the gating scheduler's plans at the size of large clusters.
 
-The routing table is what a gate in training would give: K centroids scattered around 2 E themes
-(images of a theme are alike, so layers agree about them as far as their gates do), one random
-linear gate a layer, and noise of 0.3 of the spread of the logits. All of it is seeded. Every size
-is planned in a process of its own, so that its peak memory is its own; the clock runs inside,
-around `plan_placement` alone.
+The routing table imitates that of a gate in training: K centroids are scattered around 2 E themes
+(clusters of a theme are alike, so every layer tends to route them alike). Each layer has a random
+linear gate, with noise of 0.3 of the spread of its logits. All of it is seeded. Every plan is made
+in a separate process, so that its peak memory is its own. Only `plan_placement` is timed.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, D width of a centroid.
 """
@@ -40,7 +39,7 @@ PLAN_65536 = Shape(65536, 256, 24, 256)
 
 
 def run(config: BenchConfig, small: Shape = PLAN_4096, large: Shape = PLAN_65536) -> Report:
-    """Measure both sizes; figures are those of the smaller, peak memory of either.
+    """Measure both sizes, and report the figures of each.
 
     The larger one is planned twice, whatever `bench.rounds` says.
     """
@@ -57,7 +56,7 @@ def run(config: BenchConfig, small: Shape = PLAN_4096, large: Shape = PLAN_65536
     for name in ("max_over_mean_images", "local_fraction", "local_fraction_contiguous"):
         report.figures[name] = figures[0][name]
         report.figures[f"{name}_65536"] = largest[0][name]
-    # beside the clock's, which other processes of a shared machine lengthen
+    # beside wall-clock times, which other processes of a shared machine lengthen
     report.figures["cpu_s_4096"] = min(f["cpu_seconds"] for f in figures)
     report.figures["cpu_s_65536"] = min(f["cpu_seconds"] for f in largest)
     report.figures["peak_rss_gib"] = max(f["peak_rss_gib"] for f in largest)
@@ -82,7 +81,7 @@ def gated_table(
 
 
 def plan_once(shape: Shape, seed: int) -> dict[str, Any]:
-    """Plan in this process: seconds, figures of the plan, this process's peak memory."""
+    """Plan in this process; return seconds, figures of the plan, and peak memory."""
     routing = gated_table(shape.layers, shape.clusters, shape.experts, seed=seed)
     sizes = np.full(shape.clusters, _IMAGES_PER_CLUSTER)
     begin, begin_cpu = time.perf_counter(), time.process_time()

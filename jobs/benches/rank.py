@@ -1,4 +1,4 @@
-"""Entry of one process of a benchmark on several ranks; `harness.run_ranks` starts it.
+"""Run one process of a benchmark on several ranks; `harness.run_ranks` starts it.
 
 python -m benches.rank MODULE:FUNCTION OUT < configuration as JSON
 """
@@ -15,7 +15,7 @@ from moce_dist.cli import quiet_libraries
 
 
 def main() -> None:
-    """Call the function on the configuration; rank 0 leaves its result in OUT."""
+    """Call the function on the configuration; rank 0 writes its result to OUT."""
     quiet_libraries()
     function, out = sys.argv[1:]
     module, _, name = function.partition(":")

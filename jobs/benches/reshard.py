@@ -1,8 +1,8 @@
-"""`jobs/bench.py reshard`: rewriting tars by cluster, against copying the same tars.
+"""Compare rewriting tars by cluster with copying the same tars (`jobs/bench.py reshard`).
 
-The tars hold samples of about 110 kB of noise, as many as an ImageNet's share, in random clusters.
-Both variants begin without page cache and end with everything on the disk. The copy is Python's
-`shutil.copyfile`, file by file; ours reads by range, writes, parses what it wrote and compares.
+The samples hold about 110 kB of noise each, which is ImageNet's mean, and are in random clusters.
+Both variants begin without page cache and end when everything is on the disk. The copy is Python's
+`shutil.copyfile`, file by file. Ours reads by range, writes, parses what it wrote, and compares.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ _Action = Callable[[ShardIndex, Path], None]
 
 
 def run(config: BenchConfig) -> Report:
-    """Measure a copy and a reshard of `bench.reshard_gib` GiB; MiB of the sources a second."""
+    """Measure a copy and a reshard of `bench.reshard_gib` GiB, in MiB of the source per second."""
     report, bench = Report("reshard", config), config.bench
     with tempfile.TemporaryDirectory(dir=bench.folder) as temporary:
         folder = Path(temporary)
@@ -97,7 +97,7 @@ class _Resharding:
 
 
 class _Workers:
-    """Processes that map as Ray's workers do; `peak_kib` is the most memory that one has held."""
+    """Processes that map as Ray's workers do; `peak_kib` is the peak memory of any one."""
 
     def __init__(self, count: int) -> None:
         self._pool = multiprocessing.get_context("spawn").Pool(count)

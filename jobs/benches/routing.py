@@ -1,13 +1,13 @@
-"""What the routing table of a step costs the host: made at once, and made beside the step before.
+"""Time a step's routing table on the host: made at once, and made during the step before.
 
-Two ranks have a gate and no model. `at_once` is the readable reference: noise, logits and argmax of
-all layers on the training thread of rank 0, and a broadcast. `first_rank` and `other_rank` are what
-a step waits for when its table was begun a step before; in place of the step itself the training
-thread sleeps, as it does while a GPU computes, and the gate's weights change. Every table is
-compared with the reference's.
+Two ranks have a gate and no model. `at_once` is the readable reference: rank 0 computes noise,
+logits and argmax of all layers on its training thread, and broadcasts the table. `first_rank` and
+`other_rank` are the time for which a step waits on rank 0 and on rank 1 when its table was begun a
+step before. Instead of training, the training thread sleeps, as it does while a GPU computes, and
+the gate's weights change. Every table is compared with the reference's.
 
-A step shorter than the figure `made_s` would wait for its table; `made_cpu_s` is the processor time
-in it, which as many threads share as there are layers and cores.
+A step that is shorter than the figure `made_s` would wait for its table. `made_cpu_s` is the
+processor time of one table. Its layers are made in parallel, by at most one thread per core.
 
 Letters: L MoE layers, K clusters, E experts per layer.
 """
@@ -69,7 +69,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         seconds, table = _timed(_reference, config, gate, noise, before, step + 1)
         at_once.append(seconds)
         expected = table.numpy()
-    # takes the table that is under way: a process must not end while it is sent
+    # take the table that is under way: a process must not end while it is sent
     router.decide(gate, _TOTAL_STEPS)
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (beside[warmup:], thread[warmup:]))
@@ -80,7 +80,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
             "other_rank": ranks[1][0],
         },
         "figures": {
-            # beside the clock's, which other processes of a shared machine lengthen
+            # beside wall-clock times, which other processes of a shared machine lengthen
             "first_rank_cpu_ms": 1000 * statistics.median(ranks[0][1]),
             "other_rank_cpu_ms": 1000 * statistics.median(ranks[1][1]),
             "made_s": statistics.median(seconds for seconds, _ in made),
@@ -90,7 +90,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
 
 def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    # seconds, and the result; where there is none, the processor time of all threads
+    # returns seconds and the result; if there is none, the processor time of all threads
     begin, cpu = time.perf_counter(), time.process_time()
     result = work(*arguments)
     seconds = time.perf_counter() - begin
@@ -100,7 +100,7 @@ def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
 def _reference(
     config: BenchConfig, gate: Gate, noise: NoiseSchedule, weight: torch.Tensor, step: int
 ) -> torch.Tensor:
-    # (L, K), made by rank 0 and sent to all
+    # (L, K); rank 0 makes it and sends it to all
     table = torch.empty((weight.shape[0], config.cluster.num_clusters), dtype=torch.int64)
     if dist.get_rank() == 0:
         scores = logits(weight, gate.cluster_embedding)

@@ -1,4 +1,4 @@
-"""An S3 server of its own process for benchmarks and tests: moto, with a delay before each answer.
+"""Serve S3 from a separate process for benchmarks and tests: moto, with delayed answers.
 
 python -m benches.s3_server PORT_FILE LATENCY_S
 """
@@ -21,7 +21,7 @@ _Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
 class Delayed:
-    """A WSGI application that answers late, and counts what it answers to GET."""
+    """A WSGI application that delays its answers, and counts those to GET and their bytes."""
 
     def __init__(self, application: _Wsgi, latency_s: float) -> None:
         self._application, self._latency_s = application, latency_s
@@ -46,7 +46,7 @@ class Delayed:
 
 @contextmanager
 def s3_server(latency_s: float) -> Iterator[str]:
-    """Run the server; its URL on the loopback interface.
+    """Run the server; yield its URL on the loopback interface.
 
     Raises:
         ModuleNotFoundError: moto is not installed.
@@ -75,7 +75,7 @@ def _wait_for(port: Path, process: "subprocess.Popen[bytes]") -> str:
 
 
 def main() -> None:
-    """Serve until killed; the port stands in PORT_FILE."""
+    """Write the port to PORT_FILE, and serve until killed."""
     import logging
 
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app

@@ -1,6 +1,6 @@
-"""What `jobs/bench.py` reads: the configuration that users know, and how it is measured.
+"""The configuration of `jobs/bench.py`: that of all jobs, and how a benchmark measures.
 
-python -m benches.settings, with jobs/ on the path, prints the schema that editors complete from.
+With jobs/ on the path, python -m benches.settings prints the schema that editors complete from.
 """
 
 import json

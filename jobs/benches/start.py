@@ -1,19 +1,19 @@
-"""What starting costs: from the command to the first step, and from one stage to the next.
+"""Time the start: from the command to the first step, and from one stage to the next.
 
-Every round runs `jobs/pretrain.py` on a few images that were ingested before, as a user does, and
-looks at it from outside: when its processes and the files of its run appeared.
+Every round runs `jobs/pretrain.py` as a user does, on a few images that were ingested before. It
+observes from outside when the job's processes and the files of its run appear.
 
     command_s    the command itself, until it starts Ray: interpreter, imports, checks
-    ray_s        until the first worker has a process, the driver's seats and Ray Train in it
-    worker_s     until that worker knows its rank, which begins the stage's log
+    ray_s        until the first worker has a process: search for nodes, Ray Train
+    worker_s     until that worker knows its rank and begins the stage's log
     engine_s     until model and engine are built: imports, process group, first weights
     step_s       until the first step is in metrics.jsonl
 
 first_step is their sum, for stage mae. next_stage lasts from the marker of stage moce to the first
-step of stage control, which trains on the same workers; after_shards from the marker of the shards
-to the first step of stage moce, for which workers did something else. With `bench.against` another
-copy of the project runs the same, turn about. interpreter_s and imports_s are processor seconds of
-processes of their own: Python alone, and what a worker imports.
+step of stage control, which trains on the same workers. after_shards lasts from the marker of the
+shards to the first step of stage moce; before that marker the workers did other work. With
+`bench.against`, another copy of the project runs the same in alternation. interpreter_s and
+imports_s are processor seconds of separate processes: Python alone, and what a worker imports.
 """
 
 import os
@@ -44,7 +44,7 @@ _WAYS = ("first_step", "next_stage", "after_shards")
 
 
 def run(config: BenchConfig) -> Report:
-    """Start the command once a round, and the other copy's, where one is named."""
+    """Start the command once per round, and that of the other copy, if one is named."""
     others = {} if config.bench.against is None else {"_against": Path(config.bench.against)}
     copies = {"": ROOT, **others}
     for copy in copies.values():
@@ -73,7 +73,7 @@ def _median(rounds: list[dict[str, float]], name: str) -> float:
 
 
 def _ingested(config: BenchConfig, folder: Path) -> list[str]:
-    """Make images and ingest them; the arguments of a run on them."""
+    """Make images and ingest them; return the arguments of a run on them."""
     draws, images = np.random.default_rng(0), folder / "images"
     images.mkdir()
     size = config.data.image_size
@@ -85,7 +85,7 @@ def _ingested(config: BenchConfig, folder: Path) -> list[str]:
     flags = [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
     index = folder / "index"
     command = [sys.executable, f"{ROOT}/jobs/ingest.py", "--source", f"folder:{images}"]
-    # without Ray, which is not measured here
+    # one worker needs no Ray; ingest is not measured here
     alone = ["--out", str(index), *flags, "--set", "parallel.num_workers=1"]
     done = subprocess.run([*command, *alone], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -102,11 +102,11 @@ def _turn(copy: Path, flags: list[str], found: list[dict[str, float]]) -> Callab
 
 
 def _start(copy: Path, flags: list[str], run_folder: Path) -> dict[str, float]:
-    """Run all stages; seconds of the parts."""
+    """Run all stages; return the seconds of the parts."""
     config = run_folder.parent / "empty.yaml"
     config.write_text("{}\n")
     command = [sys.executable, f"{copy}/jobs/pretrain.py", "--config", str(config)]
-    # first of all, Ray's workers import from where the command was started
+    # Ray's workers import first from the folder where the command was started
     variables = os.environ | {"PYTHONPATH": str(copy)}
     begin = time.time()
     process = subprocess.Popen(
@@ -136,7 +136,7 @@ def _start(copy: Path, flags: list[str], run_folder: Path) -> dict[str, float]:
 
 
 def _watch(process: "subprocess.Popen[str]", run_folder: Path) -> dict[str, float]:
-    """Wait for every moment of a run; when each was, seconds since 1970."""
+    """Wait for every moment of a run; return their times, seconds since 1970."""
     mae, seen = run_folder / "mae", dict[str, float]()
     files: dict[str, Callable[[], bool]] = {
         "log": (mae / "log.txt").exists,
@@ -160,7 +160,7 @@ def _has_lines(folder: Path) -> Callable[[], bool]:
 
 
 def _created(parent: int) -> dict[str, float]:
-    """When Ray's node and the first worker of the training got processes, if they have."""
+    """Return when the processes of Ray's node and of the first worker began, if they have."""
     names = {"raylet": "/raylet", "worker": "RayTrainWorker"}
     found: dict[str, float] = {}
     try:
@@ -175,7 +175,7 @@ def _created(parent: int) -> dict[str, float]:
 
 
 def _imports(copy: Path, suffix: str) -> dict[str, float]:
-    """Processor seconds of Python alone, and of what a worker imports."""
+    """Measure processor seconds of Python alone, and of what a worker imports."""
     return {
         f"{name}{suffix}": min(_cpu_s(copy, code) for _ in range(3))
         for name, code in {

@@ -1,10 +1,10 @@
-"""A training step of MoCE beside the dense model and the token-routed one, of equal active FLOPs.
+"""Time a step of MoCE, of the dense model and of the token-routed one, at equal active FLOPs.
 
-All variants but two are the same model, loop and engine, on the same ranks; they differ in
-`moe.kind` and precision. A step is routing table, forward, backward, gradient reduction and
-optimiser step. `ddp` and `fsdp2` are what a user would write for the dense model: torch's
-DistributedDataParallel, or FSDP2's `fully_shard` of every block, which overlap their collectives
-with the passes, a fused optimiser, and nothing that is logged.
+All variants except `ddp` and `fsdp2` use the same model, loop and engine on the same ranks; they
+differ in `moe.kind` and precision. A step consists of routing table, forward, backward, gradient
+reduction and optimiser step. `ddp` and `fsdp2` are what a user would write for the dense model:
+torch's DistributedDataParallel, or FSDP2's `fully_shard` of every block. Both overlap their
+collectives with the passes, use a fused optimiser, and log nothing.
 """
 
 import copy
@@ -97,8 +97,8 @@ def stepper(state: TrainState, count: int) -> Callable[[], None]:
 def baseline_stepper(state: TrainState, count: int, baseline: Baseline) -> Callable[[], None]:
     """Return a function that takes a step of the same dense model under torch's DDP or FSDP2.
 
-    The model, its start, optimiser groups and batches are those of the dense `state`; the gradient
-    travels in the type that each has by default, or in bf16 by its own means.
+    Model, initial weights, optimiser groups and batches are those of the dense `state`. Gradients
+    are reduced in the wrapper's default type, or in bf16 by the wrapper's own means.
     """
     device, config = state.engine.device, state.job.config
     model = MaskedAutoencoder(config).to(device)
@@ -132,7 +132,7 @@ def _ddp(model: MaskedAutoencoder, config: Config, device: torch.device) -> nn.M
 
 
 def _fsdp2(model: MaskedAutoencoder, config: Config, device: torch.device) -> nn.Module:
-    # precision is the model's own autocast, as in all variants
+    # the model's own autocast sets the precision, as in all variants
     reduced = torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else None
     policy = MixedPrecisionPolicy(reduce_dtype=reduced)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -143,7 +143,7 @@ def _fsdp2(model: MaskedAutoencoder, config: Config, device: torch.device) -> nn
 
 
 def exchange_figures(state: TrainState) -> dict[str, float]:
-    """Take a step and count what travelled and what reached no expert."""
+    """Take a step; count the bytes exchanged and the images that reached no expert."""
     rows = 0
 
     def count(_: Any, inputs: tuple[Any, ...]) -> None:

@@ -1,11 +1,13 @@
-"""`jobs/bench.py stream`: from tars to batches, ours against other libraries; reading alone.
+"""Compare streams from tars to batches with other libraries, and measure reading alone.
 
-All streams use the same number of loader processes and end with a batch in the training process:
-webdataset with Pillow, torchvision and its shuffle buffer, litdata (where it is installed) with the
-same transform on its own format, ours by plan and normalised there.
-Reading alone is measured without page cache: every tar from its first to its last byte, against the
-samples of the same tars in the order of the plan. `random_read` is what the disk gives to anybody
-who wants single samples in random order: their ranges announced many at a time, and nothing else.
+All streams use the same number of loader processes and end with a batch in the training process.
+webdataset uses Pillow, torchvision and its shuffle buffer. litdata (if it is installed) uses the
+same transform on its own format. Ours reads by plan and normalises in the training process.
+
+Reading alone is measured without page cache. `sequential_read` reads every tar from its first to
+its last byte; `planned_read` reads the samples of the same tars in the order of the plan.
+`random_read` is what the disk gives to any program that reads single samples in random order: it
+announces many ranges at a time, and does nothing else.
 """
 
 import itertools
@@ -82,7 +84,7 @@ def run(config: BenchConfig) -> Report:
 
 
 def make_shards(folder: Path, contents: list[bytes], samples: int) -> ShardIndex:
-    """Write `samples` samples with the contents in turn, as clusters of tars, and flush them."""
+    """Write `samples` samples, which repeat the contents, as clusters of tars, and flush them."""
     shards, tars = [], _CLUSTERS * _TARS_OF_CLUSTER
     for tar, numbers in enumerate(np.array_split(np.arange(samples), tars)):
         writer = ShardWriter(folder, f"tar-{tar:03d}.tar", cluster=tar // _TARS_OF_CLUSTER)
@@ -160,7 +162,7 @@ def planned(spec: StreamSpec, steps: int) -> Iterator[PlannedStep]:
 
 
 def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[], float]]:
-    """Make the ways to read all samples once in one process; a call returns its seconds."""
+    """Make functions that read all samples once in this process and return the seconds."""
     paths = [index.url(shard) for shard in index.shards]
 
     def sequential() -> None:
@@ -198,7 +200,7 @@ def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[
 
 
 def _places(table: SampleTable, files: list[int], rows: Ids) -> Iterator[tuple[int, int, int]]:
-    # open file, offset and size of samples
+    # open file, offset and size of each sample
     columns = (table.shard[rows].tolist(), table.offset[rows].tolist(), table.size[rows].tolist())
     return ((files[shard], offset, size) for shard, offset, size in zip(*columns, strict=True))
 
@@ -214,9 +216,9 @@ def _uncached(paths: list[str], read: Callable[[], None]) -> float:
 
 
 def resume_first_batch(config: BenchConfig, folder: Path) -> float:
-    """Seconds from the index of a long epoch to the first batch in its middle.
+    """Measure the seconds from the index of a long epoch to the first batch in its middle.
 
-    The tars are one real tar under 64 names; every sample of the index is read where it says.
+    The tars are one real tar under 64 names, so every sample can be read where the index says.
     """
     index = make_long_epoch(config, folder)
     begin = time.perf_counter()
@@ -228,7 +230,7 @@ def resume_first_batch(config: BenchConfig, folder: Path) -> float:
 
 
 def make_long_epoch(config: BenchConfig, folder: Path) -> ShardIndex:
-    """Write one tar of small photographs and an index that names it 64 times, keys told apart."""
+    """Write one tar of small photographs, and an index with it under 64 names and unique keys."""
     contents = photographs(config, *_SMALL, config.bench.images)
     writer = ShardWriter(folder, "tar-000.tar", cluster=0)
     for number in range(config.bench.epoch_samples // _EPOCH_TARS):
@@ -267,7 +269,7 @@ def read_from_s3(config: BenchConfig, index: ShardIndex) -> dict[str, float]:
             },
         ),
     ):
-        # filesystems are kept by their arguments, which do not tell one server from another
+        # file systems are cached by their arguments, which are the same for every server
         s3fs.S3FileSystem.clear_instance_cache()
         store = s3fs.S3FileSystem()
         store.mkdir("bench")

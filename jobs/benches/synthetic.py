@@ -1,9 +1,9 @@
-"""A training state and batches made up in memory: what a step costs, without data or a run.
+"""Make a training state and batches in memory, to time steps without data or a run.
 
-Clusters are equal in size; centroids are drawn around `E` directions, as related clusters lie
-together. The gate is trained on its own two losses before anything is measured, so that its
-routing table is the balanced, decided one of a trained gate, with the noise that the schedule
-gives halfway through its fall.
+Clusters are equal in size. Centroids are drawn around `E` directions, because related clusters lie
+together. The gate is trained on its own two losses before anything is measured. So its routing
+table is balanced and decided, like that of a trained gate, with the noise that the schedule gives
+halfway through its fall.
 
 Letters: B images of a step, E experts, K clusters, D width.
 """
@@ -32,7 +32,7 @@ _EPOCHS_OF_STEPS = 8
 
 
 def synthetic_table(num_samples: int, num_clusters: int) -> SampleTable:
-    """Make a table of samples that nothing can be read from; clusters differ by one at most."""
+    """Make a table of samples that cannot be read; cluster sizes differ by at most one."""
     nothing = np.zeros(num_samples, np.int64)
     return SampleTable(
         urls=[""],
@@ -54,7 +54,7 @@ def synthetic_centroids(config: BenchConfig) -> torch.Tensor:
 
 
 def train_gate(gate: Gate, config: BenchConfig) -> None:
-    """Train a gate on its balance and confidence losses alone, over equal clusters, in place."""
+    """Train a gate in place, on its balance and confidence losses alone, over equal clusters."""
     counts = torch.ones(config.cluster.num_clusters, device=gate.weight.device)
     optimizer = torch.optim.Adam([gate.weight], lr=0.01)
     for _ in range(_GATE_STEPS):
@@ -66,7 +66,7 @@ def train_gate(gate: Gate, config: BenchConfig) -> None:
 
 
 def synthetic_state(config: BenchConfig, device: torch.device) -> TrainState:
-    """Build a state of stage moce, its gate trained; collective over all ranks."""
+    """Build a state of stage moce with a trained gate; collective over all ranks."""
     num_clusters = config.cluster.num_clusters
     num_samples = config.moce.batch_size * _EPOCHS_OF_STEPS
     num_samples -= num_samples % num_clusters
@@ -84,20 +84,20 @@ def synthetic_state(config: BenchConfig, device: torch.device) -> TrainState:
 
 @dataclass(frozen=True)
 class _Stripes:
-    """An image of stripes, whatever is cut out of it."""
+    """An image of which every crop consists of stripes."""
 
     draws: np.random.Generator
     width: int = 64
     height: int = 64
 
     def crop(self, _: Box, size: int) -> Pixels:
-        """Draw (S, S, 3)."""
+        """Draw a crop (S, S, 3)."""
         column = self.draws.integers(0, 256, (size, 1, 3), np.uint8)
         return np.broadcast_to(column, (size, size, 3))
 
 
 class _SyntheticStream(PlannedStream):
-    """The plan's steps, every image made of stripes: only who reads what is real."""
+    """The plan's steps with images of stripes; only the choice of who reads what is real."""
 
     def _read_windows(
         self, steps: range, group_of: GroupOf, _: RangeReader
@@ -112,6 +112,6 @@ class _SyntheticStream(PlannedStream):
 
 
 def synthetic_batches(state: TrainState, count: int) -> list[Batch]:
-    """Make the batches of the `count` steps to come, as the state's rank reads them."""
+    """Make the batches of the next `count` steps, as the state's rank reads them."""
     readers = Readers(state.step + count, state.router.placement.readers)
     return list(_SyntheticStream(state.stream_spec(state.plan), state.step, [[readers]]))

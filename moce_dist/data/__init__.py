@@ -1,1 +1,1 @@
-"""Tars in, batches of (image, cluster_id, key, weight) out."""
+"""From tars of images to the batches that a rank trains on."""

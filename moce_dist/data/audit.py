@@ -1,17 +1,17 @@
-"""Looking at every image of ingested data before hours are spent on it.
+"""Checks of every image of ingested data before it is used for training.
 
-`verify` reads and decodes everything: what training would meet as faults is known beforehand.
-`find_copies` looks for images of a downstream set among those for pre-training, as leaks make every
-later number worthless:
+`verify` reads and decodes everything, so that the faults of a training run are known beforehand.
+`find_copies` searches the pre-training images for images of a downstream set, because such leaks
+invalidate every later result:
 
     exact   the same bytes
-    near    an image that was resized, encoded anew or mirrored
+    near    an image that was resized, encoded again or mirrored
 
-Two images are near when both differ little between neighbouring pixels in the same directions
-(128 signs of differences on a grid of 9 x 8 and 8 x 9, of which 10 may differ) and
-their thumbnails correlate by at least 0.95.
+Two images are near if at most 10 of their 128 signs differ and their thumbnails correlate by at
+least 0.95. The signs are those of differences between neighbouring pixels on grids of 9 x 8
+(horizontal) and 8 x 9 (vertical).
 
-Every shard is a task, so workers share the reading; a task returns what it found, not what it read.
+Every shard is a task, so workers share the reading. A task returns its findings, not the data.
 
 Source: signs of differences as in the difference hash of N. Krawetz, "Kind of like that", 2013.
 """
@@ -55,7 +55,7 @@ _Known = frozenset[tuple[str, str | None]]
 
 
 class Copy(NamedTuple):
-    """An image for pre-training that stands in a downstream set too."""
+    """A pre-training image that is in a downstream set too."""
 
     shard: str
     key: str
@@ -63,7 +63,7 @@ class Copy(NamedTuple):
     kind: str
     """`exact` or `near`."""
     distance: int
-    """Signs of 128 that differ."""
+    """Number of the 128 signs that differ."""
 
 
 def verify(
@@ -72,9 +72,9 @@ def verify(
     map_tasks: MapTasks = map_here,
     known: Collection[tuple[str, str | None]] = (),
 ) -> Iterator[Fault]:
-    """Read and decode every sample; yield what is wrong, by shard, in their order.
+    """Read and decode every sample; yield the faults shard by shard, in order.
 
-    `known` are shard and key of faults that the index lacks already.
+    `known` has the (shard URL, key) of faults found by ingest, whose samples the index lacks.
     """
     tasks = _tasks(index)
     found = map_tasks(verify_shard, (data, frozenset(known)), tasks)
@@ -103,7 +103,7 @@ def verify_shard(
 
 
 def _names_of(member: str | None) -> set[str | None]:
-    # a fault is called by the key of its sample, or by that and the rest of the member's name
+    # a fault is named by the key of its sample, or by the key and the rest of the member's name
     if member is None:
         return {None}
     stem, _, last = member.rpartition(".")
@@ -111,10 +111,9 @@ def _names_of(member: str | None) -> set[str | None]:
 
 
 def unaccounted(file: IO[bytes], url: str, shard: Shard) -> Iterator[Fault]:
-    """Yield what a tar holds that its index entry has not: images, and bytes of no member.
+    """Yield what a tar contains that its index entry lacks: images, and bytes of no member.
 
-    Rests on nothing that the reader of the index assumes: neither on where an archive ends, nor on
-    keys.
+    The check is independent of `scan_tar`: it relies neither on ends of archives nor on keys.
     """
     end = 0
     file.seek(0)
@@ -143,7 +142,7 @@ def _junk(file: IO[bytes], start: int, end: int) -> str:
         file.seek(start)
         block = file.read(_BLOCK)
         if block[156:157] == tarfile.XGLTYPE:
-            # notes that count for all members: no member has them
+            # a global pax header, which belongs to no single member
             length = int(block[124:135].strip(b" \0") or b"0", 8)
             start += _BLOCK + -(-length // _BLOCK) * _BLOCK
         elif block.strip(b"\0"):
@@ -175,24 +174,24 @@ def _images(url: str, shard: Shard, data: DataConfig) -> Iterator[tuple[str, Con
 
 @dataclass(frozen=True)
 class Looks:
-    """What images look like; n images."""
+    """Hashes and thumbnails of n images, for comparison."""
 
     names: list[str]
     digests: dict[bytes, int]
     """Row of an image by the sha256 of its bytes."""
     signs: NDArray[np.uint64]
-    """Signs of differences, (n, 2), of images and, in rows from n on, of their mirror images."""
+    """(2 n, 2) signs of differences, 64 bits a word; rows n and up are of the mirror images."""
     thumbnails: NDArray[np.float32]
-    """Centred thumbnails of length 1, (2 n, 256)."""
+    """(2 n, 256) centred thumbnails of length 1, in the same order."""
 
 
 def find_copies(
     index: ShardIndex, folder: Path, data: DataConfig, map_tasks: MapTasks = map_here
 ) -> Iterator[Copy]:
-    """Yield the images of an index that stand in a folder of images too.
+    """Yield the images of an index that are in a folder of images too.
 
     Raises:
-        ConfigError: the folder is missing or holds no readable images.
+        ConfigError: the folder is missing or has no readable images.
     """
     looks = look_at([file.path for file in list_folder(folder).files])
     tasks = _tasks(index)
@@ -202,10 +201,10 @@ def find_copies(
 
 
 def look_at(paths: Sequence[Path]) -> Looks:
-    """Look at image files; unreadable ones are passed over.
+    """Compute the `Looks` of image files; images that cannot be decoded are skipped.
 
     Raises:
-        ConfigError: none of them can be read.
+        ConfigError: none of them can be decoded.
     """
     names: list[str] = []
     digests: dict[bytes, int] = {}
@@ -226,7 +225,7 @@ def look_at(paths: Sequence[Path]) -> Looks:
 
 
 def find_in_shard(shared: tuple[Looks, DataConfig], task: _Task) -> list[Copy]:
-    """Compare the images of a shard with the folder's; what cannot be read is passed over."""
+    """Compare the images of a shard with the folder's; unreadable images are skipped."""
     (looks, data), (url, shard) = shared, task
     found = []
     for key, content in _images(url, shard, data):
@@ -240,9 +239,9 @@ def find_in_shard(shared: tuple[Looks, DataConfig], task: _Task) -> list[Copy]:
 
 
 def find_match(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | None:
-    """Find the image that an image is a copy of: its row, `exact` or `near`, signs that differ.
+    """Find the original of an image: its row, `exact` or `near`, and how many signs differ.
 
-    None: there is none, or the image cannot be read.
+    None if there is none, or the image cannot be decoded.
     """
     row = looks.digests.get(hashlib.sha256(content).digest())
     return (row, "exact", 0) if row is not None else _near(looks, content)
@@ -263,7 +262,7 @@ def _near(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | N
 
 
 def _small(content: bytes | memoryview) -> NDArray[np.float32]:
-    # grey, and small enough that encoding, size and sharpness no longer show
+    # grey, and small enough that encoding, size and sharpness make no difference
     side = 4 * _THUMBNAIL
     image = Image.fromarray(decode_image(content)).convert("L")
     return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)

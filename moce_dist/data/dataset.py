@@ -1,7 +1,7 @@
-"""The planned stream for other trainings: samples of webdataset's form, exactly once an epoch.
+"""The planned stream for other training code: webdataset-style samples, exactly once per epoch.
 
-Plain tars with an `index.json` beside them (jobs/ingest.py writes both) are read by plan, on any
-number of ranks and loader processes:
+It reads plain tars with an `index.json` beside them (jobs/ingest.py writes both) in planned order,
+on any number of ranks and loader processes:
 
     samples = PlannedSamples("/data/shards", batch_size=256, rank=rank, num_ranks=num_ranks)
     pipeline = webdataset.FluidWrapper(samples).decode("pil").to_tuple("jpg", "cls").map(make)
@@ -10,12 +10,12 @@ number of ranks and loader processes:
         for batch in webdataset.WebLoader(pipeline, batch_size=samples.rank_batch, num_workers=4):
             ...
 
-Step t is the same set of B samples for every number of ranks R; rank r has slots [r b, (r + 1) b),
-b = B / R, and of P loader processes each makes every P-th step. So a batch of b samples is a rank's
-part of one step, and "so many steps are done" is the whole position: a run that was killed goes on
-with `load_state_dict({"step": t})`, on other ranks and processes too.
+Step t has the same B samples for every number of ranks R. Rank r has slots [r b, (r + 1) b) of it,
+b = B / R, and each of P loader processes makes every P-th step. So a batch of b samples is a rank's
+part of one step, and the number of completed steps is the whole position: a killed run resumes with
+`load_state_dict({"step": t})`, also on another number of ranks and processes.
 
-Letters: B samples of a step over all ranks, b of a rank, R ranks, P loader processes.
+Letters: B samples of a step over all ranks, b samples of a rank, R ranks, P loader processes.
 """
 
 import io
@@ -38,15 +38,15 @@ from moce_dist.data.table import sample_table
 from moce_dist.data.tarscan import open_tar, split_name
 
 Sample = dict[str, Any]
-"""`__key__`, `__url__` and the bytes of every member by its ending, as webdataset has them."""
+"""`__key__`, `__url__` and the bytes of every member by its extension, as in webdataset."""
 _WINDOW_BYTES = 2**24
 
 
 class PlannedSamples(IterableDataset[Sample]):
-    """The samples of an index in the order of a plan; one iteration is the rest of an epoch.
+    """The samples of an index in the order of a plan; one iteration yields the rest of an epoch.
 
-    An iteration begins where `set_epoch` or `load_state_dict` said. A sample that cannot be read
-    goes to `handler`, as in webdataset: by default its error is raised.
+    An iteration begins at the position set by `set_epoch` or `load_state_dict`. The error of a
+    sample that cannot be read goes to `handler`, as in webdataset; by default it is raised.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class PlannedSamples(IterableDataset[Sample]):
         num_ranks: int | None = None,
         handler: Callable[[Exception], bool] = reraise_exception,
     ) -> None:
-        """Read the index of a folder or URL; ranks are torchrun's unless they are given.
+        """Read the index of a folder or URL; rank and number of ranks default to torchrun's.
 
         Raises:
-            ConfigError: there is no index, or it is not one of ours.
-            ValueError: the ranks do not divide `batch_size`, B.
+            ConfigError: there is no index, or it has another format.
+            ValueError: `num_ranks` does not divide `batch_size`, B, or `rank` is out of range.
         """
         self._rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         ranks = int(os.environ.get("WORLD_SIZE", "1")) if num_ranks is None else num_ranks
@@ -82,37 +82,40 @@ class PlannedSamples(IterableDataset[Sample]):
         )
         self._sizes = ends - self._starts
         self._handler = handler
-        # next step, samples of it that were yielded, and whether the step is this process's own
+        # next step, number of its samples that were yielded, whether this process makes that step
         self._begin = self._now = (0, 0, False)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch, the last of which may be smaller."""
+        """Steps of an epoch; the last one may be smaller."""
         return self._plan.steps_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration with an epoch, unless it is inside of it already."""
+        """Begin the next iteration at the start of an epoch, unless the position is within it."""
         if self._begin[0] // self.steps_per_epoch != epoch:
             self._begin = self._now = (epoch * self.steps_per_epoch, 0, False)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of this process: `step`, and `slot` in it. `{"step": t}` will do."""
+        """Return the position of this process (`step`, `slot` within it) and what it is valid for.
+
+        Between two steps, `{"step": t}` is enough to resume.
+        """
         step, slot, is_own = self._now
         return {"step": step, "slot": slot, "is_own": is_own, **self._order}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a position, in a loader process or before there are any.
+        """Resume from a position, in a loader process or before any are started.
 
         Raises:
-            ValueError: the position is of other data, another batch or seed; or it is inside of a
-                step, and of another number of ranks.
+            ValueError: the position belongs to other data, batch size or seed; or it is within a
+                step and belongs to another number of ranks.
         """
         slot, mine = state.get("slot", 0), self._order
         if "samples" in state:
-            # before orders had versions there was the first
+            # states without a version of the order were written with version 1
             state = {"order": 1, **state}
         for name, value in state.items():
-            # between two steps any number of ranks may go on
+            # between two steps any number of ranks may resume
             if name in mine and value != mine[name] and (slot or name != "rank_batch"):
                 raise ValueError(f"{name} of the state is {value}, here it is {mine[name]}")
         is_own = state.get("is_own", False) and get_worker_info() is not None
@@ -138,7 +141,7 @@ class PlannedSamples(IterableDataset[Sample]):
         for step, rows, contents in self._read_ahead(range(mine, stop, every)):
             skipped = slot if step == first else 0
             for at in range(skipped, len(rows)):
-                # before the sample leaves: who asks then has not lost it
+                # before the yield, so that a state taken after it counts this sample
                 self._now = (step, at + 1, True)
                 try:
                     sample = self._sample(int(rows[at]), contents[at])
@@ -156,7 +159,7 @@ class PlannedSamples(IterableDataset[Sample]):
         reader = RangeReader()
         step_bytes = max(1.0, float(self._sizes.mean())) * self.rank_batch
         length = max(1, int(_WINDOW_BYTES / step_bytes))
-        # while a window is used up, the next one is read
+        # while one window is consumed, the next one is read
         windows = [steps[at : at + length] for at in range(0, len(steps), length)]
         with ThreadPoolExecutor(1, "read-ahead") as thread:
             ahead = [thread.submit(self._read, window, reader) for window in windows[:1]]
@@ -201,6 +204,6 @@ class PlannedSamples(IterableDataset[Sample]):
         return sample
 
     def _place(self, row: int) -> tuple[str, str]:
-        # key and tar of a sample
+        # key and tar URL of a sample
         table = self._plan.table
         return table.keys[row], table.urls[int(table.shard[np.array([row])][0])]

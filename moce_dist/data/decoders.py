@@ -1,11 +1,11 @@
-"""The one door around all decoders: whatever they raise is a fault of that one image.
+"""The boundary around all decoders: an exception of a decoder is a fault of one image only.
 
-Pillow, simplejpeg and nvImageCodec raise all kinds of exceptions of damaged or odd files. In here,
-and nowhere else, images are opened, and `door` makes an `ImageError` of all of them, so that one
-file never ends the work on the others. Nothing larger than `MAX_PIXELS` or `MAX_BYTES` is decoded.
+Pillow, simplejpeg and nvImageCodec raise exceptions of many types for damaged or unusual files. All
+calls of them go through `door`, which turns every exception into an `ImageError`, so that one file
+never stops the work on the others. Nothing larger than `MAX_PIXELS` or `MAX_BYTES` is decoded.
 
-Which files are images is what the installed Pillow can really open: of its registry all formats
-that have an ending, but for those that only hand the file on to another program.
+Image formats are those that the installed Pillow can really open: all formats of its registry with
+a file extension, except those that only pass the file to another program.
 """
 
 import io
@@ -25,7 +25,7 @@ from moce_dist.data.metadata import AS_STORED, JPEG, Turn, may_be_turned, turn_o
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 256 * 2**20
 _REASON_LETTERS = 300
-# EPS is a program that Ghostscript would run; of MPEG only the header is read
+# an EPS file is a program, which Ghostscript would run; of MPEG Pillow reads only the header
 _NOT_OPENED = ("EPS", "MPEG")
 _NEEDS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 _SPEAK_FOR_THEMSELVES = (OSError, ValueError, SyntaxError, struct.error)
@@ -35,18 +35,18 @@ Pixels = NDArray[np.uint8]
 
 
 class ImageError(ValueError):
-    """The bytes are no usable image; the message says why, whoever catches it knows which."""
+    """The bytes are no usable image; the message says why, but does not name the image."""
 
 
 class Stored(NamedTuple):
-    """A decoded image as it is stored, and what makes it upright."""
+    """A decoded image as it is stored, and the turn that makes it upright."""
 
     image: Image.Image
     turn: Turn
 
 
 class JpegHeader(NamedTuple):
-    """Size of a JPEG as stored, pixels, and its colours."""
+    """Size of a JPEG as stored, in pixels, and its colour space."""
 
     width: int
     height: int
@@ -55,7 +55,7 @@ class JpegHeader(NamedTuple):
 
 @contextmanager
 def door() -> Iterator[None]:
-    """Make an `ImageError` of whatever a decoder raises.
+    """Turn every exception of a decoder into an `ImageError`.
 
     Raises:
         ImageError: with the reason in one line.
@@ -94,18 +94,18 @@ def image_formats() -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def image_endings() -> frozenset[str]:
-    """Return the endings of files that are images, lower case, without the dot."""
-    # several JPEGs in one file are opened as a JPEG
+    """Return the file extensions of images, lower case, without the dot."""
+    # Pillow opens MPO, several JPEGs in one file, as a JPEG
     formats = {*image_formats(), "MPO"}
     found = Image.registered_extensions().items()
     return frozenset(ending[1:] for ending, name in found if name in formats)
 
 
 def check_bytes(content: Encoded) -> None:
-    """Refuse what is empty or too long.
+    """Refuse content that is empty or longer than `MAX_BYTES`.
 
     Raises:
-        ImageError: it is.
+        ImageError: it is refused.
     """
     if not content:
         raise ImageError("image is empty")
@@ -114,10 +114,10 @@ def check_bytes(content: Encoded) -> None:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Refuse what is too large, or has no pixels.
+    """Refuse an image that has no pixels or more than `MAX_PIXELS`.
 
     Raises:
-        ImageError: it is.
+        ImageError: it is refused.
     """
     if width < 1 or height < 1:
         raise ImageError(f"image has {width} x {height} pixels")
@@ -126,9 +126,9 @@ def check_pixels(width: int, height: int) -> None:
 
 
 def open_stored(content: Encoded, draft: tuple[int, int] | None = None) -> Stored:
-    """Decode as stored, the first frame; metadata that cannot be read do not count.
+    """Decode the first frame as stored; ignore metadata that cannot be read.
 
-    With `draft`, width and height, a JPEG may be decoded at a part of its size that is no smaller.
+    With `draft` (width, height), a JPEG may be decoded at a reduced size that is not smaller.
 
     Raises:
         ImageError: empty, of unknown format, truncated, damaged, of more than `MAX_PIXELS` or
@@ -151,7 +151,7 @@ def _load(content: Encoded, draft: tuple[int, int] | None) -> Stored:
         if draft is not None:
             image.draft("RGB", draft)
         image.load()
-        # of some formats only now the size is that of the pixels
+        # some formats know their true size only after loading
         check_pixels(*image.size)
         return Stored(image, turn_of(image))
 
@@ -166,14 +166,14 @@ def check_header(file: IO[bytes] | Path) -> None:
     """Read the header only.
 
     Raises:
-        ImageError: it cannot be read, or says that the image is too large.
+        ImageError: the header cannot be read, or the image is too large.
     """
     with door(), Image.open(file, formats=image_formats()) as image:
         check_pixels(*image.size)
 
 
 def read_turn(content: Encoded) -> Turn:
-    """Read which way up a JPEG is, its pixels left alone; unreadable or odd means upright."""
+    """Read a JPEG's orientation without decoding it; without a valid one, it is upright."""
     if not may_be_turned(content):
         return AS_STORED
     with suppress(ImageError), door(), Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
@@ -183,10 +183,10 @@ def read_turn(content: Encoded) -> Turn:
 
 
 def jpeg_header(content: Encoded) -> JpegHeader | None:
-    """Read the header of a JPEG; None where it is none, or an odd one that Pillow may know."""
+    """Read the header of a JPEG; None if it is no JPEG, or one that libjpeg-turbo refuses."""
     if content[:3] != JPEG:
         return None
-    import simplejpeg  # a bench of steps on synthetic images runs without it
+    import simplejpeg  # imported here, as benches on synthetic images run without it
 
     with suppress(ImageError), door():
         height, width, space, _ = simplejpeg.decode_jpeg_header(content)
@@ -197,9 +197,9 @@ def jpeg_header(content: Encoded) -> JpegHeader | None:
 def jpeg_pixels(
     content: Encoded, width: int, height: int, factor: int, *, is_fast: bool
 ) -> Pixels | None:
-    """Decode a JPEG as stored at 1 / factor of its size, (height, width, 3).
+    """Decode a JPEG as stored, at 1 / `factor` of its size, to (height, width, 3).
 
-    None where libjpeg-turbo warns or fails: Pillow knows which warnings are harmless.
+    None if libjpeg-turbo warns or fails; Pillow knows which warnings are harmless.
     """
     import simplejpeg
 

@@ -1,8 +1,8 @@
-"""Cut-outs and wallpapers that Debian packages carry, as arrays.
+"""Cut-outs and wallpapers from Debian packages, as arrays.
 
 They are read where the packages install them, in the folders of `XDG_DATA_DIRS`
-(/usr/local/share, /usr/share). Without root, `dpkg -x PACKAGE.deb DIR` and DIR/usr/share in that
-variable serve as well. Licences are mixed, so images are built where they are used.
+(/usr/local/share, /usr/share). Without root, use `dpkg -x PACKAGE.deb DIR` and add DIR/usr/share to
+that variable. Licences are mixed, so images are built where they are used.
 
 Axes: H rows, W columns; pixels are uint8 in [0, 255].
 
@@ -27,7 +27,7 @@ _PACKAGES = ("tuxpaint-stamps-default", "lomiri-wallpapers-16.04", "mate-backgro
 _STAMPS = "tuxpaint/stamps"
 _STAMP_SIDE = 96
 _OPAQUE = (0.15, 0.92)
-# distinct colours, of 32 levels a channel, per pixel: a drawing has few
+# distinct colours (32 levels per channel) divided by opaque pixels: a drawing has few colours
 _MIN_COLOURS = 0.08
 _WALLPAPER_SIDE = 1024
 _LOMIRI = (
@@ -62,7 +62,7 @@ _MATE = (
 
 
 class Stamp(NamedTuple):
-    """A cut-out: its file, subject, and pixels (H, W, 4) whose last channel is the outline."""
+    """A cut-out: its file, subject, and pixels (H, W, 4), whose last channel is opacity."""
 
     name: str
     label: int
@@ -70,7 +70,7 @@ class Stamp(NamedTuple):
 
 
 class Wallpaper(NamedTuple):
-    """A photograph: its file and pixels (H, W, 3); all are of one subject."""
+    """A photograph: its file and pixels (H, W, 3); all have the same `label`."""
 
     name: str
     pixels: Pixels
@@ -88,10 +88,10 @@ def _locate(path: str) -> Path:
 
 
 def check_installed() -> None:
-    """Make sure of every package that is read.
+    """Check that every package that is read is installed.
 
     Raises:
-        ConfigError: one of them is missing; the message holds the apt-get command.
+        ConfigError: one of them is missing; the message contains the apt-get command.
     """
     _locate(_STAMPS)
     for path in wallpaper_paths():
@@ -130,20 +130,20 @@ def _is_photograph(pixels: Pixels) -> bool:
 
 
 def wallpaper_paths() -> Iterator[str]:
-    """Yield the paths of the wallpapers below the packages' folder."""
+    """Yield the paths of the wallpapers, relative to a folder of `XDG_DATA_DIRS`."""
     yield from (f"backgrounds/{name}.jpg" for name in _LOMIRI)
     yield from (f"backgrounds/mate/nature/{name}.jpg" for name in _MATE)
 
 
 def wallpapers() -> list[Wallpaper]:
-    """Read the wallpapers, their shorter side 1024 pixels or less.
+    """Read the wallpapers, reduced to a shorter side of at most 1024 pixels.
 
     Raises:
         ConfigError: a package is missing.
     """
     found = []
     for path in wallpaper_paths():
-        # a JPEG is decoded at 1/2, 1/4 or 1/8 where that is enough
+        # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is large enough
         content = _locate(path).read_bytes()
         image = open_stored(content, draft=(_WALLPAPER_SIDE, _WALLPAPER_SIDE)).image.convert("RGB")
         factor = min(1.0, _WALLPAPER_SIDE / min(image.size))

@@ -1,16 +1,15 @@
 """The detection sets of `sample:NAME`, in COCO's folder layout.
 
-`trees-coco`: tiles of aerial photographs with the boxes of their trees, without outlines. Training
-and test tiles are of different photographs.
+`trees-coco`: tiles of aerial photographs with boxes of trees, without masks. Training and test
+tiles come from different photographs.
 
-`composited-coco`: cut-outs pasted on wallpapers, of one class, with outlines. No cut-out and no
-wallpaper of the training images is in a test image. Figures measured on it are to be called
-composited.
+`composited-coco`: cut-outs pasted on wallpapers, all of one class, with boxes and masks. No cut-out
+or wallpaper of a training image is in a test image. Results on this set must be called composited.
 
     annotations/instances_{train,val}2017.json       {train,val}2017/NAME.jpg
 
 Axes: H rows, W columns, n objects; pixels are uint8 in [0, 255]. Boxes are left, upper, right,
-lower, pixels.
+lower in pixels.
 """
 
 import hashlib
@@ -36,11 +35,11 @@ Boxes = NDArray[np.int64]
 
 _SIDE = 128
 TREE_SPLITS: dict[Split, tuple[tuple[str, int], ...]] = {
-    # photograph and step from tile to tile: training tiles overlap
+    # photograph and stride of its tiles in pixels: training tiles overlap
     "train2017": ((carriers.TREE_PHOTOGRAPHS[0], 96), (carriers.TREE_PHOTOGRAPHS[3], 68)),
     "val2017": ((carriers.TREE_PHOTOGRAPHS[1], 128), (carriers.TREE_PHOTOGRAPHS[2], 128)),
 }
-# a tree of which a tile shows less is neither learnt nor held against a prediction
+# a tree of which a tile shows less than this share is ignored, in training and in the metric
 _MIN_SHOWN = 0.4
 NUM_SCENES: dict[Split, int] = {"train2017": 480, "val2017": 120}
 _MAX_STAMPS = 4
@@ -53,9 +52,9 @@ _TEST_SHARE = 4
 
 
 class Scene(NamedTuple):
-    """An image and its objects: boxes (n, 4), whether to ignore each, outlines or None.
+    """An image and its objects: boxes (n, 4), whether to ignore each, masks (H, W) or None.
 
-    An ignored object is a crowd in COCO's words.
+    Ignored objects have COCO's `iscrowd`.
     """
 
     pixels: Pixels
@@ -90,7 +89,10 @@ def _tree_tiles(split: Split) -> Iterator[Scene]:
 
 
 def tile_scene(tile: Pixels, boxes: Boxes) -> Scene | None:
-    """Keep what a tile (S, S, 3) shows of boxes (n, 4), which may leave it; None: no whole one."""
+    """Clip boxes (n, 4) to a tile (S, S, 3), S = 128, and drop those outside.
+
+    Boxes of which the tile shows too little are ignored. None if there are no others.
+    """
     shown = boxes.clip(0, _SIDE)
     visible, whole = (np.prod((b[:, 2:] - b[:, :2]).clip(0), axis=1) for b in (shown, boxes))
     is_there = visible > 0
@@ -120,7 +122,7 @@ def write_composited(out: Path) -> None:
 def part(items: Sequence[Any], split: Split) -> list[Any]:
     """Keep the cut-outs or wallpapers of a split.
 
-    Of every subject a quarter is for the test, chosen by the hash of the name.
+    The hash of their names selects a quarter of every subject for the test split.
     """
     kept = []
     for label in sorted({item.label for item in items}):
@@ -165,7 +167,7 @@ def _compose(
 def _free_place(
     image: Image.Image, masks: Sequence[Mask], draws: np.random.Generator
 ) -> tuple[int, int, Mask] | None:
-    # where it leaves at least half of everything below it visible
+    # a position where at least half of every cut-out below stays visible
     own = np.asarray(image)[..., 3] >= 128
     for _ in range(_TRIES):
         left, upper = (int(draws.integers(_SIDE - side + 1)) for side in image.size)

@@ -1,14 +1,14 @@
 """Decoding on the accelerator (`data.decode_on: device`).
 
-Loader processes read and draw as always, but leave a plain JPEG encoded; the training process hands
-all of a batch to nvImageCodec, which decodes only the crops, on a GPU with its JPEG engines, and
-resizes them where they lie. All else (PNG, turned or damaged images) is decoded by the loader,
-and what the device refuses by this process on its CPU.
+Loader processes read samples and draw crops as usual, but leave plain JPEGs encoded. The training
+process passes those of a batch to nvImageCodec, which decodes only the crops (a GPU uses its JPEG
+engines). They are resized on the device. Loader processes decode all other images (PNG, turned or
+damaged images), and the training process decodes on its CPU what nvImageCodec refuses.
 
     loader process    bytes a, b, c     -> a, c plain: bytes and boxes    b: (3, S, S)
     training process                    -> a, c: (3, S, S) on the device
 
-Without a GPU nvImageCodec decodes on the CPU: the same calls, slower than a loader process.
+Without a GPU, nvImageCodec decodes on the CPU through the same calls, slower than a loader process.
 
 Letters: c crops, S side of the square sample in pixels.
 """
@@ -29,21 +29,21 @@ from moce_dist.settings import ConfigError
 
 
 class Undecoded(NamedTuple):
-    """Crops that are still encoded: tensors, so that they cross processes in shared memory."""
+    """Crops that are still encoded, as tensors, which processes exchange in shared memory."""
 
     content: Tensor
     """Bytes of all images, one after the other, uint8."""
     places: Tensor
     """(c, 4) int64: slot in the batch, sample id, first byte, end."""
     boxes: Tensor
-    """(c, 4) int64: left, upper, right, lower, pixels."""
+    """(c, 4) int64: left, upper, right, lower in pixels."""
     is_mirrored: Tensor
     """(c,) bool."""
 
 
 @dataclass
 class Waiting:
-    """Collects the crops of a batch that are left to the device."""
+    """Collects the crops of a batch that the device decodes."""
 
     _images: list[Encoded] = field(default_factory=list)
     _places: list[tuple[int, ...]] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Waiting:
     _bytes: int = 0
 
     def take(self, slot: int, sample_id: int, cut: Cut) -> bool:
-        """Take a crop if it may wait; else it is to be decoded now."""
+        """Take a crop if the device can decode it; if False, the caller must decode it."""
         if not isinstance(cut.image, Jpeg) or not cut.image.is_plain:
             return False
         content = cut.image.content
@@ -62,7 +62,7 @@ class Waiting:
         return True
 
     def collect(self) -> Undecoded | None:
-        """Return what waits, None when nothing does."""
+        """Return the collected crops, None if there are none."""
         if not self._cuts:
             return None
         return Undecoded(
@@ -99,14 +99,14 @@ class DeviceDecoder:
         self._params = nvimgcodec.DecodeParams(apply_exif_orientation=False)
 
     def decode(self, crops: Undecoded) -> list[Tensor | ImageError]:
-        """Decode and resize; (3, S, S) uint8 each on the device, or why it is no image."""
+        """Decode and resize; return (3, S, S) uint8 on the device, or the error, for each crop."""
         content, places = crops.content.numpy(), crops.places.tolist()
         boxes = [Box(*box) for box in crops.boxes.tolist()]
         encoded = [content[first:end] for *_, first, end in places]
         parts = [self._part(image, box) for image, box in zip(encoded, boxes, strict=True)]
         stream = torch.cuda.current_stream(self.device).cuda_stream if self._is_cuda else 0
         known, decoded = [row for row, part in enumerate(parts) if part], [None] * len(parts)
-        # what the device does not even begin with is decoded here
+        # after an error of the whole call, all crops are decoded on the CPU below
         with suppress(ImageError), door():
             found = self._decoder.decode(
                 [parts[row] for row in known], params=self._params, cuda_stream=stream

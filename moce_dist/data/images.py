@@ -1,14 +1,14 @@
-"""One compressed image to one training or evaluation sample.
+"""From one compressed image to one training or evaluation sample.
 
 Every random draw of an image comes from a generator keyed by (seed, epoch, sample key), so a sample
 does not depend on the rank, the process or the order in which it is read.
 
-Decoding costs more than everything else, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where
-the crop still holds more pixels than the sample (simplejpeg, libjpeg-turbo's scaled inverse DCT).
-All other formats, and any JPEG that it refuses, go through Pillow: what Pillow reads is read.
+Decoding is the most expensive step, so a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop
+then still has at least as many pixels as the sample (simplejpeg, libjpeg-turbo's scaled inverse
+DCT). Pillow decodes all other formats, and JPEGs that libjpeg-turbo refuses.
 
     2000 x 1500 JPEG, crop 1500 x 1200, sample 224 x 224
-      decoded at 1/4: 500 x 375, crop 375 x 300, resized by bicubic with antialias
+      decoded at 1/4: 500 x 375, crop 375 x 300, bicubic resize with antialias
 
 Letters: S side of the square sample in pixels. Samples are (3, S, S) float32, normalised by
 ImageNet's mean and standard deviation.
@@ -29,7 +29,7 @@ from PIL import Image
 
 from moce_dist.data.decoders import (
     Encoded,
-    ImageError,  # noqa: F401 - what everything here raises
+    ImageError,  # noqa: F401 - the functions here raise it
     check_bytes,
     check_pixels,
     jpeg_header,
@@ -49,14 +49,14 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _JPEG_END = b"\xff\xd9"
-# libjpeg-turbo has vectorised inverse DCTs for these only
+# libjpeg-turbo has vectorised inverse DCTs only for these
 _REDUCTIONS = (8, 4, 2)
 
 Sample = NDArray[np.float32]
 
 
 class Box(NamedTuple):
-    """A crop: left, upper, right, lower, pixels."""
+    """A crop: left, upper, right and lower edge in pixels."""
 
     left: int
     upper: int
@@ -65,7 +65,7 @@ class Box(NamedTuple):
 
 
 class SampleDraws:
-    """The generators of images one after the other: setting one anew is faster than making one."""
+    """One generator that is reset for every image, which is faster than making a new one."""
 
     def __init__(self) -> None:
         self._bits = np.random.Philox(key=0)
@@ -73,7 +73,7 @@ class SampleDraws:
         self._generator = np.random.Generator(self._bits)
 
     def of(self, seed: int, epoch: int, key: str) -> np.random.Generator:
-        """Return the generator of one image in one epoch, which is so until the next call."""
+        """Return the generator of one image in one epoch; it is valid until the next call."""
         digest = hashlib.blake2b(as_text(f"{seed}/{epoch}/{key}").encode(), digest_size=16).digest()
         self._start["state"]["key"] = np.frombuffer(digest, "<u8")
         self._bits.state = self._start
@@ -89,7 +89,7 @@ def open_image(content: Encoded) -> Image.Image:
     """Decode to an upright RGB image, see `moce_dist.data.upright`.
 
     Raises:
-        ImageError: see `open_stored`; or values are not finite.
+        ImageError: see `open_rgb`.
     """
     return turned(*open_rgb(content))
 
@@ -104,15 +104,15 @@ def decode_image(content: Encoded) -> Pixels:
 
 
 class Croppable(Protocol):
-    """An image whose upright size is known; how much of it is decoded depends on the crop."""
+    """An image of known upright size, decoded as far as a crop needs it."""
 
     @property
     def width(self) -> int:
-        """Pixels of a row."""
+        """Width of the upright image in pixels."""
 
     @property
     def height(self) -> int:
-        """Pixels of a column."""
+        """Height of the upright image in pixels."""
 
     def crop(self, box: Box, size: int) -> Pixels:
         """Resize a crop to (S, S, 3) uint8 RGB, bicubic with antialias."""
@@ -120,7 +120,7 @@ class Croppable(Protocol):
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A JPEG that is decoded, scaled, when its crop is known."""
+    """A JPEG that is decoded, at a reduced scale, when its crop is known."""
 
     content: Encoded
     stored_width: int
@@ -129,17 +129,17 @@ class Jpeg:
 
     @property
     def is_plain(self) -> bool:
-        """Whether any decoder gives the same image: stored upright and with its end mark."""
+        """Whether all decoders give the same image: it is stored upright and has its end mark."""
         return self.turn == AS_STORED and bytes(self.content[-2:]) == _JPEG_END
 
     @property
     def width(self) -> int:
-        """Pixels of a row of the upright image."""
+        """See `Croppable`."""
         return self.stored_height if self.turn.swap else self.stored_width
 
     @property
     def height(self) -> int:
-        """Pixels of a column of the upright image."""
+        """See `Croppable`."""
         return self.stored_width if self.turn.swap else self.stored_height
 
     def crop(self, box: Box, size: int) -> Pixels:
@@ -152,16 +152,17 @@ class Jpeg:
         reduction = next((r for r in _REDUCTIONS if side >= r * size), 1)
         pixels = self._decode(reduction, is_fast=True)
         if pixels is None:
-            # warnings count as errors there; Pillow knows which of them are harmless
+            # libjpeg-turbo's warnings count as errors; Pillow knows which of them are harmless
             return Decoded(decode_image(self.content)).crop(box, size)
         stored = self.turn.stored(box, self.stored_width, self.stored_height)
         left, upper, right, lower = (edge / reduction for edge in stored)
         return self.turn.apply(resize(pixels, (left, upper, right, lower), size))
 
     def resized(self, size: Size, method: str, spare: int) -> Pixels:
-        """Resize all of it, (height, width, 3), from an image decoded at a part of its own size.
+        """Resize the whole image to (height, width, 3), decoding it at a reduced scale.
 
-        That has at least `spare` times the pixels, in each direction, where the image has them.
+        The decoded image has at least `spare` times the pixels of the result in each direction,
+        unless the stored image has fewer.
 
         Raises:
             ImageError: see `open_image`.
@@ -175,7 +176,7 @@ class Jpeg:
         pixels = self._decode(reduction, is_fast=False)
         if pixels is None:
             return Decoded(decode_image(self.content)).resized(size, method, spare)
-        # as stored, for its last row or column may be a part of one
+        # size of the stored image, scaled: the last decoded row or column may count in part only
         extent = self.stored_width / reduction, self.stored_height / reduction
         stored = Size(*size[::-1]) if self.turn.swap else size
         return self.turn.apply(resize_all(pixels, extent, stored, method))
@@ -187,7 +188,7 @@ class Jpeg:
 
 @dataclass(frozen=True)
 class Decoded:
-    """An image that is decoded already: pixels (H, W, 3)."""
+    """An image that was decoded in full: pixels (H, W, 3)."""
 
     pixels: Pixels
 
@@ -206,15 +207,15 @@ class Decoded:
         return resize(self.pixels, box, size)
 
     def resized(self, size: Size, method: str, _spare: int) -> Pixels:
-        """See `Jpeg`; it is there in full."""
+        """Resize the whole image to (height, width, 3); see `Jpeg`."""
         return resize_all(self.pixels, (self.width, self.height), size, method)
 
 
 def open_croppable(content: Encoded) -> Jpeg | Decoded:
-    """Read what is needed to choose a crop.
+    """Open an image so that a crop can be chosen; decode it now unless it is a usual JPEG.
 
     Raises:
-        ImageError: see `open_image`; damage behind a JPEG's header shows when it is cropped.
+        ImageError: see `open_image`; damage behind a JPEG's header is found only by `crop`.
     """
     check_bytes(content)
     header = jpeg_header(content)
@@ -232,7 +233,7 @@ def _levels(device: "torch.device") -> tuple["Tensor", ...]:
 
 
 def normalise(images: "Tensor") -> "Tensor":
-    """Bring (..., 3, S, S) uint8 to float32 by ImageNet's mean and deviation, where it lies."""
+    """Normalise (..., 3, S, S) uint8 to float32 by ImageNet's mean and deviation, on its device."""
     import torch
 
     mean, std = _levels(images.device)
@@ -250,7 +251,7 @@ def to_sample(pixels: Pixels) -> Sample:
 def random_box(width: int, height: int, scale_min: float, draws: np.random.Generator) -> Box:
     """Draw RandomResizedCrop's rectangle for an image of `width` x `height` pixels."""
     for _ in range(10):
-        # as `draws.uniform` has it, in a third of its time
+        # the same values as `draws.uniform`, in a third of the time
         area = width * height * (scale_min + (1.0 - scale_min) * draws.random())
         ratio = math.exp(LOG_ASPECT[0] + (LOG_ASPECT[1] - LOG_ASPECT[0]) * draws.random())
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -264,7 +265,7 @@ def random_box(width: int, height: int, scale_min: float, draws: np.random.Gener
 
 
 class Cut(NamedTuple):
-    """What a training sample takes of an image."""
+    """The random crop of an image for a training sample."""
 
     image: Croppable
     box: Box

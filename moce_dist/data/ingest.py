@@ -1,16 +1,16 @@
-"""From a source to shards and their index: what every later stage reads.
+"""From a source to shards and their index, which every later stage reads.
 
-Folders and sample sets are packed into tars with the original bytes; existing tars are indexed
-where they lie. Part of the images is held out by the hash of the key (of tars, by the hash of the
-file name), so that the choice depends on nothing else:
+Images of folders and sample sets are packed into tars, with their original bytes unless
+`data.store_side` shrinks them; existing tars are indexed in place. Some images are held out,
+selected by the hash of the key alone; of existing tars, whole tars by the hash of the file name.
 
-    OUT/index.json    OUT/train-000000.tar ...    or OUT/pipe-000000.tar ..., what commands wrote
+    OUT/index.json    OUT/train-000000.tar ...    or OUT/pipe-000000.tar ..., written by commands
     OUT/holdout/index.json    OUT/holdout/holdout-000000.tar ...
     OUT/COMPLETE      written last
 
-What cannot be read becomes one line each in the ledger; over `data.max_fault_fraction` of the data
-it is an error, though a single fault never is unless the fraction is 0. After an error nothing of
-the attempt is left but the ledger.
+Every sample that cannot be read becomes one line in the ledger. If they exceed the fraction
+`data.max_fault_fraction` of the data, ingest fails; a single fault fails it only if the fraction is
+0. After an error, only the ledger of the attempt remains.
 """
 
 import logging
@@ -71,7 +71,7 @@ _Sample = tuple[str, dict[str, bytes]]
 
 @dataclass
 class _Gate:
-    """Write faults to the ledger; stop when they are too large a part of the data."""
+    """Write faults to the ledger; fail when they are too large a fraction of the data."""
 
     ledger: Path
     max_fraction: float
@@ -80,7 +80,7 @@ class _Gate:
     _known: set[Fault] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        # an attempt that failed before has left its lines
+        # the ledger may contain lines of an earlier, failed attempt
         lines = (line for line in read_faults(self.ledger) if line["stage"] == "ingest")
         self._known.update(Fault(f["shard"], f["key"], f["reason"]) for f in lines)
 
@@ -90,14 +90,14 @@ class _Gate:
 
     def record(self, faults: Iterable[Fault]) -> None:
         for fault in faults:
-            # a damaged header is met when it is checked, and again when its file is packed
+            # a damaged header is found by the check, and again when its file is packed
             is_new = (fault.shard, fault.key) not in self._met
             self._met.add((fault.shard, fault.key))
             if is_new and fault not in self._known:
                 record_fault(self.ledger, stage="ingest", **fault._asdict())
 
     def check(self, error: type[Exception]) -> None:
-        # one bad file among fifty is no reason to stop, unless none is wanted
+        # in a small data set one bad file may exceed the fraction; only a fraction of 0 forbids it
         is_single = self.num_faults == 1 and self.max_fraction > 0
         if self.num_faults > self.max_fraction * self.total and not is_single:
             raise error(
@@ -113,11 +113,11 @@ def ingest(
     ledger: Path,
     map_tasks: MapTasks = map_here,
 ) -> ShardIndex:
-    """Make shards and index of a source in `out`; at once when that was done before.
+    """Write shards and index of a source to `out`, or return the index if that was done before.
 
     Raises:
         ConfigError: the source is wrong or too damaged, or `out` holds another data set.
-        RuntimeError: too many faults were met while packing, or the disk is full.
+        RuntimeError: there were too many faults while packing, or the disk is full.
     """
     out = out.resolve()
     kind, rest = parse_source(source)
@@ -206,7 +206,7 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
 
 
 def _check_headers(folder: Folder, request: _Request) -> _Gate:
-    # what little data has wrong is known before any of it is packed
+    # headers of small data sets are checked before anything is packed
     gate = request.gate(len(folder.files) + len(folder.faults))
     gate.record(folder.faults)
     if folder.num_bytes < _SCAN_FIRST_BYTES:
@@ -237,7 +237,7 @@ def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) 
 
 def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     named = [url for url in urls if not url.startswith(PIPE)]
-    # threads: hashing and reading release the interpreter, remote shards wait for the network
+    # threads: hashing and reading release the GIL, remote shards wait for the network
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         results = list(track(pool.map(scan_shard, named), "shards", total=len(named)))
     shards = [shard for shard, _ in results]
@@ -262,7 +262,7 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
 
 
 def _without_repeats(shard: Shard, keys: set[str], faults: list[Fault]) -> Shard:
-    # over the whole data set the first sample of a key stays
+    # keep the first sample of every key in the whole data set
     rows = []
     for row, key in enumerate(shard.keys):
         if key in keys:
@@ -274,7 +274,7 @@ def _without_repeats(shard: Shard, keys: set[str], faults: list[Fault]) -> Shard
 
 
 def _held_out(shards: list[Shard], fraction: float) -> set[str]:
-    # whole shards, and never the last one
+    # whole shards, but always leave one for training
     number = min(math.ceil(fraction * len(shards)), len(shards) - 1)
     paths = [shard.path for shard in shards]
     return set(sorted(paths, key=lambda path: (share(path.rsplit("/")[-1]), path))[:number])

@@ -1,12 +1,12 @@
 """Samples that stay in memory after their first use (`data.keep: memory`).
 
-The memory belongs to a rank: it is mapped before the rank's loader processes fork, so what one of
-them has read, all of them have, also those of the next interval. Small images are kept decoded,
-all else as its bytes. What does not fit is read again at every use. Nothing is ever given up, so a
-sample that is there stays there.
+The memory belongs to a rank. It is mapped before the rank's loader processes fork, so they all
+share it, as do processes that fork later. JPEGs and large images are kept encoded, other images
+decoded. Samples that do not fit are read again at every use. Nothing is ever removed, so a kept
+sample stays.
 
-    places (n, 3) int64    first byte + 1 (0: not there), rows (0: encoded), columns or bytes
-    memory                 pixels and bytes of the samples, one after the other
+    places (n, 3) int64    first byte + 1 (0: not kept), rows (0: encoded), columns or bytes
+    memory                 pixels or bytes of the samples, one after the other
 """
 
 import mmap
@@ -25,10 +25,10 @@ _MAX_DECODED_BYTES = 3 * 128 * 128
 
 
 class KeptSamples:
-    """Samples by id, shared by the processes that fork from this one."""
+    """Samples by id, shared with the processes that fork from this one."""
 
     def __init__(self, num_samples: int, num_bytes: int) -> None:
-        """Map the memory; pages are taken as they are filled."""
+        """Map the memory; pages are allocated only when they are written."""
         self._memory = np.frombuffer(mmap.mmap(-1, num_bytes), np.uint8)
         self._places = np.frombuffer(mmap.mmap(-1, max(1, num_samples) * 24), np.int64)
         self._places = self._places.reshape(-1, 3)
@@ -37,11 +37,11 @@ class KeptSamples:
             self._lock = multiprocessing.Lock()
 
     def has(self, ids: Ids) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """Tell which of the samples (m,) are there, (m,)."""
+        """Tell which of the samples (m,) are kept, (m,)."""
         return self._places[ids, 0] > 0
 
     def get(self, sample_id: int) -> Jpeg | Decoded | None:
-        """Return a sample's image; None: it is not there.
+        """Return a sample's image, None if it is not kept.
 
         Raises:
             ImageError: see `open_croppable`.
@@ -55,7 +55,7 @@ class KeptSamples:
         return open_croppable(content.data)
 
     def keep(self, sample_id: int, image: Jpeg | Decoded, content: Encoded) -> None:
-        """Keep an image that was read from `content`, where it fits."""
+        """Keep an image that was read from `content`, if it fits."""
         kept, rows, columns = np.frombuffer(content, np.uint8), 0, len(content)
         if isinstance(image, Decoded) and image.pixels.nbytes <= _MAX_DECODED_BYTES:
             kept, rows, columns = image.pixels, image.height, image.width
@@ -65,7 +65,7 @@ class KeptSamples:
                 return
             self._end[0] = start + kept.nbytes
         self._memory[start : start + kept.nbytes] = kept.ravel()
-        # the lock orders the writes: whoever sees the place sees what lies there
+        # the lock orders the writes: a process that sees the place also sees the data
         with self._lock:
             self._places[sample_id, 1:] = rows, columns
         with self._lock:
@@ -73,24 +73,24 @@ class KeptSamples:
 
 
 def open_kept(data: DataConfig, num_samples: int) -> KeptSamples | None:
-    """Make room for the samples of a table; None where the configuration wants none kept."""
+    """Map memory for the samples of a table; None unless `data.keep` is `memory`."""
     return KeptSamples(num_samples, data.keep_bytes) if data.keep == "memory" else None
 
 
 class KeptImages:
-    """Images by key, in this process alone: what transfers use again and again."""
+    """Images by key, in this process alone; transfers use every image many times."""
 
     def __init__(self, num_bytes: int) -> None:
-        """Keep up to so many bytes; 0 keeps nothing."""
+        """Keep at most `num_bytes`; 0 keeps nothing."""
         self._left = num_bytes
         self._images: dict[str, Jpeg | Decoded] = {}
 
     def open(self, key: str, read: Callable[[], Encoded]) -> Jpeg | Decoded:
-        """Return an image, read unless it is there.
+        """Return an image; call `read` unless it is kept.
 
         Raises:
             ImageError: see `open_croppable`.
-            OSError: it cannot be read.
+            OSError: the image cannot be read.
         """
         if (found := self._images.get(key)) is not None:
             return found

@@ -1,10 +1,10 @@
-"""The one lister of image files: for ingest, class folders, ADE20K's layout, predict, sets.
+"""The only code that lists image files: for ingest, class folders, ADE20K's layout, predict, sets.
 
-taken      files whose ending is that of a format that can be opened, in upper or lower case
-passed     hidden files and folders (a dot first, or what desktops and disks leave behind)
-followed   linked folders, after all others; those met before, or that lead above the folder
-that is listed, are left out
-named      what is left out, counted by ending; broken links, pipes, folders that cannot be read
+taken      files with the extension of a format that can be opened, in upper or lower case
+skipped    hidden files and folders (names with a leading dot, or left by desktops and disks)
+followed   linked folders, after all others; links to folders that were listed before, and links
+           to the listed folder or a folder above it, are skipped
+reported   skipped files by extension, and broken links, pipes and folders that cannot be read
 """
 
 import logging
@@ -26,47 +26,47 @@ _LEFT_BEHIND = frozenset(
 
 
 def is_hidden(name: str) -> bool:
-    """Tell whether a file or folder of this name is passed over."""
+    """Tell whether a file or folder of this name is hidden, and therefore skipped."""
     return name.startswith(".") or name.lower() in _LEFT_BEHIND
 
 
 def ending(name: str) -> str:
-    """Return what a file's name ends in, lower case, without the dot; empty without one."""
+    """Return the extension of a file's name, lower case, without the dot; "" if there is none."""
     return os.path.splitext(name)[1][1:].lower()
 
 
 def counted(things: Counter[str]) -> str:
-    """Say how many of each there are, most first."""
+    """Return the counts as text, largest first."""
     found = sorted(things.items(), key=lambda pair: (-pair[1], pair[0]))
     return ", ".join(f"{number} {what}" for what, number in found)
 
 
 class Listed(NamedTuple):
-    """An image file and its size, bytes."""
+    """An image file and its size in bytes."""
 
     path: Path
     size: int
 
 
 class Listing(NamedTuple):
-    """The image files of a folder tree, sorted by path, and everything else that was met."""
+    """The image files of a folder tree, sorted by path, and everything else that was found."""
 
     root: Path
     files: list[Listed]
     unusable: list[tuple[Path, str]]
-    """What cannot be read, each with the reason."""
+    """Paths that cannot be read, each with the reason."""
     left_out: Counter[str]
-    """Number of things by what they are, endings with their dot."""
+    """Number of skipped files and folders by kind; a kind is an extension with its dot, or text."""
 
     def rest(self) -> str:
-        """Say what is left out, most first; empty where nothing is."""
+        """Return the counts of what is left out as text, largest first; "" if nothing is."""
         return counted(self.left_out)
 
     def usable(self) -> list[Path]:
-        """Return the files of a folder that has to be whole, and log what is left out of it.
+        """Return the files of a folder in which all must be readable; log what is left out.
 
         Raises:
-            ConfigError: naming the first thing that cannot be read, and how many there are.
+            ConfigError: naming the first path that cannot be read, and how many there are.
         """
         if self.unusable:
             path, reason = self.unusable[0]
@@ -78,7 +78,7 @@ class Listing(NamedTuple):
 
 
 def list_images(root: Path, endings: Collection[str] | None = None) -> Listing:
-    """List the image files below a folder; `endings` are all that can be opened by default."""
+    """List the image files below a folder; `endings` defaults to all formats that can be opened."""
     taken = image_endings() if endings is None else endings
     listing = Listing(root, [], [], Counter())
     for folder, names in _walk(listing):
@@ -95,7 +95,7 @@ def list_images(root: Path, endings: Collection[str] | None = None) -> Listing:
 
 
 def list_folders(root: Path) -> list[str]:
-    """Return the names of the folders right below a folder, linked ones too, sorted."""
+    """Return the sorted names of the folders directly in a folder, including linked ones."""
     return sorted(p.name for p in root.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 
@@ -112,7 +112,7 @@ def _take(path: Path, listing: Listing) -> None:
 
 
 def _walk(listing: Listing) -> Iterator[tuple[str, list[str]]]:
-    """Yield folders with the names of their files, each folder once, the linked ones last."""
+    """Yield folders with the names of their files, each folder once, linked folders last."""
     seen: set[tuple[int, int]] = set()
 
     def unlisted(error: OSError) -> None:

@@ -1,9 +1,8 @@
-"""Loader processes that a parent does not wait for in vain: the one door to torch's DataLoader.
+"""Loader processes whose failure the parent notices: the only code that uses torch's DataLoader.
 
-A loader process that dies, or cannot hand over a batch because shared memory is full, would be
-waited for until its time is over, or for ever: torch's own thread that hands batches over prints
-the error and drops the batch. Here the process says why and ends, and its parent looks every
-second.
+By default a parent waits until the timeout, or for ever, for a loader process that died or could
+not send a batch because shared memory is full: the thread that sends batches prints the error and
+drops the batch. Here the process reports the reason and exits, and its parent looks every second.
 """
 
 import ctypes
@@ -22,11 +21,11 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-"""Loader processes share what their parent has mapped, however the parent itself was started."""
+"""Fork, so that loader processes share what their parent has mapped, however it was started."""
 _LOOK_EVERY_S = 1
 _PR_SET_PDEATHSIG = 1
 _END = object()
-_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where the system has it
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108 - the system's name
 
 
 def load(
@@ -37,14 +36,14 @@ def load(
     at_end: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> Generator[Any]:
-    """Yield what a DataLoader makes of a data set; with 0 processes it is made here.
+    """Yield the batches of a DataLoader; with 0 processes they are made in this process.
 
-    `at_end` is called before processes are asked to end, should they wait for something else.
+    `at_end` is called before the processes are asked to exit, to end their other waits.
 
     Raises:
         OSError: shared memory is too small for the batches.
-        RuntimeError: a process died, or nothing came for `stall_s` seconds.
-        Exception: what a process met.
+        RuntimeError: a process died, or delivered nothing for `stall_s` seconds.
+        Exception: an exception that a process raised.
     """
     if processes == 0:
         yield from DataLoader(dataset, **options)
@@ -59,16 +58,16 @@ def load(
             yield batch
     finally:
         at_end()
-        # else torch's handler of SIGCHLD raises the error of a dead process again, anywhere
+        # otherwise torch's SIGCHLD handler may raise the error of a dead process again at any time
         loader._shutdown_workers()
 
 
 @contextmanager
 def in_shared_memory() -> Iterator[None]:
-    """Name shared memory where making something in it fails: locks and queues lie there.
+    """Name shared memory in the error if a lock or queue does not fit in it.
 
     Raises:
-        OSError: it is too small.
+        OSError: shared memory is too small.
     """
     try:
         yield
@@ -93,7 +92,7 @@ def _next(loader: Any, reasons: Any, stall_s: float | None) -> Any:
     while True:
         try:
             return next(loader, _END)
-        except Exception as error:  # noqa: BLE001 - what a process met has its own type
+        except Exception as error:  # noqa: BLE001 - a process may raise any type
             if "DataLoader timed out" not in str(error) or not reasons.empty():
                 raise _explain(error, reasons, loader) from None
         if stall_s is not None and time.monotonic() - begin >= stall_s:
@@ -102,8 +101,8 @@ def _next(loader: Any, reasons: Any, stall_s: float | None) -> Any:
 
 
 def _begin(reasons: Any, _: int) -> None:
-    """Prepare a loader process: it ends with its parent, and with a batch that it cannot give."""
-    # it asks for its parent only between batches; a stalled read would outlive it
+    """Make a loader process exit when its parent dies or a batch cannot be sent."""
+    # torch checks for the parent only between batches; a stalled read would outlive the parent
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -111,13 +110,13 @@ def _begin(reasons: Any, _: int) -> None:
         reasons.put(" ".join(str(error).split()))
         os._exit(1)
 
-    # a hook for libraries; who has it must be a subclass, or the only one in its process
+    # a hook for subclasses; it can be set on the class, as the process uses no other such queues
     Queue._on_queue_feeder_error = staticmethod(give_up)  # type: ignore[attr-defined]
 
 
 def _explain(error: Exception, reasons: Any, loader: Any) -> Exception:
     if "in DataLoader worker process" in str(error):
-        # of a traceback of the process the last line says it all
+        # the text is the process's traceback; its last line is type and message
         _, _, text = str(error).strip().splitlines()[-1].partition(": ")
         return type(error)(text)
     reason = reasons.get() if not reasons.empty() else ""
@@ -127,7 +126,7 @@ def _explain(error: Exception, reasons: Any, loader: Any) -> Exception:
     if reason:
         return RuntimeError(f"a loader process ended: {reason}")
     if isinstance(error, OSError | EOFError):
-        # a tensor's file is fetched from the process that made it: that one was gone by then
+        # the parent gets a tensor's file from the process that made it; that process had exited
         for process in loader._workers:
             process.join(_LOOK_EVERY_S)
             if process.exitcode:

@@ -1,17 +1,18 @@
-"""What an image file says beside its pixels: dropped where it disturbs, and which way up it is.
+"""Metadata of image files: its removal, and the orientation.
 
-Metadata never decides whether pixels count: where a decoder stumbles over a text, a profile or a
-tag of an odd type, the image is read once more without them. The EXIF block is kept beside, for
-the orientation (of TIFF it is one of the tags that stay), which is read here alone, for pixels and
-for boxes:
+Damaged metadata does not make an image unusable. If a decoder fails on a text, a profile or a tag
+of an unexpected type, the image is read again without its metadata. What is removed:
 
-    stored, tag 6   C A    turned: flip the rows, then swap    A B
-                    D B                                        C D
-
-    JPEG    segments APP1 to APP15 and COM (APP14 says how colours are stored, and stays)
-    PNG     chunks that no decoder needs, but for tRNS (transparency)
+    JPEG    segments APP1 to APP15 and COM, except APP14 (how colours are stored)
+    PNG     all chunks except those that a decoder needs and tRNS (transparency)
     WebP    the chunks EXIF, XMP and ICCP
-    TIFF    all tags of the directory but those that describe how pixels are stored
+    TIFF    all tags of the directory except the orientation and how pixels are stored
+
+The EXIF block is kept separately, for the orientation. Orientation is read only here, for pixels
+and for boxes:
+
+    stored, tag 6   B D    upright: flip the rows, then swap    A B
+                    A C                                         C D
 
 Source: ITU-T T.81 annex B, PNG 3rd edition section 11, RFC 9649, TIFF 6.0 section 2.
 """
@@ -31,7 +32,7 @@ _NO_LENGTH = (0x01, *range(0xD0, 0xD8))
 _SCAN, _END = 0xDA, 0xD9
 _PNG_KEPT = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS")
 _WEBP_DROPPED = (b"EXIF", b"XMP ", b"ICCP")
-# how pixels are stored, and which way up
+# tags of how pixels are stored, and the orientation
 _TIFF_KEPT = frozenset(
     (
         *(256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322),
@@ -41,7 +42,7 @@ _TIFF_KEPT = frozenset(
 
 
 class Bare(NamedTuple):
-    """An image file without metadata, and its EXIF block, empty where it has none."""
+    """An image file without metadata, and its EXIF block, empty if it has none."""
 
     content: bytes
     exif: bytes
@@ -55,7 +56,7 @@ class _Segment(NamedTuple):
 
 
 def _segments(content: bytes | memoryview) -> Iterator[_Segment]:
-    """Yield the segments of a JPEG before its pixels; ends early where it is damaged."""
+    """Yield the segments of a JPEG before its pixels; stop early where the file is damaged."""
     position = 2
     while position + 4 <= len(content) and content[position] == 0xFF:
         marker = content[position + 1]
@@ -77,7 +78,7 @@ def may_be_turned(content: bytes | memoryview) -> bool:
 
 
 def without_metadata(content: bytes | memoryview) -> Bare | None:
-    """Drop what is not needed for the pixels; None: of this format, or damaged, nothing is."""
+    """Remove the metadata of an image file; None if it has another format or is damaged."""
     content = bytes(content)
     try:
         if content.startswith(JPEG):
@@ -127,7 +128,7 @@ def _bare_webp(content: bytes) -> Bare:
             body = content[position + 8 : position + 8 + length]
             exif = body if body.startswith(_EXIF) else _EXIF + body
         if kind == b"VP8X":
-            # its flags say what follows: ICC 32, EXIF 8, XMP 4
+            # clear the flags of the removed chunks: ICC 32, EXIF 8, XMP 4
             flags = bytes([content[position + 8] & ~(32 | 8 | 4)])
             kept.append(content[position : position + 8] + flags + content[position + 9 : end])
         elif kind not in _WEBP_DROPPED:
@@ -143,7 +144,7 @@ def _bare_tiff(content: bytes) -> Bare:
     (count,) = struct.unpack_from(f"{order}H", content, start)
     entries = [content[start + 2 + 12 * i : start + 14 + 12 * i] for i in range(count)]
     kept = [e for e in entries if struct.unpack(f"{order}H", e[:2])[0] in _TIFF_KEPT]
-    # the directory becomes shorter where it stands, so that all offsets stay
+    # the directory is shortened in place, so that all offsets remain valid
     directory = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)
     return Bare(content[:start] + directory + content[start + len(directory) :], b"")
 
@@ -152,21 +153,21 @@ _ORIENTATION = 0x0112
 
 
 class Turn(NamedTuple):
-    """What makes a stored image upright: flip its rows, flip its columns, then swap both."""
+    """How to make a stored image upright: flip its rows, flip its columns, then swap both axes."""
 
     flip_rows: bool
     flip_columns: bool
     swap: bool
 
     def apply(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Make stored pixels (H, W, 3), or a square part of them, upright; a view."""
+        """Return an upright view of stored pixels (H, W, 3), or of a part of them."""
         turned = pixels[:: -1 if self.flip_rows else 1, :: -1 if self.flip_columns else 1]
         return turned.swapaxes(0, 1) if self.swap else turned
 
     def stored(
         self, box: tuple[int, int, int, int], width: int, height: int
     ) -> tuple[int, int, int, int]:
-        """Find a box of the upright image in the stored one of `width` x `height` pixels."""
+        """Map a box of the upright image to the stored image of `width` x `height` pixels."""
         left, upper, right, lower = box
         if self.swap:
             left, upper, right, lower = upper, left, lower, right
@@ -190,12 +191,12 @@ _TURNS = {
 
 
 def turn_of(image: Image.Image) -> Turn:
-    """Read the orientation of an opened image; unreadable or odd means upright as stored.
+    """Read the orientation of an opened image; without a valid one, it is upright as stored.
 
     Pillow looks for it in EXIF, in TIFF's own tags and in XMP.
     """
     try:
         value = image.getexif().get(_ORIENTATION)
-    except Exception:  # noqa: BLE001 - metadata of any shape never decide whether pixels count
+    except Exception:  # noqa: BLE001 - damaged metadata must not make an image unusable
         return AS_STORED
     return _TURNS.get(value, AS_STORED) if type(value) is int else AS_STORED

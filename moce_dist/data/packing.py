@@ -1,17 +1,17 @@
-"""Packing image files into tars: which file goes where, and one tar as a task of its own.
+"""Packing image files into tars: which file goes into which tar, and one task per tar.
 
-The plan follows from the sorted list of files and their sizes, so workers write tars side by side
-and after a kill those that were finished stay. A file that cannot be read is left out of its tar
-and named as a fault. With `data.store_side` large images are stored smaller: a crop of them is
-decoded sooner, at every use.
+The sorted list of files and their sizes determines the plan, so workers write tars in parallel, and
+after a kill the finished tars stay. A file that cannot be read is left out of its tar and reported
+as a fault. With `data.store_side`, large images are stored smaller, so that every later crop is
+faster to decode.
 
     cat/0.jpg cat/1.jpg dog/2.jpg ...   ->   train-000000.tar   cat/0 dog/2     holdout by the hash
                                              holdout/holdout-000000.tar   cat/1     of the key
 
-A shell command may write a tar too, as WebDataset's `pipe:` names it. A pipe can be read once and
-only forward, whereas training reads samples by range: every command runs once, and its tar is kept
-beside the index. Commands run only where the configuration allows it. What they need to be let in
-comes from the environment (`$TOKEN`), as their text stands in the index, the ledger and the report.
+A shell command can write a tar too, given as in WebDataset: `pipe:COMMAND`. A pipe can be read only
+once and forward, whereas training reads samples by range. So every command runs once, and its tar
+is stored beside the index. Commands run only if the configuration allows it. They must take
+credentials from the environment (`$TOKEN`), as COMPLETE and messages contain their text.
 
     pipe:curl -s https://host/{00..01}.tar.gz | gunzip     ->     pipe-000000.tar pipe-000001.tar
 """
@@ -38,18 +38,18 @@ from moce_dist.settings import ConfigError
 
 HOLDOUT = "holdout"
 _QUALITY, _SPARE = 90, 2
-"""Of what is stored smaller: JPEG's quality, and pixels that are decoded for each that is kept."""
+"""For images that are stored smaller: JPEG quality, and least scale of the decoded image."""
 
 
 class Packing(NamedTuple):
-    """What all tars of a folder share."""
+    """Settings that all tars of a folder share."""
 
     out: Path
     store_side: int | None
 
 
 class FileTar(NamedTuple):
-    """One tar to be written: its folder below the output, its name and its files."""
+    """One tar to be written: its folder relative to the output, its name and its files."""
 
     folder: str
     name: str
@@ -57,7 +57,7 @@ class FileTar(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What became of a tar; without samples there is no file."""
+    """The index entry and the faults of a tar; without samples there is no file."""
 
     folder: str
     shard: Shard
@@ -65,20 +65,20 @@ class Written(NamedTuple):
 
 
 def share(name: str) -> float:
-    """Place of a name in [0, 1), the same for good: below a fraction means held out."""
+    """Map a name to a fixed place in [0, 1); names below the hold-out fraction are held out."""
     digest = hashlib.sha256(as_text(name).encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
 def member_bytes(sizes: Iterable[int]) -> int:
-    """Bytes that members of these sizes take in a tar, at most: header and padding."""
+    """Return an upper bound on the bytes of members of these sizes in a tar, with headers."""
     return sum(size + 1024 for size in sizes)
 
 
 def plan_files(
     files: Iterable[ImageFile], *, holdout_fraction: float, shard_bytes: int
 ) -> list[FileTar]:
-    """Cut the files of both parts into tars of at most about `shard_bytes`, in their order."""
+    """Assign the files, in order, to training and hold-out tars of at most about `shard_bytes`."""
     tars: dict[str, list[FileTar]] = {"": [], HOLDOUT: []}
     filled = dict.fromkeys(tars, 0)
     for file in files:
@@ -94,7 +94,7 @@ def plan_files(
 
 
 def plan_id(tars: Iterable[FileTar]) -> str:
-    """Sha256 of what is to be packed: names, keys, sizes and labels."""
+    """Return a sha256 of the plan: tar names, and paths, keys, sizes and labels of the files."""
     digest = hashlib.sha256()
     for tar in tars:
         digest.update(f"{tar.folder}/{tar.name}\n".encode())
@@ -105,10 +105,10 @@ def plan_id(tars: Iterable[FileTar]) -> str:
 
 
 def at_most(content: bytes, side: int) -> bytes | None:
-    """Encode an image anew whose longer side is longer than `side` pixels; None where it is not.
+    """Shrink an image to a JPEG whose longer side is `side` pixels; None if it is no larger.
 
     Raises:
-        ImageError: it cannot be decoded.
+        ImageError: the image cannot be decoded.
     """
     image = open_croppable(content)
     longer = max(image.width, image.height)
@@ -122,10 +122,10 @@ def at_most(content: bytes, side: int) -> bytes | None:
 
 
 def write_files(packing: Packing, tar: FileTar) -> Written:
-    """Pack the files of one tar; at once when an earlier attempt did.
+    """Pack the files of one tar, unless an earlier attempt finished it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the tar cannot be written.
     """
     folder = packing.out / tar.folder
     if (found := finished_tar(folder, tar.name)) is not None:
@@ -156,25 +156,25 @@ def write_files(packing: Packing, tar: FileTar) -> Written:
 
 
 class PipedTar(NamedTuple):
-    """A tar to be written: its file name, and its command behind `pipe:`."""
+    """A tar to be written: its file name, and `pipe:COMMAND`."""
 
     name: str
     url: str
 
 
 def write_piped(out: Path, tar: PipedTar) -> tuple[Shard, list[Fault]]:
-    """Run a command, keep what it writes, index it; at once when an earlier attempt did.
+    """Run a command, store the tar that it writes and index it, unless done before.
 
     Raises:
-        ConfigError: it wrote no tar.
-        RuntimeError: it failed; its own words went to standard error.
+        ConfigError: the command wrote no tar.
+        RuntimeError: the command failed; its own messages went to standard error.
         OSError: the tar cannot be written.
     """
     if (found := finished_tar(out, tar.name)) is not None:
         return found
     path, temporary = out / tar.name, out / f".{tar.name}.tmp"
     command = ["bash", "-o", "pipefail", "-c", tar.url.removeprefix(PIPE)]
-    # through this process: when it is killed the command meets a broken pipe, and ends too
+    # copied through this process: if it is killed, the command gets a broken pipe and ends too
     with (
         temporary.open("wb") as file,
         subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process,

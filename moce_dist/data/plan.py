@@ -1,28 +1,28 @@
-"""One order of images: which samples a step contains, decided before anything is read.
+"""The order of images: which samples a step contains, determined before anything is read.
 
-Per epoch every cluster has a seeded order of its samples. Sample i of a cluster with n samples
-stands at time (i + 1/2) / n of the epoch; all samples sorted by time are the epoch, and step t
-takes positions [t B, (t + 1) B). So every cluster advances at its own even pace, each step holds
-each cluster within one image of its share, and the whole position of the stream is one cursor per
-cluster plus the step. Nothing here depends on ranks, loader processes or placement.
+Per epoch every cluster has a seeded order of its samples. Sample i of a cluster with n samples has
+time (i + 1/2) / n in the epoch. All samples sorted by time are the epoch, and step t takes
+positions [t B, (t + 1) B). So every cluster advances at its own even pace. If clusters have equal
+sizes, every step has, of each cluster, its share within one image. The step is the whole position
+of the stream. Nothing here depends on ranks, loader processes or placement.
 
     two clusters, n = 4 and 2:   time   1/8  2/8  3/8  5/8  6/8  7/8
                                  from    a    b    a    a    b    a     B = 3: [a b a] [a b a]
 
-No order is held in memory: how far every cluster is at a position follows from times alone, up to
-a few samples a cluster that are sorted, and which sample stands at a place of a cluster's order is
-a keyed permutation. A step costs O(B + K log K), whatever n is.
+No order is held in memory. The times determine how many samples of every cluster are before a
+position, except for a few samples per cluster, which are sorted. A keyed permutation maps a place
+in a cluster's order to a sample. A step costs O(B + K log K) for every n.
 
-The permutation is computed where it is asked for. A Feistel network on 2 h bits is a permutation of
-0 .. 4^h - 1 whatever its round function is. To permute 0 .. n - 1 the smallest such network is
-walked: what it maps outside is mapped again until it falls inside, which keeps it a permutation and
-takes under four turns on average.
+The permutation is evaluated only at the places that are needed. A Feistel network on 2 h bits is a
+permutation of 0 .. 4^h - 1 for every round function. To permute 0 .. n - 1, the smallest network
+with 4^h >= n is applied again to every result outside 0 .. n - 1, until the result is inside. This
+is still a permutation and takes under four turns on average.
 
-An epoch may also take only some samples of every cluster, `quotas`; the next ones go on where it
-stopped, so that a cluster is used up before any sample of it is used again (but for what is left
-when its size is no multiple of its quota).
+An epoch may also take only some samples of every cluster, `quotas`. The next epochs continue where
+it stopped, so no sample is used again before the others of its cluster, except for the rest that
+remains if the cluster's size is no multiple of its quota.
 
-Letters: B images of a step, K clusters.
+Letters: B images of a step, K clusters, n samples of a cluster.
 
 Source: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (cycle walking); Steele et
 al. 2014, "Fast Splittable Pseudorandom Number Generators" (the mixing function).
@@ -39,7 +39,7 @@ from moce_dist.data.table import Ids, SampleTable
 Shares = NDArray[np.float64]
 PADDING = -1
 ORDER = 2
-"""Version of the order; 1 kept every cluster's order in memory."""
+"""Version of the order; version 1 kept every cluster's order in memory."""
 _ROUNDING = 1e-9
 
 
@@ -51,7 +51,7 @@ class Plan:
     batch_size: int
     seed: int
     quotas: Ids | None = None
-    """(K,) samples that an epoch takes of every cluster; None: all that there are."""
+    """(K,) samples that an epoch takes of every cluster; None: all of them."""
 
     @cached_property
     def _counts(self) -> Ids:
@@ -59,20 +59,20 @@ class Plan:
 
     @cached_property
     def epoch_samples(self) -> int:
-        """Samples of an epoch, no one twice."""
+        """Number of samples in an epoch, which are all different."""
         return int(self._counts.sum())
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps in which every sample of an epoch is used once; the last one is padded."""
+        """Number of steps in an epoch; the last one may be padded."""
         return -(-self.epoch_samples // self.batch_size)
 
     def epoch_of(self, step: int) -> int:
-        """Epoch that a step belongs to, from 0."""
+        """Return the epoch that a step belongs to, from 0."""
         return step // self.steps_per_epoch
 
     def step_ids(self, step: int) -> Ids:
-        """Sample ids of a step, (B,), in their order; PADDING fills the last step of an epoch."""
+        """Return the sample ids of a step, (B,); PADDING fills up the last step of an epoch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         first, last = (self._used(epoch, at * self.batch_size) for at in (within, within + 1))
         clusters, places = self._in_order(epoch, *_spread(first, last))
@@ -84,17 +84,17 @@ class Plan:
         return np.pad(ids, (0, self.batch_size - len(ids)), constant_values=PADDING)
 
     def cursors(self, step: int) -> list[int]:
-        """Count the samples of every cluster that its epoch has used before `step`, (K,)."""
+        """Count the samples of every cluster that the epoch has used before `step`, (K,)."""
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._used(epoch, within * self.batch_size).tolist()
 
     def _used(self, epoch: int, position: int) -> Ids:
-        # of every cluster so many samples are among the first `position` of the epoch, (K,)
+        # number of samples of every cluster among the first `position` of the epoch, (K,)
         counts, total = self._counts, self.epoch_samples
         if position >= total:
             return counts
-        # at any time the clusters together are within K / 2 of their even pace, so all but the
-        # samples around the position's own time are settled; one more a cluster is for rounding
+        # at any time the clusters together are within K / 2 samples of their even pace, so only
+        # samples near the position's time need sorting; the margin of 1 per cluster is for rounding
         slack = len(counts) / 2 + 1
         low, high = (
             np.floor(counts * (at / total) + 0.5).astype(np.int64) + margin
@@ -106,7 +106,7 @@ class Plan:
         return low + np.bincount(taken, minlength=len(counts))
 
     def _in_order(self, epoch: int, clusters: Ids, places: Ids) -> tuple[Ids, Ids]:
-        # equal times go by a seeded turn of the clusters, so that no cluster is always first
+        # samples of equal time follow a seeded order of clusters, so no cluster is always first
         turn = cluster_order(self.seed, epoch, len(self._counts))
         order = np.lexsort((turn[clusters], (places + 0.5) / self._counts[clusters]))
         return clusters[order], places[order]
@@ -114,7 +114,7 @@ class Plan:
 
 @lru_cache(maxsize=4)
 def cluster_order(seed: int, epoch: int, num_clusters: int) -> Ids:
-    """Return the place of every cluster among those that are due at the same time, (K,)."""
+    """Return the rank of every cluster among samples of equal time, (K,)."""
     draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch]))
     return draws.permutation(num_clusters)
 
@@ -128,10 +128,11 @@ def _spread(first: Ids, last: Ids) -> tuple[Ids, Ids]:
 
 
 def quotas_of(shares: Shares, cluster_sizes: Ids, batch_size: int) -> Ids:
-    """Say how many samples of every cluster an epoch takes, (K,), in proportion to `shares` (K,).
+    """Return the samples of every cluster per epoch, (K,), in proportion to `shares` (K,).
 
-    An epoch is as long as it can be with no sample twice, in whole batches; it is a batch at least,
-    where clusters that are too small for their share give all they have and the others the rest.
+    An epoch is as many whole batches as possible without repeating a sample. If that is less than
+    one batch, it is one batch, or all samples if they are fewer. Clusters that are too small for
+    their share then contribute all their samples, and the others the rest.
 
     Raises:
         ValueError: no cluster with a share has samples.
@@ -165,14 +166,14 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mixed(words: Words) -> Words:
-    # every bit of the result depends on all bits of the word
+    # each bit of the result depends on all bits of the word
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))
 
 
 def keys_of(*parts: int | Ints) -> Words:
-    """Mix whole numbers, or arrays (m,) of them, into keys of permutations, (m,)."""
+    """Mix integers, or arrays (m,) of them, into keys of permutations, (m,)."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = _mixed((key ^ np.atleast_1d(part).astype(np.uint64)) + _GOLDEN)
@@ -180,11 +181,11 @@ def keys_of(*parts: int | Ints) -> Words:
 
 
 def permuted(positions: Ints, sizes: Ints, keys: Words) -> Ints:
-    """Return what stands at `positions` (m,) of permutations of 0 .. size - 1, (m,).
+    """Return the values at `positions` (m,) of permutations of 0 .. size - 1, (m,).
 
-    `sizes` (m,) and `keys` (m,) belong to the positions: equal ones mean the same permutation.
+    Position i refers to the permutation of size `sizes[i]` and key `keys[i]`; both are (m,).
     """
-    # exponent of the number: how many bits it takes; each half has half of them
+    # frexp's exponent is the number of bits; each half of the network has half of them
     half = ((np.frexp(np.maximum(sizes - 1, 1).astype(np.float64))[1] + 1) // 2).astype(np.uint64)
     mask = (np.uint64(1) << half) - np.uint64(1)
     result = positions.astype(np.uint64)

@@ -18,10 +18,10 @@ def track(
     every_s: float = 10,
     size: Callable[[Item], int] = lambda _: 1,
 ) -> Iterator[Item]:
-    """Yield the items; log every `every_s` seconds how many are done and how long is left.
+    """Yield the items; log every `every_s` seconds the number done, the rate and the time left.
 
-    `what` begins with the unit. Where items differ in size, `size` says how many units of `total`
-    each of them is.
+    `what` begins with the unit. If items differ in size, `size` returns the units of `total` that
+    an item counts for.
     """
     start = said = time.monotonic()
     done = 0

@@ -1,15 +1,16 @@
-"""Reading many samples at once: few long ranges of many tars, remote ones together.
+"""Reading many samples at once: few long ranges of many tars, remote ranges concurrently.
 
-The samples of some steps lie scattered over the tars. Sorted by place, neighbours become one range
-when little between them is wasted; local ranges are announced to the kernel before the first is
-read, those of the next steps too, so that a disk always sees many; remote ranges are requested
-together, so that the latency of an object store counts once and not per sample.
+The samples of some steps are scattered over the tars. They are sorted by position, and neighbours
+are joined to one range if few unwanted bytes are between them. Local ranges, also those of the next
+steps, are announced to the kernel before the first one is read, so that a disk always has many
+requests. Remote ranges are requested together, so that the latency of an object store counts once
+and not per sample.
 
-    wanted     [a 0:5] [b 9:4] [a 6:3] [a 90:2]       url, offset:size
-    ranges     a 0..9   a 90..92   b 9..13            the gap 5..6 is read and thrown away
+    wanted     [a 0:5] [b 9:4] [a 6:3] [a 90:2]       url, offset:size in KiB
+    ranges     a 0..9   a 90..92   b 9..13            the gap 5..6 is read and discarded
 
-What fails is returned in its place, never raised: one sample is one fault. Errors of remote storage
-are described without their own text, which may hold credentials.
+An error is returned in place of the sample, never raised, so each sample fails on its own. Errors
+of remote storage are described without their own text, which may contain credentials.
 """
 
 import asyncio
@@ -35,10 +36,10 @@ from moce_dist.cost.sizes import MAX_OPEN_FILES
 from moce_dist.data.cache import SampleCache, Wanted
 
 Content = memoryview | OSError
-"""The bytes of a sample, or why they cannot be had."""
+"""The bytes of a sample, or the error if they cannot be read."""
 
 _MAX_WASTE = 0.2
-# less than what asking for it costs: a page of a disk, the headers of a request
+# reading this many bytes costs less than another read or request
 _FREE_GAP = 4096
 _MAX_RANGE_BYTES = 8 * 2**20
 _PORTION_BYTES = 32 * 2**20
@@ -47,24 +48,25 @@ _TRY_AGAIN = (408, 425, 429)
 
 
 def is_remote(url: str) -> bool:
-    """Tell whether a shard has to be asked for over a network."""
+    """Tell whether a shard is read over a network."""
     return "://" in url
 
 
 class Range(NamedTuple):
-    """A stretch of one file that holds some of what is wanted."""
+    """A byte range of one file that contains some of the wanted samples."""
 
     url: str
     start: int
     stop: int
     rows: list[int]
-    """Which of the wanted samples lie in it."""
+    """Indices of the wanted samples in the range."""
 
 
 def coalesce(wanted: Sequence[Wanted], rows: Iterable[int] | None = None) -> list[Range]:
-    """Join neighbours into ranges, by file and place; of a range at most a sixth is not wanted.
+    """Join neighbouring samples of a file into ranges of at most 8 MiB, unless one is longer.
 
-    `rows` are those of the wanted samples that count, all by default.
+    A sample joins a range across a gap of at most 4 KiB, or if at most a sixth of the joined range
+    is unwanted. `rows` selects the samples to read, by default all of `wanted`.
     """
     ranges: list[Range] = []
     used = 0
@@ -89,20 +91,20 @@ def _is_worth_it(last: Range, used: int, offset: int, stop: int) -> bool:
 
 @dataclass
 class RangeReader:
-    """Reads the samples of some steps; local files stay open, the least used are closed."""
+    """Reads samples; local files stay open up to a limit, then the least recently used close."""
 
     timeout_s: float = 60.0
-    """A remote range that takes longer is requested again."""
+    """Seconds after which a remote range is requested again."""
     deadline_s: float = 240.0
-    """How long requests are repeated."""
+    """Seconds after which failed requests are no longer repeated."""
     cache: SampleCache | None = None
-    """What is kept of remote shards."""
+    """Cache of samples of remote shards."""
     _open: OrderedDict[str, int] = field(default_factory=OrderedDict)
 
     def announce(self, wanted: Sequence[Wanted]) -> list[Range]:
         """Tell the kernel which local ranges will be read; return all ranges, for `read`.
 
-        Samples that the cache has are in no range.
+        Samples that are cached are in no range.
         """
         cache = self.cache
         rows = None if cache is None else [i for i, w in enumerate(wanted) if not cache.has(w)]
@@ -117,7 +119,7 @@ class RangeReader:
     ) -> list[Content]:
         """Return the bytes of every sample, in the given order, or the error in their place.
 
-        `ranges` are what `announce` returned for the same samples, if that was called before.
+        `ranges` is the result of `announce` for the same samples, if it was called before.
         """
         found: list[Content | None] = [None] * len(wanted)
         self._fill(found, wanted, self.announce(wanted) if ranges is None else ranges)
@@ -125,7 +127,7 @@ class RangeReader:
             kept = [row for row, content in enumerate(found) if content is None]
             for row in kept:
                 found[row] = self.cache.get(wanted[row])
-            # what was damaged there is read again
+            # samples that are damaged in the cache are read from their shards
             self._fill(found, wanted, coalesce(wanted, [row for row in kept if found[row] is None]))
         return [OSError() if content is None else content for content in found]
 
@@ -144,7 +146,7 @@ class RangeReader:
                     self.cache.keep(wanted[row], part)
 
     def read_in_turn(self, wanted: Iterable[Wanted]) -> Iterator[Content]:
-        """Yield the bytes of samples one by one, as `read` has them; memory holds a portion."""
+        """Yield the results of `read` one by one, holding only a portion of them in memory."""
         for portion in _portions(wanted):
             yield from self.read(portion)
 
@@ -186,7 +188,7 @@ class RangeReader:
             if any(_is_transient(found[i]) for i in todo):
                 raise TryAgain
 
-        # what has failed to the end stands in `found`
+        # at the deadline, `found` has the last errors
         with suppress(RetryError):
             Retrying(
                 stop=stop_after_delay(self.deadline_s),
@@ -255,7 +257,7 @@ def _is_transient(result: bytes | BaseException) -> bool:
     status = getattr(result, "status", None)
     if status is not None:
         return bool(status >= 500 or status in _TRY_AGAIN)
-    # object stores answer so to a range that begins after the end
+    # object stores answer this to a range that begins after the end of the object
     return getattr(result, "errno", None) != errno.EINVAL
 
 

@@ -1,16 +1,16 @@
-"""Rewriting tars by cluster, so that a group of workers streams the clusters it trains on.
+"""Rewriting tars by cluster, so that each group of workers streams the clusters it trains on.
 
-Samples are copied as raw byte ranges, in index order within a cluster; headers and contents stay as
-they are:
+Samples are copied as raw byte ranges, in index order within a cluster; headers and contents do not
+change:
 
     train-000000.tar   a b c d            cluster-00000-000000.tar   a d f
     train-000001.tar   e f g       ->     cluster-00001-000000.tar   b c e g
 
-What goes into which tar follows from index and assignments alone, so every new tar is a task of its
-own: workers write them side by side, and after a kill those that were finished stay. A tar gets its
-name only when, parsed anew from the disk, it holds the planned keys at the planned places and its
-sha256 is that of the bytes that were read from the sources. The plan holds every sample once; so
-the multiset of (key, bytes) is that of the sources.
+The index and the assignments alone determine the content of every new tar, so each tar is a task of
+its own: workers write tars in parallel, and after a kill the finished ones stay. A written tar is
+parsed again from the disk. It gets its final name only if it has the planned keys at the planned
+positions, and the sha256 of the bytes that were read from the sources. The plan contains every
+sample once, so the new tars have the same multiset of (key, bytes) as the sources.
 """
 
 import hashlib
@@ -46,15 +46,15 @@ logger = logging.getLogger(__name__)
 
 
 class TarPlan(NamedTuple):
-    """One tar to be written: its name, its cluster and the samples that it takes, in order."""
+    """One tar to be written: its name, its cluster and its samples, in order."""
 
     name: str
     cluster: int
     parts: list[tuple[str, Shard]]
-    """URL of a source and the rows taken of it."""
+    """URL of a source tar and the index rows of the samples to copy from it."""
 
     def expected(self) -> Shard:
-        """Entry of the index that follows from the plan, without the sha256."""
+        """Return the index entry that the tar should get, without the sha256."""
         shard, position = Shard(self.name, cluster=self.cluster), 0
         for _, taken in self.parts:
             for row, key in enumerate(taken.keys):
@@ -69,7 +69,7 @@ class TarPlan(NamedTuple):
 
 
 class _Writing(NamedTuple):
-    """What all tars share."""
+    """Settings that all tasks share."""
 
     out: Path
     timeout_s: float
@@ -85,10 +85,10 @@ def reshard(
     inputs: Mapping[str, object],
     map_tasks: MapTasks = map_here,
 ) -> ShardIndex:
-    """Copy every sample into a tar of its cluster; at once when done before from equal `inputs`.
+    """Copy every sample into a tar of its cluster; skip this if done before from equal `inputs`.
 
-    Writes `out/cluster-CCCCC-NNNNNN.tar` of about `data.shard_bytes`, `index.json` and, last,
-    `COMPLETE`. Keys of `assignments` that the index lacks (held-out images) are passed over.
+    Writes `out/cluster-CCCCC-NNNNNN.tar` of about `data.shard_bytes`, `index.json`, `index.arrow`
+    and, last, `COMPLETE`. Keys of `assignments` that the index lacks (held-out images) are ignored.
 
     Raises:
         ConfigError: a sample has no assignment.
@@ -112,7 +112,7 @@ def reshard(
 
 
 def plan_tars(index: ShardIndex, assignments: Mapping[str, int], shard_bytes: int) -> list[TarPlan]:
-    """Decide which samples go into which tar, by cluster, then in the order of the index.
+    """Assign samples to tars, by cluster, then in the order of the index.
 
     Raises:
         ConfigError: a sample has no assignment.
@@ -151,15 +151,15 @@ def _take(tar: TarPlan, url: str, shard: Shard, row: int) -> None:
 
 
 def write_tar(shared: _Writing, tar: TarPlan) -> Shard:
-    """Write one tar, look at it again, publish it; at once when an earlier attempt did.
+    """Write one tar, check it and give it its final name, unless an earlier attempt did.
 
     Raises:
         RuntimeError: a source ends early or has changed, or the copy differs.
-        OSError: it cannot be written.
+        OSError: the tar cannot be written.
     """
     if (found := finished_tar(shared.out, tar.name)) is not None:
         return found[0]
-    # of this process alone: a lost worker that still writes must not spoil another's file
+    # one file per process: a lost worker that still writes must not damage another worker's file
     temporary = shared.out / f".{tar.name}.{os.getpid()}.tmp"
     digest = hashlib.sha256()
     with naming(temporary), temporary.open("wb") as file:
@@ -169,7 +169,7 @@ def write_tar(shared: _Writing, tar: TarPlan) -> Shard:
         digest.update(TAR_END)
         file.write(TAR_END)
     expected = replace(tar.expected(), sha256=digest.hexdigest())
-    # positions and keys as the tar itself has them, not as they were meant
+    # positions and keys as found in the written tar
     parsed, faults = scan_shard(str(temporary), path=tar.name, cluster=tar.cluster)
     if faults or parsed != expected:
         raise RuntimeError(

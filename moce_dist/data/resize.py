@@ -12,19 +12,19 @@ from PIL import Image
 
 Pixels = NDArray[np.uint8]
 _MAX_DROPPED = 16
-# pixels of the result
+# in pixels of the result
 _MAX_SHIFT = 0.1
 
 
 class Size(NamedTuple):
-    """Width and height of an image, pixels."""
+    """Width and height of an image in pixels."""
 
     width: int
     height: int
 
 
 class _Axis(NamedTuple):
-    """One direction of a resize: which pixels are read, how many of the result are dropped."""
+    """One axis of a resize: input pixels [start, stop), and leading result pixels to drop."""
 
     start: int
     stop: int
@@ -35,7 +35,7 @@ class _Axis(NamedTuple):
 def resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) -> Pixels:
     """Resize the part `box` (left, upper, right, lower; pixels) of (H, W, 3) to (S, S, 3) uint8.
 
-    Bicubic with antialias, as Pillow does it.
+    The filter is Pillow's bicubic with antialias.
     """
     left, upper, right, lower = box
     down, across = _axis(upper, lower, size), _axis(left, right, size)
@@ -47,7 +47,7 @@ def resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) ->
         return crop
     import torch
 
-    # Pillow's filter, but vectorised; rows of RGB are what torch calls "channels last"
+    # Pillow's filter, but vectorised; interleaved RGB is torch's "channels last" format
     resized = torch.ops.aten._upsample_bicubic2d_aa(
         torch.from_numpy(np.require(crop, requirements=["C", "W"])).permute(2, 0, 1).unsqueeze(0),
         [size + down.dropped, size + across.dropped],
@@ -60,9 +60,9 @@ def resize(pixels: Pixels, box: tuple[float, float, float, float], size: int) ->
 
 
 def resize_all(pixels: Pixels, extent: tuple[float, float], size: Size, method: str) -> Pixels:
-    """Resize the first `extent` (width, height) of pixels (H, W, 3) to all of `size`.
+    """Resize the upper left `extent` (width, height; pixels) of (H, W, 3) to `size`.
 
-    `method` is a name of Pillow's: bilinear and bicubic are vectorised.
+    `method` is the name of a Pillow filter; bilinear and bicubic are vectorised.
     """
     width, height = extent
     if method not in ("bilinear", "bicubic"):
@@ -85,8 +85,8 @@ def resize_all(pixels: Pixels, extent: tuple[float, float], size: Size, method: 
 
 
 def _axis(low: float, high: float, size: int) -> _Axis | None:
-    # torch starts at whole pixels only. A crop that starts between two is started some pixels of
-    # the result earlier, where that falls on a whole pixel nearly, and they are dropped again
+    # torch's resize starts at a whole input pixel. If a crop starts between two, the resize starts
+    # a few result pixels earlier, nearly at a whole input pixel, and drops these from the result
     scale = (high - low) / size
     if low == int(low):
         return _Axis(int(low), math.ceil(high), 0, scale)

@@ -1,17 +1,18 @@
 """The `sample:NAME` sets: real images for the quickstart, the tests and small experiments.
 
 `pretrain` is the pre-training mix of six domains. `digits`, `silhouettes` and `climate` are
-downstream classification tasks, `climate-ade20k` is a segmentation task in ADE20K's folder layout;
-detection tasks are made by `detection.py`.
-No image of a task, training or test, is in the mix. Digits and silhouettes are split by the hash of
-their pixels, so equal images stay on one side. The earth is split by place: of the blocks of
-300 x 300 pixels that hold land, 24 are for training and 12 for testing the climate tasks, and no
-rendering of them is in the mix.
+downstream classification tasks, `climate-ade20k` is a segmentation task in ADE20K's folder layout.
+`detection.py` builds the detection tasks.
+
+No training or test image of a task is in the mix. Digits and silhouettes are split by the hash of
+their pixels, so equal images are in the same part. The earth is split by place: of the blocks of
+300 x 300 pixels that contain land, 24 are for training and 12 for testing the climate tasks. No
+map of the earth contributes tiles of these blocks to the mix.
 
     one block of the Blue Marble     300 px    5 x 5 tiles of 64 px, every 59 px
-    the same place, shaded relief    600 px   10 x 10 tiles of 64 px, every 60 px
+    the same block, shaded relief    600 px   10 x 10 tiles of 64 px, every 60 px
 
-Tiles of one image and slices of one volume are real images but not independent ones.
+Tiles of one image and slices of one volume are real images, but they are not independent.
 """
 
 import hashlib
@@ -35,13 +36,13 @@ from moce_dist.settings import ConfigError
 
 Part = Literal["train", "test", "pretrain"]
 _TILE = 64
-# standard deviations of the gray values, over an image and within cells of 4 x 4 pixels
+# lower bounds on the standard deviation of the grey values, of an image and of 4 x 4 cells
 _MIN_DEVIATION = 4.0
 _MIN_TEXTURE = 0.75
 _BLOCK = 300
 _GRID = (carriers.EARTH_SHAPE[0] // _BLOCK, carriers.EARTH_SHAPE[1] // _BLOCK)
 _BLOCKS = {"test": 12, "train": 24}
-# chosen among others because every climate group then has tiles in both parts, by count alone
+# chosen by tile counts alone, so that every climate group has tiles in both parts
 _BLOCK_SALT = 1726
 _EARTH_IMAGES = {
     "satellite": ("bmng", 1),
@@ -78,7 +79,7 @@ class _Tile(NamedTuple):
     side: int
 
     def of(self, image: NDArray[Any], scale: int = 1) -> NDArray[Any]:
-        """Cut this tile, given in the image's own pixels after `scale`."""
+        """Cut this tile out of an image in which one unit of the tile is `scale` pixels."""
         return image[
             self.row * scale : (self.row + self.side) * scale,
             self.column * scale : (self.column + self.side) * scale,
@@ -86,15 +87,15 @@ class _Tile(NamedTuple):
 
 
 def encode(pixels: Pixels, kind: str = "PNG") -> bytes:
-    """Encode pixels (H, W) or (H, W, 3) as PNG or, of quality 95, as JPEG."""
+    """Encode pixels (H, W) or (H, W, 3) as PNG or as JPEG of quality 95."""
     buffer = io.BytesIO()
-    # a PNG at level 3 takes half the time of the default's 6 and 4 % more bytes
+    # PNG level 3 takes half the time of the default 6 and 4 % more bytes
     Image.fromarray(pixels).save(buffer, kind, quality=95, compress_level=3)
     return buffer.getvalue()
 
 
 def is_informative(pixels: Pixels) -> bool:
-    """Tell whether pixels (H, W) or (H, W, 3) are more than one shade or a smooth slope."""
+    """Tell whether pixels (H, W) or (H, W, 3) show more than one shade or a smooth gradient."""
     gray = pixels.mean(axis=2) if pixels.ndim == 3 else pixels.astype(float)
     cells = gray.reshape(gray.shape[0] // 4, 4, gray.shape[1] // 4, 4)
     texture = cells.std(axis=(1, 3)).mean()
@@ -106,7 +107,7 @@ def _labelled(name: str) -> carriers.Labelled:
 
 
 def _part_rows(name: str, part: Part) -> Iterator[int]:
-    # per class the rows are ordered by the hash of their pixels and cut into parts
+    # the rows of each class are ordered by the hash of their pixels, then split into parts
     images, labels, classes = _labelled(name)
     sizes = _PER_CLASS[name]
     stop = {"test": sizes["test"], "train": sum(sizes.values()), "pretrain": None}[part]
@@ -118,7 +119,7 @@ def _part_rows(name: str, part: Part) -> Iterator[int]:
 
 
 def blocks(part: Part) -> list[tuple[int, int]]:
-    """Rows and columns of the blocks of the earth that belong to a part, in order."""
+    """Return the blocks (row, column) of the earth that belong to a part, sorted."""
     land = carriers.land_share(*_GRID)
     every = [(int(row), int(column)) for row, column in np.ndindex(*_GRID)]
     candidates = sorted(
@@ -133,7 +134,7 @@ def blocks(part: Part) -> list[tuple[int, int]]:
 
 
 def _tiles(block: tuple[int, int], side: int, per_side: int, *, scale: int = 1) -> Iterator[_Tile]:
-    """Tiles spread evenly over a block of an image `scale` times as fine as the Blue Marble."""
+    """Yield tiles spread evenly over a block of a map `scale` times as fine as the Blue Marble."""
     extent = _BLOCK * scale
     steps = np.linspace(0, extent - side, per_side).round().astype(int).tolist()
     for row in steps:
@@ -147,7 +148,7 @@ def brain_slices() -> Iterator[Pixels]:
         voxels = carriers.brain(volume)
         for axis in range(3):
             for plane in np.moveaxis(voxels, axis, 0):
-                # a slice that grazes the brain is a few specks on black
+                # a slice at the edge of the brain shows a few specks on black
                 if (plane > 20).mean() > 0.1:
                     yield _thumbnail(np.rot90(plane))
 
@@ -177,10 +178,10 @@ def domain_images(name: str) -> Iterator[Pixels]:
 def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
     """Yield the pre-training mix as (key, members), e.g. `relief/000123` with `png` and `json`.
 
-    Images are 28 or 64 pixels wide; near-constant and repeated ones are left out.
+    Images are 28 or 64 pixels wide; near-constant and repeated images are left out.
 
     Raises:
-        ConfigError: a package that carries the images is missing.
+        ConfigError: a package that contains the images is missing.
     """
     carriers.check_installed()
     seen: set[bytes] = set()
@@ -201,8 +202,9 @@ def pretrain() -> Iterator[tuple[str, dict[str, bytes]]]:
 def task(name: str) -> SampleTask:
     """Build a downstream classification task: `digits`, `silhouettes` or `climate`.
 
-    `climate` is the main Koeppen group of a 64-pixel tile of the Blue Marble, train and test in
-    different blocks; lakes are too few to be a class. Tiles overlap inside a block.
+    The class in `climate` is the most frequent Koeppen group of a 64-pixel tile of the Blue Marble.
+    Training and test tiles lie in different blocks; tiles overlap within a block. Lakes are too few
+    to be a class.
 
     Raises:
         ConfigError: there is no such task, or a package is missing.
@@ -259,8 +261,8 @@ def write_climate_segmentation(out: Path) -> None:
     """Write climate groups of Blue Marble tiles (96 x 96) in ADE20K's folder layout.
 
     `images/{training,validation}/NAME.jpg`, `annotations/{training,validation}/NAME.png` with class
-    index + 1 (0 = ignore), and `classes.txt`, one class a line. Training tiles overlap by half,
-    validation tiles do not; the two parts lie in different blocks.
+    index + 1 (0 = ignore), and `classes.txt`, one class per line. Training tiles overlap by about
+    half, validation tiles do not overlap. The two parts lie in different blocks.
 
     Raises:
         ConfigError: a package is missing.
@@ -285,12 +287,12 @@ def write_climate_segmentation(out: Path) -> None:
 
 
 def write_files(out: Path, name: str, files: Iterable[tuple[str, bytes]]) -> None:
-    """Write a set's files, (path inside `out`, content), all of them or none.
+    """Write all files of a set, given as (path inside `out`, content), or none of them.
 
-    Nothing is written where the set is complete.
+    If the set is already complete in `out`, return at once.
 
     Raises:
-        ConfigError: other files are there.
+        ConfigError: `out` contains other files.
     """
     inputs = {"source": f"sample:{name}"}
     if is_complete(out, inputs):

@@ -1,13 +1,13 @@
 """Shards (tar files of samples) and their index.
 
 A sample is a run of tar members that share a key: the member's path up to the first dot of its
-last component, as WebDataset has it. The index keeps, per shard, where every sample stands, so
-that any sample can be read by one range request and copied without unpacking it:
+last component, as in WebDataset. The index has, per shard, the position of every sample, so that
+any sample can be read by one range request and copied without unpacking it:
 
     tar    | header img | image bytes | header cls | label | header img | ...
            ^ start      ^ offset      ^ offset + size      ^ end = start of the next sample
 
-`index.json` lies beside the tars; paths in it are relative to its folder, absolute, or URLs.
+Paths in `index.json` are relative to its folder, absolute, or URLs.
 """
 
 import io
@@ -31,7 +31,7 @@ from moce_dist.settings import ConfigError
 logger = logging.getLogger(__name__)
 INDEX_NAME = "index.json"
 COLUMNS_NAME = "index.arrow"
-"""What training reads of an index, see columns.py."""
+"""The part of an index that training reads, see columns.py."""
 _FORMAT = "moce_dist.index.v1"
 _LABEL_BYTES = 200
 TAR_END = bytes(1024)
@@ -39,7 +39,7 @@ TAR_END = bytes(1024)
 
 
 class Fault(NamedTuple):
-    """Something unreadable: `key` is None when a whole shard or its tail is meant."""
+    """Something unusable; `key` is None for a whole shard or a part of it that is no sample."""
 
     shard: str
     key: str | None
@@ -48,7 +48,7 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar and where its samples stand (columns of equal length, byte positions in the tar)."""
+    """One tar and its samples: columns of equal length, with byte positions in the tar."""
 
     path: str
     num_samples: int = 0
@@ -62,7 +62,7 @@ class Shard:
     sizes: list[int] = field(default_factory=list)
 
     def take(self, rows: list[int]) -> "Shard":
-        """Return the entry with some of its samples only; the tar stays as it is."""
+        """Return the entry with only some of its samples; the tar is not changed."""
 
         def pick(column: list[Any]) -> list[Any]:
             return [column[row] for row in rows]
@@ -87,23 +87,23 @@ class ShardIndex:
 
     @property
     def num_samples(self) -> int:
-        """Samples in all shards."""
+        """Number of samples in all shards."""
         return sum(shard.num_samples for shard in self.shards)
 
     @property
     def num_clusters(self) -> int:
-        """Clusters K; data that was not clustered yet is one cluster."""
+        """Number of clusters K; data that is not clustered yet counts as one cluster."""
         return 1 + max((shard.cluster or 0 for shard in self.shards), default=0)
 
     def url(self, shard: Shard) -> str:
-        """Absolute path or URL of a shard."""
+        """Return the path or URL of a shard; relative paths are joined to `root`."""
         if "://" in shard.path or shard.path.startswith("/"):
             return shard.path
         return f"{self.root.rstrip('/')}/{shard.path}"
 
 
 def open_shard(url: str) -> Any:
-    """Open a file or URL for reading; a path is a path, even with `::` in it."""
+    """Open a file or URL for reading; a path may contain `::`, which fsspec would interpret."""
     return fsspec.open(url, "rb") if "://" in url else Path(url).open("rb")
 
 
@@ -112,11 +112,11 @@ def scan_shard(
 ) -> tuple[Shard, list[Fault]]:
     """Index one tar in one pass over its bytes.
 
-    Returns the shard (`path` as it shall stand in the index, default `url`) and what in it cannot
-    be used: a truncated or damaged tail, and every image that is lost (`TarSample.problems`).
+    Returns the shard (its path in the index is `path`, by default `url`) and its faults: damaged
+    or truncated places, and every image that is lost (`TarSample.problems`).
 
     Raises:
-        ConfigError: the file is missing or is no tar at all.
+        ConfigError: the file is missing or is not a tar.
     """
     try:
         with open_shard(url) as file:
@@ -142,7 +142,7 @@ def scan_shard(
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:
-    """Write `folder/index.json`; columns of another index are removed."""
+    """Write `folder/index.json` and remove the columns of an earlier index."""
     (folder / COLUMNS_NAME).unlink(missing_ok=True)
     index = ShardIndex(str(folder), list(shards))
     document = {"format": _FORMAT, "shards": [asdict(shard) for shard in index.shards]}
@@ -154,7 +154,7 @@ def read_index(root: str | Path) -> ShardIndex:
     """Read the index of a folder or URL.
 
     Raises:
-        ConfigError: there is none, or it is not one of ours.
+        ConfigError: there is none, or it has another format.
     """
     url = f"{str(root).rstrip('/')}/{INDEX_NAME}"
     if "://" in url:
@@ -175,7 +175,7 @@ def read_index(root: str | Path) -> ShardIndex:
 
 
 def read_range(url: str, start: int, size: int) -> bytes:
-    """Read `size` bytes of a file or object from `start`; fewer when it ends before."""
+    """Read `size` bytes of a file or object from `start`, fewer if it ends earlier."""
     with open_shard(url) as file:
         file.seek(start)
         content: bytes = file.read(size)
@@ -183,9 +183,9 @@ def read_range(url: str, start: int, size: int) -> bytes:
 
 
 def class_label(sample: bytes) -> str | None:
-    """Read the class (member `cls`) of one sample, from its byte range; None: it has none.
+    """Read the class (member `cls`) from the bytes of one sample; None if it has no class.
 
-    A class is a number or a name: what is no short text is none.
+    A class is a number or a name; a member that is not short UTF-8 text is not a class.
     """
     try:
         with open_tar(io.BytesIO(sample + TAR_END)) as tar:

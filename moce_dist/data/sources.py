@@ -1,9 +1,9 @@
-"""What a data set is made of: image files of a folder, or tars that a pattern names.
+"""Sources of a data set: the image files of a folder, or the tars that a pattern names.
 
-A source reads `KIND:REST`. Everything here looks, nothing is written: files are listed, patterns
-are expanded, headers are checked, so that a wrong request is refused before any work.
+A source has the form `KIND:REST`. This module lists files, expands patterns and checks headers, so
+that a wrong request is refused before any work. It writes nothing.
 
-Source: class folders as torchvision.datasets.ImageFolder; brace patterns as webdataset has them.
+Source: class folders as in torchvision.datasets.ImageFolder; brace patterns as in webdataset.
 """
 
 import glob
@@ -28,7 +28,7 @@ from moce_dist.settings import ConfigError
 logger = logging.getLogger(__name__)
 
 PIPE = "pipe:"
-"""What a shard begins with that a shell command writes."""
+"""Prefix of a shard that a shell command writes."""
 _SECRETS = ("signature=", "credential=", "token=", "sig=", "key=")
 _COMMAND_SECRETS = (*_SECRETS, "authorization", "password", "--user")
 
@@ -38,7 +38,7 @@ TASKS = ("digits", "silhouettes", "climate")
 SEGMENTATION = "climate-ade20k"
 TREES, COMPOSITED = "trees-coco", "composited-coco"
 SAMPLE_SETS = (PRETRAIN, *TASKS, SEGMENTATION, TREES, COMPOSITED)
-"""What `sample:NAME` may name; `data.samples` and `data.detection` build them."""
+"""Names for `sample:NAME`; `data.samples` and `data.detection` build these sets."""
 
 
 class ImageFile(NamedTuple):
@@ -46,19 +46,19 @@ class ImageFile(NamedTuple):
 
     path: Path
     key: str
-    """Relative path without its extension, dots as underscores: a key ends at its first dot."""
+    """Relative path without extension; dots become underscores, as a key ends at the first dot."""
     label: int | None
     """Index of the class folder; None for a file directly in the root."""
     size: int
 
 
 class Folder(NamedTuple):
-    """The image files of a folder tree, sorted by path, and what cannot be used."""
+    """The usable image files of a folder tree, sorted by path, and the unusable ones as faults."""
 
     files: list[ImageFile]
     faults: list[Fault]
     left_out: str
-    """What else is there, counted; see `Listing.rest`."""
+    """Counts of everything else in the tree; see `Listing.rest`."""
 
     @property
     def num_bytes(self) -> int:
@@ -70,7 +70,7 @@ def parse_source(source: str) -> tuple[Kind, str]:
     """Split `folder:PATH`, `shards:PATTERN` or `sample:NAME`; local paths become absolute.
 
     Raises:
-        ConfigError: it is none of them, or there is no such sample set.
+        ConfigError: it has none of these forms, or there is no such sample set.
     """
     kind, colon, rest = source.partition(":")
     if kind == "sample" and rest not in SAMPLE_SETS:
@@ -102,10 +102,10 @@ def _is_url(name: str) -> bool:
 
 
 def list_folder(root: Path) -> Folder:
-    """List the images of a folder tree, class folders in sorted order, each folder once.
+    """List the images of a folder tree; class folders are numbered in sorted order.
 
-    Faults are empty files, what is no regular file, folders that cannot be listed, and images
-    whose key another one has already.
+    Faults are empty files, files that are not regular or cannot be read, folders that cannot be
+    listed, and images whose key is already in use.
 
     Raises:
         ConfigError: the folder is missing, empty, or holds no images.
@@ -143,7 +143,7 @@ def _usable(listing: Listing, faults: list[Fault]) -> Iterator[ImageFile]:
 
 
 def header_problem(image: IO[bytes] | Path) -> str | None:
-    """Tell why an image's header cannot be read, None when it can; pixels are not decoded."""
+    """Return why an image's header cannot be read, None if it can; do not decode the pixels."""
     try:
         check_header(image)
     except ImageError as error:
@@ -152,7 +152,7 @@ def header_problem(image: IO[bytes] | Path) -> str | None:
 
 
 def read_image_file(file: ImageFile) -> bytes | Fault:
-    """Read an image file; a fault when that fails or its header is damaged."""
+    """Read an image file; return a fault if that fails or the header is damaged."""
     try:
         content = file.path.read_bytes()
     except OSError as error:
@@ -164,8 +164,8 @@ def read_image_file(file: ImageFile) -> bytes | Fault:
 def expand_shards(pattern: str, *, allow_pipes: bool = False) -> list[str]:
     """Expand a comma list of brace patterns, globs, paths and URLs into absolute paths and URLs.
 
-    What is there is a path before it is a pattern: a file, and folders that a pattern begins with.
-    Commands (`pipe:`) have their braces expanded, nothing is run.
+    An existing file, or existing folders at the start of a pattern, are taken literally, even if
+    they contain pattern letters. Braces in commands (`pipe:`) are expanded; nothing is run.
 
     Raises:
         ConfigError: unbalanced braces, a command that is not allowed, a pattern without a match, a
@@ -179,7 +179,7 @@ def expand_shards(pattern: str, *, allow_pipes: bool = False) -> list[str]:
 
 
 def _split_commas(pattern: str) -> Iterator[str]:
-    """Split a list at commas outside of braces, unless all of it is a file."""
+    """Split a list at commas outside of braces, unless the whole text is an existing file."""
     if os.path.isfile(os.path.expanduser(pattern)):
         yield pattern
         return
@@ -222,7 +222,7 @@ def _expand(part: str, allow_pipes: bool) -> Iterator[str]:
 
 
 def _existing(part: str) -> tuple[str, str]:
-    """Split a local pattern into the folders that are there, letter for letter, and the rest."""
+    """Split a local pattern into a literal path, which exists, and the rest."""
     if os.path.isfile(part):
         return part, ""
     ends = (n for n in range(len(part), 0, -1) if part[n - 1] == "/" and os.path.isdir(part[:n]))

@@ -1,15 +1,16 @@
 """The planned stream: a rank's batches, read by range from the tars of the plan.
 
-The plan says which samples a step contains, the placement says which expert group reads each of
-them (`Readers`, passed in), rank arithmetic says which slots of a group are whose. Loader
-processes read and decode: a batch is a pure function of (plan, placement, step, rank), and reading
-starts at any step without what came before.
+The plan determines the samples of a step. The placement determines which expert group reads each
+sample (`Readers`, passed in). Rank arithmetic assigns the slots of a group to its ranks. Loader
+processes read and decode. A batch is a pure function of (plan, placement, step, rank), so reading
+can start at any step, without the steps before.
 
-A sample that cannot be read or decoded keeps its slot: a zero image of weight 0 and one line in
-faults.jsonl. The divisor of the loss stays the planned number of images, so nobody has to be told.
+A sample that cannot be read or decoded keeps its slot, as a zero image of weight 0, and becomes one
+line in faults.jsonl. The divisor of the loss remains the planned number of images, so other ranks
+need not be told.
 
-Letters: B images of a step over all ranks, b = B / R images of a rank, N patches, S image side
-(pixels).
+Letters: B images of a step over all ranks, R ranks, b = B / R images of a rank, N patches, S image
+side (pixels), K clusters.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -42,19 +43,17 @@ from moce_dist.data.table import Ids, SampleTable
 from moce_dist.run.files import record_fault
 
 GroupOf = Callable[[Ids], Ids]
-"""Says which group reads each slot of a step, (B,), from the cluster of every slot, (B,)."""
-
-_CPU = torch.device("cpu")
+"""Maps the cluster of every slot of a step, (B,), to the group that reads the slot, (B,)."""
 
 
 class Batch(NamedTuple):
-    """What a rank trains on in one step; clusters and their counts are the same on all ranks."""
+    """What a rank trains on in one step; clusters and cluster counts are the same on all ranks."""
 
     step: int
     images: Tensor
-    """(b, 3, S, S) uint8 RGB, not normalised: a fourth of what the device would be sent else."""
+    """(b, 3, S, S) uint8 RGB, not normalised: a quarter of the bytes of float32 samples."""
     noise: Tensor
-    """(b, N) float32, uniform; decides the mask."""
+    """(b, N) float32, uniform; determines the mask."""
     weights: Tensor
     """(b,) float32: 1, or 0 for padding and unreadable images."""
     clusters: Tensor
@@ -64,24 +63,27 @@ class Batch(NamedTuple):
     keys: list[str]
     """(b,) sample keys, empty for padding."""
     waiting: Undecoded | None = None
-    """Crops that `stream` has decoded by the time that the batch leaves it."""
+    """Crops that the device decodes; `BatchStream` does this before it returns the batch."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Who holds which slots: R ranks host G groups; every rank has B / R slots of a step."""
+    """Assignment of slots to ranks: R ranks host G groups; every rank has B / R slots of a step."""
 
     num_ranks: int
     num_groups: int
 
     def rank_slots(self, groups: Ids) -> Ids:
-        """Return every rank's slots, (R, b), from the group of every slot, (B,), equally large."""
+        """Map the group of every slot, (B,), to the slots of every rank, (R, b).
+
+        Groups must have equally many slots.
+        """
         return np.argsort(groups, kind="stable").reshape(self.num_ranks, -1)
 
 
 @dataclass(frozen=True)
 class StreamSpec:
-    """Everything that a rank's batches follow from, besides the step."""
+    """Everything besides the step and the placement that determines a rank's batches."""
 
     plan: Plan
     data: DataConfig
@@ -100,19 +102,19 @@ class PlannedStep:
 
     number: int
     ids: Ids
-    """(b,) the samples of this rank's slots, PADDING for padding."""
+    """(b,) sample ids of this rank's slots, PADDING for padding."""
     clusters: Ids
     """(R, b), see `Batch`."""
     cluster_counts: Ids
     """(K,), see `Batch`."""
     is_read: NDArray[np.bool_]
-    """(b,) whether a slot's sample is read: it is no padding and not kept."""
+    """(b,) whether a slot's sample has to be read: it is neither padding nor kept in memory."""
     contents: list[Content | None] = field(default_factory=list)
     """(b,) encoded images, None where nothing is read."""
 
 
 def open_cache(data: DataConfig, table: SampleTable) -> SampleCache | None:
-    """Open the cache of a table's remote samples; None without one."""
+    """Open the cache for a table's remote samples; None if none is configured."""
     if data.cache is None:
         return None
     versions = {
@@ -127,7 +129,7 @@ def open_cache(data: DataConfig, table: SampleTable) -> SampleCache | None:
 
 
 class _Announced(NamedTuple):
-    """Steps whose samples will be read soon, and where these lie."""
+    """Steps whose samples will be read soon, and the positions of the samples."""
 
     steps: list[PlannedStep]
     wanted: list[Wanted]
@@ -135,17 +137,17 @@ class _Announced(NamedTuple):
 
 
 class Readers(NamedTuple):
-    """Who reads the steps from where the ones before end, up to `stop`."""
+    """The group that reads each slot, for the steps from the previous `stop` up to this one."""
 
     stop: int
     group_of: GroupOf
 
 
 class PlannedStream(IterableDataset[Batch]):
-    """A rank's batches from step `start` on; of P loader processes, each makes every P-th one.
+    """A rank's batches from step `start` on; each of P loader processes makes every P-th batch.
 
-    `readers[i]` are what process i hears of who reads, in the order of the steps; it waits for the
-    next ones. While the steps of a window are decoded, the bytes of the next one are read.
+    Process i iterates over `readers[i]`, in the order of the steps, and waits there for the next
+    `Readers`. While the steps of one window are decoded, the bytes of the next window are read.
     """
 
     def __init__(self, spec: StreamSpec, start: int, readers: Sequence[Iterable[Readers]]) -> None:
@@ -155,7 +157,7 @@ class PlannedStream(IterableDataset[Batch]):
         return map(self._batch, self.steps())
 
     def steps(self) -> Iterator[PlannedStep]:
-        """Yield the steps of this process with the bytes of their samples, not decoded."""
+        """Yield the steps of this process with the encoded bytes of their samples."""
         worker = get_worker_info()
         number, processes = (0, 1) if worker is None else (worker.id, worker.num_workers)
         data = self._spec.data
@@ -183,7 +185,7 @@ class PlannedStream(IterableDataset[Batch]):
     ) -> Iterator[list[PlannedStep]]:
         announced: _Announced | None = None
         for window in self._windows(steps):
-            # before the window ahead of it is read, so that a disk never waits for us
+            # announced before the previous window is read, so that the disk always has requests
             coming = self._announce([self._planned(number, group_of) for number in window], reader)
             if announced is not None:
                 yield self._read(announced, reader)
@@ -196,7 +198,7 @@ class PlannedStream(IterableDataset[Batch]):
         mean = max(1, table.num_bytes / table.num_samples)
         step_bytes = mean * spec.plan.batch_size / spec.layout.num_ranks
         length = max(1, round(spec.data.read_ahead_bytes / step_bytes))
-        # the first batch waits for its own bytes only; then windows grow
+        # the first batch waits only for its own bytes; later windows grow
         taken, growing = 0, 1
         while taken < len(steps):
             yield steps[taken : taken + growing]
@@ -223,7 +225,7 @@ class PlannedStream(IterableDataset[Batch]):
         ids = spec.plan.step_ids(number)
         planned = ids != PADDING
         clusters = np.where(planned, table.cluster[ids], PADDING)
-        # all ranks compute all ranks' slots: the exchange needs to know who reads what
+        # every rank computes the slots of all ranks, because the exchange needs them
         slots = spec.layout.rank_slots(group_of(clusters))
         counts = np.bincount(clusters[planned], minlength=len(table.cluster_sizes))
         own = ids[slots[spec.rank]]
@@ -242,7 +244,7 @@ class PlannedStream(IterableDataset[Batch]):
         generators, epoch = SampleDraws(), spec.plan.epoch_of(step.number)
         for slot, sample_id in enumerate(step.ids):
             key = "" if sample_id == PADDING else table.keys[sample_id]
-            # the mask is drawn before the crop: it must not depend on how often the crop tries
+            # the mask is drawn before the crop, as a crop takes a varying number of draws
             draws = generators.of(spec.plan.seed, epoch, key)
             noise[slot] = draws.random(spec.num_patches, np.float32)
             if sample_id == PADDING:
@@ -281,7 +283,7 @@ class PlannedStream(IterableDataset[Batch]):
 
 
 def record_bad_image(spec: StreamSpec, step: int, sample_id: int, reason: str) -> None:
-    """Write a sample that could not be used into the ledger."""
+    """Record a sample that could not be used in the ledger."""
     table = spec.plan.table
     record_fault(
         spec.ledger,

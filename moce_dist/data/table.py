@@ -1,7 +1,7 @@
 """All samples of an index as columns; a sample's id is its row.
 
-Columns are arrays, parts of a memory-mapped file (columns.py), or runs: what is the same for all
-samples of a shard is held once a shard.
+A column is an array, a part of a memory-mapped file (columns.py), or runs: a value that all samples
+of a shard share is stored once per shard.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Runs:
-    """A column of values that stand in runs: `values` (m,), run j has `lengths[j]` rows."""
+    """A run-length encoded column: `values[j]` fills `lengths[j]` rows; both are (m,)."""
 
     values: Ids
     lengths: Ids
 
     @cached_property
     def ends(self) -> Ids:
-        """Row behind every run, (m,)."""
+        """The row after every run, (m,)."""
         return np.cumsum(self.lengths)
 
     def __getitem__(self, rows: Ids) -> Ids:
-        """Return the values of rows, as an array would."""
+        """Return the values of rows, like an array."""
         return self.values[np.searchsorted(self.ends, rows, side="right")]
 
 
@@ -44,15 +44,15 @@ class SampleTable:
     size: Ids
     cluster: Ids | Runs
     digests: list[str] = field(default_factory=list)
-    """Sha256 of the shards at `urls`, where it is known."""
+    """Sha256 of the shards at `urls`, "" where it is not known."""
     num_clusters: int = 1
-    """Clusters K that there are at least; the last ones may hold no sample."""
+    """Least number of clusters K; the last ones may have no samples."""
     known_bytes: int | None = None
-    """Bytes of all samples, where somebody has added them up."""
+    """Bytes of all samples, if already summed."""
 
     @property
     def num_samples(self) -> int:
-        """Samples in the table."""
+        """Number of samples."""
         return len(self.keys)
 
     @cached_property
@@ -69,10 +69,10 @@ class SampleTable:
         return sizes
 
     def members(self, clusters: Ids, places: Ids) -> Ids:
-        """Ids of samples, (m,), by their cluster (m,) and place in it (m,), in order of ids."""
+        """Return the sample ids (m,) at `places` (m,) of `clusters` (m,), each in order of ids."""
         order, firsts, before = self._by_cluster
         at = before[clusters] + places
-        # runs by cluster: the row behind each, were they moved together
+        # with runs sorted by cluster: the run whose rows contain each position
         run = np.searchsorted(self._moved_ends, at, side="right")
         return firsts[order[run]] + at - (self._moved_ends[run] - self._runs.lengths[order[run]])
 
@@ -85,7 +85,7 @@ class SampleTable:
 
     @cached_property
     def _by_cluster(self) -> tuple[Ids, Ids, Ids]:
-        # runs in order of their cluster, first row of every run, samples of the clusters before
+        # runs sorted by cluster, first row of every run, number of samples in earlier clusters
         order = np.argsort(self._runs.values, kind="stable")
         firsts = self._runs.ends - self._runs.lengths
         return order, firsts, np.cumsum(self.cluster_sizes) - self.cluster_sizes
@@ -96,7 +96,7 @@ class SampleTable:
 
 
 def sample_table(index: ShardIndex, num_clusters: int = 1) -> SampleTable:
-    """Flatten an index; samples without a cluster are of cluster 0."""
+    """Flatten an index; samples without a cluster are in cluster 0."""
     shards = index.shards
     counts = np.array([shard.num_samples for shard in shards], np.int64)
     return SampleTable(

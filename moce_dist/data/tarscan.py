@@ -1,13 +1,13 @@
-"""Where the samples of a tar stand: one sequential pass over its headers, hashing as it goes.
+"""The positions of the samples in a tar: one sequential pass that reads headers and hashes.
 
-A sample is a run of members that share a key, as WebDataset groups them. Nothing is lost unsaid:
+A sample is a run of members that share a key, as WebDataset groups them. No image is lost silently:
 
-    a.tar, then b.tar      archives one behind the other are all read, as `tar -i` reads them
-    a damaged header       named, and looked for the next whole one, as `tar -x` does
-    ctime of GNU backups   stands where POSIX has a part of the name, and is none
-    links, sparse files    their bytes stand elsewhere or in parts: named, one by one
-    IMG_2020.01.000.jpg    belongs to the key IMG_2020, as do its neighbours: each is named
-    ._IMG.jpg, __MACOSX    hidden, passed over
+    a.tar, then b.tar      concatenated archives are all read, as by `tar -i`
+    a damaged header       is reported; the scan continues at the next valid one, as in `tar -x`
+    times in GNU headers   are not taken for POSIX's name prefix, which has the same position
+    links, sparse files    have their bytes elsewhere or in parts; each is reported
+    IMG_2020.01.000.jpg    has the key IMG_2020, like its neighbours; each is reported
+    ._IMG.jpg, __MACOSX    are hidden, and skipped
 
 Source: WebDataset's naming rule, webdataset/webdataset tariterators.py (base_plus_ext and
 group_by_keys); POSIX pax and GNU tar's formats as Python's tarfile reads them.
@@ -27,9 +27,9 @@ from moce_dist.run.names import as_text
 
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"^__[^/]*__$")
-# so that a file of another kind, such as KEY.im, is not taken for the image beside it
+# preferred, so that a file of another kind, such as KEY.im, is not taken for the sample's image
 _USUAL = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm"))
-# what stands between the dots of a name, not of a kind of member: a number, or with a space in it
+# text between dots that belongs to a name, not to an extension: a number, or text with a space
 _PART_OF_A_NAME = re.compile(r"\d+|.*[\s()].*")
 _READ_BYTES, _BLOCK = 2**20, 512
 _GNU_MAGIC, _CHECKSUM = b"ustar  \0", re.compile(rb"[ \0]*[0-7]+[ \0]*")
@@ -47,7 +47,7 @@ def is_hidden_member(name: str) -> bool:
 def split_name(name: str) -> tuple[str, str] | None:
     """Split a member's path into (key, extension), e.g. `a.b/c.seg.png` -> (`a.b/c`, `seg.png`).
 
-    None for what is passed over: names without an extension, hidden files, `__meta__`.
+    None for skipped members: names without an extension, hidden files, `__meta__`.
     """
     match = _NAME.match(name)
     if match is None or _META.match(name) or is_hidden_member(name):
@@ -56,7 +56,7 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 class Problem(NamedTuple):
-    """An image that is lost: by which name, and why."""
+    """An image that is lost: its name and the reason."""
 
     key: str
     reason: str
@@ -68,27 +68,27 @@ class TarSample:
 
     key: str
     start: int
-    """Where the header of the first member begins."""
+    """First byte of the first member's header."""
     end: int
-    """Where the padding of the last member ends."""
+    """End of the last member's padding."""
     members: dict[str, tarfile.TarInfo] = field(default_factory=dict)
     odd: dict[str, str] = field(default_factory=dict)
-    """Members whose bytes do not stand behind their header, and why."""
+    """Members whose bytes do not follow their header, with the reason."""
 
     def has(self, extension: str) -> bool:
-        """Tell whether it has a member of this extension."""
+        """Tell whether the sample has a member with this extension."""
         return extension in self.members or extension in self.odd
 
     @property
     def image(self) -> tarfile.TarInfo | None:
-        """The member that is the image, None if it cannot be used; of several a usual format."""
+        """The image member, of several one in a usual format; None if it cannot be used."""
         found = [extension for extension in self.members if extension in image_endings()]
         usual = [extension for extension in found if extension in _USUAL]
         image = self.members[(usual or found)[0]] if found and not self.odd else None
         return image if image is not None and image.size else None
 
     def problems(self) -> list[Problem]:
-        """Name every image that is lost; where `image` is None that is one at least."""
+        """Return all images that are lost; if `image` is None, at least one."""
         if self.odd:
             lost = [e for e in self.odd if _is_image(e)] or list(self.odd)[:1]
             keys = [self.key] if len(lost) == 1 else [f"{self.key}.{e}" for e in lost]
@@ -115,14 +115,14 @@ def _is_image(extension: str) -> bool:
 
 
 class TarScan(NamedTuple):
-    """What a tar holds: whole samples, and what is wrong with the rest, a line a damaged place."""
+    """The whole samples of a tar, and its problems, one line per damaged place."""
 
     samples: list[TarSample]
     problems: list[str]
     bytes: int
     sha256: str
     left_out: Counter[str]
-    """Members that are passed over, by what they are."""
+    """Number of skipped members by kind."""
 
 
 class _Member(NamedTuple):
@@ -131,7 +131,7 @@ class _Member(NamedTuple):
 
 
 class _Header(tarfile.TarInfo):
-    """A header as GNU tar and POSIX read it; Python takes GNU's times for a part of the name."""
+    """A header as GNU and POSIX tar read it; Python takes GNU's times for a part of the name."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
@@ -142,10 +142,10 @@ class _Header(tarfile.TarInfo):
 
 
 def open_tar(file: Any, **options: Any) -> tarfile.TarFile:
-    """Open an uncompressed tar; names are UTF-8, or bytes that stand for themselves.
+    """Open an uncompressed tar; bytes of names that are not UTF-8 become surrogate escapes.
 
     Raises:
-        tarfile.ReadError: it is none.
+        tarfile.ReadError: it is not a tar.
     """
     return tarfile.open(
         fileobj=file,
@@ -158,7 +158,7 @@ def open_tar(file: Any, **options: Any) -> tarfile.TarFile:
 
 
 class _HashingReader:
-    """A file that is read forward only, so that one pass serves the headers and the sha256."""
+    """A file that is read only forward, so that one pass serves both headers and sha256."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -171,7 +171,7 @@ class _HashingReader:
         return self._position
 
     def read(self, size: int) -> bytes:
-        # what damaged headers claim is never asked for at once
+        # read in parts, because a damaged header may claim any size
         parts = []
         while size > 0 and (part := self._read(min(size, _READ_BYTES))):
             parts.append(part)
@@ -195,7 +195,7 @@ class _HashingReader:
         return self._position
 
     def skip_zeros(self) -> bool:
-        """Go on to the next block that is not all zeros; False at the end of the file."""
+        """Skip to the next block that is not all zeros; return False at the end of the file."""
         while part := self.read(_READ_BYTES):
             filled = len(part) - len(part.lstrip(b"\0"))
             if filled < len(part):
@@ -206,7 +206,7 @@ class _HashingReader:
         return False
 
     def skip_to_header(self) -> bool:
-        """Go on to the next block that is a header; False at the end of the file."""
+        """Skip to the next block that is a header; return False at the end of the file."""
         while len(block := self.read(_BLOCK)) == _BLOCK:
             if _CHECKSUM.fullmatch(block[148:156]) and _is_header(block):
                 self._again = block + self._again
@@ -215,7 +215,7 @@ class _HashingReader:
         return False
 
     def drain(self) -> tuple[int, str]:
-        """Read to the end; return the size and the sha256 of the whole."""
+        """Read to the end; return the size and sha256 of the whole file."""
         while self.read(_READ_BYTES):
             pass
         return self._position, self._digest.hexdigest()
@@ -233,7 +233,7 @@ def scan_tar(file: IO[bytes]) -> TarScan:
     """Scan an uncompressed tar from its start, and the archives that follow in the same file.
 
     Raises:
-        tarfile.ReadError: it is no tar at all.
+        tarfile.ReadError: the file is not a tar.
     """
     reader, samples, problems = _HashingReader(file), list[TarSample](), list[str]()
     left_out: Counter[str] = Counter()
@@ -248,7 +248,7 @@ def scan_tar(file: IO[bytes]) -> TarScan:
         if problem:
             problems.append(problem)
             goes_on = reader.skip_to_header()
-            # between two members a cut leaves no trace but what the other samples have
+            # a cut between two members shows only in that the last sample lacks usual members
             usual = {*samples[0].members, *samples[0].odd} if samples else set()
             if found and {*found[-1].members, *found[-1].odd} < usual:
                 samples.pop()
@@ -273,7 +273,7 @@ def _read_headers(reader: _HashingReader) -> tuple[list[_Member], str | None]:
     except OSError:
         raise
     except Exception as error:  # noqa: BLE001
-        # of damaged headers tarfile raises more than its own errors
+        # for damaged headers tarfile also raises errors that are not its own
         if is_first and not members:
             raise tarfile.ReadError(str(error)) from None
         return members, f"cut off or damaged after {len(members)} members ({error})"
@@ -298,7 +298,7 @@ def _group(members: Iterable[_Member], left_out: Counter[str]) -> Iterator[TarSa
             left_out[_passed_over(member.name)] += 1
             continue
         key, extension = name
-        # the same extension again is the same key again: a second sample, not a second member
+        # an extension that occurs again begins a second sample of the same key
         if sample is None or key != sample.key or sample.has(extension):
             if sample is not None:
                 yield sample

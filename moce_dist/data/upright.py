@@ -1,12 +1,12 @@
-"""Decoding to upright RGB of 8 bits a colour, whatever is stored.
+"""Decoding of all formats to upright RGB with 8 bits per channel.
 
-transparency          lies on black
-animations            the first frame
-12, 16 bits of grey   the upper 8 of them
-signed, 32 bits       stretched: what their values mean no file says, so the smallest is black
-and the largest white; what is not finite is no image
-white is zero         turned round, in TIFF's greys of all depths
-annotated images      upright, unless only the stored image has the size of its annotations
+transparency         composited on black
+animation            first frame only
+12, 16 bit grey      the upper 8 bits
+signed, 32 bit grey  stretched, as no file defines the range: the smallest value becomes black, the
+                     largest white; an image with values that are not finite is refused
+white is zero        inverted, in TIFF's greys of all depths
+annotated images     upright, unless only the stored image has the size of its annotations
 """
 
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from PIL import Image, ImageChops
 from moce_dist.data.decoders import Encoded, ImageError, door, open_stored
 from moce_dist.data.metadata import AS_STORED, Turn
 
-# 16 bits that Pillow keeps in 32
+# formats whose 16 bit greys Pillow holds in 32 bits
 _DEEP_16 = ("PNG", "PPM")
-# tags of TIFF, and what they say
+# TIFF tags, and their values
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339
 _WHITE_IS_ZERO, _UNSIGNED, _SIGNED = 0, 1, 2
 
@@ -41,7 +41,7 @@ def _tag(image: Image.Image, tag: int, default: int) -> int:
 
 
 def _deep_grey(image: Image.Image) -> Image.Image:
-    """Bring a grey that is not 8 bits without a sign to that; others stay as they are."""
+    """Convert a grey image that is not unsigned 8 bit to that; return others unchanged."""
     values, is_tiff = np.asarray(image), image.format == "TIFF"
     sample_format = _tag(image, _SAMPLE_FORMAT, _UNSIGNED) if is_tiff else _UNSIGNED
     # Pillow clips deep greys to 8 bits when it converts
@@ -71,10 +71,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_rgb(content: Encoded) -> tuple[Image.Image, Turn]:
-    """Decode to RGB as stored, and say what makes it upright.
+    """Decode to RGB as stored, and return the turn that makes it upright.
 
     Raises:
-        ImageError: see `open_stored`; or values are not finite.
+        ImageError: see `open_stored`; or the image has values that are not finite.
     """
     stored = open_stored(content)
     with door():
@@ -82,23 +82,23 @@ def open_rgb(content: Encoded) -> tuple[Image.Image, Turn]:
 
 
 def turned(image: Image.Image, turn: Turn) -> Image.Image:
-    """Turn an image as a whole."""
+    """Apply a turn to a whole image."""
     return image if turn == AS_STORED else Image.fromarray(turn.apply(np.asarray(image)))
 
 
 class Annotated(NamedTuple):
-    """An image, RGB, in which its annotations are where they say."""
+    """An RGB image in the orientation that its annotations refer to."""
 
     image: Image.Image
     is_in_doubt: bool
-    """Its size does not tell whether they are for the upright image; it is taken for that."""
+    """The size fits both the stored and the upright image; the upright one was chosen."""
 
 
 def open_annotated(content: Encoded, size: tuple[int, int]) -> Annotated:
-    """Decode upright, or as stored where annotations of `size`, (width, height), are for that.
+    """Decode upright, or as stored if only that has the annotations' `size`, (width, height).
 
     Raises:
-        ImageError: see `open_rgb`; or it is of neither size.
+        ImageError: see `open_rgb`; or neither has that size.
     """
     image, turn = open_rgb(content)
     upright = turned(image, turn)

@@ -1,7 +1,6 @@
 """Writing tars: one at a time, as a series of bounded size, and all of them or none.
 
-Bytes depend on the samples alone: no times, no owners. A sample is given as members, or as the raw
-byte range that it has in another tar.
+The bytes of a tar depend only on its samples: headers have no times and no owners.
 """
 
 import errno
@@ -29,13 +28,13 @@ _UNFINISHED = (".*.tmp", "*/.*.tmp")
 def all_or_nothing(
     folder: Path, patterns: tuple[str, ...], plan: str | None = None
 ) -> Iterator[None]:
-    """Clear what an earlier attempt left under `patterns`, and again when the block fails.
+    """Remove the files of an earlier attempt under `patterns`, and all files if the block fails.
 
-    With `plan`, a fingerprint of what is to be written, a kill or an interruption leaves the tars
-    that were finished by then (`note_finished`) to the next attempt of the same plan.
+    With `plan`, a fingerprint of what is to be written, the tars that were finished
+    (`note_finished`) before a kill or an interruption stay for the next attempt of the same plan.
 
     Raises:
-        ConfigError: files are there that no attempt of ours has written.
+        ConfigError: the folder contains matching files that no earlier attempt has written.
         RuntimeError: the disk is full.
     """
     begun = folder / _BEGUN
@@ -80,13 +79,13 @@ def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
 
 
 def note_finished(folder: Path, shard: Shard, faults: Sequence[Fault] = ()) -> None:
-    """Note the entry of a tar that has its name, so that no later attempt writes it again."""
+    """Note the index entry of a finished tar, so that no later attempt writes it again."""
     note = {"shard": asdict(shard), "faults": [list(fault) for fault in faults]}
     write_atomic(_note(folder, shard.path), json.dumps(note))
 
 
 def finished_tar(folder: Path, name: str) -> tuple[Shard, list[Fault]] | None:
-    """Return the entry and the faults of a tar that an earlier attempt finished, if it did."""
+    """Return the index entry and faults of a tar if an earlier attempt finished it, else None."""
     try:
         note = json.loads(_note(folder, name).read_text())
     except FileNotFoundError:
@@ -101,17 +100,17 @@ def _note(folder: Path, name: str) -> Path:
 
 
 class ShardWriter:
-    """Write one tar from raw members or raw ranges of other tars, indexing while writing.
+    """Write one tar and index it while writing.
 
-    The file is written beside its final name and renamed by `close`, so a tar under its name is
-    whole. Between two writes no file is open: thousands of shards can be written at once.
+    The file has a temporary name until `close` renames it, so a tar with its final name is whole.
+    Between two writes no file is open, so thousands of shards can be written at the same time.
     """
 
     def __init__(
         self, folder: Path, name: str, *, cluster: int | None = None, buffer_bytes: int = 2**20
     ) -> None:
         self._path, self._buffer_bytes = folder / name, buffer_bytes
-        # of this process alone: a lost worker that still writes must not spoil another's file
+        # one file per process: a lost worker that still writes must not damage another's file
         self._temporary = folder / f".{name}.{os.getpid()}.tmp"
         self._buffer = bytearray()
         self._digest = hashlib.sha256()
@@ -138,7 +137,7 @@ class ShardWriter:
         self._buffer.clear()
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
-        """Append a sample: {extension: bytes}, exactly one of them an image."""
+        """Append a sample, {extension: bytes}; exactly one member must be an image."""
         start, position = self._position, (0, 0)
         for extension, content in members.items():
             header = tarfile.TarInfo(f"{key}.{extension}")
@@ -188,7 +187,7 @@ class ShardSeries:
         self._shards: list[Shard] = []
 
     def writer(self, num_bytes: int) -> ShardWriter:
-        """Return the tar that the next sample of about `num_bytes` belongs in."""
+        """Return the tar for the next sample of about `num_bytes`; start a new one if needed."""
         is_open = len(self._writers) > len(self._shards)
         if is_open and self._writers[-1].num_bytes + num_bytes <= self._shard_bytes:
             return self._writers[-1]
@@ -202,7 +201,7 @@ class ShardSeries:
         return writer
 
     def close(self) -> list[Shard]:
-        """Finish the last tar and return the index entries of all."""
+        """Finish the last tar and return the index entries of all tars."""
         if len(self._writers) > len(self._shards):
             self._shards.append(self._writers[-1].close())
         return self._shards

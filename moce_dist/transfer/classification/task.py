@@ -1,15 +1,15 @@
-"""Labelled images as a task: which name is read by whom; folders of classes, and tars.
+"""Classification tasks: the reader of each task name; class folders and tars.
 
     DATA/train/CLASS/*.jpg        DATA/test/CLASS/*.jpg   (or DATA/val)         imagefolder
 
     DATA/train-*.tar              DATA/test-*.tar         (or DATA/val-*.tar)   webdataset
         KEY.jpg + KEY.cls, a class number
-    DATA/classes.txt              optional: one name a line; else they are numbers
+    DATA/classes.txt              optional: class names, one per line; default: the numbers
 
-With `transfer.evaluate: val` DATA/val is what figures are of where DATA/test is there too; of any
-other task a fifth of the training images. Three small tasks are cut from images that installed
-packages carry. Published sets are read by `official.py`. Images of tars stay there and are read by
-their byte ranges.
+With `transfer.evaluate: val`, figures are measured on DATA/val if an `imagefolder` has DATA/test
+too; for every other task, on a fifth of the training images. Three small tasks are cut from images
+that installed packages contain. `official.py` reads published sets. Images in tars are not
+unpacked; they are read by byte range.
 
 Source: torchvision.datasets.ImageFolder for the folders; WebDataset's naming rule and its `cls`
 member for the tars, see `moce_dist.data.tarscan`.
@@ -39,7 +39,7 @@ from moce_dist.transfer.tasks import FilePart, Item, Splits, Task, scan_all
 
 logger = logging.getLogger(__name__)
 LOGISTIC = re.compile(r"logistic([1-9]\d*)?")
-"""Logistic regression on all training images, or on so many of each class: `logistic10`."""
+"""Logistic regression on all training images, or on N per class: `logistic10` has N = 10."""
 
 
 def _split_items(split: Path, classes: Sequence[str]) -> list[Item]:
@@ -65,7 +65,7 @@ def _split_items(split: Path, classes: Sequence[str]) -> list[Item]:
 def image_folder(
     name: str, data: Path | None, test_names: Sequence[str] = ("test", "val")
 ) -> Splits:
-    """Read a folder of class folders per split; the first of `test_names` that is there tests.
+    """Read a folder of class folders per split; test on the first of `test_names` that exists.
 
     Raises:
         ConfigError: a folder is missing or empty, or the splits differ in their classes.
@@ -92,10 +92,10 @@ def image_folder(
 
 
 def sample_task(name: str, data: Path | None) -> Splits:
-    """Cut a small task from images that installed packages carry.
+    """Build a small task from images that installed packages contain.
 
     Raises:
-        ConfigError: `--data` was given, which this task does not read, or the package is missing.
+        ConfigError: `--data` was given, which this task does not use, or the package is missing.
     """
     if data is not None:
         raise ConfigError(f"--data {data}: task {name} has its own images; leave --data out")
@@ -107,16 +107,16 @@ def sample_task(name: str, data: Path | None) -> Splits:
     return Splits(list(made.classes), train, test)
 
 
-# more classes than that are a mistake, whose list would not fit in memory
+# a label with more digits is a mistake, and a list of that many classes would not fit in memory
 _LABEL_DIGITS = 7
 _LAYOUT = "expected DATA/train-*.tar and DATA/test-*.tar (or DATA/val-*.tar)"
 
 
 def tar_task(name: str, data: Path | None) -> Splits:
-    """Read the labels of all samples and where their images lie.
+    """Read the labels of all samples and the positions of their images in the tars.
 
     Raises:
-        ConfigError: tars are missing or damaged, or a sample has no image or no proper label.
+        ConfigError: tars are missing or damaged, or a sample has no image or no valid label.
     """
     if data is None:
         raise ConfigError(f"--task {name}: needs --data; {_LAYOUT}")
@@ -205,13 +205,13 @@ class Classification(Task):
 
     @classmethod
     def read(cls, name: str, data: Path | None) -> Self:
-        """List a task's images by the reader of its name; see there."""
+        """List a task's images with the reader of its name; see the readers in `TASKS`."""
         metric = OFFICIAL[name].metric if name in OFFICIAL else "accuracy"
         return cls(name, *TASKS[name](name, data), metric)
 
     @classmethod
     def open(cls, name: str, data: Path | None, evaluate: str = "test") -> Self:
-        """List a task's images; `val` tests on `imagefolder`'s third folder where there is one."""
+        """List a task's images; `val` tests on DATA/val of an `imagefolder` with three splits."""
         has_three = data is not None and all((data / split).is_dir() for split in ("val", "test"))
         if evaluate == "val" and name == "imagefolder" and has_three:
             return cls(name, *image_folder(name, data, ("val",)))
@@ -219,24 +219,24 @@ class Classification(Task):
 
     @classmethod
     def takes(cls, protocol: str) -> bool:
-        """Tell whether a protocol is known: logistic ones too."""
+        """Tell whether a protocol is known, including the logistic ones."""
         return protocol in cls.protocols or LOGISTIC.fullmatch(protocol) is not None
 
     @classmethod
     def needs_data(cls, name: str) -> bool:
-        """Tell whether a task's images are the user's own."""
+        """Tell whether the user has to supply a task's images (`--data`)."""
         return name not in SAMPLE_TASKS
 
     @classmethod
     def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
-        """Select what a protocol depends on."""
+        """Select the fields of `transfer` that the result of a protocol depends on."""
         own = {"knn": ["knn_k"], "linear": ["linear_epochs"], "finetune": ["finetune"]}
         fields = transfer.flat()
         return {name: fields[name] for name in ["max_train", *own.get(protocol, [])]}
 
     @classmethod
     def plan(cls, transfer: TransferConfig) -> str:
-        """Say what the protocols cost."""
+        """Describe the cost of the protocols in one line, for `--dry-run`."""
         return (
             f"finetune {transfer.finetune.epochs} epochs of batches of "
             f"{transfer.finetune.batch_size}, linear {transfer.linear_epochs} epochs, "
@@ -245,11 +245,11 @@ class Classification(Task):
 
     @classmethod
     def batch_size(cls, transfer: TransferConfig) -> int:
-        """Return the images of a step of fine-tuning."""
+        """Return the number of images of a fine-tuning step, over all ranks."""
         return transfer.finetune.batch_size
 
     def fingerprint(self) -> str:
-        """Sha256 over keys, sizes and labels of all items, and the bytes of those in memory."""
+        """Return a sha256 of all keys, sizes, labels and class names, and of images in memory."""
         digest = hashlib.sha256(repr(list(self.classes)).encode())
         for item in [*self.train, *self.test]:
             digest.update(f"{item.key}/{item.size()}/{item.label}\n".encode())
@@ -262,13 +262,13 @@ class Classification(Task):
         return list(self.train)
 
     def part_of(self, transfer: TransferConfig, protocol: str, seed: int) -> Self:
-        """Keep the training images that a protocol may have; fine-tuning has a cap of its own."""
+        """Keep the training images that a protocol may use; fine-tuning has its own limit."""
         part = super().part_of(transfer, protocol, seed)
         is_capped = protocol == "finetune"
         return part.subset(transfer.finetune.max_train, seed) if is_capped else part
 
     def scan(self, *, threads: int) -> list[str]:
-        """Decode all images that lie in files."""
+        """Decode all images that are stored in files; see `Task.scan`."""
         items = [i for i in [*self.train, *self.test] if not isinstance(i.content, bytes)]
         scan_all(items, Item.size, _look, threads)
         return []
