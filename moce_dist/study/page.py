@@ -86,6 +86,7 @@ def _row(name: str, row: Line, tasks: list[str], scale: float, reference: str) -
         "difference": points(difference["mean"], sign=True) if difference else "",
         "to": to["to"] if to and to["to"] != reference else "",
         "interval": _interval(difference),
+        "over_seeds": _over_seeds(difference),
         "bar": _bar(difference, scale),
         "verdict": _verdict(difference),
         "tasks": [
@@ -110,6 +111,13 @@ def _interval(spread: Line | None) -> str:
     if spread is None or spread["low"] is None:
         return ""
     return f"{points(spread['low'], sign=True)} to {points(spread['high'], sign=True)}"
+
+
+def _over_seeds(spread: Line | None) -> str:
+    if spread is None or spread["half"] is None:
+        return ""
+    ends = (points(spread["mean"] + side * spread["half"], sign=True) for side in (-1, 1))
+    return " to ".join(ends)
 
 
 def _verdict(spread: Line | None) -> str:

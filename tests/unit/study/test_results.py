@@ -108,6 +108,8 @@ def content(values):
 def test_page_shows_points_and_escapes_what_it_shows(content):
     page = render(content)
     assert "+3.00" in page and "61.50 ± 2.12" in page
+    # differences of the two seeds .02 and .04: .03 ± 12.706 * .01
+    assert "-9.71 to +15.71" in page
     assert "T &amp; T" in page and "&lt;oops&gt;" in page and "&lt;b&gt;" in page
     assert "(1 of the tasks)" in page and "3 pieces of work are not finished" in page
     assert not re.search(r"<script|https?://|url\(", page)

@@ -51,11 +51,13 @@ def test_spread_by_hand():
     assert found.std == pytest.approx(0.2)
     assert (found.num_seeds, found.num_tasks) == (3, 2)
     assert 0.1 <= found.low < 0.4 < found.high <= 0.6
+    # t of two degrees of freedom at 97.5 %, by the printed tables
+    assert found.half == pytest.approx(4.303 * 0.2 / 3**0.5, rel=1e-3)
 
 
 def test_one_seed_has_neither_deviation_nor_interval():
     found = spread(np.array([[0.1, 0.3]]), 1000)
-    assert found == (pytest.approx(0.2), None, None, None, 1, 2)
+    assert found == (pytest.approx(0.2), None, None, None, None, 1, 2)
 
 
 def test_a_seed_without_all_tasks_is_left_out():
