@@ -172,14 +172,15 @@ def _executor(
             yield processes, carry_out_quietly, jobs
             processes.shutdown()
         except BaseException:
-            _end(multiprocessing.active_children())
+            end_processes(multiprocessing.active_children())
             processes.shutdown(cancel_futures=True)
             raise
     else:
         yield Here(), carry_out, 1
 
 
-def _end(children: list[BaseProcess]) -> None:
+def end_processes(children: list[BaseProcess]) -> None:
+    """Send SIGTERM to processes until all have ended."""
     # one in training takes SIGTERM as the request to save its state, then lives on without work
     while alive := [child for child in children if child.is_alive()]:
         for child in alive:

@@ -1,0 +1,42 @@
+"""How the processes of a study end."""
+
+import multiprocessing
+import signal
+import time
+
+from moce_dist.launch.job import heed_sigterm
+from moce_dist.study.runner import end_processes
+
+
+def train(ready):
+    """Take the first SIGTERM as the request to save, then wait for work, as a pool's process does."""
+    with heed_sigterm() as is_terminated:
+        ready.set()
+        while not is_terminated():
+            time.sleep(0.01)
+    time.sleep(600)
+
+
+def fit(ready):
+    ready.set()
+    time.sleep(600)
+
+
+def test_a_process_that_saved_its_state_and_waits_for_work_is_ended_too():
+    context = multiprocessing.get_context("fork")
+    begun = [context.Event() for _ in range(2)]
+    children = [
+        context.Process(target=work, args=(ready,), daemon=True)
+        for work, ready in zip((train, fit), begun, strict=True)
+    ]
+    for child in children:
+        child.start()
+    assert all(ready.wait(30) for ready in begun)
+    # planted: asked once, the one in training lives on for ever
+    for child in children:
+        child.terminate()
+    children[1].join(30)
+    children[0].join(1)
+    assert children[0].is_alive() and children[1].exitcode == -signal.SIGTERM
+    end_processes(children)
+    assert [child.exitcode for child in children] == [-signal.SIGTERM] * 2
