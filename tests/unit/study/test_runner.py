@@ -9,7 +9,7 @@ from moce_dist.study.runner import end_processes
 
 
 def train(ready):
-    """Take the first SIGTERM as the request to save, then wait for work like a process of a pool."""
+    """Take the first SIGTERM as the request to save, then wait like a process of a pool."""
     with heed_sigterm() as is_terminated:
         ready.set()
         while not is_terminated():
