@@ -8,8 +8,14 @@ from moce_dist.launch.job import heed_sigterm
 from moce_dist.study.runner import end_processes
 
 
+def _forget_handlers():
+    # a fork inherits the handler of a test process that has used Ray; a study's processes are spawned
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def train(ready):
     """Take the first SIGTERM as the request to save, then wait like a process of a pool."""
+    _forget_handlers()
     with heed_sigterm() as is_terminated:
         ready.set()
         while not is_terminated():
@@ -18,6 +24,7 @@ def train(ready):
 
 
 def fit(ready):
+    _forget_handlers()
     ready.set()
     time.sleep(600)
 
