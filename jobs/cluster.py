@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, load_config
+from moce_dist.config import Config, checked, load_config, read_resolved
 from moce_dist.run.directory import load_run, open_run, resolve_run, set_aside
 from moce_dist.run.environment import local_path
 from moce_dist.run.lease import hold
@@ -79,14 +79,19 @@ def check_flags(arguments: Namespace) -> None:
             raise ConfigError(f"--{flag.replace('_', '-')}: the clusters of --assign-to stay as is")
 
 
-def read_config(arguments: Namespace, base: str | Path | None) -> Config:
-    """Combine a file, --set and the flags of this job."""
+def given_fields(arguments: Namespace) -> list[str]:
+    """Return --set and the flags of this job as overrides."""
     flags = {"num_clusters": arguments.num_clusters, "balance": arguments.balance}
     # quoted, because YAML reads a bare `off` as false
     given = [
         f"cluster.{name}={json.dumps(value)}" for name, value in flags.items() if value is not None
     ]
-    return load_config(base, [*arguments.overrides, *given])
+    return [*arguments.overrides, *given]
+
+
+def read_config(arguments: Namespace) -> Config:
+    """Combine a file, --set and the flags of this job."""
+    return load_config(arguments.config, given_fields(arguments))
 
 
 def cluster_run(arguments: Namespace) -> None:
@@ -96,9 +101,12 @@ def cluster_run(arguments: Namespace) -> None:
     if arguments.fresh:
         raise ConfigError("--fresh: would set the whole run aside; remove its clusters instead")
     # read the flags first, so that a wrong flag is reported before a missing run
-    root = resolve_run(arguments.run, read_config(arguments, arguments.config))
+    root = resolve_run(arguments.run, read_config(arguments))
     load_run(root)
-    config = read_config(arguments, arguments.config or root / "config.yaml")
+    if arguments.config is not None:
+        config = read_config(arguments)
+    else:
+        config = checked(read_resolved(root / "config.yaml", given_fields(arguments)))
     if arguments.dry_run:
         print(f"run        {root}")
         print(f"features   of {config.cluster.encoder}")
@@ -132,7 +140,7 @@ def read_out(arguments: Namespace) -> Path:
 
 def cluster_folder(arguments: Namespace) -> None:
     """Cluster the features of a folder, without subtracting their mean."""
-    out, config = read_out(arguments), read_config(arguments, arguments.config)
+    out, config = read_out(arguments), read_config(arguments)
     files = check_folder(Path(arguments.features), config)
     if arguments.dry_run:
         print("\n".join(plan_lines(files, out, config)))
@@ -157,7 +165,7 @@ def cluster_folder(arguments: Namespace) -> None:
 
 def assign_new(arguments: Namespace) -> None:
     """Assign the features of a folder to existing clusters."""
-    out, config = read_out(arguments), read_config(arguments, arguments.config)
+    out, config = read_out(arguments), read_config(arguments)
     features, named = Path(arguments.features), Path(arguments.assign_to)
     from moce_dist.cluster.existing import assign_folder, open_new_features, read_clusters
 

@@ -1,6 +1,7 @@
 """Turn a folder of images, tars, or images of installed packages into shards and an index."""
 
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,10 @@ import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
+from moce_dist.data.columns import open_index
 from moce_dist.data.ingest import ingest
 from moce_dist.data.packing import HOLDOUT
-from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index
+from moce_dist.data.shards import INDEX_NAME, ShardIndex
 from moce_dist.data.sources import (
     COMPOSITED,
     PIPE,
@@ -82,7 +84,7 @@ def plan(source: str, *, allow_pipes: bool) -> tuple[str, str]:
         stored = f"; {len(pipes)} more that commands write, stored" if pipes else ""
         lying = f"{len(urls) - len(pipes)} shards, {local} bytes on local disks"
         return f"{lying}, indexed where they lie{stored}", ""
-    from moce_dist.data import carriers, desktop
+    from moce_dist.samples import carriers, desktop
 
     (desktop if rest == COMPOSITED else carriers).check_installed()
     return "images of installed packages", ""
@@ -118,14 +120,14 @@ def held(args: Any, config: Config, out: Path, root: Path | None) -> Iterator[No
 
 def write_task(name: str, out: Path) -> None:
     """Write a downstream task of a sample set as folders, and print how many images it has."""
-    from moce_dist.data import detection, samples
+    from moce_dist.samples import detection, sets
 
     if name == SEGMENTATION:
-        samples.write_climate_segmentation(out)
+        sets.write_climate_segmentation(out)
     elif name in (TREES, COMPOSITED):
         (detection.write_trees if name == TREES else detection.write_composited)(out)
     else:
-        samples.write_task(name, out)
+        sets.write_task(name, out)
     images = Counter(path.relative_to(out).parts[-2] for path in out.glob("images/*/*")) or Counter(
         path.relative_to(out).parts[0]
         for path in [*out.glob("*/*/*.png"), *out.glob("*2017/*.jpg")]
@@ -136,7 +138,7 @@ def write_task(name: str, out: Path) -> None:
 
 def held_out(out: Path) -> list[ShardIndex]:
     """Read the index of the held-out images, if there are any."""
-    return [read_index(out / HOLDOUT)] if (out / HOLDOUT / INDEX_NAME).is_file() else []
+    return [open_index(out / HOLDOUT)] if (out / HOLDOUT / INDEX_NAME).is_file() else []
 
 
 def summarise(indices: Sequence[ShardIndex], out: Path, num_faults: int, left_out: str) -> None:
@@ -247,12 +249,22 @@ def main(argv: Sequence[str]) -> None:
 def make_shards(args: Any, config: Config, out: Path, ledger: Path, left_out: str) -> None:
     """Make the shards and print a summary; then compare and verify them, if requested."""
     from moce_dist.launch.tasks import map_shared
+    from moce_dist.samples import sets
 
     source, tasks = config.data.source, partial(map_shared, config.parallel)
-    index = ingest(source, out, config.data, ledger, tasks)
+    was_complete = (out / COMPLETE).is_file()
+    index = ingest(source, out, config.data, ledger, tasks, mix=sets.pretrain)
     faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
     indices = [index, *held_out(out)]
     summarise(indices, out, len(faults), left_out)
+    kind, name = parse_source(source)
+    if kind == "folder" and was_complete:
+        folder, known = list_folder(Path(name)), sum(part.num_samples for part in indices)
+        if (now := len(folder.files) + len(folder.faults)) != known + len(faults):
+            logging.getLogger(__name__).warning(
+                "%s: is complete with %d images, and %s has %d files now; --fresh ingests it anew",
+                *(out, known, name, now),
+            )
     if args.against:
         compare_with(Path(args.against), indices, out, config)
     if args.verify:

@@ -18,7 +18,7 @@ from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, DataConfig, load_config
 from moce_dist.cost import sizes
 from moce_dist.cost.budget import budget_lines
-from moce_dist.data.columns import open_shards
+from moce_dist.data.columns import open_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run.artefacts import COMPLETE
 from moce_dist.run.directory import (
@@ -154,7 +154,7 @@ def check_source(data: DataConfig, root: Path) -> None:
         return
     kind, _, rest = data.source.partition(":")
     if kind == "index":
-        open_shards(local_path(rest, "data.source = index:"))
+        open_index(local_path(rest, "data.source = index:"))
         return
     kind, rest = parse_source(data.source)
     if kind == "folder":
@@ -202,7 +202,7 @@ def num_images(root: Path) -> int | None:
     index = root / "ingested"
     if not (index / COMPLETE).exists():
         return None
-    return sum(shard.num_samples for shard in open_shards(index))
+    return sum(shard.num_samples for shard in open_index(index).shards)
 
 
 def base_lines(config: Config) -> list[str]:

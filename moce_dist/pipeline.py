@@ -18,15 +18,16 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from moce_dist.cluster.assign import read_assignments, read_summary, run_clustering
+from moce_dist.cluster.assign import read_summary, run_clustering
+from moce_dist.cluster.assignments import read_labels
 from moce_dist.cluster.existing import assign_folder, assign_table
 from moce_dist.cluster.gallery import GALLERY, write_gallery
 from moce_dist.config import Config
-from moce_dist.data.columns import open_shards
+from moce_dist.data.columns import open_index
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
-from moce_dist.data.shards import INDEX_NAME, read_index
+from moce_dist.data.shards import INDEX_NAME, ShardIndex
 from moce_dist.features.extract import (
     FEATURE_FILES,
     FeatureJob,
@@ -48,6 +49,7 @@ from moce_dist.run.artefacts import (
 from moce_dist.run.directory import Run, base_control, check_base
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.tasks import MapTasks
+from moce_dist.samples import sets
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
 from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
@@ -94,7 +96,8 @@ class Pipeline:
                 f"{self.run.ingested}: is not complete; under torchrun first make it with "
                 f"jobs/ingest.py --run {self.run.root} and the same --config and --set"
             )
-        ingest(source, self.run.ingested, self.config.data, self.run.faults, self._map_tasks)
+        out, data = self.run.ingested, self.config.data
+        ingest(source, out, data, self.run.faults, self._map_tasks, mix=sets.pretrain)
         return self.run.ingested
 
     @cached_property
@@ -138,36 +141,23 @@ class Pipeline:
             folders.append((self.data / HOLDOUT, self.run.features / HOLDOUT))
         for source, out in folders:
             begin_features(out, inputs)
-            self._extract(source, self._feature_jobs(source, out, fingerprint(inputs)))
+            self._extract(open_index(source), out, fingerprint(inputs))
         files = [f for pattern in FEATURE_FILES for f in self.run.features.rglob(pattern)]
         mark_complete(self.run.features, inputs, files)
 
-    def _extract(self, source: Path, jobs: list[FeatureJob]) -> None:
-        left = [job for job in jobs if not job.target.is_file()]
-        total = sum(job.num_images for job in left)
+    def _extract(self, index: ShardIndex, out: Path, identity: str) -> None:
+        named = zip(feature_names(index), index.shards, strict=True)
+        left = [(name, shard) for name, shard in named if not (out / f"{name}.npy").is_file()]
+        total, threads = sum(shard.num_samples for _, shard in left), self._decode_threads
         log.info(
             "features: encoding %d images in %d of %d shards of %s with %s, decoded on %d threads",
-            *(total, len(left), len(jobs), source, self.config.cluster.encoder),
-            max((job.decode_threads for job in left), default=1),
+            *(total, len(left), len(index.shards), index.root),
+            *(self.config.cluster.encoder, threads),
         )
-        start = time.monotonic()
-        done = map_tasks(extract_shard, left, parallel=self.config.parallel, gpu=True)
-        sizes = (job.num_images for job, _ in zip(left, done, strict=True))
-        for _ in track(sizes, "images encoded", total=total, size=int):
-            pass
-        if total:
-            log.info("features: %.1f images/s", total / (time.monotonic() - start))
-
-    @property
-    def _has_holdout(self) -> bool:
-        return (self.data / HOLDOUT / INDEX_NAME).is_file()
-
-    def _feature_jobs(self, source: Path, out: Path, identity: str) -> list[FeatureJob]:
-        is_own, index = self.config.cluster.encoder == OWN, read_index(source)
+        is_own, pixels = self.config.cluster.encoder == OWN, encoder_pixels(self.config)
         mae = latest_checkpoint(self.run.stage("mae") / "checkpoints") if is_own else None
         encoder = encoder_spec(self.config, mae, identity=identity)
-        pixels, threads = encoder_pixels(self.config), self._decode_threads
-        return [
+        jobs = (
             FeatureJob(
                 shard=shard,
                 url=index.url(shard),
@@ -180,8 +170,19 @@ class Pipeline:
                 framing=pixels.framing,
                 decode_threads=threads,
             )
-            for shard, name in zip(index.shards, feature_names(index), strict=True)
-        ]
+            for name, shard in left
+        )
+        start = time.monotonic()
+        done = map_tasks(extract_shard, jobs, parallel=self.config.parallel, gpu=True)
+        sizes = (shard.num_samples for (_, shard), _ in zip(left, done, strict=True))
+        for _ in track(sizes, "images encoded", total=total, size=int):
+            pass
+        if total:
+            log.info("features: %.1f images/s", total / (time.monotonic() - start))
+
+    @property
+    def _has_holdout(self) -> bool:
+        return (self.data / HOLDOUT / INDEX_NAME).is_file()
 
     @property
     def _decode_threads(self) -> int:
@@ -227,7 +228,7 @@ class Pipeline:
         inputs = {"clusters": artefact_id(self.run.clusters), "data": data_id(self.data)}
         out = self.run.clusters / GALLERY
         if not is_complete(out, inputs):
-            sheets = write_gallery(read_index(self.data), self.run.clusters, self.config.data)
+            sheets = write_gallery(open_index(self.data), self.run.clusters, self.config.data)
             mark_complete(out, inputs, sheets)
 
     def reshard(self) -> None:
@@ -238,10 +239,10 @@ class Pipeline:
             log.info("shards: complete")
             return
         self._assign_holdout()
-        assignments = read_assignments(self.run.clusters / "assignments.parquet")
+        index = open_index(self.data)
         reshard(
-            read_index(self.data),
-            assignments,
+            index,
+            read_labels(self.run.clusters / "assignments.parquet", index),
             out,
             self.config.data,
             inputs=inputs,
@@ -311,4 +312,4 @@ class Pipeline:
 
 def data_id(folder: Path) -> str:
     """Fingerprint of a data set: the sha256 of its shards, in order."""
-    return fingerprint([shard.sha256 for shard in open_shards(folder)])
+    return fingerprint([shard.sha256 for shard in open_index(folder).shards])

@@ -8,9 +8,9 @@ import numpy as np
 from PIL import Image
 
 from benches.settings import BenchConfig
-from moce_dist.data.carriers import earth
 from moce_dist.data.images import open_image
 from moce_dist.data.sources import list_folder, parse_source
+from moce_dist.samples.carriers import earth
 
 QUALITY = 90
 

@@ -89,11 +89,16 @@ class _Resharding:
         self._config, self._workers = config, workers
 
     def __call__(self, index: ShardIndex, out: Path) -> None:
-        keys = [key for shard in index.shards for key in shard.keys]
         draws = np.random.default_rng(self._config.seed)
-        clusters = draws.integers(self._config.cluster.num_clusters, size=len(keys))
-        assignments = dict(zip(keys, clusters.tolist(), strict=True))
-        reshard(index, assignments, out, self._config.data, inputs={}, map_tasks=self._workers)
+        clusters = draws.integers(self._config.cluster.num_clusters, size=index.num_samples)
+        reshard(
+            index,
+            clusters.astype(np.int32),
+            out,
+            self._config.data,
+            inputs={},
+            map_tasks=self._workers,
+        )
 
 
 class _Workers:

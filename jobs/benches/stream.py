@@ -31,9 +31,10 @@ from benches.photographs import photographs
 from benches.s3_server import COUNTS_PATH, s3_server
 from benches.settings import BenchConfig
 from moce_dist.data.batches import stream
+from moce_dist.data.columns import open_index
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
-from moce_dist.data.shards import ShardIndex, read_index, write_index
+from moce_dist.data.shards import ShardIndex, write_index
 from moce_dist.data.stream import Layout, PlannedStep, PlannedStream, Readers, StreamSpec
 from moce_dist.data.table import Ids, SampleTable, sample_table
 from moce_dist.data.writer import ShardWriter
@@ -222,7 +223,7 @@ def resume_first_batch(config: BenchConfig, folder: Path) -> float:
     """
     index = make_long_epoch(config, folder)
     begin = time.perf_counter()
-    spec = stream_spec(config, read_index(index.root), folder)
+    spec = stream_spec(config, open_index(index.root), folder)
     middle = spec.plan.steps_per_epoch // 2
     batches = stream(spec, one_group, start=middle, stop=middle + 64)
     assert next(batches).weights.all()

@@ -40,6 +40,8 @@ def synthetic_table(num_samples: int, num_clusters: int) -> SampleTable:
         shard=nothing,
         offset=nothing,
         size=nothing,
+        before=nothing,
+        after=nothing,
         cluster=np.arange(num_samples) % num_clusters,
     )
 

@@ -28,10 +28,10 @@ import small_packages
 from small_images import Open, SmallImage, Split
 
 from moce_dist.cli import command_parser, quiet_libraries, run_job
-from moce_dist.data import detection, samples
 from moce_dist.data.audit import Looks, find_match, look_at
 from moce_dist.data.sources import COMPOSITED, SEGMENTATION, list_folder
 from moce_dist.run.files import write_atomic
+from moce_dist.samples import detection, sets
 from moce_dist.settings import ConfigError
 
 MAX_DOMAIN = 8000
@@ -114,7 +114,7 @@ def unlike(images: Iterable[SmallImage]) -> Iterator[SmallImage]:
             hashlib.sha256(pixels.tobytes()).digest()
             for pixels in (image.pixels, image.pixels[:, ::-1])
         ]
-        if samples.is_informative(image.pixels) and seen.isdisjoint(keys):
+        if sets.is_informative(image.pixels) and seen.isdisjoint(keys):
             seen.add(keys[0])
             yield image
 
@@ -142,7 +142,7 @@ def task_files(images: Sequence[SmallImage], min_class: int) -> Iterator[tuple[s
         for label in classes:
             kept = sorted(cells[label, split], key=lambda image: _rank(image.pixels.tobytes()))
             for number, image in enumerate(kept[:most]):
-                yield f"{split}/{label}/{number:06d}.png", samples.encode(image.pixels)
+                yield f"{split}/{label}/{number:06d}.png", sets.encode(image.pixels)
 
 
 def domain_files(images: Sequence[SmallImage], looks: Looks) -> Iterator[tuple[str, bytes]]:
@@ -150,7 +150,7 @@ def domain_files(images: Sequence[SmallImage], looks: Looks) -> Iterator[tuple[s
     splits = split_groups(images)
     number = 0
     for image in sorted(images, key=lambda image: _rank(image.pixels.tobytes())):
-        content = samples.encode(image.pixels)
+        content = sets.encode(image.pixels)
         is_held = splits.get(image.group, "train") != "train"
         if number == MAX_DOMAIN or is_held or find_match(looks, content) is not None:
             continue
@@ -176,7 +176,7 @@ def link_held_out(out: Path) -> Path:
     return folder
 
 
-def build(out: Path, package: Open, sets: dict[str, ImageSet]) -> None:
+def build(out: Path, package: Open, domains: dict[str, ImageSet]) -> None:
     """Build missing tasks, then missing pre-training data; print a line for each set.
 
     Raises:
@@ -185,7 +185,7 @@ def build(out: Path, package: Open, sets: dict[str, ImageSet]) -> None:
 
     @cache
     def images(name: str) -> list[SmallImage]:
-        return list(unlike(sets[name].read(package)))
+        return list(unlike(domains[name].read(package)))
 
     # generators, so that nothing is read for a complete set
     def of_task(name: str, min_class: int) -> Iterator[tuple[str, bytes]]:
@@ -194,16 +194,16 @@ def build(out: Path, package: Open, sets: dict[str, ImageSet]) -> None:
     def of_domain(name: str, looks: Looks) -> Iterator[tuple[str, bytes]]:
         yield from domain_files(images(name), looks)
 
-    for name, image_set in sets.items():
+    for name, image_set in domains.items():
         if (least := image_set.min_class) is not None:
             task = image_set.task or name
-            samples.write_files(out / "tasks" / task, f"{task}:{_RECIPE}", of_task(name, least))
+            sets.write_files(out / "tasks" / task, f"{task}:{_RECIPE}", of_task(name, least))
             print(f"task     {task}: {_counts(out / 'tasks' / task)}", flush=True)
     held = list_folder(link_held_out(out)).files
     looks = look_at([file.path for file in held])
     state = _rank(_RECIPE, [(file.key, file.size) for file in held]).hex()[:16]
-    for name in sets:
-        samples.write_files(out / "pretrain" / name, f"{name}:{state}", of_domain(name, looks))
+    for name in domains:
+        sets.write_files(out / "pretrain" / name, f"{name}:{state}", of_domain(name, looks))
         print(f"domain   {name}: {_count(out / 'pretrain' / name)} images", flush=True)
 
 
@@ -217,15 +217,15 @@ def _counts(task: Path) -> str:
     return f"{classes} classes, " + ", ".join(f"{part} {_count(task / part)}" for part in parts)
 
 
-def describe(out: Path, sets: dict[str, ImageSet]) -> str:
+def describe(out: Path, image_sets: dict[str, ImageSet]) -> str:
     """Describe the domains, tasks, splits and packages."""
-    domains = {name: _count(out / "pretrain" / name) for name in sets}
-    tasks = {s.task or name: s for name, s in sets.items() if s.min_class is not None}
+    domains = {name: _count(out / "pretrain" / name) for name in image_sets}
+    tasks = {s.task or name: s for name, s in image_sets.items() if s.min_class is not None}
     lines = [
         "Images for the small study, built from packages; not to be redistributed.",
         "",
         f"pretrain: {sum(domains.values())} images of {len(domains)} domains, 32 x 32",
-        *(f"  {name:12} {n:6}  {_first(sets[name].read)}" for name, n in domains.items()),
+        *(f"  {name:12} {n:6}  {_first(image_sets[name].read)}" for name, n in domains.items()),
         "",
         "tasks: train, val (choices), test (looked at once); whole groups on one side",
         *(f"  {name:12} {_counts(out / 'tasks' / name)}" for name in tasks),
@@ -264,7 +264,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"package  {package.name} {package.version}", flush=True)
     shares = [str(folder / "usr/share") for folder in folders.values()]
     os.environ["XDG_DATA_DIRS"] = ":".join(shares)
-    samples.write_climate_segmentation(out / "tasks" / SEGMENTATION)
+    sets.write_climate_segmentation(out / "tasks" / SEGMENTATION)
     detection.write_composited(out / "tasks" / COMPOSITED)
     build(out, folders.__getitem__, SETS)
     write_atomic(out / "README.txt", describe(out, SETS))

@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from moce_dist.data import carriers, desktop, detection, samples
-from moce_dist.data.carriers import Pixels
+from moce_dist.samples import carriers, desktop, detection, sets
+from moce_dist.samples.carriers import Pixels
 
 SIDE = 32
 Split = Literal["train", "val", "test"]
@@ -216,9 +216,9 @@ def wallpapers(package: Open) -> Iterator[SmallImage]:
 def _block_splits() -> dict[tuple[int, int], Split]:
     # blocks of the climate tasks; some of those for training are for validation here
     train = sorted(
-        samples.blocks("train"), key=lambda block: hashlib.sha256(str(block).encode()).digest()
+        sets.blocks("train"), key=lambda block: hashlib.sha256(str(block).encode()).digest()
     )
-    splits: dict[tuple[int, int], Split] = dict.fromkeys(samples.blocks("test"), "test")
+    splits: dict[tuple[int, int], Split] = dict.fromkeys(sets.blocks("test"), "test")
     splits |= dict.fromkeys(train[:_VAL_BLOCKS], "val")
     return splits | dict.fromkeys(train[_VAL_BLOCKS:], "train")
 
@@ -265,7 +265,7 @@ def elevation(_: Open) -> Iterator[SmallImage]:
 
 def brain(_: Open) -> Iterator[SmallImage]:
     """Slices of a scan of a brain and of maps of its tissues."""
-    for number, plane in enumerate(samples.brain_slices()):
+    for number, plane in enumerate(sets.brain_slices()):
         small = Image.fromarray(plane).resize((SIDE, SIDE), Image.Resampling.BOX)
         yield SmallImage(np.asarray(small), str(number))
 

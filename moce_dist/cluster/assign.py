@@ -17,20 +17,18 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.cluster.arrays import Float32, Float64, Int64
-from moce_dist.cluster.blocks import FeatureFiles, View, check_count, column_mean, open_features
+from moce_dist.cluster.assignments import write_assignments
+from moce_dist.cluster.blocks import View, check_count, column_mean, open_features
 from moce_dist.cluster.domains import centroid_figures, domain_figures, given_labels, label_figures
 from moce_dist.cluster.kmeans import Lloyd, State, directions, draw_sample, kmeans, state_request
 from moce_dist.cluster.matrix import Matrix
@@ -39,20 +37,9 @@ from moce_dist.cluster.settle import Settled, settle
 from moce_dist.cluster.sweeps import as_tensor
 from moce_dist.config import ClusterConfig
 from moce_dist.run.artefacts import COMPLETE, is_complete, mark_complete
-from moce_dist.run.files import naming, replacing, write_atomic
+from moce_dist.run.files import naming, write_atomic
 from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
-
-_TABLE_ROWS = 2**20
-"""Rows of the assignment table whose keys are in memory at a time."""
-_SCHEMA = pa.schema(
-    {
-        "key": pa.string(),
-        "shard": pa.dictionary(pa.int32(), pa.string()),
-        "cluster": pa.int32(),
-        "distance": pa.float32(),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -228,37 +215,6 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
         **domain_figures(map(itemgetter(1), matrix.files.keys()), settled.labels, len(centroids)),
         **label_figures(matrix.files, settled.labels, len(centroids)),
     }
-
-
-def write_assignments(
-    path: Path, files: FeatureFiles, labels: NDArray[Any], distances: NDArray[Any]
-) -> None:
-    """Write one line per row: key, shard, cluster, squared distance."""
-    named = files.keys()
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, _SCHEMA) as writer:
-        for first in range(0, len(labels), _TABLE_ROWS):
-            part = slice(first, first + _TABLE_ROWS)
-            shards, keys = zip(*islice(named, _TABLE_ROWS), strict=True)
-            columns = [
-                pa.array(keys, pa.string()),
-                pa.array(shards, pa.string()).dictionary_encode(),
-                pa.array(labels[part], pa.int32()),
-                pa.array(distances[part].astype(np.float32), pa.float32()),
-            ]
-            writer.write_table(pa.table(columns, schema=_SCHEMA))
-
-
-def read_assignments(path: Path) -> dict[str, int]:
-    """Return the cluster of every key.
-
-    Raises:
-        ConfigError: the file is missing or is no table of assignments.
-    """
-    try:
-        table = pq.read_table(path, columns=["key", "cluster"])
-    except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{path}: is no readable table of assignments ({error})") from None
-    return dict(zip(table["key"].to_pylist(), table["cluster"].to_pylist(), strict=True))
 
 
 def read_summary(out_dir: Path) -> dict[str, Any]:

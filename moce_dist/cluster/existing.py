@@ -31,8 +31,8 @@ from moce_dist.cluster.assign import (
     read_array,
     read_centroids,
     read_summary,
-    write_assignments,
 )
+from moce_dist.cluster.assignments import write_assignments
 from moce_dist.cluster.blocks import (
     Block,
     FeatureFiles,

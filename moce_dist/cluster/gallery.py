@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from moce_dist.cluster.assignments import read_rows, rows_by_key
 from moce_dist.config import DataConfig
 from moce_dist.data.cache import Wanted
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import open_image
 from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import ShardIndex
+from moce_dist.features.extract import feature_names
+from moce_dist.run.names import as_text
 
 GALLERY = "gallery"
 NUM_NEAREST, NUM_FARTHEST = 10, 4
@@ -40,17 +43,18 @@ def write_gallery(index: ShardIndex, clusters: Path, data: DataConfig) -> list[P
 
     An image that cannot be read is shown as a grey square.
     """
-    table = pq.read_table(clusters / "assignments.parquet")
+    path = clusters / "assignments.parquet"
+    table = pq.read_table(path, columns=["cluster", "distance"])
     labels, distances = (table[name].to_numpy() for name in ("cluster", "distance"))
     shown = shown_clusters(int(labels.max()) + 1)
     members = {c: extremes(np.flatnonzero(labels == c), distances) for c in shown}
-    keys = table["key"].to_pylist()
-    contents = _read(index, {keys[row] for rows in members.values() for row in rows}, data)
+    wanted = np.unique(np.concatenate(list(members.values())))
+    contents = dict(zip(wanted.tolist(), _read(index, read_rows(path, wanted), data), strict=True))
     (clusters / GALLERY).mkdir(exist_ok=True)
     written = []
     for cluster, rows in members.items():
         path = clusters / GALLERY / sheet_name(cluster)
-        sheet([contents.get(keys[row]) for row in rows]).save(path, quality=85)
+        sheet([contents[row] for row in rows.tolist()]).save(path, quality=85)
         written.append(path)
     return written
 
@@ -69,16 +73,24 @@ def extremes(rows: NDArray[np.int64], distances: NDArray[np.float32]) -> NDArray
     return np.concatenate([ordered[:NUM_NEAREST], ordered[-NUM_FARTHEST:]])
 
 
-def _read(index: ShardIndex, keys: set[str], data: DataConfig) -> dict[str, Content]:
-    found = [
-        (key, Wanted(index.url(shard), offset, size))
-        for shard in index.shards
-        for key, offset, size in zip(shard.keys, shard.offsets, shard.sizes, strict=True)
-        if key in keys
-    ]
+def _read(
+    index: ShardIndex, samples: list[tuple[str, str]], data: DataConfig
+) -> list[Content | None]:
+    """Read the images of samples, (name of the shard's features, key); None: not in the index."""
+    shards = dict(zip(map(as_text, feature_names(index)), index.shards, strict=True))
+    wanted: list[Wanted | None] = []
+    opened, rows = "", dict[str, int]()
+    for name, key in samples:
+        if name != opened:
+            opened, rows = name, rows_by_key(shards[name]) if name in shards else {}
+        shard, row = shards.get(name), rows.get(key)
+        if shard is None or row is None:
+            wanted.append(None)
+        else:
+            wanted.append(Wanted(index.url(shard), shard.offsets[row], shard.sizes[row]))
     with closing(RangeReader(data.read_timeout_s, data.read_deadline_s)) as reader:
-        contents = reader.read_in_turn([place for _, place in found])
-        return {key: content for (key, _), content in zip(found, contents, strict=True)}
+        contents = reader.read_in_turn([place for place in wanted if place is not None])
+        return [None if place is None else next(contents) for place in wanted]
 
 
 def sheet(contents: Sequence[Content | None]) -> Image.Image:

@@ -4,9 +4,9 @@
 
 The estimate is for stage moce on `hardware`. Communication follows the usual bounds: an all-reduce
 of S bytes over r members passes 2 (r - 1) / r S through each of them, and all GPUs of a node share
-its network cards. At ZeRO-0 all gradients but the last bucket hide behind the backward pass, two
-thirds of the compute. Every term states its source: `computed` from shapes and peak rates, `set` by
-the configuration, or `measured` if a file of measurements has it.
+its network cards. At ZeRO-0 all gradients but the last bucket hide behind the backward pass of the
+last micro-batch, two thirds of its compute. Every term states its source: `computed` from shapes
+and peak rates, `set` by the configuration, or `measured` if a file of measurements has it.
 
 Letters: R ranks, G groups, B images of a step, L MoE layers.
 """
@@ -21,6 +21,8 @@ from moce_dist.cost import sizes
 from moce_dist.settings import ConfigError, validate
 
 _BACKWARD = 2 / 3
+_RECOMPUTING = 4 / 3
+"""With activation checkpointing the backward pass repeats the forward pass, a third of a step."""
 _FLOAT32_SLOWER = 16
 _ADAM_PASSES = 7
 """AdamW reads weight, gradient and moments, and writes all but the gradient."""
@@ -71,6 +73,8 @@ class Budget:
         if self.config.parallel.precision == "fp32":
             peak /= _FLOAT32_SLOWER
         flop = self.images * sizes.training_flop(self.config)
+        if self.config.parallel.activation_checkpointing:
+            flop *= _RECOMPUTING
         source = self._source("bf16_tflops", "utilisation")
         return Term("compute", 1e3 * flop / (peak * self.hardware.utilisation), "ms", source)
 
@@ -80,12 +84,12 @@ class Budget:
         return Term("host", self.hardware.host_ms, "ms", source)
 
     def gradient_bytes(self) -> int:
-        """Return the bytes of a step's collectives for shared parameters, per rank."""
-        parallel = self.config.parallel
-        size = 2 if parallel.reduce_dtype == "bf16" else 4
-        # ZeRO-1 and 2 gather the float32 weights again
-        again = 4 if parallel.zero_stage else 0
-        return sizes.shared_parameters(self.config) * (size + again)
+        """Return the bytes of a step's all-reduce of shared parameters' gradients, per rank."""
+        return sizes.shared_parameters(self.config) * self._gradient_size
+
+    @property
+    def _gradient_size(self) -> int:
+        return 2 if self.config.parallel.reduce_dtype == "bf16" else 4
 
     def _all_reduce_ms(self, num_bytes: float, ranks: int) -> float:
         hardware = self.hardware
@@ -96,13 +100,16 @@ class Budget:
         return 1e3 * max(inside, between)
 
     def gradients(self) -> Term:
-        """Return the time of all gradients' all-reduces, shared and experts', without overlap."""
-        parallel = self.config.parallel
-        ranks, replicas = parallel.num_workers, max(1, parallel.num_workers // parallel.num_groups)
-        size = 2 if parallel.reduce_dtype == "bf16" else 4
+        """Return the time of all gradients' all-reduces, shared and experts', without overlap.
+
+        At ZeRO-1 and 2 it includes the gather of the float32 weights.
+        """
+        # a gather passes half as much as an all-reduce of the same bytes
+        size = self._gradient_size + (2 if self.config.parallel.zero_stage else 0)
+        shared = sizes.shared_parameters(self.config) * size
         experts = sizes.local_expert_parameters(self.config) * size
-        both = self._all_reduce_ms(self.gradient_bytes(), ranks)
-        both += self._all_reduce_ms(experts, replicas)
+        both = self._all_reduce_ms(shared, self.config.parallel.num_workers)
+        both += self._all_reduce_ms(experts, self._replicas)
         return Term("gradients", both, "ms", self._source("node_gbit_s", "nvlink_gb_s"))
 
     def gradients_exposed(self) -> Term:
@@ -111,7 +118,9 @@ class Budget:
         if self.config.parallel.zero_stage:
             return Term("gradients exposed", whole.value, "ms", whole.source)
         last = self._all_reduce_ms(sizes.BUCKET_BYTES, self.config.parallel.num_workers)
-        left = max(whole.value - _BACKWARD * self.compute().value, 0.0)
+        # only the last micro-batch's gradients are complete
+        backward = _BACKWARD * self.compute().value / self.config.parallel.micro_batches
+        left = max(whole.value - backward, 0.0)
         return Term("gradients exposed", min(whole.value, left + last), "ms", whole.source)
 
     def images_leaving(self) -> Term:
@@ -139,10 +148,23 @@ class Budget:
         source = self._source("node_gbit_s", "images_leaving")
         return Term("exchange", 1e3 * moved / (rate * 1e9), "ms", source)
 
+    @property
+    def _replicas(self) -> int:
+        parallel = self.config.parallel
+        return max(1, parallel.num_workers // parallel.num_groups)
+
+    @property
+    def _updated(self) -> float:
+        """Parameters that a rank updates: its share of the shared ones and of its experts."""
+        shared = sizes.shared_parameters(self.config)
+        experts = sizes.local_expert_parameters(self.config)
+        if not self.config.parallel.zero_stage:
+            return shared + experts
+        return shared / self.config.parallel.num_workers + experts / self._replicas
+
     def optimiser(self) -> Term:
         """Return the time of AdamW's update, which memory bandwidth bounds."""
-        own = sizes.shared_parameters(self.config) + sizes.local_expert_parameters(self.config)
-        seconds = own * 4 * _ADAM_PASSES / (self.hardware.memory_gb_s * 1e9)
+        seconds = self._updated * 4 * _ADAM_PASSES / (self.hardware.memory_gb_s * 1e9)
         return Term("optimiser", 1e3 * seconds, "ms", self._source("memory_gb_s"))
 
     def loader(self) -> Term:
@@ -168,8 +190,7 @@ class Budget:
         """Return a rank's memory: weights, gradients in their buckets, moments and activations."""
         config = self.config
         own = sizes.shared_parameters(config) + sizes.local_expert_parameters(config)
-        ranks = config.parallel.num_workers
-        moments = 8 * own / (ranks if config.parallel.zero_stage else 1)
+        moments = 8 * self._updated
         model, scale = config.model, sizes.element_size(config) / 2
         per_image = sizes.num_visible(config) * model.shape.width * model.shape.depth
         per_image += (config.num_patches + 1) * model.decoder_width * model.decoder_depth

@@ -20,6 +20,9 @@ TRANSFERS = 4
 """All-to-alls per layer: an image's tokens travel there and back, forward and backward."""
 BUCKET_BYTES = 25 * 2**20
 """Size at which a bucket of gradients is closed."""
+FIELDS = 8
+"""For `cluster.encoder: pixels`, the fields per side of an image whose mean colours are its
+features."""
 MAX_OPEN_FILES = 256
 """Most tars that a loader process keeps open."""
 _FLOAT32 = 4
@@ -117,15 +120,22 @@ def training_flop(config: Config) -> int:
 
 
 def features_flop(config: Config) -> int:
-    """Return the FLOPs of a forward pass of one whole image through the encoder."""
-    shape = config.model.shape
-    patches = config.num_patches
-    return _embed_flop(config, patches) + blocks_flop(patches + 1, shape.width, shape.depth)
+    """Return the FLOPs of a forward pass of one whole image through the encoder of the features.
+
+    A model of timm is counted as the run's own.
+    """
+    if config.cluster.encoder == "pixels":
+        return 0
+    shape, patches, block = config.model.shape, config.num_patches, config.cluster.feature_block
+    depth = shape.depth if block is None else block + 1
+    return _embed_flop(config, patches) + blocks_flop(patches + 1, shape.width, depth)
 
 
 def clustering_flop(config: Config, num_images: int, iterations: int) -> int:
     """Return the FLOPs of all distances to centroids: n K (D + 1) multiply-adds per iteration."""
     width = config.model.shape.width
+    if config.cluster.encoder == "pixels":
+        width = CHANNELS * FIELDS**2
     return iterations * 2 * num_images * config.cluster.num_clusters * (width + 1)
 
 

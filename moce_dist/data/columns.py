@@ -1,20 +1,28 @@
 """The index of a data set as a memory-mapped file: `index.arrow` beside `index.json`.
 
-With 10^8 images every rank would read 6 GB of JSON. Training needs only the key, position and size
-of a sample. `index.arrow` stores these in columns, which all ranks and loader processes of a node
-map and share. Values per shard are in the file's metadata.
+With 10^8 images every rank would read 6 GB of JSON. `index.arrow` stores the samples in columns,
+which all ranks, loader processes and workers of a node map and share. Values per shard are in the
+file's metadata.
 
-    key (large_string)   offset (int64)   size (uint32)      20 bytes per sample, plus its key
-    metadata             shards: path, cluster, sha256, samples; size and checksum of index.json
+    key (string)              the key; large_string where all keys have over 2 GiB
+    offset (int64)            where the image begins in its tar
+    size (uint32)             bytes of the image
+    before, after (uint32)    bytes of the sample before and behind the image
+    metadata                  shards: path, bytes, cluster, sha256, samples; size and checksum of
+                              index.json
 
-`index.json` is authoritative: it is read if `index.arrow` is missing or was written for another
-`index.json`.
+These are 24 bytes per sample, plus its key.
+
+`index.json` is authoritative: it is read if `index.arrow` is missing, damaged, of another version,
+or was written for another `index.json`.
 """
 
 import json
+import logging
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +30,30 @@ import numpy as np
 
 from moce_dist.data.shards import COLUMNS_NAME, INDEX_NAME, Shard, ShardIndex, read_index
 from moce_dist.data.table import Runs, SampleTable, sample_table
+from moce_dist.run.files import replacing
 
+log = logging.getLogger(__name__)
 _META = b"moce_dist.index"
-_FORMAT = "moce_dist.columns.v1"
+_FORMAT = "moce_dist.columns.v2"
+_NUMBERS = ("offset", "size", "before", "after")
 _LARGEST = 2**32 - 1
+_SHORT_KEYS = 2**31
 _END_BYTES = 2**16
 
 
-class _Keys(Sequence[str]):
+class _Column(Sequence[Any]):
+    """A column of a mapped shard, equal to the list of its values; pickled as that list."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
+
+
+class _Keys(_Column):
     """The column of keys; a string is created only when it is accessed."""
 
     def __init__(self, column: Any) -> None:
@@ -45,45 +69,75 @@ class _Keys(Sequence[str]):
         return (key.as_py() for key in self._column)
 
 
+class _Numbers(_Column):
+    """The sum of some columns minus others, (n,) each; computed only when it is accessed."""
+
+    def __init__(self, plus: Sequence[Any], minus: Sequence[Any] = ()) -> None:
+        self._plus, self._minus = plus, minus
+
+    def __len__(self) -> int:
+        return len(self._plus[0])
+
+    def __getitem__(self, row: Any) -> Any:
+        return sum(int(c[row]) for c in self._plus) - sum(int(c[row]) for c in self._minus)
+
+    def __iter__(self) -> Iterator[int]:
+        total = np.zeros(len(self), np.int64)
+        for column in self._plus:
+            total += column
+        for column in self._minus:
+            total -= column
+        return iter(total.tolist())
+
+
 def write_columns(index: ShardIndex) -> None:
     """Write `index.arrow` beside the `index.json` of a local folder.
 
-    Nothing is written for an empty index, or one with an image over 4 GiB.
+    Nothing is written for an empty index, or one with a sample of over 4 GiB.
     """
     import pyarrow as pa
 
-    shards = index.shards
-    sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
-    if not len(sizes) or sizes.max() > _LARGEST:
+    table = sample_table(index)
+    numbers = (table.size, table.before, table.after)
+    if not table.num_samples or max(int(column.max()) for column in numbers) > _LARGEST:
         return
-    write_table(
-        Path(index.root),
-        shards,
-        pa.array((key for shard in shards for key in shard.keys), pa.large_string()),
-        np.array([o for shard in shards for o in shard.offsets], np.int64),
-        sizes.astype(np.uint32),
-    )
+    keys = pa.array(table.keys, pa.large_string())
+    write_table(Path(index.root), index.shards, keys, table.offset, *numbers)
 
 
-def write_table(folder: Path, shards: Sequence[Shard], keys: Any, offsets: Any, sizes: Any) -> None:
-    """Write `index.arrow` from columns (n,) and the shards' path, cluster, sha256 and count."""
+def write_table(
+    folder: Path,
+    shards: Sequence[Shard],
+    keys: Any,
+    offset: Any,
+    size: Any,
+    before: Any,
+    after: Any,
+) -> None:
+    """Write `index.arrow` from columns (n,) and what the shards are apart from their columns."""
     import pyarrow as pa
 
     said = {
         "format": _FORMAT,
         "index": _likeness(folder / INDEX_NAME),
-        "bytes": int(sizes.sum(dtype=np.int64)),
-        "shards": [[s.path, s.cluster, s.sha256, s.num_samples] for s in shards],
+        "bytes": int(size.sum(dtype=np.int64)),
+        "shards": [[s.path, s.bytes, s.cluster, s.sha256, s.num_samples] for s in shards],
     }
-    schema = pa.schema(
-        [("key", pa.large_string()), ("offset", pa.int64()), ("size", pa.uint32())],
-        metadata={_META: json.dumps(said)},
-    )
-    batch = pa.record_batch([keys, pa.array(offsets), pa.array(sizes)], schema=schema)
-    temporary = folder / f".{COLUMNS_NAME}.{os.getpid()}.tmp"
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+    types = {"offset": pa.int64(), "size": pa.uint32(), "before": pa.uint32(), "after": pa.uint32()}
+    if keys.nbytes < _SHORT_KEYS:
+        keys = keys.cast(pa.string())
+    schema = pa.schema([("key", keys.type), *types.items()], metadata={_META: json.dumps(said)})
+    numbers = [
+        pa.array(column.astype(types[name].to_pandas_dtype(), copy=False))
+        for name, column in zip(types, (offset, size, before, after), strict=True)
+    ]
+    batch = pa.record_batch([keys, *numbers], schema=schema)
+    with (
+        replacing(folder / COLUMNS_NAME) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, schema) as writer,
+    ):
         writer.write_batch(batch)
-    temporary.replace(folder / COLUMNS_NAME)
 
 
 def open_table(root: str | Path, num_clusters: int = 1) -> SampleTable:
@@ -95,36 +149,61 @@ def open_table(root: str | Path, num_clusters: int = 1) -> SampleTable:
     if (mapped := _map(root)) is None:
         return sample_table(read_index(root), num_clusters)
     said, batch = mapped
-    shards = _heads(said)
+    shards = [_shard(*head) for head in said["shards"]]
     index, lengths = ShardIndex(str(root), []), np.array([s.num_samples for s in shards], np.int64)
     return SampleTable(
         urls=[index.url(shard) for shard in shards],
         keys=_Keys(batch.column("key")),
         shard=Runs(np.arange(len(shards)), lengths),
-        offset=batch.column("offset").to_numpy(),
-        size=batch.column("size").to_numpy(),
         cluster=Runs(np.array([shard.cluster or 0 for shard in shards], np.int64), lengths),
         digests=[shard.sha256 for shard in shards],
         num_clusters=num_clusters,
         known_bytes=said["bytes"],
+        **_numbers(batch),
     )
 
 
-def open_shards(root: str | Path) -> list[Shard]:
-    """Open the shards of an index; if `index.arrow` is valid, without the columns of samples.
+def open_index(root: str | Path) -> ShardIndex:
+    """Open the shards of an index: from `index.arrow` if it is valid, else from `index.json`.
+
+    The columns of mapped shards are read when they are accessed, and each time they are.
 
     Raises:
         ConfigError: there is no index; see `read_index`.
     """
-    mapped = _map(root)
-    return read_index(root).shards if mapped is None else _heads(mapped[0])
+    if (mapped := _map(root)) is None:
+        return read_index(root)
+    said, batch = mapped
+    keys, numbers = batch.column("key"), _numbers(batch)
+    shards, first = [], 0
+    for head in said["shards"]:
+        shard = _shard(*head)
+        part = slice(first, first := first + shard.num_samples)
+        offset, size, before, after = (numbers[name][part] for name in _NUMBERS)
+        shards.append(
+            replace(
+                shard,
+                keys=_Keys(keys[part]),
+                starts=_Numbers([offset], [before]),
+                ends=_Numbers([offset, size, after]),
+                offsets=_Numbers([offset]),
+                sizes=_Numbers([size]),
+            )
+        )
+    return ShardIndex(str(root), shards)
 
 
-def _heads(said: dict[str, Any]) -> list[Shard]:
-    return [
-        Shard(path, count, cluster=cluster, sha256=digest)
-        for path, cluster, digest, count in said["shards"]
-    ]
+def _numbers(batch: Any) -> dict[str, Any]:
+    return {name: batch.column(name).to_numpy() for name in _NUMBERS}
+
+
+def _shard(path: str, num_bytes: int, cluster: int | None, sha256: str, count: int) -> Shard:
+    return Shard(path, count, num_bytes, sha256, cluster)
+
+
+def is_mapped(root: str | Path) -> bool:
+    """Tell whether an index has columns that can be mapped."""
+    return _map(root) is not None
 
 
 def _map(root: str | Path) -> tuple[dict[str, Any], Any] | None:
@@ -134,10 +213,17 @@ def _map(root: str | Path) -> tuple[dict[str, Any], Any] | None:
         return None
     import pyarrow as pa
 
-    batch = pa.ipc.open_file(pa.memory_map(str(folder / COLUMNS_NAME))).get_batch(0)
-    said = json.loads(batch.schema.metadata[_META])
-    is_its_own = (folder / INDEX_NAME).is_file() and said["index"] == _likeness(folder / INDEX_NAME)
-    return (said, batch) if said["format"] == _FORMAT and is_its_own else None
+    path, index = folder / COLUMNS_NAME, folder / INDEX_NAME
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        said = json.loads(batch.schema.metadata[_META])
+        if said["format"] != _FORMAT:
+            raise ValueError(f"format is {said['format']!r}, this version reads {_FORMAT!r}")
+        is_its_own = index.is_file() and said["index"] == _likeness(index)
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
+        log.warning("%s: is not used, %s is read instead (%s)", path, INDEX_NAME, error)
+        return None
+    return (said, batch) if is_its_own else None
 
 
 def _likeness(index: Path) -> list[int]:

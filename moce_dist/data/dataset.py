@@ -13,7 +13,12 @@ on any number of ranks and loader processes:
 Step t has the same B samples for every number of ranks R. Rank r has slots [r b, (r + 1) b) of it,
 b = B / R, and each of P loader processes makes every P-th step. So a batch of b samples is a rank's
 part of one step, and the number of completed steps is the whole position: a killed run resumes with
-`load_state_dict({"step": t})`, also on another number of ranks and processes.
+`load_state_dict({"step": t})`, also on another number of ranks and processes, and its loop begins
+with epoch t // steps_per_epoch.
+
+The last step of an epoch may be smaller, and some ranks may have no sample of it. Where all ranks
+must take equally many steps (DDP), `drop_last` leaves it out. A `handler` that skips a sample makes
+the rank's next batch begin one sample earlier.
 
 Letters: B samples of a step over all ranks, b samples of a rank, R ranks, P loader processes.
 """
@@ -31,10 +36,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.handlers import reraise_exception
 
 from moce_dist.data.cache import Wanted
+from moce_dist.data.columns import open_table
 from moce_dist.data.plan import ORDER, PADDING, Plan
 from moce_dist.data.ranges import Content, RangeReader
-from moce_dist.data.shards import TAR_END, read_index
-from moce_dist.data.table import sample_table
+from moce_dist.data.shards import TAR_END
 from moce_dist.data.tarscan import open_tar, split_name
 
 Sample = dict[str, Any]
@@ -57,9 +62,12 @@ class PlannedSamples(IterableDataset[Sample]):
         seed: int = 0,
         rank: int | None = None,
         num_ranks: int | None = None,
+        drop_last: bool = False,
         handler: Callable[[Exception], bool] = reraise_exception,
     ) -> None:
         """Read the index of a folder or URL; rank and number of ranks default to torchrun's.
+
+        With `drop_last` an epoch has only steps of B samples.
 
         Raises:
             ConfigError: there is no index, or it has another format.
@@ -74,25 +82,27 @@ class PlannedSamples(IterableDataset[Sample]):
             )
         self.rank_batch = batch_size // ranks
         """Samples of this rank in a step, b."""
-        found = read_index(index)
-        self._plan = Plan(sample_table(found), batch_size, seed)
-        self._starts, ends = (
-            np.array([at for shard in found.shards for at in getattr(shard, name)], np.int64)
-            for name in ("starts", "ends")
-        )
-        self._sizes = ends - self._starts
-        self._handler = handler
+        self._plan = Plan(open_table(index), batch_size, seed)
+        self._handler, self._drop_last, self._is_loaded = handler, drop_last, False
         # next step, number of its samples that were yielded, whether this process makes that step
         self._begin = self._now = (0, 0, False)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of an epoch; the last one may be smaller."""
+        """Steps of an epoch; the last one may be smaller, and is left out with `drop_last`."""
         return self._plan.steps_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin the next iteration at the start of an epoch, unless the position is within it."""
-        if self._begin[0] // self.steps_per_epoch != epoch:
+        """Begin the next iteration at the start of an epoch, unless the position is within it.
+
+        Raises:
+            ValueError: the position that was loaded is in a later epoch.
+        """
+        at = self._begin[0] // self.steps_per_epoch
+        if self._is_loaded and epoch < at:
+            raise ValueError(f"epoch {epoch} is over: the loaded position is in epoch {at}")
+        self._is_loaded = False
+        if at != epoch:
             self._begin = self._now = (epoch * self.steps_per_epoch, 0, False)
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,6 +128,7 @@ class PlannedSamples(IterableDataset[Sample]):
             # between two steps any number of ranks may resume
             if name in mine and value != mine[name] and (slot or name != "rank_batch"):
                 raise ValueError(f"{name} of the state is {value}, here it is {mine[name]}")
+        self._is_loaded = True
         is_own = state.get("is_own", False) and get_worker_info() is not None
         self._begin = self._now = (state["step"], slot, is_own)
 
@@ -136,9 +147,11 @@ class PlannedSamples(IterableDataset[Sample]):
         worker = get_worker_info()
         first, slot, is_own = self._begin
         stop = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
+        has_rest = self._plan.epoch_samples % self._plan.batch_size > 0
+        end = stop - 1 if self._drop_last and has_rest else stop
         every = 1 if worker is None else worker.num_workers
         mine = first if worker is None or is_own else first + worker.id
-        for step, rows, contents in self._read_ahead(range(mine, stop, every)):
+        for step, rows, contents in self._read_ahead(range(mine, end, every)):
             skipped = slot if step == first else 0
             for at in range(skipped, len(rows)):
                 # before the yield, so that a state taken after it counts this sample
@@ -157,7 +170,8 @@ class PlannedSamples(IterableDataset[Sample]):
 
     def _read_ahead(self, steps: range) -> Iterator[tuple[int, Any, list[Content]]]:
         reader = RangeReader()
-        step_bytes = max(1.0, float(self._sizes.mean())) * self.rank_batch
+        table = self._plan.table
+        step_bytes = max(1, table.num_bytes) / max(1, table.num_samples) * self.rank_batch
         length = max(1, int(_WINDOW_BYTES / step_bytes))
         # while one window is consumed, the next one is read
         windows = [steps[at : at + length] for at in range(0, len(steps), length)]
@@ -175,7 +189,9 @@ class PlannedSamples(IterableDataset[Sample]):
         table = self._plan.table
         parts = [self._rows(step) for step in steps]
         rows = np.concatenate(parts)
-        columns = (table.shard[rows], self._starts[rows], self._sizes[rows])
+        before = table.before[rows].astype(np.int64)
+        starts, sizes = table.offset[rows] - before, before + table.size[rows] + table.after[rows]
+        columns = (table.shard[rows], starts, sizes)
         wanted = [
             Wanted(table.urls[shard], start, size)
             for shard, start, size in zip(*(c.tolist() for c in columns), strict=True)

@@ -16,14 +16,14 @@ Every sample that cannot be read becomes one line in the ledger. If they exceed 
 import logging
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moce_dist.config import DataConfig
-from moce_dist.data.columns import write_columns
+from moce_dist.data.columns import open_index, write_columns
 from moce_dist.data.packing import (
     HOLDOUT,
     Packing,
@@ -41,7 +41,6 @@ from moce_dist.data.shards import (
     Fault,
     Shard,
     ShardIndex,
-    read_index,
     scan_shard,
     write_index,
 )
@@ -66,7 +65,8 @@ _FILES = (
     INDEX_NAME, "train-*.tar", "pipe-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar"
 )  # fmt: skip
 _SCAN_FIRST_BYTES = 10 * 10**9
-_Sample = tuple[str, dict[str, bytes]]
+Mix = Callable[[], Iterable[tuple[str, dict[str, bytes]]]]
+"""Yields samples, (key, {extension: bytes}) each."""
 
 
 @dataclass
@@ -112,8 +112,12 @@ def ingest(
     config: DataConfig,
     ledger: Path,
     map_tasks: MapTasks = map_here,
+    *,
+    mix: Mix | None = None,
 ) -> ShardIndex:
     """Write shards and index of a source to `out`, or return the index if that was done before.
+
+    `mix` yields the images of the source `sample:pretrain`, (key, {extension: bytes}) each.
 
     Raises:
         ConfigError: the source is wrong or too damaged, or `out` holds another data set.
@@ -131,7 +135,7 @@ def ingest(
         inputs["store_side"] = config.store_side
     if is_complete(out, inputs):
         logger.info("%s: complete already", out)
-        return read_index(out)
+        return open_index(out)
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out}: is not a folder")
     marker = read_marker(out)
@@ -141,12 +145,18 @@ def ingest(
             "choose another folder, or --fresh"
         )
     request = _Request(out, config, ledger, map_tasks)
+    if kind == "sample" and rest != PRETRAIN:
+        raise ConfigError(f"sample:{rest}: is a downstream task; train on sample:{PRETRAIN}")
     if kind == "folder":
         return _pack_folder(list_folder(Path(rest)), request, inputs)
     urls = expand_shards(rest, allow_pipes=config.allow_pipes) if kind == "shards" else []
     has_pipes = any(url.startswith(PIPE) for url in urls)
     with all_or_nothing(out, _FILES, fingerprint({"urls": urls}) if has_pipes else None):
-        index = _index_in_place(urls, request) if urls else _pack_sample(rest, request)
+        if kind == "sample":
+            assert mix is not None, "whoever allows sample:pretrain gives `mix`"
+            index = _pack_mix(mix, request)
+        else:
+            index = _index_in_place(urls, request)
         mark_complete(out, inputs, _files(out))
     return index
 
@@ -165,15 +175,11 @@ def _files(out: Path) -> list[Path]:
     return [path for pattern in _FILES for path in out.glob(pattern)]
 
 
-def _pack_sample(name: str, request: _Request) -> ShardIndex:
-    if name != PRETRAIN:
-        raise ConfigError(f"sample:{name}: is a downstream task; train on sample:{PRETRAIN}")
-    from moce_dist.data import samples
-
+def _pack_mix(mix: Mix, request: _Request) -> ShardIndex:
     out, config = request.out, request.config
     train = ShardSeries(out, "train", config.shard_bytes)
     holdout = ShardSeries(out / HOLDOUT, HOLDOUT, config.shard_bytes)
-    for key, members in track(samples.pretrain(), "images"):
+    for key, members in track(mix(), "images"):
         series = holdout if share(key) < config.holdout_fraction else train
         series.writer(member_bytes(map(len, members.values()))).add(key, members)
     return _write_indices(request, train.close(), holdout.close())

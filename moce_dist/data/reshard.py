@@ -16,15 +16,18 @@ sample once, so the new tars have the same multiset of (key, bytes) as the sourc
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from moce_dist.config import DataConfig
 from moce_dist.data.cache import Wanted
-from moce_dist.data.columns import write_columns
+from moce_dist.data.columns import open_index, write_columns
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import (
@@ -32,7 +35,6 @@ from moce_dist.data.shards import (
     TAR_END,
     Shard,
     ShardIndex,
-    read_index,
     scan_shard,
     write_index,
 )
@@ -43,6 +45,7 @@ from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
+Int32 = NDArray[np.int32]
 
 
 class TarPlan(NamedTuple):
@@ -55,17 +58,80 @@ class TarPlan(NamedTuple):
 
     def expected(self) -> Shard:
         """Return the index entry that the tar should get, without the sha256."""
-        shard, position = Shard(self.name, cluster=self.cluster), 0
+        samples, position = [], 0
         for _, taken in self.parts:
-            for row, key in enumerate(taken.keys):
-                start = taken.starts[row]
-                shard.keys.append(key)
-                shard.starts.append(position)
-                shard.offsets.append(position + taken.offsets[row] - start)
-                shard.sizes.append(taken.sizes[row])
-                position += taken.ends[row] - start
-                shard.ends.append(position)
-        return replace(shard, num_samples=len(shard.keys), bytes=position + len(TAR_END))
+            rows = zip(
+                taken.keys, taken.starts, taken.ends, taken.offsets, taken.sizes, strict=True
+            )
+            for key, start, end, offset, size in rows:
+                length = end - start
+                samples.append((key, position, position + length, position + offset - start, size))
+                position += length
+        entry = Shard(self.name, bytes=position + len(TAR_END), cluster=self.cluster)
+        return entry.with_samples(samples)
+
+
+class TarPlans(Sequence[TarPlan]):
+    """The tars of a data set; a plan is made when it is accessed.
+
+    Between accesses 8 bytes per sample and a few numbers per tar are in memory.
+    """
+
+    def __init__(self, index: ShardIndex, labels: Int32, shard_bytes: int) -> None:
+        """Assign samples to tars by their clusters `labels` (n,), then in the order of the index.
+
+        Raises:
+            ConfigError: a sample has no cluster, which the label -1 says.
+        """
+        self._index = index
+        counts = np.array([shard.num_samples for shard in index.shards], np.int64)
+        self._firsts = np.cumsum(counts) - counts
+        if len(missing := np.flatnonzero(labels < 0)):
+            url, taken = self._take(missing[:1])[0]
+            raise ConfigError(f"{url}: sample {taken.keys[0]!r} has no assignment")
+        self._order = np.argsort(labels, kind="stable")
+        # a tar is filled until the next sample exceeds `shard_bytes`, and has at least one
+        ends = np.cumsum(_sample_bytes(index, counts)[self._order])
+        sizes = np.bincount(labels)
+        self._tars: list[tuple[int, int, int, int]] = []
+        for cluster, last in enumerate(np.cumsum(sizes)):
+            first, number = last - sizes[cluster], 0
+            while first < last:
+                filled = ends[first - 1] if first else 0
+                end = np.searchsorted(ends[first:last], filled + shard_bytes, side="right") + first
+                end = max(first + 1, int(end))
+                self._tars.append((cluster, number, int(first), end))
+                first, number = end, number + 1
+
+    def __len__(self) -> int:
+        return len(self._tars)
+
+    def __getitem__(self, number: Any) -> Any:
+        cluster, nth, first, end = self._tars[number]
+        name = f"cluster-{cluster:05d}-{nth:06d}.tar"
+        return TarPlan(name, cluster, self._take(self._order[first:end]))
+
+    def _take(self, rows: NDArray[np.int64]) -> list[tuple[str, Shard]]:
+        # within a cluster rows ascend, so those of a shard are neighbours
+        numbers = np.searchsorted(self._firsts, rows, side="right") - 1
+        parts = []
+        for part in np.split(rows, np.flatnonzero(np.diff(numbers)) + 1):
+            number = int(np.searchsorted(self._firsts, part[0], side="right")) - 1
+            shard = self._index.shards[number]
+            taken = shard.take((part - self._firsts[number]).tolist())
+            parts.append((self._index.url(shard), taken))
+        return parts
+
+
+def _sample_bytes(index: ShardIndex, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    sizes = np.empty(int(counts.sum()), np.int64)
+    first = 0
+    for shard in index.shards:
+        part = sizes[first : first + shard.num_samples]
+        part[:] = list(shard.ends)
+        part -= list(shard.starts)
+        first += shard.num_samples
+    return sizes
 
 
 class _Writing(NamedTuple):
@@ -78,7 +144,7 @@ class _Writing(NamedTuple):
 
 def reshard(
     index: ShardIndex,
-    assignments: Mapping[str, int],
+    labels: Int32,
     out: Path,
     data: DataConfig,
     *,
@@ -87,18 +153,20 @@ def reshard(
 ) -> ShardIndex:
     """Copy every sample into a tar of its cluster; skip this if done before from equal `inputs`.
 
+    `labels` (n,) has the cluster of every sample, in the order of the index.
+
     Writes `out/cluster-CCCCC-NNNNNN.tar` of about `data.shard_bytes`, `index.json`, `index.arrow`
-    and, last, `COMPLETE`. Keys of `assignments` that the index lacks (held-out images) are ignored.
+    and, last, `COMPLETE`.
 
     Raises:
-        ConfigError: a sample has no assignment.
+        ConfigError: a sample has no cluster (its label is -1).
         RuntimeError: a source changed since it was indexed, the copy differs, or the disk is full.
     """
     out = out.resolve()
     if is_complete(out, inputs):
         logger.info("%s: complete already", out)
-        return read_index(out)
-    plans = plan_tars(index, assignments, data.shard_bytes)
+        return open_index(out)
+    plans = TarPlans(index, labels, data.shard_bytes)
     shared = _Writing(out, data.read_timeout_s, data.read_deadline_s)
     attempt = fingerprint({**inputs, "shard_bytes": data.shard_bytes, "tars": len(plans)})
     with all_or_nothing(out, ("cluster-*.tar", INDEX_NAME), attempt):
@@ -109,45 +177,6 @@ def reshard(
         known = {shard.path: shard.sha256 for shard in shards}
         mark_complete(out, inputs, [out / INDEX_NAME, *map(out.joinpath, known)], known)
     return resharded
-
-
-def plan_tars(index: ShardIndex, assignments: Mapping[str, int], shard_bytes: int) -> list[TarPlan]:
-    """Assign samples to tars, by cluster, then in the order of the index.
-
-    Raises:
-        ConfigError: a sample has no assignment.
-    """
-    tars: dict[int, list[TarPlan]] = {}
-    filled: dict[int, int] = {}
-    for shard in index.shards:
-        url = index.url(shard)
-        by_cluster: dict[int, list[int]] = {}
-        for row, key in enumerate(shard.keys):
-            if key not in assignments:
-                raise ConfigError(f"{url}: sample {key!r} has no assignment")
-            by_cluster.setdefault(assignments[key], []).append(row)
-        for cluster, rows in sorted(by_cluster.items()):
-            for row in rows:
-                size = shard.ends[row] - shard.starts[row]
-                series = tars.setdefault(cluster, [])
-                if not series or filled[cluster] + size > shard_bytes:
-                    name = f"cluster-{cluster:05d}-{len(series):06d}.tar"
-                    series.append(TarPlan(name, cluster, []))
-                    filled[cluster] = 0
-                _take(series[-1], url, shard, row)
-                filled[cluster] += size
-    return [tar for cluster in sorted(tars) for tar in tars[cluster]]
-
-
-def _take(tar: TarPlan, url: str, shard: Shard, row: int) -> None:
-    if not tar.parts or tar.parts[-1][0] != url:
-        tar.parts.append((url, Shard(shard.path)))
-    taken = tar.parts[-1][1]
-    taken.keys.append(shard.keys[row])
-    taken.starts.append(shard.starts[row])
-    taken.ends.append(shard.ends[row])
-    taken.offsets.append(shard.offsets[row])
-    taken.sizes.append(shard.sizes[row])
 
 
 def write_tar(shared: _Writing, tar: TarPlan) -> Shard:

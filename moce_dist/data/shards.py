@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,26 +55,31 @@ class Shard:
     bytes: int = 0
     sha256: str = ""
     cluster: int | None = None
-    keys: list[str] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    keys: Sequence[str] = field(default_factory=list)
+    starts: Sequence[int] = field(default_factory=list)
+    ends: Sequence[int] = field(default_factory=list)
+    offsets: Sequence[int] = field(default_factory=list)
+    sizes: Sequence[int] = field(default_factory=list)
 
-    def take(self, rows: list[int]) -> "Shard":
-        """Return the entry with only some of its samples; the tar is not changed."""
-
-        def pick(column: list[Any]) -> list[Any]:
-            return [column[row] for row in rows]
-
+    def with_samples(self, samples: Iterable[tuple[str, int, int, int, int]]) -> "Shard":
+        """Return the entry with other samples, (key, start, end, offset, size) each."""
+        columns = list(map(list, zip(*samples, strict=True))) or [[] for _ in range(5)]
+        keys, starts, ends, offsets, sizes = columns
         return replace(
             self,
-            num_samples=len(rows),
-            keys=pick(self.keys),
-            starts=pick(self.starts),
-            ends=pick(self.ends),
-            offsets=pick(self.offsets),
-            sizes=pick(self.sizes),
+            num_samples=len(keys),
+            keys=keys,
+            starts=starts,
+            ends=ends,
+            offsets=offsets,
+            sizes=sizes,
+        )
+
+    def take(self, rows: Sequence[int]) -> "Shard":
+        """Return the entry with only some of its samples; the tar is not changed."""
+        return self.with_samples(
+            (self.keys[row], self.starts[row], self.ends[row], self.offsets[row], self.sizes[row])
+            for row in rows
         )
 
 
@@ -83,7 +88,7 @@ class ShardIndex:
     """The shards of a data set, in order, and the folder that relative paths refer to."""
 
     root: str
-    shards: list[Shard]
+    shards: Sequence[Shard]
 
     @property
     def num_samples(self) -> int:
@@ -127,18 +132,16 @@ def scan_shard(
         raise ConfigError(f"{url}: is not an uncompressed tar file ({error})") from None
     if scan.left_out:
         logger.warning("%s: left out: %s", as_text(url), counted(scan.left_out))
+    samples = [
+        (sample.key, sample.start, sample.end, image.offset_data, image.size)
+        for sample in scan.samples
+        if (image := sample.image) is not None
+    ]
     shard = Shard(path or url, bytes=scan.bytes, sha256=scan.sha256, cluster=cluster)
-    for sample in scan.samples:
-        if (image := sample.image) is not None:
-            shard.keys.append(sample.key)
-            shard.starts.append(sample.start)
-            shard.ends.append(sample.end)
-            shard.offsets.append(image.offset_data)
-            shard.sizes.append(image.size)
     faults = [Fault(url, *problem) for sample in scan.samples for problem in sample.problems()]
     problems = scan.problems or ([] if scan.samples else ["holds no samples"])
     faults += [Fault(url, None, problem) for problem in problems]
-    return replace(shard, num_samples=len(shard.keys)), faults
+    return shard.with_samples(samples), faults
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:

@@ -38,7 +38,7 @@ TASKS = ("digits", "silhouettes", "climate")
 SEGMENTATION = "climate-ade20k"
 TREES, COMPOSITED = "trees-coco", "composited-coco"
 SAMPLE_SETS = (PRETRAIN, *TASKS, SEGMENTATION, TREES, COMPOSITED)
-"""Names for `sample:NAME`; `data.samples` and `data.detection` build these sets."""
+"""Names for `sample:NAME`; the chapter `samples` builds these sets."""
 
 
 class ImageFile(NamedTuple):

@@ -42,6 +42,9 @@ class SampleTable:
     shard: Ids | Runs
     offset: Ids
     size: Ids
+    before: Ids
+    after: Ids
+    """Bytes of the sample before and behind its image, which has `size` bytes from `offset`."""
     cluster: Ids | Runs
     digests: list[str] = field(default_factory=list)
     """Sha256 of the shards at `urls`, "" where it is not known."""
@@ -99,12 +102,18 @@ def sample_table(index: ShardIndex, num_clusters: int = 1) -> SampleTable:
     """Flatten an index; samples without a cluster are in cluster 0."""
     shards = index.shards
     counts = np.array([shard.num_samples for shard in shards], np.int64)
+    starts, ends, offset, size = (
+        np.array([place for shard in shards for place in getattr(shard, name)], np.int64)
+        for name in ("starts", "ends", "offsets", "sizes")
+    )
     return SampleTable(
         urls=[index.url(shard) for shard in shards],
         keys=[key for shard in shards for key in shard.keys],
         shard=Runs(np.arange(len(shards)), counts),
-        offset=np.array([o for shard in shards for o in shard.offsets], np.int64),
-        size=np.array([s for shard in shards for s in shard.sizes], np.int64),
+        offset=offset,
+        size=size,
+        before=offset - starts,
+        after=ends - offset - size,
         cluster=Runs(np.array([shard.cluster or 0 for shard in shards], np.int64), counts),
         digests=[shard.sha256 for shard in shards],
         num_clusters=num_clusters,

@@ -115,7 +115,8 @@ class ShardWriter:
         self._buffer = bytearray()
         self._digest = hashlib.sha256()
         self._position = 0
-        self._shard = Shard(path=name, cluster=cluster)
+        self._entry = Shard(path=name, cluster=cluster)
+        self._samples: list[tuple[str, int, int, int, int]] = []
         folder.mkdir(parents=True, exist_ok=True)
         self._temporary.write_bytes(b"")
 
@@ -146,27 +147,15 @@ class ShardWriter:
             if extension in image_endings():
                 position = (self._position, len(content))
             self._append(content + bytes(-len(content) % 512))
-        self._record(key, start, *position)
-
-    def _record(self, key: str, start: int, offset: int, size: int) -> None:
-        shard = self._shard
-        shard.keys.append(key)
-        shard.starts.append(start)
-        shard.ends.append(self._position)
-        shard.offsets.append(offset)
-        shard.sizes.append(size)
+        self._samples.append((key, start, self._position, *position))
 
     def close(self) -> Shard:
         """Finish the tar and return its index entry."""
         self._append(TAR_END)
         self._flush()
         self._temporary.replace(self._path)
-        return replace(
-            self._shard,
-            num_samples=len(self._shard.keys),
-            bytes=self._position,
-            sha256=self._digest.hexdigest(),
-        )
+        entry = self._entry.with_samples(self._samples)
+        return replace(entry, bytes=self._position, sha256=self._digest.hexdigest())
 
 
 class ShardSeries:

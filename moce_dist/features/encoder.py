@@ -19,13 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from moce_dist.config import ParallelConfig
+from moce_dist.cost.sizes import FIELDS
 from moce_dist.data.images import MEAN, STD
 from moce_dist.features.decoding import BLACK, METHODS, MODES, Framing
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
-
-FIELDS = 8
-"""For encoder `pixels`, the fields per side of an image whose mean colours are its features."""
 
 
 class Pixels(NamedTuple):

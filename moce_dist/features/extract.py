@@ -136,7 +136,7 @@ def extract_shard(job: FeatureJob) -> int:
         labels += batch.labels
     features = np.concatenate(parts)
     features[list(faults)] = 0
-    write_atomic(job.out / f"{job.name}.keys.json", json.dumps(job.shard.keys))
+    write_atomic(job.out / f"{job.name}.keys.json", json.dumps(list(job.shard.keys)))
     if any(label is not None for label in labels):
         write_atomic(job.out / f"{job.name}.labels.json", json.dumps(labels))
     _record(job, faults)

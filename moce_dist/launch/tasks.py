@@ -8,10 +8,11 @@ import logging
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from moce_dist.config import ParallelConfig
 from moce_dist.run import environment
@@ -19,6 +20,7 @@ from moce_dist.run.tasks import Item, Result, Shared
 
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 * 2**20
+_CANCEL_S = 30
 SEAT = "moce_seat"
 """Resource that a training worker takes from an embedded cluster without GPUs, instead of a CPU.
 
@@ -79,6 +81,7 @@ def map_tasks(
 
     The function is called as `function(*shared, item)`; shared values are sent to a node once.
     A task whose worker died is run again elsewhere. With one worker and no cluster it runs here.
+    When the iteration ends early, tasks that run are ended and waited for.
 
     Raises:
         Exception: the first error of the function, as it was raised.
@@ -100,6 +103,13 @@ def map_tasks(
             yield ray.get(window.popleft())
     except RayTaskError as error:
         raise error.cause from None
+    finally:
+        # no task may write after the caller has cleaned up
+        with suppress(RayError):
+            for left in window:
+                ray.cancel(left, force=True)
+            if window:
+                ray.wait(list(window), num_returns=len(window), timeout=_CANCEL_S)
 
 
 def map_shared(

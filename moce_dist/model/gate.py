@@ -157,7 +157,8 @@ class NoiseSchedule:
         """
         if (level := self.level(step)) == 0:
             return None
-        draws = np.random.Generator(np.random.Philox(key=self.seed, counter=[layer, step, 0, 0]))
+        # drawing counts up in the lowest word
+        draws = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, layer, step]))
         return torch.from_numpy(draws.standard_normal(shape, np.float32) * np.float32(level))
 
     def sample(self, step: int, shape: tuple[int, int, int]) -> Tensor:

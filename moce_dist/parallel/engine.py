@@ -131,9 +131,11 @@ def in_backward_order(
 ) -> Iterator[tuple[nn.Parameter, dist.ProcessGroup | None]]:
     """Yield parameters with their process groups in the order in which their gradients appear."""
     # the gate weights the output of every MoE layer, so its gradient is complete only after the
-    # backward pass of the first MoE layer: the gate comes last
+    # backward pass of the first MoE layer; in bfloat16 two layers of the decoder are cast together
+    # with the patch embedding, and get their gradients with it: all of these come last
+    last = ("gate.", "decoder_embed.", "decoder_pred.")
     named = [item for item in module.named_parameters() if item[1].requires_grad][::-1]
-    for _, parameter in sorted(named, key=lambda item: item[0].startswith("gate.")):
+    for _, parameter in sorted(named, key=lambda item: item[0].startswith(last)):
         group = None
         if not getattr(parameter, "allreduce", True):
             name = parameter.group_name  # type: ignore[attr-defined]

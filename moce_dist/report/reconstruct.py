@@ -27,11 +27,12 @@ from PIL import Image
 from torch import Tensor
 
 from moce_dist.config import Config
+from moce_dist.data.columns import is_mapped, open_table
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import MEAN, STD, centre_sample, open_croppable
 from moce_dist.data.ranges import is_remote
-from moce_dist.data.shards import INDEX_NAME, ShardIndex, read_index, read_range
-from moce_dist.data.table import SampleTable, sample_table
+from moce_dist.data.shards import INDEX_NAME, read_range
+from moce_dist.data.table import SampleTable
 from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.vit import patchify, unpatchify
@@ -43,8 +44,8 @@ from moce_dist.train.checkpoint import complete_checkpoints, damage, load_weight
 _MAX_SHOWN = 6
 _PER_CLUSTER = 4
 _SIDE = 112
-_MAX_CHECKPOINT_BYTES = 4 * 2**30
 _MAX_INDEX_BYTES = 256 * 2**20
+_MAX_CHECKPOINT_BYTES = 4 * 2**30
 _GREY = 0.5
 
 
@@ -237,10 +238,18 @@ def _bytes(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.iterdir())
 
 
+def _open(folder: Path, num_clusters: int = 1) -> SampleTable:
+    path = folder / INDEX_NAME
+    too_large = path.is_file() and path.stat().st_size > _MAX_INDEX_BYTES
+    if too_large and not is_mapped(folder):
+        raise ConfigError(f"{path}: is too large to be read for some images")
+    return open_table(folder, num_clusters)
+
+
 def _table(record: Record, config: Config, gate: GateView | None) -> tuple[SampleTable, bool]:
     """Return the held-out images with their clusters, else the images of training."""
     # imported late, because it needs pyarrow and faiss
-    from moce_dist.cluster.assign import read_assignments
+    from moce_dist.cluster.assignments import read_assignments
 
     source = config.data.source
     is_index = source.startswith("index:")
@@ -248,20 +257,13 @@ def _table(record: Record, config: Config, gate: GateView | None) -> tuple[Sampl
     assigned = record.run.shards / "holdout.parquet"
     has_holdout = (data / "holdout" / "index.json").is_file()
     if gate is not None and has_holdout and assigned.is_file():
-        table = sample_table(_index(data / "holdout"), gate.table.shape[1])
+        table = _open(data / "holdout", gate.table.shape[1])
         clusters = read_assignments(assigned)
         ids = np.array([clusters[key] for key in table.keys], np.int64)
         return replace(table, cluster=ids), True
     if gate is not None:
-        return sample_table(_index(record.run.shards), gate.table.shape[1]), False
-    return sample_table(_index(data / "holdout" if has_holdout else data)), has_holdout
-
-
-def _index(folder: Path) -> ShardIndex:
-    path = folder / INDEX_NAME
-    if path.is_file() and path.stat().st_size > _MAX_INDEX_BYTES:
-        raise ConfigError(f"{path}: is too large to be read for some images")
-    return read_index(folder)
+        return _open(record.run.shards, gate.table.shape[1]), False
+    return _open(data / "holdout" if has_holdout else data), has_holdout
 
 
 def read_samples(record: Record, config: Config, gate: GateView | None) -> _Samples | None:

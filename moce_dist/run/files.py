@@ -1,6 +1,8 @@
 """Files of a run: written whole or not at all, linked, read by lines; the ledger of faults."""
 
+import errno
 import json
+import logging
 import os
 import shutil
 import time
@@ -11,6 +13,7 @@ from typing import Any
 
 from moce_dist.run import lease
 
+log = logging.getLogger(__name__)
 WRITER = "checkpoint"
 """Name of the threads that write checkpoints; an exiting process need not wait for them."""
 
@@ -94,21 +97,43 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def record_fault(ledger: Path, **fault: Any) -> None:
-    """Append one line to a `faults.jsonl`; whole lines from several processes do not mix."""
+    """Append one line to a `faults.jsonl`; lines of several processes of a node do not mix.
+
+    Raises:
+        OSError: the line cannot be written as a whole.
+    """
     lease.check()
     ledger.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"time": round(time.time(), 3), **fault}) + "\n"
-    descriptor = os.open(ledger, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = os.open(ledger, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         with naming(ledger):
-            os.write(descriptor, line.encode())
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                # the line before was cut off
+                line = f"\n{line}"
+            if os.write(descriptor, line.encode()) < len(line.encode()):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(ledger))
     finally:
         os.close(descriptor)
 
 
 def read_faults(ledger: Path) -> list[dict[str, Any]]:
-    """All lines of a `faults.jsonl`, oldest first; a missing ledger is an empty one."""
-    return read_jsonl(ledger)
+    """Read all whole lines of a `faults.jsonl`, oldest first; a missing ledger is an empty one.
+
+    Several nodes may append to it on a shared disk, so a line may be damaged; it is left out.
+    """
+    if not ledger.exists():
+        return []
+    faults, damaged = [], 0
+    for line in ledger.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            faults += [json.loads(line)] if line else []
+        except json.JSONDecodeError:
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d damaged lines are left out", ledger, damaged)
+    return faults
 
 
 def forget_faults(ledger: Path, stage: str, step: int) -> None:

@@ -3,7 +3,9 @@
 from statistics import fmean
 
 from moce_dist.config import Config
+from moce_dist.cost.sizes import training_flop
 from moce_dist.study.plan import STAGES, StudyPlan
+from moce_dist.transfer.request import further_of
 
 
 def forecast(plan: StudyPlan) -> list[str]:
@@ -36,11 +38,30 @@ def forecast(plan: StudyPlan) -> list[str]:
             f"{mae:,.0f} + {moce:,.0f} images; {training / 1e12:,.1f} + "
             f"{clustering / 1e12:,.1f} TFLOP{_hours(training + clustering, rate, runs[0].config)}"
         )
+    if further := _further_flop(plan):
+        lines.append(f"further    {further / 1e12:,.1f} TFLOP of continued training for the tasks")
+        total += further
     workers = next(iter(plan.runs.values())).config
     lines.append(
         f"in all     {total / 1e12:,.1f} TFLOP{_hours(total, rate, workers)}, without fits"
     )
     return lines
+
+
+def _further_flop(plan: StudyPlan) -> int:
+    """Return the FLOPs of all further steps; `+all` is trained once for all tasks of a run."""
+    flop, shared = 0, set()
+    for piece in plan.pieces:
+        if piece.request is None or not (images := piece.request.continue_images):
+            continue
+        for backbone in piece.request.backbones:
+            key = (piece.run, backbone, images)
+            if (kind := further_of(backbone)) is None or key in shared:
+                continue
+            if kind == "all":
+                shared.add(key)
+            flop += images * training_flop(piece.config)
+    return flop
 
 
 def _hours(flop: float, rate: float | None, config: Config) -> str:

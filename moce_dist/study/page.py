@@ -121,10 +121,12 @@ def _over_seeds(spread: Line | None) -> str:
 
 
 def _verdict(spread: Line | None) -> str:
-    """Name the side of 0 on which the whole interval lies; "" if it holds 0."""
-    if spread is None or spread["low"] is None or spread["low"] <= 0 <= spread["high"]:
+    """Name the side of 0 on which both intervals lie; "" if one of them holds 0."""
+    if spread is None or spread["low"] is None:
         return ""
-    return "better" if spread["low"] > 0 else "worse"
+    low = min(spread["low"], spread["mean"] - spread["half"])
+    high = max(spread["high"], spread["mean"] + spread["half"])
+    return "better" if low > 0 else "worse" if high < 0 else ""
 
 
 def _bar(spread: Line | None, scale: float) -> Line | None:

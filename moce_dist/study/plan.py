@@ -258,10 +258,15 @@ class Planner:
         share = source.num_images / num_all if arm.domains == "own_equal_images" else 1.0
         fields: dict[str, Any] = {}
         for name, stage in (("mae", plain.mae), ("moce", plain.moce)):
-            if stage.epochs == 0 and getattr(self.study.images, name) is None:
+            given = getattr(self.study.images, name)
+            if stage.epochs == 0:
+                if given is not None:
+                    raise ConfigError(
+                        f"images.{name} ({given}): {name}.epochs is 0, so the stage has no step"
+                    )
                 continue
-            images = getattr(self.study.images, name) or stage.epochs * num_all
-            images = None if share == 1 and not getattr(self.study.images, name) else images * share
+            images = given or stage.epochs * num_all
+            images = None if share == 1 and not given else images * share
             found = budget(stage, images, num_all, source.num_images)
             fields |= {f"{name}.{key}": value for key, value in found.items()}
         return fields

@@ -218,10 +218,11 @@ class Runner:
                 if not self.running:
                     return
                 finished, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    if not (is_terminated() and future.exception()):
+                        self._finish(future)
                 if is_terminated():
                     raise StoppedError("SIGTERM; training has saved its state")
-                for future in finished:
-                    self._finish(future)
 
     def _next(self) -> Piece | None:
         under_way = {piece.id for piece, _ in self.running.values()}
@@ -270,10 +271,12 @@ class Runner:
         """Estimate the remaining time by finished pieces of each sort; None if a sort has none."""
         took: dict[str, list[float]] = {}
         for piece in self.plan.pieces:
-            if piece.id in self.done:
+            if piece.id in self.done and self._size(piece):
                 seconds = self.journal.lines[piece.id]["seconds"]
                 took.setdefault(_sort(piece), []).append(seconds / self._size(piece))
-        left = [p for p in self.plan.pieces if p.id not in self.done | self.failed.keys()]
+        over = self.done | self.failed.keys()
+        # a stage without steps takes next to no time
+        left = [p for p in self.plan.pieces if p.id not in over and self._size(p)]
         if any(_sort(piece) not in took for piece in left):
             return None
         expected = [self._size(p) * sum(t := took[_sort(p)]) / len(t) for p in left]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from moce_dist.config import Config
-from moce_dist.data.columns import open_shards
+from moce_dist.data.columns import open_index
 from moce_dist.data.shards import INDEX_NAME, Shard
 from moce_dist.data.sources import list_folder
 from moce_dist.run.artefacts import read_marker
@@ -28,15 +28,16 @@ def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
         ConfigError: a source is wrong or too damaged.
     """
     from moce_dist.data.ingest import ingest
+    from moce_dist.samples import sets
 
     found: dict[str, Source] = {}
     for name, config in wanted.items():
         folder = _location(out, name, config)
         if config.data.source.startswith("index:"):
-            shards = open_shards(folder)
+            shards = open_index(folder).shards
         else:
-            ledger = out / "faults.jsonl"
-            shards = ingest(config.data.source, folder, config.data, ledger).shards
+            source, ledger = config.data.source, out / "faults.jsonl"
+            shards = ingest(source, folder, config.data, ledger, mix=sets.pretrain).shards
         found[name] = Source(name, folder, _count(shards))
     return found
 
@@ -55,7 +56,7 @@ def count_sources(
     for name, config in wanted.items():
         folder, source = _location(out, name, config), config.data.source
         if read_marker(folder) is not None or (folder / INDEX_NAME).is_file():
-            number = _count(open_shards(folder))
+            number = _count(open_index(folder).shards)
         elif source.startswith("folder:") and Path(source.removeprefix("folder:")).is_dir():
             files = list_folder(Path(source.removeprefix("folder:"))).files
             number = round(len(files) * (1 - config.data.holdout_fraction))

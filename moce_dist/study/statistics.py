@@ -7,8 +7,9 @@ The interval of a mean over seeds and tasks comes from a bootstrap that draws wh
 whole columns (tasks) with replacement. A task is drawn for all seeds at once, because a task that
 suits an arm does so in every seed. Drawing tasks separately for every seed would treat the S T
 values as independent, and give intervals that are too narrow. With few seeds any percentile
-interval is too narrow: with three, a 95 % interval covers about 80 %. It allows for other seeds and
-other tasks. For the tasks at hand, Student's t interval of the seeds' means allows for other seeds.
+interval is too narrow: of a single task with five seeds a 95 % interval covers 83 %, with three
+74 %. It allows for other seeds and other tasks. For the tasks at hand, Student's t interval of the
+seeds' means allows for other seeds, and covers 95 % however few they are.
 
 Letters: S seeds, T tasks, R draws.
 
@@ -27,7 +28,10 @@ _LEVEL = (0.025, 0.975)
 
 
 class Spread(NamedTuple):
-    """A mean, its deviation over seeds, and a 95 % interval; these two are None for one seed."""
+    """A mean, its deviation over seeds, and a 95 % interval; these two are None for one seed.
+
+    The interval is the bootstrap's; of a single task it is Student's t interval over seeds.
+    """
 
     mean: float
     std: float | None
@@ -66,8 +70,9 @@ def spread(table: Table, draws: int) -> Spread | None:
         return None
     means = whole.mean(axis=1)
     std = float(means.std(ddof=1)) if len(means) > 1 else None
-    low, high = (bootstrap(whole, draws) if len(means) > 1 else None) or (None, None)
-    half = None
-    if std is not None:
-        half = float(stdtrit(len(means) - 1, _LEVEL[1])) * std / len(means) ** 0.5
+    if std is None:
+        return Spread(float(means.mean()), None, None, None, None, *whole.shape)
+    half = float(stdtrit(len(means) - 1, _LEVEL[1])) * std / len(means) ** 0.5
+    interval = bootstrap(whole, draws) if whole.shape[1] > 1 else None
+    low, high = interval or (float(means.mean()) - half, float(means.mean()) + half)
     return Spread(float(means.mean()), std, low, high, half, *whole.shape)

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from moce_dist.config import Config
+from moce_dist.cost.sizes import FIELDS
 from moce_dist.features.encoder import (
-    FIELDS,
     Encoder,
     Pixels,
     describe_timm,

@@ -191,7 +191,10 @@ def _share(fork: Fork, root: Path) -> None:
     link_tree(fork.checkpoint, new / "checkpoints" / fork.checkpoint.name)
     lines = [line for line in read_jsonl(old / "metrics.jsonl") if line["step"] < fork.step]
     write_atomic(new / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    for path in [old / "inputs.json", *old.glob("routing/step_*"), *old.glob("placement/step_*")]:
+    kept = (
+        path for name in ("routing", "placement", "gate") for path in old.glob(f"{name}/step_*")
+    )
+    for path in [old / "inputs.json", *kept]:
         if path.name == "inputs.json" or int(path.stem[5:]) <= fork.step:
             (new / path.relative_to(old)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, new / path.relative_to(old))

@@ -111,7 +111,7 @@ def train_step(state: TrainState, batch: Batch) -> Outcome:
     If the loss or the gradient is not finite, neither this step nor any later one updates anything.
 
     Raises:
-        FloatingPointError: at ZeRO-1 and 2, on all ranks, before the weights have changed.
+        FloatingPointError: at ZeRO-1 and 2, on all ranks, before the optimiser has changed weights.
     """
     engine, count = state.engine, max(1, int(batch.cluster_counts.sum()))
     micro_batches, is_whole = state.micro_batches, state.engine.spec.parallel.zero_stage == 0

@@ -101,8 +101,9 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 def decay_to_mean(engine: "Engine", moe: MoeConfig, lr: float) -> None:
     """Decay experts towards their mean, if `moe.mean_decay` is set, as AdamW does towards 0.
 
-    Call it between `agree` and `step`; it changes nothing if `step` will not update. Collective
-    over the expert-parallel group, and over the replicas at ZeRO-1 and 2.
+    Call it between `agree` and `step`. At ZeRO-0 it changes nothing if `step` will not update; at
+    ZeRO-1 and 2 `step` raises FloatingPointError then, after experts have decayed. Collective over
+    the expert-parallel group, and over the replicas at ZeRO-1 and 2.
     """
     stacks = [p for name, p in engine.module.named_parameters() if is_stacked(name)]
     if not (moe.mean_decay and stacks):

@@ -192,8 +192,8 @@ class Saver:
             return
         files = {name: digest for part, _ in results for name, digest in part.items()}
         manifest = {"format": FORMAT, **save.position, "files": files}
-        publish = partial(_publish, save.temporary, save.target, manifest, keep=self._keep)
-        save.task = _Background(publish if self._rank == 0 else lambda: None)
+        seal = partial(publish, save.temporary, save.target, manifest, keep=self._keep)
+        save.task = _Background(seal if self._rank == 0 else lambda: None)
         save.is_written = True
 
     def _copy(self, engine: "Engine", naming: Naming) -> dict[str, Tensor]:
@@ -258,10 +258,14 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
     return {path.name: file_sha256(path)}
 
 
-def _publish(temporary: Path, target: Path, manifest: dict[str, Any], *, keep: int) -> None:
+def publish(temporary: Path, target: Path, manifest: dict[str, Any], *, keep: int) -> None:
+    """Seal a checkpoint's folder and give it its name; keep the newest `keep` up to this one."""
     seal = {"sha256": fingerprint(manifest)}
     write_atomic(temporary / MANIFEST, json.dumps(manifest | seal))
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
-    for old in complete_checkpoints(target.parent)[keep:]:
+    # a later checkpoint can only be a damaged one that was passed over
+    found = complete_checkpoints(target.parent)
+    later = [path for path in found if path.name > target.name]
+    for old in (*later, *found[len(later) + keep :]):
         shutil.rmtree(old, ignore_errors=True)

@@ -136,7 +136,7 @@ def holdout_table(job: StageJob) -> SampleTable | None:
     if job.stage == "mae":
         return table
     # imported late: it needs faiss and pyarrow, which a benchmark of steps does without
-    from moce_dist.cluster.assign import read_assignments
+    from moce_dist.cluster.assignments import read_assignments
 
     clusters = read_assignments(Run(job.run_root).shards / HOLDOUT_TABLE)
     ids = np.array([clusters[key] for key in table.keys], np.int64)

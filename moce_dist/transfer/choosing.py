@@ -155,7 +155,7 @@ class Chooser:
             "max_train": transfer.max_train,
             "experts": self.request.experts,
             "select": [transfer.select, transfer.merge_temperature],
-            "validated": transfer.model_dump(include=_VALIDATION) if is_validated else None,
+            "validated": self._validated_by if is_validated else None,
             "control": control.identity if control else None,
         }
         return self._known_or(
@@ -163,6 +163,13 @@ class Chooser:
             inputs,
             lambda: self._validate(control) if is_validated else self._chosen(config),
         )
+
+    @property
+    def _validated_by(self) -> dict[str, Any]:
+        fields = self.config.transfer.model_dump(include=_VALIDATION)
+        # choices of earlier versions did not heed the limit
+        limit = self.config.transfer.max_train
+        return fields if limit is None else {**fields, "within": limit}
 
     def _known_or(
         self, name: str, inputs: dict[str, Any], choose: Callable[[], dict[str, Any]]

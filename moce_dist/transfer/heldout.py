@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.cluster.assign import read_assignments
+from moce_dist.cluster.assignments import read_assignments
 from moce_dist.config import Config
 from moce_dist.data.batches import stream
 from moce_dist.data.columns import open_table

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moce_dist.cluster.assign import read_assignments
+from moce_dist.cluster.assignments import count_assignments
 from moce_dist.config import Config
 from moce_dist.model.customize import customize, moe_shape, routes
 from moce_dist.run.directory import Run
@@ -58,8 +58,7 @@ def cluster_sizes(run: Run, num_clusters: int) -> list[int]:
     Raises:
         ConfigError: the assignments are missing.
     """
-    clusters = list(read_assignments(run.clusters / "assignments.parquet").values())
-    return [int(n) for n in np.bincount(clusters, minlength=num_clusters)]
+    return count_assignments(run.clusters / "assignments.parquet", num_clusters).tolist()
 
 
 def list_routes(run: Run, config: Config, stage: TrainedStage) -> list[Route]:

@@ -247,13 +247,14 @@ def score_folds(
 def try_candidates(
     candidates: Iterable[Backbone], task: Task, config: Config, machine: Machine
 ) -> list[dict[str, Any]]:
-    """Score every candidate on a task's training images; return the best one first.
+    """Score every candidate on training images that fits may use too; return the best one first.
 
     Raises:
         ValueError: no training image can be read.
     """
     transfer = config.transfer
-    seen = replace(task.subset(transfer.validate_images, config.seed), test=[])
+    allowed = task.subset(transfer.max_train, config.seed)
+    seen = replace(allowed.subset(transfer.validate_images, config.seed), test=[])
     tried = []
     for candidate in candidates:
         features, labels, _ = extract(candidate, list(seen.train), machine, seed=config.seed)

@@ -138,7 +138,9 @@ def reductions(run, overrides, bucket_bytes):
         (sums if named.get("async_op") else waited_for).append(tensor.numel())
         return original(tensor, *arguments, **named)
 
-    begun = []
+    begun, begun_before = [], []
+    first_block = next(p for n, p in state.engine.module.named_parameters() if "blocks.0." in n)
+    first_block.register_post_accumulate_grad_hook(lambda _: begun_before.append(len(sums)))
 
     def finish_counted():
         begun.append(len(sums))
@@ -163,6 +165,7 @@ def reductions(run, overrides, bucket_bytes):
         "sums": sums,
         "waited_for": len(waited_for),
         "begun_in_backward": begun,
+        "begun_before_first_block": begun_before,
         "buckets": reducer.num_buckets,
         "bytes": reducer.num_bytes,
         "gradients": captured,

@@ -56,7 +56,7 @@ def _sgd(model, *_, **__):
 
 
 class _Settled(detect.DetectorFit):
-    """A detector that draws nothing, and whose loss is a mean over pictures whatever the parts."""
+    """A detector that draws nothing, and whose loss is a mean over images whatever the parts."""
 
     def build(self, seed):
         model = super().build(seed)
@@ -177,7 +177,7 @@ def _noting(module, name, notes):
     return patch.object(module, name, function)
 
 
-def pictures_used(**options):
+def images_used(**options):
     """Fit a detector; return its figures and the keys of what this rank learnt, saw and scored."""
     learnt, seen, scored = [], [], []
     with (

@@ -31,7 +31,7 @@ def base(pools, clustered_run, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def new_shards(tmp_path_factory):
-    """Other pictures, one cluster a tar."""
+    """Other images, one cluster a tar."""
     folder, draws = tmp_path_factory.mktemp("new") / "shards", np.random.default_rng(1)
     shards = []
     for cluster, size in SIZES.items():

@@ -1,7 +1,7 @@
-"""A detector's fit on several ranks: every picture once, gradients and figures of one process.
+"""A detector's fit on several ranks: every image once, gradients and figures of one process.
 
 What torchvision draws on each rank is taken away where weights are compared with those of one
-process. Every set has six training and five test pictures of 56 x 48 pixels, one object in each.
+process. Every set has six training and five test images of 56 x 48 pixels, one object in each.
 """
 
 import json
@@ -50,7 +50,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def damaged(data, tmp_path_factory):
-    """The same, one training and one test picture of which cannot be read."""
+    """The same, one training and one test image of which cannot be read."""
     root = shutil.copytree(data, tmp_path_factory.mktemp("damaged") / "coco")
     for key in DAMAGED:
         (root / key).write_bytes(b"")
@@ -74,18 +74,18 @@ def skipped(folder):
     return [(fault["key"], fault["reason"]) for fault in read_faults(folder / "faults.jsonl")]
 
 
-def test_every_picture_is_used_once_and_scores_are_those_of_one_process(pools, data, tmp_path):
+def test_every_image_is_used_once_and_scores_are_those_of_one_process(pools, data, tmp_path):
     train, test = (
         sorted(f"{folder}/{path.name}" for path in (data / folder).iterdir())
         for folder in ("train2017", "val2017")
     )
     out, options = tmp_path / "fit", budget(2, 3, 4, "transfer.detection.lr=1e-3")
-    fitting = {"function": "pictures_used", "root": str(data), "out": str(out)}
+    fitting = {"function": "images_used", "root": str(data), "out": str(out)}
     found = pools(2).run("fit", **fitting, overrides=options)
     figures, learnt, seen, scored = zip(*found, strict=True)
     assert figures[0] == figures[1] and figures[0].keys() == {"box", "mask"}
     assert all(math.isfinite(figures[0][kind]["AP"]) for kind in ("box", "mask"))
-    # two epochs of two steps, of whose three pictures the first rank takes two
+    # two epochs of two steps, of whose three images the first rank takes two
     assert [len(keys) for keys in learnt] == [8, 4]
     for epoch in range(2):
         parts = [keys[epoch * len(keys) // 2 :][: len(keys) // 2] for keys in learnt]
@@ -106,7 +106,7 @@ def test_every_picture_is_used_once_and_scores_are_those_of_one_process(pools, d
 CHECKPOINTED = "parallel.activation_checkpointing=true"
 LAW = [
     (5, 2, False, ()),
-    # of two pictures of a step one cannot be read, which leaves a rank without any
+    # of two images of a step one cannot be read, which leaves a rank without any
     (2, 3, True, ("parallel.zero_stage=2", "parallel.micro_batches=2", CHECKPOINTED)),
 ]
 
@@ -126,7 +126,7 @@ def test_law_weights_are_those_of_one_process(
     for name, tensor in expected.items():
         error = (found[name].double() - tensor.double()).norm()
         assert error <= 1e-5 * tensor.double().norm() + 1e-6, name
-    # an epoch's one use of a picture is its one line
+    # an epoch's one use of a image is its one line
     assert [key for key, _ in skipped(many)] == (DAMAGED if has_damage else [])
     assert skipped(many) == skipped(one)
 
@@ -154,7 +154,7 @@ def test_interrupted_fit_is_bit_equal_on_equal_ranks_and_goes_on_on_one(pools, d
     assert not (alone / "state.safetensors").exists()
 
 
-def test_step_without_any_picture_ends_all_ranks_with_one_line(pools, data, tmp_path):
+def test_step_without_any_image_ends_all_ranks_with_one_line(pools, data, tmp_path):
     root = shutil.copytree(data, tmp_path / "coco")
     for path in (root / "train2017").iterdir():
         path.write_bytes(b"")

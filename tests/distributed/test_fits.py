@@ -31,7 +31,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory):
-    """Six training and five test pictures; in some of them most pixels do not count."""
+    """Six training and five test images; in some of them most pixels do not count."""
     root, draws = tmp_path_factory.mktemp("scenes"), np.random.default_rng(1)
     for split, count in (("training", 6), ("validation", 5)):
         for kind in ("images", "annotations"):

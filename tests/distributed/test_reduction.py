@@ -27,6 +27,13 @@ def test_all_buckets_but_the_last_ones_travel_during_the_backward_pass(pools, cl
         assert result["waited_for"] == 1
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_buckets_travel_while_earlier_blocks_compute(pools, clustered_run, precision):
+    result, _ = reductions(pools, clustered_run, f"parallel.precision={precision}")
+    (begun,) = result["begun_before_first_block"]
+    assert begun > result["buckets"] / 2
+
+
 def test_size_of_buckets_changes_no_gradient(pools, clustered_run):
     small, one_piece = (
         merged(reductions(pools, clustered_run, bucket_bytes=size), "gradients")

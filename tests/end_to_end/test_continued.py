@@ -1,4 +1,4 @@
-"""A run on other pictures goes on from a finished one: its encoder, clusters and experts."""
+"""A run on other images goes on from a finished one: its encoder, clusters and experts."""
 
 import json
 import re
@@ -23,11 +23,11 @@ CHANGED = ("parallel.num_workers=1", "moce.epochs=2", "moce.warmup_epochs=0", "g
 
 
 @pytest.fixture(scope="module")
-def other_pictures(tmp_path_factory):
+def other_images(tmp_path_factory):
     """70 digits that the finished run has not seen; it has seen silhouettes too."""
-    from moce_dist.data import samples
+    from moce_dist.samples import sets
 
-    root, images = tmp_path_factory.mktemp("other") / "pictures", samples.task("digits").train
+    root, images = tmp_path_factory.mktemp("other") / "images", sets.task("digits").train
     (root / "new").mkdir(parents=True)
     for number in range(70):
         image = images[number * len(images) // 150 + 1]
@@ -36,10 +36,10 @@ def other_pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def command(arguments, finished, other_pictures):
+def command(arguments, finished, other_images):
     """Arguments of jobs/pretrain.py for a run that goes on from the finished one."""
     return lambda run, *more: arguments(
-        run, *CHANGED, f"base_run={finished}", *more, source=f"folder:{other_pictures}"
+        run, *CHANGED, f"base_run={finished}", *more, source=f"folder:{other_images}"
     )
 
 
@@ -112,8 +112,8 @@ def test_empty_clusters_go_all_the_way(continued, read_metrics):
         assert np.shape(json.loads(path.read_text())) == (2, 8)
 
 
-def test_transfer_and_report_work_on_it(continued, finished, run_job, pictures, tmp_path):
-    for number, path in enumerate(sorted(pictures.rglob("*.png"))[::5]):
+def test_transfer_and_report_work_on_it(continued, finished, run_job, some_images, tmp_path):
+    for number, path in enumerate(sorted(some_images.rglob("*.png"))[::5]):
         target = tmp_path / ("train", "test")[number % 2] / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
@@ -176,7 +176,7 @@ def test_a_killed_one_ends_in_the_same_bits(continued, start, command, learned, 
         assert old.read_bytes() == new.read_bytes(), name
 
 
-def test_with_prices_the_same_pictures_spread_otherwise(continued, ask, command, tmp_path):
+def test_with_prices_the_same_images_spread_otherwise(continued, ask, command, tmp_path):
     request = command(tmp_path / "run")
     plan = ask("pretrain", *request, "--dry-run").assert_done().out
     assert "goes on    from" in plan and "under their prices" in plan

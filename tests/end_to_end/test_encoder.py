@@ -1,4 +1,4 @@
-"""A run whose clusters are made of a timm model's features, from pictures to a task's ViT."""
+"""A run whose clusters are made of a timm model's features, from images to a task's ViT."""
 
 import json
 

@@ -32,9 +32,9 @@ def made(kind, tmp_path_factory, run_job, ask, arguments):
 
 
 @pytest.fixture(scope="module")
-def task(pictures, tmp_path_factory):
+def task(images, tmp_path_factory):
     root = tmp_path_factory.mktemp("task")
-    for number, path in enumerate(sorted(pictures.rglob("*.png"))[::5]):
+    for number, path in enumerate(sorted(images.rglob("*.png"))[::5]):
         target = root / ("train", "test")[number % 2] / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
@@ -95,7 +95,7 @@ def test_timm_alone_loads_it(transferred):
     assert done.stdout.split() == ["32", "False"]
 
 
-def test_report_summary_and_predictions(made, kind, transferred, run_job, capsys, pictures):
+def test_report_summary_and_predictions(made, kind, transferred, run_job, capsys, images):
     root = made[0]
     out = run_job("report", root).assert_done().out
     title = {"dense": "control", "token": "TokenMoE"}[kind]
@@ -104,7 +104,7 @@ def test_report_summary_and_predictions(made, kind, transferred, run_job, capsys
     assert "+- " not in out and "could not read" not in out
     page = (root / "report.html").read_text()
     assert f"{title} held-out loss" in page and f"(moe.kind {kind})" in page
-    command(["predict", str(transferred), str(next(pictures.rglob("*.png")))])
+    command(["predict", str(transferred), str(next(images.rglob("*.png")))])
     assert "probability" in json.loads(capsys.readouterr().out)["classes"][0]
 
 

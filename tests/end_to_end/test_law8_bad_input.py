@@ -31,7 +31,7 @@ ALONE = ("parallel.num_workers=1", "data.holdout_fraction=0")
         ("moe.num_experts=5", ["moe.num_experts (5)", "multiple", "parallel.num_groups (2)"]),
         ("moce.batch_size=33", ["moce.batch_size (33)", "multiple", "(2)"]),
         ("parallel.num_workers=3", ["parallel.num_workers (3)", "legal here: [1, 2, 4, 8]"]),
-        ("data.source=pictures", ["data.source = 'pictures'", "folder:PATH"]),
+        ("data.source=images", ["data.source = 'images'", "folder:PATH"]),
         ("data.source=folder:/no/such", ["/no/such", "no such folder"]),
         ("data.source=shards:/no/such-{0..3}.tar", ["/no/such-0.tar", "no such file"]),
     ],
@@ -46,11 +46,11 @@ def test_a_wrong_request_names_the_field_and_writes_nothing(
 
 
 @pytest.mark.parametrize(("name", "reason"), [(None, "is empty"), ("a.txt", "holds no images")])
-def test_a_folder_without_pictures_is_refused(ask, arguments, tmp_path, name, reason):
-    folder = tmp_path / "pictures"
+def test_a_folder_without_images_is_refused(ask, arguments, tmp_path, name, reason):
+    folder = tmp_path / "images"
     folder.mkdir()
     if name is not None:
-        (folder / name).write_text("no picture")
+        (folder / name).write_text("no image")
     result = ask("pretrain", *arguments(tmp_path / "run", source=f"folder:{folder}"))
     result.assert_refused(2, folder, reason)
     assert not (tmp_path / "run").exists()
@@ -63,8 +63,8 @@ def jpeg(path):
     return file.getvalue()
 
 
-def truncate_pictures(folder, number):
-    """Replace some pictures by JPEG files that end early: their headers are good."""
+def truncate_images(folder, number):
+    """Replace some images by JPEG files that end early: their headers are good."""
     paths = sorted(folder.rglob("*.png"))[:: 300 // number][:number]
     for path in paths:
         content = jpeg(path)
@@ -74,20 +74,20 @@ def truncate_pictures(folder, number):
 
 
 @pytest.fixture
-def own_pictures(pictures, tmp_path):
-    """A copy of the pictures that a test may damage."""
-    return shutil.copytree(pictures, tmp_path / "pictures")
+def own_images(images, tmp_path):
+    """A copy of the images that a test may damage."""
+    return shutil.copytree(images, tmp_path / "images")
 
 
-def test_bad_pictures_have_weight_0_and_a_line_for_every_use(
-    run_job, arguments, own_pictures, tmp_path, read_metrics
+def test_bad_images_have_weight_0_and_a_line_for_every_use(
+    run_job, arguments, own_images, tmp_path, read_metrics
 ):
-    (truncated,) = truncate_pictures(own_pictures, 1)
-    empty, repeated = own_pictures / "digits" / "0007.png", own_pictures / "digits" / "0009.gif"
+    (truncated,) = truncate_images(own_images, 1)
+    empty, repeated = own_images / "digits" / "0007.png", own_images / "digits" / "0009.gif"
     empty.write_bytes(b"")
-    with Image.open(own_pictures / "digits" / "0009.png") as image:
+    with Image.open(own_images / "digits" / "0009.png") as image:
         image.save(repeated)
-    run, source = tmp_path / "run", f"folder:{own_pictures}"
+    run, source = tmp_path / "run", f"folder:{own_images}"
     command = arguments(run, *ALONE, "mae.epochs=2", "moce.epochs=1", source=source)
     run_job("pretrain", *command).assert_done()
     faults = read_faults(run / "faults.jsonl")
@@ -103,9 +103,9 @@ def test_bad_pictures_have_weight_0_and_a_line_for_every_use(
     assert all(metrics["loss"] > 0 for metrics in read_metrics(run / "moce"))
 
 
-def test_too_many_bad_pictures_end_the_training(run_job, arguments, own_pictures, tmp_path):
-    truncate_pictures(own_pictures, 20)
-    run, source = tmp_path / "run", f"folder:{own_pictures}"
+def test_too_many_bad_images_end_the_training(run_job, arguments, own_images, tmp_path):
+    truncate_images(own_images, 20)
+    run, source = tmp_path / "run", f"folder:{own_images}"
     result = run_job("pretrain", *arguments(run, *ALONE, source=source), "--stage", "mae")
     result.assert_refused(1, "data.max_fault_fraction (0.01)", run / "faults.jsonl")
 

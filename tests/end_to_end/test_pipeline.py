@@ -1,4 +1,4 @@
-"""One command from a folder of pictures to experts, task models and a report."""
+"""One command from a folder of images to experts, task models and a report."""
 
 import json
 import shutil
@@ -41,12 +41,12 @@ def test_every_artefact_is_complete(finished, name):
     assert is_complete(finished / name, marker["inputs"])
 
 
-def test_every_picture_is_in_the_tars_with_its_bytes(finished, pictures):
+def test_every_image_is_in_the_tars_with_its_bytes(finished, images):
     ingested = contents(read_index(finished / "ingested"))
     held_out = contents(read_index(finished / "ingested" / "holdout"))
     assert len(ingested) + len(held_out) == 300
     assert len(held_out) > 0
-    given = {p.read_bytes() for p in pictures.rglob("*.png")}
+    given = {p.read_bytes() for p in images.rglob("*.png")}
     # sample: (key, ("cls", label), ("png", bytes))
     assert {dict(sample[1:])["png"] for sample in ingested | held_out} == given
     assert contents(read_index(finished / "shards")) == ingested
@@ -158,10 +158,10 @@ def test_fewer_workers_may_take_a_run_up(run_job, arguments, part_of, read_metri
 
 
 @pytest.fixture(scope="module")
-def task(pictures, tmp_path_factory):
-    """A task of two classes in ImageFolder's layout, from the same pictures."""
+def task(images, tmp_path_factory):
+    """A task of two classes in ImageFolder's layout, from the same images."""
     root = tmp_path_factory.mktemp("task")
-    for number, path in enumerate(sorted(pictures.rglob("*.png"))):
+    for number, path in enumerate(sorted(images.rglob("*.png"))):
         part = ("train", "train", "test")[number % 3]
         target = root / part / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moce_dist.data import samples
+from moce_dist.samples import sets
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "configs" / "studies" / "tiny.yaml"
@@ -23,12 +23,12 @@ ARMS = ("control", "moce", "average", "soft", "own")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, pictures):
+def data(tmp_path_factory, some_images):
     """Images of two domains to train on, and a task with three splits that tells them apart."""
     root = tmp_path_factory.mktemp("data")
-    shutil.copytree(pictures, root / "pretrain")
+    shutil.copytree(some_images, root / "pretrain")
     for name in ("digits", "silhouettes"):
-        images = samples.task(name).test
+        images = sets.task(name).test
         for split, start in (("train", 0), ("val", 40), ("test", 60)):
             (root / "both" / split / name).mkdir(parents=True)
             for number in range(start, start + 20):

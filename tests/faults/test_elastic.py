@@ -204,8 +204,8 @@ def test_sigterm_under_torchrun_saves_and_the_same_command_goes_on(
 
 
 @pytest.mark.long
-def test_a_lost_node_leaves_a_smaller_fit_that_goes_on(nodes, start, part_of, pictures, tmp_path):
-    for path in pictures.glob("*/*.png"):
+def test_a_lost_node_leaves_a_smaller_fit_that_goes_on(nodes, start, part_of, images, tmp_path):
+    for path in images.glob("*/*.png"):
         folder = tmp_path / ("val" if int(path.stem) % 3 == 0 else "train") / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)

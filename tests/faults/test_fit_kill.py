@@ -20,10 +20,10 @@ BUDGET = (
 
 
 @pytest.fixture(scope="module")
-def task(pictures, tmp_path_factory):
-    """The pictures as a task: every third one is for the test."""
+def task(images, tmp_path_factory):
+    """The images as a task: every third one is for the test."""
     root = tmp_path_factory.mktemp("task")
-    for path in pictures.glob("*/*.png"):
+    for path in images.glob("*/*.png"):
         folder = root / ("val" if int(path.stem) % 3 == 0 else "train") / path.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from moce_dist.cluster.assign import read_assignments, run_clustering
+from moce_dist.cluster.assign import run_clustering
+from moce_dist.cluster.assignments import read_assignments
 from moce_dist.cluster.blocks import View, open_features, read_block, residents
 from moce_dist.cluster.nearest import make_base, search
 from moce_dist.cluster.sweeps import add_rows

@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from ranks import preloaded
 
-from moce_dist.cluster.assign import read_assignments, run_clustering
+from moce_dist.cluster.assign import run_clustering
+from moce_dist.cluster.assignments import read_assignments
 from moce_dist.config import ClusterConfig
 from moce_dist.run.tasks import Workers
 from moce_dist.settings import ConfigError

@@ -138,7 +138,7 @@ def pools():
         each.kill()
 
 
-def _picture(draws):
+def _some_image(draws):
     import numpy as np
     from PIL import Image
 
@@ -150,7 +150,7 @@ def _picture(draws):
 
 @pytest.fixture(scope="session")
 def clustered_run(tmp_path_factory):
-    """A run directory with 8 clusters of 20 or 21 pictures, ready for stage moce."""
+    """A run directory with 8 clusters of 20 or 21 images, ready for stage moce."""
     import numpy as np
 
     from moce_dist.data.shards import write_index
@@ -161,7 +161,7 @@ def clustered_run(tmp_path_factory):
     for cluster in range(8):
         writer = ShardWriter(root / "shards", f"cluster-{cluster:05d}-000000.tar", cluster=cluster)
         for number in range(20 + cluster % 2):
-            writer.add(f"c{cluster}/{number:04d}", {"png": _picture(draws)})
+            writer.add(f"c{cluster}/{number:04d}", {"png": _some_image(draws)})
         shards.append(writer.close())
     write_index(root / "shards", shards)
     (root / "clusters").mkdir()

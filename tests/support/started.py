@@ -236,11 +236,11 @@ def shared_once(tmp_path_factory):
     return once
 
 
-def _write_pictures(root):
-    from moce_dist.data import samples
+def _write_images(root):
+    from moce_dist.samples import sets
 
     for name in ("digits", "silhouettes"):
-        images = samples.task(name).train
+        images = sets.task(name).train
         (root / name).mkdir(parents=True)
         for number in range(150):
             image = images[number * len(images) // 150]
@@ -248,9 +248,9 @@ def _write_pictures(root):
 
 
 @pytest.fixture(scope="session")
-def pictures(shared_once):
-    """300 real pictures in two class folders: handwritten digits and silhouettes of animals."""
-    return shared_once("pictures", _write_pictures)
+def some_images(shared_once):
+    """300 real images in two class folders: handwritten digits and silhouettes of animals."""
+    return shared_once("images", _write_images)
 
 
 @pytest.fixture(scope="session")
@@ -262,11 +262,11 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def arguments(config, pictures):
+def arguments(config, some_images):
     """Arguments of jobs/pretrain.py for a run directory, with overrides."""
 
     def make(run, *overrides, source=None):
-        named = source or f"folder:{pictures}"
+        named = source or f"folder:{some_images}"
         pairs = [x for o in (f"data.source={named}", *overrides) for x in ("--set", o)]
         return ["--config", config, "--run", run, *pairs]
 

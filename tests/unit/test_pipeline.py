@@ -22,9 +22,9 @@ TIMM = "timm:test_vit.r160_in1k"
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """60 noisy pictures in two folders, too big for one shard of 64 KiB."""
-    root, draws = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+def images(tmp_path_factory):
+    """60 noisy images in two folders, too big for one shard of 64 KiB."""
+    root, draws = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for number in range(60):
         pixels = draws.integers(0, 256, (48, 48, 3), dtype=np.uint8) // (1 + number % 2)
         buffer = io.BytesIO()
@@ -35,11 +35,11 @@ def pictures(tmp_path_factory):
     return root
 
 
-def config_of(pictures, encoder):
+def config_of(images, encoder):
     return make_config(
         {
             "data": {
-                **{"source": f"folder:{pictures}", "image_size": 32, "shard_bytes": 2**16},
+                **{"source": f"folder:{images}", "image_size": 32, "shard_bytes": 2**16},
                 **{"holdout_fraction": 0.1, "loader_processes": 0},
             },
             "model": {
@@ -53,19 +53,19 @@ def config_of(pictures, encoder):
 
 
 @pytest.fixture
-def pipeline(tmp_path, pictures):
+def pipeline(tmp_path, images):
     def make(encoder):
-        config = config_of(pictures, encoder)
+        config = config_of(images, encoder)
         return Pipeline(open_run(tmp_path / "run", config), config)
 
     return make
 
 
 @pytest.fixture
-def publish(tmp_path, pictures):
+def publish(tmp_path, images):
     def write(seed):
         torch.manual_seed(seed)
-        model = MaskedAutoencoder(config_of(pictures, "mae"))
+        model = MaskedAutoencoder(config_of(images, "mae"))
         torch.save({"model": model.state_dict()}, tmp_path / "published.pth")
         return tmp_path / "published.pth"
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from moce_dist.config import TransferConfig
-from moce_dist.data import samples
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import open_image
 from moce_dist.data.listing import list_folders, list_images
@@ -33,6 +32,7 @@ from moce_dist.data.shards import read_range
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.data.tarscan import scan_tar
 from moce_dist.run.names import as_text, read_names
+from moce_dist.samples import sets
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.classification.official import OFFICIAL, official_task
 from moce_dist.transfer.tasks import FilePart, Item, Splits, Task, scan_all
@@ -99,7 +99,7 @@ def sample_task(name: str, data: Path | None) -> Splits:
     """
     if data is not None:
         raise ConfigError(f"--data {data}: task {name} has its own images; leave --data out")
-    made = samples.task(name)
+    made = sets.task(name)
     train, test = (
         [Item(f"{split}/{i}", content, label) for i, (content, label) in enumerate(pairs)]
         for split, pairs in (("train", made.train), ("test", made.test))

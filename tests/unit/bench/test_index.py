@@ -15,7 +15,8 @@ def test_a_small_index_is_measured():
         )
     )
     assert set(report.variants) == {"start", "resume", "plan_step", "save"}
-    # a key of 12 bytes, its offset, an offset and a size; and what is said once a shard
-    assert 32 < report.figures["shared_bytes_per_sample"] < 40
+    # a key of 12 bytes, its offset, four numbers of 20 bytes; and what is said once a shard
+    assert 36 < report.figures["shared_bytes_per_sample"] < 42
+    assert report.figures["join_us_per_sample"] > 0
     assert report.figures["samples"] == 20_000
     assert 0 < report.figures["private_bytes"] < 200e6

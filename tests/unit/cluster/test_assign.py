@@ -9,12 +9,8 @@ import torch
 from mixtures import transform
 from sklearn.metrics import normalized_mutual_info_score
 
-from moce_dist.cluster.assign import (
-    assign_features,
-    read_assignments,
-    read_centroids,
-    run_clustering,
-)
+from moce_dist.cluster.assign import assign_features, read_centroids, run_clustering
+from moce_dist.cluster.assignments import read_assignments
 from moce_dist.cluster.blocks import View, column_mean, open_features
 from moce_dist.cluster.domains import domain_figures
 from moce_dist.config import ClusterConfig

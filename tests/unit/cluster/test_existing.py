@@ -13,7 +13,8 @@ import pytest
 from mixtures import transform
 
 from moce_dist.cluster import assign
-from moce_dist.cluster.assign import read_assignments, run_clustering
+from moce_dist.cluster.assign import run_clustering
+from moce_dist.cluster.assignments import read_assignments
 from moce_dist.cluster.existing import assign_files, assign_folder, open_new_features, read_clusters
 from moce_dist.config import ClusterConfig
 from moce_dist.run.artefacts import is_complete, mark_complete, read_marker

@@ -33,11 +33,12 @@ def clustered(tmp_path):
     """40 images, grey level 5 i, in 2 clusters; the distance of an image is its grey level."""
     writer = ShardWriter(tmp_path, "train-000000.tar")
     for number in range(40):
-        content = b"no picture" if number == 2 else plain(5 * number)
+        content = b"no image" if number == 2 else plain(5 * number)
         writer.add(f"a/{number:02d}", {"png": content})
     index = write_index(tmp_path, [writer.close()])
     table = {
         "key": pa.array([f"a/{n:02d}" for n in range(40)]),
+        "shard": pa.array(["train-000000"] * 40).dictionary_encode(),
         "cluster": pa.array([n % 2 for n in range(40)], pa.int32()),
         "distance": pa.array([5.0 * n for n in range(40)], pa.float32()),
     }

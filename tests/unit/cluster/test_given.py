@@ -6,12 +6,8 @@ import numpy as np
 import pytest
 from mixtures import transform
 
-from moce_dist.cluster.assign import (
-    assign_features,
-    read_assignments,
-    read_centroids,
-    run_clustering,
-)
+from moce_dist.cluster.assign import assign_features, read_centroids, run_clustering
+from moce_dist.cluster.assignments import read_assignments
 from moce_dist.cluster.domains import random_clusters
 from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError

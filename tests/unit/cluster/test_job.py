@@ -109,7 +109,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(features, tmp_path):
 
 
 def test_run_keeps_its_configuration_and_refuses_another_one(tmp_path):
-    config = load_config(None, ["cluster.num_clusters=8", "data.source=folder:/pictures"])
+    config = load_config(None, ["cluster.num_clusters=8", "data.source=folder:/images"])
     open_run(tmp_path / "run", config)
     plan = run_here(
         "cluster", "--run", tmp_path / "run", "--set", "parallel.num_workers=2", "--dry-run"
@@ -122,3 +122,16 @@ def test_run_keeps_its_configuration_and_refuses_another_one(tmp_path):
     assert fresh.returncode == 2 and "--fresh" in fresh.stderr
     missing = run_here("cluster", "--run", tmp_path / "nothing")
     assert missing.returncode == 2 and "not a run directory" in missing.stderr
+
+
+def test_run_of_an_earlier_version_is_read_as_it_was_made(tmp_path):
+    root = tmp_path / "run"
+    open_run(root, load_config(None, ["moe.shared_base=false", "data.source=folder:/images"]))
+    path = root / "config.yaml"
+    before = "".join(line for line in path.open() if "shared_base" not in line)
+    path.write_text(f"{before}bench: {{rounds: 3}}\n")
+    plan = run_here("cluster", "--run", root, "--dry-run")
+    assert plan.returncode == 0, plan.stderr
+    other = run_here("cluster", "--run", root, "--num-clusters", 9)
+    assert "cluster.num_clusters: 256 -> 9" in other.stderr
+    assert "shared_base" not in other.stderr

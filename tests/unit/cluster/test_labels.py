@@ -66,7 +66,7 @@ def test_labels_of_a_tar_stand_beside_its_features_wherever_they_are_in_it(tmp_p
         ("a/1", {"cls": b" 12\n", "json": b"{}", "png": png(1)}),
         ("a/2", {"png": png(2)}),
         (long, {"json": bytes(2000), "png": png(3), "cls": "Übersee".encode()}),
-        ("a/4", {"png": b"no picture", "cls": b"7"}),
+        ("a/4", {"png": b"no image", "cls": b"7"}),
     ]
     tar_of(tmp_path / "s.tar", samples, form)
     labels = extract(tmp_path, tmp_path / "s.tar", decode_threads=threads)
@@ -80,8 +80,8 @@ def test_labels_of_a_tar_stand_beside_its_features_wherever_they_are_in_it(tmp_p
 def test_labels_that_webdataset_wrote(tmp_path):
     with webdataset.TarWriter(str(tmp_path / "w.tar")) as writer:
         for number in range(6):
-            picture = Image.new("RGB", (20, 24), (number, 0, 0))
-            writer.write({"__key__": f"{number:06d}", "png": picture, "cls": number % 3})
+            image = Image.new("RGB", (20, 24), (number, 0, 0))
+            writer.write({"__key__": f"{number:06d}", "png": image, "cls": number % 3})
     assert extract(tmp_path, tmp_path / "w.tar") == ["0", "1", "2", "0", "1", "2"]
 
 

@@ -3,13 +3,8 @@
 import numpy as np
 import pytest
 
-from moce_dist.cluster.assign import (
-    assign_features,
-    read_assignments,
-    read_centroids,
-    read_summary,
-    run_clustering,
-)
+from moce_dist.cluster.assign import assign_features, read_centroids, read_summary, run_clustering
+from moce_dist.cluster.assignments import read_assignments
 from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError
 

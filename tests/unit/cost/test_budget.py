@@ -64,6 +64,39 @@ def test_what_is_worse_costs_more(change, term):
     assert after.rate().value < before.rate().value
 
 
+def test_little_hides_behind_the_last_of_many_micro_batches():
+    one, many = reckon(), reckon("parallel.micro_batches=8")
+    last = one.gradients_exposed().value - max(
+        0.0, one.gradients().value - 2 / 3 * one.compute().value
+    )
+    left = many.gradients().value - 2 / 3 * many.compute().value / 8
+    assert many.gradients_exposed().value == pytest.approx(min(left + last, many.gradients().value))
+
+
+def test_terms_of_zero_by_hand():
+    plain, zero = (
+        reckon("gate.groups=shared"),
+        reckon("gate.groups=shared", "parallel.zero_stage=1"),
+    )
+    # gradients pass twice, the weights that are gathered once
+    assert zero.gradients().value == pytest.approx(1.5 * plain.gradients().value)
+    shared, experts = (
+        size(zero.config) for size in (sizes.shared_parameters, sizes.local_expert_parameters)
+    )
+    # 4 groups of 8 ranks: an expert's moments lie on its 8 replicas
+    mine = shared / 32 + experts / 8
+    saved = 8 * (shared + experts - mine) / 2**30
+    assert plain.memory().value - zero.memory().value == pytest.approx(saved)
+    assert zero.optimiser().value / plain.optimiser().value == pytest.approx(
+        mine / (shared + experts)
+    )
+
+
+def test_recomputing_costs_a_forward_pass():
+    plain, less = reckon(), reckon("parallel.activation_checkpointing=true")
+    assert less.compute().value == pytest.approx(4 / 3 * plain.compute().value)
+
+
 def test_bfloat16_halves_the_gradients():
     half, full = reckon("parallel.reduce_dtype=bf16"), reckon()
     assert 2 * half.gradient_bytes() == full.gradient_bytes()

@@ -1,4 +1,4 @@
-"""Real pictures and real tars, made on the spot."""
+"""Real images and real tars, made on the spot."""
 
 import io
 import os
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 
-def _picture(seed: int, kind: str = "PNG", side: int = 16) -> bytes:
+def _some_image(seed: int, kind: str = "PNG", side: int = 16) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind)
@@ -33,8 +33,8 @@ def _tar(path, members):
 
 
 @pytest.fixture
-def picture():
-    return _picture
+def some_image():
+    return _some_image
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def tar_of():
 
 @pytest.fixture
 def image_folder(tmp_path):
-    """Three classes with four pictures each, in two formats, one of them nested."""
+    """Three classes with four images each, in two formats, one of them nested."""
     root = tmp_path / "images"
     for number in range(12):
         name = ("cat", "dog", "owl")[number % 3]
@@ -52,7 +52,7 @@ def image_folder(tmp_path):
         inner = root / name / ("deep" if number == 5 else "")
         inner.mkdir(parents=True, exist_ok=True)
         suffix = {"JPEG": "JPG", "PNG": "png"}[kind]
-        (inner / f"{number:02d}.{suffix}").write_bytes(_picture(number, kind))
+        (inner / f"{number:02d}.{suffix}").write_bytes(_some_image(number, kind))
     return root
 
 
@@ -66,7 +66,7 @@ def three_tars(tmp_path):
                 member
                 for row in range(5)
                 for member in (
-                    (f"t{shard}/{row}.png", _picture(10 * shard + row)),
+                    (f"t{shard}/{row}.png", _some_image(10 * shard + row)),
                     (f"t{shard}/{row}.cls", str(row).encode()),
                 )
             ],

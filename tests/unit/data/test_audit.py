@@ -46,12 +46,12 @@ def test_whole_data_has_no_faults(tmp_path, three_tars):
     assert list(verify(index, DATA)) == []
 
 
-def test_every_planted_fault_is_found_and_named(tmp_path, three_tars, tar_of, picture):
-    damaged = bytearray(picture(1, "JPEG", side=64))
+def test_every_planted_fault_is_found_and_named(tmp_path, three_tars, tar_of, some_image):
+    damaged = bytearray(some_image(1, "JPEG", side=64))
     damaged[len(damaged) // 2 :] = b""
     odd = tar_of(
         tmp_path / "odd.tar",
-        [("a.png", picture(0)), ("cut.jpg", bytes(damaged)), ("text.png", b"no picture")],
+        [("a.png", some_image(0)), ("cut.jpg", bytes(damaged)), ("text.png", b"no image")],
     )
     index = write_index(tmp_path, [scan_shard(str(path))[0] for path in (*three_tars, odd)])
     three_tars[0].unlink()
@@ -90,20 +90,22 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path, tar_of, pieces):
     assert [key for key, copy in copies.items() if copy.kind == "exact"] == ["bytes"]
 
 
-def test_pictures_of_noise_are_no_copies(tmp_path, tar_of, picture):
+def test_images_of_noise_are_no_copies(tmp_path, tar_of, some_image):
     task = tmp_path / "task"
     task.mkdir()
     for number in range(40):
-        (task / f"{number}.png").write_bytes(picture(number, side=32))
-    members = [(f"{n}.png", picture(1000 + n, side=32)) for n in range(200)]
+        (task / f"{number}.png").write_bytes(some_image(number, side=32))
+    members = [(f"{n}.png", some_image(1000 + n, side=32)) for n in range(200)]
     assert list(find_copies(indexed(tmp_path, tar_of, members), task, DATA)) == []
 
 
 # the job
 
 
-def test_job_verifies_compares_and_exits_with_one_over_the_limit(tmp_path, image_folder, picture):
-    content = picture(5, "JPEG", side=64)
+def test_job_verifies_compares_and_exits_with_one_over_the_limit(
+    tmp_path, image_folder, some_image
+):
+    content = some_image(5, "JPEG", side=64)
     (image_folder / "owl" / "cut.jpg").write_bytes(content[: len(content) // 2])
     task = tmp_path / "task"
     task.mkdir()
@@ -129,7 +131,7 @@ def test_job_verifies_compares_and_exits_with_one_over_the_limit(tmp_path, image
 
 
 def test_mean_of_thumbnails_does_not_count():
-    """Pictures that differ in brightness and contrast only are alike."""
+    """Images that differ in brightness and contrast only are alike."""
     from moce_dist.data.audit import thumbnail
 
     pixels = np.random.default_rng(0).uniform(0, 100, (64, 64)).astype(np.float32)

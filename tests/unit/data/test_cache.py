@@ -22,7 +22,7 @@ from moce_dist.data.writer import ShardWriter
 PER_TAR, TARS, BATCH = 25, 4, 10
 
 
-def picture(draws):
+def some_image(draws):
     file = io.BytesIO()
     Image.fromarray(draws.integers(0, 255, (16, 16, 3), np.uint8)).save(file, "PNG")
     return file.getvalue()
@@ -34,7 +34,7 @@ def index(tmp_path):
     for tar in range(TARS):
         writer = ShardWriter(tmp_path / "tars", f"part-{tar}.tar", cluster=tar % 2)
         for number in range(PER_TAR):
-            writer.add(f"{tar}/{number}", {"png": picture(draws)})
+            writer.add(f"{tar}/{number}", {"png": some_image(draws)})
         shards.append(writer.close())
     return write_index(tmp_path / "tars", shards)
 

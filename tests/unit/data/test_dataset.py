@@ -22,14 +22,14 @@ SAMPLES, BATCH = 101, 12
 
 
 @pytest.fixture
-def index(tmp_path, picture):
+def index(tmp_path, some_image):
     """Three tars with an image, a class and a caption a sample."""
     shards = []
     for number, rows in enumerate(np.array_split(np.arange(SAMPLES), 3)):
         writer = ShardWriter(tmp_path / "data", f"{number}.tar", cluster=number % 2)
         for row in rows:
             label, words = f"{row % 7}".encode(), f"caption of {row}".encode()
-            writer.add(f"class/{row:03d}", {"png": picture(row), "cls": label, "txt": words})
+            writer.add(f"class/{row:03d}", {"png": some_image(row), "cls": label, "txt": words})
         shards.append(writer.close())
     write_index(tmp_path / "data", shards)
     return tmp_path / "data"
@@ -62,21 +62,21 @@ def test_steps_are_the_same_on_any_ranks_and_loader_processes(index, ranks, proc
     assert steps_of(index, 1, 0, 0) != expected
 
 
-def test_samples_are_those_of_webdataset_itself(index, picture):
+def test_samples_are_those_of_webdataset_itself(index, some_image):
     urls = [str(path) for path in sorted(index.glob("*.tar"))]
     theirs = {
         sample["__key__"]: {k: v for k, v in sample.items() if k != "__local_path__"}
         for sample in webdataset.WebDataset(urls, shardshuffle=False)
     }
     ours = {sample["__key__"]: sample for sample in PlannedSamples(index, batch_size=BATCH)}
-    assert ours == theirs and ours["class/003"]["png"] == picture(3)
+    assert ours == theirs and ours["class/003"]["png"] == some_image(3)
 
 
-def test_members_that_are_passed_over_and_odd_folders_do_not_matter(tmp_path, picture):
+def test_members_that_are_passed_over_and_odd_folders_do_not_matter(tmp_path, some_image):
     """Those of macOS stand between the members of a sample."""
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for row in range(3):
-            for ending, content in (("cls", b"1"), ("jpg", picture(row, "JPEG"))):
+            for ending, content in (("cls", b"1"), ("jpg", some_image(row, "JPEG"))):
                 for part, body in (("._", b"\0\5\x16\7"), ("", content)):
                     info = tarfile.TarInfo(f"a\nb.c/{part}{row}.{ending}")
                     info.size = len(body)
@@ -85,7 +85,7 @@ def test_members_that_are_passed_over_and_odd_folders_do_not_matter(tmp_path, pi
     samples = sorted(PlannedSamples(tmp_path, batch_size=3), key=lambda sample: sample["__key__"])
     assert [sample["__key__"] for sample in samples] == [f"a\nb.c/{row}" for row in range(3)]
     assert [sample["cls"] for sample in samples] == [b"1"] * 3
-    assert [sample["jpg"] for sample in samples] == [picture(row, "JPEG") for row in range(3)]
+    assert [sample["jpg"] for sample in samples] == [some_image(row, "JPEG") for row in range(3)]
 
 
 def test_it_stands_at_the_head_of_a_pipeline(index):
@@ -175,3 +175,27 @@ def test_law_killed_on_changing_ranks_every_sample_is_used_once(index, tmp_path)
         used += [key for file in folder.glob("[0-9]*") for key in json.loads(file.read_text())]
         start = stop
     assert Counter(used) == every_key()
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_without_the_last_step_all_ranks_take_as_many(index, processes):
+    steps = {}
+    for rank in range(3):
+        samples = PlannedSamples(index, batch_size=BATCH, rank=rank, num_ranks=3, drop_last=True)
+        loader = DataLoader(samples, samples.rank_batch, num_workers=processes, collate_fn=list)
+        for epoch in range(2):
+            samples.set_epoch(epoch)
+            steps[rank, epoch] = [[s["__key__"] for s in batch] for batch in loader]
+    assert {len(batches) for batches in steps.values()} == {SAMPLES // BATCH}
+    for epoch in range(2):
+        used = Counter(key for r in range(3) for batch in steps[r, epoch] for key in batch)
+        assert used.total() == SAMPLES // BATCH * BATCH and set(used.values()) == {1}
+
+
+def test_a_loaded_position_is_not_given_up(index):
+    samples = PlannedSamples(index, batch_size=BATCH)
+    samples.load_state_dict({"step": 2 * samples.steps_per_epoch + 1})
+    with pytest.raises(ValueError, match="epoch 0 is over: the loaded position is in epoch 2"):
+        samples.set_epoch(0)
+    samples.set_epoch(2)
+    assert sum(1 for _ in samples) == SAMPLES - BATCH

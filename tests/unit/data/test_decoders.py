@@ -43,14 +43,14 @@ def tiff_block(*entries):
     return head + bytes(4) + tail
 
 
-def saved(kind, picture, **options):
+def saved(kind, some_image, **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    some_image.save(file, kind, **options)
     return file.getvalue()
 
 
 @pytest.fixture
-def picture():
+def some_image():
     """Wide, and with every corner of its own colour."""
     pixels = np.zeros((40, 56, 3), np.uint8)
     pixels[:20, :28], pixels[:20, 28:], pixels[20:, :28] = (250, 0, 0), (0, 250, 0), (0, 0, 250)
@@ -61,11 +61,11 @@ def chunk(kind, body):
     return struct.pack(">L", len(body)) + kind + body + struct.pack(">L", zlib.crc32(kind + body))
 
 
-def with_exif(kind, picture, tiff):
+def with_exif(kind, some_image, tiff):
     """Write an image with an EXIF block of any bytes."""
     if kind == "WEBP":
-        return saved(kind, picture, lossless=True, exif=b"Exif\0\0" + tiff)
-    content = saved(kind, picture, **({"quality": 95} if kind == "JPEG" else {}))
+        return saved(kind, some_image, lossless=True, exif=b"Exif\0\0" + tiff)
+    content = saved(kind, some_image, **({"quality": 95} if kind == "JPEG" else {}))
     if kind == "PNG":
         return content[:33] + chunk(b"eXIf", tiff) + content[33:]
     body = b"Exif\0\0" + tiff
@@ -82,9 +82,9 @@ def corner(pixels):
 def looks(content):
     """How training, evaluation, features of timm's framing and `predict` see an image."""
     image = open_image(content)
-    picture = open_croppable(content)
-    assert (picture.width, picture.height) == image.size
-    whole = picture.crop(Box(0, 0, *image.size), 32)
+    some_image = open_croppable(content)
+    assert (some_image.width, some_image.height) == image.size
+    whole = some_image.crop(Box(0, 0, *image.size), 32)
     square, framed = (
         (sample.transpose(1, 2, 0) > 0).astype(np.uint8) * 255
         for sample in (eval_image(content, 32), framed_image(content, 32, Framing(1.0, "squash")))
@@ -94,8 +94,8 @@ def looks(content):
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("odd", ODD_TAGS)
-def test_a_tag_of_an_odd_type_costs_neither_the_image_nor_its_orientation(picture, kind, odd):
-    content = with_exif(kind, picture, tiff_block(ODD_TAGS[odd], ORIENTATION))
+def test_a_tag_of_an_odd_type_costs_neither_the_image_nor_its_orientation(some_image, kind, odd):
+    content = with_exif(kind, some_image, tiff_block(ODD_TAGS[odd], ORIENTATION))
     assert open_image(content).size == (40, 56)
     # stored r g / b k, turned by 90 degrees
     assert looks(content) == {"brgk"}
@@ -114,35 +114,35 @@ def test_a_tag_of_an_odd_type_costs_neither_the_image_nor_its_orientation(pictur
     ],
     ids=["9", "0", "text", "two", "ratio", "nan"],
 )
-def test_an_odd_orientation_is_upright_or_what_all_see_alike(picture, kind, value):
-    (seen,) = looks(with_exif(kind, picture, tiff_block(value)))
+def test_an_odd_orientation_is_upright_or_what_all_see_alike(some_image, kind, value):
+    (seen,) = looks(with_exif(kind, some_image, tiff_block(value)))
     assert seen in ("rgkb", "brgk")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("tiff", [b"", b"II*\0", b"no block at all", b"II*\0\xff\xff\xff\x7f"])
-def test_a_damaged_block_is_upright(picture, kind, tiff):
-    assert looks(with_exif(kind, picture, tiff)) == {"rgkb"}
+def test_a_damaged_block_is_upright(some_image, kind, tiff):
+    assert looks(with_exif(kind, some_image, tiff)) == {"rgkb"}
 
 
-def test_an_orientation_far_behind_the_start_of_a_jpeg_counts(picture):
-    content = with_exif("JPEG", picture, tiff_block(ORIENTATION))
+def test_an_orientation_far_behind_the_start_of_a_jpeg_counts(some_image):
+    content = with_exif("JPEG", some_image, tiff_block(ORIENTATION))
     note = b"\xff\xfe" + struct.pack(">H", 65535) + bytes(65533)
     assert looks(content[:2] + 2 * note + content[2:]) == {"brgk"}
 
 
-def test_an_orientation_in_xmp_counts(picture):
+def test_an_orientation_in_xmp_counts(some_image):
     note = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
-    content = saved("JPEG", picture, quality=95)
+    content = saved("JPEG", some_image, quality=95)
     segment = b"\xff\xe1" + struct.pack(">H", len(note) + 2) + note
     assert looks(content[:2] + segment + content[2:]) == {"brgk"}
 
 
 @pytest.mark.parametrize("compression", [None, "tiff_lzw"])
-def test_a_tag_of_tiff_with_an_odd_type_costs_neither(picture, compression):
+def test_a_tag_of_tiff_with_an_odd_type_costs_neither(some_image, compression):
     exif = Image.Exif()
     exif[0x0112], exif[0x0128], exif[0x011A] = 6, 3, 72.0
-    content = bytearray(saved("TIFF", picture, exif=exif, compression=compression))
+    content = bytearray(saved("TIFF", some_image, exif=exif, compression=compression))
     start = struct.unpack_from("<I", content, 4)[0] + 2
     for number in range(struct.unpack_from("<H", content, start - 2)[0]):
         place = start + 12 * number
@@ -154,10 +154,10 @@ def test_a_tag_of_tiff_with_an_odd_type_costs_neither(picture, compression):
     assert looks(bytes(content)) == {"brgk"}
 
 
-def test_a_text_that_is_too_long_for_pillow_does_not_count(picture):
+def test_a_text_that_is_too_long_for_pillow_does_not_count(some_image):
     notes = PngImagePlugin.PngInfo()
     notes.add_text("note", "x" * 2 * PngImagePlugin.MAX_TEXT_CHUNK, zip=True)
-    content = saved("PNG", picture, pnginfo=notes)
+    content = saved("PNG", some_image, pnginfo=notes)
     with pytest.raises(ValueError, match="too large"):
         Image.open(io.BytesIO(content))
     assert looks(content) == {"rgkb"}
@@ -168,20 +168,20 @@ def test_a_text_that_is_too_long_for_pillow_does_not_count(picture):
 @pytest.mark.parametrize(
     "error", [KeyError("tag"), AttributeError("x"), RuntimeError(), MemoryError()]
 )
-def test_whatever_pillow_raises_is_an_image_error(monkeypatch, picture, error):
+def test_whatever_pillow_raises_is_an_image_error(monkeypatch, some_image, error):
     def load(self):
         raise error
 
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     with pytest.raises(ImageError, match=type(error).__name__):
-        open_image(saved("PNG", picture))
+        open_image(saved("PNG", some_image))
 
 
-def test_whatever_the_jpeg_decoder_raises_goes_to_pillow(monkeypatch, picture):
+def test_whatever_the_jpeg_decoder_raises_goes_to_pillow(monkeypatch, some_image):
     def broken(*args, **options):
         raise OverflowError("odd")
 
-    content = saved("JPEG", picture, quality=95)
+    content = saved("JPEG", some_image, quality=95)
     monkeypatch.setattr(simplejpeg, "decode_jpeg", broken)
     assert looks(content) == {"rgkb"}
     monkeypatch.setattr(simplejpeg, "decode_jpeg_header", broken)

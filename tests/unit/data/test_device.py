@@ -1,4 +1,4 @@
-"""Crops decoded on the device: the batches of the loader, pictures as the reference has them."""
+"""Crops decoded on the device: the batches of the loader, images as the reference has them."""
 
 import io
 import sys
@@ -49,14 +49,14 @@ def as_png(content):
 def index(tmp_path, photos):
     """Plain photographs, one turned, one PNG, one cut off, one cut off behind an end mark."""
     half = photos[5][: len(photos[5]) // 2]
-    pictures = {f"plain{i}": photos[i] for i in range(4)} | {
+    some_images = {f"plain{i}": photos[i] for i in range(4)} | {
         "turned": turned(photos[4]),
         "png": as_png(photos[5]),
         "cut": half,
         "ended": half + ENDED,
     }
     writer = ShardWriter(tmp_path, "part.tar")
-    for key, content in pictures.items():
+    for key, content in some_images.items():
         writer.add(key, {"jpg": content})
     return write_index(tmp_path, [writer.close()])
 
@@ -91,7 +91,7 @@ def test_batches_are_those_of_the_loader(index, tmp_path, device, processes):
     assert seen >= {f"plain{i}" for i in range(4)}
     faults = [[(f["key"], f["reason"]) for f in read_faults(path)] for path in (ours, theirs)]
     assert sorted(faults[0]) == sorted(faults[1])
-    # two epochs, each of which meets the bad picture
+    # two epochs, each of which meets the bad image
     assert [key for key, _ in faults[0]].count("cut") == 2
 
 
@@ -113,7 +113,7 @@ def test_crops_look_as_the_reference_has_them(photos, device):
 
 @pytest.mark.parametrize("stumbles", ["CodeStream", "decode"])
 def test_what_the_device_stumbles_over_is_decoded_here(photos, stumbles):
-    """One picture ends nothing, whatever nvImageCodec raises of it."""
+    """One image ends nothing, whatever nvImageCodec raises of it."""
     decoder, waiting = DeviceDecoder(SIZE, torch.device("cpu")), Waiting()
     for number, content in enumerate(photos[:2]):
         draws = sample_generator(0, 0, str(number))

@@ -51,9 +51,9 @@ def use(content):
     try:
         width, height = open_image(content).size
         assert 0 < width * height <= MAX_PIXELS
-        picture = open_croppable(content)
-        assert (picture.width, picture.height) == (width, height)
-        assert picture.crop(Box(0, 0, width, height), 4).shape == (4, 4, 3)
+        some_image = open_croppable(content)
+        assert (some_image.width, some_image.height) == (width, height)
+        assert some_image.crop(Box(0, 0, width, height), 4).shape == (4, 4, 3)
         assert eval_image(content, 8).shape == (3, 8, 8)
     except ImageError as error:
         assert str(error) and "\n" not in str(error)

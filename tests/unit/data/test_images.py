@@ -20,9 +20,9 @@ from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import MEAN, STD, SampleDraws, decode_image, open_image, sample_generator
 
 
-def encode(picture, kind="PNG", **options):
+def encode(some_image, kind="PNG", **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    some_image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -63,9 +63,9 @@ def test_exif_orientation_is_upright(photo):
 
 
 def test_transparency_lies_on_black_and_16_bit_keeps_its_range():
-    picture = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    picture.putpixel((1, 0), (0, 255, 0, 0))
-    assert decode_image(encode(picture)).tolist() == [[[255, 0, 0], [0, 0, 0]]]
+    some_image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    some_image.putpixel((1, 0), (0, 255, 0, 0))
+    assert decode_image(encode(some_image)).tolist() == [[[255, 0, 0], [0, 0, 0]]]
     deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     assert decode_image(encode(deep))[0, :, 0].tolist() == [0, 128, 255]
 
@@ -192,11 +192,11 @@ def test_crop_of_a_turned_jpeg_is_the_crop_of_the_upright_one(photo, reduction, 
     exif = Image.Exif()
     exif[0x0112] = orientation
     content = encode(photo, "JPEG", quality=95, exif=exif)
-    picture, upright = images.open_croppable(content), open_image(content)
-    assert (picture.width, picture.height) == upright.size
+    some_image, upright = images.open_croppable(content), open_image(content)
+    assert (some_image.width, some_image.height) == upright.size
     side, size = 320, 240 // reduction
     box = images.Box(33, 22, 33 + side, 22 + side)
-    crop = picture.crop(box, size).astype(int)
+    crop = some_image.crop(box, size).astype(int)
     expected = np.asarray(upright.resize((size, size), Image.Resampling.BICUBIC, box=box))
     assert np.abs(crop - expected).mean() < 5
 
@@ -251,9 +251,9 @@ def test_boxes_follow_the_recipe():
     ratios = np.array([(b.right - b.left) / (b.lower - b.upper) for b in boxes])
     assert areas.min() > 0.19 and areas.max() <= 1
     torch.manual_seed(0)
-    picture = torch.zeros(3, 375, 500)
+    some_image = torch.zeros(3, 375, 500)
     theirs = [
-        v1.RandomResizedCrop.get_params(picture, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(400)
+        v1.RandomResizedCrop.get_params(some_image, (0.2, 1.0), (3 / 4, 4 / 3)) for _ in range(400)
     ]
     their_areas = np.array([h * w / (500 * 375) for _, _, h, w in theirs])
     assert areas.mean() == pytest.approx(their_areas.mean(), abs=0.05)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from moce_dist.data.shards import read_index
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run.directory import load_run
 from moce_dist.run.files import read_faults
+from moce_dist.samples import sets
 from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -33,7 +35,7 @@ CONFIG = DataConfig(holdout_fraction=0.0)
 
 
 def run(source, out, config=CONFIG):
-    return ingest(source, out, config, out / "faults.jsonl")
+    return ingest(source, out, config, out / "faults.jsonl", mix=sets.pretrain)
 
 
 def contents(folder):
@@ -82,13 +84,16 @@ def test_plain_webdataset_reads_ingested_tars(tmp_path, image_folder):
     assert Counter(sample["cls"] for sample in decoded) == {0: 4, 1: 4, 2: 4}
 
 
-def test_flat_folder_has_no_classes_and_dots_become_underscores(tmp_path, picture):
+def test_flat_folder_has_no_classes_and_dots_become_underscores(tmp_path, some_image):
     root = tmp_path / "flat"
     root.mkdir()
     for name in ("b.v2.png", "a.PNG", "notes.txt", ".hidden.png"):
-        (root / name).write_bytes(picture(1))
+        (root / name).write_bytes(some_image(1))
     run(f"folder:{root}", tmp_path / "out")
-    assert contents(tmp_path / "out") == {"a": {"png": picture(1)}, "b_v2": {"png": picture(1)}}
+    assert contents(tmp_path / "out") == {
+        "a": {"png": some_image(1)},
+        "b_v2": {"png": some_image(1)},
+    }
 
 
 def test_shards_are_closed_at_their_size(tmp_path, image_folder):
@@ -120,7 +125,7 @@ def test_same_folder_gives_the_same_bytes(tmp_path, image_folder):
 
 
 def test_large_images_are_stored_smaller_and_upright(tmp_path):
-    source, side = tmp_path / "pictures", 64
+    source, side = tmp_path / "images", 64
     source.mkdir()
     draws = np.random.default_rng(0)
     wide = Image.fromarray(draws.integers(0, 255, (3, 5, 3), np.uint8)).resize((200, 120))
@@ -167,7 +172,7 @@ def test_symlink_loop_ends_and_nothing_is_read_twice(tmp_path, image_folder):
         (lambda root: (root.mkdir(), (root / "a.txt").touch()), "holds no images"),
     ],
 )
-def test_folder_without_pictures_is_refused_by_name(tmp_path, make, message):
+def test_folder_without_images_is_refused_by_name(tmp_path, make, message):
     root = tmp_path / "images"
     make(root)
     with pytest.raises(ConfigError, match=message) as caught:
@@ -176,13 +181,13 @@ def test_folder_without_pictures_is_refused_by_name(tmp_path, make, message):
     assert not (tmp_path / "out").exists()
 
 
-def planted(root, picture):
+def planted(root, some_image):
     """Damage of every kind; returns what must be said of each file."""
     (root / "cat" / "empty.png").touch()
-    (root / "cat" / "cut.jpg").write_bytes(picture(3, "JPEG")[:40])
-    (root / "dog" / "text.png").write_text("no picture")
+    (root / "cat" / "cut.jpg").write_bytes(some_image(3, "JPEG")[:40])
+    (root / "dog" / "text.png").write_text("no image")
     (root / "dog" / "gone.png").symlink_to(root / "nowhere.png")
-    (root / "owl" / "02.gif").write_bytes(picture(4))
+    (root / "owl" / "02.gif").write_bytes(some_image(4))
     os.mkfifo(root / "owl" / "pipe.png")
     return {
         "cat/empty": "file is empty",
@@ -194,8 +199,8 @@ def planted(root, picture):
     }
 
 
-def test_every_unusable_file_is_one_line_in_the_ledger(tmp_path, image_folder, picture):
-    said = planted(image_folder, picture)
+def test_every_unusable_file_is_one_line_in_the_ledger(tmp_path, image_folder, some_image):
+    said = planted(image_folder, some_image)
     config = DataConfig(holdout_fraction=0.0, max_fault_fraction=0.5)
     index = run(f"folder:{image_folder}", tmp_path / "out", config)
     faults = read_faults(tmp_path / "out" / "faults.jsonl")
@@ -207,9 +212,9 @@ def test_every_unusable_file_is_one_line_in_the_ledger(tmp_path, image_folder, p
 
 
 def test_too_many_unusable_files_are_refused_before_anything_is_written(
-    tmp_path, image_folder, picture
+    tmp_path, image_folder, some_image
 ):
-    planted(image_folder, picture)
+    planted(image_folder, some_image)
     with pytest.raises(ConfigError, match=r"6 of 18 samples are unreadable.*faults\.jsonl"):
         run(f"folder:{image_folder}", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["faults.jsonl"]
@@ -228,11 +233,11 @@ def test_a_single_fault_never_stops_a_small_data_set(tmp_path, image_folder):
 
 
 def test_data_too_large_to_scan_first_fails_while_running(
-    tmp_path, image_folder, picture, monkeypatch
+    tmp_path, image_folder, some_image, monkeypatch
 ):
     monkeypatch.setattr(module, "_SCAN_FIRST_BYTES", 0)
     for number in range(3):
-        (image_folder / "owl" / f"z{number}.png").write_text("no picture")
+        (image_folder / "owl" / f"z{number}.png").write_text("no image")
     with pytest.raises(RuntimeError, match="3 of 15 samples are unreadable"):
         run(f"folder:{image_folder}", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["faults.jsonl"]
@@ -307,10 +312,12 @@ def test_remote_tars_are_indexed_by_their_urls(tmp_path, three_tars):
     assert contents(tmp_path / "out") == contents(tmp_path / "local")
 
 
-def test_cut_off_tar_and_odd_samples_are_faults(tmp_path, tar_of, picture):
-    cut = tar_of(tmp_path / "cut.tar", [(f"c{n}.png", picture(n)) for n in range(4)])
+def test_cut_off_tar_and_odd_samples_are_faults(tmp_path, tar_of, some_image):
+    cut = tar_of(tmp_path / "cut.tar", [(f"c{n}.png", some_image(n)) for n in range(4)])
     os.truncate(cut, 512 + 1024 + 512 + 1024 + 700)
-    odd = tar_of(tmp_path / "odd.tar", [("a.png", picture(0)), ("b.cls", b"1"), ("c1.png", b"x")])
+    odd = tar_of(
+        tmp_path / "odd.tar", [("a.png", some_image(0)), ("b.cls", b"1"), ("c1.png", b"x")]
+    )
     config = DataConfig(holdout_fraction=0.0, max_fault_fraction=0.9)
     index = run(f"shards:{cut},{odd}", tmp_path / "out", config)
     assert [shard.keys for shard in index.shards] == [["c0", "c1"], ["a"]]
@@ -323,19 +330,20 @@ def test_cut_off_tar_and_odd_samples_are_faults(tmp_path, tar_of, picture):
     assert faults[2]["reason"] == "key was used before"
 
 
-def test_first_of_equal_keys_stays(tmp_path, tar_of, picture):
-    first = tar_of(tmp_path / "0.tar", [("a.png", picture(0)), ("a.png", picture(1))])
-    second = tar_of(tmp_path / "1.tar", [("b.png", picture(2)), ("a.png", picture(3))])
+def test_first_of_equal_keys_stays(tmp_path, tar_of, some_image):
+    first = tar_of(tmp_path / "0.tar", [("a.png", some_image(0)), ("a.png", some_image(1))])
+    second = tar_of(tmp_path / "1.tar", [("b.png", some_image(2)), ("a.png", some_image(3))])
     config = DataConfig(holdout_fraction=0.0, max_fault_fraction=0.9)
     run(f"shards:{first},{second}", tmp_path / "out", config)
-    assert contents(tmp_path / "out") == {"a": {"png": picture(0)}, "b": {"png": picture(2)}}
+    assert contents(tmp_path / "out") == {"a": {"png": some_image(0)}, "b": {"png": some_image(2)}}
     named = [(f["shard"], f["key"]) for f in read_faults(tmp_path / "out" / "faults.jsonl")]
     assert named == [(str(first), "a"), (str(second), "a")]
 
 
-def test_too_many_faults_in_tars_are_refused(tmp_path, tar_of, picture):
+def test_too_many_faults_in_tars_are_refused(tmp_path, tar_of, some_image):
     path = tar_of(
-        tmp_path / "0.tar", [("a.png", picture(0)), ("b.cls", b"1"), ("c.txt", b""), ("d.png", b"")]
+        tmp_path / "0.tar",
+        [("a.png", some_image(0)), ("b.cls", b"1"), ("c.txt", b""), ("d.png", b"")],
     )
     with pytest.raises(ConfigError, match=r"3 of 4 samples.*max_fault_fraction = 0\.01"):
         run(f"shards:{path}", tmp_path / "out")
@@ -353,13 +361,13 @@ def test_tar_without_samples_is_refused(tmp_path, tar_of):
 # hold-out
 
 
-def test_held_out_images_are_disjoint_and_independent_of_order(tmp_path, picture):
+def test_held_out_images_are_disjoint_and_independent_of_order(tmp_path, some_image):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     for number in range(300):
-        (tmp_path / "one" / f"{number}.png").write_bytes(picture(number % 5))
+        (tmp_path / "one" / f"{number}.png").write_bytes(some_image(number % 5))
         if number % 3:
-            (tmp_path / "two" / f"{number}.png").write_bytes(picture(number % 5))
+            (tmp_path / "two" / f"{number}.png").write_bytes(some_image(number % 5))
     config = DataConfig(holdout_fraction=0.2)
     held = {}
     for name in ("one", "two"):
@@ -398,11 +406,11 @@ def test_only_shard_is_trained_on_and_that_is_said(tmp_path, three_tars, caplog)
     assert "nothing is held out" in caplog.text
 
 
-def test_training_needs_an_image(tmp_path, picture):
+def test_training_needs_an_image(tmp_path, some_image):
     root = tmp_path / "images"
     root.mkdir()
     # the hash of this key lies below one half
-    (root / "b.png").write_bytes(picture(0))
+    (root / "b.png").write_bytes(some_image(0))
     with pytest.raises(ConfigError, match="holds out every image"):
         run(f"folder:{root}", tmp_path / "out", DataConfig(holdout_fraction=0.49))
     assert not (tmp_path / "out").exists()
@@ -446,7 +454,7 @@ def test_tars_that_lie_in_the_output_folder_survive(tmp_path, three_tars):
 
 
 class Counting:
-    """`read_image_file` that counts, and meets something at the seventh picture."""
+    """`read_image_file` that counts, and meets something at the seventh image."""
 
     def __init__(self, original, seventh=None):
         self.original, self.seventh, self.paths = original, seventh, []
@@ -526,11 +534,11 @@ def test_killed_process_leaves_no_mark_and_the_next_attempt_succeeds(tmp_path, i
     assert tree(out) == tree(tmp_path / "whole")
 
 
-def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, picture):
+def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, some_image):
     root = tmp_path / "images"
     root.mkdir()
     for number in range(40):
-        (root / f"{number}.png").write_bytes(picture(number, side=64))
+        (root / f"{number}.png").write_bytes(some_image(number, side=64))
     out = small_disk / "out"
     done = job("--source", f"folder:{root}", "--out", out)
     assert done.returncode == 1
@@ -555,6 +563,17 @@ def test_job_prints_a_summary_and_exits_with_zero(tmp_path, image_folder):
     assert str(out / "index.json") in done.stdout
     again = job(*flags)
     assert (again.returncode, again.stdout) == (0, done.stdout)
+
+
+def test_job_says_that_the_source_has_changed_since(tmp_path, image_folder):
+    out = tmp_path / "out"
+    flags = ("--source", f"folder:{image_folder}", "--out", out, "--set", "data.holdout_fraction=0")
+    assert "--fresh" not in job(*flags).stderr
+    assert "--fresh" not in job(*flags).stderr
+    shutil.copy(image_folder / "cat" / "00.png", image_folder / "cat" / "new.png")
+    done = job(*flags)
+    assert done.returncode == 0 and "images   12 for training" in done.stdout
+    assert "is complete with 12 images" in done.stderr and "has 13 files now" in done.stderr
 
 
 def test_job_dry_run_writes_nothing(tmp_path, image_folder):

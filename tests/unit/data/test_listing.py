@@ -188,5 +188,5 @@ def test_there_is_one_lister():
     # desktop.py reads an installed package; writer.py asks whether its own folder is empty, and
     # further.py lists the checkpoint that it has written
     assert names == {
-        "data/listing.py", "data/desktop.py", "data/writer.py", "transfer/further.py",
+        "data/listing.py", "samples/desktop.py", "data/writer.py", "transfer/further.py",
     }  # fmt: skip

@@ -15,7 +15,7 @@ CONFIG = DataConfig(holdout_fraction=0.0, allow_pipes=True)
 
 
 @pytest.fixture
-def tars(tmp_path, picture):
+def tars(tmp_path, some_image):
     """Two tars of six samples, and their folder."""
     folder = tmp_path / "tars"
     folder.mkdir()
@@ -23,7 +23,7 @@ def tars(tmp_path, picture):
         with tarfile.open(folder / f"part-{number}.tar", "w") as tar:
             for row in range(6):
                 path = tmp_path / f"{number}-{row}.png"
-                path.write_bytes(picture(10 * number + row))
+                path.write_bytes(some_image(10 * number + row))
                 tar.add(path, path.name)
     return folder
 

@@ -14,7 +14,7 @@ def table(sizes):
     cluster = np.repeat(np.arange(len(sizes)), sizes)
     n = len(cluster)
     zeros = np.zeros(n, np.int64)
-    return SampleTable(["a.tar"], [f"k{i}" for i in range(n)], zeros, zeros, zeros, cluster)
+    return SampleTable(["a.tar"], [f"k{i}" for i in range(n)], *[zeros] * 5, cluster)
 
 
 def epoch_steps(plan, epoch):
@@ -154,7 +154,7 @@ def test_steps_and_cursors_are_those_of_all_samples_sorted_by_time(sizes, batch)
 def test_a_step_of_many_samples_costs_no_more_than_of_few():
     many = Runs(np.arange(64), np.full(64, 10**10))
     nothing = np.zeros(1, np.int64)
-    samples = SampleTable(["a.tar"], range(64 * 10**10), many, nothing, nothing, many, [], 64)
+    samples = SampleTable(["a.tar"], range(64 * 10**10), many, *[nothing] * 4, many, [], 64)
     plan = Plan(samples, 256, seed=0)
     ids = plan.step_ids(plan.steps_per_epoch // 2)
     assert len(set(ids.tolist())) == 256

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 
@@ -44,9 +46,15 @@ def clusters(index):
     return {key: number * 7 % 4 for number, key in enumerate(keys)}
 
 
+def labels(index, clusters):
+    """Cluster of every sample in the order of the index; -1 without one."""
+    keys = (key for shard in index.shards for key in shard.keys)
+    return np.array([clusters.get(key, -1) for key in keys], np.int32)
+
+
 def test_resharding_keeps_the_multiset_of_keys_and_bytes(tmp_path, index, clusters, three_tars):
     out = tmp_path / "shards"
-    resharded = reshard(index, clusters, out, SMALL, inputs=INPUTS)
+    resharded = reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS)
     tars = sorted(out.glob("*.tar"))
     assert members(tars) == members(three_tars)
     assert [shard.path for shard in resharded.shards] == [path.name for path in tars]
@@ -57,6 +65,11 @@ def test_resharding_keeps_the_multiset_of_keys_and_bytes(tmp_path, index, cluste
     for cluster in range(4):
         kept = [key for s in resharded.shards if s.cluster == cluster for key in s.keys]
         assert kept == [key for key in clusters if clusters[key] == cluster]
+    # a tar is full: the first sample of the next one would not have fitted
+    for one, other in pairwise(resharded.shards):
+        assert one.num_samples == 1 or one.ends[-1] <= SMALL.shard_bytes
+        if one.cluster == other.cluster:
+            assert one.ends[-1] + other.ends[0] > SMALL.shard_bytes
     assert resharded == read_index(out)
     assert resharded.num_clusters == 4
     assert is_complete(out, INPUTS)
@@ -64,7 +77,7 @@ def test_resharding_keeps_the_multiset_of_keys_and_bytes(tmp_path, index, cluste
 
 def test_plain_webdataset_reads_resharded_tars(tmp_path, index, clusters):
     out = tmp_path / "shards"
-    reshard(index, clusters, out, LARGE, inputs=INPUTS)
+    reshard(index, labels(index, clusters), out, LARGE, inputs=INPUTS)
     urls = [str(path) for path in sorted(out.glob("*.tar"))]
     found = list(webdataset.WebDataset(urls, shardshuffle=False))
     assert Counter(sample["__key__"] for sample in found) == Counter(clusters.keys())
@@ -73,7 +86,7 @@ def test_plain_webdataset_reads_resharded_tars(tmp_path, index, clusters):
 def test_same_input_gives_the_same_bytes(tmp_path, index, clusters):
     outs = [tmp_path / "one", tmp_path / "two"]
     for out in outs:
-        reshard(index, clusters, out, SMALL, inputs=INPUTS)
+        reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS)
     files = [sorted(path.name for path in out.iterdir()) for out in outs]
     assert files[0] == files[1]
     assert all((outs[0] / f).read_bytes() == (outs[1] / f).read_bytes() for f in files[0])
@@ -81,38 +94,33 @@ def test_same_input_gives_the_same_bytes(tmp_path, index, clusters):
 
 def test_complete_result_is_not_made_again(tmp_path, index, clusters):
     out = tmp_path / "shards"
-    first = reshard(index, clusters, out, SMALL, inputs=INPUTS)
+    first = reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS)
     times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert reshard(index, clusters, out, SMALL, inputs=INPUTS) == first
+    assert reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS) == first
     assert times == {path: path.stat().st_mtime_ns for path in out.iterdir()}
     # other clusters: made anew, nothing of the old one stays
-    one = reshard(index, dict.fromkeys(clusters, 0), out, LARGE, inputs={"clusters": 2})
+    one = reshard(index, np.zeros(15, np.int32), out, LARGE, inputs={"clusters": 2})
     assert [path.name for path in out.glob("*.tar")] == [one.shards[0].path]
 
 
 def test_sample_without_assignment_is_named(tmp_path, index, clusters):
     del clusters["t1/3"]
     with pytest.raises(ConfigError, match=r"part-1\.tar: sample 't1/3' has no assignment"):
-        reshard(index, clusters, tmp_path / "shards", SMALL, inputs=INPUTS)
+        reshard(index, labels(index, clusters), tmp_path / "shards", SMALL, inputs=INPUTS)
     assert not (tmp_path / "shards").exists()
-
-
-def test_held_out_assignments_are_passed_over(tmp_path, index, clusters):
-    resharded = reshard(index, clusters | {"held": 1}, tmp_path / "shards", SMALL, inputs=INPUTS)
-    assert resharded.num_samples == 15
 
 
 def test_source_cut_off_since_it_was_indexed_is_an_error(tmp_path, index, clusters, three_tars):
     os.truncate(three_tars[1], index.shards[1].ends[2])
     with pytest.raises(RuntimeError, match=r"part-1\.tar: sample 't1/\d' cannot be read"):
-        reshard(index, clusters, tmp_path / "shards", SMALL, inputs=INPUTS)
+        reshard(index, labels(index, clusters), tmp_path / "shards", SMALL, inputs=INPUTS)
     assert not (tmp_path / "shards").exists()
 
 
 def test_source_replaced_since_it_was_indexed_is_an_error(tmp_path, index, clusters, three_tars):
     three_tars[1].write_bytes(three_tars[2].read_bytes())
     with pytest.raises(RuntimeError, match="a source has changed"):
-        reshard(index, clusters, tmp_path / "shards", SMALL, inputs=INPUTS)
+        reshard(index, labels(index, clusters), tmp_path / "shards", SMALL, inputs=INPUTS)
     assert not (tmp_path / "shards").exists()
 
 
@@ -152,14 +160,14 @@ def test_wrong_copy_is_noticed(tmp_path, index, clusters, monkeypatch, mistake):
 
     monkeypatch.setattr(Path, "open", careless)
     with pytest.raises(RuntimeError, match="differs from what was planned"):
-        reshard(index, clusters, tmp_path / "shards", SMALL, inputs=INPUTS)
+        reshard(index, labels(index, clusters), tmp_path / "shards", SMALL, inputs=INPUTS)
     assert victims
     assert not (tmp_path / "shards").exists()
 
 
 def test_after_a_kill_finished_tars_stay_and_the_rest_is_the_same(tmp_path, index, clusters):
     whole, out = tmp_path / "whole", tmp_path / "out"
-    reshard(index, clusters, whole, SMALL, inputs=INPUTS)
+    reshard(index, labels(index, clusters), whole, SMALL, inputs=INPUTS)
 
     def dying(function, shared, items):
         for number, item in enumerate(items):
@@ -168,13 +176,13 @@ def test_after_a_kill_finished_tars_stay_and_the_rest_is_the_same(tmp_path, inde
             yield function(shared, item)
 
     with pytest.raises(SystemExit):
-        reshard(index, clusters, out, SMALL, inputs=INPUTS, map_tasks=dying)
+        reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS, map_tasks=dying)
     kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert len(kept) == 3 and not is_complete(out, INPUTS)
     # what a killed worker leaves: a part of a tar, and a tar that nobody noted
     (out / ".cluster-00003-000000.tar.1.tmp").write_bytes(b"half")
     (out / "cluster-00003-000000.tar").write_bytes(b"half")
-    reshard(index, clusters, out, SMALL, inputs=INPUTS)
+    reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS)
     assert kept.items() <= {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}.items()
     files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (whole, out)]
     assert files[0] == files[1]
@@ -187,24 +195,24 @@ def test_other_clusters_use_nothing_of_an_attempt_before(tmp_path, index, cluste
 
     out = tmp_path / "out"
     with pytest.raises(SystemExit):
-        reshard(index, clusters, out, SMALL, inputs=INPUTS, map_tasks=dying)
+        reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS, map_tasks=dying)
     other = {key: 1 - cluster % 2 for key, cluster in clusters.items()}
-    resharded = reshard(index, other, out, SMALL, inputs={"clusters": "other"})
+    resharded = reshard(index, labels(index, other), out, SMALL, inputs={"clusters": "other"})
     for shard in resharded.shards:
         assert {other[key] for key in shard.keys} == {shard.cluster}
 
 
-def test_more_clusters_than_file_descriptors(tmp_path, tar_of, picture):
-    path = tar_of(tmp_path / "many.tar", [(f"{n:04d}.png", picture(0)) for n in range(300)])
+def test_more_clusters_than_file_descriptors(tmp_path, tar_of, some_image):
+    path = tar_of(tmp_path / "many.tar", [(f"{n:04d}.png", some_image(0)) for n in range(300)])
     write_index(tmp_path, [scan_shard(str(path))[0]])
     code = (
-        "import sys; from pathlib import Path\n"
+        "import sys; from pathlib import Path; import numpy as np\n"
         "from moce_dist.config import DataConfig\n"
         "from moce_dist.data.reshard import reshard\n"
         "from moce_dist.data.shards import read_index\n"
         "index = read_index(sys.argv[1]); keys = index.shards[0].keys\n"
-        "clusters = {key: row for row, key in enumerate(keys)}\n"
         "out = Path(sys.argv[1]) / 'out'\n"
+        "clusters = np.arange(len(keys))\n"
         "print(len(reshard(index, clusters, out, DataConfig(), inputs={}).shards))\n"
     )
     done = subprocess.run(
@@ -217,17 +225,17 @@ def test_more_clusters_than_file_descriptors(tmp_path, tar_of, picture):
     assert (done.returncode, done.stdout) == (0, "300\n"), done.stderr
 
 
-def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, tar_of, picture):
-    members = [(f"{n}.png", picture(n, side=64)) for n in range(40)]
+def test_full_disk_is_one_clear_line_and_leaves_nothing(small_disk, tmp_path, tar_of, some_image):
+    members = [(f"{n}.png", some_image(n, side=64)) for n in range(40)]
     index = write_index(tmp_path, [scan_shard(str(tar_of(tmp_path / "a.tar", members)))[0]])
     clusters = {key: row % 3 for row, key in enumerate(index.shards[0].keys)}
     with pytest.raises(RuntimeError, match="no space left on the device"):
-        reshard(index, clusters, small_disk / "out", LARGE, inputs=INPUTS)
+        reshard(index, labels(index, clusters), small_disk / "out", LARGE, inputs=INPUTS)
     assert list(small_disk.iterdir()) == []
 
 
 def test_large_tars_are_read_in_portions(tmp_path, index, clusters, monkeypatch):
-    one = reshard(index, clusters, tmp_path / "one", LARGE, inputs=INPUTS)
+    one = reshard(index, labels(index, clusters), tmp_path / "one", LARGE, inputs=INPUTS)
     sizes, original = [], RangeReader.read
 
     def noted(self, wanted):
@@ -236,5 +244,8 @@ def test_large_tars_are_read_in_portions(tmp_path, index, clusters, monkeypatch)
 
     monkeypatch.setattr(ranges, "_PORTION_BYTES", 2 * index.shards[0].ends[0])
     monkeypatch.setattr(RangeReader, "read", noted)
-    assert reshard(index, clusters, tmp_path / "two", LARGE, inputs=INPUTS).shards == one.shards
+    assert (
+        reshard(index, labels(index, clusters), tmp_path / "two", LARGE, inputs=INPUTS).shards
+        == one.shards
+    )
     assert max(sizes) <= 2 and sum(sizes) == 15

@@ -48,33 +48,33 @@ def test_scan_finds_every_sample_where_tarfile_finds_it(three_tars):
     assert shard.sha256 == hashlib.sha256(content).hexdigest()
     assert shard.bytes == len(content)
     with tarfile.open(three_tars[1]) as tar:
-        pictures = [tar.extractfile(m).read() for m in tar if m.name.endswith("png")]
+        images = [tar.extractfile(m).read() for m in tar if m.name.endswith("png")]
     ranges = zip(shard.offsets, shard.sizes, strict=True)
-    assert [content[offset : offset + size] for offset, size in ranges] == pictures
+    assert [content[offset : offset + size] for offset, size in ranges] == images
     assert shard.starts == [0, *shard.ends[:-1]]
     assert all(position % 512 == 0 for position in shard.starts + shard.ends)
 
 
 @pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])
-def test_scan_reads_long_names_of_all_formats(tmp_path, picture, form):
-    name = "/".join(["folder" * 10] * 3) + "/picture"
+def test_scan_reads_long_names_of_all_formats(tmp_path, some_image, form):
+    name = "/".join(["folder" * 10] * 3) + "/image"
     path = tmp_path / "long.tar"
     with tarfile.open(path, "w", format=form) as tar:
         for key in ("first", name):
             info = tarfile.TarInfo(f"{key}.png")
-            info.size = len(picture(1))
-            tar.addfile(info, io.BytesIO(picture(1)))
+            info.size = len(some_image(1))
+            tar.addfile(info, io.BytesIO(some_image(1)))
     shard, faults = scan_shard(str(path))
     assert (shard.keys, faults) == (["first", name], [])
-    assert read_members(str(path), shard.starts[1], shard.ends[1]) == {"png": picture(1)}
+    assert read_members(str(path), shard.starts[1], shard.ends[1]) == {"png": some_image(1)}
 
 
-def test_scan_passes_over_what_webdataset_passes_over(tmp_path, tar_of, picture):
+def test_scan_passes_over_what_webdataset_passes_over(tmp_path, tar_of, some_image):
     members = [
         ("README", b"hello"),
-        ("a.png", picture(0)),
+        ("a.png", some_image(0)),
         ("._b.png", b"x"),
-        ("b.png", picture(1)),
+        ("b.png", some_image(1)),
     ]
     path = tar_of(tmp_path / "mixed.tar", members)
     shard, faults = scan_shard(str(path))
@@ -88,7 +88,7 @@ def test_every_cut_keeps_whole_samples_and_is_one_fault(three_tars):
     for size in range(512, whole.ends[-1] + 1, 128):
         path.write_bytes(content[:size])
         shard, faults = scan_shard(str(path))
-        # of the very first sample nothing tells that a label should follow the picture
+        # of the very first sample nothing tells that a label should follow the image
         if size >= whole.ends[0]:
             assert shard.num_samples == sum(end <= size for end in whole.ends)
         assert all(end <= size for end in shard.ends), size
@@ -115,13 +115,13 @@ def test_damage_inside_a_tar_is_noticed(three_tars, where):
     assert "damaged header after 4 members" in faults[1].reason
 
 
-def test_samples_without_a_picture_are_faults(tmp_path, tar_of, picture):
+def test_samples_without_a_image_are_faults(tmp_path, tar_of, some_image):
     members = [
-        ("a.png", picture(0)),
+        ("a.png", some_image(0)),
         ("b.txt", b"words"),
         ("c.png", b""),
         ("d.cls", b"3"),
-        ("d.JPEG", picture(1, "JPEG")),
+        ("d.JPEG", some_image(1, "JPEG")),
     ]
     path = tar_of(tmp_path / "odd.tar", members)
     shard, faults = scan_shard(str(path))
@@ -132,11 +132,11 @@ def test_samples_without_a_picture_are_faults(tmp_path, tar_of, picture):
     ]
 
 
-def test_same_key_twice_in_a_row_is_two_samples(tmp_path, tar_of, picture):
-    members = [("a.png", picture(0)), ("a.cls", b"1"), ("a.png", picture(1)), ("a.cls", b"2")]
+def test_same_key_twice_in_a_row_is_two_samples(tmp_path, tar_of, some_image):
+    members = [("a.png", some_image(0)), ("a.cls", b"1"), ("a.png", some_image(1)), ("a.cls", b"2")]
     shard, _ = scan_shard(str(tar_of(tmp_path / "twice.tar", members)))
     assert shard.keys == ["a", "a"]
-    assert shard.sizes == [len(picture(0)), len(picture(1))]
+    assert shard.sizes == [len(some_image(0)), len(some_image(1))]
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar at all, only text" * 100, b"\x1f\x8b" * 600])
@@ -153,24 +153,24 @@ def test_missing_shard_is_refused_by_name(tmp_path):
             scan_shard(str(path))
 
 
-def test_writer_makes_tars_that_others_read(tmp_path, picture):
+def test_writer_makes_tars_that_others_read(tmp_path, some_image):
     writer = ShardWriter(tmp_path, "w.tar", buffer_bytes=700)
     for row in range(20):
-        writer.add(f"k/{row}", {"png": picture(row), "cls": str(row).encode()})
+        writer.add(f"k/{row}", {"png": some_image(row), "cls": str(row).encode()})
     assert not (tmp_path / "w.tar").exists()
     shard = writer.close()
     assert scan_shard(str(tmp_path / "w.tar"), path="w.tar") == (shard, [])
     assert subprocess.run(["tar", "-tf", tmp_path / "w.tar"], check=True, capture_output=True)
     found = list(webdataset.WebDataset(str(tmp_path / "w.tar"), shardshuffle=False))
     assert [sample["__key__"] for sample in found] == shard.keys
-    assert [sample["png"] for sample in found] == [picture(row) for row in range(20)]
+    assert [sample["png"] for sample in found] == [some_image(row) for row in range(20)]
     assert [sample["cls"] for sample in found] == [str(row).encode() for row in range(20)]
 
 
-def test_series_closes_a_tar_at_its_size(tmp_path, picture):
+def test_series_closes_a_tar_at_its_size(tmp_path, some_image):
     series = ShardSeries(tmp_path, "train", 8192)
     for row in range(30):
-        content = picture(row)
+        content = some_image(row)
         series.writer(len(content) + 1024).add(f"{row:03d}", {"png": content})
     shards = series.close()
     assert [shard.path for shard in shards] == [f"train-{n:06d}.tar" for n in range(len(shards))]

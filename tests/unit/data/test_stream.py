@@ -20,7 +20,7 @@ from moce_dist.run.files import read_faults
 DATA = DataConfig(image_size=16, loader_processes=0)
 
 
-def picture(draws):
+def some_image(draws):
     file = io.BytesIO()
     Image.fromarray(draws.integers(0, 255, (16, 16, 3), np.uint8)).save(file, "JPEG", quality=95)
     return file.getvalue()
@@ -32,7 +32,7 @@ def index(tmp_path):
     for cluster in range(4):
         writer = ShardWriter(tmp_path, f"cluster-{cluster:05d}-000000.tar", cluster=cluster)
         for number in range(9):
-            content = picture(draws)
+            content = some_image(draws)
             if (cluster, number) == (2, 3):
                 content = content[: len(content) // 2]
             writer.add(f"c{cluster}/{number}", {"jpg": content})

@@ -26,13 +26,13 @@ def tar(*words, cwd):
 
 
 @pytest.fixture
-def tree(tmp_path, picture):
+def tree(tmp_path, some_image):
     """Six samples of an image and a label, in folders, one of them with a long name."""
     root = tmp_path / "tree"
     for number in range(6):
         folder = root / ("cat", "dog", LONG)[number % 3]
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.png").write_bytes(picture(number))
+        (folder / f"{number}.png").write_bytes(some_image(number))
         (folder / f"{number}.cls").write_bytes(b"%d" % number)
     return root
 
@@ -150,14 +150,14 @@ def faults_of(path):
     return {fault.key: fault.reason for fault in scan_shard(str(path))[1]}
 
 
-def test_every_link_is_named_and_its_neighbours_are_read(tmp_path, picture):
+def test_every_link_is_named_and_its_neighbours_are_read(tmp_path, some_image):
     path = archive(
         tmp_path / "a.tar",
-        ("a/0.png", picture(0)),
+        ("a/0.png", some_image(0)),
         ("a/1.png", tarfile.LNKTYPE, "a/0.png"),
         ("a/2.png", tarfile.SYMTYPE, "../elsewhere.png"),
-        ("a/3.png", picture(3)),
-        ("a/4.png", picture(4)),
+        ("a/3.png", some_image(3)),
+        ("a/4.png", some_image(4)),
         ("a/4.cls", tarfile.LNKTYPE, "a/0.cls"),
         ("a/link", tarfile.SYMTYPE, "a"),
         ("a/5.png", tarfile.FIFOTYPE, ""),
@@ -183,23 +183,23 @@ def test_hard_links_of_gnu_tar_are_as_many_faults(tmp_path, tree):
 @pytest.mark.parametrize(
     "form", ["gnu", "posix", "posix --sparse-version=0.0", "posix --sparse-version=0.1"]
 )
-def test_sparse_files_are_named(tmp_path, picture, form):
+def test_sparse_files_are_named(tmp_path, some_image, form):
     with (tmp_path / "1.png").open("wb") as file:
         file.truncate(2**20)
         file.seek(2**20)
-        file.write(picture(1))
+        file.write(some_image(1))
     for number in (0, 2):
-        (tmp_path / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / f"{number}.png").write_bytes(some_image(number))
     words = f"--format={form}".split()
     tar("-S", *words, "-cf", "a.tar", "0.png", "1.png", "2.png", cwd=tmp_path)
     found, faults = read(tmp_path / "a.tar")
-    assert found == {"0": {"png": picture(0)}, "2": {"png": picture(2)}}
+    assert found == {"0": {"png": some_image(0)}, "2": {"png": some_image(2)}}
     assert [(f.key, "sparse" in f.reason) for f in faults] == [("1", True)]
 
 
-def test_every_image_that_a_key_swallows_is_named(tmp_path, picture):
-    dotted = [(f"camera/IMG_2020.01.{n:03d}.jpg", picture(n, "JPEG")) for n in range(9)]
-    plain = [(f"phone/{n}.jpg", picture(n, "JPEG")) for n in range(9)]
+def test_every_image_that_a_key_swallows_is_named(tmp_path, some_image):
+    dotted = [(f"camera/IMG_2020.01.{n:03d}.jpg", some_image(n, "JPEG")) for n in range(9)]
+    plain = [(f"phone/{n}.jpg", some_image(n, "JPEG")) for n in range(9)]
     path = archive(tmp_path / "a.tar", *dotted, *plain)
     assert len(scan_shard(str(path))[0].keys) == 9
     assert sorted(faults_of(path)) == [name for name, _ in dotted]
@@ -207,26 +207,29 @@ def test_every_image_that_a_key_swallows_is_named(tmp_path, picture):
         ingest(f"shards:{path}", tmp_path / "out", DataConfig(), tmp_path / "faults.jsonl")
 
 
-def test_a_sample_with_an_image_swallows_only_what_belongs_to_it(tmp_path, picture):
+def test_a_sample_with_an_image_swallows_only_what_belongs_to_it(tmp_path, some_image):
     members = ["a.jpg", "a.seg.png", "a.depth.tif", "b.jpg", "b.2.jpg", "b.copy 3.jpg", "c.seg.png"]
-    path = archive(tmp_path / "a.tar", *((name, picture(1, "JPEG")) for name in members))
+    path = archive(tmp_path / "a.tar", *((name, some_image(1, "JPEG")) for name in members))
     assert scan_shard(str(path))[0].keys == ["a", "b"]
     assert sorted(faults_of(path)) == ["b.2.jpg", "b.copy 3.jpg", "c"]
 
 
-def test_images_of_all_kinds_count_but_usual_ones_first(tmp_path, picture):
+def test_images_of_all_kinds_count_but_usual_ones_first(tmp_path, some_image):
     members = [("a.jfif", "JPEG"), ("b.im", "PNG"), ("b.png", "PNG"), ("c.avif", "AVIF")]
-    path = archive(tmp_path / "a.tar", *((name, picture(1, kind)) for name, kind in members))
+    path = archive(tmp_path / "a.tar", *((name, some_image(1, kind)) for name, kind in members))
     shard, faults = scan_shard(str(path))
     assert (shard.keys, faults) == (["a", "b", "c"], [])
     assert read_range(str(path), shard.offsets[1], 4) == b"\x89PNG"
 
 
 @pytest.mark.parametrize("prefix", ["./", "cat/", ""])
-def test_hidden_members_leave_their_neighbours_alone(tmp_path, picture, prefix, caplog):
+def test_hidden_members_leave_their_neighbours_alone(tmp_path, some_image, prefix, caplog):
     members = []
     for number in range(4):
-        for name, content in ((f"{number}.cls", b"1"), (f"{number}.jpg", picture(number, "JPEG"))):
+        for name, content in (
+            (f"{number}.cls", b"1"),
+            (f"{number}.jpg", some_image(number, "JPEG")),
+        ):
             members += [(f"{prefix}._{name}", b"\0\5\x16\7" + bytes(80)), (prefix + name, content)]
     path = archive(tmp_path / "a.tar", *members, ("__MACOSX/0.jpg", b"x"), ("README", b"x"))
     shard, faults = scan_shard(str(path))
@@ -259,10 +262,10 @@ def damage(path, names):
             file.write(b"x")
 
 
-def test_behind_a_damaged_header_the_next_whole_one_is_read(tmp_path, picture):
+def test_behind_a_damaged_header_the_next_whole_one_is_read(tmp_path, some_image):
     """Of a hundred images one is lost, as `tar -x` loses it, and not all that follow."""
     members = [
-        (f"{n:02d}.{e}", c) for n in range(9) for e, c in (("cls", b"1"), ("png", picture(n)))
+        (f"{n:02d}.{e}", c) for n in range(9) for e, c in (("cls", b"1"), ("png", some_image(n)))
     ]
     path = archive(tmp_path / "a.tar", *members)
     damage(path, ("03.png", "06.cls"))
@@ -270,39 +273,39 @@ def test_behind_a_damaged_header_the_next_whole_one_is_read(tmp_path, picture):
     assert shard.keys == [f"{n:02d}" for n in range(9) if n != 3]
     assert [(f.key, "damaged header" in f.reason) for f in faults] == [(None, True)] * 2
     for key, offset, size in zip(shard.keys, shard.offsets, shard.sizes, strict=True):
-        assert read_range(str(path), offset, size) == picture(int(key))
+        assert read_range(str(path), offset, size) == some_image(int(key))
     index = write_index(tmp_path, [shard])
     assert list(verify(index, DataConfig(), known=[(str(path), None)])) == []
 
 
 @pytest.mark.parametrize("size", [b"-5", b"abc"])
-def test_a_size_that_is_none_costs_one_image(tmp_path, picture, size):
+def test_a_size_that_is_none_costs_one_image(tmp_path, some_image, size):
     path = tmp_path / "a.tar"
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for number in range(4):
             info = tarfile.TarInfo(f"{number}.png")
             info.pax_headers = {"size": size.decode()} if number == 1 else {}
-            content = picture(number)
+            content = some_image(number)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     shard, faults = scan_shard(str(path))
     assert shard.keys == ["0", "2", "3"] and faults
     for key, offset, count in zip(shard.keys, shard.offsets, shard.sizes, strict=True):
-        assert read_range(str(path), offset, count) == picture(int(key))
+        assert read_range(str(path), offset, count) == some_image(int(key))
 
 
-def test_folders_may_have_any_letter_in_their_names(tmp_path, picture):
+def test_folders_may_have_any_letter_in_their_names(tmp_path, some_image):
     names = ["a\nb.c/0.png", "x\ty/1.png", "caf\udce9/2.png", "\x1b[31m/3.png"]
-    path = archive(tmp_path / "a.tar", *((name, picture(1)) for name in names))
+    path = archive(tmp_path / "a.tar", *((name, some_image(1)) for name in names))
     shard, faults = scan_shard(str(path))
     assert shard.keys == ["a\nb.c/0", "x\ty/1", "caf\\xe9/2", "\x1b[31m/3"] and faults == []
 
 
-def test_archives_one_behind_the_other_share_no_sample(tmp_path, picture):
+def test_archives_one_behind_the_other_share_no_sample(tmp_path, some_image):
     """The label of the second archive is no label of the first one's last image."""
     for name, members in (
-        ("a", [("x.png", picture(1))]),
-        ("b", [("x.cls", b"1"), ("y.png", picture(2))]),
+        ("a", [("x.png", some_image(1))]),
+        ("b", [("x.cls", b"1"), ("y.png", some_image(2))]),
     ):
         archive(tmp_path / f"{name}.tar", *members)
     path = tmp_path / "ab.tar"

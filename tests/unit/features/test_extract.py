@@ -23,8 +23,9 @@ from timm.data import create_transform, resolve_data_config
 
 from moce_dist.cluster.assign import assign_features
 from moce_dist.cluster.blocks import open_features
+from moce_dist.data.columns import open_index, write_columns
 from moce_dist.data.images import MEAN, STD, eval_image
-from moce_dist.data.shards import Shard, ShardIndex, write_index
+from moce_dist.data.shards import Shard, ShardIndex, read_index, write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.features import decoding, extract
 from moce_dist.features.decoding import Framing, framed_image
@@ -169,7 +170,7 @@ def test_features_of_a_timm_model_are_those_of_timms_own_evaluation(
 
 
 def test_unreadable_image_keeps_its_slot_as_a_row_of_zeros_and_a_fault(tmp_path):
-    contents = [png(0), b"no picture", png(1)[:60], png(2)]
+    contents = [png(0), b"no image", png(1)[:60], png(2)]
     shard = shard_of(tmp_path, contents)
     assert extract_shard(job_of(tmp_path, shard)) == 2
     rows = np.load(tmp_path / "features" / "train-000000.npy")
@@ -208,7 +209,7 @@ def test_every_batch_has_the_same_shape_and_the_tail_is_padded(tmp_path):
 @pytest.mark.parametrize("threads", [2, 5])
 def test_file_and_faults_do_not_depend_on_the_threads_that_decode(tmp_path, threads):
     contents = [*photographs("JPEG", [(90 + 7 * n, 70 + n) for n in range(20)]), b"", png(1)[:60]]
-    contents = [*contents[::-1], b"no picture", png(2), png(3)[:70]]
+    contents = [*contents[::-1], b"no image", png(2), png(3)[:70]]
     shard = shard_of(tmp_path, contents)
     spec = {"encoder": EncoderSpec(build_vit), "image_size": 160, "framing": Framing(0.9)}
     found = {}
@@ -252,9 +253,9 @@ def decoded_rows(monkeypatch):
 def test_the_next_batch_is_decoded_while_one_is_encoded_and_no_more(tmp_path, monkeypatch):
     plain = [Image.new("RGB", (20, 24), (number, 0, 0)) for number in range(40)]
     contents = []
-    for picture in plain:
+    for image in plain:
         file = io.BytesIO()
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
         contents.append(file.getvalue())
     rows = decoded_rows(monkeypatch)
     job = job_of(tmp_path, shard_of(tmp_path, contents), decode_threads=3)
@@ -286,6 +287,14 @@ def test_lost_shard_is_named_with_any_number_of_threads(tmp_path):
             extract_shard(job_of(tmp_path, shard, decode_threads=threads))
 
 
+def test_a_mapped_shard_gives_the_same_files(tmp_path):
+    write_columns(write_index(tmp_path, [shard_of(tmp_path, [png(0), png(1)])]))
+    (plain,), (mapped,) = read_index(tmp_path).shards, open_index(tmp_path).shards
+    for folder, shard in (("plain", plain), ("mapped", mapped)):
+        extract_shard(replace(job_of(tmp_path, shard), out=tmp_path / folder))
+    assert digests(tmp_path / "plain") == digests(tmp_path / "mapped")
+
+
 def test_file_does_not_depend_on_other_shards_nor_on_who_writes_it(tmp_path):
     spec = {"encoder": EncoderSpec(build_vit), "image_size": 160}
     shards = [
@@ -306,7 +315,7 @@ def test_file_does_not_depend_on_other_shards_nor_on_who_writes_it(tmp_path):
 
 def test_interrupted_shards_are_made_and_finished_ones_are_left(tmp_path, monkeypatch):
     shards = [
-        shard_of(tmp_path, [png(n), b"no picture", png(n + 9)], f"train-{n:06d}.tar")
+        shard_of(tmp_path, [png(n), b"no image", png(n + 9)], f"train-{n:06d}.tar")
         for n in range(3)
     ]
     jobs = [job_of(tmp_path, s, name=s.path.removesuffix(".tar")) for s in shards]
@@ -373,7 +382,7 @@ assert list(done) == [1] * 4
 @pytest.mark.long
 def test_shard_of_a_killed_worker_is_made_by_another(tmp_path):
     shards = [
-        shard_of(tmp_path, [png(n), b"no picture", png(n + 9)], f"train-{n:06d}.tar")
+        shard_of(tmp_path, [png(n), b"no image", png(n + 9)], f"train-{n:06d}.tar")
         for n in range(4)
     ]
     write_index(tmp_path, shards)

@@ -1,4 +1,4 @@
-"""Pictures framed as timm's own evaluation transform frames them."""
+"""Images framed as timm's own evaluation transform frames them."""
 
 import io
 
@@ -24,8 +24,8 @@ FRAMINGS = [
 ]
 
 
-def picture_of(width, height, seed=0):
-    """A picture with coarse and fine structure; no colour is the same at both ends."""
+def image_of(width, height, seed=0):
+    """A image with coarse and fine structure; no colour is the same at both ends."""
     draws = np.random.default_rng(seed)
     noise = Image.fromarray(draws.integers(0, 256, (height, width, 3), dtype=np.uint8))
     slope = np.linspace(0, 255, width)[None, :, None] + np.linspace(0, 255, height)[:, None, None]
@@ -34,9 +34,9 @@ def picture_of(width, height, seed=0):
     return Image.fromarray((coarse + 2 * fine).clip(0, 255).astype(np.uint8))
 
 
-def encode(picture, kind="PNG", **options):
+def encode(some_image, kind="PNG", **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    some_image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -60,7 +60,7 @@ def levels(difference):
 @pytest.mark.parametrize("framing", FRAMINGS, ids=str)
 @pytest.mark.parametrize("size", [(640, 480), (211, 397), (40, 60), (64, 64)])
 def test_sample_is_that_of_timm_to_a_gray_level_or_two(framing, size):
-    content = encode(picture_of(*size))
+    content = encode(image_of(*size))
     found, expected = (f(content, 64, framing) for f in (framed_image, timm_sample))
     assert found.shape == (3, 64, 64) and found.dtype == np.float32
     # vectorised sums round to one level more or less than Pillow's, down and across
@@ -69,14 +69,14 @@ def test_sample_is_that_of_timm_to_a_gray_level_or_two(framing, size):
 
 
 @pytest.mark.parametrize("framing", [f for f in FRAMINGS if f.mode == "center"], ids=str)
-def test_very_long_pictures_are_framed_alike(framing):
+def test_very_long_images_are_framed_alike(framing):
     for size in ((2000, 60), (50, 1999)):
-        content = encode(picture_of(*size))
+        content = encode(image_of(*size))
         difference = framed_image(content, 64, framing) - timm_sample(content, 64, framing)
         assert levels(difference).max() < 2.01
 
 
-def test_picture_of_a_row_is_no_picture_of_millions():
+def test_image_of_a_row_is_no_image_of_millions():
     # timm would make 64 x 8 million pixels of it
     content = encode(Image.new("RGB", (120_000, 1), (200, 30, 90)))
     sample = framed_image(content, 64, Framing(0.9))
@@ -86,7 +86,7 @@ def test_picture_of_a_row_is_no_picture_of_millions():
 @pytest.mark.parametrize("framing", FRAMINGS[:6], ids=str)
 def test_jpeg_is_that_of_timm_and_near_where_it_is_decoded_at_a_part_of_its_size(framing):
     for size, mean in (((180, 130), 0.2), ((900, 600), 1.0), ((1801, 1303), 1.0)):
-        content = encode(picture_of(*size), "JPEG", quality=92)
+        content = encode(image_of(*size), "JPEG", quality=92)
         expected = timm_sample(content, 64, framing)
         near = levels(framed_image(content, 64, framing) - expected).mean()
         assert near < mean
@@ -98,10 +98,10 @@ def test_jpeg_is_that_of_timm_and_near_where_it_is_decoded_at_a_part_of_its_size
 @pytest.mark.parametrize("tag", range(1, 9))
 def test_stored_orientation_is_undone_before(tag, size):
     # of the large one an eighth is decoded, whose last column and row stand for less than others
-    picture = picture_of(*size).filter(ImageFilter.GaussianBlur(3))
+    some_image = image_of(*size).filter(ImageFilter.GaussianBlur(3))
     exif = Image.Exif()
     exif[0x0112] = tag
-    content = encode(picture, "JPEG", quality=95, exif=exif)
+    content = encode(some_image, "JPEG", quality=95, exif=exif)
     with Image.open(io.BytesIO(content)) as image:
         upright = encode(ImageOps.exif_transpose(image))
     framing = Framing(0.875)
@@ -110,11 +110,11 @@ def test_stored_orientation_is_undone_before(tag, size):
 
 
 def test_without_a_framing_it_is_the_sample_of_the_runs_own_encoder():
-    content = encode(picture_of(300, 211), "JPEG", quality=90)
+    content = encode(image_of(300, 211), "JPEG", quality=90)
     assert (framed_image(content, 64, None) == eval_image(content, 64)).all()
 
 
 def test_damage_is_an_image_error():
-    for content in (b"", b"no picture", encode(picture_of(80, 80))[:200]):
+    for content in (b"", b"no image", encode(image_of(80, 80))[:200]):
         with pytest.raises(ImageError):
             framed_image(content, 64, Framing(0.9))

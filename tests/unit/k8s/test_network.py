@@ -33,8 +33,11 @@ def pods(rays):
 
 
 def matches(selector, labels):
-    assert set(selector) <= {"matchLabels"}
-    return selector.get("matchLabels", {}).items() <= labels.items()
+    assert set(selector) <= {"matchLabels", "matchExpressions"}
+    rules = selector.get("matchExpressions", [])
+    assert all(rule["operator"] == "In" for rule in rules)
+    is_in = all(labels.get(rule["key"]) in rule["values"] for rule in rules)
+    return is_in and selector.get("matchLabels", {}).items() <= labels.items()
 
 
 def is_peer(rule, other):
@@ -84,6 +87,20 @@ def test_a_job_reaches_what_it_needs(rendered, pods):
         assert may(policies, worker, worker, port)
     assert may(policies, submitter, head, 8265) and may(policies, OPERATOR, head, 8265)
     assert may(policies, worker, "203.0.113.7", 443) and may(policies, head, REDIS, 6379)
+
+
+def test_what_clears_a_redis_after_the_cluster_reaches_it(rendered):
+    # the head's pod with another type of node
+    cleanup = ({"ray.io/node-type": "redis-cleanup", "ray.io/is-ray-node": "yes"}, OURS)
+    policies = policies_of(rendered, "setup")
+    assert may(policies, cleanup, REDIS, 6379) and not may(policies, STRANGER, REDIS, 6379)
+
+
+def test_the_autoscaler_reaches_the_api_server(rendered, pods):
+    policies = policies_of(rendered, "setup", "setup/autoscaling")
+    assert may(policies, pods["head"], "10.0.0.1", 6443)
+    assert not may(policies, pods["worker"], "10.0.0.1", 6443)
+    assert not may(policies_of(rendered, "setup"), pods["head"], "10.0.0.1", 6443)
 
 
 @pytest.mark.parametrize("resolver", [KUBE_DNS, "169.254.20.10", "169.254.169.254", "10.96.0.10"])

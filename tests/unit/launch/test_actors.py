@@ -10,6 +10,7 @@ import ray
 
 from moce_dist.config import ParallelConfig
 from moce_dist.launch.actors import hold_actors
+from moce_dist.launch.tasks import map_tasks
 
 
 class Shared:
@@ -69,6 +70,24 @@ def test_more_workers_than_there_is_room_for_do_all_items(two_cpus, monkeypatch)
     # every third item is dealt to a worker that never comes, the first ones among them
     with hold_actors(ParallelConfig(num_workers=3, use_gpu=False)) as held:
         assert list(held.map_tasks(double, None, list(range(200)))) == list(range(0, 400, 2))
+
+
+def fail_or_write(folder, item):
+    if item == 0:
+        raise LookupError("the first one")
+    (folder / f"{item}.begun").touch()
+    time.sleep(5)
+    (folder / f"{item}.ended").touch()
+
+
+def test_after_an_error_no_task_writes_any_more(two_cpus, tmp_path):
+    found = map_tasks(
+        fail_or_write, range(4), parallel=ParallelConfig(num_workers=2), shared=(tmp_path,)
+    )
+    with pytest.raises(LookupError, match="the first one"):
+        list(found)
+    time.sleep(6)
+    assert not list(tmp_path.glob("*.ended"))
 
 
 @pytest.fixture(scope="module")

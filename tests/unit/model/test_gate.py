@@ -63,6 +63,9 @@ def test_noise_is_keyed_and_falls_to_zero():
     assert schedule.sample(3, shape).equal(schedule.sample(3, shape))
     assert not schedule.sample(3, shape).equal(schedule.sample(4, shape))
     assert not schedule.sample(3, shape)[0].equal(schedule.sample(3, shape)[1])
+    # no draw of a layer or a step comes back in another
+    many = [schedule.sample(step, (6, 256, 8)).flatten() for step in (1, 2)]
+    assert len(torch.cat(many).unique()) > 0.999 * 2 * 6 * 256 * 8
     # clusters have their own draws: fewer clusters see the same ones
     assert schedule.sample(3, (2, 2, 3)).equal(schedule.sample(3, shape)[:, :2])
     assert (schedule.sample(10, shape) == 0).all()

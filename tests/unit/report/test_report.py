@@ -323,7 +323,7 @@ def test_figures_of_the_clusters_are_told(finished):
         assert part in page and part in summary
 
 
-def test_pictures_of_very_many_clusters_and_domains_stay_small(finished):
+def test_images_of_very_many_clusters_and_domains_stay_small(finished):
     folder, count = finished / "clusters", 3000
     draws = np.random.default_rng(0)
     cluster = np.repeat(np.arange(count), 4)
@@ -366,7 +366,7 @@ def test_many_domains_are_few_colours(finished):
     "summary",
     ["[]", '{"labels": [[]]}', '{"labels": [3]}', '{"labels": [{"a": "b"}]}', "[" * 10**5],
 )
-def test_damaged_pictures_of_clusters_are_named(finished, summary):
+def test_damaged_images_of_clusters_are_named(finished, summary):
     (finished / "clusters" / "centroids.npy").write_text("no array")
     (finished / "clusters" / "summary.json").write_text(summary)
     text = Page(write_report(finished)).text

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from moce_dist.cluster.assign import read_assignments, write_assignments
+from moce_dist.cluster.assignments import read_assignments, write_assignments
 from moce_dist.cluster.blocks import open_features
 from moce_dist.config import DataConfig
 from moce_dist.data.images import sample_generator

@@ -46,6 +46,21 @@ def test_features_are_what_torch_counts(config):
     assert features_flop(config) == counted / 2
 
 
+def test_features_of_an_earlier_block_and_of_pixels(config):
+    def reckon(**cluster):
+        return make_config({**SMALL, "cluster": {**SMALL["cluster"], **cluster}})
+
+    model, block = MaskedAutoencoder(config), reckon(feature_block=0)
+    model.blocks = model.blocks[:1]
+    with torch.no_grad():
+        counted = count(lambda: model.features(torch.rand(2, 3, 28, 28)))
+    assert features_flop(block) == counted / 2 < features_flop(config)
+    pixels = reckon(encoder="pixels")
+    assert features_flop(pixels) == 0
+    # the mean colours of 8 x 8 fields, and a price
+    assert clustering_flop(pixels, 500, 3) == 3 * 2 * 500 * 32 * 193
+
+
 def test_forgetting_the_decoder_would_be_noticed(config):
     shallow = make_config({**SMALL, "model": {**SMALL["model"], "decoder_depth": 1}})
     assert training_flop(shallow) < 0.9 * training_flop(config)

@@ -5,8 +5,12 @@ import itertools
 import pytest
 
 from moce_dist.config import identity
+from moce_dist.cost.sizes import training_flop
 from moce_dist.settings import ConfigError
 from moce_dist.study.forecast import forecast
+from moce_dist.study.runner import Runner
+
+from .conftest import STUDY
 
 
 def runs_of(plan, arm, seed=0):
@@ -204,6 +208,44 @@ def test_forecast_names_runs_and_counts_shared_stages_once(read, plan):
     twice = forecast(plan(read(flop_per_s=1e9, seeds=[0, 1, 2, 3])))
     total, double = (float(found[-1].split()[2].replace(",", "")) for found in (lines, twice))
     assert double == pytest.approx(2 * total, abs=0.2)
+
+
+def test_forecast_counts_further_steps_and_shared_ones_once(read, plan):
+    arms = {"control": {"backbone": "control"}}
+    more = {
+        "own": {"backbone": "control+own", "continue_images": 10**6},
+        "all": {"backbone": "control+all", "continue_images": 10**6},
+    }
+    plain, further = (
+        plan(read(arms=chosen, seeds=[0], reference="control"))
+        for chosen in (arms, {**arms, **more})
+    )
+    config = further.pieces[0].config
+    # two tasks of their own, and one continued control for both
+    expected = 3 * 10**6 * training_flop(config)
+    rest = []
+    for found in (plain, further):
+        (line,) = [line for line in forecast(found) if line.startswith("in all")]
+        stages = sum(run.cost(tuple(run.makers)).flop for run in found.runs.values())
+        rest.append(float(line.split()[2].replace(",", "")) * 1e12 - stages)
+    assert rest == pytest.approx([0, expected], rel=0.01, abs=2e11)
+
+
+def test_a_study_that_begins_with_given_weights_has_a_stage_without_steps(read, plan, tmp_path):
+    config = {
+        **STUDY["config"],
+        "mae": {"epochs": 0, "warmup_epochs": 0, "batch_size": 50},
+        "model": {**STUDY["config"]["model"], "init": "weights.pth"},
+    }
+    found = plan(read(config=config, images={"moce": 5000}))
+    mae = next(piece for piece in found.pieces if piece.kind == "mae")
+    runner = Runner(found, tmp_path / "out", lambda: None)
+    assert runner.seconds_left() is None
+    runner.done = {piece.id for piece in found.pieces[:-1]}
+    runner.journal.lines = {i: {"seconds": 3.0} for i in runner.done}
+    assert mae.id in runner.done and 0 < runner.seconds_left() < 6
+    with pytest.raises(ConfigError, match=r"images\.mae \(1000\): mae\.epochs is 0"):
+        plan(read(config=config))
 
 
 def test_fields_of_a_study_are_overridden_from_the_command_line(read):

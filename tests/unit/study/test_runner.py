@@ -9,7 +9,7 @@ from moce_dist.study.runner import end_processes
 
 
 def _forget_handlers():
-    # a fork inherits the handler of a test process that has used Ray; a study's processes are spawned
+    # a fork inherits the handler of a test process that has used Ray
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -55,6 +55,14 @@ def test_spread_by_hand():
     assert found.half == pytest.approx(4.303 * 0.2 / 3**0.5, rel=1e-3)
 
 
+def test_interval_of_one_task_covers_what_it_says():
+    draws = np.random.default_rng(1)
+    found = [spread(draws.normal(size=(3, 1)), 1000) for _ in range(600)]
+    covered = np.mean([one.low <= 0 <= one.high for one in found])
+    assert 0.92 < covered < 0.98
+    assert all(one.high - one.mean == pytest.approx(one.half) for one in found)
+
+
 def test_one_seed_has_neither_deviation_nor_interval():
     found = spread(np.array([[0.1, 0.3]]), 1000)
     assert found == (pytest.approx(0.2), None, None, None, None, 1, 2)

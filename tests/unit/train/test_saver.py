@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moce_dist.parallel.groups import Topology
-from moce_dist.train.saver import Shares
+from moce_dist.train.checkpoint import complete_checkpoints, step_folder
+from moce_dist.train.saver import Shares, publish
 
 EXPERTS = "blocks.1.mlp.experts.fc1.weight"
 
@@ -39,3 +40,14 @@ def test_every_rank_has_a_share_of_equal_size(ranks, groups):
         for rank in by:
             written[rank] += size
     assert max(written) - min(written) <= 100
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_damaged_later_checkpoint_does_not_displace_the_new_one(tmp_path, keep):
+    for step in (50, 200, 100, 150):
+        temporary = tmp_path / "new"
+        temporary.mkdir()
+        publish(temporary, step_folder(tmp_path, step), {"step": step}, keep=keep)
+    # after 200 the run went on from an earlier step: that one was damaged
+    kept = [path.name for path in complete_checkpoints(tmp_path)]
+    assert kept == ["step_00000150", "step_00000100"][:keep]

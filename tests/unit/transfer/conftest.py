@@ -178,8 +178,8 @@ def run(
 def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, draws = tmp_path_factory.mktemp("scenes"), np.random.default_rng(1)
     for split, count in (("training", 6), ("validation", 3)):
-        pictures, masks = root / "images" / split, root / "annotations" / split
-        pictures.mkdir(parents=True)
+        some_images, masks = root / "images" / split, root / "annotations" / split
+        some_images.mkdir(parents=True)
         masks.mkdir(parents=True)
         for i in range(count):
             height, width = 40 + 3 * i, 48
@@ -188,7 +188,7 @@ def scene_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[:, 20:] += 150
             mask[:, 20:] = 2
             mask[:4] = 0
-            Image.fromarray(pixels).save(pictures / f"{i}.jpg")
+            Image.fromarray(pixels).save(some_images / f"{i}.jpg")
             Image.fromarray(mask).save(masks / f"{i}.png")
     (root / "classes.txt").write_text("dark\nbright\nabsent\n")
     return root
@@ -207,7 +207,7 @@ def coco_annotation(number: int, image: int, category: int, box: list[float]) ->
 
 
 def write_coco(root: Path, *, categories: dict[int, str], counts: dict[str, int]) -> Path:
-    """Dark pictures with one bright object a category at a time, in COCO's layout."""
+    """Dark images with one bright object a category at a time, in COCO's layout."""
     draws, number = np.random.default_rng(2), 0
     (root / "annotations").mkdir(parents=True)
     for split, count in counts.items():

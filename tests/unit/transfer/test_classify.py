@@ -191,28 +191,28 @@ def test_augmentation_is_drawn_by_seed_and_epoch(config, models, image_folder):
     assert not np.array_equal(look(0, 0), look(1, 0))
 
 
-def test_kept_pictures_give_the_same_looks_and_are_read_once(config, tmp_path, image_folder):
+def test_kept_images_give_the_same_looks_and_are_read_once(config, tmp_path, image_folder):
     task = Classification.open(
         "imagefolder", Path(shutil.copytree(image_folder, tmp_path / "data"))
     )
     backbone, recipe = run_backbone("random", config, None), config.transfer.finetune
     num_bytes = {"all": 2**20, "some": 3 * 3 * 32 * 32, "none": 0}
-    pictures = {name: KeptImages(size) for name, size in num_bytes.items()}
+    some_images = {name: KeptImages(size) for name, size in num_bytes.items()}
 
     def looks(name: str) -> list[tuple[np.ndarray, str]]:
-        plain = TaskImages(task.train, backbone, pictures[name])
-        cropped = TaskImages(task.train, backbone, pictures[name], augment=recipe)
+        plain = TaskImages(task.train, backbone, some_images[name])
+        cropped = TaskImages(task.train, backbone, some_images[name], augment=recipe)
         draws = [(epoch, index) for epoch in range(2) for index in range(len(plain))]
         return [(look.pixels, look.reason) for d in draws for look in (plain[d], cropped[d])]
 
     read = looks("none")
-    for name in pictures:
+    for name in some_images:
         for (pixels, reason), (expected, _) in zip(looks(name), read, strict=True):
             assert not reason and np.array_equal(pixels, expected)
     shutil.rmtree(tmp_path / "data")
     assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(looks("all"), read, strict=True))
-    assert 0 < len(pictures["some"]._images) < len(task.train)
-    assert TaskImages(task.train, backbone, pictures["none"])[(0, 0)].reason
+    assert 0 < len(some_images["some"]._images) < len(task.train)
+    assert TaskImages(task.train, backbone, some_images["none"])[(0, 0)].reason
 
 
 def test_learning_rate_warms_up_and_falls_to_its_least():

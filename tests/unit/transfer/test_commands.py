@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from moce_dist.__main__ import main
-from moce_dist.cluster.assign import write_assignments
+from moce_dist.cluster.assignments import write_assignments
 from moce_dist.cluster.blocks import open_features
 from moce_dist.data.images import eval_image
 from moce_dist.model.customize import customize, routes
@@ -180,7 +180,7 @@ def test_classifier_is_loaded_by_timm_alone(task):
         torch.testing.assert_close(theirs(images), ours(images))
 
 
-def test_unreadable_picture_has_a_line_and_the_others_go_on(task, image_folder, tmp_path, capsys):
+def test_unreadable_image_has_a_line_and_the_others_go_on(task, image_folder, tmp_path, capsys):
     data = Path(shutil.copytree(image_folder / "test" / "rows", tmp_path / "rows"))
     (data / "005.png").write_bytes(b"nothing")
     capsys.readouterr()
@@ -191,16 +191,16 @@ def test_unreadable_picture_has_a_line_and_the_others_go_on(task, image_folder, 
     assert [Path(line["image"]).name for line in lines] == [f"{i:03d}.png" for i in range(12)]
 
 
-def test_masks_are_painted_in_the_size_of_the_pictures(scenes_task, scene_folder, tmp_path, capsys):
-    pictures = scene_folder / "images" / "validation"
+def test_masks_are_painted_in_the_size_of_the_images(scenes_task, scene_folder, tmp_path, capsys):
+    some_images = scene_folder / "images" / "validation"
     flags = ["--out", str(tmp_path / "masks")]
     lines = [
-        json.loads(x) for x in said(capsys, "predict", str(scenes_task), str(pictures), *flags)
+        json.loads(x) for x in said(capsys, "predict", str(scenes_task), str(some_images), *flags)
     ]
     assert len(lines) == 3
     for line, scene in zip(lines, Segmentation.read("ade20k", scene_folder).test, strict=True):
-        with Image.open(line["mask"]) as mask, Image.open(scene.image) as picture:
-            assert mask.mode == "RGB" and mask.size == picture.size
+        with Image.open(line["mask"]) as mask, Image.open(scene.image) as some_image:
+            assert mask.mode == "RGB" and mask.size == some_image.size
         assert sum(c["share"] for c in line["classes"]) == pytest.approx(1, abs=1e-4)
     # the same model as measured: its masks are those of the comparison
     preview = np.asarray(Image.open(scenes_task / "predictions" / "moce-0" / "1.png"))

@@ -71,7 +71,7 @@ def test_one_missing_outline_leaves_boxes_alone_and_says_so(data, caplog):
     assert "1 of 18 objects have no outline" in caplog.text
 
 
-def test_picture_without_anything_to_learn_is_no_training_picture(data, caplog):
+def test_image_without_anything_to_learn_is_no_training_image(data, caplog):
     def edit(tree: Tree) -> None:
         tree["annotations"][0]["bbox"][2] = 0
         tree["annotations"][1]["iscrowd"] = 1
@@ -198,7 +198,7 @@ def test_damaged_json_is_named(data):
 @pytest.mark.parametrize(
     ("content", "message"), [(b"\xff\xd8 nothing", "unreadable image"), (None, "it has 9 x 8 pixe")]
 )
-def test_scan_finds_damaged_pictures_and_other_sizes(data, content, message):
+def test_scan_finds_damaged_images_and_other_sizes(data, content, message):
     path = data / "val2017" / "000000000001.jpg"
     if content is None:
         Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(path)

@@ -1,4 +1,4 @@
-"""Pictures of predictions: what was found on the left, what is there on the right."""
+"""Images of predictions: what was found on the left, what is there on the right."""
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from moce_dist.transfer.detection.task import Detection
 @pytest.mark.parametrize("has_masks", [True, False])
 def test_sure_detections_and_true_objects_are_drawn(coco_folder, tmp_path, has_masks):
     instances = Detection.read("coco", coco_folder)
-    picture = instances.test[0]
-    image = picture.load().image
-    mask = np.zeros((picture.height, picture.width), bool)
+    some_image = instances.test[0]
+    image = some_image.load().image
+    mask = np.zeros((some_image.height, some_image.width), bool)
     mask[24:34, 4:20] = True
     found = Detections(
         np.array([[4.0, 24.0, 20.0, 34.0], [40.0, 2.0, 50.0, 12.0]]),
@@ -25,12 +25,12 @@ def test_sure_detections_and_true_objects_are_drawn(coco_folder, tmp_path, has_m
     path = tmp_path / "new" / "preview.png"
     if not has_masks:
         instances = type(instances)(**{**vars(instances), "has_masks": False})
-    draw_preview(path, image, picture, found, instances)
+    draw_preview(path, image, some_image, found, instances)
     drawn = np.asarray(Image.open(path), int)
     factor = 8
-    # pictures of 56 columns are enlarged eightfold, two of them side by side
-    assert drawn.shape == (picture.height * factor, 2 * 56 * factor, 3)
-    plain = np.asarray(image.resize((56 * factor, picture.height * factor)), int)
+    # images of 56 columns are enlarged eightfold, two of them side by side
+    assert drawn.shape == (some_image.height * factor, 2 * 56 * factor, 3)
+    plain = np.asarray(image.resize((56 * factor, some_image.height * factor)), int)
     left, right = (drawn[:, : 56 * factor], drawn[:, 56 * factor :])
     changed = np.abs(left - plain).sum(axis=2) > 20
     edge = changed[24 * factor : 34 * factor, 4 * factor]
@@ -39,6 +39,6 @@ def test_sure_detections_and_true_objects_are_drawn(coco_folder, tmp_path, has_m
     assert not changed[: 12 * factor, 40 * factor :].any()
     inside = np.abs(left - plain)[28 * factor : 32 * factor, 8 * factor : 16 * factor].mean()
     assert (inside > 5) == has_masks
-    x, y, _, height = (int(v) for v in picture.annotations[0].box)
+    x, y, _, height = (int(v) for v in some_image.annotations[0].box)
     truth = np.abs(right - plain).sum(axis=2) > 20
     assert truth[y * factor : (y + height) * factor, x * factor].mean() > 0.8

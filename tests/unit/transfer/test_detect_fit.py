@@ -157,7 +157,7 @@ def test_saved_detector_scores_what_the_fit_measured(fitted, make_fit, tmp_path)
 
 
 def test_law_interrupted_detection_ends_bit_equal(make_fit, coco_folder, tmp_path, monkeypatch):
-    """Weights, figures, views and skipped pictures are those of a fit that nothing interrupted."""
+    """Weights, figures, views and skipped images are those of a fit that nothing interrupted."""
     data = Path(shutil.copytree(coco_folder, tmp_path / "data"))
     fit = make_fit(data, steps=7)
     (data / "train2017" / "000000000002.jpg").write_bytes(b"\xff\xd8 nothing")
@@ -231,7 +231,7 @@ def test_only_the_pyramid_runs_in_bfloat16(make_fit):
     assert kinds == {"vit": torch.bfloat16, "head": torch.float32}
 
 
-def test_damaged_pictures_are_skipped_counted_and_named(make_fit, coco_folder, tmp_path):
+def test_damaged_images_are_skipped_counted_and_named(make_fit, coco_folder, tmp_path):
     data = Path(shutil.copytree(coco_folder, tmp_path / "data"))
     fit = make_fit(data, steps=3, batch_size=6)
     (data / "train2017" / "000000000002.jpg").write_bytes(b"\xff\xd8 nothing")
@@ -254,20 +254,20 @@ def test_predicted_objects_are_those_of_the_evaluation(
     fitted, make_fit, coco_folder, tmp_path, capsys
 ):
     """Scored by COCO's evaluator, the lines give the figures that the fit reports, to the bit."""
-    model, pictures = str(fitted.models / "last"), str(coco_folder / "val2017")
-    found = said(capsys, model, pictures, "--min-score", "0")
+    model, some_images = str(fitted.models / "last"), str(coco_folder / "val2017")
+    found = said(capsys, model, some_images, "--min-score", "0")
     lines = {Path(line["image"]): line["objects"] for line in found}
     instances = make_fit().task
     ids = dict(zip(instances.classes, instances.category_ids, strict=True))
     entries: list[dict[str, Any]] = []
     assert len(lines) == len(instances.test)
-    for picture in instances.test:
-        scores = [each["score"] for each in lines[picture.image]]
+    for some_image in instances.test:
+        scores = [each["score"] for each in lines[some_image.image]]
         assert scores == sorted(scores, reverse=True)
-        for each in lines[picture.image]:
+        for each in lines[some_image.image]:
             width, height = each["box"][2:]
-            assert each["mask"]["size"] == [picture.height, picture.width]
-            entry = {"image_id": picture.id, "category_id": ids[each["name"]]}
+            assert each["mask"]["size"] == [some_image.height, some_image.width]
+            entry = {"image_id": some_image.id, "category_id": ids[each["name"]]}
             entry |= {"score": each["score"], "bbox": each["box"], "area": width * height}
             entries.append({**entry, "segmentation": each["mask"]})
     truth = ground_truth(instances.test, instances)
@@ -278,9 +278,9 @@ def test_predicted_objects_are_those_of_the_evaluation(
 
 
 def test_sure_objects_are_drawn_as_the_fit_draws_them(fitted, coco_folder, tmp_path, capsys):
-    model, pictures = str(fitted.models / "last"), str(coco_folder / "val2017")
-    sure = said(capsys, model, pictures, "--out", str(tmp_path))
-    every = said(capsys, model, pictures, "--min-score", "0")
+    model, some_images = str(fitted.models / "last"), str(coco_folder / "val2017")
+    sure = said(capsys, model, some_images, "--out", str(tmp_path))
+    every = said(capsys, model, some_images, "--min-score", "0")
     assert sum(len(line["objects"]) for line in sure) > 0
     for line, full in zip(sure, every, strict=True):
         assert line["objects"] == [o for o in full["objects"] if o["score"] >= 0.5]
@@ -290,7 +290,7 @@ def test_sure_objects_are_drawn_as_the_fit_draws_them(fitted, coco_folder, tmp_p
     assert "drawn" not in every[0]
 
 
-def test_unreadable_picture_has_a_line_and_the_others_go_on(fitted, coco_folder, tmp_path, capsys):
+def test_unreadable_image_has_a_line_and_the_others_go_on(fitted, coco_folder, tmp_path, capsys):
     data = Path(shutil.copytree(coco_folder / "val2017", tmp_path / "data"))
     (data / "000000000001.jpg").write_bytes(b"nothing")
     capsys.readouterr()

@@ -85,7 +85,7 @@ def test_window_of_the_whole_grid_is_plain_attention(backbone):
 @pytest.mark.parametrize(
     ("depth", "blocks"), [(12, {2, 5, 8, 11}), (24, {5, 11, 17, 23}), (6, {0, 2, 3, 5})]
 )
-def test_four_blocks_see_the_whole_picture(depth, blocks):
+def test_four_blocks_see_the_whole_image(depth, blocks):
     assert global_blocks(depth) == blocks
 
 
@@ -103,7 +103,7 @@ def test_prepared_vit_has_no_class_token_and_starts_from_the_backbone(backbone, 
     assert last.shape == (1, 24, 16, 16)
 
 
-def test_levels_have_their_strides_whatever_picture_comes_first(backbone, config):
+def test_levels_have_their_strides_whatever_image_comes_first(backbone, config):
     model = build(backbone, config).eval()
     maps = model.backbone(torch.zeros(1, 3, 64, 64))
     assert [m.shape[-1] for m in maps.values()] == [16, 8, 4, 2, 1]
@@ -158,7 +158,7 @@ def test_other_models_of_timm_are_refused(config):
         build(Backbone("timm:x", "eva02_tiny_patch14_224", {}, 224), config, size=56)
 
 
-def test_picture_is_fitted_and_boxes_come_back_in_its_own_pixels(backbone, config):
+def test_image_is_fitted_and_boxes_come_back_in_its_own_pixels(backbone, config):
     model = build(backbone, config).eval()
     images, _ = model.transform([torch.rand(3, 30, 90)])
     assert images.tensors.shape == (1, 3, 64, 64) and images.image_sizes == [(21, 64)]
@@ -256,7 +256,7 @@ def test_wrong_request_is_refused(flags, message, run, job):
         job.main(["--task", "coco", "--run", str(run.root), *flags])
 
 
-def test_plan_names_pictures_and_budget(coco_folder, job, capsys):
+def test_plan_names_images_and_budget(coco_folder, job, capsys):
     job.main(["--task", "coco", "--data", str(coco_folder), "--dry-run"])
     plan = capsys.readouterr().out
     assert "6 training, 3 test, 2 classes" in plan

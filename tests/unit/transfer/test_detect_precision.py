@@ -38,10 +38,10 @@ def truth(category, box, *, crowd=False):
     return Annotation(category, box, float(box[2] * box[3]), crowd, outline(box))
 
 
-def task(pictures):
+def task(images):
     made = [
         BoxedImage(f"val/{i}", None, 1000 - i, WIDTH, HEIGHT, objects)
-        for i, objects in enumerate(pictures)
+        for i, objects in enumerate(images)
     ]
     return Detection("coco", ("a", "b"), made, made, "box AP", CATEGORY_IDS, has_masks=True)
 
@@ -62,8 +62,8 @@ def figures(instances, detections, kind="bbox"):
     make = box_results if kind == "bbox" else mask_results
     results = [
         entry
-        for picture, each in zip(instances.test, detections, strict=True)
-        for entry in make(picture, each, CATEGORY_IDS)
+        for image, each in zip(instances.test, detections, strict=True)
+        for entry in make(image, each, CATEGORY_IDS)
     ]
     return average_precision(ground_truth(instances.test, instances), results, kind)
 
@@ -77,7 +77,7 @@ def iou(one, other, crowd):
 
 
 def matches(rows, objects, threshold, low, high):
-    """One picture and class: (score, is right, is ignored) per detection."""
+    """One image and class: (score, is right, is ignored) per detection."""
     ignored = [o.is_crowd or not low <= o.area <= high for o in objects]
     taken: set[int] = set()
     out = []
@@ -106,10 +106,10 @@ def by_definition(instances, detections, thresholds, low, high):
     for label, category in enumerate(CATEGORY_IDS):
         for threshold in thresholds:
             every, positives = [], 0
-            for picture, each in sorted(
+            for image, each in sorted(
                 zip(instances.test, detections, strict=True), key=lambda pair: pair[0].id
             ):
-                objects = [a for a in picture.annotations if a.category == category]
+                objects = [a for a in image.annotations if a.category == category]
                 corners = np.concatenate(
                     [each.boxes[:, :2], each.boxes[:, 2:] - each.boxes[:, :2]], axis=1
                 )
@@ -147,15 +147,15 @@ def check(instances, detections, kind="bbox"):
     return measured
 
 
-def test_forms_of_a_picture_are_spelt_out():
-    picture = task([[]]).test[0]
+def test_forms_of_a_image_are_spelt_out():
+    image = task([[]]).test[0]
     one = found((1, 0.25, 10, 20, 30, 40))
-    (box,) = box_results(picture, one, CATEGORY_IDS)
+    (box,) = box_results(image, one, CATEGORY_IDS)
     assert box == {
         **{"image_id": 1000, "category_id": 90, "score": 0.25},
         **{"bbox": [10.0, 20.0, 30.0, 40.0], "area": 1200.0},
     }
-    (mask,) = mask_results(picture, one, CATEGORY_IDS)
+    (mask,) = mask_results(image, one, CATEGORY_IDS)
     assert mask["bbox"] == [10.0, 20.0, 30.0, 40.0] and mask["area"] == 1200.0
     assert run_lengths.decode(mask["segmentation"])[20:60, 10:40].all()
     assert (mask["image_id"], mask["category_id"], mask["score"]) == (1000, 90, 0.25)
@@ -213,18 +213,18 @@ def test_sizes_go_by_the_truths_area_and_by_masks_for_masks():
     assert halved["AP small"] == pytest.approx(measured["AP small"] / 2)
 
 
-def test_ids_of_pictures_and_classes_are_not_mixed_up():
-    pictures = [[truth(3, (10, 10, 40, 40))], [truth(90, (100, 100, 40, 40))]]
+def test_ids_of_images_and_classes_are_not_mixed_up():
+    images = [[truth(3, (10, 10, 40, 40))], [truth(90, (100, 100, 40, 40))]]
     right = [found((0, 0.9, 10, 10, 40, 40)), found((1, 0.9, 100, 100, 40, 40))]
-    assert figures(task(pictures), right)["AP"] == pytest.approx(1)
-    assert figures(task(pictures), right[::-1])["AP"] == 0
+    assert figures(task(images), right)["AP"] == pytest.approx(1)
+    assert figures(task(images), right[::-1])["AP"] == 0
     swapped = [each._replace(labels=1 - each.labels) for each in right]
-    assert figures(task(pictures), swapped)["AP"] == 0
+    assert figures(task(images), swapped)["AP"] == 0
 
 
 def random_case(seed, *, kind):
     draws = np.random.default_rng(seed)
-    pictures, detections = [], []
+    images, detections = [], []
     for _ in range(6):
         objects, rows = [], []
         for _ in range(int(draws.integers(0, 6))):
@@ -243,9 +243,9 @@ def random_case(seed, *, kind):
                 x, y, w, h = np.maximum(np.array(box) + shift, (0, 0, 1, 1)).tolist()
                 # few different scores, so that many are equal
                 rows.append((label, float(draws.integers(1, 8)) / 8, x, y, w, h))
-        pictures.append(objects)
+        images.append(objects)
         detections.append(found(*rows))
-    return task(pictures), detections
+    return task(images), detections
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -265,7 +265,7 @@ ADVERSARIAL = {
     "more than a hundred": [[(0, 0.9, 250, 10, 5, 5)] * 120 + [(0, 0.1, 10, 10, 40, 40)]],
     "all of one score": [[(0, 0.5, 10, 10, 40, 40), (0, 0.5, 60, 10, 40, 40)]],
     "no area": [[(0, 0.9, 10, 10, 0, 0), (0, 0.8, 10, 10, 40, 40)]],
-    "outside of the picture": [[(0, 0.9, 280, 180, 100, 100), (0, 0.8, 10, 10, 40, 40)]],
+    "outside of the image": [[(0, 0.9, 280, 180, 100, 100), (0, 0.8, 10, 10, 40, 40)]],
     "everything twice": [[(0, 0.9, 10, 10, 40, 40), (0, 0.9, 10, 10, 40, 40)]],
 }
 
@@ -276,7 +276,7 @@ def test_adversarial_predictions_score_as_the_definition_says(name):
     check(instances, [found(*ADVERSARIAL[name][0])])
 
 
-def test_best_hundred_of_a_class_and_picture_count():
+def test_best_hundred_of_a_class_and_image_count():
     instances = task([[truth(3, (10, 10, 40, 40))]])
     rows = [(0, 0.5, 200, 100, 20, 20)] * 100
     assert figures(instances, [found(*rows, (0, 0.1, 10, 10, 40, 40))])["AP"] == 0

@@ -21,7 +21,7 @@ from .conftest import png, texture
 Promise = tuple[list[int], list[int]]
 
 
-def picture(path: Path, label: int, seed: int = 0) -> None:
+def image(path: Path, label: int, seed: int = 0) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(png(texture(label % 2, np.random.default_rng(seed))))
 
@@ -38,7 +38,7 @@ def aircraft(root: Path) -> Promise:
         names = ["707-320", "DC-3 Dakota", "DC-3 Dakota"]
         lines(data / f"images_variant_{split}.txt", *map(" ".join, zip(ids, names, strict=False)))
         for i in ids:
-            picture(data / "images" / f"{i}.jpg", int(i))
+            image(data / "images" / f"{i}.jpg", int(i))
     return [0, 1, 1], [0, 1]
 
 
@@ -46,7 +46,7 @@ def caltech(root: Path) -> Promise:
     folder = root / "caltech101" / "101_ObjectCategories"
     for name, count in (("BACKGROUND_Google", 2), ("ant", 32), ("binocular", 35), ("rare", 5)):
         for i in range(count):
-            picture(folder / name / f"image_{i + 1:04d}.jpg", count, i)
+            image(folder / name / f"image_{i + 1:04d}.jpg", count, i)
     return [0] * 30 + [1] * 30 + [2] * 2, [0] * 2 + [1] * 5 + [2] * 3
 
 
@@ -58,7 +58,7 @@ def cars(root: Path) -> Promise:
     for split, classes in labels.items():
         rows = [(1, 2, 3, 4, c, f"{i + 1:05d}.jpg") for i, c in enumerate(classes)]
         for *_, c, name in rows:
-            picture(folder / f"cars_{split}" / name, c)
+            image(folder / f"cars_{split}" / name, c)
         name = "devkit/cars_train_annos" if split == "train" else "cars_test_annos_withlabels"
         (folder / "devkit").mkdir(parents=True, exist_ok=True)
         savemat(folder / f"{name}.mat", {"annotations": np.array([rows], dtype=fields)})
@@ -96,14 +96,14 @@ def dtd(root: Path) -> Promise:
         names = [f"{name}/{name}_{split}.jpg" for name in ("banded", "zigzagged")]
         lines(folder / "labels" / f"{split}1.txt", *names)
         for label, name in enumerate(names):
-            picture(folder / "images" / name, label)
+            image(folder / "images" / name, label)
     return [0, 0, 1, 1], [0, 1]
 
 
 def flowers(root: Path) -> Promise:
     folder = root / "flowers-102"
     for i in range(1, 8):
-        picture(folder / "jpg" / f"image_{i:05d}.jpg", i)
+        image(folder / "jpg" / f"image_{i:05d}.jpg", i)
     savemat(folder / "imagelabels.mat", {"labels": np.array([[77, 1, 102, 5, 5, 2, 3]])})
     ids = {"trnid": [[1, 2]], "valid": [[3, 7]], "tstid": [[4, 5, 6]]}
     savemat(folder / "setid.mat", {name: np.array(rows) for name, rows in ids.items()})
@@ -117,7 +117,7 @@ def food(root: Path) -> Promise:
         lines(folder / "meta" / f"{split}.json", json.dumps(found))
         for names in found.values():
             for i, name in enumerate(names):
-                picture(folder / "images" / f"{name}.jpg", i)
+                image(folder / "images" / f"{name}.jpg", i)
     return [0] * 3 + [1] * 3, [0, 1]
 
 
@@ -130,7 +130,7 @@ def pets(root: Path) -> Promise:
     for split, found in rows.items():
         lines(folder / "annotations" / f"{split}.txt", *found)
         for row in found:
-            picture(folder / "images" / f"{row.split()[0]}.jpg", 0)
+            image(folder / "images" / f"{row.split()[0]}.jpg", 0)
     return [0, 1], [1]
 
 
@@ -139,7 +139,7 @@ def sun(root: Path) -> Promise:
     lines(folder / "ClassName.txt", "/a/abbey", "/c/church/indoor")
     for name in ("a/abbey/sun_a", "c/church/indoor/sun_b"):
         for i in range(3):
-            picture(folder / f"{name}{i}.jpg", i)
+            image(folder / f"{name}{i}.jpg", i)
     lines(folder / "Training_01.txt", "/a/abbey/sun_a0.jpg", "/c/church/indoor/sun_b2.jpg")
     lines(folder / "Testing_01.txt", "/c/church/indoor/sun_b1.jpg", "/a/abbey/sun_a1.jpg")
     return [0, 1], [0, 1]
@@ -159,7 +159,7 @@ def voc(root: Path) -> None:
             for n, d in objects
         )
         lines(folder / "Annotations" / f"{name}.xml", f"<annotation>{text}</annotation>")
-        picture(folder / "JPEGImages" / f"{name}.jpg", 0)
+        image(folder / "JPEGImages" / f"{name}.jpg", 0)
     lines(folder / "ImageSets" / "Main" / "trainval.txt", "000005", "000007")
     lines(folder / "ImageSets" / "Main" / "test.txt", "000001")
 
@@ -265,7 +265,7 @@ def test_missing_folder_is_named_with_what_was_expected(name, tmp_path):
 @pytest.mark.parametrize(
     "name", [n for n in sorted(BUILDERS) if not n.startswith("c") or n == "cars"]
 )
-def test_listed_picture_that_is_missing_is_named(name, tmp_path):
+def test_listed_image_that_is_missing_is_named(name, tmp_path):
     BUILDERS[name](tmp_path)
     victim = sorted(p for p in tmp_path.rglob("*.jpg") if "BACKGROUND" not in str(p))[0]
     victim.unlink()

@@ -80,7 +80,7 @@ def test_missing_folder_is_named(data, folder):
         Segmentation.read("ade20k", data)
 
 
-def test_picture_without_mask_and_mask_without_picture_are_named(data):
+def test_image_without_mask_and_mask_without_image_are_named(data):
     (data / "annotations" / "training" / "2.png").unlink()
     with pytest.raises(ConfigError, match=r"images/training/2\.jpg: has no mask"):
         Segmentation.read("ade20k", data)
@@ -104,7 +104,7 @@ def test_wrong_masks_are_found_by_the_scan(data, mask, message):
         Segmentation.read("ade20k", data).scan(threads=2)
 
 
-def test_unreadable_picture_is_found_by_the_scan(data):
+def test_unreadable_image_is_found_by_the_scan(data):
     (data / "images" / "validation" / "0.jpg").write_bytes(b"\xff\xd8 nothing")
     with pytest.raises(ConfigError, match=r"validation/0\.jpg: unreadable image"):
         Segmentation.read("ade20k", data).scan(threads=2)
@@ -120,7 +120,7 @@ def test_damage_inside_a_mask_is_named(tmp_path):
         read_mask(path)
 
 
-def test_crop_keeps_picture_and_mask_together(scene_folder):
+def test_crop_keeps_image_and_mask_together(scene_folder):
     scene = Segmentation.read("ade20k", scene_folder).train[0]
     for epoch in range(20):
         draws = sample_generator(0, epoch, scene.key)
@@ -175,7 +175,7 @@ def test_sliding_a_model_of_single_pixels_changes_nothing(config):
         torch.testing.assert_close(found, model(pixels[None])[0], rtol=1e-5, atol=1e-5)
 
 
-def test_picture_smaller_than_a_window_is_filled_up_and_cut_back(config):
+def test_image_smaller_than_a_window_is_filled_up_and_cut_back(config):
     model = torch.nn.Conv2d(3, 4, 1)
     pixels = torch.randn(3, 20, 57)
     with torch.no_grad():
@@ -184,13 +184,13 @@ def test_picture_smaller_than_a_window_is_filled_up_and_cut_back(config):
 
 
 def test_scales_and_mirroring_average_probabilities(config):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+    some_image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
     backbone, machine = run_backbone("random", config, None), machine_of(config)
     torch.manual_seed(0)
     model = torch.nn.Conv2d(3, 4, 3, padding=1)
 
     def look(*scales: float, flip: bool = False) -> torch.Tensor:
-        return class_probabilities(model, picture, backbone, Window(32, scales, flip), machine)
+        return class_probabilities(model, some_image, backbone, Window(32, scales, flip), machine)
 
     whole = look(0.5, 1.0, 1.5)
     assert whole.shape == (4, 40, 60)
@@ -198,7 +198,7 @@ def test_scales_and_mirroring_average_probabilities(config):
     torch.testing.assert_close(whole, expected)
     torch.testing.assert_close(whole.sum(dim=0), torch.ones(40, 60))
     upright, both = look(1.0), look(1.0, flip=True)
-    picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    some_image = some_image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     torch.testing.assert_close(both, (upright + look(1.0).flip(2)) / 2, rtol=1e-4, atol=1e-5)
 
 

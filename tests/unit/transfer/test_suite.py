@@ -89,7 +89,7 @@ def test_detector_is_fitted_by_two_processes_of_torchrun(run, coco_folder):
 
 
 @pytest.mark.parametrize(("task", "expected"), [("coco", 6), ("ade20k", 2), ("digits", 16)])
-def test_workers_share_the_pictures_of_a_step(task, expected, config, tmp_path):
+def test_workers_share_the_images_of_a_step(task, expected, config, tmp_path):
     recipe = config.transfer.detection.model_copy(update={"batch_size": 6})
     budget = config.transfer.model_copy(update={"detection": recipe})
     order = Order(

@@ -61,7 +61,7 @@ def test_val_stands_in_for_test(tars):
     assert len(Classification.open("webdataset", tars).test) == 5
 
 
-def test_damaged_picture_is_named_by_its_sample(tars):
+def test_damaged_image_is_named_by_its_sample(tars):
     write_tar(tars / "test-000.tar", [("x.png", b"nothing"), ("x.cls", b"0")])
     with pytest.raises(ConfigError, match=r"test-000\.tar/x: unreadable image"):
         Classification.open("webdataset", tars).scan(threads=2)

@@ -71,6 +71,11 @@ def test_no_test_image_is_read(config, models, task, read):
     assert any(key.startswith("test/") for key in read)
 
 
+def test_no_more_labels_are_seen_than_the_fits_may_use(config, models, task, read):
+    tried(config, models, task, max_train=6)
+    assert set(read) == {item.key for item in task.subset(6, config.seed).train}
+
+
 def test_labels_of_other_folds_alone_judge_a_fold(config, task):
     # features that tell the image itself and nothing else: whoever saw it would know its label
     draws = torch.Generator().manual_seed(0)

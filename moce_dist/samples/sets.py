@@ -27,11 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from moce_dist.data import carriers
-from moce_dist.data.carriers import Pixels
 from moce_dist.data.sources import SEGMENTATION, TASKS
 from moce_dist.data.writer import all_or_nothing
-from moce_dist.run.artefacts import is_complete, mark_complete
+from moce_dist.run.artefacts import is_complete, mark_complete, read_marker
+from moce_dist.samples import carriers
+from moce_dist.samples.carriers import Pixels
 from moce_dist.settings import ConfigError
 
 Part = Literal["train", "test", "pretrain"]
@@ -292,11 +292,15 @@ def write_files(out: Path, name: str, files: Iterable[tuple[str, bytes]]) -> Non
     If the set is already complete in `out`, return at once.
 
     Raises:
-        ConfigError: `out` contains other files.
+        ConfigError: `out` contains other files or another data set.
     """
     inputs = {"source": f"sample:{name}"}
     if is_complete(out, inputs):
         return
+    if (marker := read_marker(out)) is not None and marker["inputs"] != inputs:
+        raise ConfigError(
+            f"{out}: holds other data ({marker['inputs']}); choose another folder, or --fresh"
+        )
     with all_or_nothing(out, _TASK_FILES):
         written = []
         for relative, content in files:

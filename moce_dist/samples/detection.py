@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from moce_dist.data import carriers, desktop
-from moce_dist.data.carriers import Pixels
-from moce_dist.data.desktop import Stamp
-from moce_dist.data.samples import encode, write_files
 from moce_dist.data.sources import COMPOSITED, TREES
+from moce_dist.samples import carriers, desktop
+from moce_dist.samples.carriers import Pixels
+from moce_dist.samples.desktop import Stamp
+from moce_dist.samples.sets import encode, write_files
 
 Split = Literal["train2017", "val2017"]
 Mask = NDArray[np.bool_]

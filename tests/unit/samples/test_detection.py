@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_dist.data import carriers, desktop, detection
+from moce_dist.samples import carriers, desktop, detection
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.detection.jitter import decode_mask
 from moce_dist.transfer.detection.task import Detection
@@ -85,11 +85,11 @@ def test_tile_keeps_what_it_shows_of_a_tree():
 def test_outlines_lie_on_the_cut_outs(composited):
     assert composited.classes == ("cut-out",) and composited.has_masks
     assert (len(composited.train), len(composited.test)) == (12, 4)
-    for picture in [*composited.train, *composited.test]:
-        pixels = np.asarray(picture.load().image, int)
+    for some_image in [*composited.train, *composited.test]:
+        pixels = np.asarray(some_image.load().image, int)
         yellow = pixels[..., 0] > pixels[..., 2]
         union = np.zeros((128, 128), bool)
-        for a in picture.annotations:
+        for a in some_image.annotations:
             mask = decode_mask(a.segmentation, 128, 128) == 1
             rows, columns = np.nonzero(mask)
             x, y, width, height = a.box

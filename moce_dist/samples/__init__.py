@@ -1,0 +1,1 @@
+"""The `sample:NAME` sets, built from images that installed packages contain."""
