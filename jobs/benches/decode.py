@@ -36,6 +36,7 @@ from moce_dist.data.images import (
 )
 from moce_dist.data.packing import at_most
 from moce_dist.data.resize import Pixels
+from moce_dist.settings import ConfigError
 
 SIZES = {"500": (500, 375), "2000": (2000, 1500)}
 _STORE_SIDE, _EIGHTH = 512, 8
@@ -62,11 +63,15 @@ def run(config: BenchConfig) -> Report:
     rates = {name: [bench.images / s for s in series] for name, series in seconds.items()}
     report = Report("decode", config).add_variants(rates, unit="images/s")
     for name, encoded in contents.items():
-        if torch.cuda.is_available():
-            rates = {f"device_{name}": device_rates(config, encoded)}
-            report.add_variants(rates, unit="images/s")
-        else:
+        if not torch.cuda.is_available():
             report.skipped[f"device_{name}"] = "no GPU (data.decode_on)"
+            continue
+        try:
+            rates = {f"device_{name}": device_rates(config, encoded)}
+        except ConfigError as error:
+            report.skipped[f"device_{name}"] = str(error)
+        else:
+            report.add_variants(rates, unit="images/s")
     for name, encoded in contents.items():
         report.add_ratio(f"moce_dist_{name}", f"pil_torchvision_{name}")
         report.figures[f"bytes_per_image_{name}"] = int(np.mean([len(c) for c in encoded]))

@@ -39,7 +39,11 @@ RATIOS = (("cluster", "dense"), ("cluster", "token"), ("dense", "ddp"), ("dense"
 
 
 def run(config: BenchConfig) -> Report:
-    """Measure on `parallel.num_workers` ranks without Ray."""
+    """Measure on `parallel.num_workers` ranks without Ray; on GPUs, on at most one per GPU."""
+    parallel, gpus = config.parallel, torch.cuda.device_count()
+    if parallel.use_gpu and 0 < gpus < parallel.num_workers:
+        parallel = parallel.model_copy(update={"num_workers": gpus})
+        config = config.model_copy(update={"parallel": parallel})
     result = run_ranks("step:measure", config)
     report = Report("step", config).add_variants(result["times"])
     for suffix in ("", "_bf16"):

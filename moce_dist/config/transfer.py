@@ -16,7 +16,7 @@ class FinetuneConfig(Section):
 
     epochs: int = Field(100, ge=1)
     """Passes over the training images."""
-    batch_size: int = Field(1024, ge=1)
+    batch_size: int = Field(1024, ge=2)
     """Images per step."""
     base_lr: float = Field(5e-4, gt=0)
     """Learning rate per 256 images."""

@@ -6,7 +6,8 @@
 Every sample is used once per epoch, so the least recently used sample is the worst to drop. Instead
 the name alone decides whether a sample is kept, such that as many samples of a data set are kept as
 fit. No sample is ever replaced. So the processes of a node share a folder without communication,
-and its size stays within the limit.
+and what it holds of a data set stays within the limit. Every data set fills its own share: the tars
+that stage mae reads, those by cluster, and those of other runs.
 """
 
 import hashlib

@@ -28,6 +28,7 @@ import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +170,12 @@ class PlannedSamples(IterableDataset[Sample]):
             self._begin = self._now = (stop, 0, False)
 
     def _read_ahead(self, steps: range) -> Iterator[tuple[int, Any, list[Content]]]:
-        reader = RangeReader()
         table = self._plan.table
         step_bytes = max(1, table.num_bytes) / max(1, table.num_samples) * self.rank_batch
         length = max(1, int(_WINDOW_BYTES / step_bytes))
         # while one window is consumed, the next one is read
         windows = [steps[at : at + length] for at in range(0, len(steps), length)]
-        with ThreadPoolExecutor(1, "read-ahead") as thread:
+        with closing(RangeReader()) as reader, ThreadPoolExecutor(1, "read-ahead") as thread:
             ahead = [thread.submit(self._read, window, reader) for window in windows[:1]]
             for coming in [*windows[1:], None]:
                 if ahead:
@@ -183,7 +183,6 @@ class PlannedSamples(IterableDataset[Sample]):
                     if coming is not None:
                         ahead.append(thread.submit(self._read, coming, reader))
                     yield from found
-        reader.close()
 
     def _read(self, steps: range, reader: RangeReader) -> list[tuple[int, Any, list[Content]]]:
         table = self._plan.table

@@ -119,7 +119,8 @@ class DeviceDecoder:
                 squares.append(self._decode_here(image.tobytes(), box))
             else:
                 crop = from_dlpack(pixels) if self._is_cuda else torch.from_numpy(np.array(pixels))
-                squares.append(self._resize(crop))
+                square = self._resize(crop)
+                squares.append(self._decode_here(image, box) if square is None else square)
         for row in torch.nonzero(crops.is_mirrored).flatten().tolist():
             if isinstance(square := squares[row], Tensor):
                 squares[row] = square.flip(-1)
@@ -136,11 +137,15 @@ class DeviceDecoder:
     def _is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    def _resize(self, crop: Tensor) -> Tensor:
+    def _resize(self, crop: Tensor) -> Tensor | None:
         planes = crop.permute(2, 0, 1)[None].to(torch.float32)
-        square = torch.nn.functional.interpolate(
-            planes, (self._size, self._size), mode="bicubic", antialias=True
-        )
+        try:
+            square = torch.nn.functional.interpolate(
+                planes, (self._size, self._size), mode="bicubic", antialias=True
+            )
+        except RuntimeError:
+            # a kernel's shared memory or the device's memory is too small for so large a crop
+            return None
         return square[0].round_().clamp_(0, 255).to(torch.uint8)
 
     def _decode_here(self, image: bytes, box: Box) -> Tensor | ImageError:

@@ -15,6 +15,7 @@ side (pixels), K clusters.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -162,14 +163,15 @@ class PlannedStream(IterableDataset[Batch]):
         number, processes = (0, 1) if worker is None else (worker.id, worker.num_workers)
         data = self._spec.data
         cache = open_cache(data, self._spec.plan.table)
-        reader = RangeReader(data.read_timeout_s, data.read_deadline_s, cache)
-        with ThreadPoolExecutor(1, "read-ahead") as thread:
+        with (
+            closing(RangeReader(data.read_timeout_s, data.read_deadline_s, cache)) as reader,
+            ThreadPoolExecutor(1, "read-ahead") as thread,
+        ):
             windows = self._all_windows(number, processes, reader)
             ahead: Future[list[PlannedStep]] = thread.submit(next, windows, [])
             while window := ahead.result():
                 ahead = thread.submit(next, windows, [])
                 yield from window
-        reader.close()
 
     def _all_windows(
         self, number: int, processes: int, reader: RangeReader

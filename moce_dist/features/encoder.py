@@ -101,7 +101,11 @@ class Encoder:
 
 
 def encoder_device(parallel: ParallelConfig) -> torch.device:
-    """Choose this process's device: the GPU if there is one and `parallel.use_gpu` is not False."""
+    """Choose this process's device: the GPU if there is one and `parallel.use_gpu` is not False.
+
+    TF32 is off, as in training: float32 products are exact float32.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     has_gpu = parallel.use_gpu is not False and torch.cuda.is_available()
     return torch.device("cuda" if has_gpu else "cpu")
 

@@ -149,11 +149,26 @@ class ActorPool:
         if not come:
             come, _ = ray.wait(expected, timeout=max(longest - _START_S, 0))
         if not come:
-            self.dismiss()
-            needs = "a CPU and a GPU" if self._gpu else "a CPU"
-            raise RuntimeError(f"no worker has started in {longest:g} s; each needs {needs}")
+            self.give_up()
         for greeting in come:
             self.hear(greeting)
+
+    @property
+    def patience_s(self) -> float:
+        """Seconds after which an answer that has not come shows that there is no worker."""
+        return self._start_timeout_s
+
+    def give_up(self) -> None:
+        """End all workers, as none has started.
+
+        Raises:
+            RuntimeError: always.
+        """
+        self.dismiss()
+        needs = "a CPU and a GPU" if self._gpu else "a CPU"
+        raise RuntimeError(
+            f"no worker has started in {self._start_timeout_s:g} s; each needs {needs}"
+        )
 
     @property
     def greetings(self) -> list[Any]:
@@ -230,7 +245,10 @@ class _Sweep:
         return longest.pop() if longest and longest[-1] < limit else None
 
     def _take_in(self) -> None:
-        for reference in ray.wait([*self._running, *self._pool.greetings])[0]:
+        come = ray.wait([*self._running, *self._pool.greetings], timeout=self._pool.patience_s)[0]
+        if not come and not self._running:
+            self._pool.give_up()
+        for reference in come:
             if reference not in self._running:
                 self._pool.hear(reference)
                 continue

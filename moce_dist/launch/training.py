@@ -133,6 +133,9 @@ class Crew:
                 continue
             start.free_seats()
             lost = start.hosting() - {host.node for host in look()}
+            if ending.is_saved and not lost:
+                log.info("%s: the room for more workers, or the drain, is over", job.name)
+                continue
             reached = ray.get(start.board.reached.remote())
             line = budgets.charge(is_preemption=bool(lost), cause=ending.cause, reached=reached)
             gauges.restarted({"failure": budgets.failures, "preemption": budgets.preemptions})

@@ -23,7 +23,19 @@ def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
     names = backbone_texts(metrics)
     cells = {(row["backbone"], row["protocol"]): row for row in metrics["summary"]}
     protocols = sorted({protocol for _, protocol in cells})
-    best = {p: max(row["mean"] for (_, q), row in cells.items() if q == p) for p in protocols}
+    # means over tasks compare only where they are over the same number of tasks
+    whole = {
+        p: max(row.get("num_tasks", 1) for (_, q), row in cells.items() if q == p)
+        for p in protocols
+    }
+    best = {
+        p: max(
+            row["mean"]
+            for (_, q), row in cells.items()
+            if q == p and row.get("num_tasks", 1) == whole[p]
+        )
+        for p in protocols
+    }
     backbones = sorted(dict.fromkeys(b for b, _ in cells), key=_rank)
     references = {row["protocol"]: row["reference"] for row in metrics.get("differences", [])}
 
@@ -31,6 +43,8 @@ def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
         row = cells.get((backbone, protocol))
         if row is None:
             return {"text": "-", "best": False}
+        if (number := row.get("num_tasks", 1)) < whole[protocol]:
+            return {"text": f"{value_text(row)} ({number} tasks)", "best": False}
         return {"text": value_text(row), "best": row["mean"] == best[protocol]}
 
     return {
@@ -96,6 +110,7 @@ def _choice(choice: Line | None) -> dict[str, Any] | None:
     ]
     return {
         "select": choice.get("select", ""),
+        "chosen": choice.get("chosen", ""),
         "images": total,
         "clusters": clusters[:_MAX_CLUSTERS],
         "more": max(0, len(clusters) - _MAX_CLUSTERS),

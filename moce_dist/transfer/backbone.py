@@ -75,6 +75,11 @@ class Backbone:
     cost: Mapping[str, float] | None = None
     """Images and seconds of the further steps, if there were any."""
 
+    @property
+    def is_drawn(self) -> bool:
+        """Tell whether the weights depend on a seed."""
+        return self.weights is None and not self.pretrained
+
     def features_model(self, seed: int) -> nn.Module:
         """Build the model (B, 3, S, S) -> (B, D) in evaluation mode.
 

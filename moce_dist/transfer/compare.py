@@ -19,7 +19,7 @@ from typing import Any
 from moce_dist.config import Config
 from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
 from moce_dist.run.directory import Run
-from moce_dist.run.files import write_atomic
+from moce_dist.run.files import read_jsonl, write_atomic
 from moce_dist.train.checkpoint import trained_steps
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
@@ -136,11 +136,12 @@ class Comparison:
             for name in backbones_of(self.config)
             if (found := self.chooser.stages.get(stage_of(name, self.config) or "")) is not None
         }
-        protocols = {"finetune", "linear", "knn", *self.request.protocols}
+        path = self.folder / "results.jsonl"
+        known = {line["row"]["protocol"] for line in read_jsonl(path)}
+        protocols = {"finetune", "linear", "knn", *self.request.protocols, *known}
         transfer, of_task = self.config.transfer, self.chooser.task_fingerprint
         common = {name: [of_task, self.task.budget(transfer, name)] for name in protocols}
         own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
-        path = self.folder / "results.jsonl"
         return Ledger(path, fingerprints(common), fingerprints(own), stages)
 
     def fits(self) -> Iterator[Fit]:
@@ -149,6 +150,13 @@ class Comparison:
             for seed in self.seeds():
                 for protocol in self.request.protocols:
                     yield Fit(name, protocol, seed)
+
+    def is_drawn(self, fit: Fit, backbone: Backbone) -> bool:
+        """Tell whether a fit's result depends on its seed."""
+        if fit.protocol not in ("knn", "linear"):
+            return True
+        part = self.task.part_of(self.config.transfer, fit.protocol, fit.seed)
+        return backbone.is_drawn or len(part.train) < len(self.task.train)
 
     def run_fit(self, fit: Fit, backbone: Backbone, identity: str) -> Row:
         """Carry out one fit and describe it as a row of metrics.json.
@@ -182,6 +190,7 @@ class Comparison:
             "num_train": len(task.train),
             "num_test": len(task.test),
             "choice": backbone.choice,
+            **({} if self.is_drawn(fit, backbone) else {"is_drawn": False}),
             **({} if backbone.cost is None else {"cost": dict(backbone.cost)}),
             **figures,
         }
@@ -223,14 +232,20 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     request, folder = comparison.request, comparison.folder
     backbones = {name: comparison.backbone(name) for name in request.backbones}
     ledger = comparison.ledger(backbones)
+    # what does not depend on the seed is carried out once, and has no deviation
+    wanted = [
+        fit
+        for fit in comparison.fits()
+        if fit.seed == comparison.config.seed or comparison.is_drawn(fit, backbones[fit.backbone])
+    ]
     inputs = {
-        "fits": [list(fit) for fit in comparison.fits()],
+        "fits": [list(fit) for fit in wanted],
         "common": dict(ledger.common),
         "own": dict(ledger.own),
         "stages": dict(ledger.stages),
     }
     is_done = is_complete(folder, inputs)
-    left = [] if is_done else [fit for fit in comparison.fits() if fit not in ledger.rows()]
+    left = [] if is_done else [fit for fit in wanted if fit not in ledger.rows()]
     if "RANK" in os.environ or any(fit.is_trained for fit in left):
         train(ledger)
     if is_done:

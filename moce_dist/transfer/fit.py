@@ -17,6 +17,7 @@ ViTDet, Li et al. 2022, arXiv 2203.16527, appendix A.2.
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,6 +192,10 @@ def run_fit(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
 
 def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | None) -> None:
     start = _resume(fitting, trainer, machine, kept) if kept else 0
+    if kept and start == 0 and machine.rank == 0:
+        # models of a fit under other conditions
+        for name in ("best", "last"):
+            shutil.rmtree(kept.folder / name, ignore_errors=True)
     batches = track(fitting.batches(start), f"steps of {fitting.name}", total=fitting.steps - start)
     pulse = kept.pulse if kept else Pulse()
     fitting.model.train()

@@ -68,7 +68,12 @@ class Reconstructors:
         self._table = routes(weights, config.gate, num_groups=config.parallel.num_groups)
         self._moce = self._load(weights, weights["gate.cluster_embedding"])
         even = [[1 / config.moe.num_experts] * config.moe.num_experts] * len(config.moe_layers)
-        self._dense = {"average": self._load(customize(weights, even, with_decoder=True))}
+        scale = None
+        if config.gate.combine == "prob":
+            # the outputs of an average are scaled as those of own experts are on average
+            scale = self._p.gather(2, self._table[:, :, None]).mean(dim=(1, 2)).tolist()
+        average = customize(weights, even, scale=scale, with_decoder=True)
+        self._dense = {"average": self._load(average)}
         control = open_stage(run, CONTROL)
         if control is not None and read_marker(run.stage(CONTROL)) is not None:
             self._dense[CONTROL] = self._load(control.weights)

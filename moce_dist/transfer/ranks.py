@@ -90,7 +90,7 @@ def share_batch_norm(model: nn.Module) -> None:
 def _normalise(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
     """Normalise (B, C, H, W) by mean and variance over all ranks' images and pixels."""
     if not norm.training:
-        return nn.BatchNorm2d.forward(norm, images)
+        return _activated(norm, nn.BatchNorm2d.forward(norm, images))
     values, shape = images.float(), (1, -1, 1, 1)
     number = values.new_tensor([values.numel() / values.shape[1]])
     total: Tensor = _Sum.apply(torch.cat([values.sum((0, 2, 3)), number]))
@@ -108,4 +108,13 @@ def _normalise(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
         norm.running_var.lerp_(variance * count / (count - 1).clamp_min(1), norm.momentum)
         norm.num_batches_tracked += 1
     scaled = centred * (variance + norm.eps).rsqrt().view(shape)
-    return (scaled * norm.weight.view(shape) + norm.bias.view(shape)).to(images.dtype)
+    shifted = scaled * norm.weight.view(shape) + norm.bias.view(shape)
+    return _activated(norm, shifted.to(images.dtype))
+
+
+def _activated(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
+    """Apply what timm's BatchNormAct2d does after it has normalised."""
+    for name in ("drop", "act"):
+        if isinstance(part := getattr(norm, name, None), nn.Module):
+            images = part(images)
+    return images

@@ -10,6 +10,7 @@ lines that are still valid:
      "differences": [{"backbone": "moce", "protocol": "knn", "reference": "control", "mean": 0.02,
      ...}, ...]}
 
+A fit that does not depend on its seed has one row, with `is_drawn` false, whatever `--seeds` says.
 A row of a backbone with further steps has their `cost`: {"images": 100000, "seconds": 812.5}.
 A summary row has `steps_fewer` if its backbone was trained for fewer steps than stage moce. The
 metrics.json of a suite has the rows of all its tasks, the means over tasks, and the failures.
@@ -125,20 +126,44 @@ def reference_of(rows: Iterable[Row]) -> str | None:
     return next((name for name in ("control", "mae", *names) if name in names), None)
 
 
+def references_of(backbone: str, names: Sequence[str]) -> list[str]:
+    """Choose what a backbone is compared with, out of the backbones at hand.
+
+    With further steps that is the control after as many: on the task's own images, and on all data.
+    Otherwise it is the reference of the comparison.
+    """
+    further, usual = backbone.partition("+")[2], reference_of({"backbone": n} for n in names)
+    if further:
+        fair = ("control+own", "control+all") if further == "own" else ()
+        # the control on its own images is compared with the one on all data, not the other way
+        found = [name for name in fair if name in names and name != backbone]
+        if found or backbone == "control+all":
+            return found
+    return [] if usual in (None, backbone) else [str(usual)]
+
+
 def differences(rows: Iterable[Row]) -> list[Row]:
-    """Compute mean and deviation of a backbone's value minus the reference's, seed by seed.
+    """Compute mean and deviation of a backbone's value minus its reference's, seed by seed.
 
     Fits of one seed see the same images in the same order, so their difference varies less than
-    the values. Seeds that only one of the two has are left out.
+    the values. Seeds that only one of the two has are left out; a value that does not depend on the
+    seed stands for all.
     """
     ordered = list(rows)
-    reference = reference_of(ordered)
+    names = list(dict.fromkeys(row["backbone"] for row in ordered))
     values = {(r["backbone"], r["protocol"], r["seed"]): r["value"] for r in ordered}
-    found: dict[tuple[str, str], list[float]] = {}
-    for (backbone, protocol, seed), value in values.items():
-        other = values.get((reference or "", protocol, seed))
-        if backbone != reference and other is not None:
-            found.setdefault((backbone, protocol), []).append(value - other)
+    fixed = {
+        (r["backbone"], r["protocol"]): r["value"] for r in ordered if not r.get("is_drawn", True)
+    }
+    seeds = list(dict.fromkeys(row["seed"] for row in ordered))
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for backbone, protocol in dict.fromkeys((r["backbone"], r["protocol"]) for r in ordered):
+        for reference in references_of(backbone, names):
+            pair = [(name, protocol) for name in (backbone, reference)]
+            for seed in seeds[:1] if all(each in fixed for each in pair) else seeds:
+                mine, other = (values.get((*each, seed), fixed.get(each)) for each in pair)
+                if mine is not None and other is not None:
+                    found.setdefault((backbone, protocol, reference), []).append(mine - other)
     return [
         {
             "backbone": backbone,
@@ -147,7 +172,7 @@ def differences(rows: Iterable[Row]) -> list[Row]:
             **_spread(each),
             "num_seeds": len(each),
         }
-        for (backbone, protocol), each in found.items()
+        for (backbone, protocol, reference), each in found.items()
     ]
 
 

@@ -11,8 +11,10 @@ everything runs on the CPU at a tiny size, so that the script is known to work.
 import argparse
 import collections
 import contextlib
+import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,8 @@ def main():
     parser.add_argument("--only", default="")
     arguments = parser.parse_args()
     prepare(arguments.wheels)
+    # read once, at the first product on the device; section `repeatable` needs it
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 
     on_gpu = torch.cuda.is_available()
@@ -58,7 +62,7 @@ def main():
 
 def prepare(wheels):
     """Install what the machine lacks from a folder of wheels, and put the project on the path."""
-    if wheels is not None:
+    if wheels is not None and any(wheels.glob("*.whl")):
         target = tempfile.mkdtemp(prefix="prove-")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
         subprocess.run([*command, "--target", target, *map(str, wheels.glob("*.whl"))], check=True)
@@ -73,6 +77,8 @@ def run_section(section, on_gpu, cap_s):
         return {"skipped": "no time left"}
     try:
         result = section(on_gpu, begin + cap_s)
+    except ImportError as error:
+        result = {"skipped": str(error)}
     except Exception as error:  # noqa: BLE001 - a section that fails must not take the others along
         result = {"error": repr(error), "at": traceback.format_exc().strip().splitlines()[-3:]}
     return {**result, "seconds": round(time.monotonic() - begin, 1)}
@@ -190,24 +196,45 @@ def make_state(on_gpu, kind, images, *overrides):
 
 def step(on_gpu, deadline):
     """Images a second of dense and MoCE steps, kernels and places where the host waits."""
-    import torch
-
     result = {}
+    can_compile = shutil.which("cc") is not None
     for images in (128, 256, 512) if on_gpu else (8,):
         for kind in ("dense", "cluster"):
             for compiled in (False, True) if on_gpu else (False,):
-                if time.monotonic() > deadline:
-                    return {**result, "skipped": f"from {kind} {images} on: no time left"}
                 name = f"{kind}_{images}{'_compiled' if compiled else ''}"
-                with contextlib.ExitStack() as stack:
-                    state = make_state(
-                        on_gpu, kind, images, f"parallel.compile={str(compiled).lower()}"
-                    )
-                    stack.callback(state.engine.destroy)
-                    result[name] = measure_step(state, images, on_gpu)
-                if on_gpu:
-                    torch.cuda.empty_cache()
+                if time.monotonic() > deadline:
+                    return {**result, "skipped": f"from {name} on: no time left"}
+                if compiled and not can_compile:
+                    result[name] = {"skipped": "no C compiler"}
+                    continue
+                try:
+                    result[name] = measure_variant(on_gpu, kind, images, compiled)
+                except ImportError:
+                    raise
+                except Exception as error:  # noqa: BLE001 - the other variants' figures stay
+                    result[name] = {"error": repr(error)}
+                free(on_gpu)
+    if failed := [name for name, found in result.items() if "error" in found]:
+        result["error"] = f"failed: {', '.join(failed)}"
     return result
+
+
+def measure_variant(on_gpu, kind, images, compiled):
+    """Build one variant's state and measure it."""
+    with contextlib.ExitStack() as stack:
+        state = make_state(on_gpu, kind, images, f"parallel.compile={str(compiled).lower()}")
+        stack.callback(state.engine.destroy)
+        return measure_step(state, images, on_gpu)
+
+
+def free(on_gpu):
+    """Give back the memory of states that nobody needs any more, and forget its peak."""
+    import torch
+
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def measure_step(state, images, on_gpu):
@@ -218,10 +245,20 @@ def measure_step(state, images, on_gpu):
 
     from moce_dist.train.loop import train_step
 
-    batches = synthetic_batches(state, 3)
+    # training uploads a batch while the step before it computes
+    device = state.engine.device
+    batches = [
+        batch._replace(
+            images=batch.images.to(device),
+            noise=batch.noise.to(device),
+            weights=batch.weights.to(device),
+        )
+        for batch in synthetic_batches(state, 3)
+    ]
 
     def take():
         train_step(state, batches[state.step % len(batches)])
+        state.step += 1
 
     taken = seconds(take, on_gpu, 10 if on_gpu else 2)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
@@ -231,13 +268,27 @@ def measure_step(state, images, on_gpu):
     operators = sum(e.count for e in events if e.key.startswith("aten::"))
     figures = {"images_per_s": images / taken, "step_s": taken, "aten_operators": operators}
     if on_gpu:
-        kernels = [e for e in profiled.events() if e.device_type.name == "CUDA"]
-        figures["kernels"] = len(kernels)
-        figures["busy_share"] = sum(e.device_time_total for e in kernels) / 1e6 / taken
+        on_device = [
+            e
+            for e in profiled.events()
+            if e.device_type.name == "CUDA" and not getattr(e, "is_user_annotation", False)
+        ]
+        is_copy = [e.name.startswith(("Memcpy", "Memset")) for e in on_device]
+        figures["kernels"], figures["copies"] = is_copy.count(False), is_copy.count(True)
+        spans = sorted((e.time_range.start, e.time_range.end) for e in on_device)
+        figures["busy_share"] = covered(spans) / 1e6 / taken
         figures["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
         figures["waits"] = waits(take)
     return figures
+
+
+def covered(spans):
+    """Length of the union of sorted spans (begin, end)."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in spans:
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 def waits(take):
@@ -277,6 +328,8 @@ def repeatable(on_gpu, _):
                 state.step += 1
             found.append({n: t.detach().cpu().clone() for n, t in state.model.named_parameters()})
             state.engine.destroy()
+            del state
+            free(on_gpu)
         differing = [n for n, t in found[0].items() if not torch.equal(t, found[1][n])]
         result["deterministic" if deterministic else "default"] = {
             "tensors": len(found[0]),

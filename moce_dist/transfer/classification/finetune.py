@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moce_dist.config import FinetuneConfig
 from moce_dist.data.images import eval_image
 from moce_dist.features.encoder import renormalisation
+from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.classification import frozen
 from moce_dist.transfer.classification.measure import measure, multi_label_loss
@@ -92,6 +93,8 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
     model.to(machine.device)
     images = TaskImages(task.train, backbone, machine.kept_images, augment=recipe, seed=seed)
     # Mixup pairs images at mirror positions in the batch, so batches are even
+    if len(images) < 2:
+        raise ConfigError(f"{task.name}: fine-tuning needs 2 training images, has {len(images)}")
     batch_size = min(recipe.batch_size, len(images)) // 2 * 2
     order = TrainingOrder(len(images), batch_size, recipe.epochs, seed)
     mix = _mixer(recipe, task)

@@ -10,6 +10,7 @@ Source: weighted k-NN as in Wu et al. 2018, arXiv 1805.01978, section 3.4 (tempe
 features minus their mean as in the clustering of this package.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,8 +37,9 @@ from moce_dist.transfer.saved import classifier_spec, save_model
 from moce_dist.transfer.skips import Skips, readable
 from moce_dist.transfer.tasks import Item, Task
 
+logger = logging.getLogger(__name__)
 _TEMPERATURE = 0.07
-_CHUNK = 8192
+_CHUNK, _MOST_PAIRS = 8192, 2**28
 _PENALTY = 1.0
 _SHARES = tuple(10.0**exponent for exponent in range(-4, 3))
 """Values of scikit-learn's C: weight of the summed losses relative to half the squared weights."""
@@ -115,14 +117,17 @@ def knn_scores(features: Features, *, k: int, num_classes: int) -> Tensor:
     mean = features.train.mean(dim=0)
     train = F.normalize(features.train - mean, dim=1)
     test = F.normalize(features.test - mean, dim=1)
-    labels = features.train_labels
-    truth = (F.one_hot(labels, num_classes) if labels.ndim == 1 else labels.clamp_min(0)).float()
-    votes = []
-    for chunk in torch.split(test, _CHUNK):
+    labels, votes = features.train_labels, []
+    for chunk in torch.split(test, max(1, min(_CHUNK, _MOST_PAIRS // len(train)))):
         similarity, neighbours = (chunk @ train.T).topk(min(k, len(train)), dim=1)
         weights = (similarity / _TEMPERATURE).exp()
         shares = weights / weights.sum(dim=1, keepdim=True)
-        votes.append(torch.einsum("nk,nkc->nc", shares, truth[neighbours]))
+        if labels.ndim == 1:
+            none = shares.new_zeros(len(chunk), num_classes)
+            votes.append(none.scatter_add_(1, labels[neighbours], shares))
+        else:
+            truth = labels[neighbours].clamp_min(0).float()
+            votes.append(torch.einsum("nk,nkc->nc", shares, truth))
     return torch.cat(votes)
 
 
@@ -223,7 +228,11 @@ def fit_logistic(rows: NDArray[np.float32], labels: NDArray[np.int64]) -> Any:
     x, held_x, y, held_y = train_test_split(
         rows, labels, test_size=num_held, stratify=labels, random_state=0
     )
-    losses = [log_loss(held_y, fit(share, x, y).predict_proba(held_x)) for share in _SHARES]
+    losses = []
+    for share in _SHARES:
+        model = fit(share, x, y)
+        # a rare class may be among these rows alone
+        losses.append(log_loss(held_y, model.predict_proba(held_x), labels=model.classes_))
     return fit(_SHARES[int(np.argmin(losses))], rows, labels)
 
 
@@ -238,8 +247,7 @@ def fit(task: Classification, trial: Trial) -> Fitted:
     """
     backbone, machine, seed, protocol = trial.backbone, trial.machine, trial.seed, trial.protocol
     # features depend on the seed if it draws the weights or a part of the training images
-    is_drawn = backbone.weights is None and not backbone.pretrained
-    is_drawn |= len(task.train) == trial.transfer.max_train
+    is_drawn = backbone.is_drawn or len(task.train) == trial.transfer.max_train
     key = (backbone.name, seed if is_drawn else 0)
     if trial.shared.get("key") != key:
         train, test = (
@@ -260,8 +268,14 @@ def fit(task: Classification, trial: Trial) -> Fitted:
         spec = classifier_spec(
             backbone, task.name, task.classes, is_multi_label=task.is_multi_label, fc_norm=False
         )
-        model = spec.vit()
-        weights = {"head.weight": head.weight, "head.bias": head.bias}
-        model.load_state_dict({**backbone.features_model(seed).state_dict(), **weights})
-        save_model(trial.kept.folder / "last", model, spec, measures)
+        model: Any = spec.vit()
+        classifier = model.get_classifier()
+        if isinstance(classifier, nn.Linear) and classifier.weight.shape == head.weight.shape:
+            features_of = backbone.features_model(seed).state_dict()
+            odd = model.load_state_dict(features_of, strict=False)
+            assert not odd.unexpected_keys and len(odd.missing_keys) == len(head), odd
+            classifier.load_state_dict({"weight": head.weight, "bias": head.bias})
+            save_model(trial.kept.folder / "last", model, spec, measures)
+        else:
+            logger.warning("%s: its classifier is no linear layer; not saved", backbone.name)
     return Fitted(measures, skips.close())

@@ -4,7 +4,8 @@ Letters: B images, S side of a crop, H, W height and width, pixels; C classes.
 
 Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, crop and mirror, sliding
 windows; several scales and mirroring as in its aug_test, which averages probabilities), without its
-colour jitter; scores as in Long et al. 2015, arXiv 1411.4038, section 5.
+colour jitter, and with half a cosine to 1e-6 where it has a line to 0; scores as in Long et al.
+2015, arXiv 1411.4038, section 5.
 """
 
 import itertools

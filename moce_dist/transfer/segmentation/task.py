@@ -243,6 +243,16 @@ class Segmentation(Task):
                 f"transfer.segmentation.batch_size ({recipe.batch_size}) must be 2 or more (batch "
                 "normalisation)"
             )
+        # batch normalisation is over one micro-batch of all ranks; fewer ranks make more of them
+        parallel = config.parallel
+        most = -(-parallel.num_workers * parallel.micro_batches // parallel.fewest_workers)
+        if recipe.batch_size < 2 * most:
+            raise ConfigError(
+                f"transfer.segmentation.batch_size ({recipe.batch_size}): must be {2 * most} or "
+                "more, 2 crops in a micro-batch of all ranks (batch normalisation), with "
+                f"{parallel.fewest_workers} ranks of parallel.num_workers ({parallel.num_workers}) "
+                f"and parallel.micro_batches ({parallel.micro_batches})"
+            )
 
     @classmethod
     def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from mixtures import transform
 
-from moce_dist.cluster import assign
+from moce_dist.cluster import assignments
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.cluster.assignments import read_assignments
 from moce_dist.cluster.existing import assign_files, assign_folder, open_new_features, read_clusters
@@ -143,7 +143,7 @@ def test_table_is_the_same_in_parts(tmp_path, clusters, monkeypatch):
     features = save(tmp_path / "new", mixture(4))
     write = partial(assign_folder, features, clusters, block_rows=64)
     write(tmp_path / "whole")
-    monkeypatch.setattr(assign, "_TABLE_ROWS", 700)
+    monkeypatch.setattr(assignments, "_TABLE_ROWS", 700)
     write(tmp_path / "parts")
     whole, parts = (
         pq.read_table(tmp_path / name / "assignments.parquet").to_pydict()

@@ -2,8 +2,10 @@
 
 import io
 import multiprocessing
+from contextlib import closing
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -159,3 +161,15 @@ def test_a_stream_that_is_left_early_ends_its_processes(index, tmp_path):
     assert len(multiprocessing.active_children()) >= 2
     batches.close()
     assert multiprocessing.active_children() == []
+
+
+def test_a_stream_in_this_process_leaves_no_file_open(index, tmp_path):
+    def open_tars():
+        return [file.path for file in psutil.Process().open_files() if file.path.endswith(".tar")]
+
+    for stop in (5, 2):
+        with closing(stream(spec(index, tmp_path), one_group, start=0, stop=5)) as batches:
+            for batch in batches:
+                if batch.step + 1 == stop:
+                    break
+        assert open_tars() == []

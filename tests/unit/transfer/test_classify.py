@@ -10,12 +10,14 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
+from timm.layers import BatchNormAct2d
 
 from moce_dist.config import FinetuneConfig, make_config
 from moce_dist.data.kept import KeptImages
 from moce_dist.model.customize import customize
+from moce_dist.settings import ConfigError
 from moce_dist.train.optim import set_learning_rate
-from moce_dist.transfer.backbone import run_backbone
+from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.classification import frozen as classify
 from moce_dist.transfer.classification.frozen import (
     Features,
@@ -26,13 +28,16 @@ from moce_dist.transfer.classification.frozen import (
 )
 from moce_dist.transfer.classification.measure import accuracy
 from moce_dist.transfer.classification.task import Classification
-from moce_dist.transfer.fit import layered_adamw, learning_rate
+from moce_dist.transfer.fit import Kept, Trial, layered_adamw, learning_rate
 from moce_dist.transfer.loading import (
     TaskImages,
     TrainingOrder,
     Unread,
+    eval_batches,
     machine_of,
 )
+from moce_dist.transfer.predict import load_model
+from moce_dist.transfer.ranks import share_batch_norm
 from moce_dist.transfer.tasks import Item
 
 from .conftest import finetune
@@ -73,6 +78,15 @@ def test_knn_equals_scikit_learn_with_the_same_weights(features):
     reference.fit(train, features.train_labels.numpy())
     found = knn_scores(features, k=7, num_classes=4).argmax(dim=1).numpy()
     assert (found == reference.predict(test)).mean() > 0.99
+
+
+def test_knn_in_small_parts_is_the_same(features, monkeypatch):
+    whole = knn_scores(features, k=9, num_classes=4)
+    monkeypatch.setattr(classify, "_MOST_PAIRS", 7 * 300)
+    assert torch.allclose(knn_scores(features, k=9, num_classes=4), whole, atol=1e-6)
+    several = torch.nn.functional.one_hot(features.train_labels, 4)
+    as_several = features._replace(train_labels=several)
+    assert torch.allclose(knn_scores(as_several, k=9, num_classes=4), whole, atol=1e-6)
 
 
 def test_more_neighbours_than_images_are_all_of_them(features):
@@ -140,6 +154,14 @@ def test_logistic_takes_so_many_labels_of_each_class(features, four, monkeypatch
     assert len({tuple(rows) for _, rows in seen}) == 10, "every draw is another one"
     assert first != other
     assert first["accuracy"] < logistic(features, four, None, seed=0)["accuracy"]
+
+
+def test_a_class_of_two_images_still_fits(features):
+    rare = torch.cat([torch.zeros(150), torch.ones(148), torch.full((2,), 2.0)]).long()
+    task = Classification("rare", list("abc"), [Item("0", b"", 0)], [])
+    of_three = features._replace(train_labels=rare, test_labels=features.test_labels % 3)
+    found = logistic(of_three, task, None, seed=0)
+    assert 0 <= found["accuracy"] <= 1
 
 
 def test_a_single_label_of_a_class_still_fits(features, four):
@@ -264,6 +286,39 @@ def test_micro_batches_of_all_workers_are_shared_out_among_fewer_ranks():
     config = make_config({"parallel": {"num_workers": 4, "micro_batches": 2}})
     assert [machine_of(config, num_ranks=ranks).micro_batches for ranks in (4, 3, 1)] == [2, 3, 8]
     assert machine_of(config, num_ranks=4).parallel.micro_batches_on(4, 8) == 2
+
+
+def test_a_linear_head_of_a_convolutional_network_is_saved(config, image_folder, tmp_path):
+    task = Classification.open("imagefolder", image_folder)
+    backbone = Backbone("timm:resnet10t", "resnet10t", {}, 32)
+    kept = Kept(tmp_path, "of", 10, None)
+    trial = Trial(backbone, config.transfer, machine_of(config), "linear", 0, tmp_path, kept)
+    found = classify.fit(task, trial).measures
+    model, _ = load_model(tmp_path / "last")
+    batches = eval_batches(list(task.test), backbone, machine_of(config))
+    with torch.no_grad():
+        right = [(model(x).argmax(1) == y).float() for x, y, _ in batches]
+    assert torch.cat(right).mean().item() == pytest.approx(found["accuracy"])
+
+
+def test_activations_of_timms_batch_norm_stay(config):
+    images = torch.randn(3, 4, 5, 5)
+    norm = BatchNormAct2d(4)
+    norm.running_mean += 0.5
+    expected = norm.eval()(images)
+    share_batch_norm(norm)
+    assert torch.equal(norm(images), expected) and (expected >= 0).all()
+    plain = torch.nn.BatchNorm2d(4).eval()
+    expected = plain(images)
+    share_batch_norm(plain)
+    assert torch.equal(plain(images), expected) and (expected < 0).any()
+
+
+def test_one_image_cannot_be_finetuned_on(config, models, image_folder):
+    task = Classification.open("imagefolder", image_folder).subset(1, 0)
+    with pytest.raises(ConfigError, match="fine-tuning needs 2 training images, has 1"):
+        backbone = run_backbone("mae", config, customize(models["mae"].state_dict(), ()))
+        finetune(backbone, task, FinetuneConfig(), machine_of(config), seed=0)
 
 
 def test_finetuning_learns(config, models, image_folder):

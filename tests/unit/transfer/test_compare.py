@@ -228,6 +228,22 @@ def test_few_training_images_are_drawn_by_seed(run, image_folder, job):
     assert metrics["summary"][0]["std"] >= 0
 
 
+def test_what_no_seed_decides_is_measured_once(run, image_folder, job):
+    flags = ["--task", "imagefolder", "--data", str(image_folder), "--run", str(run.root)]
+    job.main([*flags, "--backbone", "mae,random", "--protocol", "knn", "--seeds", "2"])
+    metrics = metrics_of(run, "imagefolder")
+    assert [(r["backbone"], r["seed"]) for r in metrics["results"]] == [
+        ("mae", 0), ("random", 0), ("random", 1),
+    ]  # fmt: skip
+    mae, random = metrics["summary"]
+    assert mae["std"] is None and random["std"] is not None
+    # rows of a protocol that is not asked for now stay
+    job.main([*flags, "--backbone", "mae", "--protocol", "logistic2"])
+    job.main([*flags, "--backbone", "mae", "--protocol", "linear"])
+    protocols = {row["protocol"] for row in metrics_of(run, "imagefolder")["results"]}
+    assert protocols == {"knn", "logistic2", "linear"}
+
+
 def test_segmentation_is_compared_by_the_same_job(run, scene_folder, job):
     job.main(["--task", "ade20k", "--data", str(scene_folder), "--run", str(run.root)])
     metrics = metrics_of(run, "ade20k")

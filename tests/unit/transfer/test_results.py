@@ -57,6 +57,30 @@ def test_differences_are_taken_to_the_control_where_there_is_one():
     ]
 
 
+def test_further_steps_are_compared_with_the_control_after_as_many():
+    values = {"control": 0.59, "control+all": 0.61, "control+own": 0.64, "moce+own": 0.63}
+    rows = [row(name, "knn", 0, value) for name, value in values.items()]
+    found = {(d["backbone"], d["reference"]): d["mean"] for d in differences(rows)}
+    assert found == {
+        ("control+own", "control+all"): pytest.approx(0.03),
+        ("moce+own", "control+own"): pytest.approx(-0.01),
+        ("moce+own", "control+all"): pytest.approx(0.02),
+    }
+    # where no such control is at hand, the usual reference
+    assert differences([rows[0], rows[3]])[0]["reference"] == "control"
+
+
+def test_a_value_that_does_not_depend_on_the_seed_stands_for_all_and_has_no_deviation():
+    fixed = [
+        {**row(n, "knn", 0, v), "is_drawn": False} for n, v in (("control", 0.5), ("moce", 0.6))
+    ]
+    drawn = [row("random", "knn", seed, 0.1 * seed) for seed in range(3)]
+    moce, random = differences([*fixed, *drawn])
+    assert (moce["num_seeds"], moce["std"], moce["mean"]) == (1, None, pytest.approx(0.1))
+    assert (random["num_seeds"], random["mean"]) == (3, pytest.approx(-0.4))
+    assert random["std"] == pytest.approx(0.1)
+
+
 def test_steps_that_a_backbone_lacks_stand_in_its_rows_and_are_shown():
     rows = [row("moce", "knn", s, 0.7) for s in (0, 1)] + [row("mae", "knn", 0, 0.5)]
     metrics = make_metrics("t", "accuracy", rows, {"moce": 0, "mae": 237})

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
+from moce_dist.config import load_config
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
 from moce_dist.model.customize import customize
@@ -43,6 +44,17 @@ from .conftest import segment
 @pytest.fixture
 def data(tmp_path: Path, scene_folder: Path) -> Path:
     return Path(shutil.copytree(scene_folder, tmp_path / "data"))
+
+
+def test_a_micro_batch_of_one_crop_is_refused():
+    given = ["transfer.segmentation.batch_size=4", "model.patch_size=16"]
+    Segmentation.check(load_config(None, [*given, "parallel.micro_batches=2"]))
+    for change in (
+        ["parallel.micro_batches=4"],
+        ["parallel.num_workers=4", "parallel.num_groups=4", "parallel.min_workers=1"],
+    ):
+        with pytest.raises(ConfigError, match="must be 8 or more, 2 crops in a micro-batch"):
+            Segmentation.check(load_config(None, [*given, *change]))
 
 
 def test_layout_is_read(scene_folder):
