@@ -7,6 +7,7 @@ torchrun --nproc-per-node 8 -- jobs/pretrain.py --stage moce --config ... --run 
 """
 
 import json
+import logging
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -33,11 +34,12 @@ from moce_dist.run.directory import (
 from moce_dist.run.environment import local_path
 from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
-from moce_dist.train.fork import SHARED, Fork, fork_config, make_fork, plan_fork
+from moce_dist.train.fork import SHARED, Fork, fork_config, known_fork, make_fork, plan_fork
 from moce_dist.train.trackers import check_trackers
 
 STAGES = ("all", "mae", "cluster", "moce", "control")
 TRAINED = ("mae", "moce", "control")
+log = logging.getLogger(__name__)
 QUICKSTART = Path(__file__).parent.parent / "configs" / "quickstart.yaml"
 
 
@@ -55,16 +57,22 @@ def main(argv: Sequence[str]) -> None:
     arguments = parser.parse_args(argv)
     check_fork_flags(arguments)
     path = Path(arguments.config or QUICKSTART)
-    if arguments.fork:
-        config = fork_config(arguments.fork, arguments.overrides)
-    else:
-        config = load_config(path, arguments.overrides)
-    root = resolve_run(arguments.run or path.stem, config)
     fork = None
     if arguments.fork:
-        fork = plan_fork(arguments.fork, arguments.at, arguments.stage, config, root)
+        # of a fork, the overrides alone say where runs lie
+        places = load_config(None, [o for o in arguments.overrides if o.startswith("run.root=")])
+        root = resolve_run(arguments.run, places)
+        source = resolve_run(arguments.fork, places, "--fork")
         if not arguments.fresh:
-            fork.is_made(root)
+            fork = known_fork(source, arguments.at, root)
+        config = fork_config(root if fork else source, arguments.overrides)
+        if fork is None:
+            fork = plan_fork(source, arguments.at, arguments.stage, config, root)
+            if not arguments.fresh:
+                fork.is_made(root)
+    else:
+        config = load_config(path, arguments.overrides)
+        root = resolve_run(arguments.run or path.stem, config)
     check_request(config, arguments.stage)
     check_base(config, root)
     check_init(config, root, arguments.stage)
@@ -73,7 +81,9 @@ def main(argv: Sequence[str]) -> None:
     if arguments.dry_run:
         print("\n".join([*plan_lines(config, root, arguments.stage), *fork_lines(fork)]))
         return
-    check_source(config.data, root if fork is None else Path(fork.run))
+    # the data of a fork that is not made yet are those of the other run
+    is_new = fork is not None and not (root / "config.yaml").is_file()
+    check_source(config.data, Path(fork.run) if fork is not None and is_new else root)
     quiet_libraries()
     with hold(root):
         if fork is not None:
@@ -111,6 +121,12 @@ def check_request(config: Config, stage: str) -> None:
     """Refuse what is wrong before anything heavy is imported or written."""
     if not config.data.source:
         raise ConfigError("data.source = '': must name images, e.g. --set data.source=folder:PATH")
+    for name, given in (("mae", config.mae), ("moce", config.moce)):
+        if 0 < given.epochs < given.warmup_epochs:
+            log.warning(
+                "%s.warmup_epochs (%g): more than %s.epochs (%g), so the peak rate is not reached",
+                *(name, given.warmup_epochs, name, given.epochs),
+            )
     world_size = os.environ.get("WORLD_SIZE")
     if "RANK" in os.environ and world_size is not None:
         if stage not in TRAINED:

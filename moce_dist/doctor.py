@@ -82,7 +82,7 @@ def devices(config: Config) -> Iterator[Check]:
         level: Literal["ok", "warn"] = "ok" if count >= workers or elsewhere else "warn"
         advice = f"parallel.num_workers ({workers}) wants one GPU each: join a Ray cluster that has"
         yield Check(level, "GPUs", f"{count} x {', '.join(sorted(names))}", advice)
-    elif shutil.which("nvidia-smi"):
+    elif shutil.which("nvidia-smi") and config.parallel.use_gpu is not False:
         advice = f"this torch was built for CUDA {torch.version.cuda}: is the driver new enough?"
         yield Check("fail", "GPUs", "nvidia-smi is there, but torch sees no GPU", advice)
     elif config.parallel.use_gpu is True and not elsewhere:

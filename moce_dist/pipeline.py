@@ -9,6 +9,7 @@ Stage control runs only with `control: true`. A run with `base_run` (run/directo
 stage mae and computes no clusters: it takes both from its base run.
 """
 
+import json
 import logging
 import os
 import time
@@ -22,7 +23,7 @@ from moce_dist.cluster.assign import read_summary, run_clustering
 from moce_dist.cluster.assignments import read_labels
 from moce_dist.cluster.existing import assign_folder, assign_table
 from moce_dist.cluster.gallery import GALLERY, write_gallery
-from moce_dist.config import Config
+from moce_dist.config import WEIGHT_FILES, Config
 from moce_dist.data.columns import open_index
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
@@ -41,6 +42,7 @@ from moce_dist.launch.tasks import map_shared, map_tasks
 from moce_dist.launch.training import hold_crew, train
 from moce_dist.run.artefacts import (
     artefact_id,
+    file_sha256,
     fingerprint,
     is_complete,
     mark_complete,
@@ -113,7 +115,18 @@ class Pipeline:
         if self.base is not None:
             link_stage(self.base.stage("mae"), self.run.stage("mae"))
             return
-        self._train(train, "mae", self.data, {"data": data_id(self.data)})
+        self._train(train, "mae", self.data, {"data": data_id(self.data), **self._init_id()})
+
+    def _init_id(self) -> dict[str, str]:
+        # a file of first weights counts by its content, which earlier versions did not note
+        init, begun = self.config.model.init, self.run.stage("mae") / "inputs.json"
+        if init is None or Path(init).suffix not in WEIGHT_FILES:
+            return {}
+        noted = json.loads(begun.read_text()).get("init") if begun.is_file() else ""
+        if noted is None:
+            return {}
+        # it is needed only until the first step
+        return {"init": file_sha256(Path(init)) if Path(init).is_file() else noted}
 
     def cluster(self) -> dict[str, Any]:
         """Make features, clusters and cluster-sharded tars; return the clusters' summary."""

@@ -45,7 +45,10 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     Raises:
         ConfigError: the file is missing, is not a mapping, or holds a mistake.
     """
-    return make_config(read_tree(path, overrides))
+    tree = read_tree(path)
+    # before the overrides, so that they win under either name
+    _rename(tree, warn=True)
+    return make_config(read_tree(None, map(_renamed, overrides), under=tree))
 
 
 def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = None) -> Config:
@@ -62,8 +65,9 @@ def read_resolved(path: Path, overrides: Iterable[str] = (), over: str | None = 
     _rename(saved)
     # experts had weights of their own, whatever is now the default
     saved.setdefault("moe", {}).setdefault("shared_base", False)
-    tree = read_tree(over, overrides, under=saved)
+    tree = read_tree(over, under=saved)
     _rename(tree, warn=True)
+    tree = read_tree(None, map(_renamed, overrides), under=tree)
     try:
         return validate(Config, tree)
     except ConfigError as error:
@@ -82,6 +86,17 @@ def _rename(tree: dict[str, Any], *, warn: bool = False) -> None:
             if warn:
                 _tell(f"{section}.{name}", f"{new}{now}")
             fields.setdefault(new.split(".")[1], {})[now] = fields.pop(name)
+
+
+def _renamed(override: str) -> str:
+    """Give a field that an override names as version 0.1 did its current name."""
+    path, sign, value = override.partition("=")
+    for old, new in Config.RENAMED.items():
+        if path.startswith(old):
+            now = f"{new}{path.removeprefix(old)}"
+            _tell(path, now)
+            return f"{now}{sign}{value}"
+    return override
 
 
 @cache

@@ -110,6 +110,15 @@ def _model_rules(config: Config) -> Iterable[str]:
         0 <= layer < shape.depth for layer in config.moe_layers
     ):
         yield f"moe.layers ({list(config.moe_layers)}) must be distinct blocks below {shape.depth}"
+    if config.moe.kind != "dense" and not config.moe_layers:
+        yield f"moe.layers ([]) must name a block when moe.kind is {config.moe.kind}"
+    if int(config.num_patches * (1 - model.mask_ratio)) < 1:
+        yield (
+            f"model.mask_ratio ({model.mask_ratio:g}) must leave one of the {config.num_patches} "
+            "patches of an image"
+        )
+    if (steps := config.logging.profile_steps) and not 0 <= steps[0] < steps[1]:
+        yield f"logging.profile_steps ({list(steps)}) must be a first step and a later one"
 
 
 def _stage_rules(config: Config) -> Iterable[str]:
@@ -167,13 +176,15 @@ def _parallel_rules(config: Config) -> Iterable[str]:
             f"parallel.min_workers ({parallel.min_workers}) must not be more than "
             f"parallel.num_workers ({workers})"
         )
-    if config.moe.num_experts % groups:
+    has_experts = bool(config.moe_layers)
+    if has_experts and config.moe.num_experts % groups:
         yield (
             f"moe.num_experts ({config.moe.num_experts}) must be a multiple of "
             f"parallel.num_groups ({groups})"
         )
     assign = config.gate.assign
-    if assign != "argmax" and config.cluster.num_clusters % config.moe.num_experts:
+    uneven = config.cluster.num_clusters % config.moe.num_experts
+    if has_experts and assign != "argmax" and uneven:
         yield (
             f"cluster.num_clusters ({config.cluster.num_clusters}) must be a multiple of "
             f"moe.num_experts ({config.moe.num_experts}) when gate.assign is {assign}"

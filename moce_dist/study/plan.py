@@ -204,7 +204,10 @@ def wanted_sources(study: StudyConfig) -> dict[str, Config]:
 
 def source_name(config: Config, domain: str) -> str:
     """Name a data set, or one domain of it, in the study's folder."""
-    key = fingerprint([config.data.source, config.data.holdout_fraction])
+    parts: list[Any] = [config.data.source, config.data.holdout_fraction]
+    if config.data.store_side is not None:
+        parts.append(config.data.store_side)
+    key = fingerprint(parts)
     return f"{domain or 'all'}-{key[:8]}"
 
 

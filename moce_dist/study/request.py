@@ -137,6 +137,10 @@ def _check_arm(study: StudyConfig, name: str, arm: Arm) -> None:
     ):
         if unknown := [each for each in found if each not in known]:
             raise ConfigError(f"arms.{name}.{field}: {unknown[0]} is none of the study's {field}")
+    if not tasks_of(study, arm):
+        raise ConfigError(f"arms.{name}: has no task")
+    if arm.seeds == ():
+        raise ConfigError(f"arms.{name}.seeds: names none")
     for task in tasks_of(study, arm):
         try:
             config = arm_config(study, arm, overrides=task.set)

@@ -198,10 +198,12 @@ def stage_seconds(runner: Runner, run: PlannedRun, kinds: Sequence[Kind]) -> flo
 
 
 def training_seconds(metrics: Sequence[Line]) -> float:
-    """Sum the seconds of training by a stage's metrics: images since the last line / their rate."""
+    """Sum the seconds of training between the logged steps of a stage."""
     seen, total = 0, 0.0
     for line in metrics:
-        total += (line["images_seen"] - seen) / max(line["images_per_s"], 1e-9)
+        # lines of earlier versions have only the rate
+        rate = max(line["images_per_s"], 1e-9)
+        total += line.get("seconds", (line["images_seen"] - seen) / rate)
         seen = line["images_seen"]
     return total
 

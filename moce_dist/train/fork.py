@@ -25,7 +25,6 @@ from moce_dist.run.directory import (
     differing_fields,
     load_run,
     read_provenance,
-    resolve_run,
 )
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import link_tree, read_jsonl, write_atomic
@@ -37,6 +36,7 @@ _OPTIMISATION = (
     *("epochs", "warmup_epochs", "base_lr", "min_lr"),
     *("weight_decay", "betas", "clip_norm"),
 )
+_OF_EXPERTS = ("lr_scale", "mean_decay")
 _OF_GATE = ("noise", "noise_fraction", "balance_weight", "confidence_weight", "lr_scale")
 _MAKING = ".fork"
 _WAIT_S = 3600.0
@@ -46,6 +46,7 @@ def free_fields(stage: str) -> list[str]:
     """List the fields that a fork of a stage may change: the optimisation of what it trains."""
     stages = ("mae", "moce") if stage == "mae" else ("moce",)
     fields = [f"{name}.{field}" for name in stages for field in _OPTIMISATION]
+    fields += [f"moe.{field}" for field in _OF_EXPERTS]
     return fields + [f"gate.{field}" for field in _OF_GATE]
 
 
@@ -78,18 +79,30 @@ class Fork:
         return True
 
 
-def fork_config(source: str, overrides: Iterable[str]) -> Config:
-    """Read the settings of the run to fork, changed by `a.b=value` overrides.
+def fork_config(root: Path, overrides: Iterable[str]) -> Config:
+    """Read the settings of the run to fork in `root`, changed by `a.b=value` overrides.
 
     Raises:
         ConfigError: there is no such run, or an override is wrong.
     """
-    root = resolve_run(source, Config(), "--fork")
     load_run(root, "--fork")
     return checked(read_resolved(root / "config.yaml", overrides))
 
 
-def plan_fork(source: str, step: int, stage: str, config: Config, root: Path) -> Fork:
+def known_fork(source: Path, step: int, root: Path) -> Fork | None:
+    """Return the fork that the run in `root` is, if it is one of this run and step; else None.
+
+    The run that it was forked from may be gone.
+    """
+    if not (root / "config.yaml").is_file():
+        return None
+    found = read_provenance(root).get("forked_from", {})
+    if (found.get("run"), found.get("step")) != (str(source), step):
+        return None
+    return Fork(found["run"], found["stage"], step, found["changed"])
+
+
+def plan_fork(source: Path, step: int, stage: str, config: Config, root: Path) -> Fork:
     """Check that the run in `root` can be forked from a checkpoint of `source`.
 
     `stage` is `mae`, `moce`, or `all` for the last one that has a checkpoint of that step.
@@ -97,7 +110,7 @@ def plan_fork(source: str, step: int, stage: str, config: Config, root: Path) ->
     Raises:
         ConfigError: naming what is missing, or the fields that may not differ.
     """
-    run, made_with = load_run(resolve_run(source, config, "--fork"), "--fork")
+    run, made_with = load_run(source, "--fork")
     if run.root == root:
         raise ConfigError(f"--fork {source}: is the run itself; a fork needs a --run of its own")
     stages = [name for name in reversed(SHARED) if stage in (name, "all")]

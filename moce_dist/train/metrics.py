@@ -81,10 +81,11 @@ class Clock:
         self._images += images
 
     def lap(self) -> dict[str, float]:
-        """Return images/s, and seconds of data wait and of saving, since the last lap."""
+        """Return images/s, seconds, and those of data wait and of saving, since the last lap."""
         elapsed = time.perf_counter() - self._start
         lap = {
             "images_per_s": round(self._images / elapsed, 2),
+            "seconds": round(elapsed, 4),
             "data_wait_s": round(self.data_wait_s, 4),
             "save_s": round(self._save_s, 4),
         }

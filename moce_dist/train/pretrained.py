@@ -36,7 +36,10 @@ def read_weights(source: str, field: str) -> dict[str, Tensor]:
     if path.suffix not in WEIGHT_FILES:
         import timm
 
-        return dict(timm.create_model(source, pretrained=True, num_classes=0).state_dict())
+        try:
+            return dict(timm.create_model(source, pretrained=True, num_classes=0).state_dict())
+        except RuntimeError as error:
+            raise ConfigError(f"{field} ({source}): {error}") from None
     if not path.is_file():
         raise ConfigError(f"{field} ({source}): no such file")
     if path.suffix == ".safetensors":

@@ -9,6 +9,7 @@ Nothing is sent anywhere. All files lie in the stage's folder:
                    chrome://tracing, and a table of operations sorted by self time
 """
 
+import hashlib
 import importlib.util
 import logging
 import os
@@ -79,12 +80,14 @@ class _WandB:
         import wandb
 
         name = f"{folder.parent.name}-{folder.name}"
+        # other runs may have folders of the same names
+        own = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()[:8]
         self._run = wandb.init(
             mode="offline",
             dir=str(folder),
             project="moce_dist",
             name=name,
-            id=name,
+            id=f"{name}-{own}",
             config=dict(settings),
             settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
         )
@@ -104,6 +107,7 @@ class _MLflow:
         from mlflow.tracking import MlflowClient
 
         self._client, self._metric = MlflowClient(f"file://{folder / 'mlflow'}"), Metric
+        self._logged = -1
         found = self._client.get_experiment_by_name(folder.parent.name)
         experiment = (
             found.experiment_id if found else self._client.create_experiment(folder.parent.name)
@@ -112,13 +116,24 @@ class _MLflow:
         if runs:
             # an interrupted stage continues its own run
             self._run_id = runs[0].info.run_id
+            self._logged = self._newest_step()
             return
         self._run_id = self._client.create_run(experiment, run_name=folder.name).info.run_id
         params = [Param(key, str(value)[:500]) for key, value in settings.items()]
         for start in range(0, len(params), 100):
             self._client.log_batch(self._run_id, params=params[start : start + 100])
 
+    def _newest_step(self) -> int:
+        # its file store appends, so steps that run again would be there twice
+        run = self._client.get_run(self._run_id)
+        histories = (
+            self._client.get_metric_history(self._run_id, name) for name in run.data.metrics
+        )
+        return max((each.step for history in histories for each in history), default=-1)
+
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if step <= self._logged:
+            return
         metrics = [self._metric(name, value, 0, step) for name, value in scalars.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
 

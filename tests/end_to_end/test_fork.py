@@ -59,6 +59,7 @@ def test_a_fork_changes_the_rate_and_remembers_where_it_came_from(
     assert "mae: complete" in fork(source, 20, "--set", change).assert_done().err
     fork(source, 10, "--set", change, by=ask).assert_refused(2, f"--run {run}: is another run")
     shutil.rmtree(source)
+    assert "mae: complete" in fork(source, 20, "--set", change).assert_done().err
     again = run_job("pretrain", *arguments(run, *ALONE, change), *STAGE).assert_done()
     assert "mae: complete" in again.err
     assert "forked_from" in json.loads((run / "provenance.json").read_text())

@@ -314,7 +314,7 @@ def learned(read_metrics):
     """What a stage learned: metrics without times, and the last checkpoint's digests."""
 
     def read(folder):
-        timed = ("images_per_s", "data_wait_s", "save_s", "checkpoint_s")
+        timed = ("images_per_s", "seconds", "data_wait_s", "save_s", "checkpoint_s")
         metrics = [{k: v for k, v in m.items() if k not in timed} for m in read_metrics(folder)]
         last = max(folder.glob("checkpoints/step_*"))
         digests = json.loads((last / "manifest.json").read_text())["files"]

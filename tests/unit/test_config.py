@@ -63,6 +63,39 @@ def test_no_epochs_need_weights_to_take():
     assert refused({"moce": {"epochs": 0}}) == "moce.epochs (0) must be greater than 0"
 
 
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"moe": {"layers": []}}, "moe.layers ([]) must name a block when moe.kind is cluster"),
+        (
+            {"data": {"image_size": 32}, "model": {"mask_ratio": 0.8}},
+            "model.mask_ratio (0.8) must leave one of the 4 patches",
+        ),
+        ({"logging": {"profile_steps": [103, 100]}}, "logging.profile_steps ([103, 100]) must be"),
+        ({"logging": {"profile_steps": [-3, 5]}}, "logging.profile_steps ([-3, 5]) must be"),
+    ],
+)
+def test_what_would_fail_only_later_is_refused(tree, message):
+    assert message in refused(tree)
+
+
+def test_rules_of_experts_do_not_bind_a_dense_model():
+    dense = {"kind": "dense", "num_experts": 6}
+    tree = {"gate": {"assign": "balanced"}, "cluster": {"num_clusters": 10}, "moe": dense}
+    make_config({**tree, "parallel": {"num_groups": 4, "num_workers": 4}})
+    assert "moe.num_experts" in refused({**tree, "moe": {**dense, "kind": "cluster"}})
+
+
+def test_an_override_wins_over_an_old_name_in_the_file(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("transfer: {segment_crop: 512, segment_steps: 7}")
+    for override in ("transfer.segmentation.crop=64", "transfer.segment_crop=64"):
+        found = load_config(file, [override]).transfer.segmentation
+        assert (found.crop, found.steps) == (64, 7)
+    whole = load_config(file, ["transfer.segmentation={crop: 64}"]).transfer.segmentation
+    assert whole.crop == 64
+
+
 def test_broken_rules_between_fields_are_reported_at_once():
     tree = {
         "data": {"image_size": 100},

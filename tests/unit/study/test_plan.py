@@ -8,6 +8,7 @@ from moce_dist.config import identity
 from moce_dist.cost.sizes import training_flop
 from moce_dist.settings import ConfigError
 from moce_dist.study.forecast import forecast
+from moce_dist.study.plan import wanted_sources
 from moce_dist.study.runner import Runner
 
 from .conftest import STUDY
@@ -246,6 +247,17 @@ def test_a_study_that_begins_with_given_weights_has_a_stage_without_steps(read, 
     assert mae.id in runner.done and 0 < runner.seconds_left() < 6
     with pytest.raises(ConfigError, match=r"images\.mae \(1000\): mae\.epochs is 0"):
         plan(read(config=config))
+
+
+@pytest.mark.parametrize("empty", [{"tasks": []}, {"seeds": []}])
+def test_an_arm_of_nothing_is_refused(read, empty):
+    with pytest.raises(ConfigError, match=r"arms\.moce"):
+        read(arms={"mae": {"backbone": "mae"}, "moce": empty})
+
+
+def test_images_that_are_stored_smaller_are_another_data_set(read):
+    arms = {"mae": {"backbone": "mae"}, "small": {"set": {"data.store_side": 64}}}
+    assert len(wanted_sources(read(arms=arms))) == 2
 
 
 def test_fields_of_a_study_are_overridden_from_the_command_line(read):

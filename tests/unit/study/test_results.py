@@ -82,6 +82,15 @@ def test_metrics_of_other_kinds_have_tables_of_their_own(values):
     ]
 
 
+def test_seconds_of_training_are_those_of_the_lines():
+    lines = [
+        {"images_seen": 100, "images_per_s": 50.0, "seconds": 2.0},
+        # the first line after an interruption: one slow step, and images that were not logged
+        {"images_seen": 900, "images_per_s": 5.0, "seconds": 1.0},
+    ]
+    assert training_seconds(lines) == 3
+
+
 def test_seconds_of_training_are_images_over_rates():
     lines = [(100, 50), (300, 100), (400, 25)]
     metrics = [{"images_seen": seen, "images_per_s": rate} for seen, rate in lines]
