@@ -88,12 +88,12 @@ def test_rules_of_experts_do_not_bind_a_dense_model():
 
 def test_an_override_wins_over_an_old_name_in_the_file(tmp_path):
     file = tmp_path / "old.yaml"
-    file.write_text("transfer: {segment_crop: 512, segment_steps: 7}")
-    for override in ("transfer.segmentation.crop=64", "transfer.segment_crop=64"):
+    file.write_text("transfer: {segment_channels: 512, segment_steps: 7}")
+    for override in ("transfer.segmentation.channels=64", "transfer.segment_channels=64"):
         found = load_config(file, [override]).transfer.segmentation
-        assert (found.crop, found.steps) == (64, 7)
-    whole = load_config(file, ["transfer.segmentation={crop: 64}"]).transfer.segmentation
-    assert whole.crop == 64
+        assert (found.channels, found.steps) == (64, 7)
+    whole = load_config(file, ["transfer.segmentation={channels: 64}"]).transfer.segmentation
+    assert whole.channels == 64
 
 
 def test_broken_rules_between_fields_are_reported_at_once():

@@ -156,7 +156,7 @@ def test_global_names_follow_residents_not_slots():
 def test_encoder_names_are_timms():
     import timm
 
-    config = load_config(None, [*SMALL, "moe.layers=[]"])
+    config = load_config(None, [*SMALL, "moe.kind=dense"])
     encoder = {n for n in MaskedAutoencoder(config).state_dict() if "decoder" not in n}
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2,
