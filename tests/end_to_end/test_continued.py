@@ -112,8 +112,8 @@ def test_empty_clusters_go_all_the_way(continued, read_metrics):
         assert np.shape(json.loads(path.read_text())) == (2, 8)
 
 
-def test_transfer_and_report_work_on_it(continued, finished, run_job, some_images, tmp_path):
-    for number, path in enumerate(sorted(some_images.rglob("*.png"))[::5]):
+def test_transfer_and_report_work_on_it(continued, finished, run_job, images, tmp_path):
+    for number, path in enumerate(sorted(images.rglob("*.png"))[::5]):
         target = tmp_path / ("train", "test")[number % 2] / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())

@@ -23,17 +23,17 @@ ARMS = ("control", "moce", "average", "soft", "own")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, some_images):
+def data(tmp_path_factory, images):
     """Images of two domains to train on, and a task with three splits that tells them apart."""
     root = tmp_path_factory.mktemp("data")
-    shutil.copytree(some_images, root / "pretrain")
+    shutil.copytree(images, root / "pretrain")
     for name in ("digits", "silhouettes"):
-        images = sets.task(name).test
+        items = sets.task(name).test
         for split, start in (("train", 0), ("val", 40), ("test", 60)):
             (root / "both" / split / name).mkdir(parents=True)
             for number in range(start, start + 20):
                 path = root / "both" / split / name / f"{number}.png"
-                path.write_bytes(images[number].content)
+                path.write_bytes(items[number].content)
     return root
 
 

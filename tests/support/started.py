@@ -248,7 +248,7 @@ def _write_images(root):
 
 
 @pytest.fixture(scope="session")
-def some_images(shared_once):
+def images(shared_once):
     """300 real images in two class folders: handwritten digits and silhouettes of animals."""
     return shared_once("images", _write_images)
 
@@ -262,11 +262,11 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def arguments(config, some_images):
+def arguments(config, images):
     """Arguments of jobs/pretrain.py for a run directory, with overrides."""
 
     def make(run, *overrides, source=None):
-        named = source or f"folder:{some_images}"
+        named = source or f"folder:{images}"
         pairs = [x for o in (f"data.source={named}", *overrides) for x in ("--set", o)]
         return ["--config", config, "--run", run, *pairs]
 
