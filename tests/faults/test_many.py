@@ -32,7 +32,7 @@ GROUPS = ("g0", "g1")
 COUNT = int(os.environ.get("MOCE_FAULTS", "50"))
 # per fault up to 12 steps until it comes, and what a restart repeats
 EPOCHS = max(15, COUNT * 2)
-SILENCE_S = 10
+SILENCE_S = 30
 HANG_S = 60
 KINDS = ("rank", "loader", "stop", "drain", "node", "driver", "sigterm")
 OVERRIDES = (
