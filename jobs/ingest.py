@@ -29,7 +29,7 @@ from moce_dist.data.sources import (
     list_folder,
     parse_source,
 )
-from moce_dist.run.artefacts import COMPLETE
+from moce_dist.run.artefacts import COMPLETE, read_marker
 from moce_dist.run.directory import open_run, resolve_run, set_aside
 from moce_dist.run.environment import local_path
 from moce_dist.run.files import read_faults, record_fault, write_atomic
@@ -66,8 +66,8 @@ def parse(argv: Sequence[str]) -> Any:
     return parser.parse_args(argv)
 
 
-def plan(source: str, *, allow_pipes: bool) -> tuple[str, str]:
-    """Say what would be read, and what would be left out of a folder.
+def plan(source: str, *, allow_pipes: bool) -> tuple[str, str, int]:
+    """Say what would be read, what would be left out of a folder, and count files or tars.
 
     Raises:
         ConfigError: the source is wrong.
@@ -76,18 +76,19 @@ def plan(source: str, *, allow_pipes: bool) -> tuple[str, str]:
     if kind == "folder":
         folder = list_folder(Path(rest))
         taken = f"{len(folder.files)} images, {folder.num_bytes} bytes"
-        return f"{taken}, {len(folder.faults)} unusable files", folder.left_out
+        number = len(folder.files) + len(folder.faults)
+        return f"{taken}, {len(folder.faults)} unusable files", folder.left_out, number
     if kind == "shards":
         urls = expand_shards(rest, allow_pipes=allow_pipes)
         pipes = [url for url in urls if url.startswith(PIPE)]
         local = sum(os.path.getsize(url) for url in urls if "://" not in url and url not in pipes)
         stored = f"; {len(pipes)} more that commands write, stored" if pipes else ""
         lying = f"{len(urls) - len(pipes)} shards, {local} bytes on local disks"
-        return f"{lying}, indexed where they lie{stored}", ""
+        return f"{lying}, indexed where they lie{stored}", "", len(urls)
     from moce_dist.samples import carriers, desktop
 
     (desktop if rest == COMPOSITED else carriers).check_installed()
-    return "images of installed packages", ""
+    return "images of installed packages", "", 0
 
 
 def place(args: Any, config: Config) -> tuple[Path, Path | None]:
@@ -227,7 +228,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"--against {args.against}: is not a folder")
     if is_task and (args.verify or args.against):
         raise ConfigError(f"--verify, --against: are for pre-training data, not for {source}")
-    reads, left_out = plan(source, allow_pipes=config.data.allow_pipes)
+    reads, left_out, listed = plan(source, allow_pipes=config.data.allow_pipes)
     out, root = place(args, config)
     ledger = (root or out) / "faults.jsonl"
     if args.dry_run:
@@ -244,6 +245,13 @@ def main(argv: Sequence[str]) -> None:
             write_task(name, out)
         else:
             make_shards(args, config, out, ledger, left_out)
+            # data that were complete before hold what the source had then
+            before = (read_marker(out) or {}).get("listed", listed)
+            if before != listed:
+                logging.getLogger(__name__).warning(
+                    "%s: was made from %d files of %s, which has %d now; --fresh makes it anew",
+                    *(out, before, source, listed),
+                )
 
 
 def make_shards(args: Any, config: Config, out: Path, ledger: Path, left_out: str) -> None:
@@ -252,19 +260,10 @@ def make_shards(args: Any, config: Config, out: Path, ledger: Path, left_out: st
     from moce_dist.samples import sets
 
     source, tasks = config.data.source, partial(map_shared, config.parallel)
-    was_complete = (out / COMPLETE).is_file()
     index = ingest(source, out, config.data, ledger, tasks, mix=sets.pretrain)
     faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
     indices = [index, *held_out(out)]
     summarise(indices, out, len(faults), left_out)
-    kind, name = parse_source(source)
-    if kind == "folder" and was_complete:
-        folder, known = list_folder(Path(name)), sum(part.num_samples for part in indices)
-        if (now := len(folder.files) + len(folder.faults)) != known + len(faults):
-            logging.getLogger(__name__).warning(
-                "%s: is complete with %d images, and %s has %d files now; --fresh ingests it anew",
-                *(out, known, name, now),
-            )
     if args.against:
         compare_with(Path(args.against), indices, out, config)
     if args.verify:

@@ -93,13 +93,13 @@ class _Numbers(_Column):
 def write_columns(index: ShardIndex) -> None:
     """Write `index.arrow` beside the `index.json` of a local folder.
 
-    Nothing is written for an empty index, or one with a sample of over 4 GiB.
+    Nothing is written for an empty index, or one with a sample of over 4 GiB or odd positions.
     """
     import pyarrow as pa
 
     table = sample_table(index)
     numbers = (table.size, table.before, table.after)
-    if not table.num_samples or max(int(column.max()) for column in numbers) > _LARGEST:
+    if not table.num_samples or not all(0 <= c.min() <= c.max() <= _LARGEST for c in numbers):
         return
     keys = pa.array(table.keys, pa.large_string())
     write_table(Path(index.root), index.shards, keys, table.offset, *numbers)

@@ -157,7 +157,7 @@ def ingest(
             index = _pack_mix(mix, request)
         else:
             index = _index_in_place(urls, request)
-        mark_complete(out, inputs, _files(out))
+        mark_complete(out, inputs, _files(out), listed=len(urls))
     return index
 
 
@@ -207,7 +207,8 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
             for part, shards in parts.items()
             for shard in shards
         }
-        mark_complete(out, inputs, _files(out), known)
+        listed = len(folder.files) + len(folder.faults)
+        mark_complete(out, inputs, _files(out), known, listed=listed)
     return index
 
 

@@ -46,16 +46,19 @@ def mark_complete(
     inputs: Mapping[str, Any],
     files: Iterable[Path],
     known: Mapping[str, str] | None = None,
+    **notes: Any,
 ) -> None:
     """Write `folder/COMPLETE`: what the artefact was made from and the sha256 of its files.
 
-    `known` holds the sha256 of files, by relative path, that need not be read again.
+    `known` holds the sha256 of files, by relative path, that need not be read again; `notes` are
+    further entries.
     """
     names = {str(file.relative_to(folder)): file for file in sorted(files)}
     marker = {
         "inputs": dict(inputs),
         "versions": versions(),
         "files": {n: (known or {}).get(n) or file_sha256(f) for n, f in names.items()},
+        **notes,
     }
     write_atomic(folder / COMPLETE, json.dumps(marker, indent=1, sort_keys=True))
 

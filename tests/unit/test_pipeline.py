@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,6 +132,34 @@ def test_features_are_made_again_from_other_weights(pipeline, publish):
     assert first.keys() == second.keys()
     changed = {name for name in first if first[name][0] != second[name][0]}
     assert changed == {name for name in first if name.endswith(".npy")}
+
+
+class StoppedHereError(Exception):
+    pass
+
+
+def test_other_weights_under_the_same_name_begin_the_stage_anew(pipeline, publish):
+    made = pipeline("mae")
+    model = made.config.model.model_copy(update={"init": str(publish(0))})
+    made = Pipeline(made.run, made.config.model_copy(update={"model": model}))
+    inputs = made.run.stage("mae") / "inputs.json"
+
+    def begin():
+        def stop(job):
+            raise StoppedHereError
+
+        with pytest.raises(StoppedHereError):
+            made.mae(stop)
+        return json.loads(inputs.read_text())
+
+    first = begin()
+    assert first["init"] == hashlib.sha256(Path(model.init).read_bytes()).hexdigest()
+    assert begin() == first
+    publish(1)
+    assert begin()["init"] != first["init"]
+    # a stage that an earlier version began did not note it, and goes on
+    inputs.write_text(json.dumps({"data": first["data"]}, sort_keys=True))
+    assert begin() == {"data": first["data"]}
 
 
 def test_features_of_the_mae_need_a_trained_one(pipeline):

@@ -78,6 +78,15 @@ def build(spec: Spec) -> nn.Module:
     return spec.vit()
 
 
+def _even_batch(recipe: FinetuneConfig, task: Classification) -> int:
+    # Mixup pairs images at mirror positions in the batch
+    if len(task.train) < 2:
+        raise ConfigError(
+            f"{task.name}: fine-tuning needs 2 training images, has {len(task.train)}"
+        )
+    return min(recipe.batch_size, len(task.train)) // 2 * 2
+
+
 def finetune(task: Classification, trial: Trial) -> Fitted:
     """Fine-tune on the training images; return the task's measures on the test images.
 
@@ -92,11 +101,7 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
             nn.init.trunc_normal_(parameter, std=_HEAD_STD)
     model.to(machine.device)
     images = TaskImages(task.train, backbone, machine.kept_images, augment=recipe, seed=seed)
-    # Mixup pairs images at mirror positions in the batch, so batches are even
-    if len(images) < 2:
-        raise ConfigError(f"{task.name}: fine-tuning needs 2 training images, has {len(images)}")
-    batch_size = min(recipe.batch_size, len(images)) // 2 * 2
-    order = TrainingOrder(len(images), batch_size, recipe.epochs, seed)
+    order = TrainingOrder(len(images), _even_batch(recipe, task), recipe.epochs, seed)
     mix = _mixer(recipe, task)
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,7 +134,7 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
         ),
         steps=len(order),
         warmup=round(recipe.warmup_epochs * len(order) / recipe.epochs),
-        peak_lr=recipe.base_lr * batch_size / 256,
+        peak_lr=recipe.base_lr * order.batch_size / 256,
         seed=seed,
         prepare=mix,
     )

@@ -97,10 +97,11 @@ def test_damaged_columns_are_named_and_the_index_is_read(index, tmp_path, caplog
 
 
 def test_columns_are_not_written_for_what_they_cannot_hold(index, tmp_path):
-    wide = replace(index.shards[0], ends=[index.shards[0].ends[0], 2**33])
-    write_columns(write_index(tmp_path, [wide]))
-    assert not (tmp_path / COLUMNS_NAME).exists()
-    assert open_index(tmp_path).shards == [wide]
+    for end in (2**33, 0):
+        odd = replace(index.shards[0], ends=[index.shards[0].ends[0], end])
+        write_columns(write_index(tmp_path, [odd]))
+        assert not (tmp_path / COLUMNS_NAME).exists()
+        assert open_index(tmp_path).shards == [odd]
 
 
 def test_members_of_clusters_that_lie_apart(index):

@@ -573,7 +573,16 @@ def test_job_says_that_the_source_has_changed_since(tmp_path, image_folder):
     shutil.copy(image_folder / "cat" / "00.png", image_folder / "cat" / "new.png")
     done = job(*flags)
     assert done.returncode == 0 and "images   12 for training" in done.stdout
-    assert "is complete with 12 images" in done.stderr and "has 13 files now" in done.stderr
+    assert "was made from 12 files of" in done.stderr and "which has 13 now" in done.stderr
+
+
+def test_job_says_that_a_pattern_matches_other_tars_since(tmp_path, three_tars):
+    folder = three_tars[0].parent
+    flags = ("--source", f"shards:{folder}/*.tar", "--out", tmp_path / "out")
+    assert "--fresh" not in job(*flags).stderr
+    assert "--fresh" not in job(*flags).stderr
+    shutil.copy(three_tars[0], folder / "part-9.tar")
+    assert "was made from 3 files of" in job(*flags).stderr
 
 
 def test_job_dry_run_writes_nothing(tmp_path, image_folder):

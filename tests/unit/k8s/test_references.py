@@ -30,6 +30,8 @@ def missing(document, made):
         account = spec.get("serviceAccountName", "default")
         if account not in made["ServiceAccount"] and not (name == "head" and own):
             yield f"{name}: service account {account}"
+        if account not in made["ServiceAccount"] and not spec.get("imagePullSecrets"):
+            yield f"{name}: pull secret"
         if spec["priorityClassName"] not in made["PriorityClass"]:
             yield f"{name}: priority class {spec['priorityClassName']}"
         for volume in spec["volumes"]:
@@ -71,6 +73,26 @@ def test_planted_names_are_caught(rendered, made, words):
     (job,) = copy.deepcopy(rendered["jobs/pretrain"])
     PLANTED[words](job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"])
     assert any(words in found for found in missing(job, made))
+
+
+def test_a_head_under_the_operators_account_names_the_registry_itself(rendered, made):
+    grown = next(n for n in rendered if n.startswith("jobs/pretrain") and "autoscaling" in n)
+    (job,) = copy.deepcopy(rendered[grown])
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert {entry["name"] for entry in head["imagePullSecrets"]} <= BY_HAND
+    head.pop("imagePullSecrets")
+    assert list(missing(job, made)) == ["head: pull secret"]
+
+
+def test_heads_stay_off_spot_nodes(rays):
+    spots = [document for name, document in rays.items() if "spot" in name]
+    assert spots
+    for document in spots:
+        (_, head), *_ = templates(document)
+        affinity = head["spec"]["affinity"]["nodeAffinity"]
+        (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+        refused = {rule["key"] for rule in term["matchExpressions"] if rule["operator"] == "NotIn"}
+        assert {"karpenter.sh/capacity-type", "cloud.google.com/gke-spot"} <= refused
 
 
 def test_secrets_made_by_hand_are_explained(rendered, made):
