@@ -29,10 +29,10 @@ import torch.distributed as dist
 from benches.harness import Report, interleave, run_ranks
 from benches.settings import BenchConfig
 from benches.synthetic import synthetic_batches, synthetic_state
+from moce_dist.model.device import choose_device
 from moce_dist.train.checkpoint import complete_checkpoints
 from moce_dist.train.loop import train_step
 from moce_dist.train.saver import Saver
-from moce_dist.train.setup import worker_device
 
 _STRETCH_OVER_SAVE = 4
 
@@ -96,7 +96,7 @@ class _Training:
     """A model that trains on one synthetic batch, and a saver; timed calls end with a barrier."""
 
     def __init__(self, config: BenchConfig, folder: Path) -> None:
-        self._state = synthetic_state(config, worker_device(config))
+        self._state = synthetic_state(config, choose_device(config.parallel))
         self._saver = Saver(folder, self._state.topology, keep=1)
         self._folder = folder
         (self._batch,) = synthetic_batches(self._state, 1)

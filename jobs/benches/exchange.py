@@ -25,9 +25,10 @@ from benches.settings import BenchConfig
 from benches.step import BASELINES, KINDS, baseline_stepper, stepper, variant
 from benches.synthetic import synthetic_state
 from moce_dist.cost.sizes import element_size, num_visible
+from moce_dist.model.device import choose_device
 from moce_dist.parallel.token import token_bytes_exchanged
 from moce_dist.settings import ConfigError
-from moce_dist.train.setup import TrainState, worker_device
+from moce_dist.train.setup import TrainState
 
 _FIGURES = ("link_mbit", "token_communication_over_compute", "allreduce_over_compute")
 _RATIOS = (("token", "cluster"), ("cluster", "dense"), ("dense", "ddp"), ("dense", "fsdp2"))
@@ -167,7 +168,9 @@ def measure(config: BenchConfig) -> dict[str, Any]:
 
 
 def _state(config: BenchConfig, kind: Any) -> TrainState:
-    return synthetic_state(variant(config, kind, config.parallel.precision), worker_device(config))
+    return synthetic_state(
+        variant(config, kind, config.parallel.precision), choose_device(config.parallel)
+    )
 
 
 def _count(config: BenchConfig) -> int:

@@ -21,10 +21,10 @@ def main() -> None:
     module, _, name = function.partition(":")
     config = make_bench_config(json.load(sys.stdin))
     torch.set_num_threads(config.parallel.threads_per_worker)
+    from moce_dist.model.device import choose_device
     from moce_dist.parallel.engine import init_distributed
-    from moce_dist.train.setup import worker_device
 
-    init_distributed(worker_device(config))
+    init_distributed(choose_device(config.parallel))
     result = getattr(importlib.import_module(f"benches.{module}"), name)(config)
     if torch.distributed.get_rank() == 0:
         Path(out).write_text(json.dumps(result))

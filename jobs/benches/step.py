@@ -25,11 +25,12 @@ from benches.synthetic import synthetic_batches, synthetic_state
 from moce_dist.config import Config
 from moce_dist.cost.sizes import training_flop
 from moce_dist.data.images import normalise
+from moce_dist.model.device import choose_device
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import Experts
 from moce_dist.train.loop import step_metrics, train_step
 from moce_dist.train.optim import parameter_groups
-from moce_dist.train.setup import TrainState, worker_device
+from moce_dist.train.setup import TrainState
 
 Kind = Literal["dense", "cluster", "token"]
 KINDS: tuple[Kind, ...] = ("dense", "cluster", "token")
@@ -65,7 +66,7 @@ def variant(config: BenchConfig, kind: Kind, precision: str) -> BenchConfig:
 
 def measure(config: BenchConfig) -> dict[str, Any]:
     """Time the variants on this rank; collective over all ranks."""
-    device = worker_device(config)
+    device = choose_device(config.parallel)
     states = {
         f"{kind}{suffix}": synthetic_state(variant(config, kind, precision), device)
         for precision, suffix in (("fp32", ""), ("bf16", "_bf16"))

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from moce_dist.config import ParallelConfig
 from moce_dist.cost.sizes import FIELDS
 from moce_dist.data.images import MEAN, STD
 from moce_dist.features.decoding import BLACK, METHODS, MODES, Framing
@@ -98,16 +97,6 @@ class Encoder:
         pixels = images.to(self._device) * self._factor + self._shift
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             return self._features(pixels).float()
-
-
-def encoder_device(parallel: ParallelConfig) -> torch.device:
-    """Choose this process's device: the GPU if there is one and `parallel.use_gpu` is not False.
-
-    TF32 is off, as in training: float32 products are exact float32.
-    """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    has_gpu = parallel.use_gpu is not False and torch.cuda.is_available()
-    return torch.device("cuda" if has_gpu else "cpu")
 
 
 def mae_encoder(

@@ -56,7 +56,7 @@ def _further_flop(plan: StudyPlan) -> int:
             continue
         for backbone in piece.request.backbones:
             key = (piece.run, backbone, images)
-            if (kind := further_of(backbone)) is None or key in shared:
+            if not (kind := further_of(backbone)) or key in shared:
                 continue
             if kind == "all":
                 shared.add(key)

@@ -38,7 +38,8 @@ from moce_dist.settings import ConfigError
 if TYPE_CHECKING:  # reading a checkpoint must not import deepspeed
     from moce_dist.parallel.engine import Engine
 
-FORMAT = "moce_dist.checkpoint.v2"
+_FORMATS = "moce_dist.checkpoint."
+FORMAT = f"{_FORMATS}v2"
 MANIFEST = "manifest.json"
 log = logging.getLogger(__name__)
 
@@ -100,9 +101,27 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
+def _format(checkpoint: Path) -> str:
+    """Return the format that a manifest names; "" if it is damaged."""
+    try:
+        return str(read_manifest(checkpoint).get("format"))
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest undamaged checkpoint; damaged ones are reported and passed over."""
+    """Find the newest undamaged checkpoint; damaged ones are reported and passed over.
+
+    Raises:
+        ConfigError: a checkpoint is of another version's format, so a stage would begin anew.
+    """
     for checkpoint in complete_checkpoints(folder):
+        if (found := _format(checkpoint)) != FORMAT and found.startswith(_FORMATS):
+            raise ConfigError(
+                f"{checkpoint}: has the format {found} of another version of moce_dist, this one "
+                f"reads {FORMAT}: finish the run with the version that its provenance.json names, "
+                "or begin anew (--fresh)"
+            )
         reason = damage(checkpoint)
         if reason is None:
             return checkpoint

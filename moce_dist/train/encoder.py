@@ -20,12 +20,12 @@ from moce_dist.features.encoder import (
     Encoder,
     Pixels,
     describe_timm,
-    encoder_device,
     field_colours,
     mae_encoder,
     timm_encoder,
 )
 from moce_dist.features.extract import EncoderSpec
+from moce_dist.model.device import choose_device
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.run.artefacts import file_sha256, read_marker
 from moce_dist.run.directory import Run
@@ -125,7 +125,7 @@ def load_encoder(config_json: str, checkpoint: str) -> Encoder:
     config = Config.model_validate_json(config_json)
     torch.set_num_threads(config.parallel.threads_per_worker)
     path = Path(checkpoint) if checkpoint else None
-    return build_encoder(config, path, encoder_device(config.parallel))
+    return build_encoder(config, path, choose_device(config.parallel))
 
 
 def same_encoder(run: Run, config: Config) -> str:

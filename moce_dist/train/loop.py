@@ -13,7 +13,6 @@ Letters: R ranks, b images of a rank, B images of a step, M micro-batches, L MoE
 
 import json
 import logging
-import math
 import time
 from collections.abc import Generator
 from contextlib import closing
@@ -39,7 +38,12 @@ from moce_dist.train.expert_metrics import moe_metrics
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.metrics import Clock, MetricsLog
 from moce_dist.train.migrate import replan
-from moce_dist.train.optim import decay_to_mean, learning_rate, set_learning_rate
+from moce_dist.train.optim import (
+    decay_to_mean,
+    learning_rate,
+    set_learning_rate,
+    stop_unless_finite,
+)
 from moce_dist.train.outcome import Outcome
 from moce_dist.train.pulse import Pulse
 from moce_dist.train.setup import TrainState, build_state, holdout_table
@@ -131,11 +135,11 @@ def train_step(state: TrainState, batch: Batch) -> Outcome:
     sums = engine.agree(sums)
     if not is_whole:
         # check before the optimiser sees the gradients; ZeRO waits for the device anyway
-        stop_unless_finite(state, "loss", float(sums[0]), batch.step)
+        stop_unless_finite(state.job.name, "loss", float(sums[0]), batch.step)
     decay_to_mean(engine, state.job.config.moe, lr)
     norm = engine.step()
     if not is_whole:
-        stop_unless_finite(state, "gradient norm", float(norm), batch.step)
+        stop_unless_finite(state.job.name, "gradient norm", float(norm), batch.step)
     return Outcome(batch, lr, torch.cat([sums, norm.view(1), auxiliary]))
 
 
@@ -156,8 +160,8 @@ def settle(state: TrainState, outcome: Outcome, *, at_once: bool) -> None:
 def take_note(state: TrainState, outcome: Outcome) -> None:
     """Read a step's figures: finite values, unreadable images, requests to stop; see `settle`."""
     figures = outcome.read()
-    stop_unless_finite(state, "loss", figures.loss, outcome.batch.step)
-    stop_unless_finite(state, "gradient norm", figures.norm, outcome.batch.step)
+    stop_unless_finite(state.job.name, "loss", figures.loss, outcome.batch.step)
+    stop_unless_finite(state.job.name, "gradient norm", figures.norm, outcome.batch.step)
     # unreadable images weigh 0 but stay in the divisor, so ranks need not count them beforehand
     state.faults += outcome.planned - int(figures.images)
     state.is_stopping |= figures.asked > 0
@@ -223,16 +227,6 @@ def forward(
     balance, confidence = balance_loss(p, counts), confidence_loss(p, counts)
     total = config.gate.balance_weight * balance + config.gate.confidence_weight * confidence
     return losses, weights, total, torch.stack([balance, confidence]).detach()
-
-
-def stop_unless_finite(state: TrainState, what: str, value: float, step: int) -> None:
-    """Stop when a figure of a step, which is the same on all ranks, is not finite.
-
-    Raises:
-        FloatingPointError: naming the stage, the figure and the step.
-    """
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{state.job.name}: {what} is {value} at step {step}")
 
 
 def batches(state: TrainState, clock: Clock) -> Generator[Batch]:
@@ -362,7 +356,7 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
             sums += torch.stack([(losses * weights).sum(), weights.sum()])
     dist.all_reduce(sums)
     total, images = sums.tolist()
-    stop_unless_finite(state, "loss", total, state.step)
+    stop_unless_finite(state.job.name, "loss", total, state.step)
     if images == 0:
         return None
     return {"loss": total / images, "images": int(images)}

@@ -91,6 +91,16 @@ def warm_cosine(step: int, *, steps: int, warmup: float, peak: float, least: flo
     return least + (peak - least) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def stop_unless_finite(name: str, what: str, value: float, step: int) -> None:
+    """Stop a training when a figure of a step, which is the same on all ranks, is not finite.
+
+    Raises:
+        FloatingPointError: naming the training, the figure and the step.
+    """
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{name}: {what} is {value} at step {step}")
+
+
 def set_learning_rate(optimizer: Any, lr: float) -> None:
     """Set the rate of every parameter group, scaled by the group's `lr_scale`."""
     for group in optimizer.param_groups:

@@ -1,7 +1,6 @@
 """Build the training state of one rank: data plan, model, groups, engine and resume point."""
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -14,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moce_dist.config import Config
 from moce_dist.data.columns import open_table
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import ORDER, Plan
 from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.data.table import SampleTable
+from moce_dist.model.device import choose_device
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import experts_from_dense, is_stacked
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
@@ -105,29 +104,6 @@ class TrainState:
         )
 
 
-def worker_device(config: Config) -> torch.device:
-    """Choose this process's device, and set the precision of a GPU's matrix products.
-
-    TF32 is off, so float32 products are exact float32. With `parallel.deterministic`, a GPU
-    operation that is not repeatable bit for bit raises an error.
-
-    Raises:
-        ConfigError: `parallel.use_gpu` is true and there is none.
-    """
-    wanted = config.parallel.use_gpu
-    if wanted is True and not torch.cuda.is_available():
-        raise ConfigError("parallel.use_gpu (True): no GPU is visible")
-    if not wanted or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    torch.cuda.set_device(device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if config.parallel.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return device
-
-
 def holdout_table(job: StageJob) -> SampleTable | None:
     """Read the held-out images, with their assigned clusters in every stage except mae."""
     if job.holdout is None:
@@ -146,7 +122,7 @@ def holdout_table(job: StageJob) -> SampleTable | None:
 def build_state(job: StageJob) -> TrainState:
     """Build model, groups and engine and load the newest checkpoint; collective over all ranks."""
     torch.set_num_threads(job.config.parallel.threads_per_worker)
-    device = worker_device(job.config)
+    device = choose_device(job.config.parallel)
     init_distributed(device, timedelta(seconds=job.config.parallel.patience_s))
     # every rank makes the same plan from the same index, so no data about it is sent
     plan = job.plan()

@@ -18,7 +18,7 @@ ViTDet, Li et al. 2022, arXiv 2203.16527, appendix A.2.
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from moce_dist.config import TransferConfig
 from moce_dist.data.progress import track
 from moce_dist.run.directory import StoppedError
-from moce_dist.run.files import naming, read_jsonl, write_atomic
+from moce_dist.run.files import read_jsonl, replacing, write_atomic
 from moce_dist.train.checkpoint import check_finite
 from moce_dist.train.optim import warm_cosine
 from moce_dist.train.pulse import Pulse
@@ -71,15 +71,15 @@ def stepped_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
 
 def layered_adamw(
     vit: nn.Module,
-    new: Iterable[tuple[list[nn.Parameter], float]] = (),
+    new: Sequence[nn.Parameter] = (),
     *,
     weight_decay: float,
     layer_decay: float,
 ) -> torch.optim.AdamW:
     """Make AdamW with layer-wise learning rate decay: groups have `lr_scale`, 1 at the head.
 
-    `new` lists parameters outside the ViT with their weight decay; their `lr_scale` is 1. Norms,
-    biases, class token and position embedding of the ViT have no weight decay.
+    `new` lists parameters outside the ViT; their `lr_scale` is 1. Norms and biases, and the ViT's
+    class token and position embedding, have no weight decay.
     """
     groups = param_groups_layer_decay(
         vit,
@@ -87,7 +87,9 @@ def layered_adamw(
         no_weight_decay_list=("pos_embed", "cls_token"),
         layer_decay=layer_decay,
     )
-    groups += [{"params": some, "lr_scale": 1.0, "weight_decay": decay} for some, decay in new]
+    for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
+        if params := [p for p in new if (p.ndim > 1) == is_matrix]:
+            groups.append({"params": params, "lr_scale": 1.0, "weight_decay": decay})
     return torch.optim.AdamW(groups, lr=0.0, fused=True)
 
 
@@ -290,11 +292,9 @@ def _save_state(
     if machine.rank > 0:
         return
     kept.folder.mkdir(parents=True, exist_ok=True)
-    temporary = kept.folder / f".{_STATE}.tmp"
     about = {"format": _FORMAT, "of": kept.identity, "step": str(step)}
-    with naming(kept.folder / _STATE):
+    with replacing(kept.folder / _STATE) as temporary:
         save_file(copies, temporary, metadata=about)
-    temporary.replace(kept.folder / _STATE)
 
 
 def _resume(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept) -> int:

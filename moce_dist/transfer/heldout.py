@@ -33,8 +33,8 @@ from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
 from moce_dist.data.stream import Batch, Layout, StreamSpec
 from moce_dist.data.table import SampleTable
-from moce_dist.features.encoder import encoder_device
 from moce_dist.model.customize import cluster_probabilities, customize, routes
+from moce_dist.model.device import choose_device
 from moce_dist.model.gate import output_scales
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
@@ -62,7 +62,7 @@ class Reconstructors:
             raise ConfigError(
                 f"{run.root}: has no experts of clusters (moe.kind {config.moe.kind})"
             )
-        self._config, self.device = config, encoder_device(config.parallel)
+        self._config, self.device = config, choose_device(config.parallel)
         weights = moce_stage(run).weights
         self._p = cluster_probabilities(weights)
         self._table = routes(weights, config.gate, num_groups=config.parallel.num_groups)

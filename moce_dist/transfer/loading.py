@@ -26,6 +26,7 @@ from moce_dist.data.kept import KeptImages
 from moce_dist.data.loaders import load
 from moce_dist.features.decoding import framed_image
 from moce_dist.features.encoder import Pixels, renormalisation
+from moce_dist.model.device import choose_device
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.tasks import Item
@@ -120,12 +121,9 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
     of all workers.
     """
     parallel = config.parallel
-    has_gpu = parallel.use_gpu is not False and torch.cuda.is_available()
-    device = torch.device("cuda" if has_gpu else "cpu")
-    if has_gpu:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
-    else:
+    device = choose_device(parallel)
+    has_gpu = device.type == "cuda"
+    if not has_gpu:
         threads = parallel.num_workers * parallel.threads_per_worker // num_ranks
         torch.set_num_threads(max(1, min(threads, os.cpu_count() or 1)))
     micro_batches = -(-parallel.num_workers * parallel.micro_batches // num_ranks)

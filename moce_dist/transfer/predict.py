@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from moce_dist.run.files import write_atomic
+from moce_dist.run.files import replacing, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.drawing import Wishes
 from moce_dist.transfer.kinds import kind_named
@@ -119,7 +119,6 @@ def export_onnx(folder: Path, path: Path) -> list[Path]:
     if not output:
         raise ConfigError(f"{folder}: is a detector, which onnx does not write; use predict")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     # adaptive poolings become matrix products, in a copy
     copied = copy.deepcopy(model).cpu().eval()
     for name, module in list(copied.named_modules()):
@@ -127,18 +126,18 @@ def export_onnx(folder: Path, path: Path) -> list[Path]:
             parent, _, attribute = name.rpartition(".")
             assert isinstance(module.output_size, int)
             setattr(copied.get_submodule(parent), attribute, _Averages(module.output_size))
-    torch.onnx.export(
-        copied,
-        (torch.zeros(2, 3, spec.image_size, spec.image_size),),
-        temporary,
-        input_names=["images"],
-        output_names=[output],
-        dynamic_axes={"images": {0: "batch"}, output: {0: "batch"}},
-        opset_version=_OPSET,
-        # this exporter needs no package besides torch and onnx
-        dynamo=False,
-    )
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        torch.onnx.export(
+            copied,
+            (torch.zeros(2, 3, spec.image_size, spec.image_size),),
+            temporary,
+            input_names=["images"],
+            output_names=[output],
+            dynamic_axes={"images": {0: "batch"}, output: {0: "batch"}},
+            opset_version=_OPSET,
+            # this exporter needs no package besides torch and onnx
+            dynamo=False,
+        )
     about = {
         "kind": spec.kind,
         "task": spec.task,

@@ -24,7 +24,7 @@ import timm
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from moce_dist.run.files import naming, write_atomic
+from moce_dist.run.files import replacing, write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.tasks import Task
@@ -154,11 +154,9 @@ def timm_config(spec: Spec, tag: str) -> dict[str, Any]:
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, atomically: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in weights.items()}
-    with naming(path):
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    temporary.replace(path)
 
 
 def save_model(folder: Path, model: nn.Module, spec: Spec, about: Mapping[str, Any]) -> None:

@@ -6,7 +6,6 @@ therefore weighted, so that for any R and M gradients are those of the mean over
 Letters: R ranks, B images of a step, n images of a rank, M micro-batches.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.settings import ConfigError
 from moce_dist.train.blocks import prepare_blocks
-from moce_dist.train.optim import set_learning_rate
+from moce_dist.train.optim import set_learning_rate, stop_unless_finite
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.ranks import add_up, share_batch_norm
@@ -106,9 +105,9 @@ class Trainer:
             if number == len(parts):
                 sums[1] = pulse(self._name, step)
                 sums = add_up(sums, machine)
-                stop_unless_finite(float(sums[0]), "loss", self._name, step)
+                stop_unless_finite(self._name, "loss", float(sums[0]), step)
             norm = self._engine.step()
-        stop_unless_finite(float(norm), "gradient norm", self._name, step)
+        stop_unless_finite(self._name, "gradient norm", float(norm), step)
         return bool(sums[1] > 0)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
@@ -129,16 +128,6 @@ class Trainer:
     def close(self) -> None:
         """Release the engine; the model stays as it is."""
         self._engine.destroy()
-
-
-def stop_unless_finite(value: float, what: str, fit: str, step: int) -> None:
-    """Stop a fit when a value, which is the same on all ranks, is not finite.
-
-    Raises:
-        FloatingPointError: naming the fit, the value and the step.
-    """
-    if not math.isfinite(value):
-        raise FloatingPointError(f"{fit}: {what} is {value} in step {step}")
 
 
 def cut_batch(

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from moce_dist.config import load_config
-from moce_dist.features.encoder import Pixels, encoder_device, timm_encoder
+from moce_dist.features.encoder import Pixels, timm_encoder
+from moce_dist.model.device import choose_device
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.train.encoder import build_encoder
 
@@ -28,7 +29,7 @@ def test_features_on_gpu_are_near_those_of_the_cpu(tmp_path, precision, toleranc
     overrides = [*SMALL, f"parallel.precision={precision}", f"cluster.encoder={path}"]
     config = load_config(None, overrides)
     torch.save({"model": MaskedAutoencoder(config).state_dict()}, path)
-    device = encoder_device(config.parallel)
+    device = choose_device(config.parallel)
     assert device.type == "cuda"
     images = torch.randn(8, 3, 64, 64)
     expected = build_encoder(config, None, torch.device("cpu"))(images)

@@ -9,6 +9,7 @@ from comparing import merged
 from safetensors.torch import load_file
 
 from moce_dist.run.files import read_jsonl
+from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import damage, latest_checkpoint, load_weights
 
 
@@ -188,3 +189,11 @@ def test_unpublished_and_alien_checkpoints_are_not_taken(own_run):
     (folder / "step_00000009" / "manifest.json").write_text(json.dumps({"format": "other"}))
     assert "format" in damage(folder / "step_00000009")
     assert latest_checkpoint(folder) is None
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_not_passed_over(own_run):
+    manifest = own_run / "moce" / "checkpoints" / "step_00000009" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"format": "moce_dist.checkpoint.v1", "files": {}}))
+    with pytest.raises(ConfigError, match=r"step_00000009: has the format .*\.v1 of another"):
+        latest_checkpoint(manifest.parents[1])

@@ -228,17 +228,8 @@ def make_detector(
 
 
 def make_optimizer(model: Any, layer_decay: float) -> torch.optim.AdamW:
-    """Make AdamW with layer-wise learning rate decay in the ViT; groups have `lr_scale`.
-
-    Norms and biases have no weight decay.
-    """
+    """Make AdamW with layer-wise learning rate decay in the ViT; groups have `lr_scale`."""
     new = [p for name, p in model.named_parameters() if not name.startswith("backbone.vit.")]
-    matrices, vectors = (
-        [p for p in new if (p.ndim > 1) == is_matrix] for is_matrix in (True, False)
-    )
     return layered_adamw(
-        model.backbone.vit,
-        [(matrices, _WEIGHT_DECAY), (vectors, 0.0)],
-        weight_decay=_WEIGHT_DECAY,
-        layer_decay=layer_decay,
+        model.backbone.vit, new, weight_decay=_WEIGHT_DECAY, layer_decay=layer_decay
     )

@@ -67,9 +67,4 @@ class Segmenter(nn.Module):
     def optimizer(self) -> torch.optim.AdamW:
         """Make AdamW with layer-wise learning rate decay in the ViT; groups have `lr_scale`."""
         new = [p for name, p in self.named_parameters() if not name.startswith("vit.")]
-        return layered_adamw(
-            self.vit,
-            [(new, _WEIGHT_DECAY)],
-            weight_decay=_WEIGHT_DECAY,
-            layer_decay=_LAYER_DECAY,
-        )
+        return layered_adamw(self.vit, new, weight_decay=_WEIGHT_DECAY, layer_decay=_LAYER_DECAY)

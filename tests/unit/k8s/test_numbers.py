@@ -336,4 +336,4 @@ def test_the_network_cards_of_a_node_are_asked_for(rays):
                 c["image"]
                 for c in [container, *group["template"]["spec"].get("initContainers", [])]
             }
-            assert images == {"moce-dist:0.1.0"}
+            assert images == {"moce-dist:0.2.0"}
