@@ -18,7 +18,7 @@ from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import ORDER, Plan
 from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.data.table import SampleTable
-from moce_dist.model.device import choose_device
+from moce_dist.model.device import training_device
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import experts_from_dense, is_stacked
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
@@ -122,7 +122,7 @@ def holdout_table(job: StageJob) -> SampleTable | None:
 def build_state(job: StageJob) -> TrainState:
     """Build model, groups and engine and load the newest checkpoint; collective over all ranks."""
     torch.set_num_threads(job.config.parallel.threads_per_worker)
-    device = choose_device(job.config.parallel)
+    device = training_device(job.config.parallel)
     init_distributed(device, timedelta(seconds=job.config.parallel.patience_s))
     # every rank makes the same plan from the same index, so no data about it is sent
     plan = job.plan()

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moce_dist.config import Config
+from moce_dist.model.device import check_gpu
 from moce_dist.transfer.loading import Machine, machine_of
 
 T = TypeVar("T")
@@ -24,7 +25,12 @@ _PREPARING = timedelta(hours=12)
 
 
 def join(config: Config) -> Machine:
-    """Join the process group of all ranks that a launcher started; return this rank's machine."""
+    """Join the process group of all ranks that a launcher started; return this rank's machine.
+
+    Raises:
+        ConfigError: a GPU was asked for and there is none.
+    """
+    check_gpu(config.parallel)
     device = machine_of(config).device
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     # DeepSpeed takes seconds to import, which protocols without training need not wait for

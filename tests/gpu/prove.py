@@ -320,9 +320,9 @@ def repeatable(on_gpu, _):
             torch.manual_seed(0)
             flag = f"parallel.deterministic={str(deterministic).lower()}"
             state = make_state(on_gpu, "cluster", 64 if on_gpu else 8, flag)
-            from moce_dist.model.device import choose_device
+            from moce_dist.model.device import training_device
 
-            choose_device(state.job.config.parallel)
+            training_device(state.job.config.parallel)
             for batch in synthetic_batches(state, steps):
                 train_step(state, batch)
                 state.step += 1
