@@ -32,9 +32,6 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 def combinations(kind, name):
     """Every set of components that goes with an overlay or a job."""
-    if name in ("head", "report"):
-        # without workers there is nothing for the others to change
-        return WAITING
     parts = (SPOT, STORAGE, NETWORK, WAITING)
     sets = [tuple(itertools.chain(*chosen)) for chosen in itertools.product(*parts)]
     if name == "pretrain-s3":
@@ -42,8 +39,8 @@ def combinations(kind, name):
     # Kueue takes no autoscaling
     sets += [(*chosen, "autoscaling") for chosen in sets if "kueue" not in chosen]
     if kind == "overlays":
-        # of a cluster that stays: alone, and with all that goes together
-        sets += [("gcs-ft",), (*max(sets, key=len), "gcs-ft")]
+        # it is of a cluster that stays
+        sets += [(*chosen, "gcs-ft") for chosen in sets]
     return sets
 
 

@@ -77,19 +77,23 @@ def replica_errors(group, is_growing):
 
 
 def redis_errors(cluster):
-    (container, *_) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
-    names = {entry["name"] for entry in container.get("env", [])}
+    head = cluster["headGroupSpec"]
+    parameters = head.get("rayStartParams", {})
+    containers = head["template"]["spec"].get("containers", [])[:1]
+    names = {entry["name"] for container in containers for entry in container.get("env", [])}
     if "gcsFaultToleranceOptions" in cluster:
         options = cluster["gcsFaultToleranceOptions"]
-        if {"REDIS_PASSWORD", "RAY_REDIS_ADDRESS"} & names:
-            yield "REDIS_PASSWORD and RAY_REDIS_ADDRESS are the operator's"
-        if "redis-password" in cluster["headGroupSpec"].get("rayStartParams", {}):
+        if "REDIS_PASSWORD" in names:
+            yield "REDIS_PASSWORD is the operator's"
+        if "RAY_REDIS_ADDRESS" in names:
+            yield "RAY_REDIS_ADDRESS is the operator's"
+        if "redis-password" in parameters:
             yield "redis-password is the operator's"
         if options.get("backend", "redis") != "redis":
-            yield f"backend {options['backend']}: needs a feature gate that is off"
+            yield f"backend {options['backend']} is behind a feature gate that is off"
     elif "RAY_REDIS_ADDRESS" in names:
         yield "RAY_REDIS_ADDRESS without gcsFaultToleranceOptions"
-    if "REDIS_USERNAME" in names:
+    if "REDIS_USERNAME" in names or "redis-username" in parameters:
         yield "REDIS_USERNAME is the operator's"
 
 
@@ -106,8 +110,8 @@ def job_errors(document):
         yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
     if spec.get("suspend") and not spec.get("shutdownAfterJobFinishes"):
         yield "suspend needs shutdownAfterJobFinishes"
-    if "deletionStrategy" in spec and spec.get("shutdownAfterJobFinishes"):
-        yield "deletionStrategy excludes shutdownAfterJobFinishes"
+    yield from deletion_errors(spec)
+    yield from selector_errors(spec)
     if "upgradeStrategy" in cluster:
         yield "upgradeStrategy is not for jobs"
     if cluster.get("authOptions", {}).get("enableK8sTokenAuth"):
@@ -121,6 +125,30 @@ def job_errors(document):
         yield "runtimeEnvYAML: is no mapping"
 
 
+def deletion_errors(spec):
+    strategy = spec.get("deletionStrategy", {})
+    if "deletionRules" in strategy and spec.get("shutdownAfterJobFinishes"):
+        yield "deletionRules exclude shutdownAfterJobFinishes"
+    if "deletionRules" in strategy and spec.get("ttlSecondsAfterFinished"):
+        yield "deletionRules exclude ttlSecondsAfterFinished"
+    policies = {strategy.get(when, {}).get("policy") for when in ("onSuccess", "onFailure")}
+    if "DeleteNone" in policies and spec.get("shutdownAfterJobFinishes"):
+        yield "DeleteNone excludes shutdownAfterJobFinishes"
+
+
+def selector_errors(spec):
+    if "clusterSelector" not in spec:
+        return
+    if not spec["clusterSelector"].get("ray.io/cluster"):
+        yield "clusterSelector names no cluster"
+    if spec.get("suspend"):
+        yield "clusterSelector excludes suspend"
+    if spec.get("submissionMode") == "SidecarMode":
+        yield "clusterSelector excludes SidecarMode"
+    if spec.get("backoffLimit", 0) > 0:
+        yield "clusterSelector excludes backoffLimit"
+
+
 def kueue_errors(document):
     spec, cluster = document["spec"], cluster_of(document)
     if len(cluster.get("workerGroupSpecs", [])) > 17:
@@ -129,5 +157,9 @@ def kueue_errors(document):
         yield "Kueue takes no autoscaling"
     if cluster.get("suspend") and document["kind"] == "RayJob":
         yield "rayClusterSpec.suspend: Kueue suspends the job"
+    if any(group["groupName"] == "head" for group in cluster.get("workerGroupSpecs", [])):
+        yield "Kueue takes no worker group of the name head"
     if document["kind"] == "RayJob" and not spec.get("shutdownAfterJobFinishes"):
         yield "Kueue needs shutdownAfterJobFinishes"
+    if spec.get("clusterSelector"):
+        yield "Kueue takes no clusterSelector"

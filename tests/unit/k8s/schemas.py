@@ -21,8 +21,9 @@ CRDS = Path(__file__).parent / "crds"
 class Definition:
     """One version of one kind."""
 
-    def __init__(self, scope, schema):
-        self.scope, self.schema = scope, schema
+    def __init__(self, scope, version):
+        self.scope, self.subresources = scope, version.get("subresources", {})
+        self.schema = version["schema"]["openAPIV3Schema"]
         self.schema["properties"]["metadata"] = {
             "type": "object",
             "x-kubernetes-preserve-unknown-fields": True,
@@ -44,7 +45,7 @@ def read_definitions():
         for version in spec["versions"]:
             if version["served"] and not version.get("deprecated"):
                 key = f"{spec['group']}/{version['name']}", spec["names"]["kind"]
-                found[key] = Definition(spec["scope"], version["schema"]["openAPIV3Schema"])
+                found[key] = Definition(spec["scope"], version)
     return found
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from manifests import ROOT, cluster_of, containers, is_custom, templates
+from plants import unplanted
 
 CHECKOV = Path(sys.prefix) / "checkov" / "bin" / "checkov"
 DOCKERFILE = ROOT / "k8s" / "Dockerfile"
@@ -144,30 +145,45 @@ def test_namespace_admits_every_pod_but_those_as_root(rays, rendered):
         assert found == (as_root if "ipc-lock" in name else set()), name
 
 
+def tokens(document):
+    """Yield pods with a token that is not theirs: only a head with an autoscaler gets one."""
+    is_growing = bool(cluster_of(document).get("enableInTreeAutoscaling"))
+    for group, template in templates(document):
+        has_token = template["spec"].get("automountServiceAccountToken", True)
+        if has_token != (is_growing and group == "head"):
+            yield f"{group}: token"
+
+
 def test_only_a_head_with_an_autoscaler_gets_a_token(rays):
     for name, document in rays.items():
-        for group, template in templates(document):
-            has_token = template["spec"]["automountServiceAccountToken"]
-            is_growing = bool(cluster_of(document).get("enableInTreeAutoscaling"))
-            assert has_token == (is_growing and group == "head"), name
+        assert list(tokens(document)) == [], name
 
 
-@pytest.mark.parametrize(
-    ("words", "change"),
-    [
-        ("runAsNonRoot", lambda s: s["securityContext"].pop("runAsNonRoot")),
-        ("seccompProfile", lambda s: s["securityContext"].pop("seccompProfile")),
-        ("host namespaces", lambda s: s.update(hostNetwork=True)),
-        ("hostPath", lambda s: s["volumes"].append({"name": "a", "hostPath": {"path": "/"}})),
-        ("Escalation", lambda s: s["containers"][0].pop("securityContext")),
-        ("capabilities.drop", lambda s: s["containers"][0].pop("securityContext")),
-    ],
-)
-def test_planted_breaches_of_the_namespaces_level_are_caught(rays, words, change):
+PLANTED = {
+    "runAsNonRoot": lambda s: s["securityContext"].pop("runAsNonRoot"),
+    "runAsUser": lambda s: s["securityContext"].update(runAsUser=0),
+    "seccompProfile": lambda s: s["securityContext"].pop("seccompProfile"),
+    "host namespaces": lambda s: s.update(hostNetwork=True),
+    "hostPath": lambda s: s["volumes"].append({"name": "a", "hostPath": {"path": "/"}}),
+    "Escalation": lambda s: s["containers"][0].pop("securityContext"),
+    "capabilities.drop": lambda s: s["containers"][0].pop("securityContext"),
+    "capabilities.add": lambda s: s["containers"][0]["securityContext"]["capabilities"].update(
+        add=["SYS_ADMIN"]
+    ),
+    "token": lambda s: s.pop("automountServiceAccountToken"),
+}
+
+
+@pytest.mark.parametrize("words", PLANTED)
+def test_planted_breaches_of_the_namespaces_level_are_caught(rays, words):
     document = copy.deepcopy(rays["jobs/pretrain"])
     template = dict(templates(document))["experts"]
-    change(template["spec"])
-    assert any(words in found for found in breaches(template))
+    PLANTED[words](template["spec"])
+    assert any(words in found for found in [*breaches(template), *tokens(document)])
+
+
+def test_every_breach_has_a_plant():
+    assert unplanted(PLANTED, breaches, tokens) == []
 
 
 def hadolint(text):

@@ -37,6 +37,17 @@ def test_panels_filter_by_run_and_show_only_labels_that_the_series_have():
             assert shown <= labels[name], panel["title"]
 
 
+def test_unit_and_title_of_a_panel_are_those_of_its_series():
+    units = {"_seconds": "s", "_ratio": "percentunit"}
+    words = {"s": "Seconds", "percentunit": "share"}
+    for panel in DASHBOARD["panels"]:
+        unit = panel["fieldConfig"]["defaults"]["unit"]
+        for name in SERIES.findall(" ".join(target["expr"] for target in panel["targets"])):
+            expected = next((u for end, u in units.items() if name.endswith(end)), "short")
+            assert unit == expected, panel["title"]
+        assert words.get(unit, "") in panel["title"]
+
+
 @pytest.mark.parametrize(
     "word",
     ["Images a second", "Waiting", "Loss", "exchanged", "expert", "save", "Unreadable", "Restarts"],

@@ -5,20 +5,36 @@ from itertools import chain
 
 import pytest
 import yaml
-from manifests import K8S, amount, cluster_of, containers, operator_pods, templates
+from manifests import (
+    K8S,
+    amount,
+    cluster_of,
+    containers,
+    environment,
+    operator_pods,
+    templates,
+)
+from plants import unplanted
 
 # made by hand, as k8s/README.md says, or by the operator
 BY_HAND = {"moce-registry", "moce-s3", "moce-redis"}
 README = (K8S / "README.md").read_text()
+EXAMPLE = yaml.safe_load((K8S / "setup" / "s3" / "secret.example.yaml").read_text())
+QUEUE, PRIORITY = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
+
+
+def made_by(rendered, names):
+    """Collect what setups make: {kind: names}."""
+    found = {}
+    for document in chain(*(rendered[name] for name in names)):
+        found.setdefault(document["kind"], set()).add(document["metadata"]["name"])
+    return found
 
 
 @pytest.fixture(scope="session")
 def made(rendered):
-    """What the setups make: {kind: names}."""
-    found = {}
-    for document in chain(*(docs for name, docs in rendered.items() if name.startswith("setup"))):
-        found.setdefault(document["kind"], set()).add(document["metadata"]["name"])
-    return found
+    """What all setups make: {kind: names}."""
+    return made_by(rendered, [name for name in rendered if name.startswith("setup")])
 
 
 def missing(document, made):
@@ -48,31 +64,169 @@ def missing(document, made):
             yield f"{name}: mounts {sorted(mounted)}"
 
 
+def misread(document):
+    """Yield what is wrong with the place that images are read from: a volume or a bucket."""
+    for name, template in templates(document):
+        if name == "submitter":
+            continue
+        volumes = {volume["name"] for volume in template["spec"]["volumes"]}
+        if len(volumes & {"data", "s3"}) != 1:
+            yield f"{name}: must read from a volume or a bucket"
+        (container,) = template["spec"]["containers"]
+        files = sorted(v for k, v in environment(container).items() if k.startswith("AWS_"))
+        mounts = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "s3"]
+        if files != sorted(f"{path}/{key}" for path in mounts for key in EXAMPLE["stringData"]):
+            yield f"{name}: looks for other keys than the Secret has"
+
+
+def misplaced(document, is_spot):
+    """Yield heads that may go to a spot node."""
+    (_, head), *_ = templates(document)
+    node = head["spec"].get("affinity", {}).get("nodeAffinity", {})
+    terms = node.get("requiredDuringSchedulingIgnoredDuringExecution", {"nodeSelectorTerms": []})
+    refused = [
+        {rule["key"] for rule in term["matchExpressions"] if rule["operator"] == "NotIn"}
+        for term in terms["nodeSelectorTerms"]
+    ]
+    labels = {"karpenter.sh/capacity-type", "cloud.google.com/gke-spot"}
+    # terms are alternatives, so each must refuse
+    if is_spot and not (refused and all(labels <= keys for keys in refused)):
+        yield "a head on a spot node"
+
+
+def unqueued(document, objects):
+    """Yield what keeps a job that is to wait in a queue from ever being admitted."""
+    group = objects["ClusterQueue", "moce"]["spec"]["resourceGroups"][0]
+    quota = {r["name"]: amount(r["nominalQuota"]) for r in group["flavors"][0]["resources"]}
+    labels = document["metadata"].get("labels", {})
+    if ("LocalQueue", labels.get(QUEUE)) not in objects:
+        yield f"no such queue: {labels.get(QUEUE)}"
+    if ("WorkloadPriorityClass", labels.get(PRIORITY)) not in objects:
+        yield f"no such priority: {labels.get(PRIORITY)}"
+    needed = {}
+    for _, template in operator_pods(document):
+        for container in template["spec"]["containers"]:
+            for resource, quantity in container["resources"]["requests"].items():
+                needed[resource] = needed.get(resource, 0) + amount(quantity)
+    for resource in needed.keys() - quota.keys():
+        yield f"{resource} is not covered"
+    for resource in needed.keys() & quota.keys():
+        if needed[resource] > quota[resource]:
+            yield f"{resource} is beyond the quota"
+
+
 def test_everything_that_pods_refer_to_is_made_by_a_setup(rays, made):
     for name, document in rays.items():
         assert list(missing(document, made)) == [], name
+
+
+def test_images_come_from_a_volume_or_from_a_bucket(rays):
+    assert any("s3" in name for name in rays)
+    for name, document in rays.items():
+        assert list(misread(document)) == [], name
+        volumes = {v["name"] for _, t in templates(document) for v in t["spec"]["volumes"]}
+        assert ("s3" in volumes) == ("s3" in name), name
+
+
+def test_without_the_volume_of_images_all_but_those_with_a_bucket_miss_it(rays, rendered):
+    setups = [name for name in rendered if name.startswith("setup") and name != "setup/data"]
+    without = made_by(rendered, setups)
+    for name, document in rays.items():
+        claims = {found.partition(": ")[2] for found in missing(document, without)}
+        assert claims == (set() if "s3" in name else {"claim moce-data"}), name
+
+
+def test_heads_stay_off_spot_nodes(rays):
+    assert any("spot" in name for name in rays)
+    for name, document in rays.items():
+        assert list(misplaced(document, "spot" in name)) == [], name
+
+
+def test_queues_exist_and_cover_what_jobs_ask_for(rays, rendered):
+    objects = {(d["kind"], d["metadata"]["name"]): d for d in rendered["setup/kueue"]}
+    queue = objects["ClusterQueue", "moce"]["spec"]
+    assert [len(group["flavors"]) for group in queue["resourceGroups"]] == [1]
+    (namespace,) = [d for d in rendered["setup"] if d["kind"] == "Namespace"]
+    assert queue["namespaceSelector"]["matchLabels"] == {
+        "kubernetes.io/metadata.name": namespace["metadata"]["name"]
+    }
+    queued = {name: document for name, document in rays.items() if "kueue" in name}
+    assert len(queued) > 10
+    for name, document in queued.items():
+        assert list(unqueued(document, objects)) == [], name
+
+
+def unsuspended(name, document):
+    """Yield a job whose start is not where it should be decided."""
+    if document["kind"] == "RayJob" and document["spec"].get("suspend", False) != ("kueue" in name):
+        yield "a job starts suspended in a queue, and nowhere else"
+
+
+def test_jobs_in_a_queue_start_suspended(rays):
+    for name, document in rays.items():
+        assert list(unsuspended(name, document)) == [], name
 
 
 def claim(spec):
     return spec["volumes"][0]["persistentVolumeClaim"]
 
 
+def resources(spec):
+    return spec["containers"][0]["resources"]
+
+
+# in the worker's pod of a job with every component, or in the job itself
 PLANTED = {
-    "claim moce-other": lambda spec: claim(spec).update(claimName="moce-other"),
-    "account default": lambda spec: spec.pop("serviceAccountName"),
-    "class urgent": lambda spec: spec.update(priorityClassName="urgent"),
-    "secret key": lambda spec: spec["volumes"].append(
+    ": claim": lambda spec: claim(spec).update(claimName="moce-other"),
+    ": service account": lambda spec: spec.pop("serviceAccountName"),
+    ": pull secret": lambda spec: spec.pop("serviceAccountName"),
+    ": priority class": lambda spec: spec.update(priorityClassName="urgent"),
+    ": secret": lambda spec: spec["volumes"].append(
         {"name": "key", "secret": {"secretName": "key"}}
     ),
-    "mounts": lambda spec: spec["volumes"].append({"name": "other", "emptyDir": {}}),
+    ": config map": lambda spec: spec["volumes"].append(
+        {"name": "other", "configMap": {"name": "other"}}
+    ),
+    ": mounts": lambda spec: spec["volumes"].append({"name": "other", "emptyDir": {}}),
+    "a volume or a bucket": lambda spec: spec["volumes"].append({"name": "data", "emptyDir": {}}),
+    "other keys": lambda spec: spec["containers"][0]["env"].pop(),
+    "is not covered": lambda spec: resources(spec)["requests"].update({"example.org/tpu": 1}),
+    "is beyond the quota": lambda spec: resources(spec)["requests"].update(memory="9000Gi"),
+}
+PLANTED_IN_JOBS = {
+    "such queue": lambda job: job["metadata"]["labels"].update({QUEUE: "other"}),
+    "such priority": lambda job: job["metadata"]["labels"].update({PRIORITY: "other"}),
+    "starts suspended": lambda job: job["spec"].pop("suspend"),
+    "a spot node": lambda job: cluster_of(job)["headGroupSpec"]["template"]["spec"]["affinity"][
+        "nodeAffinity"
+    ]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"].append(
+        {"matchExpressions": []}
+    ),
 }
 
 
-@pytest.mark.parametrize("words", PLANTED)
+@pytest.mark.parametrize("words", [*PLANTED, *PLANTED_IN_JOBS])
 def test_planted_names_are_caught(rendered, made, words):
-    (job,) = copy.deepcopy(rendered["jobs/pretrain"])
-    PLANTED[words](job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"])
-    assert any(words in found for found in missing(job, made))
+    name = "jobs/pretrain-s3+spot+kueue"
+    objects = {(d["kind"], d["metadata"]["name"]): d for d in rendered["setup/kueue"]}
+    (job,) = copy.deepcopy(rendered[name])
+    if words in PLANTED:
+        PLANTED[words](dict(templates(job))["experts"]["spec"])
+    else:
+        PLANTED_IN_JOBS[words](job)
+    found = [
+        *missing(job, made),
+        *misread(job),
+        *misplaced(job, is_spot=True),
+        *unqueued(job, objects),
+        *unsuspended(name, job),
+    ]
+    assert any(words in complaint for complaint in found)
+
+
+def test_every_complaint_has_a_plant():
+    plants = [*PLANTED, *PLANTED_IN_JOBS]
+    assert unplanted(plants, missing, misread, misplaced, unqueued, unsuspended) == []
 
 
 def test_a_head_under_the_operators_account_names_the_registry_itself(rendered, made):
@@ -84,65 +238,9 @@ def test_a_head_under_the_operators_account_names_the_registry_itself(rendered, 
     assert list(missing(job, made)) == ["head: pull secret"]
 
 
-def test_heads_stay_off_spot_nodes(rays):
-    spots = [document for name, document in rays.items() if "spot" in name]
-    assert spots
-    for document in spots:
-        (_, head), *_ = templates(document)
-        affinity = head["spec"]["affinity"]["nodeAffinity"]
-        (term,) = affinity["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
-        refused = {rule["key"] for rule in term["matchExpressions"] if rule["operator"] == "NotIn"}
-        assert {"karpenter.sh/capacity-type", "cloud.google.com/gke-spot"} <= refused
-
-
 def test_secrets_made_by_hand_are_explained(rendered, made):
     (account,) = [d for d in rendered["setup"] if d["kind"] == "ServiceAccount"]
     assert {entry["name"] for entry in account["imagePullSecrets"]} <= BY_HAND
     assert all(name in README for name in BY_HAND)
-    example = yaml.safe_load((K8S / "setup" / "s3" / "secret.example.yaml").read_text())
-    assert example["metadata"]["name"] in BY_HAND
+    assert EXAMPLE["metadata"]["name"] in BY_HAND
     assert "Secret" not in made
-
-
-def test_keys_of_the_s3_secret_are_what_the_pods_look_for(rays):
-    example = yaml.safe_load((K8S / "setup" / "s3" / "secret.example.yaml").read_text())
-    (container,) = cluster_of(rays["jobs/pretrain-s3"])["headGroupSpec"]["template"]["spec"][
-        "containers"
-    ]
-    (mount,) = [m for m in container["volumeMounts"] if m["name"] == "s3"]
-    values = [e["value"] for e in container["env"] if e["name"].startswith("AWS_")]
-    assert sorted(values) == sorted(f"{mount['mountPath']}/{key}" for key in example["stringData"])
-
-
-def test_with_s3_no_pod_has_a_volume_for_data(rays):
-    assert any("s3" in name for name in rays)
-    for name, document in rays.items():
-        volumes = [v["name"] for _, t in templates(document) for v in t["spec"]["volumes"]]
-        assert ("data" in volumes) != ("s3" in volumes), name
-
-
-def test_queues_exist_and_cover_what_jobs_ask_for(rays, rendered):
-    objects = {(d["kind"], d["metadata"]["name"]): d for d in rendered["setup/kueue"]}
-    (group,) = objects["ClusterQueue", "moce"]["spec"]["resourceGroups"]
-    (flavor,) = group["flavors"]
-    quota = {entry["name"]: amount(entry["nominalQuota"]) for entry in flavor["resources"]}
-    queued = {name: document for name, document in rays.items() if "kueue" in name}
-    assert len(queued) > 10
-    for name, document in queued.items():
-        labels = document["metadata"]["labels"]
-        assert ("LocalQueue", labels["kueue.x-k8s.io/queue-name"]) in objects
-        assert ("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"]) in objects
-        needed = {}
-        for _, template in operator_pods(document):
-            for container in template["spec"]["containers"]:
-                for resource, quantity in container["resources"]["requests"].items():
-                    needed[resource] = needed.get(resource, 0) + amount(quantity)
-        assert all(needed[resource] <= quota.get(resource, 0) for resource in needed), name
-    namespace = objects["ClusterQueue", "moce"]["spec"]["namespaceSelector"]["matchLabels"]
-    assert namespace == {"kubernetes.io/metadata.name": "moce"}
-
-
-def test_jobs_in_a_queue_start_suspended(rays):
-    for name, document in rays.items():
-        if document["kind"] == "RayJob":
-            assert document["spec"].get("suspend", False) == ("kueue" in name), name

@@ -7,6 +7,7 @@ import re
 import kubernetes_validate
 import pytest
 from manifests import is_custom, templates
+from plants import unplanted
 
 VERSIONS = ("1.33", "1.37")
 
@@ -56,24 +57,50 @@ def test_custom_resources_are_strictly_valid(rendered, definitions):
             assert definition.errors(document) == [], name
 
 
-def test_overlays_hold_a_cluster_and_jobs_a_job_alone(rendered):
-    for name, documents in rendered.items():
-        kinds = [document["kind"] for document in documents]
-        if name.startswith("overlays"):
-            assert kinds == ["RayCluster"], name
-        elif name.startswith("jobs"):
-            assert kinds == ["RayJob"], name
-        else:
-            assert not {"RayCluster", "RayJob"} & set(kinds), name
-
-
-def test_cluster_wide_objects_are_in_no_namespace_and_the_others_in_ours(rendered, definitions):
+def misplaced(name, documents, definitions):
+    """Yield objects that do not belong into a rendering, or not into their namespace."""
     wide = {"Namespace", "PriorityClass"}
     wide |= {kind for (_, kind), found in definitions.items() if found.scope == "Cluster"}
+    kinds = [document["kind"] for document in documents]
+    alone = {"overlays": ["RayCluster"], "jobs": ["RayJob"]}.get(name.split("/")[0])
+    if alone and kinds != alone:
+        yield f"{kinds}: one cluster or job is applied alone"
+    if not alone and {"RayCluster", "RayJob"} & set(kinds):
+        yield f"{kinds}: a setup starts nothing"
+    for document in documents:
+        kind, namespace = document["kind"], document["metadata"].get("namespace")
+        if kind in wide and namespace is not None:
+            yield f"{kind}: is cluster-wide"
+        if kind not in wide and namespace != "moce":
+            yield f"{kind}: is not in our namespace"
+
+
+def test_every_object_is_where_it_belongs(rendered, definitions):
     for name, documents in rendered.items():
-        for document in documents:
-            expected = None if document["kind"] in wide else "moce"
-            assert document["metadata"].get("namespace") == expected, (name, document["kind"])
+        assert list(misplaced(name, documents, definitions)) == [], name
+
+
+MISPLACED = {
+    "applied alone": ("jobs/pretrain", lambda documents: documents.append(documents[0])),
+    "starts nothing": ("setup", lambda documents: documents[0].update(kind="RayJob")),
+    "is cluster-wide": (
+        "setup/kueue",
+        lambda documents: documents[0]["metadata"].update(namespace="moce"),
+    ),
+    "not in our namespace": (
+        "setup/data",
+        lambda documents: documents[0]["metadata"].update(namespace="default"),
+    ),
+}
+
+
+@pytest.mark.parametrize("words", MISPLACED)
+def test_misplaced_objects_are_caught(rendered, definitions, words):
+    name, change = MISPLACED[words]
+    documents = copy.deepcopy(rendered[name])
+    change(documents)
+    assert any(words in found for found in misplaced(name, documents, definitions))
+    assert unplanted(MISPLACED, misplaced) == []
 
 
 def worker(spec):
@@ -109,14 +136,36 @@ def planted(rendered, name, kind):
     return copy.deepcopy(document)
 
 
-def test_planted_mistakes_of_queues_and_monitors_are_caught(rendered, definitions):
-    queue = planted(rendered, "setup/kueue", "ClusterQueue")
-    queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"].pop()
-    (found,) = definitions["kueue.x-k8s.io/v1beta2", "ClusterQueue"].errors(queue)
-    assert "must match" in found or "resources" in found
-    monitor = planted(rendered, "setup/monitoring", "PodMonitor")
-    monitor["spec"]["podMetricsEndpoints"][0]["prot"] = "metrics"
-    assert "prot" in str(definitions["monitoring.coreos.com/v1", "PodMonitor"].errors(monitor))
+def quotas(queue):
+    return queue["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+
+
+# of every kind but RayJob, of which there are more above: rendering, mistake, what is said of it
+KINDS = {
+    "RayCluster": ("overlays/gpu", lambda d: d["spec"].update(rayVersio="2.60.0"), "rayVersio"),
+    "ClusterQueue": ("setup/kueue", lambda d: quotas(d).pop(), "must match|resources"),
+    "LocalQueue": ("setup/kueue", lambda d: d["spec"].update(clusterQueue=["moce"]), "clusterQ"),
+    "ResourceFlavor": ("setup/kueue", lambda d: d.update(spec={"nodeLabel": {}}), "nodeLabel"),
+    "WorkloadPriorityClass": ("setup/kueue", lambda d: d.update(value="high"), "value"),
+    "PodMonitor": (
+        "setup/monitoring",
+        lambda d: d["spec"]["podMetricsEndpoints"][0].update(prot="metrics"),
+        "prot",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_planted_mistakes_of_every_kind_are_caught(rendered, definitions, kind):
+    name, change, words = KINDS[kind]
+    document = planted(rendered, name, kind)
+    change(document)
+    assert re.search(words, str(definitions[document["apiVersion"], kind].errors(document)))
+
+
+def test_every_kind_has_a_planted_mistake(rendered):
+    custom = {d["kind"] for documents in rendered.values() for d in documents if is_custom(d)}
+    assert custom == {*KINDS, "RayJob"}
 
 
 def test_planted_mistakes_of_built_in_kinds_are_caught(rendered, built_in):
