@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from benches.cluster import write_mixture
 from benches.harness import Report, interleave
 from benches.settings import BenchConfig
-from moce_dist.cluster.arrays import Float64
+from moce_dist.arrays import Float64
 from moce_dist.cluster.blocks import View, column_mean, open_features
 from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans, save_state, state_request
 from moce_dist.cluster.matrix import Matrix

@@ -31,7 +31,7 @@ from benches.settings import BenchConfig
 from benches.synthetic import synthetic_batches, synthetic_state
 from moce_dist.model.device import choose_device
 from moce_dist.train.checkpoint import complete_checkpoints
-from moce_dist.train.loop import train_step
+from moce_dist.train.loop import settle, train_step
 from moce_dist.train.saver import Saver
 
 _STRETCH_OVER_SAVE = 4
@@ -97,7 +97,7 @@ class _Training:
 
     def __init__(self, config: BenchConfig, folder: Path) -> None:
         self._state = synthetic_state(config, choose_device(config.parallel))
-        self._saver = Saver(folder, self._state.topology, keep=1)
+        self._state.saver = Saver(folder, self._state.topology, keep=1)
         self._folder = folder
         (self._batch,) = synthetic_batches(self._state, 1)
         self.saves_cpu_s: list[float] = []
@@ -106,10 +106,10 @@ class _Training:
         """Take steps; with `is_saving`, begin a save before the first and end it after the last."""
         if is_saving:
             self._save()
-        for _ in range(count):
-            train_step(self._state, self._batch)
+        for number in range(count):
+            outcome = train_step(self._state, self._batch)
             self._state.step += 1
-            self._saver.poll()
+            settle(self._state, outcome, at_once=number == count - 1)
         self._end()
 
     def blocking(self) -> None:
@@ -121,15 +121,15 @@ class _Training:
 
     def state_gib(self) -> float:
         """Return the size of the checkpoint on disk, GiB."""
-        (checkpoint,) = complete_checkpoints(self._folder)
-        return sum(file.stat().st_size for file in checkpoint.iterdir()) / 2**30
+        newest, *_ = complete_checkpoints(self._folder)
+        return sum(file.stat().st_size for file in newest.iterdir()) / 2**30
 
     def _save(self) -> None:
         state = self._state
-        self._saver.save(state.engine, state.naming, {"step": state.step})
+        state.saver.save(state.engine, state.naming, {"step": state.step})
 
     def _end(self) -> None:
-        self._saver.wait()
+        self._state.saver.wait()
         if self._state.engine.device.type == "cuda":
             torch.cuda.synchronize()
         dist.barrier()

@@ -25,7 +25,7 @@ import psutil
 
 from benches.harness import Report, interleave
 from benches.settings import BenchConfig
-from moce_dist.cluster.arrays import Float32, Float64
+from moce_dist.arrays import Float32, Float64
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.cluster.blocks import View, column_mean, open_features
 from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans, save_state, state_request

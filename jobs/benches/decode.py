@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torchmetrics.functional.image import structural_similarity_index_measure
 from torchvision import transforms
@@ -22,20 +21,20 @@ from torchvision.transforms import functional
 from benches.harness import Report, interleave
 from benches.photographs import photographs
 from benches.settings import BenchConfig
+from moce_dist.arrays import Float64, Pixels
 from moce_dist.data.decoders import jpeg_header, jpeg_pixels
 from moce_dist.data.device import DeviceDecoder, Waiting
 from moce_dist.data.images import (
     MEAN,
     STD,
     Box,
+    draw_cut,
     open_croppable,
     random_box,
     sample_generator,
-    train_cut,
-    train_image,
+    to_sample,
 )
 from moce_dist.data.packing import at_most
-from moce_dist.data.resize import Pixels
 from moce_dist.settings import ConfigError
 
 SIZES = {"500": (500, 375), "2000": (2000, 1500)}
@@ -153,7 +152,8 @@ def device_rates(config: BenchConfig, contents: Sequence[bytes]) -> list[float]:
         begin, waiting = time.perf_counter(), Waiting()
         for number, content in enumerate(contents):
             draws = sample_generator(config.seed, 0, str(number))
-            cut = train_cut(content, scale_min=data.crop_scale_min, hflip=True, draws=draws)
+            image = open_croppable(content)
+            cut = draw_cut(image, scale_min=data.crop_scale_min, hflip=True, draws=draws)
             assert waiting.take(number, number, cut)
         crops = waiting.collect()
         assert crops is not None
@@ -164,16 +164,16 @@ def device_rates(config: BenchConfig, contents: Sequence[bytes]) -> list[float]:
 
 
 def our_pipeline(config: BenchConfig) -> Callable[[bytes], object]:
-    """Make a function that calls `train_image` as the stream does, each time with new draws."""
+    """Make a function that decodes as the stream does, each time with new draws."""
     data, count = config.data, 0
 
     def decode(content: bytes) -> object:
         nonlocal count
         count += 1
         draws = sample_generator(config.seed, 0, str(count))
-        return train_image(
-            content, size=data.image_size, scale_min=data.crop_scale_min, hflip=True, draws=draws
-        )
+        image = open_croppable(content)
+        cut = draw_cut(image, scale_min=data.crop_scale_min, hflip=True, draws=draws)
+        return to_sample(cut.pixels(data.image_size))
 
     return decode
 
@@ -186,7 +186,7 @@ def entropy_alone(content: bytes) -> object:
     return jpeg_pixels(content, width, height, _EIGHTH, is_fast=True)
 
 
-def similarities(config: BenchConfig, contents: Sequence[bytes]) -> NDArray[np.float64]:
+def similarities(config: BenchConfig, contents: Sequence[bytes]) -> Float64:
     """Compare seeded crops of every image with the reference's; return one similarity each."""
     size, values = config.data.image_size, []
     for number, content in enumerate(contents):

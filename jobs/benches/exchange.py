@@ -1,11 +1,12 @@
 """Time dense, MoCE and token-routed steps of two hosts that are joined by a slow link.
 
-Two network namespaces joined by a veth pair act as two hosts with a link of a chosen speed. First,
-the token-routed step's compute is timed on the unthrottled link. The link is then slowed, in two
-attempts, until the step's all-to-alls take `bench.communication_over_compute` times its compute, as
-on fast GPUs with a slow network. Then all variants are timed. Let a be the time of the all-to-alls
-and r that of the gradients' all-reduce, both over the compute. If neither overlaps with it, a
-system that exchanges nothing can be faster by (1 + a + r) / (1 + r).
+Two network namespaces joined by a veth pair act as two hosts with a link of a chosen speed. On GPUs
+NCCL is told to use this link alone, though both ranks are on one machine. First, the token-routed
+step's compute is timed on the unthrottled link. The link is then slowed, in two attempts, until the
+step's all-to-alls take `bench.communication_over_compute` times its compute, as on fast GPUs with a
+slow network. Then all variants are timed. Let a be the time of the all-to-alls and r that of the
+gradients' all-reduce, both over the compute. If neither overlaps with it, a system that exchanges
+nothing can be faster by (1 + a + r) / (1 + r).
 
 This needs root and iproute2; without them, the report names what was not measured.
 """
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from benches.harness import Report, interleave, run_ranks
+from benches.peaks import finish
 from benches.settings import BenchConfig
 from benches.step import BASELINES, KINDS, baseline_stepper, stepper, variant
 from benches.synthetic import synthetic_state
@@ -34,6 +36,15 @@ _FIGURES = ("link_mbit", "token_communication_over_compute", "allreduce_over_com
 _RATIOS = (("token", "cluster"), ("cluster", "dense"), ("dense", "ddp"), ("dense", "fsdp2"))
 _VARIANTS = (*KINDS, *BASELINES)
 _NETWORK = "10.77.0"
+_BY_LINK = {
+    "GLOO_SOCKET_IFNAME": "eth0",
+    "NCCL_SOCKET_IFNAME": "eth0",
+    # the ways that NCCL has between two GPUs of one machine, and over InfiniBand
+    "NCCL_P2P_DISABLE": "1",
+    "NCCL_SHM_DISABLE": "1",
+    "NCCL_NET": "Socket",
+}
+"""Environment in which every byte between the ranks passes through the link."""
 
 
 def run(config: BenchConfig) -> Report:
@@ -101,7 +112,7 @@ class Hosts:
             config,
             prefixes=[["ip", "netns", "exec", name] for name in self.names],
             master=f"{_NETWORK}.1",
-            environment={"GLOO_SOCKET_IFNAME": "eth0"},
+            environment=_BY_LINK,
         )
 
 
@@ -199,6 +210,7 @@ def _all_to_alls(state: TrainState) -> Any:
     def exchange() -> None:
         for _ in range(calls):
             dist.all_to_all_single(out, buffer, group=state.engine.expert_group)
+        finish(buffer.device)
 
     return exchange
 
@@ -212,5 +224,6 @@ def _all_reduce(state: TrainState) -> Any:
 
     def reduce() -> None:
         dist.all_reduce(gradients)
+        finish(gradients.device)
 
     return reduce

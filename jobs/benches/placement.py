@@ -18,8 +18,8 @@ import numpy as np
 
 from benches.harness import Report, run_fresh
 from benches.settings import BenchConfig
+from moce_dist.arrays import Int64
 from moce_dist.parallel.placement import contiguous_placement, plan_placement
-from moce_dist.parallel.transport import Ints
 
 _IMAGES_PER_CLUSTER = 313
 
@@ -66,7 +66,7 @@ def run(config: BenchConfig, small: Shape = PLAN_4096, large: Shape = PLAN_65536
 
 def gated_table(
     layers: int, clusters: int, experts: int, *, seed: int, width: int = 64, noise: float = 0.3
-) -> Ints:
+) -> Int64:
     """Make the routing table (L, K) of random gates over clustered centroids (K, D)."""
     draws = np.random.default_rng(seed)
     themes = draws.standard_normal((2 * experts, width), np.float32)

@@ -6,8 +6,10 @@ logits and argmax of all layers on its training thread, and broadcasts the table
 step before. Instead of training, the training thread sleeps, as it does while a GPU computes, and
 the gate's weights change. Every table is compared with the reference's.
 
-A step that is shorter than the figure `made_s` would wait for its table. `made_cpu_s` is the
-processor time of one table. Its layers are made in parallel, by at most one thread per core.
+These steps take at least four times as long as a table, so a wait is only what is left when a table
+is ready. The steps of `first_rank_fixed` and `other_rank_fixed` take `bench.step_ms`, however long
+a table takes: a table that is late is waited for. The figure `made_cpu_s` is the processor time of
+one table. Its layers are made in parallel, by at most one thread per core, in `made_s` seconds.
 
 Letters: L MoE layers, K clusters, E experts per layer.
 """
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from benches.harness import Report, run_ranks
 from benches.settings import BenchConfig
 from benches.synthetic import synthetic_centroids
+from moce_dist.arrays import Int64
 from moce_dist.model.gate import Gate, NoiseSchedule, logits, routing_table
 from moce_dist.parallel.groups import Topology
 from moce_dist.train.routing import Router
@@ -37,7 +40,8 @@ def run(config: BenchConfig) -> Report:
     """Measure on `parallel.num_workers` ranks without Ray."""
     result = run_ranks("routing:measure", config)
     report = Report("routing", config).add_variants(result["times"])
-    report.add_ratio("first_rank", "at_once").add_ratio("other_rank", "at_once")
+    for ours in ("first_rank", "other_rank", "first_rank_fixed", "other_rank_fixed"):
+        report.add_ratio(ours, "at_once")
     report.figures = result["figures"]
     return report
 
@@ -55,8 +59,8 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     made = [_timed(router.decide, gate, 1) for _ in range(warmup + rounds)][warmup:]
     pause = _STEP_OVER_MAKING * max(seconds for seconds, _ in made)
     at_once, beside, thread = [], [], []
-    expected = router.table
-    for step in range(1, 1 + warmup + rounds):
+    expected, steps = router.table, warmup + rounds
+    for step in range(1, 1 + steps):
         before, begin_thread = gate.weight.detach().clone(), time.thread_time()
         seconds, _ = _timed(router.refresh, gate, step)
         beside.append(seconds)
@@ -64,29 +68,57 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         assert (router.table == expected).all(), "the table is the reference's"
         # the step: the training thread waits for a device
         time.sleep(pause)
-        gate.weight.data += 0.01 * torch.randn(gate.weight.shape)
-        dist.broadcast(gate.weight.data, 0)
+        _train(gate)
         seconds, table = _timed(_reference, config, gate, noise, before, step + 1)
         at_once.append(seconds)
         expected = table.numpy()
-    # take the table that is under way: a process must not end while it is sent
-    router.decide(gate, _TOTAL_STEPS)
+    fixed, tables = _fixed_steps(config, gate, router, range(1 + steps, 1 + 2 * steps))
+    # the first table was begun by the last step above
+    for step, (weight, table) in enumerate(tables, start=2 + steps):
+        reference = _reference(config, gate, noise, weight, step)
+        assert (table == reference.numpy()).all(), "the table is the reference's"
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (beside[warmup:], thread[warmup:]))
+    dist.all_gather_object(ranks, (beside[warmup:], thread[warmup:], fixed[warmup:]))
     return {
         "times": {
             "at_once": at_once[warmup:],
             "first_rank": ranks[0][0],
             "other_rank": ranks[1][0],
+            "first_rank_fixed": ranks[0][2],
+            "other_rank_fixed": ranks[1][2],
         },
         "figures": {
             # beside wall-clock times, which other processes of a shared machine lengthen
             "first_rank_cpu_ms": 1000 * statistics.median(ranks[0][1]),
             "other_rank_cpu_ms": 1000 * statistics.median(ranks[1][1]),
             "made_s": statistics.median(seconds for seconds, _ in made),
-            "made_cpu_s": min(cpu for _, cpu in made),
+            "made_cpu_s": statistics.median(cpu for _, cpu in made),
+            "step_ms": config.bench.step_ms,
         },
     }
+
+
+def _fixed_steps(
+    config: BenchConfig, gate: Gate, router: Router, steps: range
+) -> tuple[list[float], list[tuple[torch.Tensor, Int64]]]:
+    # returns the wait of every step; and the weights and the table of all steps but the first
+    waits, weights, tables = [], [], []
+    for step in steps:
+        seconds, _ = _timed(router.refresh, gate, step)
+        waits.append(seconds)
+        tables.append(router.table)
+        weights.append(gate.weight.detach().clone())
+        begin = time.perf_counter()
+        _train(gate)
+        time.sleep(max(0.0, config.bench.step_ms / 1000 - (time.perf_counter() - begin)))
+    # take the table that is under way: a process must not end while it is sent
+    router.decide(gate, _TOTAL_STEPS)
+    return waits, list(zip(weights[:-1], tables[1:], strict=True))
+
+
+def _train(gate: Gate) -> None:
+    gate.weight.data += 0.01 * torch.randn(gate.weight.shape)
+    dist.broadcast(gate.weight.data, 0)
 
 
 def _timed(work: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:

@@ -41,6 +41,8 @@ class Measuring(Section):
     """`stream`: batches that a round takes."""
     reshard_gib: float = Field(10, gt=0)
     """`reshard`: size of the tars that are rewritten, GiB."""
+    step_ms: float = Field(25, gt=0)
+    """`routing`: time of a step of the variants whose step does not depend on the table's time."""
     index_samples: int = Field(10**8, ge=1)
     """`index`: samples of the index."""
     against: str | None = None

@@ -5,9 +5,13 @@ differ in `moe.kind` and precision. A step consists of routing table, forward, b
 reduction and optimiser step. `ddp` and `fsdp2` are what a user would write for the dense model:
 torch's DistributedDataParallel, or FSDP2's `fully_shard` of every block. Both overlap their
 collectives with the passes, use a fused optimiser, and log nothing.
+
+On a GPU the forward and backward pass of the dense model is also timed by itself, beside the
+largest rate of matrix products: the terms `utilisation` and `bf16_tflops` of a budget.
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,17 +24,18 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benches.harness import Report, interleave, run_ranks
+from benches.peaks import finish, mean_seconds, product_tflops
 from benches.settings import BenchConfig, make_bench_config
 from benches.synthetic import synthetic_batches, synthetic_state
-from moce_dist.config import Config
-from moce_dist.cost.sizes import training_flop
+from moce_dist.config import Config, legal_worker_counts
+from moce_dist.cost.budget import utilisation
 from moce_dist.data.images import normalise
 from moce_dist.model.device import choose_device
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import Experts
 from moce_dist.train.loop import step_metrics, train_step
 from moce_dist.train.optim import parameter_groups
-from moce_dist.train.setup import TrainState
+from moce_dist.train.setup import TrainState, prepare_blocks
 
 Kind = Literal["dense", "cluster", "token"]
 KINDS: tuple[Kind, ...] = ("dense", "cluster", "token")
@@ -41,20 +46,25 @@ RATIOS = (("cluster", "dense"), ("cluster", "token"), ("dense", "ddp"), ("dense"
 
 def run(config: BenchConfig) -> Report:
     """Measure on `parallel.num_workers` ranks without Ray; on GPUs, on at most one per GPU."""
-    parallel, gpus = config.parallel, torch.cuda.device_count()
-    if parallel.use_gpu and 0 < gpus < parallel.num_workers:
-        parallel = parallel.model_copy(update={"num_workers": gpus})
-        config = config.model_copy(update={"parallel": parallel})
+    config = on_gpus(config, torch.cuda.device_count())
     result = run_ranks("step:measure", config)
     report = Report("step", config).add_variants(result["times"])
     for suffix in ("", "_bf16"):
         for over, under in RATIOS:
             report.add_ratio(f"{over}{suffix}", f"{under}{suffix}")
-    report.figures = result["figures"]
-    images = config.moce.batch_size / config.parallel.num_workers
-    flop_per_s = images * training_flop(config) / report.variants["dense_bf16"]["median"]
-    report.terms["utilisation"] = flop_per_s / (config.hardware.bf16_tflops * 1e12)
+    report.figures, report.terms = result["figures"], result["terms"]
     return report
+
+
+def on_gpus(config: BenchConfig, gpus: int) -> BenchConfig:
+    """Reduce the ranks to the largest legal number that has a GPU each; 0 GPUs change nothing."""
+    parallel = config.parallel
+    if not parallel.use_gpu or not 0 < gpus < parallel.num_workers:
+        return config
+    batch_size = math.gcd(config.mae.batch_size, config.moce.batch_size)
+    legal = legal_worker_counts(parallel.num_groups, batch_size, parallel.micro_batches, gpus)
+    parallel = parallel.model_copy(update={"num_workers": max(legal)})
+    return config.model_copy(update={"parallel": parallel})
 
 
 def variant(config: BenchConfig, kind: Kind, precision: str) -> BenchConfig:
@@ -80,7 +90,34 @@ def measure(config: BenchConfig) -> dict[str, Any]:
             state = states[f"dense{suffix}"]
             steps[f"{baseline}{suffix}"] = baseline_stepper(state, count, baseline)
     times = interleave(steps, rounds=config.bench.rounds, warmup=config.bench.warmup_rounds)
-    return {"times": times, "figures": figures}
+    terms = compute_terms(config, device) if device.type == "cuda" else {}
+    return {"times": times, "figures": figures, "terms": terms}
+
+
+def compute_terms(config: BenchConfig, device: torch.device) -> dict[str, float]:
+    """Measure the two terms that a budget computes a step's passes from."""
+    images = config.moce.batch_size // config.parallel.num_workers // config.parallel.micro_batches
+    tflops = product_tflops(device, torch.bfloat16)
+    seconds = passes_s(variant(config, "dense", "bf16"), images, device)
+    return {
+        "bf16_tflops": tflops,
+        "utilisation": utilisation(config, images, seconds, tflops),
+    }
+
+
+def passes_s(config: Config, images: int, device: torch.device) -> float:
+    """Time a forward and backward pass of the dense model on some `images`, and nothing else."""
+    model = MaskedAutoencoder(config).to(device)
+    prepare_blocks([*model.blocks, *model.decoder_blocks], config.parallel)
+    side = config.data.image_size
+    pixels = torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, device=device)
+    noise = torch.rand(images, config.num_patches, device=device)
+
+    def passes() -> None:
+        model(normalise(pixels), noise).mean().backward()
+        model.zero_grad()
+
+    return mean_seconds(passes, device, 10 if device.type == "cuda" else 2)
 
 
 def stepper(state: TrainState, count: int) -> Callable[[], None]:
@@ -92,8 +129,7 @@ def stepper(state: TrainState, count: int) -> Callable[[], None]:
             state.router.refresh(state.model.gate, state.step)
         train_step(state, next(batches))
         state.step += 1
-        if state.engine.device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(state.engine.device)
         dist.barrier()
 
     return step
@@ -120,8 +156,7 @@ def baseline_stepper(state: TrainState, count: int, baseline: Baseline) -> Calla
         losses.mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(device)
         dist.barrier()
 
     return step

@@ -3,6 +3,7 @@
 All streams use the same number of loader processes and end with a batch in the training process.
 webdataset uses Pillow, torchvision and its shuffle buffer. litdata (if it is installed) uses the
 same transform on its own format. Ours reads by plan and normalises in the training process.
+`planned_samples` is our public data set in a pipeline of webdataset, with the transform of ours.
 
 Reading alone is measured without page cache. `sequential_read` reads every tar from its first to
 its last byte; `planned_read` reads the samples of the same tars in the order of the plan.
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -30,13 +32,15 @@ from benches.harness import Report, interleave
 from benches.photographs import photographs
 from benches.s3_server import COUNTS_PATH, s3_server
 from benches.settings import BenchConfig
+from moce_dist.arrays import Int64, Pixels
 from moce_dist.data.batches import stream
 from moce_dist.data.columns import open_index
-from moce_dist.data.images import normalise
+from moce_dist.data.dataset import PlannedSamples
+from moce_dist.data.images import SampleDraws, draw_cut, normalise, open_croppable
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import ShardIndex, write_index
 from moce_dist.data.stream import Layout, PlannedStep, PlannedStream, Readers, StreamSpec
-from moce_dist.data.table import Ids, SampleTable, sample_table
+from moce_dist.data.table import SampleTable, sample_table
 from moce_dist.data.writer import ShardWriter
 
 _CLUSTERS, _TARS_OF_CLUSTER = 8, 2
@@ -57,6 +61,7 @@ def run(config: BenchConfig) -> Report:
         index = make_shards(folder / "photographs", contents, bench.samples)
         spec = stream_spec(config, index, folder)
         streams = stream_variants(spec, config, index)
+        streams["planned_samples"] = planned_variant(config, index)
         if find_spec("litdata"):
             streams["litdata"] = litdata_variant(config, contents, folder / "litdata")
         else:
@@ -74,8 +79,9 @@ def run(config: BenchConfig) -> Report:
         for name, values in rates.items():
             unit = "images/s" if name in streams else "MiB/s"
             report.add_variants({name: values}, unit=unit)
-        for baseline in streams.keys() - {"moce_dist"}:
+        for baseline in streams.keys() - {"moce_dist", "planned_samples"}:
             report.add_ratio("moce_dist", baseline)
+        report.add_ratio("planned_samples", "moce_dist")
         report.add_ratio("planned_read", "sequential_read")
         report.add_ratio("random_read", "sequential_read")
         report.add_ratio("planned_read", "random_read")
@@ -104,7 +110,7 @@ def stream_spec(config: BenchConfig, index: ShardIndex, folder: Path) -> StreamS
     return StreamSpec(plan, config.data, config.num_patches, Layout(1, 1), 0, ledger, "mae")
 
 
-def one_group(clusters: Ids) -> Ids:
+def one_group(clusters: Int64) -> Int64:
     """Let group 0 read everything."""
     return np.zeros(len(clusters), np.int64)
 
@@ -129,6 +135,39 @@ def stream_variants(
             assert images.shape[0] == size
 
     return {"webdataset": theirs, "moce_dist": ours}
+
+
+def planned_variant(config: BenchConfig, index: ShardIndex) -> Callable[[], None]:
+    """Make a pipeline of webdataset that begins with `PlannedSamples`; a call is as of the others.
+
+    A loader process makes the same pixels as ours, and they are normalised after it as ours are.
+    """
+    data, size = config.data, config.mae.batch_size
+    samples = PlannedSamples(
+        index.root, batch_size=size, seed=config.seed, rank=0, num_ranks=1, drop_last=True
+    )
+    generators = SampleDraws()
+
+    def pixels(sample: dict[str, Any]) -> Pixels:
+        draws = generators.of(config.seed, 0, sample["__key__"])
+        image = open_croppable(sample["jpg"])
+        cut = draw_cut(image, scale_min=data.crop_scale_min, hflip=data.hflip, draws=draws)
+        return cut.pixels(data.image_size).copy()
+
+    pipeline = webdataset.DataPipeline(samples, webdataset.map(pixels))
+
+    def batches() -> Iterator[torch.Tensor]:
+        for epoch in itertools.count():
+            samples.set_epoch(epoch)
+            yield from webdataset.WebLoader(
+                pipeline, batch_size=size, num_workers=data.loader_processes
+            )
+
+    def ours() -> None:
+        for images in itertools.islice(batches(), config.bench.batches):
+            assert normalise(images.permute(0, 3, 1, 2)).shape[0] == size
+
+    return ours
 
 
 def litdata_variant(config: BenchConfig, contents: list[bytes], folder: Path) -> Callable[[], None]:
@@ -200,7 +239,7 @@ def reader_variants(spec: StreamSpec, index: ShardIndex) -> dict[str, Callable[[
     }
 
 
-def _places(table: SampleTable, files: list[int], rows: Ids) -> Iterator[tuple[int, int, int]]:
+def _places(table: SampleTable, files: list[int], rows: Int64) -> Iterator[tuple[int, int, int]]:
     # open file, offset and size of each sample
     columns = (table.shard[rows].tolist(), table.offset[rows].tolist(), table.size[rows].tolist())
     return ((files[shard], offset, size) for shard, offset, size in zip(*columns, strict=True))

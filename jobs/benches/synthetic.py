@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from benches.settings import BenchConfig
+from moce_dist.arrays import Pixels
 from moce_dist.data.images import Box
 from moce_dist.data.plan import Plan
 from moce_dist.data.ranges import RangeReader
-from moce_dist.data.resize import Pixels
 from moce_dist.data.stream import Batch, GroupOf, PlannedStep, PlannedStream, Readers
 from moce_dist.data.table import SampleTable
 from moce_dist.model.gate import Gate, balance_loss, confidence_loss

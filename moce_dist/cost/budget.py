@@ -8,6 +8,12 @@ its network cards. At ZeRO-0 all gradients but the last bucket hide behind the b
 last micro-batch, two thirds of its compute. Every term states its source: `computed` from shapes
 and peak rates, `set` by the configuration, or `measured` if a file of measurements has it.
 
+What can be measured on one machine, and by what:
+
+    bf16_tflops, utilisation   tests/gpu/prove.py, jobs/bench.py step (on a GPU)
+    memory_gb_s, host_ms       tests/gpu/prove.py (on a GPU)
+    decode_images_s            jobs/bench.py decode
+
 Letters: R ranks, G groups, B images of a step, L MoE layers.
 """
 
@@ -20,6 +26,8 @@ from moce_dist.config import Config, HardwareConfig
 from moce_dist.cost import sizes
 from moce_dist.settings import ConfigError, validate
 
+MEASURED_TERMS = ("bf16_tflops", "utilisation", "memory_gb_s", "host_ms", "decode_images_s")
+"""Fields of `hardware` that a file of measured terms may hold."""
 _BACKWARD = 2 / 3
 _RECOMPUTING = 4 / 3
 """With activation checkpointing the backward pass repeats the forward pass, a third of a step."""
@@ -54,8 +62,8 @@ class Budget:
     hardware: HardwareConfig
     measured: frozenset[str]
 
-    def _source(self, *fields: str) -> str:
-        return "measured" if self.measured.issuperset(fields) else "computed"
+    def _source(self, field: str, otherwise: str = "computed") -> str:
+        return "measured" if field in self.measured else otherwise
 
     @property
     def num_nodes(self) -> int:
@@ -72,16 +80,14 @@ class Budget:
         peak = self.hardware.bf16_tflops * 1e12
         if self.config.parallel.precision == "fp32":
             peak /= _FLOAT32_SLOWER
-        flop = self.images * sizes.training_flop(self.config)
-        if self.config.parallel.activation_checkpointing:
-            flop *= _RECOMPUTING
-        source = self._source("bf16_tflops", "utilisation")
+        flop = _passes_flop(self.config, self.images)
+        # a utilisation is measured together with the peak that it is a share of
+        source = self._source("utilisation")
         return Term("compute", 1e3 * flop / (peak * self.hardware.utilisation), "ms", source)
 
     def host(self) -> Term:
         """Return the time in which the GPU waits for the host."""
-        source = "measured" if "host_ms" in self.measured else "set"
-        return Term("host", self.hardware.host_ms, "ms", source)
+        return Term("host", self.hardware.host_ms, "ms", self._source("host_ms", "set"))
 
     def gradient_bytes(self) -> int:
         """Return the bytes of a step's all-reduce of shared parameters' gradients, per rank."""
@@ -110,7 +116,7 @@ class Budget:
         experts = sizes.local_expert_parameters(self.config) * size
         both = self._all_reduce_ms(shared, self.config.parallel.num_workers)
         both += self._all_reduce_ms(experts, self._replicas)
-        return Term("gradients", both, "ms", self._source("node_gbit_s", "nvlink_gb_s"))
+        return Term("gradients", both, "ms", "computed")
 
     def gradients_exposed(self) -> Term:
         """Return the part of `gradients` that the backward pass does not hide; all at ZeRO-1, 2."""
@@ -127,8 +133,7 @@ class Budget:
         """Return the share of (image, layer) pairs whose expert is in another place."""
         given = self.hardware.images_leaving
         if given is not None:
-            is_measured = "images_leaving" in self.measured
-            return Term("images leaving", given, "", "measured" if is_measured else "set")
+            return Term("images leaving", given, "", "set")
         parallel = self.config.parallel
         places = min(parallel.num_workers, parallel.num_groups)
         shared = self.config.gate.groups == "shared"
@@ -137,16 +142,15 @@ class Budget:
     def exchange(self) -> Term:
         """Return the time of the all-to-alls of images whose expert is in another place."""
         layers = len(self.config.moe_layers)
-        moved = self.images * layers * self.images_leaving().value * sizes.TRANSFERS
-        moved *= sizes.image_bytes(self.config)
+        moved = self.images * layers * self.images_leaving().value
+        moved *= sizes.exchange_bytes(self.config)
         here = min(self.config.parallel.num_workers, self.hardware.gpus_per_node)
         rate = (
             self.hardware.node_gbit_s / 8 / here
             if self.num_nodes > 1
             else (self.hardware.nvlink_gb_s)
         )
-        source = self._source("node_gbit_s", "images_leaving")
-        return Term("exchange", 1e3 * moved / (rate * 1e9), "ms", source)
+        return Term("exchange", 1e3 * moved / (rate * 1e9), "ms", "computed")
 
     @property
     def _replicas(self) -> int:
@@ -178,13 +182,12 @@ class Budget:
         parts = [self.compute(), self.host(), self.gradients_exposed()]
         parts += [self.exchange(), self.optimiser()]
         value = max(sum(part.value for part in parts), self.loader().value)
-        is_measured = all(part.source == "measured" for part in parts)
-        return Term("step", value, "ms", "measured" if is_measured else "computed")
+        return Term("step", value, "ms", "computed")
 
     def rate(self) -> Term:
         """Return the images per second and GPU."""
-        step = self.step()
-        return Term("rate", 1e3 * self.images / step.value, "images/s a GPU", step.source)
+        rate = 1e3 * self.images / self.step().value
+        return Term("rate", rate, "images/s a GPU", "computed")
 
     def memory(self) -> Term:
         """Return a rank's memory: weights, gradients in their buckets, moments and activations."""
@@ -203,24 +206,22 @@ class Budget:
 
     def storage(self) -> Term:
         """Return the read rate of all nodes together."""
-        rate = self.rate()
-        total = rate.value * self.config.parallel.num_workers * self.hardware.sample_kb * 1e3
-        return Term("storage", total / 1e9, "GB/s", rate.source)
+        images = self.rate().value * self.config.parallel.num_workers
+        return Term("storage", images * self.hardware.sample_kb * 1e3 / 1e9, "GB/s", "computed")
 
     def days(self, num_images: int) -> Term:
         """Return the time of both stages, and of any control, all at the rate of stage moce."""
         config = self.config
         epochs = config.mae.epochs + config.moce.epochs * (1 + config.control)
-        rate = self.rate()
-        seconds = epochs * num_images / (rate.value * config.parallel.num_workers)
-        return Term("run", seconds / 86400, "days", rate.source)
+        seconds = epochs * num_images / (self.rate().value * config.parallel.num_workers)
+        return Term("run", seconds / 86400, "days", "computed")
 
 
 def budget(config: Config) -> Budget:
     """Make a budget from the configuration's hardware and the file of measured terms it names.
 
     Raises:
-        ConfigError: the file is missing, or holds anything but numbers of known terms.
+        ConfigError: the file is missing, or holds anything but numbers of `MEASURED_TERMS`.
     """
     hardware = config.hardware
     if hardware.terms is None:
@@ -234,7 +235,7 @@ def read_terms(path: Path) -> dict[str, Any]:
     """Read a file of measured terms.
 
     Raises:
-        ConfigError: it is missing or not a mapping.
+        ConfigError: it is missing, not a mapping, or has other names than `MEASURED_TERMS`.
     """
     try:
         terms = json.loads(path.read_text())
@@ -242,7 +243,26 @@ def read_terms(path: Path) -> dict[str, Any]:
         raise ConfigError(f"hardware.terms = {str(path)!r}: {error}") from None
     if not isinstance(terms, dict):
         raise ConfigError(f"hardware.terms = {str(path)!r}: must be a mapping of terms to numbers")
+    if others := terms.keys() - set(MEASURED_TERMS):
+        raise ConfigError(
+            f"hardware.terms = {str(path)!r}: {min(others)} is not one of the measured terms "
+            f"{', '.join(MEASURED_TERMS)}; set it in the configuration"
+        )
     return terms
+
+
+def utilisation(config: Config, images: int, seconds: float, tflops: float) -> float:
+    """Return the share of a peak of `tflops` that the passes of `images` in `seconds` reach.
+
+    `seconds` are those of forward and backward pass alone: a budget has the other parts of a step
+    as terms of their own.
+    """
+    return _passes_flop(config, images) / (seconds * tflops * 1e12)
+
+
+def _passes_flop(config: Config, images: float) -> float:
+    recomputing = config.parallel.activation_checkpointing
+    return images * sizes.training_flop(config) * (_RECOMPUTING if recomputing else 1)
 
 
 def budget_lines(config: Config, num_images: int | None) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moce_dist.config import load_config
-from moce_dist.features.encoder import Pixels, timm_encoder
+from moce_dist.features.encoder import EncoderInput, timm_encoder
 from moce_dist.model.device import choose_device
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.train.encoder import build_encoder
@@ -38,7 +38,7 @@ def test_features_on_gpu_are_near_those_of_the_cpu(tmp_path, precision, toleranc
 
 
 def test_timm_model_on_gpu_is_near_that_of_the_cpu():
-    own, images = Pixels(160, (0.5,) * 3, (0.5,) * 3), torch.randn(4, 3, 160, 160)
+    own, images = EncoderInput(160, (0.5,) * 3, (0.5,) * 3), torch.randn(4, 3, 160, 160)
     found = []
     for device in (torch.device("cpu"), torch.device("cuda")):
         torch.manual_seed(1)

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+import torch
 from benches import decode, stream
 from benches.photographs import photographs
 from benches.settings import make_bench_config
@@ -45,15 +46,31 @@ def test_decode_reports_every_figure():
 def test_stream_reports_every_figure_or_names_it_as_skipped():
     report = json.loads(stream.run(config(samples=256, batches=4, epoch_samples=4096)).to_json())
     assert set(report["variants"]) == {
-        "webdataset", "litdata", "moce_dist", "sequential_read", "planned_read", "random_read",
+        "webdataset", "litdata", "moce_dist", "planned_samples", "sequential_read", "planned_read",
+        "random_read",
     }  # fmt: skip
     assert set(report["ratios"]) == {
-        "moce_dist/webdataset", "moce_dist/litdata", "planned_read/sequential_read",
-        "random_read/sequential_read", "planned_read/random_read",
+        "moce_dist/webdataset", "moce_dist/litdata", "planned_samples/moce_dist",
+        "planned_read/sequential_read", "random_read/sequential_read", "planned_read/random_read",
     }  # fmt: skip
     assert report["figures"]["resume_first_batch_s"] > 0
     found = {**report["figures"], **report["skipped"]}
     assert "s3_bytes_read_over_used" in found
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_planned_samples_pass_through_webdataset_in_whole_batches(tmp_path, monkeypatch, processes):
+    shape, found = config(batches=5, samples=64), []
+    data = shape.data.model_copy(update={"loader_processes": processes})
+    index = stream.make_shards(tmp_path, photographs(shape, 500, 375, 3), 64 // 2 - 2)
+    monkeypatch.setattr(stream, "normalise", lambda images: found.append(images) or images)
+    take = stream.planned_variant(shape.model_copy(update={"data": data}), index)
+    take()
+    assert [tuple(images.shape) for images in found] == 5 * [(8, 3, 32, 32)]
+    # an epoch has three whole steps, and the next one has other crops
+    assert len({images.sum().item() for images in found}) == 5
+    take()
+    assert all(torch.equal(a, b) for a, b in zip(found[:5], found[5:], strict=True))
 
 
 def test_reading_from_s3_takes_little_more_than_is_used(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from in_process import run_here
 
 from moce_dist.config import load_config
 from moce_dist.cost import sizes
-from moce_dist.cost.budget import budget, budget_lines
+from moce_dist.cost.budget import budget, budget_lines, utilisation
 from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -123,11 +123,41 @@ def test_benchmarks_write_terms_that_a_budget_reads(tmp_path):
     assert found.hardware.decode_images_s == 650
 
 
-@pytest.mark.parametrize("text", ['{"host_ms": "fast"}', '{"hostms": 1}', "[1]", "{"])
-def test_terms_that_are_none_are_refused(tmp_path, text):
+@pytest.mark.parametrize("recomputes", ["false", "true"])
+def test_passes_take_as_long_as_those_that_were_measured(tmp_path, recomputes):
+    override = f"parallel.activation_checkpointing={recomputes}"
+    share = utilisation(reckon(override).config, images=128, seconds=0.02, tflops=700)
+    file = tmp_path / "terms.json"
+    file.write_text(json.dumps({"bf16_tflops": 700, "utilisation": share}))
+    found = reckon(override, f"hardware.terms={file}")
+    assert found.compute().value == pytest.approx(20)
+    assert found.compute().source == "measured" and found.optimiser().source == "computed"
+
+
+def test_compute_is_measured_if_the_utilisation_is(tmp_path):
+    file = tmp_path / "terms.json"
+    file.write_text('{"bf16_tflops": 700}')
+    assert reckon(f"hardware.terms={file}").compute().source == "computed"
+    file.write_text('{"utilisation": 0.5}')
+    assert reckon(f"hardware.terms={file}").compute().source == "measured"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ('{"host_ms": "fast"}', "host_ms"),
+        ('{"utilisation": 1.5}', "utilisation"),
+        ('{"hostms": 1}', "hostms is not one of the measured terms"),
+        # nothing measures it
+        ('{"node_gbit_s": 100}', "node_gbit_s is not one of the measured terms"),
+        ("[1]", "must be a mapping"),
+        ("{", "terms"),
+    ],
+)
+def test_terms_that_are_none_are_refused(tmp_path, text, named):
     file = tmp_path / "terms.json"
     file.write_text(text)
-    with pytest.raises(ConfigError, match=r"host_ms|hostms|terms"):
+    with pytest.raises(ConfigError, match=named):
         reckon(f"hardware.terms={file}")
 
 
