@@ -16,8 +16,7 @@ from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
 from moce_dist.data.columns import open_index
 from moce_dist.data.ingest import ingest
-from moce_dist.data.packing import HOLDOUT
-from moce_dist.data.shards import INDEX_NAME, ShardIndex
+from moce_dist.data.shards import HOLDOUT, INDEX_NAME, ShardIndex
 from moce_dist.data.sources import (
     COMPOSITED,
     PIPE,
@@ -32,7 +31,7 @@ from moce_dist.data.sources import (
 from moce_dist.run.artefacts import COMPLETE, read_marker
 from moce_dist.run.directory import open_run, resolve_run, set_aside
 from moce_dist.run.environment import local_path
-from moce_dist.run.files import read_faults, record_fault, write_atomic
+from moce_dist.run.files import read_faults, record_fault, write_jsonl
 from moce_dist.run.lease import hold
 from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
@@ -206,7 +205,7 @@ def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config:
         for index in indices
         for copy in find_copies(index, folder, config.data, partial(map_shared, config.parallel))
     ]
-    write_atomic(out / COPIES, "".join(json.dumps(copy._asdict()) + "\n" for copy in copies))
+    write_jsonl(out / COPIES, (copy._asdict() for copy in copies))
     kinds = Counter(copy.kind for copy in copies)
     images = len({copy.file for copy in copies})
     print(

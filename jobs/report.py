@@ -11,7 +11,7 @@ import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, run_job
 from moce_dist.config import Config, load_config
-from moce_dist.run.directory import resolve_run
+from moce_dist.run.directory import find_run
 from moce_dist.run.environment import check_writable, local_path
 from moce_dist.settings import ConfigError
 
@@ -43,9 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _run_root(named: str, config: Config, what: str) -> Path:
-    # a path that leads to a run from here, as after shell completion, is taken as it is
-    is_here = (Path(named) / "config.yaml").is_file()
-    root = Path(named).resolve() if is_here else resolve_run(named, config, what)
+    root = find_run(named, config, what)
     if not (root / "config.yaml").is_file():
         raise ConfigError(f"{root}: is not a run directory (no config.yaml)")
     return root

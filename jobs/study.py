@@ -3,6 +3,7 @@
 python jobs/study.py --config configs/studies/small.yaml --data /data/study --out small --jobs 2
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import interpreter  # noqa: F401 - says which Python to take
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.run.directory import set_aside
 from moce_dist.run.environment import local_path
+from moce_dist.run.files import write_atomic
 from moce_dist.run.lease import hold
-from moce_dist.settings import ConfigError
+from moce_dist.settings import ConfigError, dump_yaml
 from moce_dist.study.forecast import forecast
 from moce_dist.study.plan import Planner, wanted_sources
-from moce_dist.study.request import Split, read_study
-from moce_dist.study.sources import count_sources
+from moce_dist.study.request import Split, StudyConfig, read_study
+from moce_dist.study.sources import count_sources, make_sources
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -35,6 +37,36 @@ def parse(argv: Sequence[str]) -> Any:
         "--final", action="store_true", help="evaluate on test images; default: validation"
     )
     return parser.parse_args(argv)
+
+
+def carry_out(study: StudyConfig, out: Path, split: Split, jobs: int) -> None:
+    """Make every run that is missing, evaluate it, write `study.json` and `study.html`.
+
+    Raises:
+        ConfigError: the data is wrong.
+        RuntimeError: naming the pieces that failed; the others are done and reported.
+        StoppedError: SIGTERM came; what was running has saved its state.
+    """
+    quiet_libraries()
+    from moce_dist.study.page import render
+    from moce_dist.study.results import collect
+    from moce_dist.study.runner import Runner
+
+    write_atomic(out / "study.yaml", dump_yaml(study.model_dump(mode="json")))
+    sources = make_sources(wanted_sources(study), out)
+    plan = Planner(study, sources, out, split).plan()
+
+    def report() -> None:
+        found = collect(runner, split)
+        write_atomic(out / "study.json", json.dumps(found, indent=1))
+        write_atomic(out / "study.html", render(found))
+
+    runner = Runner(plan, out, report)
+    runner.run(jobs)
+    report()
+    if runner.failed:
+        named = "; ".join(f"{piece} ({why})" for piece, why in runner.failed.items())
+        raise RuntimeError(f"{len(runner.failed)} of {len(plan.pieces)} pieces failed: {named}")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -55,9 +87,6 @@ def main(argv: Sequence[str]) -> None:
         sources = count_sources(wanted_sources(study), out, study.num_images)
         print("\n".join(forecast(Planner(study, sources, out, split).plan())))
         return
-    quiet_libraries()
-    from moce_dist.study.job import carry_out
-
     with hold(out):
         if args.fresh:
             set_aside(out)

@@ -16,7 +16,7 @@ from moce_dist.run.environment import check_writable, local_path
 from moce_dist.run.lease import hold
 from moce_dist.run.rows import backbone_texts, value_text
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.continuing import FurtherJob
+from moce_dist.train.job import Job
 from moce_dist.transfer.kinds import kind_of, task_names
 from moce_dist.transfer.request import (
     Request,
@@ -31,7 +31,6 @@ from moce_dist.transfer.request import (
 )
 from moce_dist.transfer.suite import (
     ALL,
-    FitsJob,
     Order,
     attempt,
     carry_out,
@@ -194,7 +193,7 @@ def check_torchrun(args: Any, config: Config) -> None:
         raise ConfigError("--task all: not under torchrun; its tasks have one worker each")
 
 
-def train_on_workers(job: FitsJob | FurtherJob) -> None:
+def train_on_workers(job: Job) -> None:
     """Train the fits of a task, or the further steps before them, on all workers."""
     from moce_dist.launch.training import train
 

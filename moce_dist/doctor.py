@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 from moce_dist.config import Config, legal_worker_counts
 from moce_dist.run.environment import loopback_of
+from moce_dist.run.names import one_line
 
 _GIB = 2**30
 _IN_PLACE_OF = {"faiss-gpu": "faiss-cpu"}
@@ -66,7 +67,7 @@ def frameworks(_: Config) -> Iterator[Check]:
             module = importlib.import_module(name)
         except (ImportError, OSError, RuntimeError) as error:
             advice = "reinstall torch and torchvision together, so that pip picks matching builds"
-            yield Check("fail", name, " ".join(str(error).split())[:200], advice)
+            yield Check("fail", name, one_line(error)[:200], advice)
         else:
             yield Check("ok", name, str(module.__version__))
 
@@ -243,7 +244,7 @@ def examine(check: Callable[[Config], Iterator[Check]], config: Config) -> Itera
     try:
         yield from check(config)
     except (ImportError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)[:200]
         yield Check("fail", check.__name__, reason, "install what pyproject.toml names")
 
 

@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +27,7 @@ from moce_dist.data.columns import open_index
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
 from moce_dist.data.reshard import reshard
-from moce_dist.data.shards import INDEX_NAME, ShardIndex
+from moce_dist.data.shards import HOLDOUT, INDEX_NAME, ShardIndex
 from moce_dist.features.extract import (
     FEATURE_FILES,
     FeatureJob,
@@ -36,11 +35,12 @@ from moce_dist.features.extract import (
     extract_shard,
     feature_names,
 )
-from moce_dist.launch.actors import gets_gpu, hold_actors
-from moce_dist.launch.job import Job, PretrainJob
-from moce_dist.launch.tasks import map_shared, map_tasks
+from moce_dist.launch.actors import hold_actors
+from moce_dist.launch.job import PretrainJob
+from moce_dist.launch.tasks import gets_gpu, map_shared, map_tasks
 from moce_dist.launch.training import hold_crew, train
 from moce_dist.run.artefacts import (
+    INPUTS,
     artefact_id,
     file_sha256,
     fingerprint,
@@ -48,7 +48,7 @@ from moce_dist.run.artefacts import (
     mark_complete,
     read_marker,
 )
-from moce_dist.run.directory import Run, base_control, check_base
+from moce_dist.run.directory import Run, StageName, base_control, check_base
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.tasks import MapTasks
 from moce_dist.samples import sets
@@ -56,12 +56,10 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
 from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
-from moce_dist.train.job import HOLDOUT_TABLE, StageName
+from moce_dist.train.job import Train
+from moce_dist.train.metrics import METRICS_NAME
 
 log = logging.getLogger(__name__)
-HOLDOUT = "holdout"
-Train = Callable[[Job], None]
-"""Runs a training job to its end; the default starts workers for that job alone."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +86,9 @@ class Pipeline:
     @cached_property
     def data(self) -> Path:
         """Folder of the data's index; a source that is not an index is ingested first."""
+        if self.config.index is not None:
+            return self.config.index
         source = self.config.data.source
-        if source.startswith("index:"):
-            return Path(source.removeprefix("index:")).resolve()
         if not source:
             raise ConfigError("data.source = '': must name images, e.g. folder:PATH")
         if "RANK" in os.environ and read_marker(self.run.ingested) is None:
@@ -100,7 +98,7 @@ class Pipeline:
             )
         out, data = self.run.ingested, self.config.data
         ingest(source, out, data, self.run.faults, self._map_tasks, mix=sets.pretrain)
-        return self.run.ingested
+        return out
 
     @cached_property
     def base(self) -> Run | None:
@@ -119,7 +117,7 @@ class Pipeline:
 
     def _init_id(self) -> dict[str, str]:
         # a file of first weights counts by its content, which earlier versions did not note
-        init, begun = self.config.model.init, self.run.stage("mae") / "inputs.json"
+        init, begun = self.config.model.init, self.run.stage("mae") / INPUTS
         if init is None or Path(init).suffix not in WEIGHT_FILES:
             return {}
         noted = json.loads(begun.read_text()).get("init") if begun.is_file() else ""
@@ -269,7 +267,7 @@ class Pipeline:
         assign_table(
             folder,
             self.run.clusters,
-            self.run.shards / HOLDOUT_TABLE,
+            self.run.holdout_clusters,
             block_rows=self.config.cluster.block_rows,
         )
 
@@ -319,7 +317,7 @@ class Pipeline:
             return
         checkpoint = latest_checkpoint(folder / "checkpoints")
         assert checkpoint is not None
-        files = [*checkpoint.iterdir(), folder / "metrics.jsonl", *folder.glob("holdout.json")]
+        files = [*checkpoint.iterdir(), folder / METRICS_NAME, *folder.glob("holdout.json")]
         mark_complete(folder, inputs, files)
 
 

@@ -36,13 +36,13 @@ class Section(BaseModel):
 SectionT = TypeVar("SectionT", bound=Section)
 
 
-class Plain(str):
+class Unquoted(str):
     """Unquoted text; the type of its field decides what it means."""
 
     __slots__ = ()
 
 
-class Said(Plain):
+class SetValue(Unquoted):
     """The value of `--set PATH=VALUE`."""
 
     path = ""
@@ -67,8 +67,8 @@ class _Loader(yaml.SafeLoader):
             return _MERGE if value == "<<" else _PLAIN
         return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
-    def plain(self, node: yaml.ScalarNode) -> Plain:
-        return Plain(node.value)
+    def plain(self, node: yaml.ScalarNode) -> Unquoted:
+        return Unquoted(node.value)
 
     def sequence(self, node: yaml.SequenceNode) -> list[Any]:
         return self.construct_sequence(node, deep=True)
@@ -98,7 +98,7 @@ _Loader.yaml_constructors = {
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse YAML text into dicts, lists, `str` (quoted) and `Plain`; `name` is for errors.
+    """Parse YAML text into dicts, lists, `str` (quoted) and `Unquoted`; `name` is for errors.
 
     Raises:
         ConfigError: the text is not YAML, or a key is duplicated.
@@ -143,14 +143,15 @@ def read_tree(
         *parents, last = dotted.split(".")
         for parent in parents:
             inner = node.get(parent, {})
-            if isinstance(inner, Plain):
-                inner = parse_yaml(inner, f"--set {dotted}") if isinstance(inner, Said) else inner
+            if isinstance(inner, Unquoted):
+                if isinstance(inner, SetValue):
+                    inner = parse_yaml(inner, f"--set {dotted}")
                 inner = {} if inner in _NULL else inner
             if not isinstance(inner, dict):
                 raise ConfigError(f"--set {override}: {parent} is not a section")
             node[parent] = node = inner
-        node[last] = said = Said(text)
-        said.path = dotted
+        node[last] = given = SetValue(text)
+        given.path = dotted
     return tree
 
 
@@ -161,7 +162,7 @@ def _read_file(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"--config {path}: is not a text file") from None
-    if tree is None or (isinstance(tree, Plain) and tree in _NULL):
+    if tree is None or (isinstance(tree, Unquoted) and tree in _NULL):
         return {}
     if not isinstance(tree, dict):
         kind = "list" if isinstance(tree, list) else "text"
@@ -204,9 +205,9 @@ def _options(wanted: Any) -> tuple[Any, ...]:
 def _typed(value: Any, wanted: Any) -> Any:
     """Convert unquoted text anywhere in a value to a type that its field accepts."""
     options = _options(wanted)
-    if isinstance(value, Said):
-        value = _heard(value, options)
-    if isinstance(value, Plain):
+    if isinstance(value, SetValue):
+        value = _read_set_value(value, options)
+    if isinstance(value, Unquoted):
         return next(_readings(value, options))
     if isinstance(value, dict):
         sections = (o for o in options if isinstance(o, type) and issubclass(o, Section))
@@ -221,24 +222,24 @@ def _typed(value: Any, wanted: Any) -> Any:
     return value
 
 
-def _heard(said: Said, options: tuple[Any, ...]) -> Any:
+def _read_set_value(given: SetValue, options: tuple[Any, ...]) -> Any:
     """Read the value of `--set a.b=`; as YAML only quoted text, and fields of lists or sections."""
     is_text = any(option is str or get_origin(option) is Literal for option in options)
-    is_quoted = len(said) > 1 and said[0] == said[-1] and said[0] in "\"'"
+    is_quoted = len(given) > 1 and given[0] == given[-1] and given[0] in "\"'"
     if is_text and not is_quoted:
-        return Plain(said)
+        return Unquoted(given)
     if is_text or not set(options) <= set(_ANYTHING):
         try:
-            found = parse_yaml(said, f"--set {said.path}")
+            found = parse_yaml(given, f"--set {given.path}")
         except ConfigError:
             if not is_text:
                 raise
-            return Plain(said)
-        return Plain(said) if is_text and not isinstance(found, str) else found
-    return Plain(said.strip())
+            return Unquoted(given)
+        return Unquoted(given) if is_text and not isinstance(found, str) else found
+    return Unquoted(given.strip())
 
 
-def _readings(text: Plain, options: tuple[Any, ...]) -> Iterator[Any]:
+def _readings(text: Unquoted, options: tuple[Any, ...]) -> Iterator[Any]:
     """Yield the values that unquoted text can have under `options`, the most likely first."""
     yield from (c for o in options if get_origin(o) is Literal for c in get_args(o) if c == text)
     if text in _NULL and NoneType in options:
@@ -277,7 +278,7 @@ def _describe(error: ValidationError, tree: dict[str, Any]) -> list[str]:
                 break
             path.append(str(part))
             node = node[part] if is_in else None
-        shown = f"{node}" if isinstance(node, Plain) else f"{mistake['input']!r}"
+        shown = f"{node}" if isinstance(node, Unquoted) else f"{mistake['input']!r}"
         rule = f"{mistake['msg'][0].lower()}{mistake['msg'][1:]}"
         if mistake["type"] == "extra_forbidden":
             rule = "unknown key"

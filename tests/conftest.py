@@ -1,5 +1,6 @@
 """Tests that need a GPU skip themselves where there is none; slow folders run side by side."""
 
+import os
 import signal
 from pathlib import Path
 
@@ -7,25 +8,33 @@ import pytest
 
 HERE = Path(__file__).parent
 pytest_plugins = ["ranks", "started"]
-_TOGETHER = {"laws": "ranks", "distributed": "ranks"}
 
 
-def pytest_configure():
-    """Let children be interrupted: background jobs of a shell ignore SIGINT, and pass that on."""
+def pytest_configure(config):
+    """Let children be interrupted: background jobs of a shell ignore SIGINT, and pass that on.
+
+    Hide GPUs unless only tests of GPUs were asked for, by `-m gpu` or by path.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # all other tests are about CPUs (`use_gpu: auto`, gloo, equal bits); torch reads this when it
+    # first looks for GPUs, and so do the processes that tests start
+    paths = [Path(argument.partition("::")[0]).resolve() for argument in config.args]
+    if config.option.markexpr != "gpu" and not all(HERE / "gpu" in [p, *p.parents] for p in paths):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Mark tests with the `gpu` mark as skipped, without importing torch where there are none.
 
-    To `--dist loadgroup` the laws and `distributed` are one group, whose tests share warm ranks; of
-    the other folders besides `unit` each file is one, and stays in order in one process.
+    To `--dist loadgroup` tests that use `pools` are one group and share warm ranks; besides those
+    and `unit` each file is one, and stays in order in one process.
     """
     for item in items:
         path = item.path.relative_to(HERE)
         if path.parts[0] != "unit":
-            item.add_marker(pytest.mark.xdist_group(_TOGETHER.get(path.parts[0], str(path))))
+            name = "ranks" if "pools" in item.fixturenames else str(path)
+            item.add_marker(pytest.mark.xdist_group(name))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return

@@ -28,7 +28,7 @@ import small_packages
 from small_images import Open, SmallImage, Split
 
 from moce_dist.cli import command_parser, quiet_libraries, run_job
-from moce_dist.data.audit import Looks, find_match, look_at
+from moce_dist.data.audit import ImageHashes, find_match, hash_images
 from moce_dist.data.sources import COMPOSITED, SEGMENTATION, list_folder
 from moce_dist.run.files import write_atomic
 from moce_dist.samples import detection, sets
@@ -145,14 +145,14 @@ def task_files(images: Sequence[SmallImage], min_class: int) -> Iterator[tuple[s
                 yield f"{split}/{label}/{number:06d}.png", sets.encode(image.pixels)
 
 
-def domain_files(images: Sequence[SmallImage], looks: Looks) -> Iterator[tuple[str, bytes]]:
+def domain_files(images: Sequence[SmallImage], hashes: ImageHashes) -> Iterator[tuple[str, bytes]]:
     """Yield at most `MAX_DOMAIN` files by hash; no relative or copy of a held-out image."""
     splits = split_groups(images)
     number = 0
     for image in sorted(images, key=lambda image: _rank(image.pixels.tobytes())):
         content = sets.encode(image.pixels)
         is_held = splits.get(image.group, "train") != "train"
-        if number == MAX_DOMAIN or is_held or find_match(looks, content) is not None:
+        if number == MAX_DOMAIN or is_held or find_match(hashes, content) is not None:
             continue
         yield f"{number:06d}.png", content
         number += 1
@@ -191,8 +191,8 @@ def build(out: Path, package: Open, domains: dict[str, ImageSet]) -> None:
     def of_task(name: str, min_class: int) -> Iterator[tuple[str, bytes]]:
         yield from task_files(images(name), min_class)
 
-    def of_domain(name: str, looks: Looks) -> Iterator[tuple[str, bytes]]:
-        yield from domain_files(images(name), looks)
+    def of_domain(name: str, hashes: ImageHashes) -> Iterator[tuple[str, bytes]]:
+        yield from domain_files(images(name), hashes)
 
     for name, image_set in domains.items():
         if (least := image_set.min_class) is not None:
@@ -200,10 +200,10 @@ def build(out: Path, package: Open, domains: dict[str, ImageSet]) -> None:
             sets.write_files(out / "tasks" / task, f"{task}:{_RECIPE}", of_task(name, least))
             print(f"task     {task}: {_counts(out / 'tasks' / task)}", flush=True)
     held = list_folder(link_held_out(out)).files
-    looks = look_at([file.path for file in held])
+    hashes = hash_images([file.path for file in held])
     state = _rank(_RECIPE, [(file.key, file.size) for file in held]).hex()[:16]
     for name in domains:
-        sets.write_files(out / "pretrain" / name, f"{name}:{state}", of_domain(name, looks))
+        sets.write_files(out / "pretrain" / name, f"{name}:{state}", of_domain(name, hashes))
         print(f"domain   {name}: {_count(out / 'pretrain' / name)} images", flush=True)
 
 

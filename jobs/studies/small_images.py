@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from moce_dist.arrays import Pixels
 from moce_dist.samples import carriers, desktop, detection, sets
-from moce_dist.samples.carriers import Pixels
 
 SIDE = 32
 Split = Literal["train", "val", "test"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moce_dist.cluster.arrays import Float32, Int32, Int64
+from moce_dist.arrays import Float32, Int32, Int64
 from moce_dist.cluster.candidates import Candidates
 from moce_dist.cluster.compiled import compiled
 
@@ -45,7 +45,7 @@ class Ranks(NamedTuple):
 class Bounds(NamedTuple):
     """Bounds on the number of rows that a cluster may take, (K,), and on its price, (K + 1,).
 
-    A number is negative where the cluster's fixed rows (`balance.Others`) already exceed its size.
+    A number is negative where a cluster's `balance.FixedRows` already exceed its size.
     """
 
     smallest: Int64

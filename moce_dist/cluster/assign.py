@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.cluster.arrays import Float32, Float64, Int64
+from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.cluster.assignments import write_assignments
-from moce_dist.cluster.blocks import View, check_count, column_mean, open_features
+from moce_dist.cluster.blocks import FeatureFiles, View, check_count, column_mean, open_features
 from moce_dist.cluster.domains import centroid_figures, domain_figures, given_labels, label_figures
 from moce_dist.cluster.kmeans import Lloyd, State, directions, draw_sample, kmeans, state_request
 from moce_dist.cluster.matrix import Matrix
@@ -87,14 +87,13 @@ def assign_features(
     centroids: NDArray[Any],
     *,
     mean: NDArray[Any] | None = None,
-    prices: NDArray[Any] | None = None,
 ) -> tuple[Int64, Float64]:
     """Return the cluster of each feature row (n, D) and its squared distance: (n,) and (n,).
 
     With `mean` (D,) the features are raw: the mean is subtracted and rows are scaled to length 1.
     Without it, features are compared as they are.
     """
-    clusters = make_clusters(centroids, mean, prices)
+    clusters = make_clusters(centroids, mean, None)
     augmented = torch.ones(len(features), clusters.centroids.shape[1] + 1)
     clusters.view.apply(as_tensor(features), augmented[:, :-1])
     return clusters.assign(augmented)
@@ -124,12 +123,8 @@ def run_clustering(
     started = time.monotonic()
     matrix = _open_matrix(features_dir, config, workers, subtract_mean=subtract_mean)
     given = inputs or {"request": state_request(matrix, config, seed)}
-    if is_complete(out_dir, given):
-        return read_summary(out_dir)
-    if inputs is None and (out_dir / COMPLETE).is_file():
-        raise ConfigError(
-            f"{out_dir}: holds the result of another request; choose another --out, or --fresh"
-        )
+    if (known := finished_summary(out_dir, given)) is not None:
+        return known
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / COMPLETE).unlink(missing_ok=True)
     state_file, sample_file = out_dir / "state.npz", out_dir / "sample.npy"
@@ -154,6 +149,40 @@ def run_clustering(
     for file in (state_file, sample_file):
         file.unlink(missing_ok=True)
     return summary
+
+
+def finished_summary(out_dir: Path, given: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the summary of a folder that is complete for the inputs `given`, else None.
+
+    Raises:
+        ConfigError: `given` is the fingerprint of a request, and the folder holds another one's.
+    """
+    if is_complete(out_dir, given):
+        return read_summary(out_dir)
+    if "request" in given and (out_dir / COMPLETE).is_file():
+        raise ConfigError(
+            f"{out_dir}: holds the result of another request; choose another --out, or --fresh"
+        )
+    return None
+
+
+def figures_of(
+    files: FeatureFiles, centroids: NDArray[Any], labels: NDArray[Any], total: float
+) -> dict[str, Any]:
+    """Return the figures of labels (n,); `total` is the sum of the squared distances."""
+    num_rows, num_clusters = len(labels), len(centroids)
+    sizes = np.bincount(labels, minlength=num_clusters)
+    return {
+        "num_images": num_rows,
+        "num_clusters": num_clusters,
+        "dim": files.dim,
+        "mean_squared_distance": total / num_rows,
+        "size_min": int(sizes.min()),
+        "size_max": int(sizes.max()),
+        **centroid_figures(centroids),
+        **domain_figures(map(itemgetter(1), files.keys()), labels, num_clusters),
+        **label_figures(files, labels, num_clusters),
+    }
 
 
 def _open_matrix(
@@ -203,18 +232,7 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
         if settled.prices is not None:
             np.save(out_dir / "prices.npy", settled.prices, allow_pickle=False)
         write_assignments(out_dir / "assignments.parquet", matrix.files, settled.labels, distances)
-    return {
-        "num_images": len(distances),
-        "num_clusters": len(centroids),
-        "dim": matrix.files.dim,
-        "mean_squared_distance": total / len(distances),
-        "size_min": int(sums.counts.min()),
-        "size_max": int(sums.counts.max()),
-        **settled.figures,
-        **centroid_figures(centroids),
-        **domain_figures(map(itemgetter(1), matrix.files.keys()), settled.labels, len(centroids)),
-        **label_figures(matrix.files, settled.labels, len(centroids)),
-    }
+    return figures_of(matrix.files, centroids, settled.labels, total) | settled.figures
 
 
 def read_summary(out_dir: Path) -> dict[str, Any]:

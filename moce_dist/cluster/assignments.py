@@ -10,6 +10,7 @@ Letters: n samples, K clusters.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from moce_dist.cluster.arrays import Int64
+from moce_dist.arrays import Int32, Int64
 from moce_dist.cluster.blocks import FeatureFiles
+from moce_dist.data.columns import open_table
 from moce_dist.data.shards import Shard, ShardIndex
+from moce_dist.data.table import SampleTable
 from moce_dist.features.extract import feature_names
 from moce_dist.run.files import replacing
 from moce_dist.run.names import as_text
@@ -69,6 +72,16 @@ def read_assignments(path: Path) -> dict[str, int]:
         return dict(zip(*(c.to_pylist() for c in columns.columns), strict=True))
 
 
+def open_assigned(folder: str | Path, path: Path, num_clusters: int = 1) -> SampleTable:
+    """Open the index in a folder, its samples in the clusters that the table at `path` gives.
+
+    Raises:
+        ConfigError: there is no index, or no such table.
+    """
+    table, clusters = open_table(folder, num_clusters), read_assignments(path)
+    return replace(table, cluster=np.array([clusters[key] for key in table.keys], np.int64))
+
+
 def count_assignments(path: Path, num_clusters: int) -> Int64:
     """Return the number of rows of every cluster, (K,) or more; raises like `read_assignments`."""
     with _opened(path) as table:
@@ -80,7 +93,7 @@ def count_assignments(path: Path, num_clusters: int) -> Int64:
         return counts
 
 
-def read_labels(path: Path, index: ShardIndex) -> NDArray[np.int32]:
+def read_labels(path: Path, index: ShardIndex) -> Int32:
     """Return the cluster of every sample of an index, in its order, (n,); -1 for those without.
 
     Table and index are joined shard by shard. Rows of shards and keys that the index lacks are

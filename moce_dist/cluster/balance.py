@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.arrays import Float32, Float64, Int64
+from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.cluster.ascent import Bounds, Ranks, dual, make_lists, rank_rows, reprice
 from moce_dist.cluster.candidates import Candidates
 from moce_dist.config import ClusterConfig
@@ -46,8 +46,8 @@ _OUTDATED = 0.1
 _GAIN = 0.05
 """Ratio of the remaining to the initial excess below which a new search helps more than rounds."""
 _STEP = 0.45
-"""Largest move of a price in units of `Others.reach`. Below 1/2, so that two prices never part by
-more than the reach; the rest is left for the exact finish."""
+"""Largest move of a price in units of `FixedRows.reach`. Below 1/2, so that two prices never part
+by more than the reach; the rest is left for the exact finish."""
 
 
 class Sizes(NamedTuple):
@@ -93,7 +93,7 @@ class Ascended(NamedTuple):
     least: int
 
 
-class Others(NamedTuple):
+class FixedRows(NamedTuple):
     """Fixed rows outside the problem: their number per cluster, (K,).
 
     None of them changes its cluster while no two prices move further apart than `reach`.
@@ -110,25 +110,25 @@ def ascend(
     *,
     rounds: int,
     close: float = 0.01,
-    others: Others | None = None,
+    fixed: FixedRows | None = None,
 ) -> Ascended:
     """Improve the prices (K,) under which rows found their candidates; the dual never falls.
 
     Distances need only be right up to a constant per row. The rounds stop when the share of rows
     beyond the sizes, except those that the candidates cannot fix, is at most `close`, or so much
     smaller than at first that a new search helps more than further rounds. Adding a constant to all
-    prices changes nothing. Unless `others` hold prices back, at least one returned price is 0, and
+    prices changes nothing. Unless `fixed` holds prices back, at least one returned price is 0, and
     none is positive if there is no smallest size.
     """
-    others = others or Others(np.zeros(len(prices), np.int64), np.inf)
-    num_clusters, num_rows = len(prices), len(found.ids) + int(others.counts.sum())
+    fixed = fixed or FixedRows(np.zeros(len(prices), np.int64), np.inf)
+    num_clusters, num_rows = len(prices), len(found.ids) + int(fixed.counts.sum())
     if num_clusters == 1 or sizes.largest >= num_rows:
         return Ascended(np.zeros(num_clusters), 0, 0, num_rows // num_clusters)
     # with a smallest size q, n - q K clusters can hold one more row and may charge: shift the
     # prices so that as many are below 0
     num_charging = num_rows - sizes.smallest * num_clusters
     free = np.sort(prices)[num_charging] if sizes.smallest else prices.max()
-    ascent = Ascent(found, prices - free, sizes, others)
+    ascent = Ascent(found, prices - free, sizes, fixed)
     excess_before = ascent.excess()
     # lists of all clusters are never out of date
     gain = 0 if ascent.lists_all else _GAIN
@@ -144,10 +144,10 @@ def ascend(
 class Ascent:
     """Prices (K + 1,), the outside's last, and every row's best and second best cluster."""
 
-    def __init__(self, found: Candidates, prices: Float64, sizes: Sizes, others: Others) -> None:
+    def __init__(self, found: Candidates, prices: Float64, sizes: Sizes, fixed: FixedRows) -> None:
         self.prices = np.append(prices, 0).astype(np.float32)
         self._pays = sizes.smallest > 0
-        self._taken, step = others.counts, np.float32(_STEP * others.reach)
+        self._taken, step = fixed.counts, np.float32(_STEP * fixed.reach)
         self.lists_all = found.ids.shape[1] == len(prices)
         if not self.lists_all:
             # the outside (cluster K, price 0) is as far away as the worst priced candidate

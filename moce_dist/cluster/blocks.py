@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.cluster.arrays import Float32, Float64
+from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.run.names import as_text, clean_label
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
@@ -135,7 +135,7 @@ class FeatureFiles:
             if (labels := _labels_of(path, rows)) is not None:
                 yield first, labels
 
-    def take(self, rows: NDArray[np.int64], view: View) -> Float32:
+    def take(self, rows: Int64, view: View) -> Float32:
         """Read transformed rows by sorted global numbers, with a column of ones, (n, D + 1)."""
         taken = np.ones((len(rows), self.dim + 1), np.float32)
         firsts = list(accumulate(self.rows, initial=0))
@@ -226,7 +226,7 @@ def check_count(files: FeatureFiles, num_clusters: int) -> None:
 
 
 def read_block(
-    block: Block, view: View, device: str = "cpu", chosen: NDArray[np.int64] | None = None
+    block: Block, view: View, device: str = "cpu", chosen: Int64 | None = None
 ) -> Tensor:
     """Read the transformed rows of a block with a last column of ones, (n, D + 1) float32.
 
@@ -234,7 +234,7 @@ def read_block(
     """
     path = Path(block.path)
 
-    def read(some: NDArray[np.int64] | None = None) -> Tensor:
+    def read(some: Int64 | None = None) -> Tensor:
         array = open_array(path)[block.start : block.stop]
         array = array if some is None else array[some]
         return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(device)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.arrays import Float64, Int32, Int64
+from moce_dist.arrays import Float64, Int32, Int64
 
 
 class Candidates(NamedTuple):

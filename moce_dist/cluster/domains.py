@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.arrays import Float64, Int32
+from moce_dist.arrays import Float64, Int32, Int64
 from moce_dist.cluster.blocks import FeatureFiles
 from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError
@@ -90,7 +90,7 @@ _BLOCK = 512
 _LOOKED_AT = 4096
 
 
-def nearest_others(centroids: NDArray[Any], some: NDArray[np.int64] | None = None) -> Float64:
+def nearest_others(centroids: NDArray[Any], some: Int64 | None = None) -> Float64:
     """Return the distance of every centroid (K, D) to the nearest other one, (K,).
 
     With `some`, (k,) ids, do so for these only, (k,).

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.arrays import Float64, Int64
+from moce_dist.arrays import Float64, Int64
 from moce_dist.cluster.balance import Sizes
 from moce_dist.cluster.candidates import Candidates, choose, find_twins
 from moce_dist.cluster.flow import (

@@ -16,21 +16,21 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.arrays import Float64, Int64
+from moce_dist.arrays import Float64, Int64
 from moce_dist.cluster.assign import (
     PricedCentroids,
     artefacts,
+    figures_of,
+    finished_summary,
     make_clusters,
     read_array,
     read_centroids,
-    read_summary,
 )
 from moce_dist.cluster.assignments import write_assignments
 from moce_dist.cluster.blocks import (
@@ -41,12 +41,10 @@ from moce_dist.cluster.blocks import (
     open_features,
     read_block,
 )
-from moce_dist.cluster.domains import centroid_figures, domain_figures, label_figures
 from moce_dist.run.artefacts import (
     COMPLETE,
     artefact_id,
     fingerprint,
-    is_complete,
     mark_complete,
     read_marker,
 )
@@ -159,7 +157,6 @@ def assign_table(
     table: Path,
     *,
     block_rows: int,
-    workers: Workers = HERE,
 ) -> None:
     """Assign a folder of features by distance alone, and write nothing but the assignment table.
 
@@ -168,8 +165,8 @@ def assign_table(
     """
     clusters = read_clusters(clusters_dir)
     files = open_new_features(features_dir, clusters)
-    scan_features(files, clusters, workers)
-    done = assign_files(files, clusters, block_rows=block_rows, workers=workers)
+    scan_features(files, clusters)
+    done = assign_files(files, clusters, block_rows=block_rows)
     table.parent.mkdir(parents=True, exist_ok=True)
     write_assignments(table, files, *done)
 
@@ -207,15 +204,11 @@ def assign_folder(
         "block_rows": block_rows,
     }
     given = inputs or {"request": fingerprint(request)}
-    if is_complete(out_dir, given):
-        return read_summary(out_dir)
-    if inputs is None and (out_dir / COMPLETE).is_file():
-        raise ConfigError(
-            f"{out_dir}: holds the result of another request; choose another --out, or --fresh"
-        )
+    if (known := finished_summary(out_dir, given)) is not None:
+        return known
     done = assign_files(files, clusters, block_rows=block_rows, workers=workers)
     summary = {
-        **_figures(files, clusters, done),
+        **figures_of(files, clusters.centroids, done.labels, float(done.distances.sum())),
         "seconds": round(time.monotonic() - started, 3),
         "balance": "assigned",
         "prices": with_prices,
@@ -224,21 +217,6 @@ def assign_folder(
     _write(out_dir, clusters_dir, files, done, summary)
     mark_complete(out_dir, given, [path for path in artefacts(out_dir) if path.is_file()])
     return summary
-
-
-def _figures(files: FeatureFiles, clusters: PricedCentroids, done: Assigned) -> dict[str, Any]:
-    sizes = np.bincount(done.labels, minlength=len(clusters.centroids))
-    return {
-        "num_images": files.num_rows,
-        "num_clusters": len(sizes),
-        "dim": files.dim,
-        "mean_squared_distance": float(done.distances.mean()),
-        "size_min": int(sizes.min()),
-        "size_max": int(sizes.max()),
-        **centroid_figures(clusters.centroids),
-        **domain_figures(map(itemgetter(1), files.keys()), done.labels, len(sizes)),
-        **label_figures(files, done.labels, len(sizes)),
-    }
 
 
 def _write(

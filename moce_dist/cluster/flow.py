@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.arrays import Float64, Int64
+from moce_dist.arrays import Float64, Int32, Int64
 from moce_dist.cluster.compiled import compiled
 
 NONE = -1
@@ -35,7 +35,7 @@ class Moves(NamedTuple):
     """
 
     numbers: Int64
-    ids: NDArray[np.int32]
+    ids: Int32
     distances: NDArray[Any]
     bounds: Int64
     further_ids: Int64

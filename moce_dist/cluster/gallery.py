@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from moce_dist.arrays import Float32, Int64
 from moce_dist.cluster.assignments import read_rows, rows_by_key
 from moce_dist.config import DataConfig
-from moce_dist.data.cache import Wanted
+from moce_dist.data.cache import SampleRange
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import open_image
 from moce_dist.data.ranges import Content, RangeReader
@@ -65,7 +65,7 @@ def shown_clusters(num_clusters: int) -> list[int]:
     return [i * num_clusters // count for i in range(count)]
 
 
-def extremes(rows: NDArray[np.int64], distances: NDArray[np.float32]) -> NDArray[np.int64]:
+def extremes(rows: Int64, distances: Float32) -> Int64:
     """Return the rows nearest to the centroid, then the farthest, without repeats, ties by row."""
     ordered = rows[np.argsort(distances[rows], kind="stable")]
     if len(ordered) <= NUM_NEAREST + NUM_FARTHEST:
@@ -78,7 +78,7 @@ def _read(
 ) -> list[Content | None]:
     """Read the images of samples, (name of the shard's features, key); None: not in the index."""
     shards = dict(zip(map(as_text, feature_names(index)), index.shards, strict=True))
-    wanted: list[Wanted | None] = []
+    wanted: list[SampleRange | None] = []
     opened, rows = "", dict[str, int]()
     for name, key in samples:
         if name != opened:
@@ -87,7 +87,7 @@ def _read(
         if shard is None or row is None:
             wanted.append(None)
         else:
-            wanted.append(Wanted(index.url(shard), shard.offsets[row], shard.sizes[row]))
+            wanted.append(SampleRange(index.url(shard), shard.offsets[row], shard.sizes[row]))
     with closing(RangeReader(data.read_timeout_s, data.read_deadline_s)) as reader:
         contents = reader.read_in_turn([place for place in wanted if place is not None])
         return [None if place is None else next(contents) for place in wanted]

@@ -27,10 +27,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from moce_dist.cluster.arrays import Float64, Int64
+from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.cluster.balance import allowed_sizes, ascend
 from moce_dist.cluster.blocks import FeatureFiles, View, open_array
 from moce_dist.cluster.matrix import Matrix
@@ -263,7 +262,7 @@ def draw_rows(sample: Matrix, num: int, seed: int) -> Int64:
     return np.append(drawn, rest)
 
 
-def _squares(sample: Matrix, points: NDArray[np.float32]) -> Float64:
+def _squares(sample: Matrix, points: Float32) -> Float64:
     centroids = points.astype(np.float64)
     everyone = np.arange(sample.files.num_rows)
     found = sample.candidates(centroids, np.zeros(len(points)), 1, everyone)
@@ -271,7 +270,7 @@ def _squares(sample: Matrix, points: NDArray[np.float32]) -> Float64:
 
 
 def _plus_plus(
-    rows: NDArray[np.float32] | Float64, num: int, seed: int, weights: Float64 | None = None
+    rows: Float32 | Float64, num: int, seed: int, weights: Float64 | None = None
 ) -> Float64:
     # imported late: it takes a second, and training only reads clusters
     from sklearn.cluster import kmeans_plusplus

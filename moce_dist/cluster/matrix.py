@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moce_dist.cluster.arrays import Float64, Int32, Int64
+from moce_dist.arrays import Float64, Int32, Int64
 from moce_dist.cluster.blocks import Block, FeatureFiles, View, group_blocks
 from moce_dist.cluster.candidates import Border, Candidates
 from moce_dist.cluster.nearest import build_index, make_base

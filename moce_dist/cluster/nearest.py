@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.cluster.arrays import Float32, Float64
+from moce_dist.arrays import Float32, Float64
 from moce_dist.cluster.compiled import compiled_sums
 
 _DEVICE_ROWS = 65_536
@@ -170,16 +170,15 @@ def measure_index(
 
 
 def squared_distances(rows: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
-    """Compute |x_i - c_{labels_i}|^2 without cancellation from float64 centroids, (n,) float64."""
-    return _distances(rows, centroids, labels[:, None])[:, 0]
+    """Compute |x_i - c_{labels_i}|^2, (n,), as `candidate_distances` does."""
+    return candidate_distances(rows, centroids, labels[:, None])[:, 0]
 
 
 def candidate_distances(rows: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
-    """Compute |x_i - c_{ids_ij}|^2 without cancellation from float32 centroids, (n, m) float32."""
-    return _distances(rows, centroids, ids)
+    """Compute |x_i - c_{ids_ij}|^2, (n, m), without cancellation.
 
-
-def _distances(rows: Tensor, centroids: Tensor, ids: Tensor) -> Tensor:
+    The result has the type of `centroids`, float32 or float64.
+    """
     distances = torch.empty(ids.shape, dtype=centroids.dtype, device=rows.device)
     if not rows.is_cuda:
         arrays = (each.contiguous().numpy() for each in (rows, centroids, ids, distances))

@@ -29,15 +29,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.cluster.arrays import Float64, Int32, Int64
-from moce_dist.cluster.balance import (
-    Ascended,
-    Others,
-    Sizes,
-    allowed_sizes,
-    ascend,
-    misfits,
-)
+from moce_dist.arrays import Float64, Int32, Int64
+from moce_dist.cluster.balance import Ascended, FixedRows, Sizes, allowed_sizes, ascend, misfits
 from moce_dist.cluster.candidates import Border, Candidates, margins_of
 from moce_dist.cluster.exact import Finish, dual_bound, finish
 from moce_dist.cluster.kmeans import PRICE_ROUNDS, Lloyd, State
@@ -142,8 +135,8 @@ class _Balance:
     def _improve(self) -> bool:
         """Improve the prices with the rows at hand; tell whether little is left to the finish."""
         border = self._border or self._search()
-        others = Others(border.settled, border.reach)
-        done = self._ascend(border.found, self._sizes, others)
+        fixed = FixedRows(border.settled, border.reach)
+        done = self._ascend(border.found, self._sizes, fixed)
         _log.info(
             "prices of all rows: %d rows beyond the sizes, then %d; %d rows between clusters",
             done.excess_before,
@@ -155,8 +148,8 @@ class _Balance:
         is_current = done.excess_before <= _CURRENT * self._num_rows
         return is_current and done.excess <= _FEW * self._num_rows
 
-    def _ascend(self, found: Candidates, sizes: Sizes, others: Others) -> Ascended:
-        done = ascend(found, self._prices, sizes, rounds=PRICE_ROUNDS, close=_FINEST, others=others)
+    def _ascend(self, found: Candidates, sizes: Sizes, fixed: FixedRows) -> Ascended:
+        done = ascend(found, self._prices, sizes, rounds=PRICE_ROUNDS, close=_FINEST, fixed=fixed)
         self._prices = done.prices
         return done
 
@@ -194,7 +187,7 @@ class _Balance:
         sizes = allowed_sizes(len(rows), len(missing), self._lloyd.config)
         for _ in range(_SEARCHES):
             found = self._matrix.candidates(self._centroids, self._prices, self._num, rows)
-            done = self._ascend(found, sizes, Others(missing, np.inf))
+            done = self._ascend(found, sizes, FixedRows(missing, np.inf))
             if done.excess_before <= _CURRENT * len(rows):
                 break
         return found

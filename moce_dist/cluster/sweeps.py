@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.cluster.arrays import Float32, Float64, Int32, Int64
+from moce_dist.arrays import Float32, Float64, Int32, Int64
 from moce_dist.cluster.blocks import CACHED_ROWS, Block, View, read_block
 from moce_dist.cluster.candidates import Candidates
 from moce_dist.cluster.nearest import (
@@ -171,7 +171,7 @@ def candidates_of_group(sweep: Sweep, task: SweepTask) -> Candidates:
     return _candidates(ids, distances)
 
 
-class Part(NamedTuple):
+class GroupBorder(NamedTuple):
     """What a group adds to a border: labels (n,), rows between clusters (b,), their candidates."""
 
     labels: Int32
@@ -179,7 +179,7 @@ class Part(NamedTuple):
     found: Candidates
 
 
-def border_of_group(sweep: Sweep, task: SweepTask) -> Part:
+def border_of_group(sweep: Sweep, task: SweepTask) -> GroupBorder:
     """Find the best cluster of a group's rows, and the candidates of those between clusters."""
     assert sweep.prices is not None
     prices, labels, numbers, first = as_tensor(sweep.prices, sweep.device), [], [], 0
@@ -195,7 +195,7 @@ def border_of_group(sweep: Sweep, task: SweepTask) -> Part:
         distances.append(squares[between])
         first += len(rows)
     chosen = torch.cat(numbers).cpu().numpy()
-    return Part(torch.cat(labels).int().cpu().numpy(), chosen, _candidates(ids, distances))
+    return GroupBorder(torch.cat(labels).int().cpu().numpy(), chosen, _candidates(ids, distances))
 
 
 def nearest_of_group(sweep: Sweep, task: SweepTask) -> Candidates:

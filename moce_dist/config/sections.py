@@ -347,7 +347,7 @@ class CheckpointConfig(Section):
     every_steps: int = Field(500, ge=1)
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = Field(2, ge=1)
-    """Complete checkpoints kept."""
+    """Newest complete checkpoints of a stage that are kept; its oldest one is kept besides."""
 
 
 class LoggingConfig(Section):

@@ -83,6 +83,12 @@ class Config(Section):
         return self.model_copy(update={"model": model})
 
     @property
+    def index(self) -> Path | None:
+        """Absolute folder of `data.source: index:DIR`; None for images that are to be ingested."""
+        kind, _, folder = self.data.source.partition(":")
+        return Path(folder).absolute() if kind == "index" else None
+
+    @property
     def num_patches(self) -> int:
         """Patches of an image, N."""
         return (self.data.image_size // self.model.patch_size) ** 2

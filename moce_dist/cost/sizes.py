@@ -45,6 +45,11 @@ def image_bytes(config: Config) -> int:
     return num_visible(config) * config.model.shape.width * element_size(config)
 
 
+def exchange_bytes(config: Config) -> int:
+    """Return the bytes of an image in all transfers of a layer, where its expert is elsewhere."""
+    return image_bytes(config) * TRANSFERS
+
+
 def expert_parameters(config: Config) -> int:
     """Return the parameters of an expert: a block's MLP without the shared hidden units."""
     width = config.model.shape.width

@@ -31,8 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from moce_dist.arrays import Float32
 from moce_dist.config import DataConfig
-from moce_dist.data.cache import Wanted
+from moce_dist.data.cache import SampleRange
 from moce_dist.data.decoders import ImageError, image_endings
 from moce_dist.data.images import decode_image
 from moce_dist.data.listing import ending
@@ -167,13 +168,13 @@ def _tasks(index: ShardIndex) -> list[_Task]:
 
 
 def _images(url: str, shard: Shard, data: DataConfig) -> Iterator[tuple[str, Content]]:
-    wanted = [Wanted(url, *place) for place in zip(shard.offsets, shard.sizes, strict=True)]
+    wanted = [SampleRange(url, *place) for place in zip(shard.offsets, shard.sizes, strict=True)]
     with closing(RangeReader(data.read_timeout_s, data.read_deadline_s)) as reader:
         yield from zip(shard.keys, reader.read_in_turn(wanted), strict=True)
 
 
 @dataclass(frozen=True)
-class Looks:
+class ImageHashes:
     """Hashes and thumbnails of n images, for comparison."""
 
     names: list[str]
@@ -181,7 +182,7 @@ class Looks:
     """Row of an image by the sha256 of its bytes."""
     signs: NDArray[np.uint64]
     """(2 n, 2) signs of differences, 64 bits a word; rows n and up are of the mirror images."""
-    thumbnails: NDArray[np.float32]
+    thumbnails: Float32
     """(2 n, 256) centred thumbnails of length 1, in the same order."""
 
 
@@ -193,22 +194,22 @@ def find_copies(
     Raises:
         ConfigError: the folder is missing or has no readable images.
     """
-    looks = look_at([file.path for file in list_folder(folder).files])
+    hashes = hash_images([file.path for file in list_folder(folder).files])
     tasks = _tasks(index)
-    found = map_tasks(find_in_shard, (looks, data), tasks)
+    found = map_tasks(find_in_shard, (hashes, data), tasks)
     for copies in track(found, "shards compared", total=len(tasks)):
         yield from copies
 
 
-def look_at(paths: Sequence[Path]) -> Looks:
-    """Compute the `Looks` of image files; images that cannot be decoded are skipped.
+def hash_images(paths: Sequence[Path]) -> ImageHashes:
+    """Compute the `ImageHashes` of image files; images that cannot be decoded are skipped.
 
     Raises:
         ConfigError: none of them can be decoded.
     """
     names: list[str] = []
     digests: dict[bytes, int] = {}
-    images: list[NDArray[np.float32]] = []
+    images: list[Float32] = []
     for path in track(paths, "images", total=len(paths)):
         content = path.read_bytes()
         try:
@@ -221,65 +222,65 @@ def look_at(paths: Sequence[Path]) -> Looks:
         raise ConfigError(f"{paths[0].parent}: no image of it can be read")
     both = [*images, *(image[:, ::-1] for image in images)]
     signs = np.stack([_signs(image) for image in both])
-    return Looks(names, digests, signs, np.stack([thumbnail(image) for image in both]))
+    return ImageHashes(names, digests, signs, np.stack([thumbnail(image) for image in both]))
 
 
-def find_in_shard(shared: tuple[Looks, DataConfig], task: _Task) -> list[Copy]:
+def find_in_shard(shared: tuple[ImageHashes, DataConfig], task: _Task) -> list[Copy]:
     """Compare the images of a shard with the folder's; unreadable images are skipped."""
-    (looks, data), (url, shard) = shared, task
+    (hashes, data), (url, shard) = shared, task
     found = []
     for key, content in _images(url, shard, data):
         if isinstance(content, OSError):
             continue
-        match = find_match(looks, content)
+        match = find_match(hashes, content)
         if match is not None:
             row, kind, distance = match
-            found.append(Copy(shard.path, key, looks.names[row], kind, distance))
+            found.append(Copy(shard.path, key, hashes.names[row], kind, distance))
     return found
 
 
-def find_match(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | None:
+def find_match(hashes: ImageHashes, content: bytes | memoryview) -> tuple[int, str, int] | None:
     """Find the original of an image: its row, `exact` or `near`, and how many signs differ.
 
     None if there is none, or the image cannot be decoded.
     """
-    row = looks.digests.get(hashlib.sha256(content).digest())
-    return (row, "exact", 0) if row is not None else _near(looks, content)
+    row = hashes.digests.get(hashlib.sha256(content).digest())
+    return (row, "exact", 0) if row is not None else _near(hashes, content)
 
 
-def _near(looks: Looks, content: bytes | memoryview) -> tuple[int, str, int] | None:
+def _near(hashes: ImageHashes, content: bytes | memoryview) -> tuple[int, str, int] | None:
     try:
         image = _small(content)
     except ImageError:
         return None
-    distances = np.bitwise_count(looks.signs ^ _signs(image)).sum(axis=1)
+    distances = np.bitwise_count(hashes.signs ^ _signs(image)).sum(axis=1)
     rows = np.flatnonzero(distances <= _MAX_DISTANCE)
-    alike = looks.thumbnails[rows] @ thumbnail(image)
+    alike = hashes.thumbnails[rows] @ thumbnail(image)
     if not len(rows) or alike.max() < _MIN_CORRELATION:
         return None
     best = rows[alike.argmax()]
-    return int(best) % len(looks.names), "near", int(distances[best])
+    return int(best) % len(hashes.names), "near", int(distances[best])
 
 
-def _small(content: bytes | memoryview) -> NDArray[np.float32]:
+def _small(content: bytes | memoryview) -> Float32:
     # grey, and small enough that encoding, size and sharpness make no difference
     side = 4 * _THUMBNAIL
     image = Image.fromarray(decode_image(content)).convert("L")
     return np.asarray(image.resize((side, side), Image.Resampling.BOX), np.float32)
 
 
-def _resized(image: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+def _resized(image: Float32, width: int, height: int) -> Float32:
     small = Image.fromarray(image).resize((width, height), Image.Resampling.BOX)
     return np.asarray(small, np.float32)
 
 
-def _signs(image: NDArray[np.float32]) -> NDArray[np.uint64]:
+def _signs(image: Float32) -> NDArray[np.uint64]:
     across = np.diff(_resized(image, _GRID + 1, _GRID), axis=1) > 0
     down = np.diff(_resized(image, _GRID, _GRID + 1), axis=0) > 0
     return np.packbits(np.concatenate([across.ravel(), down.ravel()])).view(np.uint64)
 
 
-def thumbnail(image: NDArray[np.float32]) -> NDArray[np.float32]:
+def thumbnail(image: Float32) -> Float32:
     """Shrink an image to a vector of length 1 and mean 0; zeros for an image of one colour."""
     pixels = _resized(image, _THUMBNAIL, _THUMBNAIL).ravel()
     centred = pixels - pixels.mean()

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _CHECKSUM_BYTES = 4
 
 
-class Wanted(NamedTuple):
+class SampleRange(NamedTuple):
     """The position of the bytes of one sample."""
 
     url: str
@@ -43,7 +43,7 @@ class SampleCache:
     share: float
     _is_writable: bool = True
 
-    def get(self, wanted: Wanted) -> memoryview | None:
+    def get(self, wanted: SampleRange) -> memoryview | None:
         """Return the bytes of a sample, or None if it is not cached or damaged."""
         path = self._path(wanted)
         if path is None:
@@ -56,12 +56,12 @@ class SampleCache:
         is_whole = len(sample) == wanted.size and bytes(checksum) == _checksum(sample)
         return sample if is_whole else None
 
-    def has(self, wanted: Wanted) -> bool:
+    def has(self, wanted: SampleRange) -> bool:
         """Tell whether a sample is cached, without reading it."""
         path = self._path(wanted)
         return path is not None and path.exists()
 
-    def keep(self, wanted: Wanted, sample: memoryview) -> None:
+    def keep(self, wanted: SampleRange, sample: memoryview) -> None:
         """Cache a sample if it is one of those to keep; after a failed write, cache no more."""
         path = self._path(wanted)
         if path is None or not self._is_writable:
@@ -81,7 +81,7 @@ class SampleCache:
             temporary.unlink(missing_ok=True)
             log.warning("data.cache (%s): takes no more samples: %s", self.folder, error.strerror)
 
-    def _path(self, wanted: Wanted) -> Path | None:
+    def _path(self, wanted: SampleRange) -> Path | None:
         version = self.versions.get(wanted.url)
         if not version:
             return None

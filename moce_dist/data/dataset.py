@@ -36,19 +36,19 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.handlers import reraise_exception
 
-from moce_dist.data.cache import Wanted
+from moce_dist.data.cache import SampleRange
 from moce_dist.data.columns import open_table
 from moce_dist.data.plan import ORDER, PADDING, Plan
 from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import TAR_END
 from moce_dist.data.tarscan import open_tar, split_name
 
-Sample = dict[str, Any]
+WebSample = dict[str, Any]
 """`__key__`, `__url__` and the bytes of every member by its extension, as in webdataset."""
 _WINDOW_BYTES = 2**24
 
 
-class PlannedSamples(IterableDataset[Sample]):
+class PlannedSamples(IterableDataset[WebSample]):
     """The samples of an index in the order of a plan; one iteration yields the rest of an epoch.
 
     An iteration begins at the position set by `set_epoch` or `load_state_dict`. The error of a
@@ -144,7 +144,7 @@ class PlannedSamples(IterableDataset[Sample]):
             "rank_batch": self.rank_batch,
         }
 
-    def __iter__(self) -> Iterator[Sample]:
+    def __iter__(self) -> Iterator[WebSample]:
         worker = get_worker_info()
         first, slot, is_own = self._begin
         stop = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
@@ -192,7 +192,7 @@ class PlannedSamples(IterableDataset[Sample]):
         starts, sizes = table.offset[rows] - before, before + table.size[rows] + table.after[rows]
         columns = (table.shard[rows], starts, sizes)
         wanted = [
-            Wanted(table.urls[shard], start, size)
+            SampleRange(table.urls[shard], start, size)
             for shard, start, size in zip(*(c.tolist() for c in columns), strict=True)
         ]
         found = iter(reader.read(wanted))
@@ -204,11 +204,11 @@ class PlannedSamples(IterableDataset[Sample]):
         own = ids[self._rank * self.rank_batch : (self._rank + 1) * self.rank_batch]
         return own[own != PADDING]
 
-    def _sample(self, row: int, content: Content) -> Sample:
+    def _sample(self, row: int, content: Content) -> WebSample:
         if isinstance(content, OSError):
             raise content
         key, url = self._place(row)
-        sample: Sample = {"__key__": key, "__url__": url}
+        sample: WebSample = {"__key__": key, "__url__": url}
         with open_tar(io.BytesIO(bytes(content) + TAR_END)) as tar:
             for member in tar:
                 name = split_name(member.name)

@@ -16,11 +16,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
+from moce_dist.arrays import Pixels
 from moce_dist.data.metadata import AS_STORED, JPEG, Turn, may_be_turned, turn_of, without_metadata
+from moce_dist.run.names import one_line
 
 MAX_PIXELS = 178_956_970
 MAX_BYTES = 256 * 2**20
@@ -31,7 +31,6 @@ _NEEDS = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}
 _SPEAK_FOR_THEMSELVES = (OSError, ValueError, SyntaxError, struct.error)
 
 Encoded = bytes | memoryview
-Pixels = NDArray[np.uint8]
 
 
 class ImageError(ValueError):
@@ -71,7 +70,7 @@ def door() -> Iterator[None]:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "is no image of a known format"
-    text = " ".join(str(error).split())[:_REASON_LETTERS]
+    text = one_line(error)[:_REASON_LETTERS]
     if text and isinstance(error, _SPEAK_FOR_THEMSELVES):
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -24,9 +24,9 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from moce_dist.arrays import Float32, Pixels
 from moce_dist.data.decoders import (
     Encoded,
     ImageError,  # noqa: F401 - the functions here raise it
@@ -37,7 +37,7 @@ from moce_dist.data.decoders import (
     read_turn,
 )
 from moce_dist.data.metadata import AS_STORED, Turn
-from moce_dist.data.resize import Pixels, Size, resize, resize_all
+from moce_dist.data.resize import Size, resize, resize_all
 from moce_dist.data.upright import open_rgb, turned
 from moce_dist.run.names import as_text
 
@@ -51,8 +51,6 @@ LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _JPEG_END = b"\xff\xd9"
 # libjpeg-turbo has vectorised inverse DCTs only for these
 _REDUCTIONS = (8, 4, 2)
-
-Sample = NDArray[np.float32]
 
 
 class Box(NamedTuple):
@@ -240,7 +238,7 @@ def normalise(images: "Tensor") -> "Tensor":
     return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
 
 
-def to_sample(pixels: Pixels) -> Sample:
+def to_sample(pixels: Pixels) -> Float32:
     """Normalise the pixels (S, S, 3) of a sample, (3, S, S)."""
     import torch
 
@@ -280,35 +278,13 @@ class Cut(NamedTuple):
         return self.image.crop(self.box, size)[:, :: -1 if self.is_mirrored else 1]
 
 
-def train_cut(
-    content: Encoded, *, scale_min: float, hflip: bool, draws: np.random.Generator
-) -> Cut:
-    """Draw the random crop of a training sample.
-
-    Raises:
-        ImageError: see `open_croppable`.
-    """
-    return draw_cut(open_croppable(content), scale_min=scale_min, hflip=hflip, draws=draws)
-
-
 def draw_cut(image: Croppable, *, scale_min: float, hflip: bool, draws: np.random.Generator) -> Cut:
     """Draw the random crop of an opened image."""
     box = random_box(image.width, image.height, scale_min, draws)
     return Cut(image, box, bool(hflip and draws.random() < 0.5))
 
 
-def train_image(
-    content: Encoded, *, size: int, scale_min: float, hflip: bool, draws: np.random.Generator
-) -> Sample:
-    """Make a training sample (3, S, S): the pixels of `train_cut`, normalised.
-
-    Raises:
-        ImageError: see `open_image`.
-    """
-    return to_sample(train_cut(content, scale_min=scale_min, hflip=hflip, draws=draws).pixels(size))
-
-
-def eval_image(content: Encoded, size: int) -> Sample:
+def eval_image(content: Encoded, size: int) -> Float32:
     """Make an evaluation sample (3, S, S): the largest centred square, resized to `size`.
 
     Raises:
@@ -317,7 +293,7 @@ def eval_image(content: Encoded, size: int) -> Sample:
     return centre_sample(open_croppable(content), size)
 
 
-def centre_sample(image: Croppable, size: int) -> Sample:
+def centre_sample(image: Croppable, size: int) -> Float32:
     """Make an evaluation sample (3, S, S) of an opened image.
 
     Raises:

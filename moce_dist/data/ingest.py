@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 from moce_dist.config import DataConfig
 from moce_dist.data.columns import open_index, write_columns
 from moce_dist.data.packing import (
-    HOLDOUT,
     Packing,
     PipedTar,
     member_bytes,
@@ -37,6 +36,7 @@ from moce_dist.data.packing import (
 )
 from moce_dist.data.progress import track
 from moce_dist.data.shards import (
+    HOLDOUT,
     INDEX_NAME,
     Fault,
     Shard,
@@ -65,12 +65,12 @@ _FILES = (
     INDEX_NAME, "train-*.tar", "pipe-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar"
 )  # fmt: skip
 _SCAN_FIRST_BYTES = 10 * 10**9
-Mix = Callable[[], Iterable[tuple[str, dict[str, bytes]]]]
+SampleSource = Callable[[], Iterable[tuple[str, dict[str, bytes]]]]
 """Yields samples, (key, {extension: bytes}) each."""
 
 
 @dataclass
-class _Gate:
+class _FaultLimit:
     """Write faults to the ledger; fail when they are too large a fraction of the data."""
 
     ledger: Path
@@ -113,7 +113,7 @@ def ingest(
     ledger: Path,
     map_tasks: MapTasks = map_here,
     *,
-    mix: Mix | None = None,
+    mix: SampleSource | None = None,
 ) -> ShardIndex:
     """Write shards and index of a source to `out`, or return the index if that was done before.
 
@@ -167,15 +167,15 @@ class _Request(NamedTuple):
     ledger: Path
     map_tasks: MapTasks
 
-    def gate(self, total: int) -> _Gate:
-        return _Gate(self.ledger, self.config.max_fault_fraction, total)
+    def limit(self, total: int) -> _FaultLimit:
+        return _FaultLimit(self.ledger, self.config.max_fault_fraction, total)
 
 
 def _files(out: Path) -> list[Path]:
     return [path for pattern in _FILES for path in out.glob(pattern)]
 
 
-def _pack_mix(mix: Mix, request: _Request) -> ShardIndex:
+def _pack_mix(mix: SampleSource, request: _Request) -> ShardIndex:
     out, config = request.out, request.config
     train = ShardSeries(out, "train", config.shard_bytes)
     holdout = ShardSeries(out / HOLDOUT, HOLDOUT, config.shard_bytes)
@@ -192,13 +192,13 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
     )
     packing = Packing(out, config.store_side)
     with all_or_nothing(out, _FILES, fingerprint([plan_id(tars), config.store_side])):
-        gate = _check_headers(folder, request)
+        limit = _check_headers(folder, request)
         parts: dict[str, list[Shard]] = {"": [], HOLDOUT: []}
         for written in track(
             request.map_tasks(write_files, packing, tars), "tars packed", total=len(tars)
         ):
-            gate.record(written.faults)
-            gate.check(RuntimeError)
+            limit.record(written.faults)
+            limit.check(RuntimeError)
             if written.shard.num_samples:
                 parts[written.folder].append(written.shard)
         index = _write_indices(request, parts[""], parts[HOLDOUT])
@@ -212,18 +212,18 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
     return index
 
 
-def _check_headers(folder: Folder, request: _Request) -> _Gate:
+def _check_headers(folder: Folder, request: _Request) -> _FaultLimit:
     # headers of small data sets are checked before anything is packed
-    gate = request.gate(len(folder.files) + len(folder.faults))
-    gate.record(folder.faults)
+    limit = request.limit(len(folder.files) + len(folder.faults))
+    limit.record(folder.faults)
     if folder.num_bytes < _SCAN_FIRST_BYTES:
         headers = track(folder.files, "headers", total=len(folder.files))
         checked = [(file, header_problem(file.path)) for file in headers]
-        gate.record(Fault(str(file.path), file.key, why) for file, why in checked if why)
-    gate.check(ConfigError)
-    if gate.num_faults == gate.total:
+        limit.record(Fault(str(file.path), file.key, why) for file, why in checked if why)
+    limit.check(ConfigError)
+    if limit.num_faults == limit.total:
         raise ConfigError(f"no image can be read; each is named in {request.ledger}")
-    return gate
+    return limit
 
 
 def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) -> ShardIndex:
@@ -257,9 +257,9 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
         faults += found
     keys: set[str] = set()
     unique = [_without_repeats(shard, keys, faults) for shard in shards]
-    gate = request.gate(len(keys) + len(faults))
-    gate.record(faults)
-    gate.check(ConfigError)
+    limit = request.limit(len(keys) + len(faults))
+    limit.record(faults)
+    limit.check(ConfigError)
     if not keys:
         raise ConfigError(f"no sample can be read; each is named in {request.ledger}")
     unique = [shard for shard in unique if shard.num_samples]

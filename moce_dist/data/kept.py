@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 import numpy as np
 
+from moce_dist.arrays import Int64
 from moce_dist.config import DataConfig
 from moce_dist.data.decoders import Encoded
 from moce_dist.data.images import Decoded, Jpeg, open_croppable
 from moce_dist.data.loaders import in_shared_memory
-from moce_dist.data.table import Ids
 
 _MAX_DECODED_BYTES = 3 * 128 * 128
 
@@ -36,7 +36,7 @@ class KeptSamples:
         with in_shared_memory():
             self._lock = multiprocessing.Lock()
 
-    def has(self, ids: Ids) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    def has(self, ids: Int64) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         """Tell which of the samples (m,) are kept, (m,)."""
         return self._places[ids, 0] > 0
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from moce_dist.data.decoders import image_endings
+from moce_dist.run.names import and_more
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -70,8 +71,7 @@ class Listing(NamedTuple):
         """
         if self.unusable:
             path, reason = self.unusable[0]
-            more = f" (and {len(self.unusable) - 1} more)" if len(self.unusable) > 1 else ""
-            raise ConfigError(f"{path}: {reason}{more}")
+            raise ConfigError(f"{path}: {reason}{and_more(self.unusable)}")
         if self.left_out:
             logger.warning("%s: left out: %s", self.root, self.rest())
         return [file.path for file in self.files]

@@ -20,6 +20,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
+from moce_dist.run.names import one_line
+
 CONTEXT = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
 """Fork, so that loader processes share what their parent has mapped, however it was started."""
 _LOOK_EVERY_S = 1
@@ -107,7 +109,7 @@ def _begin(reasons: Any, _: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def give_up(error: Exception, _: Any) -> None:
-        reasons.put(" ".join(str(error).split()))
+        reasons.put(one_line(error))
         os._exit(1)
 
     # a hook for subclasses; it can be set on the class, as the process uses no other such queues

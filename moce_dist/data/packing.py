@@ -30,13 +30,12 @@ from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import open_croppable
 from moce_dist.data.listing import ending
 from moce_dist.data.resize import Size
-from moce_dist.data.shards import Fault, Shard, scan_shard
+from moce_dist.data.shards import HOLDOUT, Fault, Shard, scan_shard
 from moce_dist.data.sources import PIPE, ImageFile, read_image_file
 from moce_dist.data.writer import ShardWriter, finished_tar, note_finished
 from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
-HOLDOUT = "holdout"
 _QUALITY, _SPARE = 90, 2
 """For images that are stored smaller: JPEG quality, and least scale of the decoded image."""
 

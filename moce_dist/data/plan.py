@@ -34,9 +34,10 @@ from functools import cached_property, lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from moce_dist.data.table import Ids, SampleTable
+from moce_dist.arrays import Float64, Int64
+from moce_dist.data.table import SampleTable
 
-Shares = NDArray[np.float64]
+Shares = Float64
 PADDING = -1
 ORDER = 2
 """Version of the order; version 1 kept every cluster's order in memory."""
@@ -50,11 +51,11 @@ class Plan:
     table: SampleTable
     batch_size: int
     seed: int
-    quotas: Ids | None = None
+    quotas: Int64 | None = None
     """(K,) samples that an epoch takes of every cluster; None: all of them."""
 
     @cached_property
-    def _counts(self) -> Ids:
+    def _counts(self) -> Int64:
         return self.table.cluster_sizes if self.quotas is None else self.quotas
 
     @cached_property
@@ -71,7 +72,7 @@ class Plan:
         """Return the epoch that a step belongs to, from 0."""
         return step // self.steps_per_epoch
 
-    def step_ids(self, step: int) -> Ids:
+    def step_ids(self, step: int) -> Int64:
         """Return the sample ids of a step, (B,); PADDING fills up the last step of an epoch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         first, last = (self._used(epoch, at * self.batch_size) for at in (within, within + 1))
@@ -88,7 +89,7 @@ class Plan:
         epoch, within = divmod(step, self.steps_per_epoch)
         return self._used(epoch, within * self.batch_size).tolist()
 
-    def _used(self, epoch: int, position: int) -> Ids:
+    def _used(self, epoch: int, position: int) -> Int64:
         # number of samples of every cluster among the first `position` of the epoch, (K,)
         counts, total = self._counts, self.epoch_samples
         if position >= total:
@@ -105,7 +106,7 @@ class Plan:
         taken = clusters[: position - int(low.sum())]
         return low + np.bincount(taken, minlength=len(counts))
 
-    def _in_order(self, epoch: int, clusters: Ids, places: Ids) -> tuple[Ids, Ids]:
+    def _in_order(self, epoch: int, clusters: Int64, places: Int64) -> tuple[Int64, Int64]:
         # samples of equal time follow a seeded order of clusters, so no cluster is always first
         turn = cluster_order(self.seed, epoch, len(self._counts))
         order = np.lexsort((turn[clusters], (places + 0.5) / self._counts[clusters]))
@@ -113,13 +114,13 @@ class Plan:
 
 
 @lru_cache(maxsize=4)
-def cluster_order(seed: int, epoch: int, num_clusters: int) -> Ids:
+def cluster_order(seed: int, epoch: int, num_clusters: int) -> Int64:
     """Return the rank of every cluster among samples of equal time, (K,)."""
     draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch]))
     return draws.permutation(num_clusters)
 
 
-def _spread(first: Ids, last: Ids) -> tuple[Ids, Ids]:
+def _spread(first: Int64, last: Int64) -> tuple[Int64, Int64]:
     # clusters and places (m,) of the samples [first, last) of every cluster
     lengths = last - first
     clusters = np.repeat(np.arange(len(lengths)), lengths)
@@ -127,7 +128,7 @@ def _spread(first: Ids, last: Ids) -> tuple[Ids, Ids]:
     return clusters, np.arange(len(clusters)) - begins + first[clusters]
 
 
-def quotas_of(shares: Shares, cluster_sizes: Ids, batch_size: int) -> Ids:
+def quotas_of(shares: Shares, cluster_sizes: Int64, batch_size: int) -> Int64:
     """Return the samples of every cluster per epoch, (K,), in proportion to `shares` (K,).
 
     An epoch is as many whole batches as possible without repeating a sample. If that is less than
@@ -159,7 +160,6 @@ def quotas_of(shares: Shares, cluster_sizes: Ids, batch_size: int) -> Ids:
     return quotas
 
 
-Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -172,7 +172,7 @@ def _mixed(words: Words) -> Words:
     return words ^ (words >> np.uint64(31))
 
 
-def keys_of(*parts: int | Ints) -> Words:
+def keys_of(*parts: int | Int64) -> Words:
     """Mix integers, or arrays (m,) of them, into keys of permutations, (m,)."""
     key = np.zeros(1, np.uint64)
     for part in parts:
@@ -180,7 +180,7 @@ def keys_of(*parts: int | Ints) -> Words:
     return key
 
 
-def permuted(positions: Ints, sizes: Ints, keys: Words) -> Ints:
+def permuted(positions: Int64, sizes: Int64, keys: Words) -> Int64:
     """Return the values at `positions` (m,) of permutations of 0 .. size - 1, (m,).
 
     Position i refers to the permutation of size `sizes[i]` and key `keys[i]`; both are (m,).

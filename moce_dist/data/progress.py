@@ -7,18 +7,18 @@ from typing import TypeVar
 
 logger = logging.getLogger(__name__)
 
-Item = TypeVar("Item")
+T = TypeVar("T")
+_EVERY_S = 10.0
 
 
 def track(
-    items: Iterable[Item],
+    items: Iterable[T],
     what: str,
     *,
     total: int | None = None,
-    every_s: float = 10,
-    size: Callable[[Item], int] = lambda _: 1,
-) -> Iterator[Item]:
-    """Yield the items; log every `every_s` seconds the number done, the rate and the time left.
+    size: Callable[[T], int] = lambda _: 1,
+) -> Iterator[T]:
+    """Yield the items; log every ten seconds the number done, the rate and the time left.
 
     `what` begins with the unit. If items differ in size, `size` returns the units of `total` that
     an item counts for.
@@ -29,7 +29,7 @@ def track(
         yield item
         done += size(item)
         now = time.monotonic()
-        if now - said >= every_s:
+        if now - said >= _EVERY_S:
             said = now
             rate, unit = done / (now - start), what.partition(" ")[0]
             text = f"{done} {what}" if total is None else f"{done} of {total} {what}"

@@ -33,7 +33,7 @@ from tenacity import (
 )
 
 from moce_dist.cost.sizes import MAX_OPEN_FILES
-from moce_dist.data.cache import SampleCache, Wanted
+from moce_dist.data.cache import SampleCache, SampleRange
 
 Content = memoryview | OSError
 """The bytes of a sample, or the error if they cannot be read."""
@@ -62,7 +62,7 @@ class Range(NamedTuple):
     """Indices of the wanted samples in the range."""
 
 
-def coalesce(wanted: Sequence[Wanted], rows: Iterable[int] | None = None) -> list[Range]:
+def coalesce(wanted: Sequence[SampleRange], rows: Iterable[int] | None = None) -> list[Range]:
     """Join neighbouring samples of a file into ranges of at most 8 MiB, unless one is longer.
 
     A sample joins a range across a gap of at most 4 KiB, or if at most a sixth of the joined range
@@ -101,7 +101,7 @@ class RangeReader:
     """Cache of samples of remote shards."""
     _open: OrderedDict[str, int] = field(default_factory=OrderedDict)
 
-    def announce(self, wanted: Sequence[Wanted]) -> list[Range]:
+    def announce(self, wanted: Sequence[SampleRange]) -> list[Range]:
         """Tell the kernel which local ranges will be read; return all ranges, for `read`.
 
         Samples that are cached are in no range.
@@ -115,7 +115,7 @@ class RangeReader:
         return ranges
 
     def read(
-        self, wanted: Sequence[Wanted], ranges: Sequence[Range] | None = None
+        self, wanted: Sequence[SampleRange], ranges: Sequence[Range] | None = None
     ) -> list[Content]:
         """Return the bytes of every sample, in the given order, or the error in their place.
 
@@ -132,7 +132,7 @@ class RangeReader:
         return [OSError() if content is None else content for content in found]
 
     def _fill(
-        self, found: list[Content | None], wanted: Sequence[Wanted], ranges: Sequence[Range]
+        self, found: list[Content | None], wanted: Sequence[SampleRange], ranges: Sequence[Range]
     ) -> None:
         local = [place for place in ranges if not is_remote(place.url)]
         remote = [place for place in ranges if is_remote(place.url)]
@@ -145,7 +145,7 @@ class RangeReader:
                 if self.cache is not None and not isinstance(part, OSError):
                     self.cache.keep(wanted[row], part)
 
-    def read_in_turn(self, wanted: Iterable[Wanted]) -> Iterator[Content]:
+    def read_in_turn(self, wanted: Iterable[SampleRange]) -> Iterator[Content]:
         """Yield the results of `read` one by one, holding only a portion of them in memory."""
         for portion in _portions(wanted):
             yield from self.read(portion)
@@ -197,8 +197,8 @@ class RangeReader:
         return [_described(found[i]) for i in range(len(ranges))]
 
 
-def _portions(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
-    portion: list[Wanted] = []
+def _portions(wanted: Iterable[SampleRange]) -> Iterator[list[SampleRange]]:
+    portion: list[SampleRange] = []
     held = 0
     for place in wanted:
         if held and held + place.size > _PORTION_BYTES:
@@ -209,7 +209,7 @@ def _portions(wanted: Iterable[Wanted]) -> Iterator[list[Wanted]]:
     yield portion
 
 
-def _part(content: bytes | OSError, start: int, wanted: Wanted) -> Content:
+def _part(content: bytes | OSError, start: int, wanted: SampleRange) -> Content:
     if isinstance(content, OSError):
         return content
     begin = wanted.offset - start

@@ -23,21 +23,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moce_dist.arrays import Int32, Int64
 from moce_dist.config import DataConfig
-from moce_dist.data.cache import Wanted
+from moce_dist.data.cache import SampleRange
 from moce_dist.data.columns import open_index, write_columns
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import RangeReader
-from moce_dist.data.shards import (
-    INDEX_NAME,
-    TAR_END,
-    Shard,
-    ShardIndex,
-    scan_shard,
-    write_index,
-)
+from moce_dist.data.shards import INDEX_NAME, TAR_END, Shard, ShardIndex, scan_shard, write_index
 from moce_dist.data.writer import all_or_nothing, finished_tar, note_finished
 from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete
 from moce_dist.run.files import naming
@@ -45,7 +38,6 @@ from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
-Int32 = NDArray[np.int32]
 
 
 class TarPlan(NamedTuple):
@@ -111,7 +103,7 @@ class TarPlans(Sequence[TarPlan]):
         name = f"cluster-{cluster:05d}-{nth:06d}.tar"
         return TarPlan(name, cluster, self._take(self._order[first:end]))
 
-    def _take(self, rows: NDArray[np.int64]) -> list[tuple[str, Shard]]:
+    def _take(self, rows: Int64) -> list[tuple[str, Shard]]:
         # within a cluster rows ascend, so those of a shard are neighbours
         numbers = np.searchsorted(self._firsts, rows, side="right") - 1
         parts = []
@@ -123,7 +115,7 @@ class TarPlans(Sequence[TarPlan]):
         return parts
 
 
-def _sample_bytes(index: ShardIndex, counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _sample_bytes(index: ShardIndex, counts: Int64) -> Int64:
     sizes = np.empty(int(counts.sum()), np.int64)
     first = 0
     for shard in index.shards:
@@ -212,7 +204,7 @@ def write_tar(shared: _Writing, tar: TarPlan) -> Shard:
 
 def _contents(shared: _Writing, tar: TarPlan) -> Iterator[memoryview]:
     wanted = [
-        Wanted(url, start, end - start)
+        SampleRange(url, start, end - start)
         for url, taken in tar.parts
         for start, end in zip(taken.starts, taken.ends, strict=True)
     ]

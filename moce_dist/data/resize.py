@@ -7,10 +7,10 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
-Pixels = NDArray[np.uint8]
+from moce_dist.arrays import Pixels
+
 _MAX_DROPPED = 16
 # in pixels of the result
 _MAX_SHIFT = 0.1

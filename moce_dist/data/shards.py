@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 INDEX_NAME = "index.json"
 COLUMNS_NAME = "index.arrow"
 """The part of an index that training reads, see columns.py."""
+HOLDOUT = "holdout"
+"""Folder, in that of an index, of the index of its held-out images."""
 _FORMAT = "moce_dist.index.v1"
 _LABEL_BYTES = 200
 TAR_END = bytes(1024)

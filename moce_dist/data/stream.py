@@ -26,24 +26,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from moce_dist.arrays import Int64
 from moce_dist.config import DataConfig
-from moce_dist.data.cache import SampleCache, Wanted
+from moce_dist.data.cache import SampleCache, SampleRange
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.device import Undecoded, Waiting
-from moce_dist.data.images import (
-    Decoded,
-    Jpeg,
-    SampleDraws,
-    draw_cut,
-    open_croppable,
-)
+from moce_dist.data.images import Decoded, Jpeg, SampleDraws, draw_cut, open_croppable
 from moce_dist.data.kept import KeptSamples
 from moce_dist.data.plan import PADDING, Plan
 from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
-from moce_dist.data.table import Ids, SampleTable
+from moce_dist.data.table import SampleTable
 from moce_dist.run.files import record_fault
 
-GroupOf = Callable[[Ids], Ids]
+GroupOf = Callable[[Int64], Int64]
 """Maps the cluster of every slot of a step, (B,), to the group that reads the slot, (B,)."""
 
 
@@ -74,7 +69,7 @@ class Layout:
     num_ranks: int
     num_groups: int
 
-    def rank_slots(self, groups: Ids) -> Ids:
+    def rank_slots(self, groups: Int64) -> Int64:
         """Map the group of every slot, (B,), to the slots of every rank, (R, b).
 
         Groups must have equally many slots.
@@ -102,11 +97,11 @@ class PlannedStep:
     """One step as a rank sees it."""
 
     number: int
-    ids: Ids
+    ids: Int64
     """(b,) sample ids of this rank's slots, PADDING for padding."""
-    clusters: Ids
+    clusters: Int64
     """(R, b), see `Batch`."""
-    cluster_counts: Ids
+    cluster_counts: Int64
     """(K,), see `Batch`."""
     is_read: NDArray[np.bool_]
     """(b,) whether a slot's sample has to be read: it is neither padding nor kept in memory."""
@@ -133,7 +128,7 @@ class _Announced(NamedTuple):
     """Steps whose samples will be read soon, and the positions of the samples."""
 
     steps: list[PlannedStep]
-    wanted: list[Wanted]
+    wanted: list[SampleRange]
     ranges: list[Range]
 
 
@@ -211,7 +206,7 @@ class PlannedStream(IterableDataset[Batch]):
         ids = np.concatenate([step.ids[step.is_read] for step in steps])
         columns = (table.shard[ids].tolist(), table.offset[ids].tolist(), table.size[ids].tolist())
         wanted = [
-            Wanted(table.urls[shard], offset, size)
+            SampleRange(table.urls[shard], offset, size)
             for shard, offset, size in zip(*columns, strict=True)
         ]
         return _Announced(steps, wanted, reader.announce(wanted))

@@ -9,26 +9,24 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moce_dist.arrays import Int64
 from moce_dist.data.shards import ShardIndex
-
-Ids = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Runs:
     """A run-length encoded column: `values[j]` fills `lengths[j]` rows; both are (m,)."""
 
-    values: Ids
-    lengths: Ids
+    values: Int64
+    lengths: Int64
 
     @cached_property
-    def ends(self) -> Ids:
+    def ends(self) -> Int64:
         """The row after every run, (m,)."""
         return np.cumsum(self.lengths)
 
-    def __getitem__(self, rows: Ids) -> Ids:
+    def __getitem__(self, rows: Int64) -> Int64:
         """Return the values of rows, like an array."""
         return self.values[np.searchsorted(self.ends, rows, side="right")]
 
@@ -39,13 +37,13 @@ class SampleTable:
 
     urls: list[str]
     keys: Sequence[str]
-    shard: Ids | Runs
-    offset: Ids
-    size: Ids
-    before: Ids
-    after: Ids
+    shard: Int64 | Runs
+    offset: Int64
+    size: Int64
+    before: Int64
+    after: Int64
     """Bytes of the sample before and behind its image, which has `size` bytes from `offset`."""
-    cluster: Ids | Runs
+    cluster: Int64 | Runs
     digests: list[str] = field(default_factory=list)
     """Sha256 of the shards at `urls`, "" where it is not known."""
     num_clusters: int = 1
@@ -64,14 +62,14 @@ class SampleTable:
         return int(self.size.sum()) if self.known_bytes is None else self.known_bytes
 
     @cached_property
-    def cluster_sizes(self) -> Ids:
+    def cluster_sizes(self) -> Int64:
         """Samples per cluster, (K,)."""
         runs = self._runs
         sizes = np.zeros(max(self.num_clusters, 1 + runs.values.max(initial=0)), np.int64)
         np.add.at(sizes, runs.values, runs.lengths)
         return sizes
 
-    def members(self, clusters: Ids, places: Ids) -> Ids:
+    def members(self, clusters: Int64, places: Int64) -> Int64:
         """Return the sample ids (m,) at `places` (m,) of `clusters` (m,), each in order of ids."""
         order, firsts, before = self._by_cluster
         at = before[clusters] + places
@@ -87,14 +85,14 @@ class SampleTable:
         return Runs(self.cluster[begins], np.diff(begins, append=len(self.cluster)))
 
     @cached_property
-    def _by_cluster(self) -> tuple[Ids, Ids, Ids]:
+    def _by_cluster(self) -> tuple[Int64, Int64, Int64]:
         # runs sorted by cluster, first row of every run, number of samples in earlier clusters
         order = np.argsort(self._runs.values, kind="stable")
         firsts = self._runs.ends - self._runs.lengths
         return order, firsts, np.cumsum(self.cluster_sizes) - self.cluster_sizes
 
     @cached_property
-    def _moved_ends(self) -> Ids:
+    def _moved_ends(self) -> Int64:
         return np.cumsum(self._runs.lengths[self._by_cluster[0]])
 
 

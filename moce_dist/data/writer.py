@@ -22,6 +22,8 @@ from moce_dist.settings import ConfigError
 _BEGUN, _FINISHED = ".begun", ".finished"
 _NOTES = (f"{_FINISHED}/*.json", f"*/{_FINISHED}/*.json")
 _UNFINISHED = (".*.tmp", "*/.*.tmp")
+_BUFFER_BYTES = 2**20
+"""Bytes of a tar that are collected for one write."""
 
 
 @contextmanager
@@ -106,10 +108,8 @@ class ShardWriter:
     Between two writes no file is open, so thousands of shards can be written at the same time.
     """
 
-    def __init__(
-        self, folder: Path, name: str, *, cluster: int | None = None, buffer_bytes: int = 2**20
-    ) -> None:
-        self._path, self._buffer_bytes = folder / name, buffer_bytes
+    def __init__(self, folder: Path, name: str, *, cluster: int | None = None) -> None:
+        self._path = folder / name
         # one file per process: a lost worker that still writes must not damage another's file
         self._temporary = folder / f".{name}.{os.getpid()}.tmp"
         self._buffer = bytearray()
@@ -129,7 +129,7 @@ class ShardWriter:
         self._buffer += block
         self._digest.update(block)
         self._position += len(block)
-        if len(self._buffer) >= self._buffer_bytes:
+        if len(self._buffer) >= _BUFFER_BYTES:
             self._flush()
 
     def _flush(self) -> None:
@@ -162,16 +162,10 @@ class ShardSeries:
     """Write `PREFIX-000000.tar`, `PREFIX-000001.tar`, ..., each of at most about `shard_bytes`."""
 
     def __init__(
-        self,
-        folder: Path,
-        prefix: str,
-        shard_bytes: int,
-        *,
-        cluster: int | None = None,
-        buffer_bytes: int = 2**20,
+        self, folder: Path, prefix: str, shard_bytes: int, *, cluster: int | None = None
     ) -> None:
         self._folder, self._prefix, self._shard_bytes = folder, prefix, shard_bytes
-        self._cluster, self._buffer_bytes = cluster, buffer_bytes
+        self._cluster = cluster
         self._writers: list[ShardWriter] = []
         self._shards: list[Shard] = []
 
@@ -183,9 +177,7 @@ class ShardSeries:
         if is_open:
             self._shards.append(self._writers[-1].close())
         name = f"{self._prefix}-{len(self._writers):06d}.tar"
-        writer = ShardWriter(
-            self._folder, name, cluster=self._cluster, buffer_bytes=self._buffer_bytes
-        )
+        writer = ShardWriter(self._folder, name, cluster=self._cluster)
         self._writers.append(writer)
         return writer
 

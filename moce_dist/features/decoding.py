@@ -35,16 +35,15 @@ from dataclasses import dataclass
 from typing import IO, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from moce_dist.arrays import Float32, Pixels
 from moce_dist.data.decoders import Encoded, ImageError
-from moce_dist.data.images import Sample, eval_image, open_croppable, open_image, to_sample
-from moce_dist.data.resize import Pixels, Size
+from moce_dist.data.images import eval_image, open_croppable, open_image, to_sample
+from moce_dist.data.resize import Size
 from moce_dist.data.shards import Shard, class_label, open_shard
 from moce_dist.run.names import clean_label
 
-Float32 = NDArray[np.float32]
 _BATCHES_AHEAD = 1
 _BLOCK, _MOST_BESIDE = 512, 2**16
 """Bytes of a tar header, to which members are padded as well; the most bytes of a sample besides
@@ -81,7 +80,7 @@ class Framing(NamedTuple):
         return Size(width, height)
 
 
-def framed_image(content: Encoded, side: int, framing: Framing | None) -> Sample:
+def framed_image(content: Encoded, side: int, framing: Framing | None) -> Float32:
     """Make an evaluation sample (3, S, S) for a timm model; without framing, as `eval_image`.
 
     Raises:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moce_dist.arrays import Float32
 from moce_dist.cost.sizes import FIELDS
 from moce_dist.data.images import MEAN, STD
 from moce_dist.features.decoding import BLACK, METHODS, MODES, Framing
@@ -25,7 +25,7 @@ from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
 
 
-class Pixels(NamedTuple):
+class EncoderInput(NamedTuple):
     """The images that a model takes: their side S and the statistics of their normalisation.
 
     `framing` is how an image is resized and cut; None: its full centre square, bicubic.
@@ -37,7 +37,7 @@ class Pixels(NamedTuple):
     framing: Framing | None = None
 
 
-def describe_timm(name: str, what: str) -> Pixels:
+def describe_timm(name: str, what: str) -> EncoderInput:
     """Describe the images that a timm model takes, without loading it; `what` names it in errors.
 
     Raises:
@@ -61,12 +61,10 @@ def describe_timm(name: str, what: str) -> Pixels:
     # timm pads with the mean colour in crop mode `border`, else with black
     fill = tuple(round(255 * level) for level in mean) if given.crop_mode == "border" else BLACK
     framing = Framing(given.crop_pct, given.crop_mode, given.interpolation, fill)
-    return Pixels(width, mean, std, framing)
+    return EncoderInput(width, mean, std, framing)
 
 
-def renormalisation(
-    mean: Sequence[float], std: Sequence[float]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def renormalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Float32, Float32]:
     """Return factor and shift, (3, 1, 1) each, to go from ImageNet's statistics to a model's."""
     given_mean, given_std, own_mean, own_std = (
         np.array(values, np.float32).reshape(3, 1, 1) for values in (MEAN, STD, mean, std)
@@ -80,13 +78,13 @@ class Encoder:
     def __init__(
         self,
         features: Callable[[Tensor], Tensor],
-        own: Pixels,
+        own: EncoderInput,
         device: torch.device,
         *,
         bf16: bool = False,
     ) -> None:
         """Wrap `features`, (B, 3, S, S) to (B, D), of a model on `device` that takes `own`."""
-        self.pixels = Pixels(own.image_size, framing=own.framing)
+        self.pixels = EncoderInput(own.image_size, framing=own.framing)
         self._features, self._device, self._bf16 = features, device, bf16
         difference = renormalisation(own.mean, own.std)
         self._factor, self._shift = (torch.from_numpy(x).to(device) for x in difference)
@@ -101,7 +99,7 @@ class Encoder:
 
 def mae_encoder(
     model: MaskedAutoencoder,
-    own: Pixels,
+    own: EncoderInput,
     device: torch.device,
     *,
     block: int | None = None,
@@ -119,7 +117,12 @@ def field_colours(images: Tensor) -> Tensor:
 
 
 def timm_encoder(
-    name: str, own: Pixels, device: torch.device, *, bf16: bool = False, pretrained: bool = True
+    name: str,
+    own: EncoderInput,
+    device: torch.device,
+    *,
+    bf16: bool = False,
+    pretrained: bool = True,
 ) -> Encoder:
     """Build the encoder of a timm model that takes `own`; random weights unless `pretrained`."""
     import timm

@@ -24,8 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from moce_dist.arrays import Float32
 from moce_dist.data.shards import Shard, ShardIndex
-from moce_dist.features.decoding import Float32, Framing, ImageBatch, ShardImages
+from moce_dist.features.decoding import Framing, ImageBatch, ShardImages
+from moce_dist.run.artefacts import begin, is_begun
 from moce_dist.run.files import read_faults, record_fault, replacing, write_atomic
 from moce_dist.run.names import as_text
 
@@ -106,15 +108,13 @@ def feature_names(index: ShardIndex) -> list[str]:
 
 def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Prepare a folder for features made from `inputs`; remove files made from other inputs."""
-    note, text = folder / "inputs.json", json.dumps(dict(inputs), sort_keys=True)
     for torn in folder.glob(".*.tmp"):
         torn.unlink(missing_ok=True)
-    if note.is_file() and note.read_text() == text:
+    if is_begun(folder, inputs):
         return
-    made = (path for pattern in FEATURE_FILES for path in folder.glob(pattern))
-    for stale in (*made, folder / "COMPLETE"):
+    for stale in [path for pattern in FEATURE_FILES for path in folder.glob(pattern)]:
         stale.unlink(missing_ok=True)
-    write_atomic(note, text)
+    begin(folder, inputs)
 
 
 def extract_shard(job: FeatureJob) -> int:

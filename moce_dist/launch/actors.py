@@ -25,8 +25,8 @@ from ray.exceptions import (
 )
 
 from moce_dist.config import ParallelConfig
-from moce_dist.launch.tasks import connect, needs_ray, uses_gpu
-from moce_dist.run.tasks import Item, Result, Shared, Workers, map_here
+from moce_dist.launch.tasks import connect, gets_gpu, needs_ray
+from moce_dist.run.tasks import Result, Shared, T, Workers, map_here
 
 _DEATHS = (RayActorError, OutOfMemoryError)
 _IN_HAND = 2
@@ -45,36 +45,21 @@ def hold_actors(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Work
 
     With `gpu` each worker gets a GPU, if the cluster has any and `parallel` allows it.
     """
+    has_gpu = gpu and gets_gpu(parallel)
+    device = "cuda" if has_gpu else "cpu"
     if not needs_ray(parallel):
-        device = _own_device(parallel) if gpu else "cpu"
         try:
             yield Workers(map_here, device)
         finally:
-            if device != "cpu":
+            if has_gpu:
                 _free_device()
         return
     connect(parallel)
-    has_gpu = gpu and uses_gpu(parallel)
     pool = ActorPool(parallel, gpu=has_gpu)
     try:
-        yield Workers(pool, "cuda" if has_gpu else "cpu")
+        yield Workers(pool, device)
     finally:
         pool.dismiss()
-
-
-def gets_gpu(parallel: ParallelConfig) -> bool:
-    """Tell whether a worker that asks for a GPU gets one."""
-    if not needs_ray(parallel):
-        return _own_device(parallel) == "cuda"
-    connect(parallel)
-    return uses_gpu(parallel)
-
-
-def _own_device(parallel: ParallelConfig) -> str:
-    # torch takes seconds to import, and nothing else here needs it
-    import torch
-
-    return "cuda" if parallel.use_gpu and torch.cuda.is_available() else "cpu"
 
 
 def _free_device() -> None:
@@ -116,7 +101,7 @@ class ActorPool:
         self._sweeps = self._losses = 0
 
     def __call__(
-        self, function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
+        self, function: Callable[[Shared, T], Result], shared: Shared, items: Sequence[T], /
     ) -> Iterator[Result]:
         """Return `[function(shared, item) for item in items]`.
 

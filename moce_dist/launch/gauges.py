@@ -6,6 +6,7 @@ labels and their meaning are listed in k8s/README.md, "Watching".
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ _EVERY_S = 5.0
 _TAIL_BYTES = 2**18
 _OF_A_LINE = {
     "images_per_second": ("images_per_s", "images a second, all ranks"),
-    "data_wait_seconds": ("data_wait_s", "seconds between two lines spent waiting for images"),
     "loss": ("loss", "the masked autoencoder's loss"),
     "images_exchanged": ("images_exchanged", "images of a step that left their group"),
     "checkpoint_seconds": ("checkpoint_s", "from the start of a save to its publication"),
 }
+_WAITING, _SHARE = "data_wait_ratio", "share of the time between two lines spent waiting for images"
 _LABELS = ("run", "stage")
 
 
@@ -34,9 +35,8 @@ class JobGauges:
         """Create the gauges, with no restart counted yet."""
         self._job, self._due = job, 0.0
         self._labels = {"run": job.run_root.name, "stage": job.name}
-        self._gauges = {
-            name: Gauge(f"moce_{name}", about, _LABELS) for name, (_, about) in _OF_A_LINE.items()
-        }
+        said = {_WAITING: _SHARE} | {name: about for name, (_, about) in _OF_A_LINE.items()}
+        self._gauges = {name: Gauge(f"moce_{name}", about, _LABELS) for name, about in said.items()}
         about = "images of a step that an expert took"
         self._experts = Gauge("moce_images_per_expert", about, (*_LABELS, "layer", "expert"))
         self._faults = Gauge("moce_faults", "unreadable images so far", _LABELS)
@@ -57,9 +57,8 @@ class JobGauges:
         self._due = time.monotonic() + _EVERY_S
         self._report_faults()
         line = newest_line(self._job.folder / METRICS_NAME)
-        for name, (key, _) in _OF_A_LINE.items():
-            if line.get(key) is not None:
-                self._gauges[name].set(line[key], self._labels)
+        for name, value in line_figures(line).items():
+            self._gauges[name].set(value, self._labels)
         for layer, counts in enumerate(line.get("images_per_expert", [])):
             for expert, images in enumerate(counts):
                 place = {"layer": str(layer), "expert": str(expert)}
@@ -74,6 +73,15 @@ class JobGauges:
         self._ledger_bytes = size
         mine = [f for f in read_faults(ledger) if f.get("stage") == self._job.name]
         self._faults.set(len(mine), self._labels)
+
+
+def line_figures(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a line of metrics by their gauge; what the line lacks is left out."""
+    found = {name: line[key] for name, (key, _) in _OF_A_LINE.items() if line.get(key) is not None}
+    # the line has sums over its steps, whose number is a setting
+    if line.get("seconds"):
+        found[_WAITING] = line["data_wait_s"] / line["seconds"]
+    return found
 
 
 def newest_line(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A job of several workers: what it is, why it may fail, how it is followed and asked to stop."""
+"""A job on workers: why it may fail, how it is followed, how it is asked to stop."""
 
 import errno
 import logging
@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
 
-from moce_dist.config import ParallelConfig
+from moce_dist.run.names import one_line
+from moce_dist.train.job import Job as Job  # noqa: PLC0414 - for gauges.py
 from moce_dist.train.job import StageJob, TooManyFaultsError
 from moce_dist.train.pulse import Pulse
 
 LOG = "log.txt"
 """File in a job's folder with the workers' log."""
 log = logging.getLogger(__name__)
+_EVERY_S = 10.0
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
 _STOP_WAIT_S = 60
 _OF_A_NETWORK = {
@@ -26,43 +26,6 @@ _OF_A_NETWORK = {
     for name in ("ENETDOWN", "ENETUNREACH", "EHOSTDOWN", "EHOSTUNREACH", "ESTALE", "EIO")
 }
 _FULL = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
-
-
-class Job(Protocol):
-    """Training that workers run together; it is sent to them, so it is small.
-
-    It may be restarted on another number of workers, and resumes from what it has saved.
-    """
-
-    @property
-    def name(self) -> str:
-        """Name of the job."""
-
-    @property
-    def run_root(self) -> Path:
-        """The run that it belongs to."""
-
-    @property
-    def folder(self) -> Path:
-        """Where it writes."""
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        """Number of workers, and their groups."""
-
-    @property
-    def batch_size(self) -> int:
-        """Images of a step, which every number of workers below the full one must divide."""
-
-    def run(self, pulse: Pulse) -> None:
-        """Run the job on this rank.
-
-        Raises:
-            StoppedError: `pulse` asked one rank to stop; the state is saved.
-        """
-
-    def progress(self) -> str:
-        """Describe the progress in a line; "" if the log shows it, or if it is unknown."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +64,7 @@ def failure_of(error: Exception) -> Failure:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     says_enough = isinstance(error, ValueError | OSError | ArithmeticError | RuntimeError)
     return text if says_enough else f"{type(error).__name__}: {text}"
 
@@ -125,18 +88,18 @@ def log_to_file(job: Job, level: int) -> Iterator[None]:
 class Follower:
     """Logs the progress of a job, from the files that its workers write."""
 
-    def __init__(self, job: Job, *, every_s: float = 10.0) -> None:
+    def __init__(self, job: Job) -> None:
         self._job, self._log = job, job.folder / LOG
-        self._every_s, self._due = every_s, time.monotonic() + every_s
+        self._due = time.monotonic() + _EVERY_S
         self._said = job.progress()
         self._position = self._log.stat().st_size if self._log.exists() else 0
 
     def report(self) -> None:
-        """Pass on new lines of the workers' log, and every `every_s` seconds the progress."""
+        """Pass on new lines of the workers' log, and every ten seconds the progress."""
         self.report_log()
         if time.monotonic() < self._due:
             return
-        self._due = time.monotonic() + self._every_s
+        self._due = time.monotonic() + _EVERY_S
         if (line := self._job.progress()) != self._said:
             self._said = line
             log.info("%s", line)

@@ -16,7 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from moce_dist.config import ParallelConfig
 from moce_dist.run import environment
-from moce_dist.run.tasks import Item, Result, Shared
+from moce_dist.run.tasks import Result, Shared, T
 
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -55,8 +55,14 @@ def needs_ray(parallel: ParallelConfig) -> bool:
     return parallel.num_workers > 1 or bool(os.environ.get("RAY_ADDRESS"))
 
 
-def uses_gpu(parallel: ParallelConfig) -> bool:
-    """Tell whether workers ask for a GPU; `auto` asks when the cluster has one."""
+def gets_gpu(parallel: ParallelConfig) -> bool:
+    """Tell whether a worker gets a GPU; `auto` asks for one where this process or Ray has any."""
+    if not needs_ray(parallel):
+        # torch takes seconds to import, and nothing else here needs it
+        import torch
+
+        return bool(parallel.use_gpu) and torch.cuda.is_available()
+    connect(parallel)
     if parallel.use_gpu == "auto":
         return ray.cluster_resources().get("GPU", 0) > 0
     return parallel.use_gpu
@@ -64,7 +70,7 @@ def uses_gpu(parallel: ParallelConfig) -> bool:
 
 def seat_resource(parallel: ParallelConfig) -> str:
     """Name the resource that a training worker takes one of: a GPU, a seat, or a CPU."""
-    if uses_gpu(parallel):
+    if gets_gpu(parallel):
         return "GPU"
     return SEAT if SEAT in ray.cluster_resources() else "CPU"
 
@@ -91,7 +97,7 @@ def map_tasks(
         return
     connect(parallel)
     common = [ray.put(value) for value in shared]
-    gpus = 1 if gpu and uses_gpu(parallel) else 0
+    gpus = 1 if gpu and gets_gpu(parallel) else 0
     task = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_retries=3)
     window: deque[Any] = deque()
     try:
@@ -114,9 +120,9 @@ def map_tasks(
 
 def map_shared(
     parallel: ParallelConfig,
-    function: Callable[[Shared, Item], Result],
+    function: Callable[[Shared, T], Result],
     shared: Shared,
-    items: Sequence[Item],
+    items: Sequence[T],
     /,
 ) -> Iterator[Result]:
     """Call `map_tasks` in the form of `MapTasks` (`run/tasks.py`)."""

@@ -31,13 +31,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from moce_dist.config import ParallelConfig
 from moce_dist.launch.gauges import JobGauges
-from moce_dist.launch.job import Follower, Job, heed_sigterm, short_stop
+from moce_dist.launch.job import Follower, heed_sigterm, short_stop
 from moce_dist.launch.nodes import GROUP_LABEL, Host, Requirements, answers, wait_for_seats
 from moce_dist.launch.status import Ending, LossBudget, StatusBoard, cause_of
 from moce_dist.launch.tasks import SEAT, connect, needs_ray, seat_resource
 from moce_dist.launch.worker import fit
 from moce_dist.run import lease
 from moce_dist.run.directory import StoppedError
+from moce_dist.train.job import Job
 from moce_dist.train.pulse import Pulse
 
 log = logging.getLogger(__name__)

@@ -34,13 +34,14 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.util.placement_group import get_current_placement_group
 
-from moce_dist.launch.job import Job, failure_of, log_to_file
+from moce_dist.launch.job import failure_of, log_to_file
 from moce_dist.launch.nodes import GROUP_LABEL
 from moce_dist.launch.status import Ending, Sign, cause_of
 from moce_dist.launch.tasks import SEAT
 from moce_dist.parallel.groups import Station, free_port, rank_order
 from moce_dist.run import lease
 from moce_dist.run.directory import StoppedError
+from moce_dist.train.job import Job
 from moce_dist.train.pulse import Pulse
 
 _BEAT_EVERY_S = 1.0

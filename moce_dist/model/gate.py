@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.config import GateConfig
 
 _FORBIDDEN = -1e9
@@ -167,7 +168,7 @@ class NoiseSchedule:
         return torch.stack([torch.zeros(shape[1:]) if n is None else n for n in layers])
 
 
-def noisy_layer(scores: Tensor, noise: Tensor | None) -> NDArray[np.float32]:
+def noisy_layer(scores: Tensor, noise: Tensor | None) -> Float32:
     """Add noise (K, E), in units of the spread of the layer's logits, to its logits (K, E)."""
     scores = scores.detach().float().cpu()
     if noise is not None:
@@ -175,7 +176,7 @@ def noisy_layer(scores: Tensor, noise: Tensor | None) -> NDArray[np.float32]:
     return scores.numpy()
 
 
-def noisy_scores(gate_logits: Tensor, noise: Tensor | None) -> NDArray[np.float64]:
+def noisy_scores(gate_logits: Tensor, noise: Tensor | None) -> Float64:
     """Add noise (L, K, E), in units of the spread of a layer's logits, to logits (L, K, E)."""
     layers = [
         noisy_layer(scores, None if noise is None else noise[layer])
@@ -191,7 +192,7 @@ def routing_table(
     noise: Tensor | None = None,
     num_groups: int = 1,
     cluster_group: Tensor | None = None,
-) -> NDArray[np.int64]:
+) -> Int64:
     """Decide the expert of every cluster in every layer, (L, K), from logits (L, K, E).
 
     `noise` (L, K, E) is in units of the spread (standard deviation) of a layer's logits. With
@@ -208,9 +209,9 @@ def routing_table(
 def layer_table(
     scores: NDArray[np.floating],
     gate: GateConfig,
-    groups: NDArray[np.int64] | None,
+    groups: Int64 | None,
     num_groups: int,
-) -> NDArray[np.int64]:
+) -> Int64:
     """Decide the expert of every cluster in one layer, (K,), from noisy scores (K, E).
 
     `groups` (K,) are the clusters' expert groups; None: they choose among all experts.
@@ -224,7 +225,7 @@ def layer_table(
     return scores.argmax(axis=1)
 
 
-def _balanced(scores: NDArray[np.float64]) -> NDArray[np.int64]:
+def _balanced(scores: Float64) -> Int64:
     # scores (K, E): every column takes at most ceil(K / E) rows, with the greatest sum of the
     # chosen scores; imported late, as SciPy takes as long as everything else here
     from scipy.optimize import linear_sum_assignment
@@ -235,7 +236,7 @@ def _balanced(scores: NDArray[np.float64]) -> NDArray[np.int64]:
     return slots // share
 
 
-def shared_groups(scores: NDArray[np.float64], num_groups: int) -> NDArray[np.int64]:
+def shared_groups(scores: Float64, num_groups: int) -> Int64:
     """Give every cluster one expert group for all layers, (K,), from scores (L, K, E).
 
     The score of a group is the sum over the layers of the score of its best expert. All groups take

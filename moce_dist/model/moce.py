@@ -3,7 +3,7 @@
 The gate decides (gate.py), a dispatcher moves images to experts and back, and the experts compute.
 Whole images move: all tokens of an image go to one expert.
 
-    images at home (B, N, D)  --dispatch-->  parts: rows by local expert (M, N, D), and counts
+    images at home (B, N, D)  --dispatch-->  parts: rows by local expert (M, N, D), and counts (E,)
     outputs of the parts      --combine-->   outputs in the order of the images (B, N, D)
 
 `LocalDispatcher` sorts within one process and yields one part, M = B. The distributed dispatcher in
@@ -21,7 +21,7 @@ Komatsuzaki et al. 2023, arXiv 2212.05055.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,10 +36,19 @@ _GROUPED_CAPABILITY = 9
 _SINGLE = re.compile(
     r"(blocks\.(\d+)\.mlp)\.moe\..*deepspeed_experts\.(\d+)\.(fc[12]\.(?:weight|bias))"
 )
-Part = tuple[Tensor, list[int]]
-"""Rows (M, N, D) sorted by local expert, and the number of rows of each local expert."""
 Weights = tuple[Tensor, ...]
 """Stacked (E, ...) parameters of a layer: fc1.weight, fc1.bias, fc2.weight and fc2.bias."""
+
+
+class Part(NamedTuple):
+    """Images for the local experts."""
+
+    rows: Tensor
+    """(M, N, D), sorted by local expert."""
+    counts: list[int]
+    """Rows of each local expert, (E,)."""
+    ends: Tensor | None = None
+    """(E,) int32, beside the rows: the end of each expert's tokens among all M N; None: unknown."""
 
 
 class Dispatcher(Protocol):
@@ -64,7 +73,7 @@ class LocalDispatcher:
 
     def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
         """Sort images (B, N, D) by their expert; see `Dispatcher`."""
-        yield x[self._order[layer]], self._counts[layer]
+        yield Part(x[self._order[layer]], self._counts[layer])
 
     def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
         """Undo the sorting of `dispatch`; see `Dispatcher`."""
@@ -104,14 +113,17 @@ class Experts(nn.Module):
         cast = cast_together(x, self.fc1, self.fc2)
         return tuple(p.to(x.dtype) for p in self.parameters()) if cast is None else cast
 
-    def forward(self, rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
+    def forward(
+        self, rows: Tensor, counts: Sequence[int], weights: Weights, ends: Tensor | None = None
+    ) -> Tensor:
         """Apply expert e to its `counts[e]` rows; rows (M, N, D) sorted by expert.
 
-        `weights` are the experts' parameters, stacked, in the type of the products.
+        `weights` are the experts' parameters, stacked, in the type of the products; for `ends` see
+        `Part`.
         """
         rows = rows.to(weights[0].dtype)
         if is_groupable(rows, counts):
-            return self.grouped(rows, counts, weights)
+            return self.grouped(rows, counts, weights, ends)
         return self.one_by_one(rows, counts, weights)
 
     def one_by_one(self, rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
@@ -123,12 +135,14 @@ class Experts(nn.Module):
         stacks = zip(parts, *(w.unbind() for w in weights), strict=True)
         return torch.cat([_mlp(*stack) for stack in stacks])
 
-    def grouped(self, rows: Tensor, counts: Sequence[int], weights: Weights) -> Tensor:
+    def grouped(
+        self, rows: Tensor, counts: Sequence[int], weights: Weights, ends: Tensor | None = None
+    ) -> Tensor:
         """Compute `forward` with one grouped matrix product per linear layer."""
         weight1, bias1, weight2, bias2 = weights
         sizes = [count * rows.shape[1] for count in counts]
-        ends = torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        ends = ends.to(rows.device, non_blocking=True)
+        if ends is None:
+            ends = torch.tensor(sizes).cumsum(0, dtype=torch.int32).to(rows.device)
 
         def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
             parts = torch.split(F.grouped_mm(x, weight.mT, offs=ends), sizes)
@@ -226,7 +240,7 @@ class MoceBlock(nn.Module):
         parts = dispatcher.dispatch(normed, self.layer)
         weights = self.mlp.weights(normed)
         # one part after the other: the experts compute on one while the next still travels
-        outputs = [self.mlp.experts(rows, counts, weights) for rows, counts in parts]
+        outputs = [self.mlp.experts(rows, counts, weights, ends) for rows, counts, ends in parts]
         y = dispatcher.combine(outputs, self.layer)
         y = y * scales[self.layer][:, None, None]
         return x + y if self.mlp.shared is None else x + y + self.mlp.shared(normed)

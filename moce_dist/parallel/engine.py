@@ -6,6 +6,7 @@ DeepSpeed's engine is reached through this module only. What it requires, and wh
 - Expert parameters carry `allreduce = False` and the name of their group. The engine treats a model
   as MoE only if one of its modules is of DeepSpeed's MoE class, so a bare marker is attached.
 - Replicas of an expert are neighbouring ranks: `use_data_before_expert_parallelism`.
+- The groups that it makes have torch's default timeout, so they are made here.
 - With loss = R / B * (sum over own images), all gradients are those of the global mean.
 - At ZeRO-0 it sums all gradients after the backward pass; reduction.py sums them during it instead.
 - At ZeRO-0 its clipping mixes up the norms of the ranks, so the norm is computed and applied here.
@@ -16,6 +17,7 @@ Letters: R ranks, B images of a step, G expert groups.
 """
 
 import contextlib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -45,7 +47,7 @@ from torch._C._distributed_c10d import HashStore
 from moce_dist.config import ParallelConfig
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
-from moce_dist.parallel.reduction import GradientReducer
+from moce_dist.parallel.reduction import GradientReducer, in_backward_order
 from moce_dist.parallel.rendezvous import fresh_store
 from moce_dist.run.environment import bind_ranks, shorten_sockets
 
@@ -93,6 +95,8 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
         set_accelerator({"cpu": CPU_Accelerator, "cuda": CUDA_Accelerator}[device.type]())
     shorten_sockets()
     os.environ.setdefault("LOCAL_RANK", "0")
+    # a backward pass uses several communicators at once, in an order that is equal on all ranks
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     # a C++ inference kernel that would be compiled at first use: unused here, and a compiler may be
     # missing
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -105,42 +109,43 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
         else:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            dist.init_process_group(
+                backend, store=HashStore(), rank=0, world_size=1, timeout=timeout
+            )
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
-def create_groups(topology: Topology) -> dist.ProcessGroup:
-    """Create expert-parallel and replica groups; return this rank's expert-parallel group.
+def create_groups(
+    topology: Topology, timeout: timedelta
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Create DeepSpeed's process groups; return this rank's expert-parallel and replica groups.
 
-    Collective: all ranks must call it equally often.
+    Their ranks wait for each other up to `timeout`. Collective: all ranks call it equally often.
     """
-    name = f"ep_size_{topology.ep_size}"
-    known = deepspeed_groups._get_expert_parallel_group_dict()
     # DeepSpeed keeps groups by name as long as the process lives; a second engine shares them
-    if name not in known:
-        deepspeed_groups._create_expert_and_data_parallel(
-            topology.ep_size, use_data_before_expert_parallel_=True
-        )
-    # torch sorts the ranks of a group; places ascend with ranks, so place and group rank agree
-    group: dist.ProcessGroup = deepspeed_groups._get_expert_parallel_group(name)
+    name, tables = f"ep_size_{topology.ep_size}", deepspeed_groups
+    if tables._WORLD_GROUP is None:
+        tables._WORLD_GROUP = dist.new_group(timeout=timeout)
+    ranks, replicas = range(topology.num_ranks), topology.num_replicas
+    exchanging = tables._EXPERT_PARALLEL_GROUP, tables._EXPERT_PARALLEL_GROUP_RANKS
+    sharing = tables._EXPERT_DATA_PARALLEL_GROUP, tables._EXPERT_DATA_PARALLEL_GROUP_RANKS
+    for (groups, members), partition in (
+        (exchanging, [topology.expert_parallel_ranks(rank) for rank in ranks[:replicas]]),
+        (sharing, [topology.replica_ranks(rank) for rank in ranks[::replicas]]),
+    ):
+        for part in partition if name not in groups else ():
+            # torch sorts the ranks of a group; places ascend with ranks, so both numbers agree
+            group = dist.new_group(part, timeout=timeout)
+            if dist.get_rank() in part:
+                groups[name], members[name] = group, part
+    return exchanging[0][name], sharing[0][name]
+
+
+@functools.cache  # the stages of a process share it
+def _host_group(_: dist.ProcessGroup | None, timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
     return group
-
-
-def in_backward_order(
-    module: nn.Module,
-) -> Iterator[tuple[nn.Parameter, dist.ProcessGroup | None]]:
-    """Yield parameters with their process groups in the order in which their gradients appear."""
-    # the gate weights the output of every MoE layer, so its gradient is complete only after the
-    # backward pass of the first MoE layer; in bfloat16 two layers of the decoder are cast together
-    # with the patch embedding, and get their gradients with it: all of these come last
-    last = ("gate.", "decoder_embed.", "decoder_pred.")
-    named = [item for item in module.named_parameters() if item[1].requires_grad][::-1]
-    for _, parameter in sorted(named, key=lambda item: item[0].startswith(last)):
-        group = None
-        if not getattr(parameter, "allreduce", True):
-            name = parameter.group_name  # type: ignore[attr-defined]
-            group = deepspeed_groups._get_expert_data_parallel_group(name)
-        yield parameter, group
 
 
 def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
@@ -172,7 +177,8 @@ class Engine:
     ) -> None:
         """Wrap `module`, whose experts are recognised by parameter name."""
         self.module, self.spec = module, spec
-        self.expert_group = create_groups(spec.topology)
+        self._timeout = timedelta(seconds=spec.parallel.patience_s)
+        self.expert_group, self.replica_group = create_groups(spec.topology, self._timeout)
         names = [name for name, _ in module.named_parameters()]
         if any(is_stacked(name) for name in names):
             for name, parameter in module.named_parameters():
@@ -198,9 +204,13 @@ class Engine:
         if spec.parallel.zero_stage == 0:
             self._engine.enable_backward_allreduce = False
             self._reducer = GradientReducer(
-                in_backward_order(module),
+                in_backward_order(module, self.replica_group),
                 dtype=torch.bfloat16 if spec.parallel.reduce_dtype == "bf16" else None,
             )
+
+    def host_group(self) -> dist.ProcessGroup:
+        """Return a group of all ranks for messages from host to host, which no device waits for."""
+        return _host_group(dist.group.WORLD, self._timeout)
 
     @property
     def reducer(self) -> GradientReducer | None:

@@ -10,81 +10,92 @@ compute while the others travel, in the forward and in the backward pass.
         dispatch   place 0: part [a b], then part [d]  place 1: part [e f], then part [c]
         combine    place 0: a b, and c came back       place 1: e f, and d came back
 
-Letters: b images of a rank, N tokens, D width, L MoE layers, K clusters.
+Letters: b images of a rank, N tokens, D width, L MoE layers, K clusters, P places, S experts of a
+layer in one place.
 """
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_dist.arrays import Int64
 from moce_dist.model.moce import Part
 from moce_dist.parallel.groups import ExpertMap
 
-Ints = NDArray[np.int64]
 
+class LayerRoutes(NamedTuple):
+    """One rank's part in the exchange of one layer; all arrays and lists are made on the host."""
 
-@dataclass(frozen=True)
-class LayerRoutes:
-    """One rank's part in the exchange of one layer; all index arrays are made on the host."""
-
-    stay: Ints
-    """Own images whose expert is here, sorted by local expert."""
+    outward: Int64
+    """The order (b,) of own images: those that stay, sorted by local expert, then those that
+    travel, sorted by (destination, slot there, position)."""
+    home: Int64
+    """The order that undoes `outward`."""
     stay_counts: list[int]
-    """Images of `stay` per local expert."""
-    leave: Ints
-    """Own images that travel, sorted by (destination, slot there, position)."""
+    """Images that stay, per local expert."""
     send_counts: list[int]
-    """Images of `leave` per destination place."""
+    """Images that travel, per destination place."""
     receive_counts: list[int]
     """Images that arrive, per place of origin; those of a place are sorted by local expert."""
-    by_expert: Ints
+    by_expert: Int64
     """The order that sorts the arrived images by local expert."""
+    by_arrival: Int64
+    """The order that undoes `by_expert`."""
     arrived_counts: list[int]
     """Arrived images per local expert."""
     is_exchanging: bool
     """True if any image of the expert-parallel group travels: the same on all its ranks."""
 
-    @property
-    def outward(self) -> Ints:
-        """The order [stay, leave] of the images."""
-        return np.concatenate([self.stay, self.leave])
 
-    @property
-    def home(self) -> Ints:
-        """The order that turns [stay, leave] back into that of the images."""
-        return np.argsort(self.outward)
+def layer_routes(place: Int64, slot: Int64, own_place: int, num_slots: int) -> list[LayerRoutes]:
+    """Plan all layers from the destination of every image of the expert-parallel group.
 
-
-def layer_routes(place: Ints, slot: Ints, own_place: int, num_local_experts: int) -> LayerRoutes:
-    """Plan one layer from the destination of every image of the expert-parallel group.
-
-    `place` and `slot` (P, b) say where image j of the rank at place i must go; P places.
+    `place` and `slot` (L, P, b) say where image j of the rank at place i must go; there are P
+    places of `num_slots` local experts. The layers are planned together: the device waits for it.
     """
-    mine, my_slots = place[own_place], slot[own_place]
-    stay, leave = np.flatnonzero(mine == own_place), np.flatnonzero(mine != own_place)
-    stay = stay[np.argsort(my_slots[stay], kind="stable")]
+    (num_layers, num_places, num_images), mine = place.shape, place[:, own_place]
     # the receiver derives the same order, so none has to be sent
-    leave = leave[np.lexsort((leave, my_slots[leave], mine[leave]))]
+    target = np.where(mine == own_place, 0, mine + 1) * num_slots + slot[:, own_place]
+    outward = np.argsort(target, axis=1, kind="stable")
+    shape = num_layers, num_places + 1, num_slots
+    leaving = _count(target + _starts(shape[1] * num_slots, num_layers)[:, None], shape)
     coming = place == own_place
     # images that stay do not pass through the collective
-    coming[own_place] = False
-    arriving = np.concatenate([np.sort(slot[i][coming[i]]) for i in range(len(place))])
-    return LayerRoutes(
-        stay=stay,
-        stay_counts=np.bincount(my_slots[stay], minlength=num_local_experts).tolist(),
-        leave=leave,
-        send_counts=np.bincount(mine[leave], minlength=len(place)).tolist(),
-        receive_counts=coming.sum(axis=1).tolist(),
-        by_expert=np.argsort(arriving, kind="stable"),
-        arrived_counts=np.bincount(arriving, minlength=num_local_experts).tolist(),
-        is_exchanging=bool((place != np.arange(len(place))[:, None]).any()),
+    coming[:, own_place] = False
+    found, shape = np.flatnonzero(coming), (num_layers, num_places, num_slots)
+    arriving = _count(found // num_images * num_slots + slot.take(found), shape)
+    # those of a place are sorted by local expert, so their counts determine the order of arrival
+    layer, _, arrived = np.unravel_index(np.repeat(np.arange(arriving.size), arriving.flat), shape)
+    by_expert = np.argsort(layer * num_slots + arrived, kind="stable")
+    ends = arriving.sum(axis=(1, 2)).cumsum()
+    first = np.concatenate([[0], ends])[layer]
+    columns = (
+        outward,
+        np.argsort(outward, axis=1),
+        leaving[:, 0].tolist(),
+        leaving[:, 1:].sum(axis=2).tolist(),
+        arriving.sum(axis=2).tolist(),
+        np.split(by_expert - first, ends[:-1]),
+        np.split(np.argsort(by_expert) - first, ends[:-1]),
+        arriving.sum(axis=1).tolist(),
+        (place != np.arange(num_places)[:, None]).any(axis=(1, 2)).tolist(),
     )
+    return [LayerRoutes(*row) for row in zip(*columns, strict=True)]
+
+
+def _starts(step: int, count: int) -> Int64:
+    return np.arange(count) * step
+
+
+def _count(positions: Int64, shape: tuple[int, int, int]) -> Int64:
+    # how often each flat position of an array of this shape occurs
+    return np.bincount(positions.ravel(), minlength=math.prod(shape)).reshape(shape)
 
 
 class _Journey:
@@ -173,13 +184,13 @@ class ExpertExchange:
     def __init__(
         self,
         clusters: Tensor,
-        routing: Ints,
+        routing: Int64,
         experts: ExpertMap,
         *,
-        own_place: int,
+        tokens: int,
         group: dist.ProcessGroup | None,
         device: torch.device,
-        along: Sequence[Ints] = (),
+        along: Sequence[Int64] = (),
     ) -> None:
         """Plan all layers.
 
@@ -188,37 +199,40 @@ class ExpertExchange:
                 group, by place; negative for padding.
             routing: (L, K), the expert of every cluster.
             experts: where the experts live.
-            own_place: this rank's place.
-            group: the expert-parallel group; None in a single process, where nothing travels.
+            tokens: N.
+            group: the expert-parallel group, ranks by place; None: all ranks.
             device: where the images are.
             along: further arrays of the micro-batch, brought to the device in the same copy.
         """
-        num_local = experts.num_local_experts
-        self.layers = [
-            layer_routes(place, slot, own_place, num_local)
-            for place, slot in _destinations(clusters.numpy(), routing, experts)
-        ]
-        self._group = group
-        wanted = [(r.outward, r.home, r.by_expert, np.argsort(r.by_expert)) for r in self.layers]
-        *self._indices, self.along = _to_device([*wanted, along], device)
+        place, slot = _destinations(clusters.numpy(), routing, experts)
+        self.layers = layer_routes(place, slot, dist.get_rank(group), experts.num_local_experts)
+        self._tokens, self._group = tokens, group
+        wanted = [(r.outward, r.home, r.by_expert, r.by_arrival) for r in self.layers]
+        counts = np.array([(r.stay_counts, r.arrived_counts) for r in self.layers])
+        further = (counts.cumsum(axis=2) * tokens, *along)
+        *self._indices, (ends, *self.along) = _to_device([*wanted, further], device)
+        # two per layer, in the type that the grouped product takes
+        self._ends = ends.int().flatten(0, 1).unbind()
 
     def dispatch(self, x: Tensor, layer: int) -> Iterator[Part]:
         """Send images (b, N, D) to their experts; yield those that stay, then those that arrive."""
         routes = self.layers[layer]
         outward, home, by_expert, by_arrival = self._indices[layer]
+        stay_ends, arrived_ends = self._ends[2 * layer : 2 * layer + 2]
+        assert x.shape[1] == self._tokens
         if torch.is_autocast_enabled(x.device.type):
             # the experts compute in this dtype anyway; casting first halves the bytes that travel
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = _Reorder.apply(x, outward, home)
         if not routes.is_exchanging:
-            yield x, routes.stay_counts
+            yield Part(x, routes.stay_counts, stay_ends)
             return
-        staying, leaving = torch.split(x, [len(routes.stay), len(routes.leave)])
+        staying, leaving = torch.split(x, [sum(routes.stay_counts), sum(routes.send_counts)])
         journey = _Journey(routes.send_counts, routes.receive_counts, self._group)
         travelling = _Depart.apply(leaving, journey)
-        yield staying, routes.stay_counts
-        arrived = _Arrive.apply(travelling, journey)
-        yield _Reorder.apply(arrived, by_expert, by_arrival), routes.arrived_counts
+        yield Part(staying, routes.stay_counts, stay_ends)
+        arrived = _Reorder.apply(_Arrive.apply(travelling, journey), by_expert, by_arrival)
+        yield Part(arrived, routes.arrived_counts, arrived_ends)
 
     def combine(self, outputs: Sequence[Tensor], layer: int) -> Tensor:
         """Bring the parts' outputs home, (b, N, D) in the order of `dispatch`'s images."""
@@ -236,33 +250,39 @@ class ExpertExchange:
         return _Reorder.apply(together, home, outward)
 
 
-def _to_device(layers: Sequence[Sequence[Ints]], device: torch.device) -> list[tuple[Tensor, ...]]:
+def _to_device(layers: Sequence[Sequence[Int64]], device: torch.device) -> list[tuple[Tensor, ...]]:
     # one copy for all layers, because every separate copy costs a launch, whatever its size
     arrays = [array for layer in layers for array in layer]
-    packed = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *map(np.ravel, arrays)]))
+    packed = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
     if device.type == "cuda":
         packed = packed.pin_memory().to(device, non_blocking=True)
-    parts = iter(torch.split(packed, [array.size for array in arrays]))
-    return [tuple(next(parts).view(array.shape) for array in layer) for layer in layers]
+    parts = packed.split_with_sizes([array.size for array in arrays])
+    shaped = (
+        part if array.ndim == 1 else part.view(array.shape)
+        for part, array in zip(parts, arrays, strict=True)
+    )
+    return [tuple(itertools.islice(shaped, len(layer))) for layer in layers]
 
 
-def _destinations(clusters: Ints, routing: Ints, experts: ExpertMap) -> Iterator[tuple[Ints, Ints]]:
-    # yields per layer the place and slot of every image, (P, b); padding goes to slot 0 at home
-    home = np.arange(len(clusters))[:, None]
-    for layer, table in enumerate(routing):
-        expert = table[clusters]
-        place = np.where(clusters < 0, home, experts.place[layer][expert])
-        yield place, np.where(clusters < 0, 0, experts.slot[layer][expert])
+def _destinations(clusters: Int64, routing: Int64, experts: ExpertMap) -> tuple[Int64, Int64]:
+    # place and slot (L, P, b) of every image in every layer; padding goes to slot 0 at home
+    num_layers, num_experts = experts.place.shape
+    expert = routing.take(clusters, axis=1) + _starts(num_experts, num_layers)[:, None, None]
+    place, slot = experts.place.take(expert), experts.slot.take(expert)
+    is_padding = clusters < 0
+    if is_padding.any():
+        place = np.where(is_padding, np.arange(len(clusters))[:, None], place)
+        slot = np.where(is_padding, 0, slot)
+    return place, slot
 
 
-def images_exchanged(clusters: Tensor, routing: Ints, experts: ExpertMap, replicas: int) -> int:
+def images_exchanged(clusters: Tensor, routing: Int64, experts: ExpertMap, replicas: int) -> int:
     """Count the images of a step that travel, summed over layers and ranks.
 
     `clusters` (R, b) are those of all R ranks; a place has `replicas` ranks.
     """
     by_replica = [clusters.numpy()[first::replicas] for first in range(replicas)]
     return sum(
-        int((place != np.arange(len(place))[:, None]).sum())
+        int((_destinations(ids, routing, experts)[0] != np.arange(len(ids))[:, None]).sum())
         for ids in by_replica
-        for place, _ in _destinations(ids, routing, experts)
     )

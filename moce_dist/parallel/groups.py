@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from moce_dist.arrays import Int64
 
 
 class Station(NamedTuple):
@@ -89,7 +90,7 @@ class Topology:
         count = self.num_groups // self.ep_size
         return range(place * count, (place + 1) * count)
 
-    def place_of_group(self, group: NDArray[np.int64]) -> NDArray[np.int64]:
+    def place_of_group(self, group: Int64) -> Int64:
         """Map expert groups to the places that host them."""
         return group // (self.num_groups // self.ep_size)
 
@@ -98,8 +99,8 @@ class Topology:
 class ExpertMap:
     """Where every expert of every layer lives: place (L, E) and slot within the place (L, E)."""
 
-    place: NDArray[np.int64]
-    slot: NDArray[np.int64]
+    place: Int64
+    slot: Int64
 
     @property
     def num_local_experts(self) -> int:
@@ -114,7 +115,7 @@ class ExpertMap:
         ]
 
 
-def expert_map(expert_group: NDArray[np.int64], topology: Topology) -> ExpertMap:
+def expert_map(expert_group: Int64, topology: Topology) -> ExpertMap:
     """Locate the experts from the group of every expert, (L, E); slots sort by (group, id)."""
     # stable, so that equal placements give equal slots on any number of ranks
     order = np.argsort(expert_group, axis=1, kind="stable")

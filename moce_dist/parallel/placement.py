@@ -20,20 +20,21 @@ from typing import Any
 
 import numpy as np
 
+from moce_dist.arrays import Float64, Int64
 from moce_dist.config import Config
-from moce_dist.cost.sizes import TRANSFERS, image_bytes
+from moce_dist.cost.sizes import exchange_bytes
 from moce_dist.parallel.planner import solve
 from moce_dist.parallel.problem import PlacementProblem, Solution, read
-from moce_dist.parallel.transport import MAX_UNITS, Floats, Ints
+from moce_dist.parallel.transport import MAX_UNITS
 
 
 @dataclass(frozen=True)
 class Placement:
     """The group of every expert, and the groups that read every cluster's images."""
 
-    expert_group: Ints
+    expert_group: Int64
     """(L, E): the group on which an expert lives."""
-    shares: Floats
+    shares: Float64
     """(K, G): the share of a cluster that a group reads; rows sum to 1."""
 
     @property
@@ -42,13 +43,13 @@ class Placement:
         return self.shares.shape[1]
 
     @cached_property
-    def _parts(self) -> tuple[Ints, Ints, Floats]:
+    def _parts(self) -> tuple[Int64, Int64, Float64]:
         # cluster, group and share of every nonzero share; nearly every cluster has just one
         cluster, group = np.nonzero(self.shares)
         return cluster, group, self.shares[cluster, group]
 
     @cached_property
-    def _bounds(self) -> Floats:
+    def _bounds(self) -> Float64:
         # cluster id + the cumulative share up to and including a part: these are sorted, so one
         # search finds the part of any slot
         cluster, _, share = self._parts
@@ -56,10 +57,10 @@ class Placement:
         before = np.concatenate([[0.0], total])[np.searchsorted(cluster, cluster)]
         bounds = (total - before) / self.shares.sum(axis=1)[cluster]
         is_last = np.diff(cluster, append=-1) != 0
-        upper: Floats = np.where(is_last, 1.0, bounds) + cluster.astype(np.float64)
+        upper: Float64 = np.where(is_last, 1.0, bounds) + cluster.astype(np.float64)
         return upper
 
-    def readers(self, clusters: Ints) -> Ints:
+    def readers(self, clusters: Int64) -> Int64:
         """Give every slot of a step, (B,) cluster ids, the group that reads it: B / G each.
 
         Padding (cluster -1) fills the remaining slots of the groups.
@@ -75,7 +76,7 @@ class Placement:
         groups[slots] = self._parts[1][np.searchsorted(self._bounds, at, side="right")]
         return _level(groups, self.num_groups)
 
-    def images_exchanged(self, routing: Ints, cluster_sizes: Ints) -> float:
+    def images_exchanged(self, routing: Int64, cluster_sizes: Int64) -> float:
         """Predict how many images travel in an epoch, summed over the layers."""
         cluster, group, share = self._parts
         homes = np.take_along_axis(self.expert_group, routing, axis=1)
@@ -104,7 +105,7 @@ class Placement:
         return Placement(homes, shares)
 
 
-def _level(groups: Ints, num_groups: int) -> Ints:
+def _level(groups: Int64, num_groups: int) -> Int64:
     # makes the groups equal: the last slots of those that are too large go to those too small
     room = len(groups) // num_groups - np.bincount(groups[groups >= 0], minlength=num_groups)
     for group in np.flatnonzero(room < 0):
@@ -123,12 +124,12 @@ def contiguous_placement(
 
 
 def plan_placement(
-    routing: Ints,
-    cluster_sizes: Ints,
+    routing: Int64,
+    cluster_sizes: Int64,
     *,
     num_experts: int,
     num_groups: int,
-    expert_group: Ints | None = None,
+    expert_group: Int64 | None = None,
     move_cost: float = math.inf,
 ) -> Placement:
     """Plan experts and readers for a routing table (L, K); deterministic.
@@ -151,7 +152,7 @@ def plan_placement(
     return Placement(plan.experts, _shares(plan, problem))
 
 
-def _units(cluster_sizes: Ints, num_groups: int) -> tuple[Ints, float]:
+def _units(cluster_sizes: Int64, num_groups: int) -> tuple[Int64, float]:
     # integer units that divide evenly among the groups, unless there would be more than MAX_UNITS:
     # then sizes are scaled down. Returns units per cluster, and units per image.
     total = max(1, int(cluster_sizes.sum()))
@@ -162,7 +163,7 @@ def _units(cluster_sizes: Ints, num_groups: int) -> tuple[Ints, float]:
     return np.floor(cluster_sizes * scale).astype(np.int64), scale
 
 
-def _shares(plan: Solution, problem: PlacementProblem) -> Floats:
+def _shares(plan: Solution, problem: PlacementProblem) -> Float64:
     shares = np.zeros((len(problem.sizes), problem.num_groups))
     # an empty cluster also has a reader, of 0 units
     shares[plan.readers.cluster, plan.readers.group] = plan.readers.value.clip(min=1)
@@ -173,9 +174,9 @@ def _shares(plan: Solution, problem: PlacementProblem) -> Floats:
 class Traffic:
     """Images seen by groups and experts, and how many had to leave their group."""
 
-    images_per_group: Floats
+    images_per_group: Float64
     """(G,), without padding."""
-    images_per_expert: Floats
+    images_per_expert: Float64
     """(L, E)."""
     images_exchanged: float = 0.0
     """Summed over the layers."""
@@ -187,13 +188,13 @@ class Traffic:
         return {
             "images": images,
             "images_exchanged": self.images_exchanged,
-            "bytes_exchanged": self.images_exchanged * image_bytes(config) * TRANSFERS,
+            "bytes_exchanged": self.images_exchanged * exchange_bytes(config),
             "local_fraction": 1 - self.images_exchanged / crossings if crossings else 1.0,
             "images_per_group": self.images_per_group.tolist(),
             "images_per_expert": self.images_per_expert.tolist(),
         }
 
-    def count(self, clusters: Ints, routing: Ints, placement: Placement) -> None:
+    def count(self, clusters: Int64, routing: Int64, placement: Placement) -> None:
         """Add a step: `clusters` (G, b) that the groups read (-1 is padding), `routing` (L, K)."""
         is_planned = clusters >= 0
         self.images_per_group += is_planned.sum(axis=1)
@@ -209,7 +210,7 @@ def no_traffic(placement: Placement) -> Traffic:
     return Traffic(np.zeros(placement.num_groups), np.zeros(placement.expert_group.shape))
 
 
-def predict_traffic(placement: Placement, routing: Ints, cluster_sizes: Ints) -> Traffic:
+def predict_traffic(placement: Placement, routing: Int64, cluster_sizes: Int64) -> Traffic:
     """Predict the traffic of an epoch under a routing table (L, K)."""
     traffic = no_traffic(placement)
     traffic.images_per_group += cluster_sizes @ placement.shares

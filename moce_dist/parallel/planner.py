@@ -29,8 +29,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from moce_dist.arrays import Float64, Int64
 from moce_dist.parallel.problem import PlacementProblem, Solution, gains_of, read
-from moce_dist.parallel.transport import Floats, Ints, Pairs
+from moce_dist.parallel.transport import Pairs
 
 _TEMPERATURES = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35)
 _WARM = _TEMPERATURES[2:]
@@ -69,7 +70,7 @@ def _cost(plan: Solution) -> float:
     return plan.cost
 
 
-def _canonical(problem: PlacementProblem) -> tuple[PlacementProblem, Ints]:
+def _canonical(problem: PlacementProblem) -> tuple[PlacementProblem, Int64]:
     # renumbers experts by load, then by first cluster, so that a plan does not depend on their
     # numbers; order (L, E) has the original ones
     order = np.empty((len(problem.routing), problem.num_experts), np.int64)
@@ -105,7 +106,7 @@ def _search(problem: PlacementProblem) -> Solution:
     return best
 
 
-def _start(problem: PlacementProblem, anchor: int) -> Ints:
+def _start(problem: PlacementProblem, anchor: int) -> Int64:
     # deal the anchor layer's experts, sorted by load, to the groups in turn: clusters start where
     # their anchor expert is, and every layer's experts follow most of their units
     dealt = np.arange(problem.num_experts)[None] % problem.num_groups
@@ -113,7 +114,7 @@ def _start(problem: PlacementProblem, anchor: int) -> Ints:
     return _place(problem, votes._replace(value=problem.sizes.astype(float)))
 
 
-def _anneal(problem: PlacementProblem, experts: Ints, temperatures: Sequence[float]) -> Solution:
+def _anneal(problem: PlacementProblem, experts: Int64, temperatures: Sequence[float]) -> Solution:
     if len(experts) == 1:
         return read(problem, experts)  # a single layer has no other to agree with
     experts, prices = experts.copy(), np.zeros(problem.num_groups)
@@ -130,8 +131,8 @@ def _anneal(problem: PlacementProblem, experts: Ints, temperatures: Sequence[flo
 
 
 def _soft_readers(
-    problem: PlacementProblem, gains: Pairs, prices: Floats, temperature: float
-) -> tuple[Pairs, Floats]:
+    problem: PlacementProblem, gains: Pairs, prices: Float64, temperature: float
+) -> tuple[Pairs, Float64]:
     # softmax of (gain - price) / T over the groups of a cluster; then each price rises by
     # T log(load / quota), which alone would scale the group's load to its quota (a Sinkhorn step)
     first = gains.first
@@ -144,7 +145,7 @@ def _soft_readers(
     return gains._replace(value=z), prices
 
 
-def _place(problem: PlacementProblem, readers: Pairs) -> Ints:
+def _place(problem: PlacementProblem, readers: Pairs) -> Int64:
     # per layer, a linear assignment that keeps most units in the group that reads them; every slot
     # of a group is a column. Imported late: SciPy is slow to import, and stage mae plans nothing.
     from scipy.optimize import linear_sum_assignment
@@ -216,7 +217,7 @@ def _first_better(problem: PlacementProblem, plan: Solution) -> Solution | None:
     return None
 
 
-def _swapped(experts: Ints) -> Ints:
+def _swapped(experts: Int64) -> Int64:
     # (S, L, E): the experts after each swap of two experts of a layer that are in different groups
     num_layers, num_experts = experts.shape
     first, second = (np.tile(i, num_layers) for i in np.triu_indices(num_experts, 1))
@@ -230,7 +231,7 @@ def _swapped(experts: Ints) -> Ints:
     return result
 
 
-def _bounds(problem: PlacementProblem, plan: Solution, swapped: Ints) -> Floats:
+def _bounds(problem: PlacementProblem, plan: Solution, swapped: Int64) -> Float64:
     # (S,): lower bounds by weak duality at the plan's prices: no plan with these experts costs less
     num_layers, num_clusters = problem.routing.shape
     gains = np.zeros((len(swapped), num_clusters, problem.num_groups), np.int32)
@@ -239,5 +240,5 @@ def _bounds(problem: PlacementProblem, plan: Solution, swapped: Ints) -> Floats:
         gains[*at, swapped[:, layer, table]] += 1  # safe: a layer hits each cell at most once
     most = (gains - plan.prices).max(axis=2) @ problem.sizes + plan.prices @ problem.quotas
     moves = np.array([problem.cost_of_moves(experts) for experts in swapped])
-    bounds: Floats = num_layers * problem.sizes.sum() - most + moves
+    bounds: Float64 = num_layers * problem.sizes.sum() - most + moves
     return bounds

@@ -8,35 +8,36 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moce_dist.parallel.transport import Ints, Pairs, transport
+from moce_dist.arrays import Int64
+from moce_dist.parallel.transport import Pairs, transport
 
 
 @dataclass(frozen=True)
 class PlacementProblem:
     """The input of the planner; images are counted in integer units."""
 
-    routing: Ints
+    routing: Int64
     """(L, K)."""
-    sizes: Ints
+    sizes: Int64
     """(K,) units per cluster."""
     num_experts: int
     num_groups: int
-    current: Ints | None = None
+    current: Int64 | None = None
     """(L, E): the current group of every expert; None when experts are free."""
     move_cost: float = 0.0
     """Exchanged units that the move of one expert must save at least."""
 
     @property
-    def quotas(self) -> Ints:
+    def quotas(self) -> Int64:
         """Units that every group reads, (G,), equal within one unit."""
         return (int(self.sizes.sum()) + np.arange(self.num_groups)) // self.num_groups
 
     @property
-    def slots(self) -> Ints:
+    def slots(self) -> Int64:
         """Group of every slot for an expert, (E,)."""
         return np.repeat(np.arange(self.num_groups), self.num_experts // self.num_groups)
 
-    def cost_of_moves(self, experts: Ints) -> float:
+    def cost_of_moves(self, experts: Int64) -> float:
         """Return `move_cost` times the number of experts that `experts` (L, E) moves."""
         moves = 0 if self.current is None else int((experts != self.current).sum())
         return self.move_cost * moves
@@ -45,14 +46,14 @@ class PlacementProblem:
 class Solution(NamedTuple):
     """Experts' groups (L, E), units that groups read, groups' prices (G,), and the cost."""
 
-    experts: Ints
+    experts: Int64
     readers: Pairs
-    prices: Ints
+    prices: Int64
     cost: float
     """Exchanged units plus `move_cost` for every expert that moved."""
 
 
-def read(problem: PlacementProblem, experts: Ints, prices: Ints | None = None) -> Solution:
+def read(problem: PlacementProblem, experts: Int64, prices: Int64 | None = None) -> Solution:
     """Find the best readers for experts (L, E); `prices` (G,) of a similar plan save time."""
     if prices is None:
         prices = np.zeros(problem.num_groups, np.int64)
@@ -65,7 +66,7 @@ def read(problem: PlacementProblem, experts: Ints, prices: Ints | None = None) -
     return Solution(experts, readers, prices, cost + problem.cost_of_moves(experts))
 
 
-def gains_of(routing: Ints, experts: Ints) -> Pairs:
+def gains_of(routing: Int64, experts: Int64) -> Pairs:
     """List the gain of every cluster in the groups of its experts.
 
     `routing` (L, K) gives the experts of the clusters, `experts` (L, E) the groups of the experts.

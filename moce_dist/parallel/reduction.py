@@ -15,7 +15,7 @@ back. Only buckets of another dtype than the parameters are copied back, once.
 Source: Li et al. 2020, arXiv 2006.15704 (PyTorch DDP), section 3.2.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -147,6 +147,22 @@ class GradientReducer:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
+
+
+def in_backward_order(
+    module: nn.Module, replicas: dist.ProcessGroup
+) -> Iterator[tuple[nn.Parameter, dist.ProcessGroup | None]]:
+    """Yield parameters with their process groups in the order in which their gradients appear.
+
+    `replicas` is the group of the ranks that hold the same experts.
+    """
+    # the gate weights the output of every MoE layer, so its gradient is complete only after the
+    # backward pass of the first MoE layer; in bfloat16 two layers of the decoder are cast together
+    # with the patch embedding, and get their gradients with it: all of these come last
+    last = ("gate.", "decoder_embed.", "decoder_pred.")
+    named = [item for item in module.named_parameters() if item[1].requires_grad][::-1]
+    for _, parameter in sorted(named, key=lambda item: item[0].startswith(last)):
+        yield parameter, None if getattr(parameter, "allreduce", True) else replicas
 
 
 def _fill(

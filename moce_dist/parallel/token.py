@@ -17,6 +17,7 @@ from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from moce_dist.config import Config
+from moce_dist.cost.sizes import TRANSFERS
 from moce_dist.model.vit import Mlp, initialise
 
 
@@ -68,4 +69,4 @@ def token_bytes_exchanged(config: Config, ep_size: int, *, tokens: int, element_
     moe = config.moe
     capacity = math.ceil(tokens / moe.num_experts * moe.capacity_factor)
     rows = moe.num_experts * capacity * (ep_size - 1) // ep_size
-    return 4 * len(config.moe_layers) * rows * config.model.shape.width * element_size
+    return TRANSFERS * len(config.moe_layers) * rows * config.model.shape.width * element_size

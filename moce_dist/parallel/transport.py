@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
-Ints = NDArray[np.int64]
-Floats = NDArray[np.float64]
+from moce_dist.arrays import Float64, Int64
+
 MAX_UNITS = 2**31 - 1
 """Flows are counted in 32 bits."""
 
@@ -31,17 +31,17 @@ MAX_UNITS = 2**31 - 1
 class Pairs(NamedTuple):
     """(cluster, group) pairs, (n,) each, sorted by cluster; `value` is a gain or an amount."""
 
-    cluster: Ints
-    group: Ints
-    value: Floats
+    cluster: Int64
+    group: Int64
+    value: Float64
 
     @property
-    def first(self) -> Ints:
+    def first(self) -> Int64:
         """Position of every cluster's first pair."""
         return np.flatnonzero(np.diff(self.cluster, prepend=-1))
 
 
-def transport(gains: Pairs, sizes: Ints, quotas: Ints, prices: Ints) -> tuple[Pairs, Ints]:
+def transport(gains: Pairs, sizes: Int64, quotas: Int64, prices: Int64) -> tuple[Pairs, Int64]:
     """Assign readers to every cluster so that the gain, summed over units, is greatest.
 
     Every cluster has a pair in `gains`. `sizes` (K,) and `quotas` (G,) are integer units with equal
@@ -59,7 +59,7 @@ def transport(gains: Pairs, sizes: Ints, quotas: Ints, prices: Ints) -> tuple[Pa
         prices = _raise(gains, prices, *_overdemanded(network - flow, len(sizes), len(quotas)))
 
 
-def _tight(gains: Pairs, prices: Ints) -> tuple[Pairs, NDArray[np.bool_]]:
+def _tight(gains: Pairs, prices: Int64) -> tuple[Pairs, NDArray[np.bool_]]:
     # the tight pairs at these prices, and the clusters for which a cheapest group is as good even
     # without a gain ("lost")
     reduced = gains.value - prices[gains.group]
@@ -70,7 +70,7 @@ def _tight(gains: Pairs, prices: Ints) -> tuple[Pairs, NDArray[np.bool_]]:
 
 
 def _network(
-    tight: Pairs, is_lost: NDArray[np.bool_], sizes: Ints, quotas: Ints, prices: Ints
+    tight: Pairs, is_lost: NDArray[np.bool_], sizes: Int64, quotas: Int64, prices: Int64
 ) -> csr_array:
     num_clusters, num_groups = len(sizes), len(quotas)
     clusters, groups = 1 + np.arange(num_clusters), 1 + num_clusters + np.arange(num_groups)
@@ -102,8 +102,8 @@ def _overdemanded(
 
 
 def _raise(
-    gains: Pairs, prices: Ints, wants: NDArray[np.bool_], is_wanted: NDArray[np.bool_]
-) -> Ints:
+    gains: Pairs, prices: Int64, wants: NDArray[np.bool_], is_wanted: NDArray[np.bool_]
+) -> Int64:
     reduced = gains.value - prices[gains.group]
     anywhere = -prices.min()
     best = np.maximum(np.maximum.reduceat(reduced, gains.first), anywhere)
@@ -135,7 +135,7 @@ def _amounts(flow: csr_array, num_clusters: int, num_groups: int) -> Pairs:
     return Pairs(cluster[order], group[order] - 1 - num_clusters, value[order])
 
 
-def _with_empty(amounts: Pairs, gains: Pairs, sizes: Ints) -> Pairs:
+def _with_empty(amounts: Pairs, gains: Pairs, sizes: Int64) -> Pairs:
     # no flow reaches an empty cluster: its reader is the group with its greatest gain
     liked = np.lexsort((-gains.value, gains.cluster))[gains.first][sizes == 0]
     empty = gains.cluster[liked], gains.group[liked], np.zeros(len(liked))

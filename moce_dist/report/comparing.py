@@ -15,29 +15,30 @@ _OTHER = "#98a2b3"
 
 def compare_view(record: Record, other: Record) -> dict[str, Any]:
     """Gather the differences of two runs; figures of `record` come first."""
-    panels = []
+    panels, mine = [], record.root.name
+    theirs = f"{other.root.name or 'other'}{' (the other)' if mine == other.root.name else ''}"
     for metric, title in (("loss", "MAE loss"), ("images_per_s", "images per second")):
         for name, stage in record.stages.items():
             beside = other.stages[name]
             if not (stage.metrics and beside.metrics):
                 continue
             lines = {
-                other.root.name or "other": (beside.column(metric), _OTHER, "-"),
-                f"{record.root.name} (this run)": (stage.column(metric), COLOURS[name], "-"),
+                theirs: (beside.column(metric), _OTHER, "-"),
+                f"{mine} (this run)": (stage.column(metric), COLOURS[name], "-"),
             }
             bottom = None if metric == "loss" else 0
             label = f"{record.titles[name]}: {title}"
             panels.append(overlay(f"compare-{metric}-{name}", label, lines, bottom=bottom))
     fields = []
     if record.config is not None and other.config is not None:
-        mine, theirs = (flatten(c.model_dump(mode="json")) for c in (record.config, other.config))
+        left, right = (flatten(c.model_dump(mode="json")) for c in (record.config, other.config))
         fields = [
-            {"field": k, "mine": str(mine.get(k)), "theirs": str(theirs.get(k))}
-            for k in {**mine, **theirs}
-            if mine.get(k) != theirs.get(k)
+            {"field": k, "mine": str(left.get(k)), "theirs": str(right.get(k))}
+            for k in {**left, **right}
+            if left.get(k) != right.get(k)
         ]
     return {
-        "name": other.root.name,
+        "name": theirs,
         "path": other.root,
         "fields": fields[:_MAX_FIELDS],
         "rows": [

@@ -17,6 +17,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from moce_dist.cluster.domains import nearest_others
@@ -25,21 +26,29 @@ from moce_dist.report.record import Clusters, Record, Stage
 COLOURS = {"mae": "#4477aa", "moce": "#cc6677", "control": "#228833"}
 _GREY = "#667085"
 _MAX_POINTS = 800
+_MAX_COLUMNS = 400
 _MAX_CLUSTERS = 512
+_MAX_LAYERS = 6
+_MAX_HEIGHT = 3.6
 _WIDTH, _HEIGHT = 4.6, 2.3
 # Paul Tol's muted scheme, readable for colour-blind eyes
 _MUTED = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255")
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
-    "font.size": 9,
+    "font.size": 11,
     "text.color": "#1d2939",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#98a2b3",
     "axes.facecolor": "none",
     "axes.labelcolor": _GREY,
-    "axes.titlesize": 9.5,
+    "axes.titlesize": 11,
+    "axes.labelsize": 11,
+    "xtick.labelsize": 11,
+    "ytick.labelsize": 11,
+    "legend.fontsize": 11,
+    "legend.handlelength": 1.4,
     "axes.titlelocation": "left",
     "figure.facecolor": "none",
     "xtick.color": _GREY,
@@ -72,6 +81,9 @@ def panel(name: str, draw: Callable[[Axes], object], *, height: float = _HEIGHT)
         figure = Figure(figsize=(_WIDTH, height), layout="constrained")
         axes = figure.subplots()
         draw(axes)
+        if isinstance(axes.xaxis.get_major_locator(), MaxNLocator):
+            # large numbers would run into each other
+            axes.locator_params(axis="x", nbins=5)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
@@ -184,11 +196,11 @@ def speed(record: Record) -> list[str]:
 
 
 def experts(record: Record) -> list[str]:
-    """Draw every layer's share of images per expert over time, one (E, T) panel per layer."""
+    """Draw the share of images per expert over time, one (E, T) panel per shown layer."""
     counts = record.stages["moce"].experts
     if counts is None:
         return []
-    counts = counts[:: -(-len(counts) // _MAX_POINTS)]
+    counts = counts[:: -(-len(counts) // _MAX_COLUMNS)]
     shares = counts / np.maximum(1, counts.sum(axis=2, keepdims=True))
     layers, num_experts = counts.shape[1:]
     top = max(2 / num_experts, float(shares.max()))
@@ -209,10 +221,10 @@ def experts(record: Record) -> list[str]:
         axes.set(title=title, yticks=ticks, xlabel="logged step", ylabel="expert")
         axes.figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
 
-    height = max(1.6, 0.7 + 0.11 * num_experts)
+    height = min(_MAX_HEIGHT, max(1.6, 0.7 + 0.11 * num_experts))
     return [
         panel(f"experts-{layer}", lambda axes, i=layer: draw(axes, i), height=height)  # type: ignore[misc]
-        for layer in range(layers)
+        for layer in shown_layers(layers)
     ]
 
 
@@ -229,10 +241,10 @@ def traffic(record: Record) -> list[str]:
             width=0.8 * float(np.diff([0, *steps]).min()) if steps else 1.0,
             color=COLOURS["moce"],
         )
-        axes.set(title="clusters that changed expert, summed over layers", xlabel="step")
+        axes.set(title="clusters that changed expert, all layers", xlabel="step")
         axes.set(xlim=(0, None), ylim=(0, None))
 
-    title = "images exchanged in a step, summed over layers"
+    title = "images exchanged in a step, all layers"
     return [
         overlay("exchanged", title, {"": ((x, exchanged), COLOURS["moce"], "-")}),
         panel("changes", draw),
@@ -289,7 +301,7 @@ def _size_bars(axes: Axes, clusters: Clusters) -> None:
     if len(order) <= 32:
         axes.set_xticklabels(order, rotation=90 if len(order) > 16 else 0)
     axes.grid(visible=False, axis="x")
-    axes.figure.legend(loc="outside lower center", ncols=3)
+    axes.figure.legend(loc="outside lower center", ncols=2)
 
 
 def by_domain(clusters: Clusters) -> NDArray[np.int64]:
@@ -334,6 +346,15 @@ def centroid_distances(clusters: Clusters | None) -> list[str]:
         panel("centroids", draw_all, height=3.4),
         panel("nearest-centroids", draw_nearest, height=3.4),
     ]
+
+
+def shown_layers(num_layers: int) -> list[int]:
+    """Choose the layers that the page shows: at most six, evenly spaced, first and last included.
+
+    A layer has its own figures and cards, so a page of all layers of a large model would be slow.
+    """
+    count = min(num_layers, _MAX_LAYERS)
+    return [i * (num_layers - 1) // max(1, count - 1) for i in range(count)]
 
 
 def evenly(items: Sequence[int], most: int) -> list[int]:

@@ -9,10 +9,11 @@ Letters: K clusters, L MoE layers, E experts per layer, T written tables.
 import base64
 import colorsys
 import io
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from moce_dist.config import Config
-from moce_dist.report.figures import evenly, overlay
+from moce_dist.report.figures import evenly, overlay, shown_layers
 from moce_dist.report.record import Record
 from moce_dist.train.checkpoint import complete_checkpoints, tensor_reader
 
@@ -38,7 +39,11 @@ _COLOURS = (
 _LAYER_COLOURS = ("#4477aa", "#cc6677", "#228833", "#999933", "#88ccee", "#882255", "#332288")
 _FAINTEST = 0.18
 _MAX_MAPPED = 48
-_MAX_TABLES = 400
+_MAX_EXPERTS = 16
+_ON_CARD = 8
+_MAX_TABLES = 200
+_MAX_STRIP = 256
+_SHADES = 15
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,12 @@ class GateView:
         """Describe the expert of a cluster in a layer as the page shows it."""
         expert, p = int(self.table[layer, cluster]), float(self.chosen[layer, cluster])
         second, p_second = int(self.runner_up[layer, cluster]), self.runner_up_p[layer, cluster]
+        who = f"next {second}" if second >= 0 else "next"
         return {
             "expert": expert,
             "colour": expert_colour(expert, self.num_experts),
-            "opacity": round(strength(p, self.num_experts), 3),
-            "sure": f"{100 * p:.0f} %" if np.isfinite(p) else "",
-            "second": f"next: expert {second}, {100 * p_second:.0f} %" if second >= 0 else "",
+            "percent": round(100 * p) if np.isfinite(p) else None,
+            "second": f"{who}: {100 * p_second:.0f}" if np.isfinite(p_second) else "",
         }
 
 
@@ -95,6 +100,7 @@ def read_gate(record: Record) -> GateView | None:
 def _of_checkpoint(config: Config, checkpoint: Path) -> GateView | None:
     # torch is slow to import, and a run without checkpoints does not need it
     from moce_dist.model.customize import cluster_probabilities, routes
+    from moce_dist.model.gate import certainty, runner_up
 
     names = ("gate.weight", "gate.cluster_embedding", "gate.cluster_group")
     try:
@@ -105,14 +111,17 @@ def _of_checkpoint(config: Config, checkpoint: Path) -> GateView | None:
     weights = {name: tensor for name, tensor in found.items() if tensor is not None}
     if "gate.weight" not in weights:
         return None
-    table = routes(weights, config.gate, num_groups=config.parallel.num_groups).numpy()
-    p = cluster_probabilities(weights).double().numpy()
-    chosen = np.take_along_axis(p, table[:, :, None], axis=2)[:, :, 0]
-    others = p.copy()
-    np.put_along_axis(others, table[:, :, None], -1.0, axis=2)
-    where = f"checkpoint moce/{checkpoint.name}"
-    best, best_p = others.argmax(axis=2), others.max(axis=2).clip(min=0)
-    return GateView(table, chosen, best, best_p, p.shape[2], where)
+    table = routes(weights, config.gate, num_groups=config.parallel.num_groups)
+    p = cluster_probabilities(weights).double()
+    best = p.scatter(2, table[:, :, None], -1.0).argmax(dim=2)
+    return GateView(
+        table.numpy(),
+        certainty(p, table).numpy(),
+        best.numpy(),
+        runner_up(p, table).numpy(),
+        p.shape[2],
+        f"checkpoint moce/{checkpoint.name}",
+    )
 
 
 def expert_colour(expert: int, num_experts: int) -> str:
@@ -138,6 +147,14 @@ def order_by_route(gate: GateView, domains: NDArray[np.int64]) -> list[int]:
     return [int(c) for c in np.lexsort(keys)]
 
 
+def prefer(clusters: Sequence[int], pictured: Container[int], most: int) -> list[int]:
+    """Take at most `most` clusters, in their order and evenly spaced, those with pictures first."""
+    first = evenly([c for c in clusters if c in pictured], most)
+    rest = evenly([c for c in clusters if c not in pictured], most - len(first))
+    taken = {*first, *rest}
+    return [c for c in clusters if c in taken]
+
+
 def strip(record: Record, gate: GateView, layer: int, order: list[int]) -> str | None:
     """Draw a layer over time as a data URI: rows are clusters, columns tables, colours experts.
 
@@ -155,14 +172,19 @@ def strip(record: Record, gate: GateView, layer: int, order: list[int]) -> str |
         pixels[:, column, :3] = rgb[table[layer, order] % gate.num_experts]
         if step in known:
             p = known[step][layer, order]
-            pixels[:, column, 3] = [round(255 * strength(x, gate.num_experts)) for x in p]
+            # few shades, because a PNG of noise would be large
+            shades = [round(_SHADES * strength(x, gate.num_experts)) for x in p]
+            pixels[:, column, 3] = np.array(shades) * (255 // _SHADES)
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGBA").save(buffer, "PNG", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def gate_view(record: Record, gate: GateView) -> dict[str, Any]:
-    """Gather the map of clusters to experts, strips over time, and what every expert sees."""
+    """Gather the map of clusters to experts, strips over time, and what experts see.
+
+    At most `_MAX_MAPPED` clusters, six layers and `_MAX_EXPERTS` experts of a layer are shown.
+    """
     clusters, (layers, num_clusters) = record.clusters, gate.table.shape
     domains = np.zeros(num_clusters, np.int64)
     sizes = np.zeros(num_clusters, np.int64)
@@ -173,24 +195,16 @@ def gate_view(record: Record, gate: GateView) -> dict[str, Any]:
             clusters.domains[d] if n else "no images" for d, n in zip(domains, sizes, strict=True)
         ]
     order = order_by_route(gate, domains)
-    mapped = evenly(order, _MAX_MAPPED)
-    known = [row[np.isfinite(row)] for row in gate.chosen]
-
-    def holds(layer: int, expert: int) -> dict[str, Any]:
-        members = [c for c in order if gate.table[layer, c] == expert]
-        return {
-            "expert": expert,
-            "colour": expert_colour(expert, gate.num_experts),
-            "images": int(sizes[members].sum()),
-            "share": 100 * int(sizes[members].sum()) / max(1, int(sizes.sum())),
-            "clusters": members[:8],
-            "more": max(0, len(members) - 8),
-        }
-
+    sheets = set(clusters.sheets) if clusters is not None else set[int]()
+    mapped = prefer(order, sheets, _MAX_MAPPED)
+    shown, known = shown_layers(layers), [row[np.isfinite(row)] for row in gate.chosen]
+    blocks = dict(enumerate(record.config.moe_layers if record.config else ()))
+    on_strip = evenly(order, _MAX_STRIP)
+    cards = _Cards(gate, np.array(order), sizes, sheets, sheets.intersection(mapped))
     return {
         "where": gate.where,
         "layers": layers,
-        "blocks": list(record.config.moe_layers)[:layers] if record.config else [],
+        "shown": [{"layer": i, "block": blocks.get(i, "?")} for i in shown],
         "num_experts": gate.num_experts,
         "num_clusters": num_clusters,
         "rows": [
@@ -198,32 +212,72 @@ def gate_view(record: Record, gate: GateView) -> dict[str, Any]:
                 "cluster": c,
                 "images": int(sizes[c]),
                 "what": mains[c],
-                "cells": [gate.cell(layer, c) for layer in range(layers)],
+                "cells": [gate.cell(layer, c) for layer in shown],
             }
             for c in mapped
         ],
         "more": num_clusters - len(mapped),
         "sure": [f"{100 * row.mean():.0f} %" if len(row) else "-" for row in known],
-        "experts": [[holds(x, e) for e in range(gate.num_experts)] for x in range(layers)],
-        "strips": [strip(record, gate, layer, order) for layer in range(layers)],
+        "experts": [cards.layer(layer) for layer in shown],
+        "legend": [
+            {"expert": e, "colour": expert_colour(e, gate.num_experts)}
+            for e in range(min(gate.num_experts, _MAX_EXPERTS))
+        ],
+        "strips": [strip(record, gate, layer, on_strip) for layer in shown],
         "first": record.routing[0][0] if record.routing else 0,
         "last": record.routing[-1][0] if record.routing else 0,
-        "panels": _sureness(record, layers),
+        "panels": _sureness(record, shown),
     }
 
 
-def _sureness(record: Record, layers: int) -> list[str]:
-    """Draw the mean probability of the chosen expert over the run, one line per layer."""
+class _Cards(NamedTuple):
+    """What the cards of experts are made from."""
+
+    gate: GateView
+    order: NDArray[np.int64]
+    """(K,) clusters in the order of the map."""
+    sizes: NDArray[np.int64]
+    """(K,) images."""
+    sheets: set[int]
+    """Clusters that have pictures."""
+    mapped: set[int]
+    """Those of them that the map shows, whose pictures the page has anyway."""
+
+    def layer(self, layer: int) -> list[dict[str, Any]]:
+        """Describe the experts of a layer that have the most images, in their own order."""
+        table, num_experts = self.gate.table[layer], self.gate.num_experts
+        images = np.zeros(num_experts, np.int64)
+        np.add.at(images, table, self.sizes)
+        largest = np.argsort(-images, kind="stable")[:_MAX_EXPERTS]
+        return [self._card(layer, int(e), int(images[e])) for e in np.sort(largest)]
+
+    def _card(self, layer: int, expert: int, images: int) -> dict[str, Any]:
+        members = self.order[self.gate.table[layer, self.order] == expert].tolist()
+        pictured = [c for c in members if c in self.mapped]
+        pictured = pictured or [c for c in members if c in self.sheets]
+        listed = evenly(pictured or members, _ON_CARD)
+        return {
+            "expert": expert,
+            "colour": expert_colour(expert, self.gate.num_experts),
+            "images": images,
+            "share": 100 * images / max(1, int(self.sizes.sum())),
+            "clusters": listed,
+            "more": len(members) - len(listed),
+        }
+
+
+def _sureness(record: Record, layers: list[int]) -> list[str]:
+    """Draw the mean probability of the chosen expert over the run, one line per shown layer."""
     if len(record.certainty) < 2:
         return []
     steps = [float(c.step) for c in record.certainty]
     lines = {
         f"MoE layer {layer}": (
             (steps, [100 * float(c.chosen[layer].mean()) for c in record.certainty]),
-            _LAYER_COLOURS[layer % len(_LAYER_COLOURS)],
-            "-" if layer < len(_LAYER_COLOURS) else "--",
+            colour,
+            "-",
         )
-        for layer in range(layers)
+        for layer, colour in zip(layers, _LAYER_COLOURS, strict=False)
         if all(len(c.chosen) > layer for c in record.certainty)
     }
     return [overlay("sureness", "probability of the chosen expert, %", lines, xlabel="step")]

@@ -4,6 +4,7 @@ import base64
 import io
 import shlex
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from moce_dist.settings import flatten
 
 PAGE_NAME = "report.html"
 _MAX_CLUSTERS = 512
-_MAX_SHEETS = 64
+_MAX_SHEETS = 40
+_MAX_THUMBS = 128
 _MAX_REASONS = 20
 _LEAST_EXCESS = 0.02
 """Least excess of the loss that the darkest cell stands for, in the table of experts."""
@@ -70,6 +72,9 @@ def render(record: Record, other: Record | None = None) -> str:
     if seen is not None and seen.losses.size:
         # loss under the experts of other clusters minus that under the own ones, (R, R)
         excess = seen.losses - np.diag(seen.losses)[:, None]
+    mapped = None if gate is None else gate_view(record, gate)
+    tasks = [task_view(record, metrics, i) for i, metrics in enumerate(record.transfers)]
+    placement = placement_view(record)
     return environment.get_template("page.html.jinja").render(
         name=record.root.name,
         base=record.base or "",
@@ -83,13 +88,13 @@ def render(record: Record, other: Record | None = None) -> str:
         no_reconstructions=shown if isinstance(shown, str) else "the files above",
         worst=float(excess.max(initial=_LEAST_EXCESS)),
         excess=excess.tolist(),
-        gate=None if gate is None else gate_view(record, gate),
-        thumbs=_thumbs(record),
+        gate=mapped,
+        thumbs=_thumbs(record, _shown_clusters(seen, mapped, tasks, placement)),
         figures=_figures(record),
-        tasks=[task_view(record, metrics, i) for i, metrics in enumerate(record.transfers)],
+        tasks=tasks,
         one_pretraining=ONE_PRETRAINING,
         timing=timing_rows(record),
-        placement=placement_view(record),
+        placement=placement,
         notes=cluster_notes(record.clusters) if record.clusters else [],
         mix=_mix(record),
         faults=_fault_rows(record.faults),
@@ -118,11 +123,28 @@ def _figures(record: Record) -> dict[str, list[str]]:
     }
 
 
-def _thumbs(record: Record) -> dict[int, str]:
+def _shown_clusters(
+    seen: Reconstructions | None,
+    gate: dict[str, Any] | None,
+    tasks: Iterable[dict[str, Any]],
+    placement: dict[str, Any] | None,
+) -> list[int]:
+    """List the clusters that the page shows by their images, from those that matter most."""
+    shown = [*seen.clusters] if seen else []
+    if gate is not None:
+        shown += [row["cluster"] for row in gate["rows"]]
+    for task in tasks:
+        shown += [c["cluster"] for c in (task["choice"] or {"clusters": []})["clusters"]]
+    if gate is not None:
+        shown += [c for cards in gate["experts"] for card in cards for c in card["clusters"]]
+    if placement is not None:
+        shown += [c["cluster"] for group in placement["groups"] for c in group["clusters"]]
+    return list(dict.fromkeys(shown))
+
+
+def _thumbs(record: Record, shown: list[int]) -> dict[int, str]:
     """Cut the images nearest to the centroid from the sheets of clusters: JPEG in base64."""
-    clusters = record.clusters
-    if clusters is None:
-        return {}
+    sheets = {} if record.clusters is None else record.clusters.sheets
 
     def cut(path: Path) -> str:
         sheet, buffer = open_image(path.read_bytes()), io.BytesIO()
@@ -136,10 +158,8 @@ def _thumbs(record: Record) -> dict[int, str]:
         row.save(buffer, "JPEG", quality=82)
         return base64.b64encode(buffer.getvalue()).decode()
 
-    found = {
-        cluster: record.attempt(cut, clusters.sheets[cluster])
-        for cluster in evenly(sorted(clusters.sheets), _MAX_SHEETS)
-    }
+    known = [cluster for cluster in shown if cluster in sheets][:_MAX_THUMBS]
+    found = {cluster: record.attempt(cut, sheets[cluster]) for cluster in known}
     return {cluster: content for cluster, content in found.items() if content}
 
 
@@ -165,9 +185,9 @@ def _tiles(record: Record) -> list[dict[str, str]]:
         exchanged = f"{100 * sum(moce.column('images_exchanged')[1]) / total:.1f} %"
     tiles += [
         _tile("images", images),
-        _tile("clusters", str(len(clusters.sizes)) if clusters else None),
+        _tile("clusters", f"{len(clusters.sizes):,}" if clusters else None),
         *([] if record.without_routes else [_tile("images exchanged", exchanged)]),
-        _tile("faults", str(len(record.faults))),
+        _tile("faults", f"{len(record.faults):,}"),
     ]
     return tiles
 

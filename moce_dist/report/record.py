@@ -9,7 +9,7 @@ Letters: K clusters, L MoE layers, E experts per layer.
 import json
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from moce_dist.settings import ConfigError
 Line = dict[str, Any]
 T = TypeVar("T")
 STAGES = ("mae", "moce", "control")
+_MAX_DOMAINS = 2048
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Stage:
 class Clusters:
     """Sizes (K,) and domain mix (K, domains) of the clusters; a domain is a key's first folder.
 
+    The clustering counts them. Where it found a single domain, that one is called "all images".
     `summary` is the content of summary.json, `centroids` is (K, D), and `sheets` are the files of
     the gallery by cluster. Each is None or empty if it is missing.
     """
@@ -234,29 +236,45 @@ def _read_steps(record: Record, folder: Path, read: Callable[[Path], T]) -> list
     return [document for document in found if document is not None]
 
 
-def _read_clusters(path: Path) -> Clusters:
-    import pyarrow.parquet as pq
+def _count_clusters(path: Path) -> NDArray[np.int64]:
+    # imported late, because it needs pyarrow and faiss
+    from moce_dist.cluster.assignments import count_assignments
 
-    table = pq.read_table(path, columns=["key", "cluster"])
-    clusters = table.column("cluster").to_numpy()
-    keys = table.column("key").to_pylist()
-    parts = [key.split("/", 1)[0] if "/" in key else "(no folder)" for key in keys]
-    domains = [name for name, _ in Counter(parts).most_common()]
-    number = {name: i for i, name in enumerate(domains)}
-    num_clusters = int(clusters.max(initial=-1)) + 1
-    counts = np.zeros((num_clusters, len(domains)), np.int64)
-    np.add.at(counts, (clusters, [number[part] for part in parts]), 1)
-    return Clusters(domains, counts)
+    return count_assignments(path, 1)
+
+
+def _by_domain(
+    sizes: NDArray[np.int64], mixes: list[dict[str, int]]
+) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the domains, the most frequent first, and the images of each, (K, domains).
+
+    `mixes` are those of summary.json, used if they add up to the sizes (K,) of the clusters.
+    """
+    if [sum(mix.values()) for mix in mixes] != sizes.tolist():
+        return ["all images"], sizes[:, None]
+    totals = Counter[str]()
+    for mix in mixes:
+        totals.update(mix)
+    names = [name for name, _ in totals.most_common(_MAX_DOMAINS)]
+    number = {name: i for i, name in enumerate(names)}
+    counts = np.zeros((len(mixes), len(names) + 1), np.int64)
+    for cluster, mix in enumerate(mixes):
+        for name, images in mix.items():
+            counts[cluster, number.get(name, len(names))] += images
+    shown = [name or "(no folder)" for name in names]
+    return ([*shown, "others"], counts) if len(totals) > len(names) else (shown, counts[:, :-1])
 
 
 def _read_summary(path: Path) -> Line:
     summary = _read_object(path)
     np.array(summary.get("sizes_without_balance", []), np.int64)
-    for mix in summary.get("labels", []):
-        if not isinstance(mix, dict):
-            raise TypeError("labels: must hold a JSON object for every cluster")
-        sum(mix.values())
+    for name in ("labels", "domains"):
+        for mix in summary.get(name, []):
+            if not isinstance(mix, dict):
+                raise TypeError(f"{name}: must hold a JSON object for every cluster")
+            sum(mix.values())
     for name in (
+        "seconds",
         "nmi",
         "label_nmi",
         "labelled",
@@ -267,19 +285,21 @@ def _read_summary(path: Path) -> Line:
     return summary
 
 
-def _read_all_clusters(record: Record, folder: Path) -> Clusters | None:
-    found = record.attempt(_read_clusters, folder / "assignments.parquet")
-    if found is None:
+def _read_clusters(record: Record, folder: Path) -> Clusters | None:
+    sizes = record.attempt(_count_clusters, folder / "assignments.parquet")
+    if sizes is None:
         return None
     centroids = record.attempt(
         lambda path: np.load(path, allow_pickle=False), folder / "centroids.npy"
     )
     # new images may leave the last clusters of another run empty
-    missing = 0 if centroids is None else max(0, len(centroids) - len(found.counts))
-    return replace(
-        found,
-        counts=np.pad(found.counts, ((0, missing), (0, 0))),
-        summary=record.attempt(_read_summary, folder / "summary.json") or {},
+    missing = 0 if centroids is None else max(0, len(centroids) - len(sizes))
+    summary = record.attempt(_read_summary, folder / "summary.json") or {}
+    domains, counts = _by_domain(np.pad(sizes, (0, missing)), summary.get("domains", []))
+    return Clusters(
+        domains,
+        counts,
+        summary=summary,
         centroids=centroids,
         sheets={
             int(path.stem.rpartition("-")[2]): path
@@ -348,7 +368,7 @@ def read_record(root: Path) -> Record:
     record.config = loaded[1] if loaded else None
     record.provenance = record.attempt(_read_object, root / "provenance.json") or {}
     record.stages = {name: _read_stage(record, run.stage(name)) for name in STAGES}
-    record.clusters = _read_all_clusters(record, run.clusters)
+    record.clusters = _read_clusters(record, run.clusters)
     moce = run.stage("moce")
     record.routing = _read_steps(
         record,

@@ -102,10 +102,9 @@ def _clusters(clusters: Clusters | None) -> Iterator[str]:
         yield "clusters: missing"
         return
     sizes = clusters.sizes
-    yield (
-        f"clusters: {len(sizes)} of {sizes.min()} to {sizes.max()} images; "
-        f"{100 * purity(clusters):.0f} % of the images lie with their cluster's main domain"
-    )
+    share = f"; {100 * purity(clusters):.0f} % of the images lie with their cluster's main domain"
+    known = share if len(clusters.domains) > 1 else ""
+    yield f"clusters: {len(sizes)} of {sizes.min()} to {sizes.max()} images{known}"
     yield from (f"  {note}" for note in cluster_notes(clusters))
     for cluster, counts in enumerate(clusters.counts[:_MAX_CLUSTERS]):
         mix = label_mix(clusters, cluster)
@@ -166,9 +165,14 @@ def _transfers(record: Record) -> Iterator[str]:
 
 
 def timing_rows(record: Record) -> list[dict[str, Any]]:
-    """Gather one row per trained stage: images/s, time, and the parts of the time in percent."""
+    """Gather one row per stage that notes its time: images/s, time, and its parts in percent.
+
+    These are the training stages and clustering, which has no parts.
+    """
     rows = []
     for name, stage in record.shown_stages.items():
+        if name == "moce":
+            rows += _clustering_rows(record.clusters)
         if (seconds := stage_seconds(stage)) is None:
             continue
         total, waiting, saving = seconds
@@ -184,6 +188,16 @@ def timing_rows(record: Record) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _clustering_rows(clusters: Clusters | None) -> list[dict[str, Any]]:
+    if clusters is None or not clusters.summary.get("seconds"):
+        return []
+    images, seconds = int(clusters.sizes.sum()), float(clusters.summary["seconds"])
+    rate, time = f"{images / seconds:,.0f}", clock_text(seconds)
+    return [
+        {"stage": "clustering", "images": f"{images:,}", "rate": rate, "time": time, "parts": {}}
+    ]
 
 
 def stage_seconds(stage: Stage) -> tuple[float, float, float] | None:

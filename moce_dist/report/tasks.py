@@ -4,11 +4,13 @@ Every table shows the control next to the MoCE. Rows are always in the same orde
 MAE, others.
 """
 
+from collections import Counter
 from typing import Any
 
 from matplotlib.axes import Axes
+from scipy.special import stdtrit
 
-from moce_dist.report.figures import COLOURS, panel
+from moce_dist.report.figures import COLOURS, panel, shown_layers
 from moce_dist.report.gate import expert_colour
 from moce_dist.report.record import Line, Record
 from moce_dist.run.rows import backbone_texts, difference_text, value_text
@@ -71,15 +73,15 @@ def _rank(backbone: str) -> tuple[int, str]:
 
 
 def _values(name: str, metrics: Line, protocol: str, backbones: list[str]) -> str:
-    """Draw a protocol's means as points, with deviations over seeds if there are several."""
+    """Draw a protocol's means as points, with their 95 % intervals over several seeds."""
     rows = {r["backbone"]: r for r in metrics["summary"] if r["protocol"] == protocol}
-    names = backbone_texts(metrics)
+    names, half = backbone_texts(metrics), half_widths(metrics, protocol)
 
     def draw(axes: Axes) -> None:
         for y, backbone in enumerate(reversed(backbones)):
             row = rows[backbone]
             colour = COLOURS.get(backbone.partition(":")[0].partition("+")[0], _GREY)
-            axes.errorbar(row["mean"], y, xerr=row["std"], fmt="o", color=colour, capsize=3)
+            axes.errorbar(row["mean"], y, xerr=half.get(backbone), fmt="o", color=colour, capsize=3)
             axes.annotate(
                 f"{row['mean']:.3f}",
                 (row["mean"], y),
@@ -87,23 +89,37 @@ def _values(name: str, metrics: Line, protocol: str, backbones: list[str]) -> st
                 textcoords="offset points",
                 ha="center",
                 color=_GREY,
-                fontsize=8,
             )
         axes.set_yticks(range(len(backbones)), [names[b] for b in reversed(backbones)])
         axes.set_ylim(-0.6, len(backbones) - 0.2)
         axes.margins(x=0.15)
-        axes.locator_params(axis="x", nbins=5)
         axes.set(title=f"{protocol}: {metrics['metric']}")
 
-    return panel(name, draw, height=0.9 + 0.34 * len(backbones))
+    return panel(name, draw, height=1.0 + 0.4 * len(backbones))
+
+
+def half_widths(metrics: Line, protocol: str) -> dict[str, float]:
+    """Compute half the 95 % interval of a mean over seeds, by backbone; none with one seed.
+
+    It is Student's t interval. A mean over tasks has as many seeds as its task with the fewest.
+    """
+    rows = (r for r in metrics["results"] if r["protocol"] == protocol)
+    fits = Counter((r["backbone"], r.get("task")) for r in rows)
+    found = {}
+    for row in metrics["summary"]:
+        name, std = row["backbone"], row["std"]
+        seeds = min((count for (each, _), count in fits.items() if each == name), default=1)
+        if row["protocol"] == protocol and std is not None and seeds > 1:
+            found[name] = float(stdtrit(seeds - 1, 0.975)) * std / seeds**0.5
+    return found
 
 
 def _choice(choice: Line | None) -> dict[str, Any] | None:
     """Say which clusters a task's images fell into, and which experts it chose by them."""
     if choice is None:
         return None
-    total = max(1, int(choice["num_images"]))
-    num_experts = max((len(layer["masses"]) for layer in choice["layers"]), default=0)
+    total, layers = max(1, int(choice["num_images"])), choice["layers"]
+    num_experts = max((len(layer["masses"]) for layer in layers), default=0)
     clusters = [
         {"cluster": int(cluster), "share": 100 * images / total, "images": images}
         for cluster, images in choice["clusters"].items()
@@ -114,7 +130,8 @@ def _choice(choice: Line | None) -> dict[str, Any] | None:
         "images": total,
         "clusters": clusters[:_MAX_CLUSTERS],
         "more": max(0, len(clusters) - _MAX_CLUSTERS),
-        "layers": [_layer(layer, num_experts) for layer in choice["layers"]],
+        "layers": [_layer(layers[i], num_experts) for i in shown_layers(len(layers))],
+        "num_layers": len(layers),
         "warning": choice.get("warning") or "",
     }
 

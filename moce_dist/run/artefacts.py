@@ -1,7 +1,9 @@
 """Artefacts: folders that the stages of a run make, complete when they hold `COMPLETE`.
 
 This marker is written last. It lists the inputs of the artefact and the sha256 of its files. A
-stage whose marker exists with the same inputs is skipped; any other is run again or resumed.
+stage whose marker exists with the same inputs is skipped; any other is run again or resumed. A
+folder that is filled in steps notes its inputs in `inputs.json` first, so that what was made from
+other inputs is never continued.
 """
 
 import hashlib
@@ -15,7 +17,7 @@ from typing import Any
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 
-COMPLETE = "COMPLETE"
+COMPLETE, INPUTS = "COMPLETE", "inputs.json"
 _PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "moce-dist")
 
 
@@ -39,6 +41,22 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
+
+
+def is_begun(folder: Path, inputs: Mapping[str, Any]) -> bool:
+    """Tell whether an artefact was begun from the same inputs, by `begin`."""
+    note = folder / INPUTS
+    return note.is_file() and note.read_text() == _text_of(inputs)
+
+
+def begin(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Note the inputs of an artefact that is to be made or continued; it is no longer complete."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    write_atomic(folder / INPUTS, _text_of(inputs))
+
+
+def _text_of(inputs: Mapping[str, Any]) -> str:
+    return json.dumps(dict(inputs), sort_keys=True)
 
 
 def mark_complete(

@@ -20,7 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from moce_dist.config import Config, Role, identity, read_resolved, roles, to_yaml
 from moce_dist.run import lease
@@ -28,6 +28,10 @@ from moce_dist.run.artefacts import read_marker, versions
 from moce_dist.run.environment import is_first_process, local_path
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
+
+StageName = Literal["mae", "moce", "control"]
+"""Stage control is stage moce without experts: the same images, batches, steps and schedule."""
+STAGES: tuple[StageName, ...] = get_args(StageName)
 
 
 class StoppedError(RuntimeError):
@@ -43,14 +47,23 @@ class Run:
     """Where transfers write instead of the run, which may be read-only."""
 
     @property
+    def output(self) -> Path:
+        """Folder that transfers write to, besides those of tasks."""
+        return self.out or self.root
+
+    @property
     def faults(self) -> Path:
         """Ledger of unreadable shards and samples."""
-        return (self.out or self.root) / "faults.jsonl"
+        return self.output / "faults.jsonl"
 
     @property
     def ingested(self) -> Path:
         """Shards that the run ingested itself."""
         return self.root / "ingested"
+
+    def data(self, config: Config) -> Path:
+        """Folder of the index of the run's images."""
+        return config.index or self.ingested
 
     @property
     def features(self) -> Path:
@@ -67,9 +80,19 @@ class Run:
         """Cluster-sharded tars."""
         return self.root / "shards"
 
+    @property
+    def holdout_clusters(self) -> Path:
+        """Table of the clusters of the held-out images."""
+        return self.shards / "holdout.parquet"
+
     def stage(self, name: str) -> Path:
-        """Folder of a training stage, `mae`, `moce` or `control`."""
+        """Folder of a training stage; see `StageName`."""
         return self.root / name
+
+    @property
+    def has_control(self) -> bool:
+        """Whether stage control is finished."""
+        return read_marker(self.stage("control")) is not None
 
     def transfer(self, task: str) -> Path:
         """Folder of a downstream task."""
@@ -89,6 +112,15 @@ def resolve_run(path: str, config: Config, named: str = "--run") -> Path:
     if not run.is_absolute() and run.parts[:1] != Path(config.run.root).parts[:1]:
         run = Path(config.run.root) / run
     return local_path(run, named, " or run.root").resolve()
+
+
+def find_run(path: str, config: Config, named: str = "--run") -> Path:
+    """Return the absolute path of a run: one that is here, as after shell completion, comes first.
+
+    Any other path is that of `resolve_run`.
+    """
+    is_here = (Path(path) / "config.yaml").is_file()
+    return Path(path).resolve() if is_here else resolve_run(path, config, named)
 
 
 def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
@@ -217,9 +249,7 @@ def check_base(config: Config, root: Path) -> Run | None:
 
 def base_control(base: Run | None) -> Path | None:
     """Return the folder of the base run's stage control; None if there is no finished one."""
-    if base is None or read_marker(base.stage("control")) is None:
-        return None
-    return base.stage("control")
+    return base.stage("control") if base is not None and base.has_control else None
 
 
 def unlike(config: Config, base: Config) -> list[str]:

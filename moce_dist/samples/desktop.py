@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Resampling
 
+from moce_dist.arrays import Pixels
 from moce_dist.data.decoders import open_stored
-from moce_dist.samples.carriers import Pixels
 from moce_dist.settings import ConfigError
 
 STAMP_SUBJECTS = ("animals", "food", "household", "plants", "vehicles")

@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as run_lengths
 
+from moce_dist.arrays import Int64, Pixels
 from moce_dist.data.sources import COMPOSITED, TREES
 from moce_dist.samples import carriers, desktop
-from moce_dist.samples.carriers import Pixels
 from moce_dist.samples.desktop import Stamp
 from moce_dist.samples.sets import encode, write_files
 
 Split = Literal["train2017", "val2017"]
 Mask = NDArray[np.bool_]
-Boxes = NDArray[np.int64]
+Boxes = Int64
 
 _SIDE = 128
 TREE_SPLITS: dict[Split, tuple[tuple[str, int], ...]] = {

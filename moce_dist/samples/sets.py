@@ -27,14 +27,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from moce_dist.arrays import Int64, Pixels
 from moce_dist.data.sources import SEGMENTATION, TASKS
 from moce_dist.data.writer import all_or_nothing
 from moce_dist.run.artefacts import is_complete, mark_complete, read_marker
 from moce_dist.samples import carriers
-from moce_dist.samples.carriers import Pixels
 from moce_dist.settings import ConfigError
 
-Part = Literal["train", "test", "pretrain"]
+SetPart = Literal["train", "test", "pretrain"]
 _TILE = 64
 # lower bounds on the standard deviation of the grey values, of an image and of 4 x 4 cells
 _MIN_DEVIATION = 4.0
@@ -106,7 +106,7 @@ def _labelled(name: str) -> carriers.Labelled:
     return carriers.digits() if name == "digits" else carriers.silhouettes()
 
 
-def _part_rows(name: str, part: Part) -> Iterator[int]:
+def _part_rows(name: str, part: SetPart) -> Iterator[int]:
     # the rows of each class are ordered by the hash of their pixels, then split into parts
     images, labels, classes = _labelled(name)
     sizes = _PER_CLASS[name]
@@ -118,7 +118,7 @@ def _part_rows(name: str, part: Part) -> Iterator[int]:
         yield from sorted(rows[start:stop])
 
 
-def blocks(part: Part) -> list[tuple[int, int]]:
+def blocks(part: SetPart) -> list[tuple[int, int]]:
     """Return the blocks (row, column) of the earth that belong to a part, sorted."""
     land = carriers.land_share(*_GRID)
     every = [(int(row), int(column)) for row, column in np.ndindex(*_GRID)]
@@ -226,7 +226,7 @@ def task(name: str) -> SampleTask:
     return SampleTask(train, test, classes)
 
 
-def _climate_tiles(image: Pixels, groups: Pixels, part: Part) -> Iterator[LabelledImage]:
+def _climate_tiles(image: Pixels, groups: Pixels, part: SetPart) -> Iterator[LabelledImage]:
     for block in blocks(part):
         for tile in _tiles(block, _TILE, 9):
             counts = np.bincount(tile.of(groups).ravel(), minlength=len(carriers.CLIMATE_GROUPS))
@@ -236,7 +236,7 @@ def _climate_tiles(image: Pixels, groups: Pixels, part: Part) -> Iterator[Labell
                 yield LabelledImage(encode(pixels), label)
 
 
-def _has_land(counts: NDArray[np.int64]) -> bool:
+def _has_land(counts: Int64) -> bool:
     # at least a fifth of the tile is not sea
     return bool(counts[0] <= 0.8 * counts.sum())
 
@@ -271,7 +271,7 @@ def write_climate_segmentation(out: Path) -> None:
     def files() -> Iterator[tuple[str, bytes]]:
         image, groups = carriers.earth("bmng"), carriers.climate()
         yield "classes.txt", "".join(f"{name}\n" for name in carriers.CLIMATE_GROUPS).encode()
-        parts: tuple[tuple[Part, str, int], ...]
+        parts: tuple[tuple[SetPart, str, int], ...]
         parts = (("train", "training", 5), ("test", "validation", 3))
         for part, folder, per_side in parts:
             for block in blocks(part):

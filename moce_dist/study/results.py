@@ -28,6 +28,7 @@ from moce_dist.study.plan import Kind, PlannedRun
 from moce_dist.study.request import partners_of
 from moce_dist.study.runner import Runner
 from moce_dist.study.statistics import Table, spread
+from moce_dist.train.metrics import METRICS_NAME, training_seconds
 
 Line = dict[str, Any]
 MEAN = "mean"
@@ -192,19 +193,8 @@ def stage_seconds(runner: Runner, run: PlannedRun, kinds: Sequence[Kind]) -> flo
         took = runner.journal.seconds(f"{maker.name}/{kind}")
         if took is None:
             return None
-        trained = training_seconds(read_jsonl(maker.root / kind / "metrics.jsonl"))
+        trained = training_seconds(read_jsonl(maker.root / kind / METRICS_NAME))
         total += trained or took
-    return total
-
-
-def training_seconds(metrics: Sequence[Line]) -> float:
-    """Sum the seconds of training between the logged steps of a stage."""
-    seen, total = 0, 0.0
-    for line in metrics:
-        # lines of earlier versions have only the rate
-        rate = max(line["images_per_s"], 1e-9)
-        total += line.get("seconds", (line["images_seen"] - seen) / rate)
-        seen = line["images_seen"]
     return total
 
 

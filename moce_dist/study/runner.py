@@ -37,7 +37,7 @@ from moce_dist.launch.job import heed_sigterm
 from moce_dist.run import lease
 from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, read_marker
 from moce_dist.run.directory import StoppedError
-from moce_dist.run.files import read_jsonl, write_atomic
+from moce_dist.run.files import read_jsonl, write_atomic, write_jsonl
 from moce_dist.study.plan import Piece, StudyPlan
 from moce_dist.study.work import (
     PieceOutcome,
@@ -120,8 +120,7 @@ class Journal:
             "machine": platform.node(),
             "time": time.strftime("%FT%TZ", time.gmtime()),
         }
-        text = "".join(json.dumps(line) + "\n" for line in self.lines.values())
-        write_atomic(self.path, text)
+        write_jsonl(self.path, self.lines.values())
 
     def seconds(self, piece_id: str) -> float | None:
         """Return the seconds that a piece took; None before it was finished."""

@@ -12,9 +12,8 @@ from moce_dist.settings import ConfigError
 from moce_dist.study.plan import Source
 
 
-def _location(out: Path, name: str, config: Config) -> Path:
-    kind, _, rest = config.data.source.partition(":")
-    return Path(rest).absolute() if kind == "index" else out / "data" / name
+def _folder(out: Path, name: str, config: Config) -> Path:
+    return config.index or out / "data" / name
 
 
 def _count(shards: Iterable[Shard]) -> int:
@@ -32,11 +31,11 @@ def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
 
     found: dict[str, Source] = {}
     for name, config in wanted.items():
-        folder = _location(out, name, config)
-        if config.data.source.startswith("index:"):
+        folder, source = _folder(out, name, config), config.data.source
+        if config.index is not None:
             shards = open_index(folder).shards
         else:
-            source, ledger = config.data.source, out / "faults.jsonl"
+            ledger = out / "faults.jsonl"
             shards = ingest(source, folder, config.data, ledger, mix=sets.pretrain).shards
         found[name] = Source(name, folder, _count(shards))
     return found
@@ -54,7 +53,7 @@ def count_sources(
     """
     found = {}
     for name, config in wanted.items():
-        folder, source = _location(out, name, config), config.data.source
+        folder, source = _folder(out, name, config), config.data.source
         if read_marker(folder) is not None or (folder / INDEX_NAME).is_file():
             number = _count(open_index(folder).shards)
         elif source.startswith("folder:") and Path(source.removeprefix("folder:")).is_dir():

@@ -20,10 +20,11 @@ factors.
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import stdtrit
 
-Table = NDArray[np.float64]
+from moce_dist.arrays import Float64
+
+Table = Float64
 _LEVEL = (0.025, 0.975)
 
 

@@ -6,7 +6,6 @@ number of times.
 
 import logging
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from moce_dist.cli import quiet_libraries
 from moce_dist.run import lease
 from moce_dist.run.artefacts import COMPLETE
 from moce_dist.run.directory import Run, StoppedError, open_run
+from moce_dist.run.files import link_tree
+from moce_dist.run.names import one_line
 from moce_dist.study.plan import SHARED, Piece
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,8 @@ def carry_out(piece: Piece) -> PieceOutcome:
         raise
     except Exception as error:
         log.debug("%s", piece.id, exc_info=True)
-        text = " ".join(str(error).split())
-        return PieceOutcome(piece.id, time.monotonic() - start, f"{type(error).__name__}: {text}")
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        return PieceOutcome(piece.id, time.monotonic() - start, reason)
     return PieceOutcome(piece.id, time.monotonic() - start)
 
 
@@ -95,24 +96,7 @@ def carry_out_quietly(piece: Piece) -> PieceOutcome:
 
 
 def link_artefact(source: Path, folder: Path) -> None:
-    """Put a complete artefact of another run into a run: as hard links or, if these fail, copies.
-
-    Files that are written as a whole can be shared. Logs (`.jsonl`) get new lines, so are copied.
-    """
+    """Put a complete artefact of another run into a run, by `link_tree`, unless it is there."""
     marker = (source / COMPLETE).read_text()
-    if (folder / COMPLETE).is_file() and (folder / COMPLETE).read_text() == marker:
-        return
-
-    def link_or_copy(file: str, target: str) -> None:
-        try:
-            if file.endswith(".jsonl"):
-                raise OSError
-            os.link(file, target)
-        except OSError:
-            shutil.copyfile(file, target)
-
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, copy_function=link_or_copy)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    if not (folder / COMPLETE).is_file() or (folder / COMPLETE).read_text() != marker:
+        link_tree(source, folder)

@@ -18,7 +18,7 @@ from moce_dist.config import Config
 from moce_dist.cost.sizes import FIELDS
 from moce_dist.features.encoder import (
     Encoder,
-    Pixels,
+    EncoderInput,
     describe_timm,
     field_colours,
     mae_encoder,
@@ -61,7 +61,7 @@ def build_encoder(config: Config, checkpoint: Path | None, device: torch.device)
     return mae_encoder(model, encoder_pixels(config), device, block=block, bf16=bf16)
 
 
-def encoder_pixels(config: Config) -> Pixels:
+def encoder_pixels(config: Config) -> EncoderInput:
     """Return the size and framing of the images that the encoder takes.
 
     Raises:
@@ -69,7 +69,7 @@ def encoder_pixels(config: Config) -> Pixels:
     """
     encoder = config.cluster.encoder
     if not encoder.startswith(_TIMM):
-        return Pixels(config.data.image_size)
+        return EncoderInput(config.data.image_size)
     return describe_timm(encoder.removeprefix(_TIMM), f"{_FIELD} ({encoder})")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moce_dist.cost.sizes import TRANSFERS, element_size, image_bytes, num_visible
+from moce_dist.cost.sizes import element_size, exchange_bytes, num_visible
 from moce_dist.data.stream import Batch
 from moce_dist.parallel.exchange import images_exchanged
 from moce_dist.parallel.token import token_bytes_exchanged
@@ -49,7 +49,7 @@ def moe_metrics(
         ],
         "images_exchanged": exchanged,
         "images_exchanged_contiguous": router.contiguous.images_exchanged(router.table, counts),
-        "bytes_exchanged": exchanged * image_bytes(config) * TRANSFERS,
+        "bytes_exchanged": exchanged * exchange_bytes(config),
     }
 
 

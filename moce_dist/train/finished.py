@@ -5,18 +5,22 @@ marker lists. Its inputs are recorded before the first step, so that checkpoints
 inputs are never resumed.
 """
 
-import json
 import logging
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from moce_dist.run.artefacts import COMPLETE, artefact_id, is_complete, mark_complete, read_marker
+from moce_dist.run.artefacts import (
+    artefact_id,
+    begin,
+    is_begun,
+    is_complete,
+    mark_complete,
+    read_marker,
+)
 from moce_dist.run.directory import set_aside
 from moce_dist.run.environment import is_first_process
-from moce_dist.run.files import link_tree, write_atomic
+from moce_dist.run.files import link_tree
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint
 
@@ -47,13 +51,11 @@ def begin_stage(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Prepare the folder of a stage made from `inputs`; set it aside if it has other inputs."""
     if not is_first_process():
         return
-    note, text = folder / "inputs.json", json.dumps(dict(inputs), sort_keys=True)
-    if folder.exists() and not (note.is_file() and note.read_text() == text):
+    if folder.exists() and not is_begun(folder, inputs):
         # its checkpoints must not be resumed
         log.warning("%s: was made from other inputs; it is set aside", folder)
         set_aside(folder)
-    write_atomic(note, text)
-    (folder / COMPLETE).unlink(missing_ok=True)
+    begin(folder, inputs)
 
 
 def link_stage(source: Path, folder: Path) -> None:
@@ -72,19 +74,6 @@ def link_stage(source: Path, folder: Path) -> None:
     checkpoint = latest_checkpoint(source / "checkpoints")
     assert checkpoint is not None
     log.info("%s: taken from %s", folder.name, checkpoint)
-    linked = link_checkpoint(checkpoint, folder / "checkpoints")
+    linked = folder / "checkpoints" / checkpoint.name
+    link_tree(checkpoint, linked)
     mark_complete(folder, inputs, linked.iterdir())
-
-
-def link_checkpoint(checkpoint: Path, folder: Path) -> Path:
-    """Link another run's checkpoint into `folder`, by `link_tree`; return the new folder.
-
-    The new folder gets its final name only when it is complete.
-    """
-    target = folder / checkpoint.name
-    temporary = folder / f".{checkpoint.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    link_tree(checkpoint, temporary)
-    shutil.rmtree(target, ignore_errors=True)
-    temporary.rename(target)
-    return target

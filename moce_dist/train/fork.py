@@ -20,6 +20,7 @@ from typing import Literal
 
 from moce_dist.config import Config, checked, read_resolved, to_yaml
 from moce_dist.run import lease
+from moce_dist.run.artefacts import INPUTS
 from moce_dist.run.directory import (
     Run,
     differing_fields,
@@ -27,8 +28,9 @@ from moce_dist.run.directory import (
     read_provenance,
 )
 from moce_dist.run.environment import is_first_process
-from moce_dist.run.files import link_tree, read_jsonl, write_atomic
+from moce_dist.run.files import link_tree, read_jsonl, write_atomic, write_jsonl
 from moce_dist.settings import ConfigError
+from moce_dist.train.metrics import METRICS_NAME
 
 SHARED = {"mae": ("ingested",), "moce": ("ingested", "mae", "features", "clusters", "shards")}
 """What is taken unchanged from the other run, by stage of the fork, in the order of stages."""
@@ -183,9 +185,7 @@ def _check_checkpoint(fork: Fork, config: Config) -> str:
     except FloatingPointError as error:
         raise ConfigError(f"--at {fork.step}: {fork.checkpoint}: {error}") from None
     run = Run(Path(fork.run))
-    source = config.data.source
-    data = source.removeprefix("index:") if source.startswith("index:") else run.ingested
-    index = data if fork.stage == "mae" else run.shards
+    index = run.data(config) if fork.stage == "mae" else run.shards
     total = StageJob(config, run.root, fork.stage, str(index)).total_steps
     if fork.step >= total:
         raise ConfigError(
@@ -202,13 +202,13 @@ def _share(fork: Fork, root: Path) -> None:
             link_tree(source / name, root / name)
     old, new = source / fork.stage, root / fork.stage
     link_tree(fork.checkpoint, new / "checkpoints" / fork.checkpoint.name)
-    lines = [line for line in read_jsonl(old / "metrics.jsonl") if line["step"] < fork.step]
-    write_atomic(new / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    lines = [line for line in read_jsonl(old / METRICS_NAME) if line["step"] < fork.step]
+    write_jsonl(new / METRICS_NAME, lines)
     kept = (
         path for name in ("routing", "placement", "gate") for path in old.glob(f"{name}/step_*")
     )
-    for path in [old / "inputs.json", *kept]:
-        if path.name == "inputs.json" or int(path.stem[5:]) <= fork.step:
+    for path in [old / INPUTS, *kept]:
+        if path.name == INPUTS or int(path.stem[5:]) <= fork.step:
             (new / path.relative_to(old)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, new / path.relative_to(old))
     if (source / "faults.jsonl").exists():

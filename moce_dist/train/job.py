@@ -1,26 +1,68 @@
-"""A training stage as it is sent to the workers: small, because they read the rest from disk."""
+"""A job of several ranks, and a training stage as one; small, because ranks read the rest."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
 
 from moce_dist.config import Config, ParallelConfig, StageConfig
 from moce_dist.data.columns import open_table
 from moce_dist.data.plan import Plan
+from moce_dist.run.directory import StageName
 from moce_dist.run.files import read_jsonl
+from moce_dist.train.metrics import METRICS_NAME
+from moce_dist.train.pulse import Pulse
 
 _NOTABLE_WAIT = 0.1
 """Share of the time spent waiting for images above which `progress` mentions it."""
-HOLDOUT_TABLE = "holdout.parquet"
-StageName = Literal["mae", "moce", "control"]
-"""Stage control is stage moce without experts: the same images, batches, steps and schedule."""
 
 
 class TooManyFaultsError(RuntimeError):
     """More of the data is unreadable than the configuration allows; a retry would not help."""
+
+
+class Job(Protocol):
+    """Training that several ranks run together; it is sent to them, so it is small.
+
+    It may be restarted on another number of ranks, and resumes from what it has saved.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the job."""
+
+    @property
+    def run_root(self) -> Path:
+        """The run that it belongs to."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it writes."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Number of workers, and their groups."""
+
+    @property
+    def batch_size(self) -> int:
+        """Images of a step, which every number of workers below the full one must divide."""
+
+    def run(self, pulse: Pulse) -> None:
+        """Run the job on this rank.
+
+        Raises:
+            StoppedError: `pulse` asked one rank to stop; the state is saved.
+        """
+
+    def progress(self) -> str:
+        """Describe the progress in a line; "" if the log shows it, or if it is unknown."""
+
+
+Train = Callable[[Job], None]
+"""Runs a job to its end on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +133,7 @@ class StageJob:
 
     def progress(self) -> str:
         """Describe the progress by the newest line of the metrics; "" before the first."""
-        metrics = read_jsonl(self.folder / "metrics.jsonl")
+        metrics = read_jsonl(self.folder / METRICS_NAME)
         if not metrics:
             return ""
         last, before = metrics[-1], (metrics[-2] if len(metrics) > 1 else {"images_seen": 0})

@@ -6,7 +6,7 @@ Lines run in this order, except that a step's figures are read one step late (ou
 step is logged or saved. A loss or gradient that is not finite stops all ranks together. From that
 step on the weights do not change, even if another step is launched before the figures are read. The
 caller may ask the training to stop: the ranks agree on it in the collective that sums the losses,
-save and leave.
+save and leave. In the same way they agree that all of them have written a checkpoint.
 
 Letters: R ranks, b images of a rank, B images of a step, M micro-batches, L MoE layers, E experts.
 """
@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from moce_dist.cost.sizes import num_visible
 from moce_dist.data.batches import BatchStream, stream
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import ORDER, Plan
@@ -79,7 +80,6 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
             outcome = train_step(state, batch)
             clock.count(state.plan.batch_size)
             state.step += 1
-            state.saver.poll()
             is_logged = is_due(state, job.config.logging.every_steps) or state.step == start + 1
             is_saved = is_due(state, job.config.checkpoint.every_steps)
             settle(state, outcome, at_once=is_logged or is_saved)
@@ -121,7 +121,7 @@ def train_step(state: TrainState, batch: Batch) -> Outcome:
     micro_batches, is_whole = state.micro_batches, state.engine.spec.parallel.zero_stage == 0
     lr = current_learning_rate(state)
     set_learning_rate(engine.optimizer, lr)
-    sums = torch.zeros(3, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=engine.device)
     for micro in range(micro_batches):
         losses, weights, auxiliary_loss, auxiliary = forward(state, batch, micro)
         loss = (losses * weights).sum()
@@ -130,8 +130,10 @@ def train_step(state: TrainState, batch: Batch) -> Outcome:
         sums[:2].add_(torch.stack([loss.detach(), (weights > 0).sum()]))
         if micro < micro_batches - 1:
             engine.step()
-    # requests to stop are summed with the losses, which saves a collective
+    # requests to stop and unwritten checkpoints are summed with the losses: no further collective
+    turn, is_writing = state.saver.look()
     sums[2].fill_(float(state.pulse(state.job.name, state.step)))
+    sums[3].fill_(float(is_writing))
     sums = engine.agree(sums)
     if not is_whole:
         # check before the optimiser sees the gradients; ZeRO waits for the device anyway
@@ -140,7 +142,7 @@ def train_step(state: TrainState, batch: Batch) -> Outcome:
     norm = engine.step()
     if not is_whole:
         stop_unless_finite(state.job.name, "gradient norm", float(norm), batch.step)
-    return Outcome(batch, lr, torch.cat([sums, norm.view(1), auxiliary]))
+    return Outcome(batch, lr, turn, torch.cat([sums, norm.view(1), auxiliary]))
 
 
 def settle(state: TrainState, outcome: Outcome, *, at_once: bool) -> None:
@@ -148,6 +150,7 @@ def settle(state: TrainState, outcome: Outcome, *, at_once: bool) -> None:
 
     Raises:
         FloatingPointError: on all ranks, for a step that is not finite; it changed no weights.
+        FloatingPointError, OSError: on all ranks, if the save in flight failed.
     """
     if state.pending is not None:
         take_note(state, state.pending)
@@ -158,13 +161,14 @@ def settle(state: TrainState, outcome: Outcome, *, at_once: bool) -> None:
 
 
 def take_note(state: TrainState, outcome: Outcome) -> None:
-    """Read a step's figures: finite values, unreadable images, requests to stop; see `settle`."""
+    """Read a step's figures and act on them; see `settle`."""
     figures = outcome.read()
     stop_unless_finite(state.job.name, "loss", figures.loss, outcome.batch.step)
     stop_unless_finite(state.job.name, "gradient norm", figures.norm, outcome.batch.step)
     # unreadable images weigh 0 but stay in the divisor, so ranks need not count them beforehand
     state.faults += outcome.planned - int(figures.images)
     state.is_stopping |= figures.asked > 0
+    state.saver.poll(outcome.turn, figures.writing)
 
 
 def step_metrics(state: TrainState, outcome: Outcome) -> dict[str, Any]:
@@ -205,7 +209,7 @@ def forward(
         batch.clusters[state.topology.expert_parallel_ranks(state.rank), part],
         router.table,
         router.experts,
-        own_place=state.topology.place(state.rank),
+        tokens=num_visible(config),
         group=state.engine.expert_group,
         device=device,
         along=[

@@ -3,13 +3,13 @@
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from moce_dist.run import lease
-from moce_dist.run.files import naming, read_jsonl, write_atomic
+from moce_dist.run.files import naming, read_jsonl, write_jsonl
 from moce_dist.train.trackers import Tracker
 
 METRICS_NAME = "metrics.jsonl"
@@ -22,7 +22,7 @@ class MetricsLog:
         """Continue the log of `folder`, dropping lines of steps that will be run again."""
         self._path = folder / METRICS_NAME
         kept = [line for line in read_jsonl(self._path) if line["step"] < start_step]
-        write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_jsonl(self._path, kept)
         self._trackers = trackers
 
     def write(self, metrics: dict[str, Any]) -> None:
@@ -54,6 +54,17 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def training_seconds(metrics: Iterable[Mapping[str, Any]]) -> float:
+    """Sum the seconds of training between the logged steps of a stage, without interruptions."""
+    seen, total = 0, 0.0
+    for line in metrics:
+        # lines of earlier versions have only the rate
+        rate = max(line["images_per_s"], 1e-9)
+        total += line.get("seconds", (line["images_seen"] - seen) / rate)
+        seen = line["images_seen"]
+    return total
 
 
 class Clock:

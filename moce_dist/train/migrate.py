@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moce_dist.arrays import Int64
 from moce_dist.model.moce import is_stacked
 from moce_dist.parallel.groups import ExpertMap
-from moce_dist.parallel.transport import Ints
 from moce_dist.train.checkpoint import Naming
 from moce_dist.train.setup import TrainState
 
@@ -56,8 +56,8 @@ def move_experts(state: TrainState, before: ExpertMap) -> None:
 
 def exchange_slots(
     tensor: Tensor,
-    before: tuple[Ints, Ints],
-    after: tuple[Ints, Ints],
+    before: tuple[Int64, Int64],
+    after: tuple[Int64, Int64],
     *,
     own: int,
     group: dist.ProcessGroup | None,
@@ -89,5 +89,5 @@ def exchange_slots(
     return result
 
 
-def _rows(slots: Ints, like: Tensor) -> Tensor:
+def _rows(slots: Int64, like: Tensor) -> Tensor:
     return torch.from_numpy(slots).to(like.device)

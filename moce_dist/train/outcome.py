@@ -26,6 +26,8 @@ class Figures(NamedTuple):
     """Images that could be read."""
     asked: float
     """Ranks that were asked to stop."""
+    writing: float
+    """Ranks that were writing a checkpoint when the step was launched, see `Outcome.turn`."""
     norm: float
     """Norm of the gradient before clipping."""
     balance: float
@@ -39,8 +41,10 @@ class Outcome:
     batch: Batch
     """Without its images and noise."""
     lr: float
+    turn: int
+    """The turn of the saver that `Figures.writing` is about."""
     figures: Tensor
-    """(6,) float64, see `Figures`."""
+    """(7,) float64, see `Figures`."""
     _arrival: Any = None
 
     def __post_init__(self) -> None:

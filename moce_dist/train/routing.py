@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 
+from moce_dist.arrays import Int64
 from moce_dist.config import Config
-from moce_dist.cost.sizes import TRANSFERS, expert_bytes, image_bytes
+from moce_dist.cost.sizes import exchange_bytes, expert_bytes
 from moce_dist.model.gate import (
     Gate,
     NoiseSchedule,
@@ -42,8 +42,6 @@ from moce_dist.parallel.placement import (
 )
 from moce_dist.run.files import write_atomic
 from moce_dist.train.tables import TableMaker
-
-Ints = NDArray[np.int64]
 
 
 @dataclass
@@ -73,7 +71,7 @@ class Router:
     """Holds the step's routing table and the current placement; equal on all ranks."""
 
     def __init__(
-        self, config: Config, topology: Topology, cluster_sizes: Ints, *, total_steps: int
+        self, config: Config, topology: Topology, cluster_sizes: Int64, *, total_steps: int
     ) -> None:
         self._config, self._topology, self._sizes = config, topology, cluster_sizes
         self._total_steps = total_steps
@@ -81,7 +79,7 @@ class Router:
         level = 0.0 if config.gate.assign == "fixed" else config.gate.noise
         self._noise = NoiseSchedule(config.seed, level, noisy_steps)
         layers, clusters = len(config.moe_layers), len(cluster_sizes)
-        self.table: Ints = np.zeros((layers, clusters), np.int64)
+        self.table: Int64 = np.zeros((layers, clusters), np.int64)
         self.contiguous = contiguous_placement(
             layers, config.moe.num_experts, clusters, topology.num_groups
         )
@@ -177,7 +175,7 @@ class Router:
             return math.inf
         # every replica gets its own copy, while an image is exchanged once
         moved = expert_bytes(self._config) * self._topology.num_replicas
-        images = moved / (image_bytes(self._config) * TRANSFERS)
+        images = moved / exchange_bytes(self._config)
         return images * self._sizes.sum() / (steps * self._config.moce.batch_size)
 
     def save(self) -> dict[str, Any]:
@@ -214,7 +212,7 @@ class Router:
         )
         self.write_placement(folder)
 
-    def measure(self, clusters: Ints) -> None:
+    def measure(self, clusters: Int64) -> None:
         """Count a step: `clusters` (R, b) of every slot of every rank, under the current table."""
         if self._interval is None:  # a stage without experts
             return

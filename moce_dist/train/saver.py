@@ -1,6 +1,6 @@
 """Save while training continues: copy to the host, then write, hash and publish in the background.
 
-    main thread     save: copy | step  step  step  poll: all wrote | step  poll: published
+    main thread     save: copy | step  step  poll: all wrote | step  step  poll: published
     background             write rank-R.safetensors, fsync, sha256 | rank 0: manifest, rename, prune
 
 Training waits only for the copy. Later steps do not change the copy, and the copy is what is
@@ -14,10 +14,11 @@ collective over the replicas, and each rank keeps only what it will write.
 
 How the ranks agree: a background thread runs no collective, because it could interleave with the
 training's collectives in different orders and hang. It looks at no other rank's files, which may
-appear late on a shared file system. Instead every rank calls `poll` at every step boundary. While a
-save is in flight, `poll` sums over the ranks how many still write; at zero they exchange digests
-and errors. All ranks know whether a save is in flight, so all run the same collectives. A failure
-on one rank is an error on all. Without a save in flight `poll` costs nothing.
+appear late on a shared file system. Instead every step sums with its losses how many ranks still
+write (`look`), and hands the sum to `poll` when it is read, one step late (outcome.py). At zero the
+ranks exchange digests and errors, from host to host. So no step waits for a save, nor for the
+device. All ranks read the same sums, so all run the same collectives. A failure on one rank is an
+error on all.
 
 A kill at any moment leaves the newest published checkpoint: data is on disk before the manifest
 names it, and one rename publishes both. A half-written save lies in a hidden folder whose name is
@@ -25,6 +26,9 @@ unique to this process group. The next start removes it, and a lost process that
 its own folder cannot damage another save.
 
 State that is not finite is not published: the background thread checks what it writes.
+
+The newest `keep` checkpoints stay, to resume from, and the oldest one of the stage, which the
+report shows as the early model. All others are removed.
 
 Memory on the host: 12 bytes per parameter, divided among the ranks.
 """
@@ -105,7 +109,7 @@ class _Background(threading.Thread):
 
 @dataclass
 class _Save:
-    """A save in flight; first all ranks write, then rank 0 publishes."""
+    """A save in flight: in its first turn all ranks write, in its second rank 0 publishes."""
 
     target: Path
     temporary: Path
@@ -122,7 +126,10 @@ class Saver:
     """
 
     def __init__(self, folder: Path, topology: Topology, *, keep: int) -> None:
-        """Write into `folder`, where `keep` complete checkpoints stay; remove half-written ones."""
+        """Write into `folder`, where the newest `keep` checkpoints stay, and the oldest.
+
+        Half-written ones are removed.
+        """
         self._folder, self._topology, self._keep = folder, topology, keep
         self._rank = dist.get_rank()
         self._host: dict[tuple[str, str], Tensor] = {}
@@ -133,7 +140,8 @@ class Saver:
         token = [uuid.uuid4().hex[:8]]
         dist.broadcast_object_list(token, 0)
         self._token = token[0]
-        self._device = torch.device("cpu")
+        self._turn = 0
+        self._hosts: dist.ProcessGroup | None = None
         self.seconds: float | None = None
         """Seconds from the start of the last save to its publication; None before the first."""
 
@@ -146,26 +154,33 @@ class Saver:
         if self._save is not None:
             log.info("%s: is still being written; training waits", self._save.target)
             self.wait()
-        self._device, begun = engine.device, time.monotonic()
+        self._hosts, begun = engine.host_group(), time.monotonic()
         target = step_folder(self._folder, position["step"])
         temporary = target.with_name(f".{target.name}.{self._token}.tmp")
         tensors = self._copy(engine, naming)
         path = temporary / f"rank-{self._rank:05d}.safetensors"
         task = _Background(partial(write_tensors, path, tensors))
         self._save = _Save(target, temporary, position, task, begun=begun)
+        self._turn += 1
 
-    def poll(self) -> None:
-        """Advance the save in flight when all ranks are ready; call at every step.
+    def look(self) -> tuple[int, bool]:
+        """Return the number of the newest turn, equal on all ranks, and whether this rank is at it.
+
+        It is neither collective nor does it wait.
+        """
+        return self._turn, self._save is not None and self._save.task.is_alive()
+
+    def poll(self, turn: int, writing: float) -> None:
+        """Advance the save in flight if `writing`, the ranks that were at `turn`, is 0.
+
+        Both are of an earlier `look`, made on all ranks at the same step; `writing` is the sum over
+        the ranks. If another turn has begun since, they say nothing about it.
 
         Raises:
             FloatingPointError: on all ranks, when the state of one is not finite.
             OSError: on all ranks, when one could not write. The half-written files are removed.
         """
-        if self._save is None:
-            return
-        running = torch.tensor(int(self._save.task.is_alive()), device=self._device)
-        dist.all_reduce(running)
-        if int(running) == 0:
+        if self._save is not None and turn == self._turn and writing == 0:
             self._go_on(self._save)
 
     def wait(self) -> None:
@@ -176,11 +191,11 @@ class Saver:
         """
         while self._save is not None:
             self._save.task.finish()
-            self.poll()
+            self._go_on(self._save)
 
     def _go_on(self, save: _Save) -> None:
         results: list[Any] = [None] * self._topology.num_ranks
-        dist.all_gather_object(results, (save.task.result, save.task.error))
+        dist.all_gather_object(results, (save.task.result, save.task.error), group=self._hosts)
         if failed := next((error for _, error in results if error is not None), None):
             self._save = None
             if self._rank == 0:
@@ -194,7 +209,7 @@ class Saver:
         manifest = {"format": FORMAT, **save.position, "files": files}
         seal = partial(publish, save.temporary, save.target, manifest, keep=self._keep)
         save.task = _Background(seal if self._rank == 0 else lambda: None)
-        save.is_written = True
+        save.is_written, self._turn = True, self._turn + 1
 
     def _copy(self, engine: "Engine", naming: Naming) -> dict[str, Tensor]:
         shares = Shares(self._topology, self._rank)
@@ -211,7 +226,7 @@ class Saver:
             slices = host if is_stacked(name) else [host]
             for key, part in zip(naming.global_names(name), slices, strict=True):
                 tensors[f"{kind}/{key}"] = part
-        if self._device.type == "cuda":
+        if engine.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
         return tensors
 
@@ -259,7 +274,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
 
 
 def publish(temporary: Path, target: Path, manifest: dict[str, Any], *, keep: int) -> None:
-    """Seal a checkpoint's folder and give it its name; keep the newest `keep` up to this one."""
+    """Seal a checkpoint's folder and give it its name.
+
+    Up to this one, the newest `keep` checkpoints and the oldest stay; all later ones are removed.
+    """
     seal = {"sha256": fingerprint(manifest)}
     write_atomic(temporary / MANIFEST, json.dumps(manifest | seal))
     shutil.rmtree(target, ignore_errors=True)
@@ -267,5 +285,5 @@ def publish(temporary: Path, target: Path, manifest: dict[str, Any], *, keep: in
     # a later checkpoint can only be a damaged one that was passed over
     found = complete_checkpoints(target.parent)
     later = [path for path in found if path.name > target.name]
-    for old in (*later, *found[len(later) + keep :]):
+    for old in (*later, *found[len(later) + keep : -1]):
         shutil.rmtree(old, ignore_errors=True)

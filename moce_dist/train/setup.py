@@ -1,18 +1,20 @@
 """Build the training state of one rank: data plan, model, groups, engine and resume point."""
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from moce_dist.config import ParallelConfig
 from moce_dist.data.columns import open_table
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import ORDER, Plan
@@ -20,14 +22,14 @@ from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.data.table import SampleTable
 from moce_dist.model.device import training_device
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.model.moce import experts_from_dense, is_stacked
+from moce_dist.model.moce import MoceBlock, experts_from_dense, is_stacked
+from moce_dist.model.vit import Mlp
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.token import insert_token_experts
 from moce_dist.run.directory import Run
 from moce_dist.run.files import forget_faults
 from moce_dist.settings import ConfigError
-from moce_dist.train.blocks import prepare_blocks
 from moce_dist.train.checkpoint import (
     Naming,
     latest_checkpoint,
@@ -37,7 +39,7 @@ from moce_dist.train.checkpoint import (
     start_from,
     tensor_reader,
 )
-from moce_dist.train.job import HOLDOUT_TABLE, StageJob, total_steps
+from moce_dist.train.job import StageJob, total_steps
 from moce_dist.train.optim import optimizer_factory, parameter_groups
 from moce_dist.train.outcome import Outcome
 from moce_dist.train.pretrained import initial_weights
@@ -108,15 +110,12 @@ def holdout_table(job: StageJob) -> SampleTable | None:
     """Read the held-out images, with their assigned clusters in every stage except mae."""
     if job.holdout is None:
         return None
-    table = open_table(job.holdout, job.num_clusters)
     if job.stage == "mae":
-        return table
+        return open_table(job.holdout)
     # imported late: it needs faiss and pyarrow, which a benchmark of steps does without
-    from moce_dist.cluster.assignments import read_assignments
+    from moce_dist.cluster.assignments import open_assigned
 
-    clusters = read_assignments(Run(job.run_root).shards / HOLDOUT_TABLE)
-    ids = np.array([clusters[key] for key in table.keys], np.int64)
-    return replace(table, cluster=ids)
+    return open_assigned(job.holdout, Run(job.run_root).holdout_clusters, job.num_clusters)
 
 
 def build_state(job: StageJob) -> TrainState:
@@ -173,6 +172,31 @@ def assemble(
     naming = Naming(config.moe_layers, router.experts, topology.place(rank))
     saver = Saver(job.folder / "checkpoints", topology, keep=config.checkpoint.keep)
     return TrainState(job, rank, topology, plan, router, engine, naming, saver)
+
+
+def prepare_blocks(blocks: Iterable[Any], parallel: ParallelConfig) -> None:
+    """Checkpoint activations of blocks and compile them, in place; names do not change.
+
+    In blocks with experts, checkpointing covers the attention and the experts, compilation only the
+    attention. Neither covers the routing: its collectives must run once, and its shapes change with
+    every step.
+    """
+    for block in blocks:
+        # the MLP of this package, or timm's
+        is_dense = hasattr(block.mlp, "fc1")
+        if parallel.activation_checkpointing:
+            for part in [block] if is_dense else [block.attn, *expert_modules(block)]:
+                part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+        if parallel.compile:
+            (block if is_dense else block.attn).compile(dynamic=False)
+
+
+def expert_modules(block: nn.Module) -> list[nn.Module]:
+    """Return the modules of a block that compute its experts and their shared part."""
+    if isinstance(block, MoceBlock):
+        shared = block.mlp.shared
+        return [block.mlp.experts] if shared is None else [block.mlp.experts, shared]
+    return [module for module in block.get_submodule("mlp").modules() if isinstance(module, Mlp)]
 
 
 def _start_or_resume(state: TrainState, start: Path | None) -> None:

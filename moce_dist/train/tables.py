@@ -24,13 +24,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_dist.arrays import Int64
 from moce_dist.config import Config
 from moce_dist.model.gate import Gate, NoiseSchedule, layer_table, logits, noisy_layer
 
-Ints = NDArray[np.int64]
 _SCORES_OF_A_THREAD = 2**18
 
 
@@ -63,7 +62,7 @@ class GateOnHost:
     """(L, E, D) float32."""
     cluster_embedding: Tensor
     """(K, D)."""
-    groups: Ints | None
+    groups: Int64 | None
     """(K,) expert group of every cluster, with shared groups; else None."""
     arrival: Any = None
 
@@ -82,7 +81,7 @@ class TableMaker:
         self._config, self._noise, self._num_groups = config, noise, num_groups
         self._shape = len(config.moe_layers), num_clusters
         self._constant: dict[str, tuple[int, Tensor]] = {}
-        self._coming: Callable[[], Ints] | None = None
+        self._coming: Callable[[], Int64] | None = None
 
     @property
     def is_pending(self) -> bool:
@@ -106,7 +105,7 @@ class TableMaker:
         work = dist.broadcast(table, 0, group=channel.group, async_op=True)
         self._coming = functools.partial(_arrived, work, table)
 
-    def take(self) -> Ints:
+    def take(self) -> Int64:
         """Return the table (L, K) that was begun; waits only if it is not ready in time."""
         assert self._coming is not None, "a table was begun"
         table, self._coming = self._coming(), None
@@ -134,14 +133,14 @@ class TableMaker:
             self._constant[name] = tensor._version, tensor.to("cpu", copy=True)
         return self._constant[name][1]
 
-    def _send(self, gate: GateOnHost, step: int, channel: _Channel) -> Ints:
+    def _send(self, gate: GateOnHost, step: int, channel: _Channel) -> Int64:
         table = self.compute(gate, step, channel.layers)
         if channel.group is not None:
             # the sender need not wait until the table has arrived
             dist.broadcast(torch.from_numpy(table).int(), 0, group=channel.group, async_op=True)
         return table
 
-    def compute(self, gate: GateOnHost, step: int, pool: ThreadPoolExecutor | None = None) -> Ints:
+    def compute(self, gate: GateOnHost, step: int, pool: ThreadPoolExecutor | None = None) -> Int64:
         """Compute the table (L, K) of `step`, its layers in parallel if they are large enough."""
         gate.wait()
         num_layers, num_clusters = self._shape
@@ -150,7 +149,7 @@ class TableMaker:
         mapped = map if pool is None or is_small else pool.map
         return np.stack(list(mapped(work, range(num_layers))))
 
-    def _layer(self, gate: GateOnHost, step: int, layer: int) -> Ints:
+    def _layer(self, gate: GateOnHost, step: int, layer: int) -> Int64:
         scores = logits(gate.weight[layer], gate.cluster_embedding)
         noise = self._noise.layer(step, layer, (scores.shape[0], scores.shape[1]))
         return layer_table(
@@ -158,10 +157,10 @@ class TableMaker:
         )
 
 
-def _result(making: Future[Ints]) -> Ints:
+def _result(making: Future[Int64]) -> Int64:
     return making.result()
 
 
-def _arrived(work: Any, table: Tensor) -> Ints:
+def _arrived(work: Any, table: Tensor) -> Int64:
     work.wait()
     return table.numpy().astype(np.int64)

@@ -14,15 +14,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_dist.arrays import Int64
 from moce_dist.config import Config
-from moce_dist.features.encoder import Pixels
+from moce_dist.features.encoder import EncoderInput
 from moce_dist.model.customize import customize
-from moce_dist.run.artefacts import artefact_id, fingerprint, read_marker
-from moce_dist.run.directory import Run
+from moce_dist.run.artefacts import artefact_id, fingerprint
+from moce_dist.run.directory import STAGES, Run
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
@@ -30,14 +29,7 @@ from moce_dist.train.encoder import OWN, build_encoder, same_encoder
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.classification.frozen import encode
 from moce_dist.transfer.loading import Machine
-from moce_dist.transfer.request import (
-    BY_USE,
-    STAGES,
-    Request,
-    base_of,
-    is_chosen,
-    stage_of,
-)
+from moce_dist.transfer.request import BY_USE, Request, base_of, is_chosen, stage_of
 from moce_dist.transfer.select import (
     CONTROL,
     candidate_configs,
@@ -84,6 +76,19 @@ def open_stage(run: Run, name: str) -> TrainedStage | None:
     return TrainedStage(checkpoint, read_manifest(checkpoint))
 
 
+def need_stage(run: Run, name: str) -> TrainedStage:
+    """Return a stage's newest undamaged checkpoint.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = open_stage(run, name)
+    if found is None:
+        folder = run.stage(name) / "checkpoints"
+        raise ConfigError(f"{folder}: holds no whole checkpoint; run jobs/pretrain.py first")
+    return found
+
+
 class Dense(NamedTuple):
     """A dense MAE: what it depends on, its weights with the decoder, and the mix of its experts."""
 
@@ -106,7 +111,7 @@ class Chooser:
     ) -> None:
         self.request, self.run, self.config, self.task = request, run, config, task
         self.machine, self.folder = machine, run.transfer(request.folder)
-        self.stages = {name: open_stage(run, name) for name in STAGES}
+        self.stages: dict[str, TrainedStage | None] = {n: open_stage(run, n) for n in STAGES}
         self.choices: dict[str, dict[str, Any]] = {}
 
     def stage(self, name: str) -> TrainedStage:
@@ -115,11 +120,11 @@ class Chooser:
         Raises:
             ConfigError: it has no undamaged checkpoint.
         """
-        found = self.stages[name]
-        if found is None:
-            folder = self.run.stage(name) / "checkpoints"
-            raise ConfigError(f"{folder}: holds no whole checkpoint; run jobs/pretrain.py first")
-        return found
+        return self.stages[name] or need_stage(self.run, name)
+
+    @property
+    def _control(self) -> TrainedStage | None:
+        return self.stages[CONTROL] if self.run.has_control else None
 
     @cached_property
     def task_fingerprint(self) -> str:
@@ -144,7 +149,7 @@ class Chooser:
         config = with_selection(self.config, select) if select else self.config
         transfer, moce = config.transfer, self.stage("moce")
         is_validated = transfer.select == "validate" and self.request.experts is None
-        control = self._finished_control() if is_validated else None
+        control = self._control if is_validated else None
         inputs = {
             "task": self.task_fingerprint,
             "moce": moce.identity,
@@ -191,13 +196,13 @@ class Chooser:
         return self.folder / f"choice{colon and '-'}{how}.json"
 
     @cached_property
-    def _cluster_ids(self) -> NDArray[np.int64]:
+    def _cluster_ids(self) -> Int64:
         """Clusters of the task's training images, (n,)."""
         mae = self.stage("mae") if self.config.cluster.encoder == OWN else None
         encoder = build_encoder(self.config, mae.checkpoint if mae else None, self.machine.device)
         return task_clusters(self._encoded(encoder, encoder.pixels), self.run.clusters)
 
-    def _encoded(self, encoder: Callable[[Tensor], Tensor], takes: Pixels) -> Tensor:
+    def _encoded(self, encoder: Callable[[Tensor], Tensor], takes: EncoderInput) -> Tensor:
         """Encode the task's training images, (n, ...); unreadable ones are skipped."""
         images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
         features, _, faults = encode(encoder, takes, images, self.machine, name="encoder")
@@ -211,7 +216,7 @@ class Chooser:
 
         def choose() -> dict[str, Any]:
             count = usage_counter(moce.weights, config, self.machine.device)
-            used = self._encoded(count, Pixels(config.data.image_size))
+            used = self._encoded(count, EncoderInput(config.data.image_size))
             return choose_by_use(used, moce.weights, task=self.request.folder)
 
         inputs = {"task": self.task_fingerprint, "max_train": config.transfer.max_train}
@@ -225,10 +230,6 @@ class Chooser:
             task=self.request.folder,
             given=self.request.experts,
         )
-
-    def _finished_control(self) -> TrainedStage | None:
-        is_there = read_marker(self.run.stage(CONTROL)) is not None
-        return self.stages[CONTROL] if is_there else None
 
     def _validate(self, control: TrainedStage | None) -> dict[str, Any]:
         choices = {
@@ -257,7 +258,7 @@ class Chooser:
 
     def _dense_of(self, choice: dict[str, Any]) -> Dense:
         if choice.get("chosen") == CONTROL:
-            control = self._finished_control()
+            control = self._control
             assert control is not None
             weights = customize(control.weights, (), with_decoder=True)
             return Dense({CONTROL: control.identity}, weights)

@@ -14,7 +14,7 @@ from typing import Any
 from moce_dist.cli import command_parser, quiet_libraries
 from moce_dist.config import Config, load_config
 from moce_dist.data.listing import list_images
-from moce_dist.run.directory import Run, load_run, resolve_run
+from moce_dist.run.directory import Run, find_run, load_run
 from moce_dist.run.lease import hold
 from moce_dist.run.names import as_text, json_line
 from moce_dist.settings import ConfigError
@@ -44,18 +44,18 @@ def routes(argv: Sequence[str]) -> None:
     if config.moe.kind != "cluster":
         raise ConfigError(f"{run.root}: has no routes: {experts_of(config)}")
     quiet_libraries()
-    from moce_dist.transfer.routes import export_route, list_routes, moce_stage, route_lines
+    from moce_dist.transfer.choosing import need_stage
+    from moce_dist.transfer.routes import export_route, list_routes, route_lines
 
     if experts is None:
-        _say(*route_lines(list_routes(run, config, moce_stage(run))))
+        _say(*route_lines(list_routes(run, config, need_stage(run, "moce"))))
     else:
         with hold(Path(args.out)):
             _say(*map(str, export_route(run, config, experts, Path(args.out))))
 
 
 def _open_run(given: str) -> tuple[Run, Config]:
-    is_here = (Path(given) / "config.yaml").is_file()
-    return load_run(Path(given).resolve() if is_here else resolve_run(given, load_config(None)))
+    return load_run(find_run(given, load_config(None)))
 
 
 def heldout(argv: Sequence[str]) -> None:
@@ -112,8 +112,8 @@ def predict(argv: Sequence[str]) -> None:
         quiet_libraries()
         from moce_dist.transfer import predict as models
 
-        wishes = {"top": args.top, "out": out, "min_score": args.min_score}
-        for line in models.predict(folder, images, batch_size=args.batch_size, **wishes):
+        options = {"top": args.top, "out": out, "min_score": args.min_score}
+        for line in models.predict(folder, images, batch_size=args.batch_size, **options):
             _say(json_line(line))
             bad += "error" in line
     if bad:

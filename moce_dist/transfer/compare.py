@@ -21,10 +21,11 @@ from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl, write_atomic
 from moce_dist.train.checkpoint import trained_steps
+from moce_dist.train.job import Train
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
 from moce_dist.transfer.choosing import Chooser, Dense, dense_backbone
-from moce_dist.transfer.continuing import Train, further_folder, further_jobs
+from moce_dist.transfer.continuing import further_folder, further_jobs
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.fit import Kept, Trial
 from moce_dist.transfer.further import (

@@ -1,6 +1,5 @@
-"""Jobs of further steps (`further.py`), as they are sent to the ranks; imports nothing heavy."""
+"""Jobs of a transfer, such as further steps (`further.py`); imports nothing heavy."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +11,33 @@ from moce_dist.transfer.request import Request, further_of
 
 
 @dataclass(frozen=True)
-class FurtherJob:
+class TransferJob:
+    """What the jobs of a transfer share (`train/job.py`, `Job`): run and configuration."""
+
+    place: Run
+    config: Config
+
+    @property
+    def run_root(self) -> Path:
+        """The run's folder, or the one that its transfers write to."""
+        return self.place.output
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Number of workers, and their groups."""
+        return self.config.parallel
+
+
+@dataclass(frozen=True)
+class FurtherJob(TransferJob):
     """The further steps of one backbone, as they are sent to the ranks.
 
     Ranks that torchrun started do not know `steps`; rank 0 sends them. If rank 0 has None, the
     steps are done.
     """
 
-    place: Run
-    config: Config
     folder: Path
     steps: MoreSteps | None = None
-
-    @property
-    def run_root(self) -> Path:
-        """The run's folder, or the one that its transfers write to."""
-        return self.place.out or self.place.root
 
     @property
     def out(self) -> str:
@@ -38,11 +48,6 @@ class FurtherJob:
     def name(self) -> str:
         """Name of the job."""
         return self.out.replace("/", "-")
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        """Number of workers, and their groups."""
-        return self.config.parallel
 
     @property
     def batch_size(self) -> int:
@@ -63,14 +68,11 @@ class FurtherJob:
         return self.steps.progress() if self.steps else ""
 
 
-Train = Callable[[FurtherJob], None]
-
-
 def further_folder(run: Run, request: Request, backbone: str) -> Path:
     """Return the folder of a backbone's further steps."""
     images = request.continue_images
     if further_of(backbone) == "all":
-        return (run.out or run.root) / "control_more" / str(images)
+        return run.output / "control_more" / str(images)
     name = backbone.replace(":", "-")
     return run.transfer(request.folder) / "continued" / f"{name}-{images}"
 

@@ -10,12 +10,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from moce_dist.data.images import open_image
+from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.tasks import Item
 
 
-class Wishes(NamedTuple):
+class PredictOptions(NamedTuple):
     """Options of a prediction, and the machine that it runs on.
 
     `top` is the number of classes to list, `out` the folder for drawings (None: no drawings), and
@@ -56,4 +57,4 @@ def open_item(item: Item) -> Image.Image | str:
     try:
         return open_image(item.read())
     except (ValueError, OSError) as error:
-        return " ".join(str(error).split())
+        return one_line(error)

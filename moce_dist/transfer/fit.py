@@ -15,7 +15,6 @@ Source of the learning rate schedules: facebookresearch/mae util/lr_sched.py @ef
 ViTDet, Li et al. 2022, arXiv 2203.16527, appendix A.2.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from moce_dist.config import TransferConfig
 from moce_dist.data.progress import track
 from moce_dist.run.directory import StoppedError
-from moce_dist.run.files import read_jsonl, replacing, write_atomic
+from moce_dist.run.files import read_jsonl, replacing, write_jsonl
 from moce_dist.train.checkpoint import check_finite
 from moce_dist.train.optim import warm_cosine
 from moce_dist.train.pulse import Pulse
@@ -255,7 +254,7 @@ def _view(fitting: Fitting, kept: Kept, step: int, found: Measures) -> None:
     logger.info("%s: %.4f after %d of %d steps", fitting.name, value, step, fitting.steps)
     if is_best and kept.models:
         save_model(kept.folder / "best", fitting.model, fitting.spec, {"step": step, **found})
-    write_atomic(kept.folder / _VIEWS, "".join(json.dumps(line) + "\n" for line in views))
+    write_jsonl(kept.folder / _VIEWS, views)
 
 
 def finish(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:

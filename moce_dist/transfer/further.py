@@ -31,13 +31,13 @@ from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, write_weights
 from moce_dist.train.finished import begin_stage, has_last_checkpoint
-from moce_dist.train.job import MoreSteps
-from moce_dist.transfer.choosing import Dense, open_stage
-from moce_dist.transfer.continuing import FurtherJob, Train
+from moce_dist.train.job import MoreSteps, Train
+from moce_dist.train.metrics import METRICS_NAME, training_seconds
+from moce_dist.transfer.choosing import Dense, need_stage
+from moce_dist.transfer.continuing import FurtherJob
 from moce_dist.transfer.select import CONTROL
 
 logger = logging.getLogger(__name__)
-METRICS = "metrics.jsonl"
 
 
 def take_further_steps(
@@ -72,7 +72,7 @@ def take_further_steps(
         train(replace(job, steps=replace(steps, start=str(folder / "start"))))
         checkpoint = latest_checkpoint(folder / "checkpoints")
         assert checkpoint is not None
-        mark_complete(folder, inputs, [*checkpoint.iterdir(), folder / METRICS])
+        mark_complete(folder, inputs, [*checkpoint.iterdir(), folder / METRICS_NAME])
 
 
 def take_shared_steps(job: FurtherJob, images: int, train: Train) -> None:
@@ -81,9 +81,7 @@ def take_shared_steps(job: FurtherJob, images: int, train: Train) -> None:
     Raises:
         ConfigError: there is no control.
     """
-    control = open_stage(job.place, CONTROL)
-    if control is None:
-        raise ConfigError(f"{job.place.stage(CONTROL)}: holds no whole checkpoint")
+    control = need_stage(job.place, CONTROL)
     weights = customize(control.weights, (), with_decoder=True)
     take_further_steps(job, images, Dense({CONTROL: control.identity}, weights), None, train)
 
@@ -125,8 +123,6 @@ def further_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:
 
 def cost_of(folder: Path) -> dict[str, float]:
     """Return the cost of further steps: images that they saw, and seconds that they took."""
-    seen, seconds = 0, 0.0
-    for line in read_jsonl(folder / METRICS):
-        seconds += (line["images_seen"] - seen) / max(line["images_per_s"], 1e-9)
-        seen = line["images_seen"]
-    return {"images": seen, "seconds": round(seconds, 2)}
+    lines = read_jsonl(folder / METRICS_NAME)
+    images = lines[-1]["images_seen"] if lines else 0
+    return {"images": images, "seconds": round(training_seconds(lines), 2)}

@@ -16,7 +16,6 @@ Letters: B images of a batch, K clusters, L MoE layers, E experts.
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moce_dist.cluster.assignments import read_assignments
+from moce_dist.arrays import Float64
+from moce_dist.cluster.assignments import open_assigned
 from moce_dist.config import Config
 from moce_dist.data.batches import stream
-from moce_dist.data.columns import open_table
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
+from moce_dist.data.shards import HOLDOUT
 from moce_dist.data.stream import Batch, Layout, StreamSpec
 from moce_dist.data.table import SampleTable
 from moce_dist.model.customize import cluster_probabilities, customize, routes
@@ -38,15 +38,10 @@ from moce_dist.model.device import choose_device
 from moce_dist.model.gate import output_scales
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
-from moce_dist.run.artefacts import read_marker
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
-from moce_dist.train.job import HOLDOUT_TABLE
-from moce_dist.transfer.choosing import open_stage
-from moce_dist.transfer.routes import moce_stage
+from moce_dist.transfer.choosing import need_stage
 from moce_dist.transfer.select import CONTROL
-
-_HOLDOUT = "holdout"
 
 
 class Reconstructors:
@@ -63,7 +58,7 @@ class Reconstructors:
                 f"{run.root}: has no experts of clusters (moe.kind {config.moe.kind})"
             )
         self._config, self.device = config, choose_device(config.parallel)
-        weights = moce_stage(run).weights
+        weights = need_stage(run, "moce").weights
         self._p = cluster_probabilities(weights)
         self._table = routes(weights, config.gate, num_groups=config.parallel.num_groups)
         self._moce = self._load(weights, weights["gate.cluster_embedding"])
@@ -74,9 +69,8 @@ class Reconstructors:
             scale = self._p.gather(2, self._table[:, :, None]).mean(dim=(1, 2)).tolist()
         average = customize(weights, even, scale=scale, with_decoder=True)
         self._dense = {"average": self._load(average)}
-        control = open_stage(run, CONTROL)
-        if control is not None and read_marker(run.stage(CONTROL)) is not None:
-            self._dense[CONTROL] = self._load(control.weights)
+        if run.has_control:
+            self._dense[CONTROL] = self._load(need_stage(run, CONTROL).weights)
 
     def _load(
         self, weights: dict[str, Tensor], embedding: Tensor | None = None
@@ -97,7 +91,7 @@ class Reconstructors:
         return model.to(self.device).eval()
 
     @torch.inference_mode()
-    def losses(self, batch: Batch) -> dict[str, NDArray[np.float64]]:
+    def losses(self, batch: Batch) -> dict[str, Float64]:
         """Return losses per image: `own`, `average`, `control` (B,) and `others` (E - 1, B).
 
         Row s - 1 of `others` is the loss of the experts s further.
@@ -136,7 +130,7 @@ def held_out_losses(run: Run, config: Config) -> Iterator[dict[str, Any]]:
     yield {"cluster": "all", **_row(losses, np.ones(len(ids), bool))}
 
 
-def _row(losses: dict[str, NDArray[np.float64]], chosen: NDArray[np.bool_]) -> dict[str, Any]:
+def _row(losses: dict[str, Float64], chosen: NDArray[np.bool_]) -> dict[str, Any]:
     means = {name: values[..., chosen] for name, values in losses.items()}
     others = means.pop("others")
     has_any = bool(chosen.any())
@@ -152,13 +146,10 @@ def held_out_table(run: Run, config: Config) -> SampleTable:
     Raises:
         ConfigError: there are none.
     """
-    source = config.data.source
-    data = Path(source.removeprefix("index:")) if source.startswith("index:") else run.ingested
-    folder, assigned = data / _HOLDOUT, run.shards / HOLDOUT_TABLE
+    folder, assigned = run.data(config) / HOLDOUT, run.holdout_clusters
     if not folder.is_dir() or not assigned.is_file():
         raise ConfigError(f"{run.root}: has no held-out images (data.holdout_fraction)")
-    table, clusters = open_table(folder), read_assignments(assigned)
-    return replace(table, cluster=np.array([clusters[key] for key in table.keys], np.int64))
+    return open_assigned(folder, assigned)
 
 
 def held_out_batches(table: SampleTable, config: Config) -> Iterator[Batch]:
@@ -166,7 +157,7 @@ def held_out_batches(table: SampleTable, config: Config) -> Iterator[Batch]:
     plan = Plan(table, config.cluster.batch_size, config.seed)
     # the run's ledger lists unreadable images already
     ledger, layout = Path(os.devnull), Layout(1, 1)
-    spec = StreamSpec(plan, config.data, config.num_patches, layout, 0, ledger, _HOLDOUT)
+    spec = StreamSpec(plan, config.data, config.num_patches, layout, 0, ledger, HOLDOUT)
     yield from stream(
         spec, lambda ids: np.zeros(len(ids), np.int64), start=0, stop=plan.steps_per_epoch
     )

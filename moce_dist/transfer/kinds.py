@@ -17,7 +17,7 @@ from moce_dist.transfer.tasks import Item, Task
 if TYPE_CHECKING:
     from torch import nn
 
-    from moce_dist.transfer.drawing import Wishes
+    from moce_dist.transfer.drawing import PredictOptions
     from moce_dist.transfer.fit import Fitted, Trial
     from moce_dist.transfer.saved import Spec
 
@@ -41,14 +41,14 @@ class Work(Protocol):
         """Build the model of a fit with newly initialised weights."""
 
     def predict(
-        self, model: "nn.Module", spec: "Spec", images: Sequence[Item], wishes: "Wishes"
+        self, model: "nn.Module", spec: "Spec", images: Sequence[Item], options: "PredictOptions"
     ) -> Iterator[dict[str, Any]]:
         """Yield one record per image, with `error` if it is unreadable.
 
         The model is already on its device.
 
         Raises:
-            ConfigError: the wishes lack something.
+            ConfigError: the options lack something.
         """
 
 

@@ -16,16 +16,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from moce_dist.arrays import Int64
 from moce_dist.config import Config, FinetuneConfig, ParallelConfig
 from moce_dist.data.images import centre_sample, draw_cut, sample_generator, to_sample
 from moce_dist.data.kept import KeptImages
 from moce_dist.data.loaders import load
 from moce_dist.features.decoding import framed_image
-from moce_dist.features.encoder import Pixels, renormalisation
+from moce_dist.features.encoder import EncoderInput, renormalisation
 from moce_dist.model.device import choose_device
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
@@ -150,7 +150,7 @@ class TaskImages(Dataset[Loaded]):
     def __init__(
         self,
         items: Sequence[Item],
-        model: Backbone | Pixels,
+        model: Backbone | EncoderInput,
         kept: KeptImages,
         *,
         augment: FinetuneConfig | None = None,
@@ -159,7 +159,7 @@ class TaskImages(Dataset[Loaded]):
         self._items, self._size, self._kept = items, model.image_size, kept
         self._augment, self._seed = augment, seed
         # all backbones get the same squares; an encoder has its own framing
-        self._framing = model.framing if isinstance(model, Pixels) else None
+        self._framing = model.framing if isinstance(model, EncoderInput) else None
         self._factor, self._shift = renormalisation(model.mean, model.std)
 
     def __len__(self) -> int:
@@ -187,7 +187,7 @@ class TaskImages(Dataset[Loaded]):
             label = np.asarray(item.label, np.int64)
             return Loaded(blank, label, item.key, str(error))
 
-    def _read(self, index: int, epoch: int) -> tuple[np.ndarray, NDArray[np.int64]]:
+    def _read(self, index: int, epoch: int) -> tuple[np.ndarray, Int64]:
         item, size = self._items[index], self._size
         if self._framing is not None:
             pixels = framed_image(item.read(), size, self._framing)
@@ -205,7 +205,7 @@ class TaskImages(Dataset[Loaded]):
 
 
 def eval_batches(
-    items: Sequence[Item], model: Backbone | Pixels, machine: Machine
+    items: Sequence[Item], model: Backbone | EncoderInput, machine: Machine
 ) -> Iterator[tuple[Tensor, Tensor, list[Unread | None]]]:
     """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU.
 
@@ -228,6 +228,12 @@ class TrainingOrder:
     def __init__(self, num_items: int, batch_size: int, epochs: int, seed: int) -> None:
         self._num_items, self.batch_size = num_items, batch_size
         self._epochs, self._seed = epochs, seed
+
+    @classmethod
+    def of_steps(cls, num_items: int, most: int, steps: int, seed: int) -> "TrainingOrder":
+        """Take as many epochs as `steps` steps of up to `most` items begin."""
+        batch_size = min(most, num_items)
+        return cls(num_items, batch_size, -(-steps // (num_items // batch_size)), seed)
 
     def __len__(self) -> int:
         return self._epochs * (self._num_items // self.batch_size)

@@ -30,8 +30,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moce_dist.run.files import replacing, write_atomic
+from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.drawing import Wishes
+from moce_dist.transfer.drawing import PredictOptions
 from moce_dist.transfer.kinds import kind_named
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.saved import CONFIG, FEATURES, WEIGHTS, Spec, read_spec
@@ -48,12 +49,12 @@ def load_model(folder: Path) -> tuple[nn.Module, Spec]:
     try:
         model = spec.vit() if spec.kind == FEATURES else kind_named(spec.kind)[1].build(spec)
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise ConfigError(f"{folder / CONFIG}: describes no model ({reason})") from None
     try:
         model.load_state_dict(load_file(folder / WEIGHTS))
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"{folder / WEIGHTS}: {' '.join(str(error).split())[:300]}") from None
+        raise ConfigError(f"{folder / WEIGHTS}: {one_line(error)[:300]}") from None
     return model.eval(), spec
 
 
@@ -80,7 +81,9 @@ def predict(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # images are decoded in this process
     machine = Machine(device, False, 0, batch_size, 1)
-    yield from work.predict(model.to(device), spec, images, Wishes(machine, top, out, min_score))
+    yield from work.predict(
+        model.to(device), spec, images, PredictOptions(machine, top, out, min_score)
+    )
 
 
 _OPSET = 17

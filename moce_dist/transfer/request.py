@@ -17,12 +17,10 @@ from moce_dist.config import (
     load_config,
     read_resolved,
 )
-from moce_dist.run.artefacts import read_marker
-from moce_dist.run.directory import Run, differing_fields, load_run
+from moce_dist.run.directory import STAGES, Run, differing_fields, load_run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.kinds import kind_of
 
-STAGES = ("mae", "moce", "control")
 BY_USE = "token"
 _OWN = {"cluster": "moce", "token": BY_USE, "dense": "control"}
 SELECTIONS: tuple[str, ...] = get_args(Selection)
@@ -105,7 +103,7 @@ def default_backbones(
     the run's own and the control.
     """
     own = own_backbone(config)
-    has_control = config.control if run is None else read_marker(run.stage("control")) is not None
+    has_control = config.control if run is None else run.has_control
     chosen = (own, "control" if has_control and own != "control" else "mae")
     if not continues:
         return chosen

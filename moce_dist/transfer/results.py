@@ -16,7 +16,6 @@ A summary row has `steps_fewer` if its backbone was trained for fewer steps than
 metrics.json of a suite has the rows of all its tasks, the means over tasks, and the failures.
 """
 
-import json
 import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moce_dist.run.artefacts import fingerprint
-from moce_dist.run.files import read_jsonl, write_atomic
+from moce_dist.run.files import read_jsonl, write_jsonl
 
 Row = dict[str, Any]
 
@@ -85,8 +84,7 @@ class Ledger:
             "row": row,
         }
         # rewrite the file: a line appended behind one that a kill truncated would be lost with it
-        lines = [*read_jsonl(self.path), line]
-        write_atomic(self.path, "".join(json.dumps(each) + "\n" for each in lines))
+        write_jsonl(self.path, [*read_jsonl(self.path), line])
 
 
 def fingerprints(values: Mapping[str, Any]) -> dict[str, str]:

@@ -17,9 +17,8 @@ from moce_dist.cluster.assignments import count_assignments
 from moce_dist.config import Config
 from moce_dist.model.customize import customize, moe_shape, routes
 from moce_dist.run.directory import Run
-from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import run_backbone
-from moce_dist.transfer.choosing import TrainedStage, open_stage
+from moce_dist.transfer.choosing import TrainedStage, need_stage
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.request import check_experts
 from moce_dist.transfer.select import choose_experts
@@ -38,18 +37,6 @@ class Route:
     def num_images(self) -> int:
         """Number of images in all clusters of the route."""
         return sum(self.clusters.values())
-
-
-def moce_stage(run: Run) -> TrainedStage:
-    """Return the newest MoCE checkpoint of a run.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = open_stage(run, "moce")
-    if found is None:
-        raise ConfigError(f"{run.stage('moce') / 'checkpoints'}: holds no whole checkpoint")
-    return found
 
 
 def cluster_sizes(run: Run, num_clusters: int) -> list[int]:
@@ -100,7 +87,7 @@ def export_route(run: Run, config: Config, experts: Sequence[int], out: Path) ->
     Raises:
         ConfigError: the experts do not exist.
     """
-    stage = moce_stage(run)
+    stage = need_stage(run, "moce")
     blocks, num_experts = moe_shape(stage.weights)
     check_experts(experts, len(blocks), num_experts)
     every = list_routes(run, config, stage)

@@ -39,9 +39,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
+from moce_dist.arrays import Float64, Int64
 from moce_dist.cluster.assign import assign_features
 from moce_dist.config import Config, TransferConfig
 from moce_dist.model.customize import cluster_probabilities, moe_shape, routes
@@ -54,7 +54,7 @@ from moce_dist.transfer.tasks import Task
 _MAJORITY = 0.5
 
 
-def task_clusters(features: Tensor, clusters: Path) -> NDArray[np.int64]:
+def task_clusters(features: Tensor, clusters: Path) -> Int64:
     """Assign raw features (n, D) to the nearest centroids of a run; return cluster ids (n,).
 
     `clusters` is the run's folder with centroids.npy and mean.npy.
@@ -64,9 +64,7 @@ def task_clusters(features: Tensor, clusters: Path) -> NDArray[np.int64]:
     return np.asarray(ids, np.int64)
 
 
-def expert_mass(
-    cluster_ids: NDArray[np.int64], weights: Mapping[str, Tensor], config: Config
-) -> NDArray[np.float64]:
+def expert_mass(cluster_ids: Int64, weights: Mapping[str, Tensor], config: Config) -> Float64:
     """Return the mass (L, E) of experts for images of clusters (n,); every layer sums to 1."""
     p = cluster_probabilities(weights)
     gate = config.gate
@@ -78,7 +76,7 @@ def expert_mass(
 
 
 def choose_experts(
-    cluster_ids: NDArray[np.int64],
+    cluster_ids: Int64,
     weights: Mapping[str, Tensor],
     config: Config,
     *,
@@ -104,7 +102,12 @@ def choose_experts(
         how = config.transfer.select
         rows = _selected(cluster_ids, mass, weights, config)
     ids, counts = np.unique(cluster_ids, return_counts=True)
-    layers = [_layer(layer, block, rows[layer], mass[layer]) for layer, block in enumerate(blocks)]
+    layers = [
+        layer_choice(
+            i, block, row, mass[i], int(row.argmax()) if np.count_nonzero(row) == 1 else None
+        )
+        for i, (block, row) in enumerate(zip(blocks, rows, strict=True))
+    ]
     chosen = [layer for layer in layers if layer["expert"] is not None]
     weak = [layer["layer"] for layer in chosen if layer["mass"] < _MAJORITY]
     warning = (
@@ -130,11 +133,11 @@ def mix_of(choice: Mapping[str, Any]) -> list[int | list[float]]:
 
 
 def _selected(
-    cluster_ids: NDArray[np.int64],
-    mass: NDArray[np.float64],
+    cluster_ids: Int64,
+    mass: Float64,
     weights: Mapping[str, Tensor],
     config: Config,
-) -> NDArray[np.float64]:
+) -> Float64:
     """Return the weights of the experts (L, E); every row sums to 1."""
     select, num_experts = config.transfer.select, mass.shape[1]
     if select == "average":
@@ -154,7 +157,7 @@ def _selected(
 
 
 def _mean_probability(
-    cluster_ids: NDArray[np.int64],
+    cluster_ids: Int64,
     mix: Sequence[int | list[float]],
     weights: Mapping[str, Tensor],
     config: Config,
@@ -172,13 +175,12 @@ def _mean_probability(
     ]
 
 
-def _layer(
-    layer: int, block: int, weights: NDArray[np.float64], mass: NDArray[np.float64]
+def layer_choice(
+    layer: int, block: int, weights: Float64, mass: Float64, expert: int | None
 ) -> dict[str, Any]:
-    is_one = np.count_nonzero(weights) == 1
-    expert = int(weights.argmax()) if is_one else None
-    others = [int(e) for e in mass.argsort(kind="stable")[::-1] if is_one and e != expert]
-    runner_up = others[0] if others else None
+    """Describe what a layer becomes: `expert`, or the experts (E,) merged by their `weights`."""
+    ranked = [] if expert is None else mass.argsort(kind="stable")[::-1].tolist()
+    runner_up = next((other for other in ranked if other != expert), None)
     return {
         "layer": layer,
         "block": block,
@@ -215,7 +217,7 @@ def candidate_configs(config: Config) -> dict[str, Config]:
     }
 
 
-def folds_of(labels: Tensor, num_folds: int, seed: int) -> NDArray[np.int64]:
+def folds_of(labels: Tensor, num_folds: int, seed: int) -> Int64:
     """Split images into folds (n,) by the seed; labels (n,) are stratified, (n, C) are not."""
     order = np.random.default_rng(seed).permutation(len(labels))
     if labels.ndim == 1:

@@ -8,7 +8,6 @@ step, so that a resumed fit counts earlier ones too. At the end the run's `fault
 Letters: n images of a rank, S side in pixels.
 """
 
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moce_dist.data.loaders import load
-from moce_dist.run.files import read_jsonl, record_fault, write_atomic
+from moce_dist.run.files import read_jsonl, record_fault, write_jsonl
 from moce_dist.transfer.fit import Kept
 from moce_dist.transfer.loading import Draw, Loaded, Machine, Unread
 from moce_dist.transfer.ranks import add_up, in_order
@@ -65,7 +64,7 @@ class Skips:
 
     def _write(self) -> None:
         if self._path:
-            write_atomic(self._path, "".join(json.dumps(line) + "\n" for line in self.lines))
+            write_jsonl(self._path, self.lines)
 
     def close(self) -> list[Skipped]:
         """Return the skips of training and of the last test, and delete their file."""

@@ -8,19 +8,21 @@ only one order, its fits may be trained on many ranks: they are a job that is se
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import quiet_libraries
-from moce_dist.config import Config, ParallelConfig
+from moce_dist.config import Config
 from moce_dist.run.directory import Run, set_aside
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import write_atomic
 from moce_dist.run.lease import hold
+from moce_dist.run.names import one_line
+from moce_dist.train.job import Job, Train
 from moce_dist.train.pulse import Pulse
-from moce_dist.transfer.continuing import FurtherJob, further_jobs
+from moce_dist.transfer.continuing import TransferJob, further_jobs
 from moce_dist.transfer.kinds import kind_of
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Ledger, suite_metrics
@@ -58,54 +60,42 @@ def list_task(request: Request, config: Config) -> Task:
 
 
 @dataclass(frozen=True)
-class FitsJob:
-    """The trained fits of an order, as they are sent to the ranks.
+class FitsJob(TransferJob):
+    """The trained fits of a request, as they are sent to the ranks.
 
     Ranks that torchrun started know neither `choices` nor `ledger`; rank 0 sends them.
     """
 
-    place: Run
-    order: Order
+    request: Request
     choices: dict[str, dict[str, Any]] | None = None
     ledger: Ledger | None = None
 
     @property
     def name(self) -> str:
         """Name of the job, made from that of the task's folder."""
-        return f"transfer-{self.order.request.folder}"
+        return f"transfer-{self.request.folder}"
 
     @property
     def folder(self) -> Path:
         """Folder of the task's results."""
-        return self.place.transfer(self.order.request.folder)
-
-    @property
-    def run_root(self) -> Path:
-        """The run's folder, or the one that its transfers write to."""
-        return self.place.out or self.place.root
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        """Number of workers, and their groups."""
-        return self.order.config.parallel
+        return self.place.transfer(self.request.folder)
 
     @property
     def batch_size(self) -> int:
         """Images of a step; any number of workers below the full one must divide it."""
-        return kind_of(self.order.request.task).batch_size(self.order.config.transfer)
+        return kind_of(self.request.task).batch_size(self.config.transfer)
 
     def run(self, pulse: Pulse) -> None:
         """Train the remaining fits on this rank; collective over all ranks."""
         from moce_dist.transfer.compare import Comparison, train_fits
         from moce_dist.transfer.ranks import from_first, join
 
-        request, config = self.order.request, self.order.config
-        machine = join(config)
+        machine = join(self.config)
         if machine.rank > 0:
             logging.getLogger("moce_dist").setLevel(logging.WARNING)
         choices, ledger = from_first((self.choices, self.ledger), machine)
-        task = list_task(request, config)
-        comparison = Comparison(request, self.place, config, task, machine)
+        task = list_task(self.request, self.config)
+        comparison = Comparison(self.request, self.place, self.config, task, machine)
         comparison.chooser.choices.update(choices or {})
         comparison.pulse = pulse
         assert ledger is not None
@@ -116,11 +106,8 @@ class FitsJob:
         return ""
 
 
-Train = Callable[[FitsJob | FurtherJob], None]
-
-
-def train_here(job: FitsJob | FurtherJob) -> None:
-    """Train the fits or the further steps of an order to their end in this process."""
+def train_here(job: Job) -> None:
+    """Run a job to its end in this process."""
     job.run(Pulse())
 
 
@@ -130,7 +117,7 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
     Raises:
         ConfigError: the task's files are missing or wrong.
     """
-    job = FitsJob(run, order)
+    job = FitsJob(run, order.config, order.request)
     quiet_libraries()
     if not is_first_process():
         for further in further_jobs(run, order.config, order.request).values():
@@ -139,13 +126,12 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
         return {}
     task = list_task(order.request, order.config)
     with hold(job.folder):
-        order = job.order
         notes = task.scan(threads=order.config.data.loader_processes)
         if order.is_fresh:
             set_aside(job.folder)
         from moce_dist.transfer.compare import Comparison, compare
 
-        comparison = Comparison(order.request, job.place, order.config, task)
+        comparison = Comparison(order.request, run, order.config, task)
         comparison.take_further_steps(train)
 
         def train_fits(ledger: Ledger) -> None:
@@ -177,8 +163,8 @@ def attempt(run: Run, order: Order) -> TaskOutcome:
     try:
         return TaskOutcome(order.request.folder, carry_out(run, order))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other tasks go on
-        text = " ".join(str(error).split())
-        return TaskOutcome(order.request.folder, None, f"{type(error).__name__}: {text}")
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        return TaskOutcome(order.request.folder, None, reason)
 
 
 def collect(run: Run, outcomes: Iterable[TaskOutcome]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from moce_dist.config import Config, TransferConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.packing import share
 from moce_dist.data.shards import read_range
+from moce_dist.run.names import and_more
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -185,6 +186,19 @@ class Task(ABC):
         """
 
 
+def data_folder(name: str, data: Path | None, layout: str) -> Path:
+    """Return the folder of a task's images; `layout` says in an error what it should hold.
+
+    Raises:
+        ConfigError: `--data` is missing, or names no folder.
+    """
+    if data is None:
+        raise ConfigError(f"--task {name}: needs --data; {layout}")
+    if not data.is_dir():
+        raise ConfigError(f"--data {data}: is not a folder; {layout}")
+    return data
+
+
 def scan_all(
     images: Sequence[T], size: Callable[[T], int], look: Callable[[T], Any], threads: int
 ) -> list[Any]:
@@ -205,7 +219,7 @@ def scan_all(
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         found = list(pool.map(attempt, images))
     if bad := [error for error in found if isinstance(error, ImageError)]:
-        raise ConfigError(f"{bad[0]}{f' (and {len(bad) - 1} more)' if len(bad) > 1 else ''}")
+        raise ConfigError(f"{bad[0]}{and_more(bad)}")
     return found
 
 

@@ -12,7 +12,6 @@ Source: the gate is that of deepspeed.moe (parallel/token.py): top-1 of a softma
 without a capacity, so that no token is dropped.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from moce_dist.config import Config
 from moce_dist.model.customize import moe_shape
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.transfer.select import layer_choice
 
 _GATE = "blocks.{}.mlp.moe.deepspeed_moe.gate.wg.weight"
 _PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
@@ -97,17 +97,10 @@ def choose_by_use(used: Tensor, weights: Mapping[str, Tensor], *, task: str) -> 
         "select": "use",
         "num_images": len(used),
         "layers": [
-            _layer(layer, block, shares[layer].tolist()) for layer, block in enumerate(blocks)
+            layer_choice(i, block, share, share, None)
+            for i, (block, share) in enumerate(zip(blocks, shares.numpy(), strict=True))
         ],
         "scale": (p / counts.sum(dim=1)).tolist(),
         "clusters": {},
         "warning": None,
-    }
-
-
-def _layer(layer: int, block: int, shares: list[float]) -> dict[str, Any]:
-    entropy = -sum(share * math.log(share) for share in shares if share > 0)
-    return {
-        **{"layer": layer, "block": block, "expert": None, "weights": shares, "mass": None},
-        **{"masses": shares, "runner_up": None, "runner_up_mass": 0.0, "entropy": entropy},
     }

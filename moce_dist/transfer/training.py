@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
 from moce_dist.settings import ConfigError
-from moce_dist.train.blocks import prepare_blocks
 from moce_dist.train.optim import set_learning_rate, stop_unless_finite
 from moce_dist.train.pulse import Pulse
+from moce_dist.train.setup import prepare_blocks
 from moce_dist.transfer.loading import Machine
 from moce_dist.transfer.ranks import add_up, share_batch_norm
 

@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import threading
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,13 +22,14 @@ import waiting
 from moce_dist.config import load_config
 from moce_dist.data import loaders
 from moce_dist.data.batches import stream
+from moce_dist.model import moce
 from moce_dist.model.moce import is_stacked
-from moce_dist.parallel import engine, reduction
+from moce_dist.parallel import reduction
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
 from moce_dist.run.directory import StoppedError
 from moce_dist.settings import ConfigError
-from moce_dist.train import loop, migrate, routing, saver, setup
+from moce_dist.train import loop, migrate, outcome, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
 from moce_dist.train.job import MoreSteps, StageJob
 from moce_dist.train.pulse import Pulse
@@ -128,7 +130,7 @@ def reductions(run, overrides, bucket_bytes):
     init_distributed(torch.device("cpu"))
     state = build(run, overrides)
     state.engine.reducer.detach()
-    order = list(engine.in_backward_order(state.engine.module))
+    order = list(reduction.in_backward_order(state.engine.module, state.engine.replica_group))
     dtype = torch.bfloat16 if "parallel.reduce_dtype=bf16" in overrides else None
     reducer = reduction.GradientReducer(order, dtype=dtype, bucket_bytes=bucket_bytes)
     state.engine._reducer = reducer
@@ -331,9 +333,9 @@ def save_while_training(run, overrides, out):
             saver.write_tensors = write_late
             state.saver = saver.Saver(Path(out) / "late", state.topology, keep=2)
             loop.save(state)
-        loop.train_step(state, batch)
+        outcome = loop.train_step(state, batch)
         state.step += 1
-        state.saver.poll()
+        loop.settle(state, outcome, at_once=False)
     published = sorted(p.name for p in (Path(out) / "late").glob("step_*"))
     # the next save finds this one still in flight
     timer = threading.Timer(0.5, release)
@@ -375,37 +377,88 @@ def train_with_small_files(run, overrides, rank):
     return None
 
 
+def copies(state):
+    """Copy this rank's tensors as they are now."""
+    return {(name, kind): tensor.clone() for name, kind, tensor in state.engine.state()}
+
+
 def train_with_bad_gradient(run, overrides, rank, parameter, at_step):
     """Run the stage; in one step one rank's gradient of one parameter is infinite.
 
-    Returns the error of this rank, whether its weights and moments are those before the step, and
-    what is published.
+    Returns the error of this rank, whether its weights and moments are those before the step, what
+    is published, and the last step that was launched.
     """
     init_distributed(torch.device("cpu"))
     step, seen = loop.train_step, {}
 
-    def snapshot(state):
-        return {(n, kind): tensor.clone() for n, kind, tensor in state.engine.state()}
-
     def watched(state, batch):
+        seen["last"] = batch.step
         if batch.step != at_step:
             return step(state, batch)
-        seen.update(state=state, before=snapshot(state))
+        seen.update(state=state, before=copies(state))
         state.saver.wait()
         weight = state.model.get_parameter(parameter)
-        if dist.get_rank() == rank:
-            weight.register_hook(lambda gradient: gradient * np.inf)
-        return step(state, batch)
+        if dist.get_rank() != rank:
+            return step(state, batch)
+        hook = weight.register_hook(lambda gradient: gradient * np.inf)
+        try:
+            return step(state, batch)
+        finally:
+            # so that the next step is finite, if one is launched before this one's figures are read
+            hook.remove()
 
     loop.train_step = watched
     try:
         loop.pretrain(make_job(run, overrides))
     except FloatingPointError as error:
-        after = snapshot(seen["state"])
+        after = copies(seen["state"])
         is_same = all(tensor.equal(after[key]) for key, tensor in seen["before"].items())
-        return str(error), is_same, sorted(os.listdir(Path(run) / "moce" / "checkpoints"))
+        published = sorted(os.listdir(Path(run) / "moce" / "checkpoints"))
+        return str(error), is_same, published, seen["last"]
     finally:
         loop.train_step = step
+    raise AssertionError("nobody stopped")
+
+
+def train_with_bad_loss(run, overrides, rank, at_step, writing_step):
+    """Run the stage; in one step the losses of one rank are NaN, while a checkpoint is written.
+
+    Returns the error of this rank, whether its weights and moments are those before the step, and
+    what is in the folder of checkpoints when all data of that one is on disk.
+    """
+    init_distributed(torch.device("cpu"))
+    step, forward, write = loop.train_step, loop.forward, saver.write_tensors
+    seen, is_over = {}, threading.Event()
+
+    def watched(state, batch):
+        if batch.step == at_step:
+            seen.update(state=state, before=copies(state))
+        return step(state, batch)
+
+    def spoilt(state, batch, micro):
+        losses, *rest = forward(state, batch, micro)
+        is_bad = batch.step == at_step and dist.get_rank() == rank
+        return losses * np.nan if is_bad else losses, *rest
+
+    def write_late(path, tensors):
+        digests = write(path, tensors)
+        if f".step_{writing_step:08d}." in path.parent.name:
+            is_over.wait()
+        return digests
+
+    loop.train_step, loop.forward, saver.write_tensors = watched, spoilt, write_late
+    try:
+        loop.pretrain(make_job(run, overrides))
+    except FloatingPointError as error:
+        after = copies(seen["state"])
+        is_same = all(tensor.equal(after[key]) for key, tensor in seen["before"].items())
+        is_over.set()
+        seen["state"].saver._save.task.finish()
+        dist.barrier()
+        return str(error), is_same, sorted(os.listdir(Path(run) / "moce" / "checkpoints"))
+    finally:
+        is_over.set()
+        loop.train_step, loop.forward, saver.write_tensors = step, forward, write
     raise AssertionError("nobody stopped")
 
 
@@ -543,31 +596,169 @@ def refusal(run, overrides):
     raise AssertionError("it went on")
 
 
-def reads_between_logged_steps(run, overrides, planted=None):
+def reads_between_logged_steps(run, overrides, planted=None, held=None):
     """Run the real loop; by place, the most reads of tensors' values from one step to the next.
 
-    With `planted`, the name of a module, its output is looked at in every forward pass.
+    Steps that end with a save are left out. `planted` names a function of waiting.py that is
+    applied to a tensor inside train_step. `held` are two steps: saves are not written before the
+    first, and not published before the second. Returns also the steps that find a save in flight.
     """
     init_distributed(torch.device("cpu"))
-    step, counts, mode = loop.train_step, [], waiting.Waits()
+    step, rate = loop.train_step, loop.current_learning_rate
+    write, publish = saver.write_tensors, saver.publish
+    counts, busy, mode = [], [], waiting.Waits()
+    releases = dict(zip(held or (0, 0), (threading.Event(), threading.Event()), strict=True))
+
+    def held_back(function, event):
+        def call(*arguments, **named):
+            event.wait()
+            return function(*arguments, **named)
+
+        return call
 
     def watched(state, batch):
+        if batch.step in releases:
+            releases[batch.step].set()
+            if held:
+                state.saver._save.task.join()
         counts.append(mode.places.copy())
-        if planted and not batch.step:
-            module = state.model.get_submodule(planted)
-            module.register_forward_hook(lambda _, inputs, output: waiting.look(output))
+        if state.saver.look()[1]:
+            busy.append(batch.step)
         return step(state, batch)
 
+    def careless_rate(state):
+        getattr(waiting, planted)(state.model.cls_token)
+        return rate(state)
+
     loop.train_step = watched
+    if planted:
+        loop.current_learning_rate = careless_rate
+    if held:
+        may_write, may_publish = (releases[at] for at in held)
+        saver.write_tensors = held_back(write, may_write)
+        saver.publish = held_back(publish, may_publish)
     try:
         with mode:
             loop.pretrain(make_job(run, overrides))
     finally:
-        loop.train_step = step
+        loop.train_step, loop.current_learning_rate = step, rate
+        saver.write_tensors, saver.publish = write, publish
+        for event in releases.values():
+            event.set()
+    every = tiny_config(overrides).checkpoint.every_steps
     # the first steps make optimiser state, the last is logged
-    between = [later - earlier for earlier, later in itertools.pairwise(counts[3:-1])]
+    between = [
+        later - earlier
+        for number, (earlier, later) in enumerate(itertools.pairwise(counts[:-1]))
+        if number >= 3 and (number + 1) % every
+    ]
     assert len(between) > 10
-    return dict(functools.reduce(operator.or_, between))
+    return dict(functools.reduce(operator.or_, between)), busy
+
+
+def launches_and_reads(run, overrides):
+    """Run the real loop; what it does in its order: ("launch" or "read", step)."""
+    init_distributed(torch.device("cpu"))
+    step, read, done = loop.train_step, outcome.Outcome.read, []
+
+    def launched(state, batch):
+        done.append(("launch", batch.step))
+        return step(state, batch)
+
+    def seen(figures):
+        done.append(("read", figures.batch.step))
+        return read(figures)
+
+    loop.train_step, outcome.Outcome.read = launched, seen
+    try:
+        loop.pretrain(make_job(run, overrides))
+    finally:
+        loop.train_step, outcome.Outcome.read = step, read
+    return done
+
+
+COLLECTIVES = (
+    "all", "_all", "barrier", "broadcast", "gather", "monitored", "recv", "reduce", "_reduce",
+    "scatter", "send",
+)  # fmt: skip
+
+
+def collectives_of_steps(run, overrides, planted=False):
+    """Run the real loop; count the collectives from each step to the next, whoever calls them.
+
+    Returns the counts by name of the training's thread for every step, the number of those of other
+    threads, and the buckets of gradients. With `planted` a barrier precedes every step.
+    """
+    init_distributed(torch.device("cpu"))
+    step, own, calls, marks, seen = loop.train_step, threading.get_ident(), [], [], {}
+    methods = vars(dist.ProcessGroup).items()
+    originals = {name: method for name, method in methods if name.startswith(COLLECTIVES)}
+
+    def counted(name, original):
+        def call(*arguments, **named):
+            calls.append((name, threading.get_ident() == own))
+            return original(*arguments, **named)
+
+        return call
+
+    def watched(state, batch):
+        seen.update(buckets=state.engine.reducer.num_buckets)
+        marks.append(len(calls))
+        if planted:
+            dist.barrier()
+        return step(state, batch)
+
+    for name, original in originals.items():
+        setattr(dist.ProcessGroup, name, counted(name, original))
+    loop.train_step = watched
+    try:
+        loop.pretrain(make_job(run, overrides))
+    finally:
+        loop.train_step = step
+        for name, original in originals.items():
+            setattr(dist.ProcessGroup, name, original)
+    # the first step is logged, and the last
+    steps = [calls[start:stop] for start, stop in itertools.pairwise(marks[1:-1])]
+    aside = sum(not is_own for of_step in steps for _, is_own in of_step)
+    counts = [Counter(name for name, is_own in of_step if is_own) for of_step in steps]
+    return {"steps": counts, "aside": aside, **seen}
+
+
+def process_groups(run, overrides):
+    """Build a state and save it; the timeouts of all process groups (s), and NCCL's order."""
+    state = build(run, overrides)
+    loop.save(state)
+    state.saver.wait()
+    state.engine.destroy()
+    cpu = torch.device("cpu")
+    timeouts = [
+        group._get_backend(cpu).options._timeout.total_seconds()
+        for group in dist.distributed_c10d._world.pg_map
+    ]
+    return {"timeouts": timeouts, "order": os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"]}
+
+
+def take_compiled_steps(run, overrides, placement="planned"):
+    """Run `take_steps` and count the graphs that this process has compiled so far."""
+    result = take_steps(run, overrides, placement)
+    return result | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
+def take_grouped_steps(run, overrides, placement="planned"):
+    """Run `take_steps` with grouped products, as on a GPU; count those whose ends were given."""
+    groupable, product, given = moce.is_groupable, moce.Experts.grouped, []
+
+    def grouped(experts, rows, counts, weights, ends=None):
+        given.append(ends is not None)
+        return product(experts, rows, counts, weights, ends)
+
+    moce.is_groupable, moce.Experts.grouped = lambda rows, counts: min(counts) > 0, grouped
+    try:
+        result = take_steps(run, overrides, placement)
+    finally:
+        moce.is_groupable, moce.Experts.grouped = groupable, product
+    assert all(given)
+    return result | {"grouped": len(given)}
 
 
 def operators(run, overrides, placement="planned", planted=False):

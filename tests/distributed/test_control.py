@@ -42,7 +42,7 @@ def trained(pools, clustered_run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_law_the_control_sees_the_images_and_masks_of_stage_moce(trained, ranks):
+def test_the_control_sees_the_images_and_masks_of_stage_moce(trained, ranks):
     _, seen = trained[ranks]
     assert len(seen["control"]) == 22
     assert sum(map(len, seen["control"])) == 2 * 164

@@ -112,7 +112,7 @@ LAW = [
 
 
 @pytest.mark.parametrize(("batch_size", "steps", "has_damage", "overrides"), LAW)
-def test_law_weights_are_those_of_one_process(
+def test_weights_are_those_of_one_process(
     batch_size, steps, has_damage, overrides, pools, data, damaged, tmp_path
 ):
     common = call(damaged if has_damage else data)

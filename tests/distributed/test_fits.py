@@ -86,7 +86,7 @@ LAW = [
 
 
 @pytest.mark.parametrize(("kind", "ranks", "overrides"), LAW)
-def test_law_weights_are_those_of_one_process(kind, ranks, overrides, pools, roots, tmp_path):
+def test_weights_are_those_of_one_process(kind, ranks, overrides, pools, roots, tmp_path):
     common = call(roots, kind)
     mixed = [field for field in overrides if field in MIXED]
     (expected,) = pools(1).run("fit", **common, out=tmp_path / "one", overrides=mixed)
@@ -98,7 +98,7 @@ def test_law_weights_are_those_of_one_process(kind, ranks, overrides, pools, roo
     assert_close(weights(tmp_path / "many"), weights(tmp_path / "one"))
 
 
-def test_law_layers_keep_their_rates_in_adamw(pools, roots, tmp_path):
+def test_layers_keep_their_rates_in_adamw(pools, roots, tmp_path):
     # not for segmentation: AdamW makes whole steps of the round-off of gradients that are zero,
     # such as those of biases before a normalisation
     common, small = call(roots, "classify", adam=True), ("transfer.finetune.base_lr=1e-3",)
@@ -116,7 +116,7 @@ def test_statistics_of_all_ranks_hold_no_graph(pools, roots, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["classify", "segment"])
-def test_law_figures_are_those_of_one_process(kind, pools, roots, tmp_path):
+def test_figures_are_those_of_one_process(kind, pools, roots, tmp_path):
     common = call(roots, kind)
     pools(1).run("fit", **common, out=tmp_path / "fit", overrides=[])
     folder = str(tmp_path / "fit" / "last")

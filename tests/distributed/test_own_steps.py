@@ -40,7 +40,7 @@ def lines(run, out, *names):
     return [[x[name] for name in names] for x in read_jsonl(run / out / "metrics.jsonl")]
 
 
-def test_law_own_steps_see_the_tasks_clusters_by_mass_on_any_ranks(pools, start):
+def test_own_steps_see_the_tasks_clusters_by_mass_on_any_ranks(pools, start):
     run, weights = start
     one, two = train(pools(1), run, 1, "one"), train(pools(2), run, 2, "two")
     assert one == two

@@ -1,5 +1,6 @@
 """One command from a folder of images to experts, task models and a report."""
 
+import gzip
 import json
 import shutil
 
@@ -118,13 +119,20 @@ def test_a_second_start_only_finds_everything_done(own_copy, start, arguments):
 
 def test_single_stages_ask_for_what_they_need(run_job, ask, arguments, tmp_path):
     one = ("parallel.num_workers=1", "mae.epochs=1", "moce.epochs=1")
-    run = arguments(tmp_path / "run", *one)
+    run = arguments(tmp_path / "run", *one, "logging.profile_steps=[2,4]")
     refused = ask("pretrain", *run, "--stage", "moce")
     refused.assert_refused(2, tmp_path / "run", "is not complete")
     for stage, made in (("mae", "mae"), ("cluster", "shards"), ("moce", "moce")):
         assert not (tmp_path / "run" / made / COMPLETE).exists()
         run_job("pretrain", *run, "--stage", stage).assert_done()
         assert (tmp_path / "run" / made / COMPLETE).exists()
+    for stage in ("mae", "moce"):
+        folder = tmp_path / "run" / stage / "profile"
+        trace = json.loads(gzip.decompress((folder / "steps_2-3.json.gz").read_bytes()))
+        names = [event.get("name") for event in trace["traceEvents"]]
+        # two steps of four blocks with four linear maps each, and a decoder
+        assert names.count("aten::linear") > 2 * 4 * 4
+        assert "aten::addmm" in (folder / "steps_2-3.txt").read_text()
 
 
 def test_a_dry_run_writes_nothing(ask, arguments, tmp_path):

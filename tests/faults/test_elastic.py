@@ -6,6 +6,7 @@ from the uninterrupted run of two workers by rounding only.
 
 import contextlib
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,14 @@ from pathlib import Path
 import psutil
 import pytest
 from ray.cluster_utils import Cluster
+from started import Job
 
 from moce_dist.launch.nodes import GROUP_LABEL
 
 RAY = Path(sys.executable).parent / "ray"
 READY = ("ingested", "mae", "features", "clusters", "shards")
+# as in k8s/base/raycluster.yaml
+DRAIN = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "120"}
 
 
 class Nodes:
@@ -70,6 +74,25 @@ def nodes(monkeypatch):
     found = Nodes()
     yield found
     found.cluster.shutdown()
+
+
+@pytest.fixture
+def join(nodes):
+    """Start nodes as a worker's pod does: by `ray start --block`, which drains upon SIGTERM."""
+    started = []
+
+    def begin(group):
+        command = [
+            RAY, "start", "--block", f"--address={nodes.cluster.address}", "--num-cpus=1",
+            "--node-ip-address=127.0.0.1", f"--labels={GROUP_LABEL}={group}",
+            "--object-store-memory=268435456",
+        ]  # fmt: skip
+        started.append(Job(*command, env=DRAIN))
+        return started[-1]
+
+    yield begin
+    for job in started:
+        job.kill_all()
 
 
 @pytest.fixture
@@ -143,6 +166,28 @@ def test_a_draining_node_gets_a_checkpoint_first_and_another_start_takes_all_nod
     result = pretrain(run, "parallel.min_workers=1").finish().assert_done()
     assert "moce: 2 of 2 workers" in result.err and "moce: 1 of 2 workers" not in result.err
     assert_learned_the_same(run, finished, read_metrics)
+
+
+@pytest.mark.long
+def test_sigterm_to_a_node_saves_the_step_and_a_new_node_goes_on_with_the_same_bits(
+    nodes, join, pretrain, part_of, finished, learned
+):
+    nodes.add("g0")
+    victim, run = join("g1"), part_of(*READY)
+    job = pretrain(run, "parallel.max_failures=0", "checkpoint.keep=9")
+    job.wait_until(lambda: last_step(run) >= 10, "step 10")
+    victim.process.terminate()
+    join("g1")
+    result = job.finish().assert_done()
+    said = r"moce: preemption 1 of at most 1000: moce: state saved at step (\d+) of 135"
+    (saved,) = re.findall(said, result.err)
+    assert f"moce: resuming at step {saved} of 135" in result.err
+    assert int(saved) in checkpoints(run)
+    assert "preemption 2 of" not in result.err and "1 of 2 workers" not in result.err
+    assert learned(run / "moce") == learned(finished / "moce")
+    # it goes as soon as it is idle, before its time is over
+    assert "Local node finished draining" in victim.finish(timeout_s=100).err
+    victim.assert_nothing_stays()
 
 
 @pytest.mark.long

@@ -16,8 +16,8 @@ QUICK = ("parallel.num_workers=1", "mae.epochs=2", "mae.warmup_epochs=0")
 def command(arguments, tmp_path):
     """Arguments of stage mae alone, in this process, with a save after every second step."""
 
-    def make(*overrides):
-        named = arguments(tmp_path / "run", *QUICK, *overrides)
+    def make(*overrides, run="run"):
+        named = arguments(tmp_path / run, *QUICK, *overrides)
         return (*named, "--stage", "mae", "--set", "checkpoint.every_steps=2")
 
     return make
@@ -67,7 +67,9 @@ def test_a_figure_that_is_not_finite_while_a_checkpoint_is_written(
     assert "NaN" not in (run / "mae" / "metrics.jsonl").read_text()
 
 
-def test_a_full_disk_ends_the_training_and_names_the_folder(start, command, tmp_path):
+def test_a_full_disk_ends_the_training_and_with_space_the_same_command_ends_the_same(
+    start, run_job, command, tmp_path, learned
+):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**22, before[1]))
     try:
@@ -79,3 +81,6 @@ def test_a_full_disk_ends_the_training_and_names_the_folder(start, command, tmp_
     result.assert_refused(1, f"OSError: {folder}: checkpoint not written", "File too large")
     assert_quiet(result)
     assert not [*folder.iterdir()]
+    for name in ("run", "whole"):
+        run_job("pretrain", *command(run=name)).assert_done()
+    assert learned(tmp_path / "run" / "mae") == learned(tmp_path / "whole" / "mae")

@@ -114,13 +114,16 @@ def test_a_rank_that_is_stopped_is_named_killed_and_the_stage_ends_with_the_same
 
 @pytest.mark.long
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a disk of its own")
-def test_a_disk_that_fills_ends_the_job_at_once_and_is_named(start, arguments, tmp_path):
+def test_a_disk_that_fills_ends_the_job_at_once_and_with_space_the_same_command_goes_on(
+    start, arguments, tmp_path, learned, finished
+):
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=True)
     try:
         run = disk / "run"
-        job = start("pretrain", *arguments(run, "mae.epochs=2000"), "--stage", "mae")
+        command = (*arguments(run), "--stage", "mae")
+        job = start("pretrain", *command)
         job.wait_until(lambda: has_come(run, "mae"), "mae")
         with contextlib.suppress(OSError), (disk / "fill").open("wb", 0) as file:
             while True:
@@ -128,6 +131,10 @@ def test_a_disk_that_fills_ends_the_job_at_once_and_is_named(start, arguments, t
         result = job.finish()
         result.assert_refused(1, "No space left on device", run)
         assert "failure 1 of" not in result.err
+        (disk / "fill").unlink()
+        result = start("pretrain", *command).finish().assert_done()
+        assert "mae: resuming at step" in result.err
+        assert learned(run / "mae") == learned(finished / "mae")
     finally:
         subprocess.run(["umount", "--lazy", disk], check=True)
 

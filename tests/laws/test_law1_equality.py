@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -77,14 +78,14 @@ def reference(job, table, combine):
     return {"loss": loss.item(), "loss_total": total.item(), "gradients": gradients, "norm": norm}
 
 
-def run(pools, run_root, configuration, extra=(), steps=1):
+def run(pools, run_root, configuration, extra=(), case="take_steps", **arguments):
     ranks, groups, zero, micro, placement = configuration
     overrides = [
         f"parallel.num_workers={ranks}", f"parallel.num_groups={groups}",
         f"parallel.zero_stage={zero}", f"parallel.micro_batches={micro}", *extra,
     ]  # fmt: skip
     results = pools(ranks).run(
-        "take_steps", run=str(run_root), overrides=overrides, placement=placement, steps=steps
+        case, run=str(run_root), overrides=overrides, placement=placement, **arguments
     )
     return overrides, results
 
@@ -183,6 +184,33 @@ def test_bf16_step_is_near_one_process(pools, cases, clustered_run):
     gradients = merged(results, "gradients")
     total = np.sqrt(sum(((g - expected["gradients"][n]) ** 2).sum() for n, g in gradients.items()))
     assert total <= 5e-2 * expected["norm"]
+
+
+def test_grouped_products_equal_one_process(pools, cases, clustered_run):
+    # few clusters and many images, so that every expert of a place has some
+    extra = ["moce.batch_size=64"]
+    configuration = (2, 2, 0, 1, "scrambled")
+    overrides, results = run(pools, clustered_run, configuration, extra, case="take_grouped_steps")
+    assert all(result["grouped"] > 0 for result in results)
+    expected = reference(
+        cases.make_job(clustered_run, overrides), results[0]["table"], "straight_through"
+    )
+    for name, gradient in merged(results, "gradients").items():
+        assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_step_equals_one_process(pools, cases, clustered_run):
+    extra = ["parallel.compile=true"]
+    configuration = (2, 2, 0, 1, "scrambled")
+    overrides, results = run(pools, clustered_run, configuration, extra, case="take_compiled_steps")
+    assert all(result["graphs"] > 0 for result in results)
+    assert results[0]["metrics"][0]["images_exchanged"] > 0
+    expected = reference(
+        cases.make_job(clustered_run, overrides), results[0]["table"], "straight_through"
+    )
+    for name, gradient in merged(results, "gradients").items():
+        assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 2])

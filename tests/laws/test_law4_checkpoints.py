@@ -145,21 +145,54 @@ def test_one_rank_that_cannot_write_ends_all_with_one_error(pools, own_run, rank
     assert latest_checkpoint(folder) is not None
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize(("zero_stage", "logged_every"), [(0, 1), (0, 1000), (1, 1), (2, 1)])
 @pytest.mark.parametrize("name", ["blocks.1.mlp.experts.fc1.weight", "blocks.0.norm1.bias"])
 def test_an_infinite_gradient_of_one_rank_stops_all_before_the_weights_change(
-    pools, own_run, zero_stage, name
+    pools, own_run, zero_stage, logged_every, name
 ):
+    options = [*overrides(2, zero_stage), f"logging.every_steps={logged_every}"]
     found = pools(2).run(
-        "train_with_bad_gradient", run=str(own_run), overrides=overrides(2, zero_stage), rank=1,
-        parameter=name, at_step=5,
+        "train_with_bad_gradient", run=str(own_run), overrides=options, rank=1, parameter=name,
+        at_step=5,
     )  # fmt: skip
-    for error, is_same, published in found:
+    for error, is_same, published, last in found:
         assert error.startswith("moce: gradient norm is ") and error.endswith(" at step 5")
         assert is_same
         assert published == ["step_00000004"]
+        # the next step, which is finite, is launched before a step that is not logged is read
+        assert last == (5 if logged_every == 1 else 6)
     # the same run goes on from what is good, to the end
     pools(2).run("train_to_end", run=str(own_run), overrides=overrides(2, zero_stage))
+
+
+@pytest.mark.parametrize(("zero_stage", "logged_every"), [(0, 1), (0, 4), (1, 1), (2, 1)])
+def test_a_loss_of_one_rank_that_is_nan_stops_all_and_the_same_command_ends_the_same(
+    pools, own_run, learned, zero_stage, logged_every
+):
+    # at a step that is not logged, the next one is launched before the loss is read
+    options = [*overrides(2, zero_stage), f"logging.every_steps={logged_every}"]
+    found = pools(2).run(
+        "train_with_bad_loss", run=str(own_run), overrides=options, rank=1, at_step=9,
+        writing_step=8,
+    )  # fmt: skip
+    for error, is_same, (half_written, published) in found:
+        assert error == "moce: loss is nan at step 9"
+        assert is_same
+        assert half_written.startswith(".step_00000008.") and published == "step_00000004"
+    log = own_run / "moce" / "metrics.jsonl"
+    assert max(line["step"] for line in read_jsonl(log)) == (8 if logged_every == 1 else 7)
+    whole = own_run / "whole"
+    whole.mkdir()
+    for name in ("shards", "clusters"):
+        (whole / name).symlink_to(own_run / name)
+    for run in (own_run, whole):
+        pools(2).run("train_to_end", run=str(run), overrides=options)
+    assert not any((own_run / "moce" / "checkpoints").glob(".*"))
+    mine, undisturbed = learned(own_run / "moce"), learned(whole / "moce")
+    assert mine["digests"] == undisturbed["digests"]
+    # the first step after a start is logged, too
+    steps = {line["step"] for line in undisturbed["metrics"]}
+    assert [m for m in mine["metrics"] if m["step"] in steps] == undisturbed["metrics"]
 
 
 def test_weights_that_cannot_be_summed_are_not_published(pools, own_run):

@@ -61,34 +61,59 @@ def test_routes_of_two_places_spelt_out():
     # place 0 reads images for (place, slot): (0,1) (1,0) (0,0); place 1: (0,0) (1,1) (1,0)
     place = np.array([[0, 1, 0], [0, 1, 1]])
     slot = np.array([[1, 0, 0], [0, 1, 0]])
-    first, second = (layer_routes(place, slot, own, 2) for own in (0, 1))
+    (first,), (second,) = (layer_routes(place[None], slot[None], own, 2) for own in (0, 1))
     # images 2 (slot 0) and 0 (slot 1) stay, sorted by slot; image 1 leaves, place 1's image 0 comes
-    assert first.stay.tolist() == [2, 0] and first.stay_counts == [1, 1]
-    assert first.leave.tolist() == [1] and first.send_counts == [0, 1]
+    assert first.outward.tolist() == [2, 0, 1]
+    assert first.stay_counts == [1, 1] and first.send_counts == [0, 1]
     assert first.receive_counts == [0, 1] and first.arrived_counts == [1, 0]
     assert first.home.tolist() == [1, 2, 0]
-    assert second.stay.tolist() == [2, 1] and second.leave.tolist() == [0]
+    assert second.outward.tolist() == [2, 1, 0]
     assert second.receive_counts == [1, 0] and second.arrived_counts == [1, 0]
     assert first.is_exchanging and second.is_exchanging
+
+
+def test_layers_are_planned_together_as_each_by_itself():
+    # place 1 gets slots 0 and 1 of place 0, and 0 of place 2; in the second layer nothing travels
+    place = np.array([[[1, 1], [1, 1], [1, 2]], [[0, 0], [1, 1], [2, 2]], [[0, 0], [1, 1], [2, 1]]])
+    slot = np.array([[[1, 0], [0, 0], [0, 0]], [[1, 0], [0, 1], [0, 0]], [[1, 1], [0, 1], [0, 1]]])
+    together = layer_routes(place, slot, 1, 2)
+    for layer, routes in enumerate(together):
+        (alone,) = layer_routes(place[layer, None], slot[layer, None], 1, 2)
+        for mine, theirs in zip(routes, alone, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    assert [routes.is_exchanging for routes in together] == [True, False, True]
+    assert [routes.by_expert.tolist() for routes in together] == [[0, 2, 1], [], [0]]
+    assert [routes.by_arrival.tolist() for routes in together] == [[0, 2, 1], [], [0]]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_dispatch_then_combine_is_the_identity_over_places(seed):
     draws = np.random.default_rng(seed)
     places, images, slots = 3, 7, 2
-    place = draws.integers(0, places, (places, images))
-    slot = draws.integers(0, slots, (places, images))
-    x = torch.arange(places * images).reshape(places, images)
-    routes = [layer_routes(place, slot, own, slots) for own in range(places)]
+    place = draws.integers(0, places, (2, places, images))
+    slot = draws.integers(0, slots, (2, places, images))
+    plans = [layer_routes(place, slot, own, slots) for own in range(places)]
+    for layer, routes in enumerate(zip(*plans, strict=True)):
+        check_delivery(place[layer], slot[layer], routes)
+
+
+def check_delivery(place, slot, routes):
+    places, slots = len(place), slot.max() + 1
+    x = torch.arange(place.size).reshape(place.shape)
+    ordered = [
+        x[own][r.outward].split([sum(r.stay_counts), sum(r.send_counts)])
+        for own, r in enumerate(routes)
+    ]
     # deliver by hand what the collective would
-    outgoing = [dict(enumerate(x[p][r.leave].split(r.send_counts))) for p, r in enumerate(routes)]
+    outgoing = [leave.split(r.send_counts) for (_, leave), r in zip(ordered, routes, strict=True)]
     for own, r in enumerate(routes):
         arrived = torch.cat([outgoing[p][own] for p in range(places)])
         assert r.receive_counts == [len(outgoing[p][own]) for p in range(places)]
-        parts = (x[own][r.stay].split(r.stay_counts), arrived[r.by_expert].split(r.arrived_counts))
+        stay, leave = ordered[own]
+        parts = (stay.split(r.stay_counts), arrived[r.by_expert].split(r.arrived_counts))
         expected = [sorted(x[place == own][slot[place == own] == s].tolist()) for s in range(slots)]
         found = [sorted(torch.cat(rows).tolist()) for rows in zip(*parts, strict=True)]
         assert found == expected
         # what combine does: everything that stays or returns finds its old position
-        returned = torch.cat([x[own][r.stay], x[own][r.leave]])[r.home]
-        assert torch.equal(returned, x[own])
+        assert torch.equal(torch.cat([stay, leave])[r.home], x[own])
+        assert torch.equal(arrived[r.by_expert][r.by_arrival], arrived)

@@ -52,7 +52,8 @@ class Job:
     def __init__(self, *command, env=None):
         self.mark = uuid.uuid4().hex
         environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-        environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1", **(env or {})}
+        environment |= {MARK: self.mark, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        environment |= env or {}
         self.process = subprocess.Popen(
             [str(part) for part in command],
             cwd=ROOT,

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from moce_dist.config import FinetuneConfig
 from moce_dist.data.images import eval_image
 from moce_dist.features.encoder import renormalisation
+from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.classification import frozen
 from moce_dist.transfer.classification.measure import measure, multi_label_loss
 from moce_dist.transfer.classification.task import Classification
-from moce_dist.transfer.drawing import Wishes
+from moce_dist.transfer.drawing import PredictOptions
 from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, layered_adamw, run_fit
 from moce_dist.transfer.loading import (
     Machine,
@@ -161,10 +162,10 @@ def evaluate(
 
 @torch.no_grad()
 def predict(
-    model: nn.Module, spec: Spec, images: Sequence[Item], wishes: Wishes
+    model: nn.Module, spec: Spec, images: Sequence[Item], options: PredictOptions
 ) -> Iterator[dict[str, Any]]:
-    """Yield one record per image: its `wishes.top` likeliest classes with their probabilities."""
-    machine, backbone = wishes.machine, spec.backbone()
+    """Yield one record per image: its `options.top` likeliest classes with their probabilities."""
+    machine, backbone = options.machine, spec.backbone()
     factor, shift = renormalisation(backbone.mean, backbone.std)
     for start in range(0, len(images), machine.eval_batch_size):
         some = images[start : start + machine.eval_batch_size]
@@ -173,7 +174,7 @@ def predict(
             try:
                 read.append(eval_image(item.read(), spec.image_size) * factor + shift)
             except (ValueError, OSError) as error:
-                read.append(" ".join(str(error).split()))
+                read.append(one_line(error))
         pixels = [x for x in read if not isinstance(x, str)]
         found: Iterator[Tensor] = iter(())
         if pixels:
@@ -183,7 +184,7 @@ def predict(
             if isinstance(content, str):
                 yield {"image": str(item.content), "error": content}
                 continue
-            values, indices = next(found).topk(min(wishes.top, len(spec.classes)))
+            values, indices = next(found).topk(min(options.top, len(spec.classes)))
             classes = [
                 {"name": spec.classes[i], "probability": round(v, 6)}
                 for v, i in zip(values.tolist(), indices.tolist(), strict=True)

@@ -17,15 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
+from moce_dist.arrays import Float32, Int64
 from moce_dist.config import TransferConfig
 from moce_dist.data.progress import track
-from moce_dist.features.encoder import Pixels
+from moce_dist.features.encoder import EncoderInput
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.classification.measure import measure, multi_label_loss
@@ -76,7 +76,7 @@ def extract(
 @torch.no_grad()
 def encode(
     model: Callable[[Tensor], Tensor],
-    takes: Backbone | Pixels,
+    takes: Backbone | EncoderInput,
     items: list[Item],
     machine: Machine,
     *,
@@ -214,11 +214,11 @@ def logistic(features: Features, task: Classification, few: int | None, *, seed:
     return {name: sum(each[name] for each in found) / len(found) for name in found[0]}
 
 
-def fit_logistic(rows: NDArray[np.float32], labels: NDArray[np.int64]) -> Any:
+def fit_logistic(rows: Float32, labels: Int64) -> Any:
     """Fit logistic regression to rows (n, D) in random order; held-out rows choose the penalty."""
 
     # rows (n, D) in random order
-    def fit(share: float, x: NDArray[np.float32], y: NDArray[np.int64]) -> Any:
+    def fit(share: float, x: Float32, y: Int64) -> Any:
         return LogisticRegression(C=share, max_iter=_MAX_ITERATIONS).fit(x, y)
 
     counts = np.unique(labels, return_counts=True)[1]

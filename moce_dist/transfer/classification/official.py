@@ -31,9 +31,9 @@ from xml.etree import ElementTree
 import numpy as np
 
 from moce_dist.data.listing import list_folders, list_images
-from moce_dist.run.names import as_text, read_names
+from moce_dist.run.names import as_text, one_line, read_names
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.tasks import Item, Splits
+from moce_dist.transfer.tasks import Item, Splits, data_folder
 
 _CALTECH_TRAIN, _CALTECH_BACKGROUND = 30, "BACKGROUND_Google"
 _CIFAR_SIDE = 32
@@ -276,11 +276,7 @@ def official_task(name: str, data: Path | None) -> Splits:
             list cannot be read.
     """
     official = OFFICIAL[name]
-    layout = f"expected DATA/{official.needs[0]}"
-    if data is None:
-        raise ConfigError(f"--task {name}: needs --data; {layout}")
-    if not data.is_dir():
-        raise ConfigError(f"--data {data}: is not a folder; {layout}")
+    data = data_folder(name, data, f"expected DATA/{official.needs[0]}")
     if lacking := [path for path in official.needs if not (data / path).exists()]:
         pickled = "; the pickled version is not read" if name.startswith("cifar") else ""
         raise ConfigError(
@@ -291,7 +287,7 @@ def official_task(name: str, data: Path | None) -> Splits:
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the readers of lists and .mat files meet
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigError(f"--data {data}: --task {name} cannot be read: {reason}") from None
     for split, items in (("training", found.train), ("test", found.test)):
         if not items:

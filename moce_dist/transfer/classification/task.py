@@ -31,11 +31,11 @@ from moce_dist.data.listing import list_folders, list_images
 from moce_dist.data.shards import read_range
 from moce_dist.data.sources import TASKS as SAMPLE_TASKS
 from moce_dist.data.tarscan import scan_tar
-from moce_dist.run.names import as_text, read_names
+from moce_dist.run.names import and_more, as_text, read_names
 from moce_dist.samples import sets
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.classification.official import OFFICIAL, official_task
-from moce_dist.transfer.tasks import FilePart, Item, Splits, Task, scan_all
+from moce_dist.transfer.tasks import FilePart, Item, Splits, Task, data_folder, scan_all
 
 logger = logging.getLogger(__name__)
 LOGISTIC = re.compile(r"logistic([1-9]\d*)?")
@@ -71,10 +71,7 @@ def image_folder(
         ConfigError: a folder is missing or empty, or the splits differ in their classes.
     """
     layout = "expected DATA/train/CLASS/IMAGE and DATA/test/CLASS/IMAGE (or DATA/val)"
-    if data is None:
-        raise ConfigError(f"--task {name}: needs --data; {layout}")
-    if not data.is_dir():
-        raise ConfigError(f"--data {data}: is not a folder; {layout}")
+    data = data_folder(name, data, layout)
     test_name = next((t for t in test_names if (data / t).is_dir()), None)
     wanted = " or ".join(test_names)
     for split, found in (("train", (data / "train").is_dir()), (wanted, test_name)):
@@ -118,10 +115,7 @@ def tar_task(name: str, data: Path | None) -> Splits:
     Raises:
         ConfigError: tars are missing or damaged, or a sample has no image or no valid label.
     """
-    if data is None:
-        raise ConfigError(f"--task {name}: needs --data; {_LAYOUT}")
-    if not data.is_dir():
-        raise ConfigError(f"--data {data}: is not a folder; {_LAYOUT}")
+    data = data_folder(name, data, _LAYOUT)
     tars = {split: sorted(data.glob(f"{split}-*.tar")) for split in ("train", "test", "val")}
     tested = tars["test"] or tars["val"]
     for split, found in (("train", tars["train"]), ("test or val", tested)):
@@ -140,8 +134,7 @@ def _items(tar: Path) -> Iterator[Item]:
     if scan.problems or not scan.samples:
         raise ConfigError(f"{tar}: {scan.problems[0] if scan.problems else 'holds no samples'}")
     if lost := [problem for sample in scan.samples for problem in sample.problems()]:
-        more = f" (and {len(lost) - 1} more)" if len(lost) > 1 else ""
-        raise ConfigError(f"{tar}: {lost[0].key}: {lost[0].reason}{more}")
+        raise ConfigError(f"{tar}: {lost[0].key}: {lost[0].reason}{and_more(lost)}")
     for sample in scan.samples:
         image = sample.image
         assert image is not None, "a sample without problems has an image"

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moce_dist.run.names import as_text
+from moce_dist.run.names import and_more, as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -73,8 +73,7 @@ def read_annotations(path: Path) -> AnnotationFile:
     categories = _by_id(path, tree, "categories", ("name",))
     images = _by_id(path, tree, "images", ("file_name", "width", "height"))
     if problems := list(_annotation_problems(tree["annotations"], images, categories)):
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise ConfigError(f"{path}: {problems[0]}{more}")
+        raise ConfigError(f"{path}: {problems[0]}{and_more(problems)}")
     found: dict[int, list[Annotation]] = {key: [] for key in images}
     for entry in tree["annotations"]:
         x, y, width, height = entry["bbox"]

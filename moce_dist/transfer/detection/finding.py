@@ -26,7 +26,7 @@ from moce_dist.transfer.detection.precision import (
     pack_mask,
 )
 from moce_dist.transfer.detection.task import BoxedImage, Detection
-from moce_dist.transfer.drawing import Wishes, drawing_paths, open_item, palette
+from moce_dist.transfer.drawing import PredictOptions, drawing_paths, open_item, palette
 from moce_dist.transfer.fit import Measures
 from moce_dist.transfer.loading import (
     Machine,
@@ -120,22 +120,22 @@ def _score(looks: Sequence[Detections | Unread], task: Detection, out: Path) -> 
 
 
 def predict(
-    model: Any, spec: Spec, images: Sequence[Item], wishes: Wishes
+    model: Any, spec: Spec, images: Sequence[Item], options: PredictOptions
 ) -> Iterator[dict[str, Any]]:
-    """Yield one record per image: its objects of `wishes.min_score` or more, best first.
+    """Yield one record per image: its objects of `options.min_score` or more, best first.
 
-    With `wishes.out`, the image is also drawn there with its objects; `drawn` is that file.
+    With `options.out`, the image is also drawn there with its objects; `drawn` is that file.
     """
     paths: Sequence[Path | None] = len(images) * [None]
-    if wishes.out is not None:
-        paths = drawing_paths(images, wishes.out)
-    least = SHOWN_SCORE if wishes.min_score is None else wishes.min_score
+    if options.out is not None:
+        paths = drawing_paths(images, options.out)
+    least = SHOWN_SCORE if options.min_score is None else options.min_score
     for item, path in zip(images, paths, strict=True):
         image = open_item(item)
         if isinstance(image, str):
             yield {"image": str(item.content), "error": image}
             continue
-        found = find(model, image, wishes.machine).above(least)
+        found = find(model, image, options.machine).above(least)
         objects: list[dict[str, Any]] = [
             {"name": spec.classes[label], "score": float(score), "box": box.tolist()}
             for label, score, box in zip(found.labels, found.scores, found.sizes(), strict=True)

@@ -30,7 +30,7 @@ from moce_dist.data.loaders import load
 from moce_dist.run.files import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.detection.finding import Scored, evaluate, predict
-from moce_dist.transfer.detection.jitter import Sample, training_square
+from moce_dist.transfer.detection.jitter import PlacedSample, training_square
 from moce_dist.transfer.detection.task import Detection
 from moce_dist.transfer.detection.vitdet import make_detector, make_optimizer
 from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit, stepped_rate
@@ -47,13 +47,13 @@ Targets = Sequence[Target | None]
 """Ground truth of the squares of a batch; None for a blank square, which has weight 0."""
 
 
-class Squares(Dataset[Sample | Unread]):
+class Squares(Dataset[PlacedSample | Unread]):
     """Training squares of images, drawn by (seed, epoch, key)."""
 
     def __init__(self, task: Detection, recipe: DetectionConfig, seed: int) -> None:
         self._task, self._recipe, self._seed = task, recipe, seed
 
-    def __getitem__(self, draw: tuple[int, int]) -> Sample | Unread:
+    def __getitem__(self, draw: tuple[int, int]) -> PlacedSample | Unread:
         epoch, index = draw
         boxed, recipe = self._task.train[index], self._recipe
         try:
@@ -106,10 +106,8 @@ class DetectorFit:
             ConfigError: a step has too few images for so many ranks.
             ValueError: no image of a step can be read; on all ranks.
         """
-        recipe, train = self.recipe, self.task.train
-        batch_size = min(recipe.batch_size, len(train))
-        epochs = -(-recipe.steps // (len(train) // batch_size))
-        order = TrainingOrder(len(train), batch_size, epochs, seed)
+        recipe, num_images = self.recipe, len(self.task.train)
+        order = TrainingOrder.of_steps(num_images, recipe.batch_size, recipe.steps, seed)
         loader = load(
             Squares(self.task, recipe, seed),
             self.machine.loader_processes,
@@ -120,11 +118,11 @@ class DetectorFit:
         for step, items in enumerate(loader, start):
             mine = [item if isinstance(item, Unread) else None for item in items]
             faults = skips.note(step, mine)
-            if len(faults) == batch_size:
+            if len(faults) == order.batch_size:
                 raise ValueError(faults[-1].reason)
-            yield self.batch([item for item in items if isinstance(item, Sample)])
+            yield self.batch([item for item in items if isinstance(item, PlacedSample)])
 
-    def batch(self, samples: Sequence[Sample]) -> tuple[Tensor, Targets]:
+    def batch(self, samples: Sequence[PlacedSample]) -> tuple[Tensor, Targets]:
         """Stack samples into squares (B, 3, S, S) in [0, 255] and their ground truth.
 
         Without samples there is one blank square, because a rank without readable images must

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as run_lengths
 
+from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.data.images import MEAN
 from moce_dist.transfer.detection.task import BoxedImage
 
@@ -27,14 +28,14 @@ _PADDING = np.round(np.array(MEAN) * 255).astype(np.uint8)
 Masks = NDArray[np.uint8]
 
 
-class Sample(NamedTuple):
+class PlacedSample(NamedTuple):
     """A training square; `categories` are COCO's ids, `masks` is None for box-only tasks."""
 
     pixels: NDArray[np.uint8]
     """(3, S, S) in [0, 255]."""
-    boxes: NDArray[np.float32]
+    boxes: Float32
     """(n, 4): left, upper, right, lower, pixels."""
-    categories: NDArray[np.int64]
+    categories: Int64
     """(n,)."""
     masks: Masks | None
     """(n, S, S), 0 or 1."""
@@ -53,10 +54,10 @@ class Placing(NamedTuple):
     is_mirrored: bool
     size: int
 
-    def points(self, points: NDArray[np.float64], boxed: BoxedImage) -> NDArray[np.float64]:
+    def points(self, points: Float64, boxed: BoxedImage) -> Float64:
         """Map points (..., 2), which are (x, y) of the image, to the square."""
         factors = np.array(self.scaled) / (boxed.width, boxed.height)
-        moved: NDArray[np.float64] = points * factors - (self.left, self.upper)
+        moved: Float64 = points * factors - (self.left, self.upper)
         if self.is_mirrored:
             moved[..., 0] = self.width - moved[..., 0]
         return moved
@@ -81,7 +82,7 @@ def training_square(
     *,
     has_masks: bool,
     draws: np.random.Generator,
-) -> Sample:
+) -> PlacedSample:
     """Make a training sample of an image.
 
     Raises:
@@ -104,7 +105,7 @@ def training_square(
         boxes = corners.clip(0, (placing.width, placing.height)).reshape(-1, 4)
     kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
     categories = np.array([a.category for a in objects], np.int64)
-    return Sample(
+    return PlacedSample(
         pixels,
         boxes[kept].astype(np.float32),
         categories[kept],
@@ -157,7 +158,7 @@ def place_mask(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
     return mask
 
 
-def _box_around(mask: Masks) -> NDArray[np.float64]:
+def _box_around(mask: Masks) -> Float64:
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     if not len(rows):
         return np.zeros(4)

@@ -20,6 +20,7 @@ from pycocotools import mask as run_lengths
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from moce_dist.arrays import Float64, Int64
 from moce_dist.transfer.detection.jitter import to_runs
 from moce_dist.transfer.detection.task import BoxedImage, Detection
 
@@ -31,11 +32,11 @@ Entry = dict[str, Any]
 class Detections(NamedTuple):
     """The objects found in an image, in its pixels; `masks` are packed run lengths."""
 
-    boxes: NDArray[np.float64]
+    boxes: Float64
     """(n, 4): left, upper, right, lower."""
-    scores: NDArray[np.float64]
+    scores: Float64
     """(n,) in [0, 1]."""
-    labels: NDArray[np.int64]
+    labels: Int64
     """(n,) class indices of the task."""
     masks: Sequence[Entry] | None
 
@@ -45,7 +46,7 @@ class Detections(NamedTuple):
         masks = None if self.masks is None else [self.masks[i] for i in kept.tolist()]
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
 
-    def sizes(self) -> NDArray[np.float64]:
+    def sizes(self) -> Float64:
         """Return the boxes (n, 4) as left, upper, width, height."""
         corners = np.asarray(self.boxes, np.float64).reshape(-1, 4)
         return np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)

@@ -22,10 +22,10 @@ from moce_dist.config import Config, TransferConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.upright import Annotated, open_annotated
 from moce_dist.run.artefacts import file_sha256
-from moce_dist.run.names import as_text
+from moce_dist.run.names import and_more, as_text
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.detection.coco_json import Annotation, AnnotationFile, read_annotations
-from moce_dist.transfer.tasks import Item, Task, scan_all, warn_of_doubt
+from moce_dist.transfer.tasks import Item, Task, data_folder, scan_all, warn_of_doubt
 
 logger = logging.getLogger(__name__)
 _YEAR = "2017"
@@ -98,7 +98,7 @@ def _boxed_images(folder: Path, read: AnnotationFile) -> list[BoxedImage]:
         for i in read.images
     ]
     if missing := [boxed.image for boxed in found if not boxed.image.is_file()]:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        more = and_more(missing)
         raise ConfigError(f"{missing[0]}: is missing, the annotations list it{more}")
     return found
 
@@ -137,10 +137,7 @@ class Detection(Task):
             ConfigError: a file or folder is missing, an annotation is wrong, or the splits differ
                 in their classes.
         """
-        if data is None:
-            raise ConfigError(f"--task {name}: needs --data; {_LAYOUT}")
-        if not data.is_dir():
-            raise ConfigError(f"--data {data}: is not a folder; {_LAYOUT}")
+        data = data_folder(name, data, _LAYOUT)
         files = [_find(data, split) for split in ("train", "val")]
         folders = [data / path.stem.removeprefix("instances_") for path in files]
         for folder, path in zip(folders, files, strict=True):

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from moce_dist.arrays import Float32, Int64
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
 from moce_dist.data.progress import track
@@ -29,7 +29,7 @@ from moce_dist.features.encoder import renormalisation
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.drawing import Wishes, drawing_paths, open_item, palette
+from moce_dist.transfer.drawing import PredictOptions, drawing_paths, open_item, palette
 from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit
 from moce_dist.transfer.loading import (
     Draw,
@@ -111,9 +111,7 @@ class _Crops(Dataset[Loaded]):
             len(train),
         )
 
-    def _read(
-        self, masked: MaskedImage, epoch: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def _read(self, masked: MaskedImage, epoch: int) -> tuple[Float32, Int64]:
         draws = sample_generator(self._seed, epoch, masked.key)
         shown, mask = load_masked(masked, len(self._task.classes))
         pixels, labels = training_crop(shown.image, mask, self._size, draws)
@@ -127,14 +125,12 @@ def fit(task: Segmentation, trial: Trial) -> Fitted:
     the machine's ranks.
     """
     backbone, machine, seed = trial.backbone, trial.machine, trial.seed
-    recipe, num_images = trial.transfer.segmentation, len(task.train)
+    recipe = trial.transfer.segmentation
     vit = backbone.dense_model(recipe.crop, seed=seed, drop_path=_DROP_PATH)
     model = Segmenter(vit, len(task.classes), recipe.channels).to(machine.device)
     window, skips = Window(recipe.crop, recipe.scales, flip=recipe.flip), Skips(machine, trial.kept)
-    batch_size = min(recipe.batch_size, num_images)
     crops = _Crops(task, recipe.crop, backbone, seed)
-    epochs = -(-recipe.steps // (num_images // batch_size))
-    order = TrainingOrder(num_images, batch_size, epochs, seed)
+    order = TrainingOrder.of_steps(len(task.train), recipe.batch_size, recipe.steps, seed)
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         draws = rank_draws(order, machine, start, recipe.steps)
@@ -268,22 +264,22 @@ def build(spec: Spec) -> nn.Module:
 
 
 def predict(
-    model: nn.Module, spec: Spec, images: Sequence[Item], wishes: Wishes
+    model: nn.Module, spec: Spec, images: Sequence[Item], options: PredictOptions
 ) -> Iterator[dict[str, Any]]:
-    """Write a coloured mask of every image's size into `wishes.out`; yield one record per image.
+    """Write a coloured mask of every image's size into `options.out`; yield one record per image.
 
     Raises:
         ConfigError: no folder is named.
     """
-    if wishes.out is None:
+    if options.out is None:
         raise ConfigError("--out: name a folder for the masks")
     backbone, window, colours = spec.backbone(), Window(spec.image_size), palette(len(spec.classes))
-    for item, path in zip(images, drawing_paths(images, wishes.out), strict=True):
+    for item, path in zip(images, drawing_paths(images, options.out), strict=True):
         image = open_item(item)
         if isinstance(image, str):
             yield {"image": str(item.content), "error": image}
             continue
-        found = class_probabilities(model, image, backbone, window, wishes.machine).argmax(dim=0)
+        found = class_probabilities(model, image, backbone, window, options.machine).argmax(dim=0)
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(colours[found.numpy()]).save(path)
         shares = found.flatten().bincount(minlength=len(spec.classes)) / found.numel()

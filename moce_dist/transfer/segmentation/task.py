@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from moce_dist.arrays import Float32, Int64
 from moce_dist.config import Config, TransferConfig
 from moce_dist.data.decoders import ImageError, open_stored
 from moce_dist.data.images import MEAN, STD
@@ -33,10 +33,11 @@ from moce_dist.data.listing import list_images
 from moce_dist.data.upright import Annotated, open_annotated
 from moce_dist.run.names import as_text, read_names
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.tasks import Item, Task, scan_all, warn_of_doubt
+from moce_dist.transfer.tasks import Item, Task, data_folder, scan_all, warn_of_doubt
 
 logger = logging.getLogger(__name__)
 
+_LAYOUT = "expected DATA/{images,annotations}/{training,validation}"
 IGNORE = -1
 _SHARES_SHOWN = 20
 _NUM_CLASSES = 150
@@ -48,7 +49,7 @@ _SCALES = (0.5, 2.0)
 _MEAN = np.array(MEAN, np.float32) * 255
 _STD = np.array(STD, np.float32) * 255
 
-Labels = NDArray[np.int64]
+Labels = Int64
 
 
 class MaskedImage(NamedTuple):
@@ -76,13 +77,12 @@ def _classes(data: Path) -> list[str]:
 
 def _split(data: Path, split: str) -> list[MaskedImage]:
     images, masks = data / "images" / split, data / "annotations" / split
-    layout = "expected DATA/{images,annotations}/{training,validation}"
     for folder in (images, masks):
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: is no folder; {layout}")
+            raise ConfigError(f"{folder}: is no folder; {_LAYOUT}")
     shown, masked = _by_stem(images, None), _by_stem(masks, _MASK_ENDINGS)
     if not shown:
-        raise ConfigError(f"{images}: holds no images; {layout}")
+        raise ConfigError(f"{images}: holds no images; {_LAYOUT}")
     if lacking := [stem for stem in shown if stem not in masked]:
         raise ConfigError(f"{shown[lacking[0]]}: has no mask in {masks} ({len(lacking)} such)")
     if stray := [stem for stem in masked if stem not in shown]:
@@ -180,14 +180,14 @@ def scaled(image: Image.Image, short_side: int) -> Image.Image:
     return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
 
 
-def to_pixels(image: Image.Image) -> NDArray[np.float32]:
+def to_pixels(image: Image.Image) -> Float32:
     """Normalise an image by ImageNet's statistics, (3, H, W)."""
     return ((np.asarray(image, np.float32) - _MEAN) / _STD).transpose(2, 0, 1)
 
 
 def training_crop(
     image: Image.Image, mask: Labels, size: int, draws: np.random.Generator
-) -> tuple[NDArray[np.float32], Labels]:
+) -> tuple[Float32, Labels]:
     """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
 
     Returns pixels (3, S, S) and class indices (S, S), which are `IGNORE` outside the image.
@@ -223,10 +223,7 @@ class Segmentation(Task):
         Raises:
             ConfigError: a folder, a mask or an image is missing.
         """
-        if data is None:
-            raise ConfigError(f"--task {name}: needs --data, a folder in ADE20K's layout")
-        if not data.is_dir():
-            raise ConfigError(f"--data {data}: is not a folder")
+        data = data_folder(name, data, _LAYOUT)
         return cls(name, _classes(data), _split(data, "training"), _split(data, "validation"))
 
     @classmethod

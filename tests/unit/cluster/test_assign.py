@@ -9,7 +9,7 @@ import torch
 from mixtures import transform
 from sklearn.metrics import normalized_mutual_info_score
 
-from moce_dist.cluster.assign import assign_features, read_centroids, run_clustering
+from moce_dist.cluster.assign import assign_features, make_clusters, read_centroids, run_clustering
 from moce_dist.cluster.assignments import read_assignments
 from moce_dist.cluster.blocks import View, column_mean, open_features
 from moce_dist.cluster.domains import domain_figures
@@ -88,7 +88,10 @@ def test_bare_features_are_compared_as_they_are_with_and_without_prices():
     labels, distances = assign_features(rows, centroids)
     assert (labels == brute.argmin(axis=1)).all()
     np.testing.assert_allclose(distances, brute.min(axis=1), rtol=1e-3)
-    labels, distances = assign_features(rows, centroids, prices=prices)
+    clusters = make_clusters(centroids, None, prices)
+    augmented = torch.ones(200, 5)
+    clusters.view.apply(torch.from_numpy(rows), augmented[:, :-1])
+    labels, distances = clusters.assign(augmented)
     assert (labels == (brute - prices).argmin(axis=1)).all()
     np.testing.assert_allclose(distances, brute[np.arange(200), labels], rtol=1e-3)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from mixtures import brute_force, matrix_of, mixture
 
-from moce_dist.cluster.balance import Others, Sizes, ascend
+from moce_dist.cluster.balance import FixedRows, Sizes, ascend
 from moce_dist.cluster.candidates import Candidates, margins_of
 from moce_dist.cluster.exact import finish
 from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans
@@ -188,10 +188,10 @@ def test_rows_that_stay_count_as_places_taken():
     )
     between = margins <= 0.5
     stays = distances[~between].argmin(axis=1)
-    others = Others(np.bincount(stays, minlength=5), 0.5)
+    fixed = FixedRows(np.bincount(stays, minlength=5), 0.5)
     found = listed(distances[between], prices)
     sizes = Sizes(180, 180)
-    done = ascend(found, prices, sizes, rounds=40, others=others)
+    done = ascend(found, prices, sizes, rounds=40, fixed=fixed)
     counts = np.bincount((distances - done.prices).argmin(axis=1), minlength=5)
     # within its reach the ascent of the border is that of all rows, and so is what it reports
     assert np.ptp(done.prices) <= 0.5
@@ -201,9 +201,9 @@ def test_rows_that_stay_count_as_places_taken():
 
 def test_no_price_moves_further_than_lets_the_others_stay():
     distances = np.hstack([np.zeros((300, 1)), 5 + np.random.default_rng(0).random((300, 2))])
-    others = Others(np.array([300, 0, 0]), 0.25)
+    fixed = FixedRows(np.array([300, 0, 0]), 0.25)
     done = ascend(
-        listed(distances, np.zeros(3)), np.zeros(3), Sizes(200, 200), rounds=9, others=others
+        listed(distances, np.zeros(3)), np.zeros(3), Sizes(200, 200), rounds=9, fixed=fixed
     )
     assert 0.2 < np.ptp(done.prices) <= 0.25 and done.prices.argmin() == 0
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from moce_dist.config import DataConfig
 from moce_dist.data.batches import stream
-from moce_dist.data.cache import Wanted
+from moce_dist.data.cache import SampleRange
 from moce_dist.data.plan import Plan
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import write_index
@@ -122,7 +122,7 @@ def test_what_a_killed_process_left_is_written_over(index, remote, tmp_path):
 def test_shard_of_other_content_is_never_taken_for_the_old_one(remote, tmp_path):
     far, _ = remote
     data = DataConfig(cache=str(tmp_path / "cache"))
-    place = Wanted(far.url(far.shards[0]), far.shards[0].offsets[0], far.shards[0].sizes[0])
+    place = SampleRange(far.url(far.shards[0]), far.shards[0].offsets[0], far.shards[0].sizes[0])
     old = RangeReader(cache=open_cache(data, sample_table(far)))
     (content,) = old.read([place])
     assert old.cache.get(place) == content

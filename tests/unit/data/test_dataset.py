@@ -153,7 +153,7 @@ def consume(index, folder, rank, ranks, start, stop):
         (folder / f".{rank}").rename(folder / f"{step}.{rank}")
 
 
-def test_law_killed_on_changing_ranks_every_sample_is_used_once(index, tmp_path):
+def test_killed_on_changing_ranks_every_sample_is_used_once(index, tmp_path):
     context, start, used = multiprocessing.get_context("fork"), 0, []
     for ranks, stop in ((2, 2), (4, 5), (1, 6), (3, None)):
         folder = tmp_path / f"{ranks}"

@@ -13,7 +13,7 @@ from PIL import Image
 from moce_dist.config import DataConfig, load_config
 from moce_dist.data.batches import stream
 from moce_dist.data.device import DeviceDecoder, Waiting
-from moce_dist.data.images import sample_generator, train_cut
+from moce_dist.data.images import draw_cut, open_croppable, sample_generator
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import write_index
 from moce_dist.data.stream import Layout, StreamSpec
@@ -100,7 +100,7 @@ def test_crops_look_as_the_reference_has_them(photos, device):
     decoder, waiting, boxes = DeviceDecoder(SIZE, torch.device(device)), Waiting(), []
     for number, content in enumerate(photos * 5):
         draws = sample_generator(0, 0, str(number))
-        cut = train_cut(content, scale_min=0.2, hflip=True, draws=draws)
+        cut = draw_cut(open_croppable(content), scale_min=0.2, hflip=True, draws=draws)
         assert waiting.take(number, number, cut)
         boxes.append((content, cut))
     values = []
@@ -117,7 +117,7 @@ def test_what_the_device_stumbles_over_is_decoded_here(photos, stumbles):
     decoder, waiting = DeviceDecoder(SIZE, torch.device("cpu")), Waiting()
     for number, content in enumerate(photos[:2]):
         draws = sample_generator(0, 0, str(number))
-        cut = train_cut(content, scale_min=1.0, hflip=False, draws=draws)
+        cut = draw_cut(open_croppable(content), scale_min=1.0, hflip=False, draws=draws)
         assert waiting.take(number, number, cut)
 
     class Broken:
@@ -141,7 +141,7 @@ def test_only_plain_jpeg_waits(photos):
         (as_png(photos[0]), False),
         (photos[0][:-2], False),
     ]:
-        cut = train_cut(content, scale_min=1.0, hflip=False, draws=draws)
+        cut = draw_cut(open_croppable(content), scale_min=1.0, hflip=False, draws=draws)
         assert Waiting().take(0, 0, cut) == waits
 
 

@@ -231,9 +231,11 @@ def test_crop_and_resize_equal_torchvision(photo):
     content = encode(photo)
     for seed in range(5):
         box = images.random_box(*photo.size, 0.2, sample_generator(seed, 0, "k"))
-        sample = images.train_image(
-            content, size=64, scale_min=0.2, hflip=False, draws=sample_generator(seed, 0, "k")
+        draws = sample_generator(seed, 0, "k")
+        cut = images.draw_cut(
+            images.open_croppable(content), scale_min=0.2, hflip=False, draws=draws
         )
+        sample = images.to_sample(cut.pixels(64))
         tensor = v2.functional.pil_to_tensor(photo)
         crop = v2.functional.resized_crop(
             tensor, box.upper, box.left, box.lower - box.upper, box.right - box.left, [64, 64],

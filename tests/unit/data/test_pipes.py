@@ -7,8 +7,7 @@ from tars import read_members
 
 from moce_dist.config import DataConfig
 from moce_dist.data.ingest import ingest
-from moce_dist.data.packing import HOLDOUT
-from moce_dist.data.shards import read_index
+from moce_dist.data.shards import HOLDOUT, read_index
 from moce_dist.settings import ConfigError
 
 CONFIG = DataConfig(holdout_fraction=0.0, allow_pipes=True)

@@ -4,13 +4,21 @@ import logging
 import re
 import time
 
+import pytest
+
 from moce_dist.data.progress import track
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    """Lines after 10 ms."""
+    monkeypatch.setattr("moce_dist.data.progress._EVERY_S", 0.01)
 
 
 def test_long_loops_say_rate_and_time_left(caplog):
     caplog.set_level(logging.INFO)
     done = []
-    for item in track(range(4), "images", total=4, every_s=0.05):
+    for item in track(range(4), "images", total=4):
         time.sleep(0.06)
         done.append(item)
     assert done == [0, 1, 2, 3]
@@ -20,7 +28,7 @@ def test_long_loops_say_rate_and_time_left(caplog):
 def test_items_of_different_sizes_count_by_their_size(caplog):
     caplog.set_level(logging.INFO)
     sizes = [3000, 1000, 0]
-    for _ in track(sizes, "images encoded", total=4000, every_s=0.01, size=int):
+    for _ in track(sizes, "images encoded", total=4000, size=int):
         time.sleep(0.02)
     done = [
         re.match(r"(\d+) of 4000 images encoded, ([\d.]+) images/s", m) for m in caplog.messages
@@ -33,13 +41,14 @@ def test_items_of_different_sizes_count_by_their_size(caplog):
 
 def test_unknown_length_has_no_time_left(caplog):
     caplog.set_level(logging.INFO)
-    for _ in track(iter("ab"), "images", every_s=0.01):
+    for _ in track(iter("ab"), "images"):
         time.sleep(0.02)
     assert caplog.messages[0].startswith("1 images, ")
     assert "left" not in caplog.messages[0]
 
 
-def test_short_loops_are_silent(caplog):
+def test_short_loops_are_silent(caplog, monkeypatch):
+    monkeypatch.setattr("moce_dist.data.progress._EVERY_S", 10)
     caplog.set_level(logging.INFO)
     assert list(track(range(1000), "images")) == list(range(1000))
     assert caplog.messages == []

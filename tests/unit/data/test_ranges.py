@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 
 from moce_dist.data import ranges
-from moce_dist.data.cache import Wanted
+from moce_dist.data.cache import SampleRange
 from moce_dist.data.ranges import Range, RangeReader, coalesce
 
 
 def test_neighbours_become_one_range_and_far_ones_do_not():
     near, far = 10_000, 1_000_000
     wanted = [
-        Wanted("b", 0, near),
-        Wanted("a", far, near),
-        Wanted("a", near + 512, near),
-        Wanted("a", 0, near),
+        SampleRange("b", 0, near),
+        SampleRange("a", far, near),
+        SampleRange("a", near + 512, near),
+        SampleRange("a", 0, near),
     ]
     assert coalesce(wanted) == [
         Range("a", 0, 2 * near + 512, [3, 2]),
@@ -27,16 +27,16 @@ def test_neighbours_become_one_range_and_far_ones_do_not():
 
 
 def test_gap_larger_than_a_fifth_of_what_is_wanted_is_not_read():
-    wanted = [Wanted("a", 0, 100_000), Wanted("a", 141_000, 100_000)]
+    wanted = [SampleRange("a", 0, 100_000), SampleRange("a", 141_000, 100_000)]
     assert len(coalesce(wanted)) == 2
-    assert len(coalesce([wanted[0], Wanted("a", 139_000, 100_000)])) == 1
+    assert len(coalesce([wanted[0], SampleRange("a", 139_000, 100_000)])) == 1
 
 
 def test_ranges_are_bounded_and_waste_at_most_a_fifth():
     draws = np.random.default_rng(0)
     ends = np.cumsum(draws.integers(20_000, 200_000, 4000))
     rows = np.flatnonzero(draws.random(3999) < 0.5)
-    wanted = [Wanted("a", int(ends[i]), int(ends[i + 1] - ends[i] - 512)) for i in rows]
+    wanted = [SampleRange("a", int(ends[i]), int(ends[i + 1] - ends[i] - 512)) for i in rows]
     found = coalesce(wanted)
     assert sorted(row for place in found for row in place.rows) == list(range(len(wanted)))
     assert max(place.stop - place.start for place in found) <= 8 * 2**20
@@ -52,7 +52,7 @@ def test_samples_of_many_files_arrive_in_the_order_asked_with_few_files_open(tmp
         (tmp_path / path).write_bytes(content)
     draws, reader = np.random.default_rng(1), RangeReader()
     wanted = [
-        Wanted(str(tmp_path / f"{draws.integers(8)}.tar"), int(draws.integers(40_000)), 3000)
+        SampleRange(str(tmp_path / f"{draws.integers(8)}.tar"), int(draws.integers(40_000)), 3000)
         for _ in range(60)
     ]
     before = len(os.listdir("/proc/self/fd"))
@@ -67,7 +67,7 @@ def test_missing_and_short_files_are_faults_of_their_samples_only(tmp_path):
     (tmp_path / "a.tar").write_bytes(b"0123456789")
     a, gone = str(tmp_path / "a.tar"), str(tmp_path / "gone.tar")
     good, short, missing = RangeReader().read(
-        [Wanted(a, 0, 4), Wanted(a, 8, 4), Wanted(gone, 0, 1)]
+        [SampleRange(a, 0, 4), SampleRange(a, 8, 4), SampleRange(gone, 0, 1)]
     )
     assert good == b"0123"
     assert isinstance(short, OSError) and str(short) == "ends after 2 of 4 bytes"
@@ -78,7 +78,7 @@ def test_missing_and_short_files_are_faults_of_their_samples_only(tmp_path):
 def test_passing_trouble_of_a_server_is_waited_out(range_server, behaviour):
     server = range_server({"/a.tar": (b"0123456789" * 500, behaviour)})
     reader = RangeReader(timeout_s=1, deadline_s=30)
-    (content,) = reader.read([Wanted(f"{server.url}/a.tar", 10, 4000)])
+    (content,) = reader.read([SampleRange(f"{server.url}/a.tar", 10, 4000)])
     assert content == (b"0123456789" * 500)[10:4010]
     assert server.requests["/a.tar"] > 1
 
@@ -96,7 +96,10 @@ def test_lasting_trouble_is_described_without_secrets(range_server, behaviour, r
     server = range_server({"/a.tar": (bytes(5000), behaviour), "/b.tar": (bytes(5000), "")})
     begin = time.monotonic()
     bad, good = RangeReader(timeout_s=0.5, deadline_s=2).read(
-        [Wanted(f"{server.url}/a.tar?key=SECRET", 0, 9), Wanted(f"{server.url}/b.tar", 0, 9)]
+        [
+            SampleRange(f"{server.url}/a.tar?key=SECRET", 0, 9),
+            SampleRange(f"{server.url}/b.tar", 0, 9),
+        ]
     )
     assert time.monotonic() - begin < 20
     assert good == bytes(9)

@@ -153,8 +153,9 @@ def test_missing_shard_is_refused_by_name(tmp_path):
             scan_shard(str(path))
 
 
-def test_writer_makes_tars_that_others_read(tmp_path, some_image):
-    writer = ShardWriter(tmp_path, "w.tar", buffer_bytes=700)
+def test_writer_makes_tars_that_others_read(tmp_path, some_image, monkeypatch):
+    monkeypatch.setattr("moce_dist.data.writer._BUFFER_BYTES", 700)
+    writer = ShardWriter(tmp_path, "w.tar")
     for row in range(20):
         writer.add(f"k/{row}", {"png": some_image(row), "cls": str(row).encode()})
     assert not (tmp_path / "w.tar").exists()

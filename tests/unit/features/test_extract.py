@@ -29,7 +29,7 @@ from moce_dist.data.shards import Shard, ShardIndex, read_index, write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.features import decoding, extract
 from moce_dist.features.decoding import Framing, framed_image
-from moce_dist.features.encoder import Pixels, describe_timm, timm_encoder
+from moce_dist.features.encoder import EncoderInput, describe_timm, timm_encoder
 from moce_dist.features.extract import (
     EncoderSpec,
     FeatureJob,
@@ -72,7 +72,7 @@ def build_recording(path):
 def build_vit():
     """A real ViT, whose arithmetic depends on the shape of a batch."""
     torch.manual_seed(0)
-    return timm_encoder("test_vit", Pixels(160), torch.device("cpu"), pretrained=False)
+    return timm_encoder("test_vit", EncoderInput(160), torch.device("cpu"), pretrained=False)
 
 
 def png(seed):

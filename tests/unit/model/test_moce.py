@@ -1,5 +1,7 @@
 """Experts and the one-process dispatcher against a loop over images."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from timm.layers import Mlp
@@ -14,6 +16,7 @@ from moce_dist.model.moce import (
     MoceMlp,
     experts_from_dense,
     global_names,
+    is_groupable,
     is_stacked,
 )
 
@@ -40,7 +43,7 @@ def test_every_image_gets_its_expert():
         mlps.append(mlp)
     x, chosen = torch.randn(5, 2, 4), torch.tensor([[2, 0, 2, 2, 0]])
     dispatcher = LocalDispatcher(chosen, experts)
-    ((rows, counts),) = dispatcher.dispatch(x, 0)
+    ((rows, counts, _),) = dispatcher.dispatch(x, 0)
     assert counts == [2, 0, 3]
     y = dispatcher.combine([layer(rows, counts, layer.cast(rows))], 0)
     expected = torch.stack([mlps[e](image) for e, image in zip(chosen[0], x, strict=True)])
@@ -63,6 +66,38 @@ def test_grouped_product_equals_one_by_one(counts, has_base):
         results.append([y, *gradients])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_given_ends_of_the_experts_tokens_are_used():
+    torch.manual_seed(0)
+    experts, counts = Experts(2, 8, 16), [2, 3]
+    rows = torch.randn(5, 2, 8)
+    weights = experts.cast(rows)
+    expected = experts.one_by_one(rows, counts, weights)
+    given, wrong = (torch.tensor(ends, dtype=torch.int32) for ends in ([4, 10], [2, 10]))
+    torch.testing.assert_close(experts.grouped(rows, counts, weights, given), expected)
+    assert not experts.grouped(rows, counts, weights, wrong).allclose(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "counts", "major", "expected"),
+    [
+        ({}, [3, 1], 9, True),
+        ({}, [3, 0], 9, False),
+        ({}, [0, 0], 9, False),
+        ({}, [3, 1], 8, False),
+        ({}, [3, 1], 10, False),
+        ({"dtype": torch.float32}, [3, 1], 9, False),
+        ({"shape": (4, 5, 12)}, [3, 1], 9, False),
+        ({"is_cuda": False}, [3, 1], 9, False),
+    ],
+)
+def test_products_are_grouped_only_where_that_is_right_and_fast(
+    monkeypatch, change, counts, major, expected
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (major, 0))
+    rows = {"is_cuda": True, "dtype": torch.bfloat16, "shape": (4, 5, 16), "device": "cuda:0"}
+    assert is_groupable(SimpleNamespace(**rows | change), counts) is expected
 
 
 def test_an_offset_and_its_base_compute_what_their_sum_does():

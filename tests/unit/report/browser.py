@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-# what a script in the page finds wrong; {} of nothing
+# what a script in the page finds wrong; texts must be of 11 pixels
 _LOOK = """(() => {
   const width = document.documentElement.clientWidth;
   const beyond = [...document.body.querySelectorAll('*')].filter(e => {
@@ -30,9 +30,15 @@ _LOOK = """(() => {
     .filter(e => !named(e)).map(e => e.outerHTML.slice(0, 80));
   const unreachable = [...document.querySelectorAll('.wide')]
     .filter(e => e.scrollWidth > e.clientWidth && e.tabIndex < 0).length;
-  return {scroll: document.documentElement.scrollWidth, width, beyond, mute, unreachable,
+  const scale = e => e.getScreenCTM ? Math.hypot(e.getScreenCTM().a, e.getScreenCTM().b) : 1;
+  const size = e => parseFloat(getComputedStyle(e).fontSize) * scale(e);
+  const small = [...document.body.querySelectorAll('*')].filter(e => size(e) < SMALLEST &&
+    [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) && e.checkVisibility()
+  ).map(e => size(e).toFixed(1) + ' ' + e.textContent.trim()).slice(0, 5);
+  return {scroll: document.documentElement.scrollWidth, width, beyond, mute, unreachable, small,
+          tiles: [...document.querySelectorAll('.seen img')].map(e => e.clientWidth),
           background: getComputedStyle(document.body).backgroundColor};
-})()"""
+})()""".replace("SMALLEST", "10.95")
 
 
 def find_chromium():

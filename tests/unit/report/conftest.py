@@ -4,6 +4,7 @@ import io
 import json
 import math
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,9 @@ from moce_dist.model.moce import experts_from_dense
 from moce_dist.report.page import write_report
 from moce_dist.run.directory import open_run
 from moce_dist.run.files import record_fault
-from moce_dist.train.checkpoint import write_weights
+from moce_dist.train.checkpoint import FORMAT, step_folder, write_weights
 from moce_dist.train.pretrained import initial_weights
+from moce_dist.train.saver import publish, write_tensors
 
 DOMAINS = ("digits", "silhouettes", "satellite", "elevation", "relief", "brain")
 LAYERS, EXPERTS, CLUSTERS, BATCH = 2, 4, 12, 64
@@ -68,7 +70,9 @@ def write_clusters(folder, random):
         "distance": random.random(len(cluster), np.float32),
     }
     pq.write_table(pa.table(table), folder / "assignments.parquet")
+    mixes = [Counter(DOMAINS[d] for d in domain[cluster == c]) for c in range(CLUSTERS)]
     summary = {"num_images": len(cluster), "num_clusters": CLUSTERS, "size_min": 50, "size_max": 50}
+    summary |= {"domains": mixes, "seconds": 12.0}
     (folder / "summary.json").write_text(json.dumps(summary))
     np.save(folder / "centroids.npy", np.zeros((CLUSTERS, 8), np.float32))
 
@@ -223,13 +227,27 @@ def write_shards(folder, random):
     write_index(folder, shards)
 
 
+def publish_weights(folder, step, weights):
+    """Publish weights as training does; of the earlier ones the newest and the oldest stay."""
+    tensors = {f"weight/{name}": tensor for name, tensor in weights.items()}
+    files = write_tensors(folder / "new" / "rank-00000.safetensors", tensors)
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    publish(folder / "new", step_folder(folder, step), manifest, keep=1)
+
+
 def build_seen(folder):
-    """Build a run with images and checkpoints whose experts are equal copies of the MAE's MLPs."""
+    """Build a run with images and checkpoints.
+
+    The MAE has an early and a late one; control and experts are equal copies of the late one.
+    """
     random = np.random.default_rng(0)
     config = make_config(SMALL)
     run = open_run(folder / "seen", config)
     dense = initial_weights(config)
-    write_weights(run.stage("mae") / "checkpoints" / "step_00000010", dense)
+    for step, scale in ((10, 0.5), (20, 0.9), (30, 1.0)):
+        weights = {name: scale * tensor for name, tensor in dense.items()}
+        publish_weights(run.stage("mae") / "checkpoints", step, weights)
+    write_weights(run.stage("control") / "checkpoints" / "step_00000020", dense)
     centroids = standardise(torch.from_numpy(np.eye(3, 32, dtype=np.float32)))
     weights = experts_from_dense(dense, config.moe_layers, 3)
     weights["gate.weight"] = fixed_weight(centroids, 3, 0).expand(2, 3, 32).clone()

@@ -7,50 +7,25 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from moce_dist.config import make_config
-from moce_dist.report.figures import cluster_sizes, routing_changes
+from moce_dist.report.figures import routing_changes
 from moce_dist.report.page import write_report
-from moce_dist.report.record import Clusters, read_record
+from moce_dist.report.record import read_record
 from moce_dist.report.summary import summary_lines, timing_rows
+from moce_dist.report.tasks import half_widths
 from moce_dist.run.directory import open_run
 from moce_dist.settings import ConfigError
 
 from .conftest import write_control
+from .parsed import Page
 
 ROOT = Path(__file__).parents[3]
-
-
-class Page(HTMLParser):
-    """Text, ids and everything that a browser would fetch."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.text, self.ids, self.fetched, self.tags = "", [], [], []
-        self.feed(path.read_text())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.text += " " if tag in ("td", "th", "li") else ""
-        for name, value in attrs:
-            if name == "id":
-                self.ids.append(value)
-            is_link = name in ("src", "href", "xlink:href", "action", "srcset")
-            if is_link and not value.startswith(("#", "data:")):
-                self.fetched.append(value)
-
-    def handle_data(self, data):
-        if self.tags[-1:] != ["style"]:
-            self.text += data
 
 
 def test_page_of_a_finished_run_has_every_part(rendered):
@@ -113,10 +88,39 @@ def test_choice_of_a_task_is_told_with_how_sure_it_was(finished):
     assert "expert 2 91 % expert 0, 6 %" in text and "expert 2 37 % expert 0, 33 %" in text
 
 
+def test_share_of_a_group_is_of_its_own_total(finished):
+    """The plan is of an epoch and the count of the logged steps: their numbers do not compare."""
+    path = finished / "moce" / "placement" / "step_200.json"
+    document = json.loads(path.read_text())
+    document["predicted_per_epoch"]["images_per_group"] = [4500.0, 5500.0]
+    document["measured_in_interval"] = {
+        **document["predicted_per_epoch"], "images_per_group": [88.0, 112.0],
+    }  # fmt: skip
+    path.write_text(json.dumps(document))
+    text = " ".join(Page(write_report(finished)).text.split())
+    assert "group 0 reads 45.0 % of the images as planned; of those counted: 44.0 %" in text
+    assert "group 1 reads 55.0 % of the images as planned; of those counted: 56.0 %" in text
+
+
+def test_whisker_is_students_interval_over_seeds():
+    names = (("moce", 0.004), ("mae", None))
+    summary = [{"backbone": b, "protocol": "knn", "mean": 0.9, "std": s} for b, s in names]
+    rows = [{"backbone": "moce", "protocol": "knn", "seed": s, "value": 0.9} for s in range(5)]
+    rows += [{"backbone": "mae", "protocol": "knn", "seed": 0, "value": 0.9}]
+    # 2.776 is the quantile of 97.5 % for four degrees of freedom
+    expected = {"moce": pytest.approx(2.776445 * 0.004 / 5**0.5)}
+    assert half_widths({"summary": summary, "results": rows}, "knn") == expected
+    assert half_widths({"summary": summary, "results": rows}, "linear") == {}
+    # of a mean over tasks, the task with the fewest seeds counts
+    of_tasks = [row | {"task": "a"} for row in rows] + [row | {"task": "b"} for row in rows[:3]]
+    expected = {"moce": pytest.approx(4.302653 * 0.004 / 3**0.5)}
+    assert half_widths({"summary": summary, "results": of_tasks}, "knn") == expected
+
+
 def test_predicted_exchange_stands_beside_the_measured_one(rendered):
     text = " ".join(Page(rendered).text.split())
     assert "90.0 % 87.5 % 50.0 % 0" in text
-    assert "group 0 images of an epoch, planned: 300; of the interval, measured: -" in text
+    assert "group 0 reads 50.0 % of the images as planned; of those counted: -" in text
     assert "cluster 11, 50 % of it" in text
 
 
@@ -128,8 +132,14 @@ def test_time_is_split_by_what_the_lines_say(finished):
     ]
     path = finished / "mae" / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    [row, *_] = timing_rows(read_record(finished))
+    [row, clustering, moce] = timing_rows(read_record(finished))
     assert row["time"] == "4 s" and row["parts"] == {"steps": 62.5, "waiting": 25, "saving": 12.5}
+    assert clustering == {
+        "stage": "clustering", "images": "600", "rate": "50", "time": "12 s", "parts": {},
+    }  # fmt: skip
+    assert moce["stage"] == "MoCE"
+    (finished / "clusters" / "summary.json").write_text("{}")
+    assert [row["stage"] for row in timing_rows(read_record(finished))] == ["MAE", "MoCE"]
 
 
 def test_comparison_shows_fields_losses_and_tasks_of_both(finished, tmp_path):
@@ -289,86 +299,3 @@ def test_job_refuses_what_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match="is not a run directory"):
         summary_lines(tmp_path)
     assert run_job().returncode == 2
-
-
-def test_clusters_are_shown_by_their_images_centroids_and_sizes(finished):
-    folder = finished / "clusters"
-    count = len(read_record(finished).clusters.sizes)
-    np.save(folder / "centroids.npy", np.eye(count, 8, dtype=np.float32))
-    (folder / "summary.json").write_text(json.dumps({"sizes_without_balance": [7] * count}))
-    (folder / "gallery").mkdir()
-    Image.new("RGB", (20, 10), (200, 10, 10)).save(folder / "gallery" / "cluster-00000.jpg")
-    page = Page(write_report(finished))
-    # two strips over time, and the sheet
-    assert page.tags.count("svg") == 19 and page.tags.count("img") == 3
-    assert "without balance" in page.text and "distance between centroids" in page.text
-    assert page.fetched == []
-
-
-def test_figures_of_the_clusters_are_told(finished):
-    figures = {
-        **{"nmi": 0.4321, "sizes_without_balance": [7] * 11 + [523]},
-        **{"centroid_distance_min": 0.25, "centroid_distance_median": 0.5},
-        **{"label_nmi": 0.1234, "labelled": 400, "num_labels": 2, "labels": [{"<7>": 25}]},
-    }
-    (finished / "clusters" / "summary.json").write_text(json.dumps(figures))
-    page, summary = Page(write_report(finished)).text, "\n".join(summary_lines(finished))
-    for part in (
-        "mutual information of clusters and domains: 0.432",
-        "mutual information of clusters and labels: 0.123 (400 images have one of 2 labels)",
-        "; labels <7> 50 %",
-        "without balance they would have 7 to 523 images",
-        "distance of a centroid to the nearest other: 0.500 (median), 0.250 (least)",
-    ):
-        assert part in page and part in summary
-
-
-def test_images_of_very_many_clusters_and_domains_stay_small(finished):
-    folder, count = finished / "clusters", 3000
-    draws = np.random.default_rng(0)
-    cluster = np.repeat(np.arange(count), 4)
-    table = {
-        "key": [f"domain-{i % 40}/{i:06d}" for i in range(len(cluster))],
-        "shard": ["000000.tar"] * len(cluster),
-        "cluster": cluster.astype(np.int32),
-        "distance": np.zeros(len(cluster), np.float32),
-    }
-    pq.write_table(pa.table(table), folder / "assignments.parquet")
-    np.save(folder / "centroids.npy", draws.standard_normal((count, 16)).astype(np.float32))
-    free = draws.multinomial(len(cluster), draws.dirichlet(np.ones(count)))
-    (folder / "summary.json").write_text(json.dumps({"sizes_without_balance": free.tolist()}))
-    (folder / "gallery").mkdir()
-    for shown in range(0, count, 12):
-        sheet = folder / "gallery" / f"cluster-{shown:05d}.jpg"
-        Image.new("RGB", (20, 10), (200, 10, 10)).save(sheet)
-    path = write_report(finished)
-    page = Page(path)
-    assert read_record(finished).problems == []
-    listed = re.findall(r"<tr><td>(\d+)</td>", path.read_text())
-    assert [int(cluster) for cluster in listed] == list(range(0, count, 12))
-    # strips over time, and sheets
-    assert page.tags.count("img") == 2 + 64
-    assert page.tags.count("svg") == 19
-    assert "without balance" in page.text and "512 of 3000" in page.text
-    assert path.stat().st_size < 2 * 2**20
-
-
-def test_many_domains_are_few_colours(finished):
-    record = read_record(finished)
-    counts = np.arange(12 * 40).reshape(12, 40)
-    clusters = Clusters([f"domain-{i}" for i in range(40)], counts)
-    [drawn] = cluster_sizes(clusters)
-    assert "domain-7<" in drawn and "domain-8<" not in drawn and "32 others" in drawn
-    assert "others" not in cluster_sizes(record.clusters)[0]
-
-
-@pytest.mark.parametrize(
-    "summary",
-    ["[]", '{"labels": [[]]}', '{"labels": [3]}', '{"labels": [{"a": "b"}]}', "[" * 10**5],
-)
-def test_damaged_images_of_clusters_are_named(finished, summary):
-    (finished / "clusters" / "centroids.npy").write_text("no array")
-    (finished / "clusters" / "summary.json").write_text(summary)
-    text = Page(write_report(finished)).text
-    assert "could not read clusters/centroids.npy" in text
-    assert "could not read clusters/summary.json" in text

@@ -13,6 +13,7 @@ from moce_dist.report.record import read_record
 from moce_dist.train.checkpoint import load_weights, write_weights
 
 from .conftest import SMALL
+from .parsed import Page
 
 CHECKPOINT = "moce/checkpoints/step_00000020"
 
@@ -30,16 +31,27 @@ def test_equal_experts_see_what_the_mae_sees(seen):
     assert found.columns == [
         "original",
         "masked",
-        "MAE, step 0",
+        "MAE, step 10",
+        "MAE, step 30",
+        "control",
         "MoCE, own experts",
         "MoCE, other experts",
     ]
     for row in found.rows:
-        losses = [tile.loss for tile in row.tiles[2:]]
-        assert losses == [losses[0]] * 3
+        early, *losses = [tile.loss for tile in row.tiles[2:]]
+        assert losses == [losses[0]] * 4 and early != losses[0]
         assert row.other != row.cluster
     assert sorted(found.clusters) == [0, 1, 2] and found.losses.shape == (3, 3)
     assert (found.losses == found.losses[:, :1]).all()
+
+
+def test_early_model_is_that_of_the_first_checkpoint_of_the_stage(seen):
+    root, _ = seen
+    kept = sorted(path.name for path in (root / "mae" / "checkpoints").iterdir())
+    assert kept == ["step_00000010", "step_00000030"]
+    (root / "mae" / "checkpoints" / kept[0] / "rank-00000.safetensors").write_bytes(b"no")
+    _, found = look(root)
+    assert found.columns[2:4] == ["MAE, step 30", "control"]
 
 
 def test_losses_are_those_of_the_model(seen):
@@ -92,6 +104,18 @@ def test_map_is_the_checkpoints(seen):
     assert (gate.chosen > 1 / 3).all() and (gate.runner_up != gate.table).all()
     total = gate.chosen + gate.runner_up_p
     assert ((total > 2 / 3) & (total <= 1 + 1e-12)).all()
+
+
+def test_second_best_expert_of_a_cluster_is_text_of_the_page(seen):
+    root, _ = seen
+    gate, _ = look(root)
+    text = " ".join(Page(write_report(root)).text.split())
+    for layer in range(2):
+        for cluster in range(3):
+            cell = gate.cell(layer, cluster)
+            p = round(100 * gate.runner_up_p[layer, cluster])
+            assert cell["second"] == f"next {gate.runner_up[layer, cluster]}: {p}"
+            assert f"{cell['expert']}{cell['percent']} %{cell['second']} %" in text
 
 
 def test_without_checkpoint_the_map_is_the_last_table_and_there_are_no_reconstructions(finished):

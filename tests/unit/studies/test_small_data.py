@@ -15,7 +15,7 @@ from small_data import ImageSet, build, domain_files, split_groups, task_files, 
 from small_images import SmallImage
 from small_packages import Package, unpack
 
-from moce_dist.data.audit import find_match, look_at
+from moce_dist.data.audit import find_match, hash_images
 from moce_dist.settings import ConfigError
 
 
@@ -100,11 +100,11 @@ def test_nothing_of_a_test_is_trained_on(tmp_path, two_classes, capsys):
     assert found == {"blocks": {i.group for i in two_classes if i.group not in splits}}
     assert trained[-1].parent.name == "other" and len(trained) == 14 * 3 + 1
     assert (np.asarray(Image.open(trained[-1])) == other.pixels).all()
-    looks = look_at(sorted((tmp_path / "held_out").glob("*/**/*.png")))
-    assert len(looks.names) == (6 + 4) * 3 + 2
-    assert not any(find_match(looks, path.read_bytes()) for path in trained)
-    (planted,) = [content for _, content in domain_files([leak], look_at(trained))]
-    assert find_match(looks, planted) is not None
+    hashes = hash_images(sorted((tmp_path / "held_out").glob("*/**/*.png")))
+    assert len(hashes.names) == (6 + 4) * 3 + 2
+    assert not any(find_match(hashes, path.read_bytes()) for path in trained)
+    (planted,) = [content for _, content in domain_files([leak], hash_images(trained))]
+    assert find_match(hashes, planted) is not None
     before = {path: path.stat().st_mtime_ns for path in trained}
     build(
         tmp_path,

@@ -8,8 +8,9 @@ import pytest
 
 from moce_dist.run.artefacts import COMPLETE, mark_complete
 from moce_dist.study.page import render
-from moce_dist.study.results import tables, training_seconds
+from moce_dist.study.results import tables
 from moce_dist.study.work import link_artefact
+from moce_dist.train.metrics import training_seconds
 
 PARTNERS = {"control": None, "moce": "control", "own": "control"}
 

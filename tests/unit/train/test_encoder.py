@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from moce_dist.config import load_config
 from moce_dist.features.decoding import Framing
-from moce_dist.features.encoder import Pixels, describe_timm, timm_encoder
+from moce_dist.features.encoder import EncoderInput, describe_timm, timm_encoder
 from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
@@ -54,7 +54,7 @@ def images(side, count=3):
 def test_published_weights_give_the_features_of_our_mae_in_float32(mae, published):
     config = configure(f"cluster.encoder={published}", "parallel.precision=bf16")
     encoder = build_encoder(config, None, CPU)
-    assert encoder.pixels == Pixels(32)
+    assert encoder.pixels == EncoderInput(32)
     found = encoder(images(32))
     assert found.dtype == torch.float32
     with torch.no_grad():
@@ -117,7 +117,7 @@ def own_images(given, ours):
 
 def both(name):
     """An encoder with statistics of its own and the bare model, of the same drawn weights."""
-    own = Pixels(160, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
+    own = EncoderInput(160, (0.5, 0.4, 0.3), (0.5, 0.6, 0.7))
     torch.manual_seed(1)
     encoder = timm_encoder(name, own, CPU, pretrained=False)
     torch.manual_seed(1)
@@ -147,14 +147,14 @@ def test_other_models_give_their_own_pooled_features(name):
 
 def test_timm_model_is_described_by_its_data_config():
     half = (0.5,) * 3
-    assert describe_timm("test_vit", "x") == Pixels(160, half, half, Framing(0.95))
+    assert describe_timm("test_vit", "x") == EncoderInput(160, half, half, Framing(0.95))
     bilinear = Framing(0.95, method="bilinear")
-    assert describe_timm("test_resnet", "x") == Pixels(160, half, half, bilinear)
+    assert describe_timm("test_resnet", "x") == EncoderInput(160, half, half, bilinear)
     squash = "convnext_tiny.in12k_ft_in1k_384"
-    assert describe_timm(squash, "x") == Pixels(384, framing=Framing(1.0, "squash"))
+    assert describe_timm(squash, "x") == EncoderInput(384, framing=Framing(1.0, "squash"))
     given = configure("cluster.encoder=timm:vit_small_patch14_dinov2.lvd142m")
-    assert encoder_pixels(given) == Pixels(518, framing=Framing(1.0))
-    assert encoder_pixels(configure()) == Pixels(32)
+    assert encoder_pixels(given) == EncoderInput(518, framing=Framing(1.0))
+    assert encoder_pixels(configure()) == EncoderInput(32)
 
 
 @pytest.mark.usefixtures("timm_offline")
@@ -165,7 +165,7 @@ def test_named_timm_model_has_its_weights():
     encoder = spec.factory(*spec.arguments)
     torch.manual_seed(3)
     model = timm.create_model("test_vit").eval()
-    half = Pixels(160, (0.5,) * 3, (0.5,) * 3)
+    half = EncoderInput(160, (0.5,) * 3, (0.5,) * 3)
     with torch.no_grad():
         tokens = model.forward_features(own_images(half[1:3], encoder.pixels[1:3]))
     expected = tokens[:, 1:].mean(dim=1)

@@ -58,7 +58,7 @@ def test_where_no_links_can_be_it_is_copied(tmp_path, source, monkeypatch):
     def refuse(*_):
         raise OSError("another file system")
 
-    monkeypatch.setattr("moce_dist.train.finished.os.link", refuse)
+    monkeypatch.setattr("os.link", refuse)
     link_stage(source, tmp_path / "mae")
     (copied,) = (tmp_path / "mae" / "checkpoints").iterdir()
     assert damage(copied) is None

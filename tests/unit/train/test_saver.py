@@ -50,4 +50,13 @@ def test_a_damaged_later_checkpoint_does_not_displace_the_new_one(tmp_path, keep
         publish(temporary, step_folder(tmp_path, step), {"step": step}, keep=keep)
     # after 200 the run went on from an earlier step: that one was damaged
     kept = [path.name for path in complete_checkpoints(tmp_path)]
-    assert kept == ["step_00000150", "step_00000100"][:keep]
+    assert kept == [*["step_00000150", "step_00000100"][:keep], "step_00000050"]
+
+
+def test_the_oldest_checkpoint_of_a_stage_stays_besides_the_newest(tmp_path):
+    kept = []
+    for step in range(10, 70, 10):
+        (tmp_path / "new").mkdir()
+        publish(tmp_path / "new", step_folder(tmp_path, step), {"step": step}, keep=2)
+        kept.append([int(path.name[-2:]) for path in complete_checkpoints(tmp_path)])
+    assert kept == [[10], [20, 10], [30, 20, 10], [40, 30, 10], [50, 40, 10], [60, 50, 10]]

@@ -156,7 +156,7 @@ def test_saved_detector_scores_what_the_fit_measured(fitted, make_fit, tmp_path)
         )
 
 
-def test_law_interrupted_detection_ends_bit_equal(make_fit, coco_folder, tmp_path, monkeypatch):
+def test_interrupted_detection_ends_bit_equal(make_fit, coco_folder, tmp_path, monkeypatch):
     """Weights, figures, views and skipped images are those of a fit that nothing interrupted."""
     data = Path(shutil.copytree(coco_folder, tmp_path / "data"))
     fit = make_fit(data, steps=7)

@@ -76,10 +76,10 @@ def build(spec):
     return spec.vit()
 
 
-def predict(model, spec, images, wishes):
+def predict(model, spec, images, options):
     pixels = torch.zeros(1, 3, spec.image_size, spec.image_size)
     for item in images:
-        yield {"image": item.key, "width": model(pixels).shape[1], "top": wishes.top}
+        yield {"image": item.key, "width": model(pixels).shape[1], "top": options.top}
 
 
 @pytest.fixture

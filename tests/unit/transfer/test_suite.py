@@ -8,7 +8,7 @@ import pytest
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.request import Request
-from moce_dist.transfer.suite import FitsJob, Order
+from moce_dist.transfer.suite import FitsJob
 
 from .conftest import transfer
 
@@ -92,11 +92,9 @@ def test_detector_is_fitted_by_two_processes_of_torchrun(run, coco_folder):
 def test_workers_share_the_images_of_a_step(task, expected, config, tmp_path):
     recipe = config.transfer.detection.model_copy(update={"batch_size": 6})
     budget = config.transfer.model_copy(update={"detection": recipe})
-    order = Order(
-        Request(task, None, ("mae",), ("finetune",), 1, None),
-        config.model_copy(update={"transfer": budget}),
-    )
-    assert FitsJob(Run(tmp_path), order).batch_size == expected
+    config = config.model_copy(update={"transfer": budget})
+    request = Request(task, None, ("mae",), ("finetune",), 1, None)
+    assert FitsJob(Run(tmp_path), config, request).batch_size == expected
 
 
 @pytest.mark.parametrize(

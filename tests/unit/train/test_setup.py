@@ -8,7 +8,7 @@ import torch
 from moce_dist.config import ParallelConfig, load_config
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import LocalDispatcher
-from moce_dist.train.blocks import prepare_blocks
+from moce_dist.train.setup import prepare_blocks
 
 SMALL = [
     "model.width=16", "model.depth=2", "model.num_heads=2", "model.decoder_width=8",
