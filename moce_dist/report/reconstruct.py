@@ -16,7 +16,7 @@ Letters: B images, N patches, S image side (pixels), L MoE layers, K clusters, R
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ from moce_dist.data.columns import is_mapped, open_table
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import MEAN, STD, centre_sample, open_croppable
 from moce_dist.data.ranges import is_remote
-from moce_dist.data.shards import INDEX_NAME, read_range
+from moce_dist.data.shards import HOLDOUT, INDEX_NAME, read_range
 from moce_dist.data.table import SampleTable
 from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
@@ -238,32 +238,33 @@ def _bytes(checkpoint: Path) -> int:
     return sum(path.stat().st_size for path in checkpoint.iterdir())
 
 
-def _open(folder: Path, num_clusters: int = 1) -> SampleTable:
+def _readable(folder: Path) -> Path:
+    """Return the folder of an index.
+
+    Raises:
+        ConfigError: the index is too large to be read for some images.
+    """
     path = folder / INDEX_NAME
     too_large = path.is_file() and path.stat().st_size > _MAX_INDEX_BYTES
     if too_large and not is_mapped(folder):
         raise ConfigError(f"{path}: is too large to be read for some images")
-    return open_table(folder, num_clusters)
+    return folder
 
 
 def _table(record: Record, config: Config, gate: GateView | None) -> tuple[SampleTable, bool]:
     """Return the held-out images with their clusters, else the images of training."""
     # imported late, because it needs pyarrow and faiss
-    from moce_dist.cluster.assignments import read_assignments
+    from moce_dist.cluster.assignments import open_assigned
 
-    source = config.data.source
-    is_index = source.startswith("index:")
-    data = Path(source.removeprefix("index:")) if is_index else record.run.ingested
-    assigned = record.run.shards / "holdout.parquet"
-    has_holdout = (data / "holdout" / "index.json").is_file()
-    if gate is not None and has_holdout and assigned.is_file():
-        table = _open(data / "holdout", gate.table.shape[1])
-        clusters = read_assignments(assigned)
-        ids = np.array([clusters[key] for key in table.keys], np.int64)
-        return replace(table, cluster=ids), True
-    if gate is not None:
-        return _open(record.run.shards, gate.table.shape[1]), False
-    return _open(data / "holdout" if has_holdout else data), has_holdout
+    run, data = record.run, record.run.data(config)
+    has_holdout = (data / HOLDOUT / INDEX_NAME).is_file()
+    if gate is None:
+        return open_table(_readable(data / HOLDOUT if has_holdout else data)), has_holdout
+    num_clusters = gate.table.shape[1]
+    if has_holdout and run.holdout_clusters.is_file():
+        folder = _readable(data / HOLDOUT)
+        return open_assigned(folder, run.holdout_clusters, num_clusters), True
+    return open_table(_readable(run.shards), num_clusters), False
 
 
 def read_samples(record: Record, config: Config, gate: GateView | None) -> _Samples | None:

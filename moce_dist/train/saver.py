@@ -16,7 +16,7 @@ How the ranks agree: a background thread runs no collective, because it could in
 training's collectives in different orders and hang. It looks at no other rank's files, which may
 appear late on a shared file system. Instead every step sums with its losses how many ranks still
 write (`look`), and hands the sum to `poll` when it is read, one step late (outcome.py). At zero the
-ranks exchange digests and errors, from host to host. So no step waits for a save, nor for the
+ranks exchange digests and errors, from host to host. So a save in flight adds no wait for the
 device. All ranks read the same sums, so all run the same collectives. A failure on one rank is an
 error on all.
 

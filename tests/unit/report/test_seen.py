@@ -1,6 +1,8 @@
 """Reconstructions and the map of clusters to experts, from real checkpoints and images."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -8,11 +10,11 @@ from moce_dist.config import make_config
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.report.gate import read_gate
 from moce_dist.report.page import render, write_report
-from moce_dist.report.reconstruct import reconstruct
+from moce_dist.report.reconstruct import read_samples, reconstruct
 from moce_dist.report.record import read_record
 from moce_dist.train.checkpoint import load_weights, write_weights
 
-from .conftest import SMALL
+from .conftest import SMALL, write_shards
 from .parsed import Page
 
 CHECKPOINT = "moce/checkpoints/step_00000020"
@@ -54,6 +56,24 @@ def test_early_model_is_that_of_the_first_checkpoint_of_the_stage(seen):
     assert found.columns[2:4] == ["MAE, step 30", "control"]
 
 
+def test_held_out_images_are_shown_in_the_clusters_they_were_assigned_to(seen):
+    root, _ = seen
+    record = read_record(root)
+    _, found = look(root)
+    assert not found.is_held_out
+    held_out = record.run.ingested / "holdout"
+    held_out.parent.mkdir()
+    write_shards(held_out, np.random.default_rng(1))
+    keys = [(f"c{colour}/{number}", 2 - colour) for colour in range(3) for number in range(5)]
+    table = {"key": [key for key, _ in keys], "cluster": [cluster for _, cluster in keys]}
+    pq.write_table(pa.table(table), record.run.holdout_clusters)
+    _, found = look(root)
+    assert found.is_held_out and sorted(found.clusters) == [0, 1, 2]
+    samples = read_samples(record, record.config, read_gate(record))
+    colours = samples.images.mean(dim=(2, 3)).argmax(dim=1)
+    assert samples.clusters.tolist() == (2 - colours).tolist()
+
+
 def test_losses_are_those_of_the_model(seen):
     """The number under an image is what training would count for it, under the same mask."""
     root, _ = seen
@@ -61,10 +81,8 @@ def test_losses_are_those_of_the_model(seen):
     config = make_config({**SMALL, "parallel": {"precision": "fp32"}}).without_experts
     model = MaskedAutoencoder(config)
     model.load_state_dict(load_weights(root / "mae" / "checkpoints" / "step_00000010"))
-    from moce_dist.report import reconstruct as module
-
     record = read_record(root)
-    samples = module.read_samples(record, record.config, read_gate(record))
+    samples = read_samples(record, record.config, read_gate(record))
     noise = torch.rand(len(samples.images), 16, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         losses = model(samples.images, noise)
