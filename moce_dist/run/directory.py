@@ -144,7 +144,7 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
                 f"{root}: belongs to another run: {'; '.join(differing)}; "
                 "choose another --run, or --fresh"
             )
-    elif root.exists() and any(path.name not in lease.FILES for path in root.iterdir()):
+    elif root.exists() and any(not lease.is_own(path) for path in root.iterdir()):
         raise ConfigError(f"{root}: is not a run directory (no config.yaml) and not empty")
     write_atomic(resolved, to_yaml(config))
     origin = {k: v for k, v in read_provenance(root).items() if k == "forked_from"}
@@ -199,7 +199,7 @@ def set_aside(root: Path) -> None:
         return
     aside.mkdir()
     for path in root.iterdir():
-        if path.name not in lease.FILES:
+        if not lease.is_own(path):
             path.rename(aside / path.name)
 
 

@@ -39,7 +39,6 @@ from moce_dist.settings import ConfigError
 
 LOCK = "lock"
 TAKING = "lock.new"
-FILES = (LOCK, TAKING)
 EVERY_S = 5.0
 """Seconds between two heartbeats."""
 STALE_S = 60.0
@@ -225,6 +224,11 @@ class Lease:
         found = _read(self._lock)
         if found is not None and found[0].token == self.claim.token:
             self._lock.unlink(missing_ok=True)
+
+
+def is_own(path: Path) -> bool:
+    """Tell whether a file of a folder belongs to its lock; others that wait for it leave some."""
+    return path.name in (LOCK, TAKING) or path.name.startswith(f".{TAKING}.")
 
 
 def _create(path: Path, text: str) -> None:

@@ -158,7 +158,7 @@ def make_fork(fork: Fork, config: Config, root: Path) -> None:
         return
     making = root / _MAKING
     if not fork.is_made(root):
-        others = [path for path in root.iterdir() if path.name not in lease.FILES]
+        others = [path for path in root.iterdir() if not lease.is_own(path)]
         if others and not making.exists():
             raise ConfigError(f"--run {root}: is not empty; a fork needs a folder of its own")
         seal = _check_checkpoint(fork, config)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moce_dist.config import Config, make_config, read_resolved, to_yaml
+from moce_dist.run import lease
 from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
 from moce_dist.run.directory import differing_fields, load_run, open_run, resolve_run
 from moce_dist.run.files import naming, read_faults, read_jsonl, record_fault, write_atomic
@@ -70,6 +71,13 @@ def test_folder_with_other_files_is_never_taken(tmp_path):
         with pytest.raises(ConfigError, match="is not a run directory"):
             open_run(tmp_path, SMALL, fresh=fresh)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_folder_with_what_a_second_driver_leaves_while_it_waits_for_the_lock_is_new(tmp_path):
+    for name in (lease.LOCK, lease.TAKING, f".{lease.TAKING}.0123.tmp"):
+        (tmp_path / name).touch()
+    open_run(tmp_path, make_config())
+    assert (tmp_path / "config.yaml").exists()
 
 
 def test_under_torchrun_the_first_process_alone_writes_and_the_others_stand_what_is_half_made(
