@@ -76,7 +76,7 @@ def test_folder_with_other_files_is_never_taken(tmp_path):
 def test_a_folder_with_what_a_second_driver_leaves_while_it_waits_for_the_lock_is_new(tmp_path):
     for name in (lease.LOCK, lease.TAKING, f".{lease.TAKING}.0123.tmp"):
         (tmp_path / name).touch()
-    open_run(tmp_path, make_config())
+    open_run(tmp_path, make_config({}))
     assert (tmp_path / "config.yaml").exists()
 
 
