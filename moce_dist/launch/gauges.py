@@ -12,8 +12,8 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-from moce_dist.launch.job import Job
 from moce_dist.run.files import read_faults
+from moce_dist.train.job import Job
 from moce_dist.train.metrics import METRICS_NAME
 
 _EVERY_S = 5.0

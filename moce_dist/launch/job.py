@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from moce_dist.run.names import one_line
-from moce_dist.train.job import Job as Job  # noqa: PLC0414 - for gauges.py
-from moce_dist.train.job import StageJob, TooManyFaultsError
+from moce_dist.train.job import Job, StageJob, TooManyFaultsError
 from moce_dist.train.pulse import Pulse
 
 LOG = "log.txt"
