@@ -123,7 +123,7 @@ def disk(config: Config) -> Iterator[Check]:
         folder = folder.parent
     free = shutil.disk_usage(folder).free / _GIB
     level: Literal["ok", "warn", "fail"] = "ok" if free >= 20 else "warn" if free >= 2 else "fail"
-    advice = "a run holds its tars twice, its features, and checkpoint.keep checkpoints a stage"
+    advice = "a run holds its tars twice, its features, and checkpoint.keep + 1 checkpoints a stage"
     yield Check(level, "disk", f"{free:.0f} GiB free for {config.run.root}", advice)
     if not os.access(folder, os.W_OK):
         yield Check("fail", "disk", f"{folder} cannot be written", "set run.root")
