@@ -227,6 +227,24 @@ def assert_little_repeated(log):
         assert 0 <= fault["repeated"] <= (0 if fault["kind"] in SAVED_FIRST else allowed), fault
 
 
+def a_fault(**differing):
+    usual = {"kind": "rank", "done": 27, "newest": 20, "resumed": 20, "repeated": 7}
+    return {**usual, "while_writing": 0, **differing}
+
+
+def test_the_law_of_repeated_work_finds_what_breaks_it():
+    late = {"newest": 10, "resumed": 10, "repeated": 17, "while_writing": 7}
+    assert_little_repeated([a_fault(), a_fault(**late), a_fault(kind="drain", repeated=0)])
+    for planted in (
+        # an older checkpoint than the newest, one that was never written, a drain without a save
+        a_fault(resumed=10, repeated=17),
+        a_fault(**late | {"newest": 0, "resumed": 0, "repeated": 27}),
+        a_fault(kind="drain"),
+    ):
+        with pytest.raises(AssertionError):
+            assert_little_repeated([planted])
+
+
 def assert_no_trace(log, run, whole, learned, mark):
     assert_little_repeated(log)
     assert not (run / "faults.jsonl").exists()

@@ -165,7 +165,7 @@ def test_an_infinite_gradient_of_one_rank_stops_all_before_the_weights_change(
     pools(2).run("train_to_end", run=str(own_run), overrides=overrides(2, zero_stage))
 
 
-@pytest.mark.parametrize(("zero_stage", "logged_every"), [(0, 1), (0, 4), (1, 1), (2, 1)])
+@pytest.mark.parametrize(("zero_stage", "logged_every"), [(0, 1), (0, 4), (2, 1)])
 def test_a_loss_of_one_rank_that_is_nan_stops_all_and_the_same_command_ends_the_same(
     pools, own_run, learned, zero_stage, logged_every
 ):
