@@ -20,7 +20,7 @@ from typing import NoReturn
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.environment import shorten_sockets
 from moce_dist.run.files import WRITER
-from moce_dist.run.names import as_text, one_line, open_output
+from moce_dist.run.names import as_text, one_line, open_output, typed
 from moce_dist.settings import ConfigError
 
 _QUIET = (
@@ -102,8 +102,7 @@ def quiet_libraries() -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = one_line(error)
-    return text if isinstance(error, ConfigError) and text else f"{type(error).__name__}: {text}"
+    return (isinstance(error, ConfigError) and one_line(error)) or typed(error)
 
 
 def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:

@@ -33,7 +33,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.train.setup import TrainState
 
 _FIGURES = ("link_mbit", "token_communication_over_compute", "allreduce_over_compute")
-_RATIOS = (("token", "cluster"), ("cluster", "dense"), ("dense", "ddp"), ("dense", "fsdp2"))
+_RATIOS = (("token", "cluster"), ("cluster", "dense"), *(("dense", name) for name in BASELINES))
 _VARIANTS = (*KINDS, *BASELINES)
 _NETWORK = "10.77.0"
 _BY_LINK = {

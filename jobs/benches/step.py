@@ -1,10 +1,10 @@
 """Time a step of MoCE, of the dense model and of the token-routed one, at equal active FLOPs.
 
-All variants except `ddp` and `fsdp2` use the same model, loop and engine on the same ranks; they
-differ in `moe.kind` and precision. A step consists of routing table, forward, backward, gradient
-reduction and optimiser step. `ddp` and `fsdp2` are what a user would write for the dense model:
-torch's DistributedDataParallel, or FSDP2's `fully_shard` of every block. Both overlap their
-collectives with the passes, use a fused optimiser, and log nothing.
+The variants named by `moe.kind` use the same model, loop and engine on the same ranks; they differ
+in that field and in precision. A step consists of routing table, forward, backward, gradient
+reduction and optimiser step. The baselines are what a user would write for the dense model: torch's
+DistributedDataParallel, FSDP2's `fully_shard` of every block, and DeepSpeed's own reduction. They
+overlap their collectives with the passes, use a fused optimiser, and log nothing.
 
 On a GPU the forward and backward pass of the dense model is also timed by itself, beside the
 largest rate of matrix products: the terms `utilisation` and `bf16_tflops` of a budget.
@@ -15,9 +15,10 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import deepspeed
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -39,9 +40,13 @@ from moce_dist.train.setup import TrainState, prepare_blocks
 
 Kind = Literal["dense", "cluster", "token"]
 KINDS: tuple[Kind, ...] = ("dense", "cluster", "token")
-Baseline = Literal["ddp", "fsdp2"]
-BASELINES: tuple[Baseline, ...] = ("ddp", "fsdp2")
-RATIOS = (("cluster", "dense"), ("cluster", "token"), ("dense", "ddp"), ("dense", "fsdp2"))
+Baseline = Literal["ddp", "fsdp2", "deepspeed"]
+BASELINES: tuple[Baseline, ...] = ("ddp", "fsdp2", "deepspeed")
+RATIOS = (("cluster", "dense"), ("cluster", "token"), *(("dense", name) for name in BASELINES))
+Step = Callable[[Tensor, Tensor], None]
+"""Takes a step on normalised images (B, 3, S, S) and their noise (B, N)."""
+_BUCKET_BYTES = 25 << 20
+"""What DDP reduces at once; DeepSpeed's default is so large that nothing overlaps."""
 
 
 def run(config: BenchConfig) -> Report:
@@ -136,7 +141,7 @@ def stepper(state: TrainState, count: int) -> Callable[[], None]:
 
 
 def baseline_stepper(state: TrainState, count: int, baseline: Baseline) -> Callable[[], None]:
-    """Return a function that takes a step of the same dense model under torch's DDP or FSDP2.
+    """Return a function that takes a step of the same dense model under a baseline's wrapper.
 
     Model, initial weights, optimiser groups and batches are those of the dense `state`. Gradients
     are reduced in the wrapper's default type, or in bf16 by the wrapper's own means.
@@ -145,33 +150,42 @@ def baseline_stepper(state: TrainState, count: int, baseline: Baseline) -> Calla
     model = MaskedAutoencoder(config).to(device)
     model.load_state_dict(state.model.state_dict())
     model.train()
-    wrapped = (_ddp if baseline == "ddp" else _fsdp2)(model, config, device)
-    groups = parameter_groups(model, config.moce, config.gate, config.moe)
-    optimizer = torch.optim.AdamW(groups, lr=config.moce.lr, betas=config.moce.betas, fused=True)
+    take = {"ddp": _ddp, "fsdp2": _fsdp2, "deepspeed": _deepspeed}[baseline](model, config, device)
     batches = iter(synthetic_batches(state, count))
 
     def step() -> None:
         batch = next(batches)
-        losses = wrapped(normalise(batch.images.to(device)), batch.noise.to(device))
-        losses.mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        take(normalise(batch.images.to(device)), batch.noise.to(device))
         finish(device)
         dist.barrier()
 
     return step
 
 
-def _ddp(model: MaskedAutoencoder, config: Config, device: torch.device) -> nn.Module:
+def _fused_adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
+    groups = parameter_groups(model, config.moce, config.gate, config.moe)
+    return torch.optim.AdamW(groups, lr=config.moce.lr, betas=config.moce.betas, fused=True)
+
+
+def _plainly(wrapped: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+    def take(images: Tensor, noise: Tensor) -> None:
+        wrapped(images, noise).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return take
+
+
+def _ddp(model: MaskedAutoencoder, config: Config, device: torch.device) -> Step:
     wrapped = DistributedDataParallel(
         model, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
     )
     if config.parallel.reduce_dtype == "bf16":
         wrapped.register_comm_hook(None, default_hooks.bf16_compress_hook)
-    return wrapped
+    return _plainly(wrapped, _fused_adamw(model, config))
 
 
-def _fsdp2(model: MaskedAutoencoder, config: Config, device: torch.device) -> nn.Module:
+def _fsdp2(model: MaskedAutoencoder, config: Config, device: torch.device) -> Step:
     # the model's own autocast sets the precision, as in all variants
     reduced = torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else None
     policy = MixedPrecisionPolicy(reduce_dtype=reduced)
@@ -179,7 +193,34 @@ def _fsdp2(model: MaskedAutoencoder, config: Config, device: torch.device) -> nn
     for block in [*model.blocks, *model.decoder_blocks]:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model
+    return _plainly(model, _fused_adamw(model, config))
+
+
+def _deepspeed(model: MaskedAutoencoder, config: Config, _: torch.device) -> Step:
+    # stage 0 does not overlap; stage 2 reduces bucket by bucket during the backward pass
+    engine, *_rest = deepspeed.initialize(
+        model=model,
+        optimizer=_fused_adamw(model, config),
+        config={
+            "train_batch_size": config.moce.batch_size,
+            "steps_per_print": None,
+            "zero_optimization": {
+                "stage": 2,
+                "overlap_comm": True,
+                "reduce_bucket_size": _BUCKET_BYTES // 4,
+                "allgather_bucket_size": _BUCKET_BYTES // 4,
+            },
+            "communication_data_type": config.parallel.reduce_dtype,
+            "timers": {"throughput": {"enabled": False}},
+            "zero_allow_untested_optimizer": True,
+        },
+    )
+
+    def take(images: Tensor, noise: Tensor) -> None:
+        engine.backward(engine(images, noise).mean())
+        engine.step()
+
+    return take
 
 
 def exchange_figures(state: TrainState) -> dict[str, float]:

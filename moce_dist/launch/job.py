@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from moce_dist.run.names import one_line
+from moce_dist.run.names import one_line, typed
 from moce_dist.train.job import Job, StageJob, TooManyFaultsError
 from moce_dist.train.pulse import Pulse
 
@@ -63,9 +63,8 @@ def failure_of(error: Exception) -> Failure:
 
 
 def _one_line(error: Exception) -> str:
-    text = one_line(error)
     says_enough = isinstance(error, ValueError | OSError | ArithmeticError | RuntimeError)
-    return text if says_enough else f"{type(error).__name__}: {text}"
+    return one_line(error) if says_enough else typed(error)
 
 
 @contextmanager

@@ -67,7 +67,14 @@ class _AddTogether(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        if gradients[0].dtype != ctx.dtype:
+        is_cast = gradients[0].dtype != ctx.dtype
+        if gradients[0].shape[0] == 1:
+            # one expert a rank, the usual case: its gradient is the sum, written with the cast
+            single = [gradient[0] for gradient in gradients]
+            if is_cast:
+                return None, *_copied([*gradients, *single], ctx.dtype)
+            return None, *gradients, *_copied(single, ctx.dtype)
+        if is_cast:
             gradients = _copied(gradients, ctx.dtype)
         return None, *gradients, *(gradient.sum(dim=0) for gradient in gradients)
 

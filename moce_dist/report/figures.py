@@ -24,7 +24,7 @@ from moce_dist.cluster.domains import nearest_others
 from moce_dist.report.record import Clusters, Record, Stage
 
 COLOURS = {"mae": "#4477aa", "moce": "#cc6677", "control": "#228833"}
-_GREY = "#667085"
+GREY = "#667085"
 _MAX_POINTS = 800
 _MAX_COLUMNS = 400
 _MAX_CLUSTERS = 512
@@ -42,7 +42,7 @@ _STYLE = {
     "axes.spines.right": False,
     "axes.edgecolor": "#98a2b3",
     "axes.facecolor": "none",
-    "axes.labelcolor": _GREY,
+    "axes.labelcolor": GREY,
     "axes.titlesize": 11,
     "axes.labelsize": 11,
     "xtick.labelsize": 11,
@@ -51,8 +51,8 @@ _STYLE = {
     "legend.handlelength": 1.4,
     "axes.titlelocation": "left",
     "figure.facecolor": "none",
-    "xtick.color": _GREY,
-    "ytick.color": _GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
     "axes.grid": True,
     "grid.color": "#eaecf0",
     "axes.axisbelow": True,
@@ -62,7 +62,7 @@ _STYLE = {
 # colours that the page changes in dark mode
 _OF_PAGE = {
     "#1d2939": "var(--ink)",
-    _GREY: "var(--soft)",
+    GREY: "var(--soft)",
     "#98a2b3": "var(--axis)",
     "#eaecf0": "var(--line)",
     "#332288": "var(--indigo)",
@@ -338,7 +338,7 @@ def centroid_distances(clusters: Clusters | None) -> list[str]:
         axes.figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
 
     def draw_nearest(axes: Axes) -> None:
-        axes.bar(range(len(others)), others, 0.9, color=_GREY)
+        axes.bar(range(len(others)), others, 0.9, color=GREY)
         axes.set(title="distance to the nearest other centroid", xlabel="clusters, as beside")
         axes.set_xticks(ticks, names, rotation=90)
 

@@ -17,14 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_dist.config import Config
-from moce_dist.run.directory import Run, load_run
+from moce_dist.run.directory import STAGES, Run, load_run
 from moce_dist.run.files import read_faults, read_jsonl
 from moce_dist.run.rows import without_deviations
 from moce_dist.settings import ConfigError
 
 Line = dict[str, Any]
 T = TypeVar("T")
-STAGES = ("mae", "moce", "control")
 _MAX_DOMAINS = 2048
 
 

@@ -2,7 +2,6 @@
 
 import statistics
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from moce_dist.report.record import Clusters, Record, Stage, read_record
 from moce_dist.run.rows import backbone_texts, difference_text, value_text
+from moce_dist.train.metrics import training_seconds
 
 _MAX_CLUSTERS = 16
 ONE_PRETRAINING = (
@@ -203,11 +203,7 @@ def _clustering_rows(clusters: Clusters | None) -> list[dict[str, Any]]:
 def stage_seconds(stage: Stage) -> tuple[float, float, float] | None:
     """Sum up a stage's seconds: total, waiting for images, saving; None if none were logged."""
     lines = [m for m in stage.metrics if m.get("images_per_s")]
-    if not lines:
-        return None
-    total = lines[0]["images_seen"] / lines[0]["images_per_s"] if lines[0]["step"] == 0 else 0.0
-    for before, line in pairwise(lines):
-        total += max(0, line["images_seen"] - before["images_seen"]) / line["images_per_s"]
+    total = training_seconds(lines)
     waiting, saving = (sum(m.get(k) or 0.0 for m in lines) for k in ("data_wait_s", "save_s"))
     return (total, waiting, saving) if total > 0 else None
 

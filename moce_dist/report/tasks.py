@@ -10,14 +10,13 @@ from typing import Any
 from matplotlib.axes import Axes
 from scipy.special import stdtrit
 
-from moce_dist.report.figures import COLOURS, panel, shown_layers
+from moce_dist.report.figures import COLOURS, GREY, panel, shown_layers
 from moce_dist.report.gate import expert_colour
 from moce_dist.report.record import Line, Record
 from moce_dist.run.rows import backbone_texts, difference_text, value_text
 
 _MAX_CLUSTERS = 12
 _FIRST = ("moce", "control", "mae")
-_GREY = "#667085"
 
 
 def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
@@ -80,7 +79,7 @@ def _values(name: str, metrics: Line, protocol: str, backbones: list[str]) -> st
     def draw(axes: Axes) -> None:
         for y, backbone in enumerate(reversed(backbones)):
             row = rows[backbone]
-            colour = COLOURS.get(backbone.partition(":")[0].partition("+")[0], _GREY)
+            colour = COLOURS.get(backbone.partition(":")[0].partition("+")[0], GREY)
             axes.errorbar(row["mean"], y, xerr=half.get(backbone), fmt="o", color=colour, capsize=3)
             axes.annotate(
                 f"{row['mean']:.3f}",
@@ -88,7 +87,7 @@ def _values(name: str, metrics: Line, protocol: str, backbones: list[str]) -> st
                 (0, 6),
                 textcoords="offset points",
                 ha="center",
-                color=_GREY,
+                color=GREY,
             )
         axes.set_yticks(range(len(backbones)), [names[b] for b in reversed(backbones)])
         axes.set_ylim(-0.6, len(backbones) - 0.2)

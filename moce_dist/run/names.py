@@ -67,6 +67,11 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split())
 
 
+def typed(error: BaseException) -> str:
+    """Return the text of an error on one line, after the name of its type."""
+    return f"{type(error).__name__}: {one_line(error)}"
+
+
 def and_more(problems: Sized) -> str:
     """Count the problems besides the first one, as ` (and 2 more)`; "" if there are none."""
     return f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

@@ -15,7 +15,7 @@ from moce_dist.run import lease
 from moce_dist.run.artefacts import COMPLETE
 from moce_dist.run.directory import Run, StoppedError, open_run
 from moce_dist.run.files import link_tree
-from moce_dist.run.names import one_line
+from moce_dist.run.names import typed
 from moce_dist.study.plan import SHARED, Piece
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def carry_out(piece: Piece) -> PieceOutcome:
         raise
     except Exception as error:
         log.debug("%s", piece.id, exc_info=True)
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = typed(error)
         return PieceOutcome(piece.id, time.monotonic() - start, reason)
     return PieceOutcome(piece.id, time.monotonic() - start)
 

@@ -19,7 +19,7 @@ from moce_dist.run.directory import Run, set_aside
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import write_atomic
 from moce_dist.run.lease import hold
-from moce_dist.run.names import one_line
+from moce_dist.run.names import typed
 from moce_dist.train.job import Job, Train
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.continuing import TransferJob, further_jobs
@@ -163,7 +163,7 @@ def attempt(run: Run, order: Order) -> TaskOutcome:
     try:
         return TaskOutcome(order.request.folder, carry_out(run, order))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other tasks go on
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = typed(error)
         return TaskOutcome(order.request.folder, None, reason)
 
 

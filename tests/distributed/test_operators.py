@@ -21,9 +21,8 @@ def test_a_step_launches_few_operators(pools, clustered_run, precision):
         for base in (False, True)
     )
     assert dense <= 900
-    assert own <= 1000
-    # a sum each way, and gradients of the base
-    assert own < offsets <= 1050
+    # a base adds one sum a layer, and one copy of its gradients
+    assert own < offsets <= 1000
 
 
 def test_planted_work_on_every_parameter_is_counted(pools, clustered_run):
@@ -36,7 +35,7 @@ def test_planted_work_on_every_parameter_is_counted(pools, clustered_run):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_exchange_adds_few_operators(pools, clustered_run, precision):
-    halves = [precision, "moe.num_experts=2", "parallel.num_groups=2", "moe.shared_base=false"]
-    assert count(pools, clustered_run, 2, *halves, placement="scrambled") <= 1150
-    halves[-1] = "moe.shared_base=true"
-    assert count(pools, clustered_run, 2, *halves, placement="scrambled") <= 1175
+    halves = [precision, "moe.num_experts=2", "parallel.num_groups=2"]
+    for base in (False, True):
+        more = [*halves, f"moe.shared_base={base}"]
+        assert count(pools, clustered_run, 2, *more, placement="scrambled") <= 1150

@@ -35,11 +35,12 @@ def bench(name, *overrides, rounds=2):
 
 def test_step_prints_all_variants_and_moves_nothing():
     document = bench("step")
-    kinds = {"dense", "cluster", "token", "ddp", "fsdp2"}
+    kinds = {"dense", "cluster", "token", "ddp", "fsdp2", "deepspeed"}
     assert document["variants"].keys() == kinds | {f"{kind}_bf16" for kind in kinds}
     assert document["ratios"].keys() == {
         "cluster/dense", "cluster/token", "cluster_bf16/dense_bf16", "cluster_bf16/token_bf16",
         "dense/ddp", "dense_bf16/ddp_bf16", "dense/fsdp2", "dense_bf16/fsdp2_bf16",
+        "dense/deepspeed", "dense_bf16/deepspeed_bf16",
     }  # fmt: skip
     medians = {name: result["median"] for name, result in document["variants"].items()}
     assert document["ratios"]["cluster/dense"] == pytest.approx(
@@ -63,8 +64,9 @@ def test_step_counts_what_travels_when_groups_are_free():
 )
 def test_exchange_slows_the_link_of_two_hosts_and_leaves_none():
     document = bench("exchange")
-    assert document["variants"].keys() == {"dense", "cluster", "token", "ddp", "fsdp2"}
-    ratios = {"token/cluster", "cluster/dense", "dense/ddp", "dense/fsdp2"}
+    baselines = {"ddp", "fsdp2", "deepspeed"}
+    assert document["variants"].keys() == {"dense", "cluster", "token", *baselines}
+    ratios = {"token/cluster", "cluster/dense", *(f"dense/{name}" for name in baselines)}
     assert document["ratios"].keys() == ratios
     assert document["figures"]["link_mbit"] > 0
     left = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True)

@@ -47,7 +47,8 @@ class Guarded:
     def _wait(self, condition, what):
         end = time.monotonic() + 120
         while not condition():
-            assert self._jobs[0].process.poll() is None, self._jobs[0].process.communicate()
+            for job in (self._jobs[0], self._jobs[-1]):
+                assert job.process.poll() is None, job.process.communicate()
             assert time.monotonic() < end, f"waited two minutes for: {what}"
             time.sleep(0.2)
 
@@ -55,6 +56,14 @@ class Guarded:
         """Start a node with one CPU and a group label."""
         label = f"--labels={GROUP_LABEL}={group}"
         return self._start(who, f"--address={self.address}", "--num-cpus=1", label)
+
+    def join_both(self):
+        """Start a node of each group with the token, one after the other: they share an address."""
+        for number, group in enumerate(("g0", "g1")):
+            self.join(self.right, group)
+            self._wait(lambda number=number: self.nodes() == number + 2, f"the node of {group}")
+        trial = ("job", "submit", "--", "true")
+        self._wait(lambda: self.command(self.right, *trial)[0] == 0, "an agent that takes jobs")
 
     def command(self, who, *words, timeout_s=300):
         """Run `ray ...` as somebody; exit status and all that it said."""
@@ -116,10 +125,35 @@ def test_without_the_token_jobs_and_nodes_are_refused_and_with_it_a_job_complete
         result = guarded.join(who, "g0").finish(timeout_s=120)
         assert result.status != 0, (result.out, result.err)
     assert guarded.nodes() == 1 and not (run / "moce").exists()
-    for group in ("g0", "g1"):
-        guarded.join(guarded.right, group)
-    guarded._wait(lambda: guarded.nodes() == 3, "two nodes with the token")
+    guarded.join_both()
     status, said = guarded.command(guarded.right, *submit, timeout_s=500)
     assert status == 0 and "succeeded" in said, said
     assert "moce: 2 of 2 workers" in said
     assert learned(run / "moce") == learned(finished / "moce")
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_the_quickstart_is_submitted_to_two_labelled_nodes_with_a_token(guarded, tmp_path):
+    """All that `make pretrain` runs, every command a job of its own; the nodes share the folder."""
+    guarded.join_both()
+    run = Path(os.environ.get("MOCE_QUICKSTART_OUT", tmp_path)) / "quickstart"
+
+    def submit(name, *words):
+        command = map(str, (sys.executable, ROOT / "jobs" / f"{name}.py", *words))
+        status, said = guarded.command(
+            guarded.right, "job", "submit", "--", *command, timeout_s=1800
+        )
+        assert status == 0 and "succeeded" in said, said
+        return said
+
+    said = submit("pretrain", "--run", run)
+    for stage in ("mae", "moce", "control"):
+        assert f"{stage}: 2 of 2 workers" in said and (run / stage / "COMPLETE").exists()
+    for task in ("digits", "silhouettes", "climate"):
+        submit("transfer", "--task", task, "--run", run, "--protocol", "knn,linear")
+        assert (run / "transfer" / task / "metrics.json").exists()
+    submit("report", run)
+    page = (run / "report.html").read_text()
+    for words in ("digits", "silhouettes", "climate", "control"):
+        assert words in page, words

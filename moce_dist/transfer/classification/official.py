@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from moce_dist.data.listing import list_folders, list_images
-from moce_dist.run.names import as_text, one_line, read_names
+from moce_dist.run.names import as_text, read_names, typed
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import Item, Splits, data_folder
 
@@ -287,7 +287,7 @@ def official_task(name: str, data: Path | None) -> Splits:
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the readers of lists and .mat files meet
-        reason = f"{type(error).__name__}: {one_line(error)}"
+        reason = typed(error)
         raise ConfigError(f"--data {data}: --task {name} cannot be read: {reason}") from None
     for split, items in (("training", found.train), ("test", found.test)):
         if not items:
