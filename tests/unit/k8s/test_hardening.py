@@ -56,6 +56,13 @@ def plant(pod):
     return broken
 
 
+def plant_setup(documents):
+    """Move an object of a setup to where everybody's objects are."""
+    account = copy.deepcopy(next(d for d in documents if d["kind"] == "ServiceAccount"))
+    account["metadata"]["namespace"] = "default"
+    return [account]
+
+
 @pytest.fixture(scope="module")
 def failed(rays, rendered, tmp_path_factory):
     """Checks that failed: {file: ids}."""
@@ -75,6 +82,7 @@ def failed(rays, rendered, tmp_path_factory):
         for document in documents
         if name.startswith("setup") and not is_custom(document)
     ]
+    written["planted-setup"] = plant_setup(written["setup"])
     for kind, documents in written.items():
         (folder / f"{kind}.yaml").write_text(yaml.safe_dump_all(documents))
     command = [CHECKOV, "--directory", folder, "--framework", "kubernetes", "--output", "json"]
@@ -111,6 +119,10 @@ def test_objects_of_the_setups_fail_no_check(failed):
 def test_planted_pod_is_caught(failed):
     privileged, escalation, no_limit, host = "CKV_K8S_16", "CKV_K8S_20", "CKV_K8S_13", "CKV_K8S_19"
     assert {privileged, escalation, no_limit, host} <= failed["planted"]
+
+
+def test_planted_object_of_a_setup_is_caught(failed):
+    assert failed["planted-setup"] == {"CKV_K8S_21"}
 
 
 def breaches(template):
@@ -202,19 +214,44 @@ def test_dockerfile_follows_hadolints_rules_and_a_breach_is_caught():
     assert "DL3002" in hadolint(text.replace("USER 10001:10001", "USER root"))
 
 
-def test_image_is_pinned_by_the_builder_and_runs_unprivileged():
-    text = DOCKERFILE.read_text()
-    assert re.search(r"^ARG BASE_IMAGE$", text, re.M) and "sha256:..." in text
-    assert re.search(r"^USER 10001", text, re.M)
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M)
-    for name in " ".join(copied).split():
-        assert (ROOT / name).exists(), name
-
-
-def test_image_reads_buckets_and_has_what_entrypoints_run(rays):
-    text = DOCKERFILE.read_text()
-    assert text.count("'.[s3]'") == 2
-    inside = {"jobs", "configs", "k8s/run.py"}
+def mistakes(text, rays):
+    """Yield what is wrong with the image for its users, beyond hadolint's rules."""
+    if not re.search(r"^ARG BASE_IMAGE$", text, re.M) or "sha256:..." not in text:
+        yield "the builder does not pin the base"
+    if not re.search(r"^USER 10001", text, re.M):
+        yield "not an unprivileged user by number"
+    if text.count("'.[s3]'") != 2:
+        yield "a variant cannot read buckets"
+    copied = " ".join(re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M)).split()
+    for name in copied:
+        if not (ROOT / name).exists():
+            yield f"copies what is not there: {name}"
     for document in rays.values():
         for path in re.findall(r"/app/(\S+)", document["spec"].get("entrypoint", "")):
-            assert any(path == name or path.startswith(f"{name}/") for name in inside), path
+            if not any(path == name or path.startswith(f"{name}/") for name in copied):
+                yield f"an entrypoint is not in it: {path}"
+
+
+IMAGE_PLANTS = {
+    "the builder does not pin": ("ARG BASE_IMAGE\nARG", "ARG BASE_IMAGE=python:3.12\nARG"),
+    "not an unprivileged user": ("USER 10001:10001", "USER ray"),
+    "a variant cannot read": ("'.[s3]' \\", "'.' \\"),
+    "copies what is not there": ("COPY configs configs", "COPY configs recipes configs"),
+    "an entrypoint is not in it": ("COPY jobs jobs\n", ""),
+}
+
+
+def test_image_is_as_its_users_need_it(rays):
+    assert not list(mistakes(DOCKERFILE.read_text(), rays))
+
+
+@pytest.mark.parametrize("words", IMAGE_PLANTS)
+def test_planted_mistakes_of_the_image_are_caught(rays, words):
+    text, (right, wrong) = DOCKERFILE.read_text(), IMAGE_PLANTS[words]
+    assert right in text
+    found = list(mistakes(text.replace(right, wrong, 1), rays))
+    assert found and all(complaint.startswith(words) for complaint in found)
+
+
+def test_every_mistake_of_the_image_has_a_plant():
+    assert not unplanted(IMAGE_PLANTS, mistakes)
