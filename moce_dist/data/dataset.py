@@ -23,11 +23,10 @@ the rank's next batch begin one sample earlier.
 Letters: B samples of a step over all ranks, b samples of a rank, R ranks, P loader processes.
 """
 
-import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -38,13 +37,14 @@ from webdataset.handlers import reraise_exception
 
 from moce_dist.data.cache import SampleRange
 from moce_dist.data.columns import open_table
-from moce_dist.data.plan import ORDER, PADDING, Plan
+from moce_dist.data.plan import ORDER, PADDING, Plan, windows
 from moce_dist.data.ranges import Content, RangeReader
-from moce_dist.data.shards import TAR_END
-from moce_dist.data.tarscan import open_tar, split_name
+from moce_dist.data.tarscan import read_files, split_name
 
 WebSample = dict[str, Any]
 """`__key__`, `__url__` and the bytes of every member by its extension, as in webdataset."""
+ReadStep = tuple[int, Any, list[Content]]
+"""A step, the rows of its samples in the index, (m,), and what was read of each."""
 _WINDOW_BYTES = 2**24
 
 
@@ -169,22 +169,19 @@ class PlannedSamples(IterableDataset[WebSample]):
         if worker is None:
             self._begin = self._now = (stop, 0, False)
 
-    def _read_ahead(self, steps: range) -> Iterator[tuple[int, Any, list[Content]]]:
+    def _read_ahead(self, steps: range) -> Iterator[ReadStep]:
         table = self._plan.table
         step_bytes = max(1, table.num_bytes) / max(1, table.num_samples) * self.rank_batch
-        length = max(1, int(_WINDOW_BYTES / step_bytes))
-        # while one window is consumed, the next one is read
-        windows = [steps[at : at + length] for at in range(0, len(steps), length)]
+        longest = max(1, int(_WINDOW_BYTES / step_bytes))
         with closing(RangeReader()) as reader, ThreadPoolExecutor(1, "read-ahead") as thread:
-            ahead = [thread.submit(self._read, window, reader) for window in windows[:1]]
-            for coming in [*windows[1:], None]:
-                if ahead:
-                    found = ahead.pop().result()
-                    if coming is not None:
-                        ahead.append(thread.submit(self._read, coming, reader))
-                    yield from found
+            portions = (self._read(window, reader) for window in windows(steps, longest))
+            ahead: Future[list[ReadStep]] = thread.submit(next, portions, [])
+            # while one window is consumed, the next one is read
+            while found := ahead.result():
+                ahead = thread.submit(next, portions, [])
+                yield from found
 
-    def _read(self, steps: range, reader: RangeReader) -> list[tuple[int, Any, list[Content]]]:
+    def _read(self, steps: range, reader: RangeReader) -> list[ReadStep]:
         table = self._plan.table
         parts = [self._rows(step) for step in steps]
         rows = np.concatenate(parts)
@@ -209,11 +206,9 @@ class PlannedSamples(IterableDataset[WebSample]):
             raise content
         key, url = self._place(row)
         sample: WebSample = {"__key__": key, "__url__": url}
-        with open_tar(io.BytesIO(bytes(content) + TAR_END)) as tar:
-            for member in tar:
-                name = split_name(member.name)
-                if name is not None and (file := tar.extractfile(member)) is not None:
-                    sample[name[1]] = file.read()
+        for path, body in read_files(content):
+            if (name := split_name(path)) is not None:
+                sample[name[1]] = body
         if len(sample) == len(("__key__", "__url__")):
             raise ValueError("its bytes in the tar are no sample")
         return sample

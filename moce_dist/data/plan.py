@@ -28,6 +28,7 @@ Source: Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains" (cycle w
 al. 2014, "Fast Splittable Pseudorandom Number Generators" (the mixing function).
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -118,6 +119,17 @@ def cluster_order(seed: int, epoch: int, num_clusters: int) -> Int64:
     """Return the rank of every cluster among samples of equal time, (K,)."""
     draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch]))
     return draws.permutation(num_clusters)
+
+
+def windows(steps: range, longest: int) -> Iterator[range]:
+    """Split steps into windows that are read at once, up to `longest` steps.
+
+    The first batch waits only for its own bytes; later windows double.
+    """
+    taken, length = 0, 1
+    while taken < len(steps):
+        yield steps[taken : taken + length]
+        taken, length = taken + length, min(2 * length, longest)
 
 
 def _spread(first: Int64, last: Int64) -> tuple[Int64, Int64]:

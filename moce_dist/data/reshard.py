@@ -30,7 +30,8 @@ from moce_dist.data.cache import SampleRange
 from moce_dist.data.columns import open_index, write_columns
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import RangeReader
-from moce_dist.data.shards import INDEX_NAME, TAR_END, Shard, ShardIndex, scan_shard, write_index
+from moce_dist.data.shards import INDEX_NAME, Shard, ShardIndex, scan_shard, write_index
+from moce_dist.data.tarscan import TAR_END
 from moce_dist.data.writer import all_or_nothing, finished_tar, note_finished
 from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete
 from moce_dist.run.files import naming

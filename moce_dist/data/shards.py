@@ -10,7 +10,6 @@ any sample can be read by one range request and copied without unpacking it:
 Paths in `index.json` are relative to its folder, absolute, or URLs.
 """
 
-import io
 import json
 import logging
 import tarfile
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import fsspec
 
 from moce_dist.data.listing import counted
-from moce_dist.data.tarscan import open_tar, scan_tar, split_name
+from moce_dist.data.tarscan import read_files, scan_tar, split_name
 from moce_dist.run.environment import check_url
 from moce_dist.run.files import write_atomic
 from moce_dist.run.names import as_text
@@ -36,8 +35,6 @@ HOLDOUT = "holdout"
 """Folder, in that of an index, of the index of its held-out images."""
 _FORMAT = "moce_dist.index.v1"
 _LABEL_BYTES = 200
-TAR_END = bytes(1024)
-"""The end mark of a tar."""
 
 
 class Fault(NamedTuple):
@@ -193,15 +190,9 @@ def class_label(sample: bytes) -> str | None:
     A class is a number or a name; a member that is not short UTF-8 text is not a class.
     """
     try:
-        with open_tar(io.BytesIO(sample + TAR_END)) as tar:
-            for member in tar:
-                name = split_name(member.name)
-                if name is None or name[1] != "cls" or not member.isfile():
-                    continue
-                file = tar.extractfile(member)
-                assert file is not None
-                text = file.read(_LABEL_BYTES + 1)
-                return (text.decode().strip() or None) if len(text) <= _LABEL_BYTES else None
+        for path, content in read_files(sample):
+            if (name := split_name(path)) is not None and name[1] == "cls":
+                return (content.decode().strip() or None) if len(content) <= _LABEL_BYTES else None
     except (tarfile.TarError, UnicodeDecodeError):
         return None
     return None

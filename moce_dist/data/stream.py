@@ -33,7 +33,7 @@ from moce_dist.data.decoders import ImageError
 from moce_dist.data.device import Undecoded, Waiting
 from moce_dist.data.images import Decoded, Jpeg, SampleDraws, draw_cut, open_croppable
 from moce_dist.data.kept import KeptSamples
-from moce_dist.data.plan import PADDING, Plan
+from moce_dist.data.plan import PADDING, Plan, windows
 from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
 from moce_dist.data.table import SampleTable
 from moce_dist.run.files import record_fault
@@ -162,10 +162,10 @@ class PlannedStream(IterableDataset[Batch]):
             closing(RangeReader(data.read_timeout_s, data.read_deadline_s, cache)) as reader,
             ThreadPoolExecutor(1, "read-ahead") as thread,
         ):
-            windows = self._all_windows(number, processes, reader)
-            ahead: Future[list[PlannedStep]] = thread.submit(next, windows, [])
+            portions = self._all_windows(number, processes, reader)
+            ahead: Future[list[PlannedStep]] = thread.submit(next, portions, [])
             while window := ahead.result():
-                ahead = thread.submit(next, windows, [])
+                ahead = thread.submit(next, portions, [])
                 yield from window
 
     def _all_windows(
@@ -194,12 +194,7 @@ class PlannedStream(IterableDataset[Batch]):
         spec, table = self._spec, self._spec.plan.table
         mean = max(1, table.num_bytes / table.num_samples)
         step_bytes = mean * spec.plan.batch_size / spec.layout.num_ranks
-        length = max(1, round(spec.data.read_ahead_bytes / step_bytes))
-        # the first batch waits only for its own bytes; later windows grow
-        taken, growing = 0, 1
-        while taken < len(steps):
-            yield steps[taken : taken + growing]
-            taken, growing = taken + growing, min(2 * growing, length)
+        return windows(steps, max(1, round(spec.data.read_ahead_bytes / step_bytes)))
 
     def _announce(self, steps: list[PlannedStep], reader: RangeReader) -> _Announced:
         table = self._spec.plan.table

@@ -14,10 +14,12 @@ group_by_keys); POSIX pax and GNU tar's formats as Python's tarfile reads them.
 """
 
 import hashlib
+import io
 import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import IO, Any, NamedTuple
 
@@ -32,6 +34,9 @@ _USUAL = frozenset(("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "
 # text between dots that belongs to a name, not to an extension: a number, or text with a space
 _PART_OF_A_NAME = re.compile(r"\d+|.*[\s()].*")
 _READ_BYTES, _BLOCK = 2**20, 512
+TAR_END = bytes(2 * _BLOCK)
+"""The end mark of a tar."""
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _GNU_MAGIC, _CHECKSUM = b"ustar  \0", re.compile(rb"[ \0]*[0-7]+[ \0]*")
 _ODD = {
     tarfile.LNKTYPE: "is a hard link to",
@@ -155,6 +160,32 @@ def open_tar(file: Any, **options: Any) -> tarfile.TarFile:
         tarinfo=_Header,
         **options,
     )
+
+
+def read_files(sample: bytes | memoryview) -> Iterator[tuple[str, bytes]]:
+    """Yield name and content of every regular file among the members of one sample.
+
+    Plain members need only their header, so no tar is opened for them: that takes longer than to
+    read a sample.
+
+    Raises:
+        tarfile.TarError: the bytes are no members of a tar.
+    """
+    begin = 0
+    while begin < len(sample):
+        data = begin + _BLOCK
+        header = None
+        with suppress(tarfile.HeaderError):  # the end, or what only a tar can tell
+            header = _Header.frombuf(bytes(sample[begin:data]), "utf-8", "surrogateescape")
+        if header is None or header.type not in _PLAIN or data + header.size > len(sample):
+            break
+        yield header.name, bytes(sample[data : data + header.size])
+        begin = data + -(-header.size // _BLOCK) * _BLOCK
+    if begin < len(sample):
+        with open_tar(io.BytesIO(bytes(sample[begin:]) + TAR_END)) as tar:
+            for member in tar:
+                if member.isfile() and (file := tar.extractfile(member)) is not None:
+                    yield member.name, file.read()
 
 
 class _HashingReader:

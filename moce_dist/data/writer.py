@@ -14,7 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from moce_dist.data.decoders import image_endings
-from moce_dist.data.shards import TAR_END, Fault, Shard
+from moce_dist.data.shards import Fault, Shard
+from moce_dist.data.tarscan import TAR_END
 from moce_dist.run.artefacts import COMPLETE
 from moce_dist.run.files import naming, write_atomic
 from moce_dist.settings import ConfigError

@@ -15,7 +15,7 @@ from moce_dist.config import DataConfig
 from moce_dist.data.audit import verify
 from moce_dist.data.ingest import ingest
 from moce_dist.data.shards import read_range, scan_shard, write_index
-from moce_dist.data.tarscan import scan_tar
+from moce_dist.data.tarscan import read_files, scan_tar
 from moce_dist.settings import ConfigError
 
 LONG = "/".join(["a long name of a folder " * 4] * 2)
@@ -108,8 +108,12 @@ WAYS = {
 def read(path):
     """All samples as {last part of the key: {extension: content}}, and the faults."""
     shard, faults = scan_shard(str(path))
-    ranges = zip(shard.keys, shard.starts, shard.ends, strict=True)
-    found = {key.rsplit("/")[-1]: read_members(str(path), a, b) for key, a, b in ranges}
+    found = {}
+    for key, start, end in zip(shard.keys, shard.starts, shard.ends, strict=True):
+        sample = read_members(str(path), start, end)
+        files = read_files(memoryview(read_range(str(path), start, end - start)))
+        assert {name.rpartition(".")[2]: content for name, content in files} == sample
+        found[key.rsplit("/")[-1]] = sample
     images = zip(shard.keys, shard.offsets, shard.sizes, strict=True)
     for key, offset, size in images:
         assert found[key.rsplit("/")[-1]]["png"] == read_range(str(path), offset, size)
