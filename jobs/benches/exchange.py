@@ -167,7 +167,7 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     count = _count(config)
     steps: dict[str, Callable[[], None]] = {k: stepper(s, count) for k, s in states.items()}
     for baseline in BASELINES:
-        steps[baseline] = baseline_stepper(states["dense"], count, baseline)
+        steps[baseline], _ = baseline_stepper(states["dense"], count, baseline)
     times = _timed(steps, config)
     token = states["token"]
     alone = _timed({"all_to_all": _all_to_alls(token), "all_reduce": _all_reduce(token)}, config)

@@ -4,7 +4,10 @@ The variants named by `moe.kind` use the same model, loop and engine on the same
 in that field and in precision. A step consists of routing table, forward, backward, gradient
 reduction and optimiser step. The baselines are what a user would write for the dense model: torch's
 DistributedDataParallel, FSDP2's `fully_shard` of every block, and DeepSpeed's own reduction. They
-overlap their collectives with the passes, use a fused optimiser, and log nothing.
+use a fused optimiser and log nothing. On GPUs all three overlap their collectives with the passes;
+on CPUs only DDP does, because the other two overlap by streams of the device. The figures
+`fsdp2_apart` and `deepspeed_apart` say whether they train the same model as DDP: the distance of
+their weights to DDP's at the end, over the distance that DDP's have gone.
 
 On a GPU the forward and backward pass of the dense model is also timed by itself, beside the
 largest rate of matrix products: the terms `utilisation` and `bf16_tflops` of a budget.
@@ -22,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benches.harness import Report, interleave, run_ranks
@@ -90,13 +94,25 @@ def measure(config: BenchConfig) -> dict[str, Any]:
     figures = exchange_figures(states["cluster_bf16"])
     count = config.bench.rounds + config.bench.warmup_rounds
     steps = {name: stepper(state, count) for name, state in states.items()}
+    start, models = _weights(states["dense"].model), {}
     for suffix in ("", "_bf16"):
         for baseline in BASELINES:
-            state = states[f"dense{suffix}"]
-            steps[f"{baseline}{suffix}"] = baseline_stepper(state, count, baseline)
+            name = f"{baseline}{suffix}"
+            steps[name], models[name] = baseline_stepper(states[f"dense{suffix}"], count, baseline)
     times = interleave(steps, rounds=config.bench.rounds, warmup=config.bench.warmup_rounds)
+    ends = {baseline: _weights(models[baseline]) for baseline in BASELINES}
+    figures |= {f"{name}_apart": _apart(start, ends["ddp"], ends[name]) for name in BASELINES[1:]}
     terms = compute_terms(config, device) if device.type == "cuda" else {}
     return {"times": times, "figures": figures, "terms": terms}
+
+
+def _weights(model: nn.Module) -> Tensor:
+    whole = (p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
+    return torch.cat([p.detach().flatten() for p in whole])
+
+
+def _apart(start: Tensor, end: Tensor, other: Tensor) -> float:
+    return float((other - end).norm() / (end - start).norm())
 
 
 def compute_terms(config: BenchConfig, device: torch.device) -> dict[str, float]:
@@ -140,11 +156,14 @@ def stepper(state: TrainState, count: int) -> Callable[[], None]:
     return step
 
 
-def baseline_stepper(state: TrainState, count: int, baseline: Baseline) -> Callable[[], None]:
+def baseline_stepper(
+    state: TrainState, count: int, baseline: Baseline
+) -> tuple[Callable[[], None], MaskedAutoencoder]:
     """Return a function that takes a step of the same dense model under a baseline's wrapper.
 
     Model, initial weights, optimiser groups and batches are those of the dense `state`. Gradients
-    are reduced in the wrapper's default type, or in bf16 by the wrapper's own means.
+    are reduced in the wrapper's default type, or in bf16 by the wrapper's own means. The model that
+    is trained is returned too.
     """
     device, config = state.engine.device, state.job.config
     model = MaskedAutoencoder(config).to(device)
@@ -159,7 +178,7 @@ def baseline_stepper(state: TrainState, count: int, baseline: Baseline) -> Calla
         finish(device)
         dist.barrier()
 
-    return step
+    return step, model
 
 
 def _fused_adamw(model: nn.Module, config: Config) -> torch.optim.AdamW:
@@ -197,7 +216,7 @@ def _fsdp2(model: MaskedAutoencoder, config: Config, device: torch.device) -> St
 
 
 def _deepspeed(model: MaskedAutoencoder, config: Config, _: torch.device) -> Step:
-    # stage 0 does not overlap; stage 2 reduces bucket by bucket during the backward pass
+    # stage 0 reduces after the backward pass, stage 2 bucket by bucket during it
     engine, *_rest = deepspeed.initialize(
         model=model,
         optimizer=_fused_adamw(model, config),

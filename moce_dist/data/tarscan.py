@@ -165,8 +165,7 @@ def open_tar(file: Any, **options: Any) -> tarfile.TarFile:
 def read_files(sample: bytes | memoryview) -> Iterator[tuple[str, bytes]]:
     """Yield name and content of every regular file among the members of one sample.
 
-    Plain members need only their header, so no tar is opened for them: that takes longer than to
-    read a sample.
+    Plain members are read by their headers alone, without opening a tar for every sample.
 
     Raises:
         tarfile.TarError: the bytes are no members of a tar.
@@ -177,6 +176,8 @@ def read_files(sample: bytes | memoryview) -> Iterator[tuple[str, bytes]]:
         header = None
         with suppress(tarfile.HeaderError):  # the end, or what only a tar can tell
             header = _Header.frombuf(bytes(sample[begin:data]), "utf-8", "surrogateescape")
+        if header is not None and header.size < 0:
+            raise tarfile.ReadError("a header says a negative size")
         if header is None or header.type not in _PLAIN or data + header.size > len(sample):
             break
         yield header.name, bytes(sample[data : data + header.size])

@@ -69,7 +69,8 @@ class _AddTogether(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         is_cast = gradients[0].dtype != ctx.dtype
         if gradients[0].shape[0] == 1:
-            # one expert a rank, the usual case: its gradient is the sum, written with the cast
+            # with one expert on a rank, the usual case, the base's gradient equals the expert's;
+            # one copy writes both
             single = [gradient[0] for gradient in gradients]
             if is_cast:
                 return None, *_copied([*gradients, *single], ctx.dtype)

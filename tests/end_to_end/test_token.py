@@ -137,7 +137,7 @@ def test_without_the_token_jobs_and_nodes_are_refused_and_with_it_a_job_complete
 def test_the_quickstart_is_submitted_to_two_labelled_nodes_with_a_token(guarded, tmp_path):
     """All that `make pretrain` runs, every command a job of its own; the nodes share the folder."""
     guarded.join_both()
-    run = Path(os.environ.get("MOCE_QUICKSTART_OUT", tmp_path)) / "quickstart"
+    run = tmp_path / "quickstart"
 
     def submit(name, *words):
         command = map(str, (sys.executable, ROOT / "jobs" / f"{name}.py", *words))
@@ -155,5 +155,5 @@ def test_the_quickstart_is_submitted_to_two_labelled_nodes_with_a_token(guarded,
         assert (run / "transfer" / task / "metrics.json").exists()
     submit("report", run)
     page = (run / "report.html").read_text()
-    for words in ("digits", "silhouettes", "climate", "control"):
-        assert words in page, words
+    for task in ("digits", "silhouettes", "climate"):
+        assert f"Results of {task}" in page, task

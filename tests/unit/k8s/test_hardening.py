@@ -222,13 +222,14 @@ def mistakes(text, rays):
         yield "not an unprivileged user by number"
     if text.count("'.[s3]'") != 2:
         yield "a variant cannot read buckets"
-    copied = " ".join(re.findall(r"^COPY (?!--from)(.+) \S+$", text, re.M)).split()
-    for name in copied:
+    pairs = re.findall(r"^COPY (?!--from)(.+) (\S+)$", text, re.M)
+    for name in " ".join(sources for sources, _ in pairs).split():
         if not (ROOT / name).exists():
             yield f"copies what is not there: {name}"
+    inside = re.findall(r"^COPY (?!--from).+ (\S+)$", text.rpartition("\nFROM ")[2], re.M)
     for document in rays.values():
         for path in re.findall(r"/app/(\S+)", document["spec"].get("entrypoint", "")):
-            if not any(path == name or path.startswith(f"{name}/") for name in copied):
+            if not any(path == name or path.startswith(f"{name}/") for name in inside):
                 yield f"an entrypoint is not in it: {path}"
 
 
@@ -237,7 +238,7 @@ IMAGE_PLANTS = {
     "not an unprivileged user": ("USER 10001:10001", "USER ray"),
     "a variant cannot read": ("'.[s3]' \\", "'.' \\"),
     "copies what is not there": ("COPY configs configs", "COPY configs recipes configs"),
-    "an entrypoint is not in it": ("COPY jobs jobs\n", ""),
+    "an entrypoint is not in it": ("COPY jobs jobs\n", "COPY jobs tasks\n"),
 }
 
 
