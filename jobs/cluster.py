@@ -149,7 +149,7 @@ def cluster_folder(arguments: Namespace) -> None:
     from moce_dist.cluster.assign import run_clustering
     from moce_dist.launch.actors import hold_actors
 
-    with hold(out), hold_actors(config.parallel, gpu=True) as workers:
+    with hold(out), hold_actors(config.parallel) as workers:
         if arguments.fresh:
             set_aside(out)
         summary = run_clustering(
@@ -177,7 +177,7 @@ def assign_new(arguments: Namespace) -> None:
     quiet_libraries()
     from moce_dist.launch.actors import hold_actors
 
-    with hold(out), hold_actors(config.parallel, gpu=True) as workers:
+    with hold(out), hold_actors(config.parallel) as workers:
         if arguments.fresh:
             set_aside(out)
         summary = assign_folder(

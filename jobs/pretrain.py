@@ -271,15 +271,7 @@ def run_stage(run: Run, config: Config, stage: str) -> None:
     """Run the requested stages."""
     from moce_dist.pipeline import Pipeline
 
-    pipeline = Pipeline(run, config)
-    steps = {
-        "all": pipeline.pretrain,
-        "mae": pipeline.mae,
-        "cluster": pipeline.cluster,
-        "moce": pipeline.moce,
-        "control": pipeline.control,
-    }
-    steps[stage]()
+    getattr(Pipeline(run, config), "pretrain" if stage == "all" else stage)()
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ class Pipeline:
         if is_complete(self.run.clusters, inputs):
             log.info("clusters: complete")
             return read_summary(self.run.clusters)
-        with hold_actors(self.config.parallel, gpu=True) as workers:
+        with hold_actors(self.config.parallel) as workers:
             if self.base is not None:
                 base, config = self.base.clusters, self.config.cluster
                 log.info("clusters: assigning the images to those of %s", base)

@@ -204,7 +204,7 @@ def run(config: BenchConfig) -> Report:
         ConfigError: `bench.variants` names an unknown one.
     """
     report, asked = Report("cluster", config), _asked(config.bench.variants)
-    with tempfile.TemporaryDirectory() as folder, hold_actors(config.parallel, gpu=True) as workers:
+    with tempfile.TemporaryDirectory() as folder, hold_actors(config.parallel) as workers:
         bench = Bench(config, Path(folder), workers)
         last: dict[str, Float64] = {}
         variants: dict[str, Callable[[], Any]] = {

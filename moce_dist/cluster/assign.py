@@ -83,10 +83,7 @@ def make_clusters(
 
 
 def assign_features(
-    features: NDArray[Any],
-    centroids: NDArray[Any],
-    *,
-    mean: NDArray[Any] | None = None,
+    features: NDArray[Any], centroids: NDArray[Any], *, mean: NDArray[Any] | None = None
 ) -> tuple[Int64, Float64]:
     """Return the cluster of each feature row (n, D) and its squared distance: (n,) and (n,).
 

@@ -76,11 +76,7 @@ class Finish(NamedTuple):
 
 
 def finish(
-    found: Candidates,
-    prices: Float64,
-    search: Search,
-    sizes: Sizes,
-    settled: Int64 | None = None,
+    found: Candidates, prices: Float64, search: Search, sizes: Sizes, settled: Int64 | None = None
 ) -> Finish | None:
     """Move rows at the least cost until all sizes are within the bounds.
 
@@ -277,12 +273,5 @@ class _Further(NamedTuple):
 
 def _grown_lots(lots: Lots) -> Lots:
     spare = np.zeros(len(lots.arrived_lot), np.int64)
-    return lots._replace(
-        row=np.append(lots.row, spare),
-        cluster=np.append(lots.cluster, spare),
-        size=np.append(lots.size, spare),
-        own=np.append(lots.own, np.zeros(len(spare))),
-        next=np.append(lots.next, spare),
-        arrived_lot=np.append(lots.arrived_lot, spare),
-        arrived_next=np.append(lots.arrived_next, spare),
-    )
+    parts = {name: part for name, part in lots._asdict().items() if name != "used"}
+    return lots._replace(**{name: np.append(part, spare) for name, part in parts.items()})

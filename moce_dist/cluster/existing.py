@@ -41,13 +41,7 @@ from moce_dist.cluster.blocks import (
     open_features,
     read_block,
 )
-from moce_dist.run.artefacts import (
-    COMPLETE,
-    artefact_id,
-    fingerprint,
-    mark_complete,
-    read_marker,
-)
+from moce_dist.run.artefacts import COMPLETE, artefact_id, fingerprint, mark_complete, read_marker
 from moce_dist.run.files import write_atomic
 from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
@@ -151,13 +145,7 @@ def assign_files(
     return done
 
 
-def assign_table(
-    features_dir: Path,
-    clusters_dir: Path,
-    table: Path,
-    *,
-    block_rows: int,
-) -> None:
+def assign_table(features_dir: Path, clusters_dir: Path, table: Path, *, block_rows: int) -> None:
     """Assign a folder of features by distance alone, and write nothing but the assignment table.
 
     Raises:

@@ -221,10 +221,5 @@ def squares_of_group(sweep: Sweep, task: SweepTask) -> float:
     """Return the sum of |x|^2 over a group's rows, in their order."""
     total = 0.0
     for rows, _ in task.read(sweep.view, sweep.device):
-        total += float(squared_norms(rows[:, :-1]))
+        total += float(torch.linalg.vector_norm(rows[:, :-1], dtype=torch.float64).square())
     return total
-
-
-def squared_norms(rows: Tensor) -> Tensor:
-    """Return the sum of |x|^2 over rows (n, D), float64."""
-    return torch.linalg.vector_norm(rows, dtype=torch.float64).square()

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
@@ -39,7 +38,7 @@ from moce_dist.data.images import decode_image
 from moce_dist.data.listing import ending
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import Content, RangeReader
-from moce_dist.data.shards import Fault, Shard, ShardIndex
+from moce_dist.data.shards import Fault, Shard, ShardIndex, open_shard
 from moce_dist.data.sources import list_folder
 from moce_dist.data.tarscan import is_hidden_member, open_tar, split_name
 from moce_dist.run.names import as_text
@@ -83,13 +82,11 @@ def verify(
         yield from faults
 
 
-def verify_shard(
-    shared: tuple[DataConfig, frozenset[tuple[str, str | None]]], task: _Task
-) -> list[Fault]:
+def verify_shard(shared: tuple[DataConfig, _Known], task: _Task) -> list[Fault]:
     """Compare a tar with its index entry and decode all its images."""
     (data, known), (url, shard) = shared, task
     try:
-        with fsspec.open(url, "rb") as file:
+        with open_shard(url) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             faults = list(unaccounted(file, url, shard))
     except FileNotFoundError:

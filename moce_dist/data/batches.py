@@ -133,12 +133,7 @@ class _Inbox(Iterable[Readers]):
 
 
 def stream(
-    spec: StreamSpec,
-    group_of: GroupOf,
-    *,
-    start: int,
-    stop: int,
-    device: torch.device = _CPU,
+    spec: StreamSpec, group_of: GroupOf, *, start: int, stop: int, device: torch.device = _CPU
 ) -> Iterator[Batch]:
     """Yield this rank's batches of steps [start, stop) under one placement; see `BatchStream`."""
     batches = BatchStream(spec, start=start, device=device)

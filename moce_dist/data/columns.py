@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from moce_dist.data.shards import COLUMNS_NAME, INDEX_NAME, Shard, ShardIndex, read_index
-from moce_dist.data.table import Runs, SampleTable, sample_table
+from moce_dist.data.table import SampleTable, sample_table
 from moce_dist.run.files import replacing
 
 log = logging.getLogger(__name__)
@@ -149,18 +149,10 @@ def open_table(root: str | Path, num_clusters: int = 1) -> SampleTable:
     if (mapped := _map(root)) is None:
         return sample_table(read_index(root), num_clusters)
     said, batch = mapped
-    shards = [_shard(*head) for head in said["shards"]]
-    index, lengths = ShardIndex(str(root), []), np.array([s.num_samples for s in shards], np.int64)
-    return SampleTable(
-        urls=[index.url(shard) for shard in shards],
-        keys=_Keys(batch.column("key")),
-        shard=Runs(np.arange(len(shards)), lengths),
-        cluster=Runs(np.array([shard.cluster or 0 for shard in shards], np.int64), lengths),
-        digests=[shard.sha256 for shard in shards],
-        num_clusters=num_clusters,
-        known_bytes=said["bytes"],
-        **_numbers(batch),
-    )
+    heads = ShardIndex(str(root), [_shard(*head) for head in said["shards"]])
+    keys = _Keys(batch.column("key"))
+    table = sample_table(heads, num_clusters)
+    return replace(table, keys=keys, known_bytes=said["bytes"], **_numbers(batch))
 
 
 def open_index(root: str | Path) -> ShardIndex:

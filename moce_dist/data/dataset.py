@@ -26,7 +26,6 @@ Letters: B samples of a step over all ranks, b samples of a rank, R ranks, P loa
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from webdataset.handlers import reraise_exception
 from moce_dist.data.cache import SampleRange
 from moce_dist.data.columns import open_table
 from moce_dist.data.plan import ORDER, PADDING, Plan, windows
-from moce_dist.data.ranges import Content, RangeReader
+from moce_dist.data.ranges import Content, RangeReader, one_ahead
 from moce_dist.data.tarscan import read_files, split_name
 
 WebSample = dict[str, Any]
@@ -173,13 +172,8 @@ class PlannedSamples(IterableDataset[WebSample]):
         table = self._plan.table
         step_bytes = max(1, table.num_bytes) / max(1, table.num_samples) * self.rank_batch
         longest = max(1, int(_WINDOW_BYTES / step_bytes))
-        with closing(RangeReader()) as reader, ThreadPoolExecutor(1, "read-ahead") as thread:
-            portions = (self._read(window, reader) for window in windows(steps, longest))
-            ahead: Future[list[ReadStep]] = thread.submit(next, portions, [])
-            # while one window is consumed, the next one is read
-            while found := ahead.result():
-                ahead = thread.submit(next, portions, [])
-                yield from found
+        with closing(RangeReader()) as reader:
+            yield from one_ahead(self._read(window, reader) for window in windows(steps, longest))
 
     def _read(self, steps: range, reader: RangeReader) -> list[ReadStep]:
         table = self._plan.table

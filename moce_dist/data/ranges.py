@@ -18,23 +18,19 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import fsspec.asyn
-from tenacity import (
-    RetryError,
-    Retrying,
-    TryAgain,
-    stop_after_delay,
-    wait_random_exponential,
-)
+from tenacity import RetryError, Retrying, TryAgain, stop_after_delay, wait_random_exponential
 
 from moce_dist.cost.sizes import MAX_OPEN_FILES
 from moce_dist.data.cache import SampleCache, SampleRange
 
+T = TypeVar("T")
 Content = memoryview | OSError
 """The bytes of a sample, or the error if they cannot be read."""
 
@@ -87,6 +83,15 @@ def _is_worth_it(last: Range, used: int, offset: int, stop: int) -> bool:
     is_near = offset - last.stop <= _FREE_GAP
     is_dense = length <= (1 + _MAX_WASTE) * (used + stop - offset)
     return length <= _MAX_RANGE_BYTES and (is_near or is_dense)
+
+
+def one_ahead(portions: Iterator[list[T]]) -> Iterator[T]:
+    """Yield the items of all portions; while those of one are used, a thread makes the next."""
+    with ThreadPoolExecutor(1, "read-ahead") as thread:
+        ahead: Future[list[T]] = thread.submit(next, portions, [])
+        while portion := ahead.result():
+            ahead = thread.submit(next, portions, [])
+            yield from portion
 
 
 @dataclass

@@ -94,11 +94,6 @@ class ShardIndex:
         """Number of samples in all shards."""
         return sum(shard.num_samples for shard in self.shards)
 
-    @property
-    def num_clusters(self) -> int:
-        """Number of clusters K; data that is not clustered yet counts as one cluster."""
-        return 1 + max((shard.cluster or 0 for shard in self.shards), default=0)
-
     def url(self, shard: Shard) -> str:
         """Return the path or URL of a shard; relative paths are joined to `root`."""
         if "://" in shard.path or shard.path.startswith("/"):

@@ -14,7 +14,6 @@ side (pixels), K clusters.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,7 @@ from moce_dist.data.device import Undecoded, Waiting
 from moce_dist.data.images import Decoded, Jpeg, SampleDraws, draw_cut, open_croppable
 from moce_dist.data.kept import KeptSamples
 from moce_dist.data.plan import PADDING, Plan, windows
-from moce_dist.data.ranges import Content, Range, RangeReader, is_remote
+from moce_dist.data.ranges import Content, Range, RangeReader, is_remote, one_ahead
 from moce_dist.data.table import SampleTable
 from moce_dist.run.files import record_fault
 
@@ -158,15 +157,8 @@ class PlannedStream(IterableDataset[Batch]):
         number, processes = (0, 1) if worker is None else (worker.id, worker.num_workers)
         data = self._spec.data
         cache = open_cache(data, self._spec.plan.table)
-        with (
-            closing(RangeReader(data.read_timeout_s, data.read_deadline_s, cache)) as reader,
-            ThreadPoolExecutor(1, "read-ahead") as thread,
-        ):
-            portions = self._all_windows(number, processes, reader)
-            ahead: Future[list[PlannedStep]] = thread.submit(next, portions, [])
-            while window := ahead.result():
-                ahead = thread.submit(next, portions, [])
-                yield from window
+        with closing(RangeReader(data.read_timeout_s, data.read_deadline_s, cache)) as reader:
+            yield from one_ahead(self._all_windows(number, processes, reader))
 
     def _all_windows(
         self, number: int, processes: int, reader: RangeReader

@@ -38,10 +38,7 @@ TAR_END = bytes(2 * _BLOCK)
 """The end mark of a tar."""
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _GNU_MAGIC, _CHECKSUM = b"ustar  \0", re.compile(rb"[ \0]*[0-7]+[ \0]*")
-_ODD = {
-    tarfile.LNKTYPE: "is a hard link to",
-    tarfile.SYMTYPE: "is a symbolic link to",
-}
+_ODD = {tarfile.LNKTYPE: "is a hard link to", tarfile.SYMTYPE: "is a symbolic link to"}
 
 
 def is_hidden_member(name: str) -> bool:

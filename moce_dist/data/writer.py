@@ -162,11 +162,8 @@ class ShardWriter:
 class ShardSeries:
     """Write `PREFIX-000000.tar`, `PREFIX-000001.tar`, ..., each of at most about `shard_bytes`."""
 
-    def __init__(
-        self, folder: Path, prefix: str, shard_bytes: int, *, cluster: int | None = None
-    ) -> None:
+    def __init__(self, folder: Path, prefix: str, shard_bytes: int) -> None:
         self._folder, self._prefix, self._shard_bytes = folder, prefix, shard_bytes
-        self._cluster = cluster
         self._writers: list[ShardWriter] = []
         self._shards: list[Shard] = []
 
@@ -178,7 +175,7 @@ class ShardSeries:
         if is_open:
             self._shards.append(self._writers[-1].close())
         name = f"{self._prefix}-{len(self._writers):06d}.tar"
-        writer = ShardWriter(self._folder, name, cluster=self._cluster)
+        writer = ShardWriter(self._folder, name)
         self._writers.append(writer)
         return writer
 

@@ -40,12 +40,12 @@ _MAX_LOSSES = 3
 
 
 @contextmanager
-def hold_actors(parallel: ParallelConfig, *, gpu: bool = False) -> Iterator[Workers]:
+def hold_actors(parallel: ParallelConfig) -> Iterator[Workers]:
     """Hold `parallel.num_workers` workers; one without a cluster is this process.
 
-    With `gpu` each worker gets a GPU, if the cluster has any and `parallel` allows it.
+    Each worker gets a GPU, if the cluster has any and `parallel` allows it.
     """
-    has_gpu = gpu and gets_gpu(parallel)
+    has_gpu = gets_gpu(parallel)
     device = "cuda" if has_gpu else "cpu"
     if not needs_ray(parallel):
         try:
@@ -95,7 +95,8 @@ class ActorPool:
 
     def __init__(self, parallel: ParallelConfig, *, gpu: bool) -> None:
         self.num_workers, self._gpu = parallel.num_workers, gpu
-        self._start_timeout_s = parallel.start_timeout_s
+        self.patience_s = parallel.start_timeout_s
+        """Seconds after which an answer that has not come shows that there is no worker."""
         self._workers: dict[int, Any] = {}
         self._greetings: dict[Any, Any] = {}
         self._sweeps = self._losses = 0
@@ -129,7 +130,7 @@ class ActorPool:
 
     def _wait(self) -> None:
         # otherwise the first worker to start would take the blocks of all others
-        expected, longest = self.greetings, self._start_timeout_s
+        expected, longest = self.greetings, self.patience_s
         come, _ = ray.wait(expected, num_returns=len(expected), timeout=min(_START_S, longest))
         if not come:
             come, _ = ray.wait(expected, timeout=max(longest - _START_S, 0))
@@ -137,11 +138,6 @@ class ActorPool:
             self.give_up()
         for greeting in come:
             self.hear(greeting)
-
-    @property
-    def patience_s(self) -> float:
-        """Seconds after which an answer that has not come shows that there is no worker."""
-        return self._start_timeout_s
 
     def give_up(self) -> None:
         """End all workers, as none has started.
@@ -151,9 +147,7 @@ class ActorPool:
         """
         self.dismiss()
         needs = "a CPU and a GPU" if self._gpu else "a CPU"
-        raise RuntimeError(
-            f"no worker has started in {self._start_timeout_s:g} s; each needs {needs}"
-        )
+        raise RuntimeError(f"no worker has started in {self.patience_s:g} s; each needs {needs}")
 
     @property
     def greetings(self) -> list[Any]:

@@ -54,17 +54,13 @@ def failure_of(error: Exception) -> Failure:
     memory are final. A broken connection may recover, and so may most RuntimeErrors, which torch
     raises for many causes.
     """
-    text = _one_line(error)
+    says_enough = isinstance(error, ValueError | OSError | ArithmeticError | RuntimeError)
+    text = one_line(error) if says_enough else typed(error)
     if isinstance(error, OSError):
         is_lost = isinstance(error, ConnectionError | TimeoutError) or error.errno in _OF_A_NETWORK
         return Failure(text, not is_lost)
     is_final = isinstance(error, TooManyFaultsError) or not isinstance(error, RuntimeError)
     return Failure(text, is_final or any(said in text for said in _FULL))
-
-
-def _one_line(error: Exception) -> str:
-    says_enough = isinstance(error, ValueError | OSError | ArithmeticError | RuntimeError)
-    return one_line(error) if says_enough else typed(error)
 
 
 @contextmanager

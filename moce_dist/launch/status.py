@@ -177,19 +177,16 @@ class Ending:
 def cause_of(error: Exception) -> str:
     """Say in a line what ended a start: the worker that died, else the first worker's error."""
     failures = getattr(error, "worker_failures", {})
-    if died := next((item for item in failures.items() if _is_death(item[1])), None):
-        rank, met = died
+    # Ray's error for a worker that no longer answers; the error that it wraps varies
+    died = [i for i in failures.items() if type(i[1]).__name__.startswith("WorkerHealthCheck")]
+    if died:
+        rank, met = died[0]
         # the last line gives the exit status, or says that the machine was out of memory
         detail = textwrap.shorten(str(met).strip().splitlines()[-1], 300, placeholder=" ...")
         return f"worker {rank} died: {detail}"
     for rank, met in failures.items():
         return f"worker {rank}: {_shorten(met)}"
     return _shorten(error)
-
-
-def _is_death(error: Exception) -> bool:
-    # Ray's error for a worker that no longer answers; the error that it wraps varies
-    return type(error).__name__.startswith("WorkerHealthCheck")
 
 
 def _shorten(error: Exception) -> str:

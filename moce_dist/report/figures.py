@@ -71,7 +71,6 @@ _OF_PAGE = {
     "#228833": "var(--leaf)",
     "#882255": "var(--wine)",
 }
-_TITLES = {"mae": "stage mae", "moce": "stage moce", "control": "stage control"}
 
 
 def panel(name: str, draw: Callable[[Axes], object], *, height: float = _HEIGHT) -> str:
@@ -131,7 +130,7 @@ def losses(record: Record) -> list[str]:
         if stage.holdout:
             held_out = stage.holdout["loss"]
             axes.axhline(held_out, color="#1d2939", ls="--", lw=1, label="held-out")
-        axes.set(title=f"{_TITLES[name]}: MAE loss", xlabel="images seen")
+        axes.set(title=f"stage {name}: MAE loss", xlabel="images seen")
         axes.legend(loc="upper right")
 
     return [
@@ -189,7 +188,7 @@ def speed(record: Record) -> list[str]:
         overlay(
             f"speed-{metric}",
             title,
-            {_TITLES[n]: (s.column(metric), COLOURS[n], "-") for n, s in stages.items()},
+            {f"stage {n}": (s.column(metric), COLOURS[n], "-") for n, s in stages.items()},
         )
         for metric, title in (("lr", "learning rate"), ("images_per_s", "images per second"))
     ]

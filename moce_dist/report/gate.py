@@ -141,12 +141,6 @@ def strength(p: float, num_experts: int) -> float:
     return _FAINTEST + (1 - _FAINTEST) * min(1.0, max(0.0, above))
 
 
-def order_by_route(gate: GateView, domains: NDArray[np.int64]) -> list[int]:
-    """Order clusters so that those of one route are together, then by main domain (K,)."""
-    keys = [domains[: gate.table.shape[1]], *gate.table]
-    return [int(c) for c in np.lexsort(keys)]
-
-
 def prefer(clusters: Sequence[int], pictured: Container[int], most: int) -> list[int]:
     """Take at most `most` clusters, in their order and evenly spaced, those with pictures first."""
     first = evenly([c for c in clusters if c in pictured], most)
@@ -194,7 +188,8 @@ def gate_view(record: Record, gate: GateView) -> dict[str, Any]:
         mains = [
             clusters.domains[d] if n else "no images" for d, n in zip(domains, sizes, strict=True)
         ]
-    order = order_by_route(gate, domains)
+    # those of one route are together, then by main domain
+    order = [int(cluster) for cluster in np.lexsort([domains, *gate.table])]
     sheets = set(clusters.sheets) if clusters is not None else set[int]()
     mapped = prefer(order, sheets, _MAX_MAPPED)
     shown, known = shown_layers(layers), [row[np.isfinite(row)] for row in gate.chosen]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from moce_dist.config import Config
 from moce_dist.run.directory import STAGES, Run, load_run
 from moce_dist.run.files import read_faults, read_jsonl
+from moce_dist.run.names import one_line
 from moce_dist.run.rows import without_deviations
 from moce_dist.settings import ConfigError
 
@@ -159,7 +160,7 @@ class Record:
         try:
             return read(path)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            self.problems.append(f"{path.relative_to(self.root)}: {' '.join(str(error).split())}")
+            self.problems.append(f"{path.relative_to(self.root)}: {one_line(error)}")
             return None
 
 

@@ -70,11 +70,6 @@ def label_mix(clusters: Clusters, cluster: int) -> str:
     return ", ".join(f"{label} {share:.0f} %" for label, share in shares.items() if share >= 0.5)
 
 
-def purity(clusters: Clusters) -> float:
-    """Share of images whose domain is the most frequent one of their cluster."""
-    return float(clusters.counts.max(axis=1).sum() / max(1, clusters.counts.sum()))
-
-
 def cluster_notes(clusters: Clusters) -> list[str]:
     """Describe in figures how clusters relate to domains, labels, balance and each other."""
     known, free = clusters.summary, clusters.free_sizes
@@ -102,7 +97,8 @@ def _clusters(clusters: Clusters | None) -> Iterator[str]:
         yield "clusters: missing"
         return
     sizes = clusters.sizes
-    share = f"; {100 * purity(clusters):.0f} % of the images lie with their cluster's main domain"
+    pure = clusters.counts.max(axis=1).sum() / max(1, clusters.counts.sum())
+    share = f"; {100 * pure:.0f} % of the images lie with their cluster's main domain"
     known = share if len(clusters.domains) > 1 else ""
     yield f"clusters: {len(sizes)} of {sizes.min()} to {sizes.max()} images{known}"
     yield from (f"  {note}" for note in cluster_notes(clusters))

@@ -279,11 +279,7 @@ class Planner:
         source = self._source(arm, task.domain if arm.domains != "all" else "")
         learnt = {"seed": seed, **self._budgets(arm, source)}
         run = self._run(arm, learnt, source)
-        fields = {
-            **learnt,
-            "data.source": run.config.data.source,
-            "transfer.evaluate": self.split,
-        }
+        fields = {**learnt, "data.source": run.config.data.source, "transfer.evaluate": self.split}
         config = arm_config(study, arm, fields, task.set)
         of_run = identity(run.config)
         if changed := [path for path, v in identity(config).items() if v != of_run[path]]:

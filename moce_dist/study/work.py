@@ -48,7 +48,7 @@ def carry_out(piece: Piece) -> PieceOutcome:
         StoppedError: SIGTERM came, and the state is saved.
     """
     quiet_libraries()
-    start = time.monotonic()
+    start, reason = time.monotonic(), ""
     try:
         _make(open_run(piece.root, piece.config), piece)
     except StoppedError:
@@ -56,8 +56,7 @@ def carry_out(piece: Piece) -> PieceOutcome:
     except Exception as error:
         log.debug("%s", piece.id, exc_info=True)
         reason = typed(error)
-        return PieceOutcome(piece.id, time.monotonic() - start, reason)
-    return PieceOutcome(piece.id, time.monotonic() - start)
+    return PieceOutcome(piece.id, time.monotonic() - start, reason)
 
 
 def _make(run: Run, piece: Piece) -> None:
@@ -69,15 +68,8 @@ def _make(run: Run, piece: Piece) -> None:
         return
     from moce_dist.pipeline import Pipeline
 
-    pipeline = Pipeline(run, piece.config)
-    stages = {
-        "mae": pipeline.mae,
-        "features": pipeline.features,
-        "cluster": pipeline.cluster,
-        "moce": pipeline.moce,
-        "control": pipeline.control,
-    }
-    stages[piece.kind]()
+    # a kind of piece is the method of its name
+    getattr(Pipeline(run, piece.config), piece.kind)()
 
 
 def carry_out_alone(leases: list[tuple[Path, str]], piece: Piece) -> PieceOutcome:

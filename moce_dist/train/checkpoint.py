@@ -191,9 +191,13 @@ def tensor_reader(checkpoint: Path) -> Callable[[str], Tensor | None]:
     return read
 
 
-def part_reader(checkpoint: Path, naming: Naming) -> Callable[[str, str], Tensor | None]:
-    """Return a function that reads this rank's part of a parameter's tensor by name and kind."""
-    read = tensor_reader(checkpoint)
+def part_reader(
+    read: Callable[[str], Tensor | None], naming: Naming
+) -> Callable[[str, str], Tensor | None]:
+    """Return a function that reads this rank's part of a parameter's tensor by name and kind.
+
+    `read` returns a tensor by kind and global name, as `tensor_reader` does.
+    """
 
     def lookup(name: str, kind: str) -> Tensor | None:
         parts = [read(f"{kind}/{g}") for g in naming.global_names(name)]
@@ -214,7 +218,7 @@ def load_checkpoint(checkpoint: Path, engine: "Engine", naming: Naming) -> dict[
     for name, buffer in engine.module.named_buffers():
         if (saved := read(f"weight/{name}")) is not None:
             buffer.copy_(saved)
-    engine.load_state(part_reader(checkpoint, naming), step=manifest["step"])
+    engine.load_state(part_reader(read, naming), step=manifest["step"])
     return manifest
 
 
@@ -224,7 +228,7 @@ def start_from(checkpoint: Path, engine: "Engine", naming: Naming) -> None:
     Raises:
         ConfigError: the checkpoint lacks a weight of the model.
     """
-    read = part_reader(checkpoint, naming)
+    read = part_reader(tensor_reader(checkpoint), naming)
 
     def lookup(name: str, kind: str) -> Tensor | None:
         if kind != "weight":

@@ -21,12 +21,7 @@ from typing import Literal
 from moce_dist.config import Config, checked, read_resolved, to_yaml
 from moce_dist.run import lease
 from moce_dist.run.artefacts import INPUTS
-from moce_dist.run.directory import (
-    Run,
-    differing_fields,
-    load_run,
-    read_provenance,
-)
+from moce_dist.run.directory import Run, differing_fields, load_run, read_provenance
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import link_tree, read_jsonl, write_atomic, write_jsonl
 from moce_dist.settings import ConfigError

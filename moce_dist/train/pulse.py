@@ -14,11 +14,6 @@ from dataclasses import dataclass
 _STEPS = 64
 
 
-def never() -> bool:
-    """Never ask a training to stop."""
-    return False
-
-
 @dataclass(frozen=True)
 class Beat:
     """What a rank reports: the loop and step that it is in, and for how long.
@@ -35,7 +30,7 @@ class Beat:
 class Pulse:
     """Asked once per step whether to stop; after a yes on one rank all ranks save and leave."""
 
-    def __init__(self, should_stop: Callable[[], bool] = never) -> None:
+    def __init__(self, should_stop: Callable[[], bool] = lambda: False) -> None:
         self._should_stop = should_stop
         self._loop, self._step = "", -1
         self._since: float | None = None

@@ -22,7 +22,7 @@ from moce_dist.data.stream import Layout, StreamSpec
 from moce_dist.data.table import SampleTable
 from moce_dist.model.device import training_device
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.model.moce import MoceBlock, experts_from_dense, is_stacked
+from moce_dist.model.moce import MoceBlock, experts_from_dense
 from moce_dist.model.vit import Mlp
 from moce_dist.parallel.engine import Engine, EngineSpec, init_distributed
 from moce_dist.parallel.groups import Topology
@@ -35,6 +35,7 @@ from moce_dist.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    part_reader,
     read_manifest,
     start_from,
     tensor_reader,
@@ -232,28 +233,18 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
     if job.start is not None:
         log.info("%s: starting from the weights of %s", job.name, job.start)
         start_from(Path(job.start), state.engine, state.naming)
-        read = tensor_reader(Path(job.start))
-        _load_positions(state, lambda name: read(f"weight/{name}"))
+        _load_positions(state, tensor_reader(Path(job.start)))
         return
-    weights = first_weights(job)
-    state.engine.load_state(lambda name, kind: weight_of(weights, state.naming, name, kind), step=0)
-    _load_positions(state, weights.get)
+    read = {f"weight/{name}": tensor for name, tensor in first_weights(job).items()}.get
+    state.engine.load_state(part_reader(read, state.naming), step=0)
+    _load_positions(state, read)
 
 
 def _load_positions(state: TrainState, read: Callable[[str], Tensor | None]) -> None:
     # position embeddings are fixed here, but weights from elsewhere may have learnt them
     for name in ("pos_embed", "decoder_pos_embed"):
-        if (found := read(name)) is not None:
+        if (found := read(f"weight/{name}")) is not None:
             getattr(state.model, name).copy_(found)
-
-
-def weight_of(weights: dict[str, Tensor], naming: Naming, name: str, kind: str) -> Tensor | None:
-    """Pick a parameter from weights by global name, experts stacked; None if it is not there."""
-    names = naming.global_names(name)
-    if kind != "weight" or names[0] not in weights:
-        return None
-    parts = [weights[n] for n in names]
-    return torch.stack(parts) if is_stacked(name) else parts[0]
 
 
 def first_weights(job: StageJob) -> dict[str, Tensor]:

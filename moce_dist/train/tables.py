@@ -16,7 +16,7 @@ Letters: L MoE layers, K clusters, E experts per layer, D width.
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -98,7 +98,7 @@ class TableMaker:
         channel = _channel(dist.group.WORLD, self._config.parallel.patience_s)
         if dist.get_rank() == 0:
             making = channel.sender.submit(self._send, self.on_host(gate), step, channel)
-            self._coming = functools.partial(_result, making)
+            self._coming = making.result
             return
         # int32 is the smallest integer type that can be sent and holds any expert's number
         table = torch.empty(self._shape, dtype=torch.int32)
@@ -155,10 +155,6 @@ class TableMaker:
         return layer_table(
             noisy_layer(scores, noise), self._config.gate, gate.groups, self._num_groups
         )
-
-
-def _result(making: Future[Int64]) -> Int64:
-    return making.result()
 
 
 def _arrived(work: Any, table: Tensor) -> Int64:

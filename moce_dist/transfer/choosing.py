@@ -67,6 +67,10 @@ class TrainedStage:
         """All weights by global name, read when first needed."""
         return load_weights(self.checkpoint)
 
+    def dense(self, name: str) -> "Dense":
+        """Return the dense model of this stage, which is called `name`, with its decoder."""
+        return Dense({name: self.identity}, customize(self.weights, (), with_decoder=True))
+
 
 def open_stage(run: Run, name: str) -> TrainedStage | None:
     """Find a stage's newest undamaged checkpoint; None when there is none."""
@@ -252,16 +256,11 @@ class Chooser:
             return self._dense_of(self.choice(name))
         origin = stage_of(name, self.config)
         assert origin is not None, name
-        stage = self.stage(origin)
-        weights = customize(stage.weights, (), with_decoder=True)
-        return Dense({origin: stage.identity}, weights)
+        return self.stage(origin).dense(origin)
 
     def _dense_of(self, choice: dict[str, Any]) -> Dense:
         if choice.get("chosen") == CONTROL:
-            control = self._control
-            assert control is not None
-            weights = customize(control.weights, (), with_decoder=True)
-            return Dense({CONTROL: control.identity}, weights)
+            return self.dense(CONTROL)
         mix, scale, moce = mix_of(choice), choice["scale"], self.stage("moce")
         return Dense(
             {"moce": moce.identity, "experts": mix, "scale": scale},

@@ -28,12 +28,7 @@ from moce_dist.transfer.choosing import Chooser, Dense, dense_backbone
 from moce_dist.transfer.continuing import further_folder, further_jobs
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.fit import Kept, Trial
-from moce_dist.transfer.further import (
-    cost_of,
-    further_weights,
-    shares_of,
-    take_further_steps,
-)
+from moce_dist.transfer.further import cost_of, further_weights, shares_of, take_further_steps
 from moce_dist.transfer.kinds import kind_named
 from moce_dist.transfer.loading import Machine, machine_of
 from moce_dist.transfer.ranks import from_first
@@ -59,12 +54,7 @@ class Comparison:
     """One request on one run; its inputs are loaded once, and finished results are kept."""
 
     def __init__(
-        self,
-        request: Request,
-        run: Run,
-        config: Config,
-        task: Task,
-        machine: Machine | None = None,
+        self, request: Request, run: Run, config: Config, task: Task, machine: Machine | None = None
     ) -> None:
         """Set up the comparison on a machine; None means this process alone."""
         self.request, self.run, self.config, self.task = request, run, config, task
@@ -126,10 +116,6 @@ class Comparison:
             if (stage := stage_of(name, self.config)) in steps and "moce" in steps
         }
 
-    def seeds(self) -> range:
-        """Return the seeds of the fits."""
-        return range(self.config.seed, self.config.seed + self.request.num_seeds)
-
     def ledger(self, backbones: dict[str, Backbone]) -> Ledger:
         """Open the results that were made under the present conditions."""
         stages = {
@@ -147,8 +133,9 @@ class Comparison:
 
     def fits(self) -> Iterator[Fit]:
         """List what was requested, ordered so that features are computed once."""
+        first = self.config.seed
         for name in self.request.backbones:
-            for seed in self.seeds():
+            for seed in range(first, first + self.request.num_seeds):
                 for protocol in self.request.protocols:
                     yield Fit(name, protocol, seed)
 

@@ -24,9 +24,9 @@ class PredictOptions(NamedTuple):
     """
 
     machine: Machine
-    top: int = 5
-    out: Path | None = None
-    min_score: float | None = None
+    top: int
+    out: Path | None
+    min_score: float | None
 
 
 def palette(num_classes: int) -> NDArray[np.uint8]:
@@ -50,6 +50,12 @@ def drawing_paths(images: Sequence[Item], out: Path) -> list[Path]:
     if over := [path for path in paths if path.resolve() in originals]:
         raise ConfigError(f"--out {out}: {over[0]} is one of the images; name another folder")
     return paths
+
+
+def write_png(path: Path, panels: Sequence[NDArray[np.uint8]]) -> None:
+    """Write images (H, W, 3) side by side."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.concatenate(panels, axis=1)).save(path)
 
 
 def open_item(item: Item) -> Image.Image | str:

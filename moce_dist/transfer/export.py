@@ -34,10 +34,7 @@ def export_backbone(backbone: Backbone, folder: Path, card: str) -> list[Path]:
 
 
 def model_card(
-    task: str,
-    choice: dict[str, Any] | None,
-    metrics: dict[str, Any] | None,
-    about: dict[str, str],
+    task: str, choice: dict[str, Any] | None, metrics: dict[str, Any] | None, about: dict[str, str]
 ) -> str:
     """Write the model card of a task's ViT: what it is, what it is made of, what was measured.
 

@@ -69,11 +69,7 @@ def stepped_rate(step: int, *, steps: int, warmup: int, peak: float) -> float:
 
 
 def layered_adamw(
-    vit: nn.Module,
-    new: Sequence[nn.Parameter] = (),
-    *,
-    weight_decay: float,
-    layer_decay: float,
+    vit: nn.Module, new: Sequence[nn.Parameter] = (), *, weight_decay: float, layer_decay: float
 ) -> torch.optim.AdamW:
     """Make AdamW with layer-wise learning rate decay: groups have `lr_scale`, 1 at the head.
 

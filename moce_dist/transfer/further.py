@@ -24,7 +24,6 @@ import numpy as np
 from torch import Tensor
 
 from moce_dist.data.plan import Shares, quotas_of
-from moce_dist.model.customize import customize
 from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
 from moce_dist.run.files import read_jsonl
 from moce_dist.run.lease import hold
@@ -81,9 +80,7 @@ def take_shared_steps(job: FurtherJob, images: int, train: Train) -> None:
     Raises:
         ConfigError: there is no control.
     """
-    control = need_stage(job.place, CONTROL)
-    weights = customize(control.weights, (), with_decoder=True)
-    take_further_steps(job, images, Dense({CONTROL: control.identity}, weights), None, train)
+    take_further_steps(job, images, need_stage(job.place, CONTROL).dense(CONTROL), None, train)
 
 
 def _plan_steps(job: FurtherJob, images: int, shares: Shares | None) -> MoreSteps:

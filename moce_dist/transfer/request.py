@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from moce_dist.config import (
-    Config,
-    Selection,
-    SuiteEntry,
-    checked,
-    load_config,
-    read_resolved,
-)
+from moce_dist.config import Config, Selection, SuiteEntry, checked, load_config, read_resolved
 from moce_dist.run.directory import STAGES, Run, differing_fields, load_run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.kinds import kind_of

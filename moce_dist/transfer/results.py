@@ -118,19 +118,14 @@ def summarise(rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None)
     ]
 
 
-def reference_of(rows: Iterable[Row]) -> str | None:
-    """Choose the reference of the comparison: `control`, else `mae`, else the first backbone."""
-    names = list(dict.fromkeys(row["backbone"] for row in rows))
-    return next((name for name in ("control", "mae", *names) if name in names), None)
-
-
 def references_of(backbone: str, names: Sequence[str]) -> list[str]:
     """Choose what a backbone is compared with, out of the backbones at hand.
 
     With further steps that is the control after as many: on the task's own images, and on all data.
-    Otherwise it is the reference of the comparison.
+    Otherwise it is the control, else `mae`, else the first backbone.
     """
-    further, usual = backbone.partition("+")[2], reference_of({"backbone": n} for n in names)
+    further = backbone.partition("+")[2]
+    usual = next((name for name in ("control", "mae", *names) if name in names), None)
     if further:
         fair = ("control+own", "control+all") if further == "own" else ()
         # the control on its own images is compared with the one on all data, not the other way

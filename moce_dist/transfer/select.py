@@ -133,10 +133,7 @@ def mix_of(choice: Mapping[str, Any]) -> list[int | list[float]]:
 
 
 def _selected(
-    cluster_ids: Int64,
-    mass: Float64,
-    weights: Mapping[str, Tensor],
-    config: Config,
+    cluster_ids: Int64, mass: Float64, weights: Mapping[str, Tensor], config: Config
 ) -> Float64:
     """Return the weights of the experts (L, E); every row sums to 1."""
     select, num_experts = config.transfer.select, mass.shape[1]

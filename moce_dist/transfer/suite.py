@@ -163,8 +163,7 @@ def attempt(run: Run, order: Order) -> TaskOutcome:
     try:
         return TaskOutcome(order.request.folder, carry_out(run, order))
     except Exception as error:  # noqa: BLE001 - whatever it is, the other tasks go on
-        reason = typed(error)
-        return TaskOutcome(order.request.folder, None, reason)
+        return TaskOutcome(order.request.folder, None, typed(error))
 
 
 def collect(run: Run, outcomes: Iterable[TaskOutcome]) -> dict[str, Any]:

@@ -76,10 +76,8 @@ def build(run, overrides, placement="planned"):
         state.naming = Naming(
             job.config.moe_layers, state.router.experts, state.topology.place(state.rank)
         )
-        weights = setup.first_weights(job)
-        state.engine.load_state(
-            lambda name, kind: setup.weight_of(weights, state.naming, name, kind), step=0
-        )
+        read = {f"weight/{n}": t for n, t in setup.first_weights(job).items()}.get
+        state.engine.load_state(setup.part_reader(read, state.naming), step=0)
     return state
 
 

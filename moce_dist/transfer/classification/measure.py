@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
-Measures = dict[str, float]
+from moce_dist.transfer.fit import Measures
 
 
 class AveragePrecision(NamedTuple):

@@ -287,8 +287,8 @@ def official_task(name: str, data: Path | None) -> Splits:
     except ConfigError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever the readers of lists and .mat files meet
-        reason = typed(error)
-        raise ConfigError(f"--data {data}: --task {name} cannot be read: {reason}") from None
+        said = f"--data {data}: --task {name} cannot be read: {typed(error)}"
+        raise ConfigError(said) from None
     for split, items in (("training", found.train), ("test", found.test)):
         if not items:
             raise ConfigError(f"--data {data}: --task {name} lists no {split} images")

@@ -26,12 +26,9 @@ from moce_dist.transfer.detection.precision import (
     pack_mask,
 )
 from moce_dist.transfer.detection.task import BoxedImage, Detection
-from moce_dist.transfer.drawing import PredictOptions, drawing_paths, open_item, palette
+from moce_dist.transfer.drawing import PredictOptions, drawing_paths, open_item, palette, write_png
 from moce_dist.transfer.fit import Measures
-from moce_dist.transfer.loading import (
-    Machine,
-    Unread,
-)
+from moce_dist.transfer.loading import Machine, Unread
 from moce_dist.transfer.ranks import from_first, in_order
 from moce_dist.transfer.saved import Spec
 from moce_dist.transfer.tasks import Item
@@ -147,7 +144,7 @@ def predict(
             "objects": objects,
         }
         if path is not None:
-            _write(path, [_draw(image, _found(found, spec.classes))])
+            write_png(path, [_draw(image, _found(found, spec.classes))])
             line["drawn"] = str(path)
         yield line
 
@@ -175,12 +172,7 @@ def draw_preview(
         colour = _colour(label, len(task.classes))
         true.append(Drawn((x, y, x + width, y + height), task.classes[label], colour, mask))
     sure = _found(found.above(SHOWN_SCORE), task.classes)
-    _write(path, [_draw(image, objects) for objects in (sure, true)])
-
-
-def _write(path: Path, panels: Sequence[NDArray[np.uint8]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.concatenate(panels, axis=1)).save(path)
+    write_png(path, [_draw(image, objects) for objects in (sure, true)])
 
 
 def _colour(label: int, num_classes: int) -> tuple[int, int, int]:

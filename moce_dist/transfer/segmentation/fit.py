@@ -23,13 +23,13 @@ from torch.utils.data import Dataset
 
 from moce_dist.arrays import Float32, Int64
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import sample_generator
+from moce_dist.data.images import sample_generator, to_sample
 from moce_dist.data.progress import track
 from moce_dist.features.encoder import renormalisation
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
-from moce_dist.transfer.drawing import PredictOptions, drawing_paths, open_item, palette
+from moce_dist.transfer.drawing import PredictOptions, drawing_paths, open_item, palette, write_png
 from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit
 from moce_dist.transfer.loading import (
     Draw,
@@ -48,7 +48,6 @@ from moce_dist.transfer.segmentation.task import (
     Segmentation,
     load_masked,
     scaled,
-    to_pixels,
     training_crop,
 )
 from moce_dist.transfer.segmentation.upernet import Segmenter
@@ -205,8 +204,8 @@ def class_probabilities(
     factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone.mean, backbone.std))
     size, looks = [image.height, image.width], []
     for scale in window.scales:
-        resized = to_pixels(scaled(image, max(1, round(window.size * scale))))
-        pixels = torch.from_numpy(np.ascontiguousarray(resized)) * factor + shift
+        resized = scaled(image, max(1, round(window.size * scale)))
+        pixels = torch.from_numpy(to_sample(np.asarray(resized))) * factor + shift
         for is_mirrored in (False, True)[: 1 + window.flip]:
             look = pixels.flip(2) if is_mirrored else pixels
             logits = slide(model, look, window.size, machine)
@@ -244,9 +243,7 @@ def evaluate(
             colours = palette(num_classes)
             # IGNORE is -1, the palette's last colour
             panels: list[Any] = [np.asarray(shown.image), colours[predicted], colours[labels]]
-            out.mkdir(parents=True, exist_ok=True)
-            drawn = Image.fromarray(np.concatenate(panels, axis=1))
-            drawn.save(out / f"{masked.image.stem}.png")
+            write_png(out / f"{masked.image.stem}.png", panels)
     unread = [fault for fault in in_order(faults, machine) if fault]
     refuse_all(unread, len(task.test))
     found = scores(add_up(confusion, machine))
@@ -280,8 +277,7 @@ def predict(
             yield {"image": str(item.content), "error": image}
             continue
         found = class_probabilities(model, image, backbone, window, options.machine).argmax(dim=0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(colours[found.numpy()]).save(path)
+        write_png(path, [colours[found.numpy()]])
         shares = found.flatten().bincount(minlength=len(spec.classes)) / found.numel()
         classes = [
             {"name": spec.classes[i], "share": round(float(shares[i]), 6)}

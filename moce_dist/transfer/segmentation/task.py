@@ -28,7 +28,7 @@ from PIL import Image
 from moce_dist.arrays import Float32, Int64
 from moce_dist.config import Config, TransferConfig
 from moce_dist.data.decoders import ImageError, open_stored
-from moce_dist.data.images import MEAN, STD
+from moce_dist.data.images import to_sample
 from moce_dist.data.listing import list_images
 from moce_dist.data.upright import Annotated, open_annotated
 from moce_dist.run.names import as_text, read_names
@@ -46,8 +46,6 @@ _PNG_BITS, _TIFF_BITS, _NETPBM_HEADER = 24, 258, 1000
 # lossless formats, in which every class number is kept
 _MASK_ENDINGS = frozenset(("png", "tif", "tiff", "bmp", "gif", "pgm", "pnm"))
 _SCALES = (0.5, 2.0)
-_MEAN = np.array(MEAN, np.float32) * 255
-_STD = np.array(STD, np.float32) * 255
 
 Labels = Int64
 
@@ -180,11 +178,6 @@ def scaled(image: Image.Image, short_side: int) -> Image.Image:
     return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
 
 
-def to_pixels(image: Image.Image) -> Float32:
-    """Normalise an image by ImageNet's statistics, (3, H, W)."""
-    return ((np.asarray(image, np.float32) - _MEAN) / _STD).transpose(2, 0, 1)
-
-
 def training_crop(
     image: Image.Image, mask: Labels, size: int, draws: np.random.Generator
 ) -> tuple[Float32, Labels]:
@@ -196,7 +189,7 @@ def training_crop(
     image = scaled(image, max(1, round(size * factor)))
     labels = Image.fromarray(mask.astype(np.int32))
     mask = np.asarray(labels.resize(image.size, Image.Resampling.NEAREST), np.int64)
-    pixels = to_pixels(image)
+    pixels = to_sample(np.asarray(image))
     top, left = (int(draws.integers(max(1, side - size + 1))) for side in mask.shape)
     window: tuple[Any, ...] = (slice(top, top + size), slice(left, left + size))
     pixels, mask = pixels[:, *window], mask[window]

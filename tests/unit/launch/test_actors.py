@@ -92,7 +92,7 @@ def test_after_an_error_no_task_writes_any_more(two_cpus, tmp_path):
 
 @pytest.fixture(scope="module")
 def workers(two_cpus):
-    with hold_actors(ParallelConfig(num_workers=2, use_gpu=False), gpu=True) as held:
+    with hold_actors(ParallelConfig(num_workers=2, use_gpu=False)) as held:
         assert list(held.map_tasks(refuse, None, [1, 2])) == [1, 2]
         yield held
 
