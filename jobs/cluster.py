@@ -10,7 +10,6 @@ With --run, the job makes features, clusters and cluster-sharded tars of that ru
 --assign-to, it makes no clusters, but assigns new features to those of an earlier request.
 """
 
-import json
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,10 +81,7 @@ def check_flags(arguments: Namespace) -> None:
 def given_fields(arguments: Namespace) -> list[str]:
     """Return --set and the flags of this job as overrides."""
     flags = {"num_clusters": arguments.num_clusters, "balance": arguments.balance}
-    # quoted, because YAML reads a bare `off` as false
-    given = [
-        f"cluster.{name}={json.dumps(value)}" for name, value in flags.items() if value is not None
-    ]
+    given = [f"cluster.{name}={value}" for name, value in flags.items() if value is not None]
     return [*arguments.overrides, *given]
 
 

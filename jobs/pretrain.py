@@ -85,13 +85,16 @@ def main(argv: Sequence[str]) -> None:
     is_new = fork is not None and not (root / "config.yaml").is_file()
     check_source(config.data, Path(fork.run) if fork is not None and is_new else root)
     quiet_libraries()
+    from moce_dist.pipeline import Pipeline
+
     with hold(root):
         if fork is not None:
             if arguments.fresh and (root / "config.yaml").exists():
                 set_aside(root)
             make_fork(fork, config, root)
         run = open_run(root, config, fresh=arguments.fresh and fork is None)
-        run_stage(run, config, arguments.stage)
+        what = "pretrain" if arguments.stage == "all" else arguments.stage
+        getattr(Pipeline(run, config), what)()
     if os.environ.get("RANK", "0") == "0":
         print("\n".join([*loss_lines(run), f"done: {root}"]))
 
@@ -265,13 +268,6 @@ def loss_lines(run: Run) -> list[str]:
     found = {stage: json.loads(f.read_text()) for stage, f in files.items() if f.exists()}
     losses = ", ".join(f"{stage} {holdout['loss']:.4f}" for stage, holdout in found.items())
     return [f"held-out loss: {losses}"] if found else []
-
-
-def run_stage(run: Run, config: Config, stage: str) -> None:
-    """Run the requested stages."""
-    from moce_dist.pipeline import Pipeline
-
-    getattr(Pipeline(run, config), "pretrain" if stage == "all" else stage)()
 
 
 if __name__ == "__main__":

@@ -183,16 +183,6 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def check_torchrun(args: Any, config: Config) -> None:
-    """Refuse a suite under torchrun, because each task of a suite has one worker.
-
-    Raises:
-        ConfigError: torchrun started this process, and a suite is requested.
-    """
-    if "RANK" in os.environ and (args.task or config.transfer.task) == ALL:
-        raise ConfigError("--task all: not under torchrun; its tasks have one worker each")
-
-
 def train_on_workers(job: Job) -> None:
     """Train the fits of a task, or the further steps before them, on all workers."""
     from moce_dist.launch.training import train
@@ -224,7 +214,9 @@ def main(argv: Sequence[str]) -> None:
     args = parse(argv)
     run, config = open_configured(args)
     orders = make_orders(args, run, config)
-    check_torchrun(args, config)
+    is_suite = (args.task or config.transfer.task) == ALL
+    if is_suite and "RANK" in os.environ:
+        raise ConfigError("--task all: not under torchrun; its tasks have one worker each")
     if run is not None:
         for order in orders:
             check_stages(order.request, run, order.config)
@@ -233,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
     if args.dry_run or run is None:
         for order in orders:
             print_plan(order.request, order.config, run)
-    elif (args.task or config.transfer.task) == ALL:
+    elif is_suite:
         with hold(run.transfer(ALL)):
             run_suite(run, config, orders)
     else:

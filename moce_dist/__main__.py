@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from moce_dist.cli import quiet_libraries, run_job
-from moce_dist.config import json_schema, load_config
+from moce_dist.config import Config, load_config
 from moce_dist.doctor import diagnose, topology_lines
 
 _COMMANDS = ("routes", "heldout", "predict", "onnx")
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", metavar="FILE", help="the request to check the machine for")
     args = parser.parse_args(argv)
     if args.what == "schema":
-        sys.stdout.write(json.dumps(json_schema(), indent=1) + "\n")
+        sys.stdout.write(json.dumps(Config.model_json_schema(), indent=1) + "\n")
         return
     config = load_config(args.config)
     quiet_libraries()

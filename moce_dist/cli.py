@@ -101,10 +101,6 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-def _one_line(error: BaseException) -> str:
-    return (isinstance(error, ConfigError) and one_line(error)) or typed(error)
-
-
 def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a job's `main(argv)` and exit with the status that this module documents."""
     open_output()
@@ -132,5 +128,6 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
 def _fail(error: BaseException, status: int) -> int:
     if os.environ.get("MOCE_DEBUG"):
         traceback.print_exc()
-    sys.stderr.write(f"error: {_one_line(error)}\n")
+    said = (isinstance(error, ConfigError) and one_line(error)) or typed(error)
+    sys.stderr.write(f"error: {said}\n")
     return status

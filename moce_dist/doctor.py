@@ -129,7 +129,7 @@ def disk(config: Config) -> Iterator[Check]:
         yield Check("fail", "disk", f"{folder} cannot be written", "set run.root")
 
 
-def shared_memory(config: Config) -> Iterator[Check]:
+def shared_memory(_: Config) -> Iterator[Check]:
     """Measure /dev/shm, through which loaders, Ray's object store and NCCL pass data."""
     folder = Path("/dev") / "shm"
     if not folder.is_dir():

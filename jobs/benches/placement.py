@@ -64,9 +64,7 @@ def run(config: BenchConfig, small: Shape = PLAN_4096, large: Shape = PLAN_65536
     return report
 
 
-def gated_table(
-    layers: int, clusters: int, experts: int, *, seed: int, width: int = 64, noise: float = 0.3
-) -> Int64:
+def gated_table(layers: int, clusters: int, experts: int, *, seed: int, width: int = 64) -> Int64:
     """Make the routing table (L, K) of random gates over clustered centroids (K, D)."""
     draws = np.random.default_rng(seed)
     themes = draws.standard_normal((2 * experts, width), np.float32)
@@ -76,7 +74,7 @@ def gated_table(
     table = np.empty((layers, clusters), np.int64)
     for row in table:
         logits = centroids @ draws.standard_normal((width, experts), np.float32)
-        row[:] = (logits + noise * logits.std() * draws.standard_normal(logits.shape)).argmax(1)
+        row[:] = (logits + 0.3 * logits.std() * draws.standard_normal(logits.shape)).argmax(1)
     return table
 
 

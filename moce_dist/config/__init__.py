@@ -9,7 +9,6 @@ loading.py    files and overrides to a checked configuration, and back to YAML
 from moce_dist.config.loading import (
     checked,
     identity,
-    json_schema,
     load_config,
     make_config,
     read_resolved,
@@ -67,7 +66,6 @@ __all__ = [
     "TransferConfig",
     "checked",
     "identity",
-    "json_schema",
     "legal_worker_counts",
     "load_config",
     "make_config",

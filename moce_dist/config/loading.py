@@ -130,8 +130,3 @@ def identity(config: Config) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """Write the resolved configuration as YAML."""
     return dump_yaml(config.model_dump(mode="json"))
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON schema of the configuration, for completion in editors."""
-    return Config.model_json_schema()

@@ -161,14 +161,6 @@ class MoeConfig(Section):
     mean_decay: Continued[float | None] = Field(None, ge=0)
     """Weight decay of experts towards their mean; None: the stage's decay, towards 0."""
 
-    def layer_indices(self, depth: int) -> tuple[int, ...]:
-        """Return the indices of the MoE blocks of an encoder of `depth` blocks."""
-        if self.kind == "dense":
-            return ()
-        if self.layers is not None:
-            return self.layers
-        return tuple(range((depth + 1) % 2, depth, 2))
-
 
 class GateConfig(Section):
     """Cluster-conditional gate. Source: Liu et al. 2023, arXiv 2402.05382, section 3."""

@@ -56,7 +56,12 @@ class Config(Section):
     @property
     def moe_layers(self) -> tuple[int, ...]:
         """Indices of the encoder blocks that carry experts."""
-        return self.moe.layer_indices(self.model.shape.depth)
+        if self.moe.kind == "dense":
+            return ()
+        if self.moe.layers is not None:
+            return self.moe.layers
+        depth = self.model.shape.depth
+        return tuple(range((depth + 1) % 2, depth, 2))
 
     @property
     def shared_units(self) -> int:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_dist.model.vit import DenseBlock, add_together, cast_together
+from moce_dist.model.vit import DenseBlock, Mlp, add_together, cast_together
 
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
 _GROUPED_CAPABILITY = 9
@@ -168,29 +168,6 @@ def is_groupable(rows: Tensor, counts: Sequence[int]) -> bool:
     )
 
 
-class SharedMlp(nn.Module):
-    """The hidden units of a layer that all images use; the experts have the output bias."""
-
-    def __init__(self, width: int, units: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, units)
-        self.fc2 = nn.Linear(units, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform tokens (B, N, D)."""
-        y: Tensor = self.fc2(F.gelu(self.fc1(x)))
-        return y
-
-
-class BaseMlp(nn.Module):
-    """Weights of a layer that the experts' offsets are added to; every image trains them."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-
 class MoceMlp(nn.Module):
     """The experts of one layer, in place of the dense block's MLP.
 
@@ -204,8 +181,10 @@ class MoceMlp(nn.Module):
         super().__init__()
         hidden = 4 * width - shared_units
         self.experts = Experts(num_experts, width, hidden)
-        self.shared = SharedMlp(width, shared_units) if shared_units else None
-        self.base = BaseMlp(width, hidden) if has_base else None
+        # the experts have the output bias
+        self.shared = Mlp(width, shared_units, bias=False) if shared_units else None
+        # only its weights are used: the experts' offsets are added to them
+        self.base = Mlp(width, hidden) if has_base else None
 
     def weights(self, x: Tensor) -> Weights:
         """Return the experts' weights in the type of the products for tokens `x`, base included."""

@@ -88,6 +88,12 @@ def _copied(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]
     return tuple(views)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that autocast computes in for `x`, or that of `x`."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def cast_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
     """Cast weight and bias of every linear layer to the dtype that autocast uses for `x`.
 
@@ -105,10 +111,8 @@ def add_together(x: Tensor, stacks: nn.Module, bases: nn.Module) -> tuple[Tensor
 
     The sums have the type that autocast computes in for `x`, or that of `x`.
     """
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    added: tuple[Tensor, ...] = _AddTogether.apply(dtype, *stacks.parameters(), *bases.parameters())
+    parameters = (*stacks.parameters(), *bases.parameters())
+    added: tuple[Tensor, ...] = _AddTogether.apply(autocast_dtype(x), *parameters)
     return added
 
 
@@ -144,12 +148,16 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between them; the hidden width is 4 D."""
+    """Two linear layers with GELU between them; the hidden width is 4 D by default.
 
-    def __init__(self, width: int) -> None:
+    `bias` is that of the output.
+    """
+
+    def __init__(self, width: int, hidden: int | None = None, *, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        hidden = hidden or 4 * width
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (B, N, D)."""

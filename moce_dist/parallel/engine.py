@@ -200,10 +200,10 @@ class Engine:
         )
         self._norm: Tensor | None = None
         self._is_spoilt = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._reducer: GradientReducer | None = None
+        self.reducer: GradientReducer | None = None
         if spec.parallel.zero_stage == 0:
             self._engine.enable_backward_allreduce = False
-            self._reducer = GradientReducer(
+            self.reducer = GradientReducer(
                 in_backward_order(module, self.replica_group),
                 dtype=torch.bfloat16 if spec.parallel.reduce_dtype == "bf16" else None,
             )
@@ -211,11 +211,6 @@ class Engine:
     def host_group(self) -> dist.ProcessGroup:
         """Return a group of all ranks for messages from host to host, which no device waits for."""
         return _host_group(dist.group.WORLD, self._timeout)
-
-    @property
-    def reducer(self) -> GradientReducer | None:
-        """The reducer that sums gradients at ZeRO-0; None where DeepSpeed sums them."""
-        return self._reducer
 
     @property
     def optimizer(self) -> Any:
@@ -233,15 +228,15 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of a micro-batch; on the last one of a step, reduce them."""
-        if self._reducer is None:
+        if self.reducer is None:
             self._engine.backward(loss)
             return
         is_last = self._engine.is_gradient_accumulation_boundary()
         if is_last:
-            self._reducer.start()
+            self.reducer.start()
         self._engine.backward(loss / self.spec.topology.num_ranks)
         if is_last:
-            self._reducer.finish()
+            self.reducer.finish()
 
     def agree(self, figures: Tensor) -> Tensor:
         """Sum figures (n,) float64 over all ranks; call before the `step` that updates.
@@ -393,7 +388,7 @@ class Engine:
 
     def destroy(self) -> None:
         """Release hooks and buffers; the process group stays."""
-        if self._reducer is not None:
-            self._reducer.detach()
+        if self.reducer is not None:
+            self.reducer.detach()
         with contextlib.suppress(AttributeError):
             self._engine.destroy()

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from moce_dist.arrays import Int64
 from moce_dist.model.moce import Part
+from moce_dist.model.vit import autocast_dtype
 from moce_dist.parallel.groups import ExpertMap
 
 
@@ -64,7 +65,7 @@ def layer_routes(place: Int64, slot: Int64, own_place: int, num_slots: int) -> l
     target = np.where(mine == own_place, 0, mine + 1) * num_slots + slot[:, own_place]
     outward = np.argsort(target, axis=1, kind="stable")
     shape = num_layers, num_places + 1, num_slots
-    leaving = _count(target + _starts(shape[1] * num_slots, num_layers)[:, None], shape)
+    leaving = _count(target + np.arange(num_layers)[:, None] * shape[1] * num_slots, shape)
     coming = place == own_place
     # images that stay do not pass through the collective
     coming[:, own_place] = False
@@ -87,10 +88,6 @@ def layer_routes(place: Int64, slot: Int64, own_place: int, num_slots: int) -> l
         (place != np.arange(num_places)[:, None]).any(axis=(1, 2)).tolist(),
     )
     return [LayerRoutes(*row) for row in zip(*columns, strict=True)]
-
-
-def _starts(step: int, count: int) -> Int64:
-    return np.arange(count) * step
 
 
 def _count(positions: Int64, shape: tuple[int, int, int]) -> Int64:
@@ -220,9 +217,8 @@ class ExpertExchange:
         outward, home, by_expert, by_arrival = self._indices[layer]
         stay_ends, arrived_ends = self._ends[2 * layer : 2 * layer + 2]
         assert x.shape[1] == self._tokens
-        if torch.is_autocast_enabled(x.device.type):
-            # the experts compute in this dtype anyway; casting first halves the bytes that travel
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # the experts compute in this dtype anyway; casting first halves the bytes that travel
+        x = x.to(autocast_dtype(x))
         x = _Reorder.apply(x, outward, home)
         if not routes.is_exchanging:
             yield Part(x, routes.stay_counts, stay_ends)
@@ -267,7 +263,7 @@ def _to_device(layers: Sequence[Sequence[Int64]], device: torch.device) -> list[
 def _destinations(clusters: Int64, routing: Int64, experts: ExpertMap) -> tuple[Int64, Int64]:
     # place and slot (L, P, b) of every image in every layer; padding goes to slot 0 at home
     num_layers, num_experts = experts.place.shape
-    expert = routing.take(clusters, axis=1) + _starts(num_experts, num_layers)[:, None, None]
+    expert = routing.take(clusters, axis=1) + np.arange(num_layers)[:, None, None] * num_experts
     place, slot = experts.place.take(expert), experts.slot.take(expert)
     is_padding = clusters < 0
     if is_padding.any():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from moce_dist.config import Config
 from moce_dist.cost.sizes import TRANSFERS
-from moce_dist.model.vit import Mlp, initialise
+from moce_dist.model.vit import Mlp, autocast_dtype, initialise
 
 
 class TokenMlp(nn.Module):
@@ -39,9 +39,8 @@ class TokenMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Route every token separately; store the layer's balance loss in `balance_loss`."""
-        if torch.is_autocast_enabled(x.device.type):
-            # the experts compute in this dtype anyway; casting first halves the bytes that travel
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        # the experts compute in this dtype anyway; casting first halves the bytes that travel
+        x = x.to(autocast_dtype(x))
         y, self.balance_loss, _ = self.moe(x)
         return y
 

@@ -18,6 +18,7 @@ are valid only under the settings that they were made with, so those must be the
 import json
 import sys
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -167,10 +168,16 @@ def read_provenance(root: Path) -> dict[str, Any]:
     return found
 
 
-def differing_fields(config: Config, other: Config) -> list[str]:
-    """List the identity fields that differ between two configurations, `path: other -> config`."""
+def differing_fields(
+    config: Config, other: Config, among: Container[str] | None = None
+) -> list[str]:
+    """List the identity fields that differ between two configurations, `path: other -> config`.
+
+    `among` has the paths that count; None: all.
+    """
     mine, theirs = identity(config), identity(other)
-    return [f"{k}: {theirs.get(k)!r} -> {mine[k]!r}" for k in mine if mine[k] != theirs.get(k)]
+    counted = [path for path in mine if among is None or path in among]
+    return [f"{k}: {theirs.get(k)!r} -> {mine[k]!r}" for k in counted if mine[k] != theirs.get(k)]
 
 
 def load_run(root: Path, named: str = "--run") -> tuple[Run, Config]:
@@ -203,7 +210,6 @@ def set_aside(root: Path) -> None:
             path.rename(aside / path.name)
 
 
-_SHARED = "parallel.num_groups"
 _ARTEFACTS = ("mae", "clusters", "moce")
 
 
@@ -254,13 +260,8 @@ def base_control(base: Run | None) -> Path | None:
 
 def unlike(config: Config, base: Config) -> list[str]:
     """List the fields that must equal the base run's and differ, as `path: base -> config`."""
-    mine, theirs, role = identity(config), identity(base), roles()
-    kept = {path for path in mine if role[path] is Role.IDENTITY}
+    kept = {path for path, role in roles().items() if role is Role.IDENTITY}
     if config.gate.groups == "shared":
         # with shared groups, the weights depend on the groups that they were trained in
-        kept.add(_SHARED)
-    return [
-        f"{path}: {theirs.get(path)!r} -> {mine[path]!r}"
-        for path in mine
-        if path in kept and mine[path] != theirs.get(path)
-    ]
+        kept.add("parallel.num_groups")
+    return differing_fields(config, base, kept)

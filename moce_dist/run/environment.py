@@ -27,6 +27,7 @@ _ANSWER_S = 10.0
 _LOOK_S = 1.0
 _SOCKET_BYTES = 107
 _RAY_SOCKET = "/ray/session_2026-11-29_12-00-00_000000_4194304/sockets/plasma_store"
+_MOST_BYTES = _SOCKET_BYTES - len(_RAY_SOCKET)
 # reserved for documentation: connecting a UDP socket to it sends nothing and shows the own address
 ELSEWHERE = "192.0.2.1"
 
@@ -107,7 +108,7 @@ def ray_folder() -> str | None:
         if not _is_short(given):
             raise ConfigError(
                 f"RAY_TMPDIR = {given}: is too long for Ray's sockets, whose paths have at most "
-                f"{_SOCKET_BYTES} bytes; name a folder of {_most_bytes()} bytes at most"
+                f"{_SOCKET_BYTES} bytes; name a folder of {_MOST_BYTES} bytes at most"
             )
         return given
     return None if _is_short(tempfile.gettempdir()) else _short_folder()
@@ -135,16 +136,12 @@ def _short_folder() -> str:
             return folder
     raise ConfigError(
         f"TMPDIR = {tempfile.gettempdir()}: is too long for sockets; set it, or RAY_TMPDIR, to a "
-        f"folder of {_most_bytes()} bytes at most"
+        f"folder of {_MOST_BYTES} bytes at most"
     )
 
 
-def _most_bytes() -> int:
-    return _SOCKET_BYTES - len(_RAY_SOCKET)
-
-
 def _is_short(folder: str) -> bool:
-    return len(os.fsencode(folder)) <= _most_bytes()
+    return len(os.fsencode(folder)) <= _MOST_BYTES
 
 
 def local_path(path: str | Path, named: str, other: str = "") -> Path:

@@ -160,7 +160,7 @@ def _compose(
         left, upper, mask = place
         canvas.paste(image, (left, upper), image)
         masks = [*(other & ~mask for other in masks), mask]
-    boxes = np.array([_box_around(mask) for mask in masks])
+    boxes = np.array([Image.fromarray(mask).getbbox() for mask in masks])
     return Scene(np.asarray(canvas), boxes, [False] * len(boxes), masks)
 
 
@@ -176,11 +176,6 @@ def _free_place(
         if all((other & mask).sum() <= _MAX_COVERED * other.sum() for other in masks):
             return left, upper, mask
     return None
-
-
-def _box_around(mask: Mask) -> list[int]:
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
 
 def _coco_files(splits: dict[Split, list[Scene]], name: str) -> Iterator[tuple[str, bytes]]:

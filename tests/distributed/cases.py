@@ -131,7 +131,7 @@ def reductions(run, overrides, bucket_bytes):
     order = list(reduction.in_backward_order(state.engine.module, state.engine.replica_group))
     dtype = torch.bfloat16 if "parallel.reduce_dtype=bf16" in overrides else None
     reducer = reduction.GradientReducer(order, dtype=dtype, bucket_bytes=bucket_bytes)
-    state.engine._reducer = reducer
+    state.engine.reducer = reducer
     sums, waited_for, original, finish = [], [], dist.all_reduce, reducer.finish
 
     def counted(tensor, *arguments, **named):

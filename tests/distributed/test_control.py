@@ -1,6 +1,7 @@
 """Stage control: the dense MAE, trained on with exactly what stage moce is trained on with."""
 
 import pytest
+from ranks import fresh_run
 
 from moce_dist.run.files import read_jsonl
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
@@ -8,13 +9,6 @@ from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_man
 
 def overrides(ranks):
     return [f"parallel.num_workers={ranks}", "gate.noise=1"]
-
-
-def fresh_run(clustered_run, folder):
-    folder.mkdir()
-    for name in ("shards", "clusters"):
-        (folder / name).symlink_to(clustered_run / name)
-    return folder
 
 
 def metrics(run, stage, *names):

@@ -5,6 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from ranks import fresh_run
 
 from moce_dist.run.files import read_jsonl
 
@@ -25,13 +26,6 @@ def overrides(ranks, groups, zero):
         f"parallel.num_workers={ranks}", f"parallel.num_groups={groups}",
         f"parallel.zero_stage={zero}",
     ]  # fmt: skip
-
-
-def fresh_run(clustered_run, folder):
-    folder.mkdir()
-    for name in ("shards", "clusters"):
-        (folder / name).symlink_to(clustered_run / name)
-    return folder
 
 
 def lines(run):

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from ranks import fresh_run
 
 from moce_dist.run.files import read_jsonl
 
@@ -10,14 +11,6 @@ from moce_dist.run.files import read_jsonl
 def overrides(ranks, zero=0, **more):
     fixed = [f"parallel.num_workers={ranks}", f"parallel.zero_stage={zero}"]
     return fixed + [f"{k}={v}" for k, v in more.items()]
-
-
-def fresh_run(clustered_run, folder):
-    """A run directory of its own on the same shards."""
-    folder.mkdir()
-    for name in ("shards", "clusters"):
-        (folder / name).symlink_to(clustered_run / name)
-    return folder
 
 
 def losses(run):

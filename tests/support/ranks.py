@@ -175,8 +175,14 @@ def cases():
     return load_cases()
 
 
+def fresh_run(clustered_run, folder):
+    """A run directory of its own on the same shards and clusters."""
+    folder.mkdir(exist_ok=True)
+    for name in ("shards", "clusters"):
+        (folder / name).symlink_to(clustered_run / name)
+    return folder
+
+
 @pytest.fixture
 def own_run(clustered_run, tmp_path):
-    for name in ("shards", "clusters"):
-        (tmp_path / name).symlink_to(clustered_run / name)
-    return tmp_path
+    return fresh_run(clustered_run, tmp_path)

@@ -95,7 +95,7 @@ def training_square(
     masks = None
     if has_masks:
         masks = np.stack([place_mask(a.segmentation, placing, boxed) for a in objects])
-        boxes = np.stack([_box_around(mask) for mask in masks])
+        boxes = np.array([Image.fromarray(m).getbbox() or (0, 0, 0, 0) for m in masks], np.float64)
     else:
         sizes = np.array([a.box for a in objects], np.float64)
         corners = np.stack([sizes[:, :2], sizes[:, :2] + sizes[:, 2:]], axis=1)
@@ -156,10 +156,3 @@ def place_mask(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
     mask[placing.height :] = 0
     mask[:, placing.width :] = 0
     return mask
-
-
-def _box_around(mask: Masks) -> Float64:
-    rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
-    if not len(rows):
-        return np.zeros(4)
-    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
