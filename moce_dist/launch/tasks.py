@@ -4,6 +4,7 @@ A running cluster is used when RAY_ADDRESS names one, as in `ray job submit`; el
 is started in this process and ends with it.
 """
 
+import functools
 import logging
 import os
 from collections import deque
@@ -21,6 +22,8 @@ from moce_dist.run.tasks import Result, Shared, T
 log = logging.getLogger(__name__)
 _OBJECT_STORE_BYTES = 256 * 2**20
 _CANCEL_S = 30
+_LATE = "timed out during startup"
+"""Words of Ray's error on a machine that is too busy to start a node in time."""
 SEAT = "moce_seat"
 """Resource that a training worker takes from an embedded cluster without GPUs, instead of a CPU.
 
@@ -39,7 +42,8 @@ def connect(parallel: ParallelConfig) -> None:
         return
     log.info("ray: starting an embedded cluster (set RAY_ADDRESS to use a running one)")
     room = max(os.cpu_count() or 1, parallel.num_workers)
-    ray.init(
+    start = functools.partial(
+        ray.init,
         address="local",
         num_cpus=room,
         resources={SEAT: room},
@@ -48,6 +52,14 @@ def connect(parallel: ParallelConfig) -> None:
         _temp_dir=environment.ray_folder(),
         **quiet,
     )
+    try:
+        start()
+    except Exception as error:
+        # Ray gives its node 30 s, which cannot be set; what is left of the first ends with us
+        if _LATE not in str(error):
+            raise
+        log.warning("ray: the embedded cluster was not there in 30 s; trying once more")
+        start()
 
 
 def needs_ray(parallel: ParallelConfig) -> bool:
