@@ -1,15 +1,16 @@
 """Time a step's routing table on the host: made at once, and made during the step before.
 
-Two ranks have a gate and no model. `at_once` is the readable reference: rank 0 computes noise,
+All ranks have a gate and no model. `at_once` is the readable reference: rank 0 computes noise,
 logits and argmax of all layers on its training thread, and broadcasts the table. `first_rank` and
-`other_rank` are the time for which a step waits on rank 0 and on rank 1 when its table was begun a
-step before. Instead of training, the training thread sleeps, as it does while a GPU computes, and
-the gate's weights change. Every table is compared with the reference's.
+`other_rank` are the time for which a step waits on rank 0 and on the slowest other rank when its
+table was begun a step before. Instead of training, the training thread sleeps, as it does while a
+GPU computes, and the gate's weights change. Every table is compared with the reference's.
 
 These steps take at least four times as long as a table, so a wait is only what is left when a table
 is ready. The steps of `first_rank_fixed` and `other_rank_fixed` take `bench.step_ms`, however long
-a table takes: a table that is late is waited for. The figure `made_cpu_s` is the processor time of
-one table. Its layers are made in parallel, by at most one thread per core, in `made_s` seconds.
+a table takes: a table that is late is waited for. A table takes `made_s` seconds; up to L ranks
+make a share of its layers each. The figure `made_cpu_s` is the processor time of the rank that
+spends most on a table.
 
 Letters: L MoE layers, K clusters, E experts per layer.
 """
@@ -78,21 +79,23 @@ def measure(config: BenchConfig) -> dict[str, Any]:
         reference = _reference(config, gate, noise, weight, step)
         assert (table == reference.numpy()).all(), "the table is the reference's"
     ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (beside[warmup:], thread[warmup:], fixed[warmup:]))
+    cpu = [seconds for _, seconds in made]
+    dist.all_gather_object(ranks, (beside[warmup:], fixed[warmup:], thread[warmup:], cpu))
+    waits, fixed_waits, threads, makers = (list(values) for values in zip(*ranks, strict=True))
     return {
         "times": {
             "at_once": at_once[warmup:],
-            "first_rank": ranks[0][0],
-            "other_rank": ranks[1][0],
-            "first_rank_fixed": ranks[0][2],
-            "other_rank_fixed": ranks[1][2],
+            "first_rank": waits[0],
+            "other_rank": np.max(waits[1:], axis=0).tolist(),
+            "first_rank_fixed": fixed_waits[0],
+            "other_rank_fixed": np.max(fixed_waits[1:], axis=0).tolist(),
         },
         "figures": {
             # beside wall-clock times, which other processes of a shared machine lengthen
-            "first_rank_cpu_ms": 1000 * statistics.median(ranks[0][1]),
-            "other_rank_cpu_ms": 1000 * statistics.median(ranks[1][1]),
+            "first_rank_cpu_ms": 1000 * statistics.median(threads[0]),
+            "other_rank_cpu_ms": 1000 * max(statistics.median(of) for of in threads[1:]),
             "made_s": statistics.median(seconds for seconds, _ in made),
-            "made_cpu_s": statistics.median(cpu for _, cpu in made),
+            "made_cpu_s": max(statistics.median(of) for of in makers),
             "step_ms": config.bench.step_ms,
         },
     }

@@ -14,6 +14,7 @@ arXiv 2106.05974, appendix A.1 (importance loss); Lewis et al. 2021, arXiv 2103.
 assignment).
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,7 @@ from moce_dist.config import GateConfig
 
 _FORBIDDEN = -1e9
 _STARTS = 8
+_QUANTILES = 2**16
 
 
 def standardise(centroids: Tensor) -> Tensor:
@@ -139,9 +141,20 @@ def runner_up(p: Tensor, table: Tensor) -> Tensor:
     return p.scatter(2, table[:, :, None], 0.0).amax(dim=2)
 
 
+@functools.cache
+def _normal_quantiles() -> Float32:
+    # the middles of 2^16 equally likely parts of the standard normal distribution, in order
+    middles = (torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES
+    return torch.special.ndtri(middles).float().numpy()
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """Routing noise in training, relative to the spread of the logits, decaying linearly to 0."""
+    """Routing noise in training, relative to the spread of the logits, decaying linearly to 0.
+
+    Draws are normal quantiles of 16 random bits: standard deviation 0.99999, at most 4.32. They
+    take a sixth of the time of exact normal draws, which would be half of a routing table's.
+    """
 
     seed: int
     relative_std: float
@@ -158,9 +171,13 @@ class NoiseSchedule:
         """
         if (level := self.level(step)) == 0:
             return None
-        # drawing counts up in the lowest word
-        draws = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, layer, step]))
-        return torch.from_numpy(draws.standard_normal(shape, np.float32) * np.float32(level))
+        # drawing counts up in the lowest word; a draw of 64 bits serves four values
+        bits = np.random.Philox(key=self.seed, counter=[0, 0, layer, step])
+        count = shape[0] * shape[1]
+        ranks = bits.random_raw(-(-count // 4)).astype("<u8", copy=False).view("<u2")[:count]
+        quantiles = _normal_quantiles() * np.float32(level)
+        # every rank is an index; "clip" only spares the check of bounds
+        return torch.from_numpy(quantiles.take(ranks, mode="clip").reshape(shape))
 
     def sample(self, step: int, shape: tuple[int, int, int]) -> Tensor:
         """Draw the noise of all layers in a step, (L, K, E)."""

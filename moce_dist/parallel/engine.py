@@ -16,6 +16,7 @@ DeepSpeed's engine is reached through this module only. What it requires, and wh
 Letters: R ranks, B images of a step, G expert groups.
 """
 
+import atexit
 import contextlib
 import functools
 import math
@@ -146,6 +147,9 @@ def _host_group(_: dist.ProcessGroup | None, timeout: timedelta) -> dist.Process
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, dist.ProcessGroup)
     return group
+
+
+atexit.register(_host_group.cache_clear)  # joins gloo's threads before the interpreter ends
 
 
 def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """Routing and placement over a run: one table per step, one plan per interval.
 
-Rank 0 makes the table on its host from the float32 gate weights and sends it to all ranks, one step
-ahead (tables.py). A table that a plan is made from is computed at once instead. The placement
-follows the table at intervals by changing which group reads which cluster. Experts move
-(migrate.py) only when the images that this saves until the next plan have more bytes than the
-experts.
+The ranks make the table on their hosts from the float32 gate weights, one step ahead (tables.py). A
+table that a plan is made from is waited for instead. The placement follows the table at intervals
+by changing which group reads which cluster. Experts move (migrate.py) only when the images that
+this saves until the next plan have more bytes than the experts.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups.
 """

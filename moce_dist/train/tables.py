@@ -1,22 +1,25 @@
-"""Make routing tables on rank 0's host while the device computes the step before.
+"""Make routing tables on the ranks' hosts while the device computes the step before.
 
 The table of step s follows from the gate weights before step s - 1, which exist when that step is
 launched. So neither the device nor the training thread of any rank waits for a table:
 
     training thread, all ranks    take 4, begin 5   launch step 4   take 5, begin 6   launch step 5
-    threads of rank 0                              noise, logits, argmax of 5; send
+    threads of the layers' makers                  noise, logits, argmax of 5; send
 
 The logits are computed in float32 on the host for every device, because routing must not depend on
-a device's kernels. Every layer is a separate piece of work. Tables are sent from host to host in a
+a device's kernels. A layer is the unit of work, so its values do not depend on the number of ranks.
+Of a large table, up to L ranks make a share of the layers each; rank 0 joins the shares and sends
+the table to all. A small table is made by rank 0 alone. Tables travel from host to host in a
 separate process group, so no other collective waits for them.
 
 Letters: L MoE layers, K clusters, E experts per layer, D width.
 """
 
+import atexit
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -30,7 +33,7 @@ from moce_dist.arrays import Int64
 from moce_dist.config import Config
 from moce_dist.model.gate import Gate, NoiseSchedule, layer_table, logits, noisy_layer
 
-_SCORES_OF_A_THREAD = 2**18
+_SCORES_OF_A_SMALL_TABLE = 2**18
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,11 @@ def _channel(_: dist.ProcessGroup | None, timeout_s: float) -> _Channel:
         group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
     cores = len(os.sched_getaffinity(0))
     return _Channel(group, ThreadPoolExecutor(1), ThreadPoolExecutor(cores))
+
+
+# gloo's threads must be joined while there is an interpreter: one that released a table's memory
+# later would abort the process
+atexit.register(_channel.cache_clear)
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,8 @@ class TableMaker:
     ) -> None:
         self._config, self._noise, self._num_groups = config, noise, num_groups
         self._shape = len(config.moe_layers), num_clusters
+        num_scores = len(config.moe_layers) * num_clusters * config.moe.num_experts
+        self._is_small = num_scores < _SCORES_OF_A_SMALL_TABLE
         self._constant: dict[str, tuple[int, Tensor]] = {}
         self._coming: Callable[[], Int64] | None = None
 
@@ -96,14 +106,17 @@ class TableMaker:
         if self._coming is not None:
             self.take()
         channel = _channel(dist.group.WORLD, self._config.parallel.patience_s)
+        share, making = self._shares().get(dist.get_rank()), None
+        if share is not None:
+            making = channel.sender.submit(self._make, self.on_host(gate), step, share, channel)
         if dist.get_rank() == 0:
-            making = channel.sender.submit(self._send, self.on_host(gate), step, channel)
+            assert making is not None, "rank 0 always has a share"
             self._coming = making.result
             return
         # int32 is the smallest integer type that can be sent and holds any expert's number
         table = torch.empty(self._shape, dtype=torch.int32)
         work = dist.broadcast(table, 0, group=channel.group, async_op=True)
-        self._coming = functools.partial(_arrived, work, table)
+        self._coming = functools.partial(_arrived, making, work, table)
 
     def take(self) -> Int64:
         """Return the table (L, K) that was begun; waits only if it is not ready in time."""
@@ -133,21 +146,40 @@ class TableMaker:
             self._constant[name] = tensor._version, tensor.to("cpu", copy=True)
         return self._constant[name][1]
 
-    def _send(self, gate: GateOnHost, step: int, channel: _Channel) -> Int64:
-        table = self.compute(gate, step, channel.layers)
+    def _shares(self) -> dict[int, slice]:
+        # the layers of every rank that makes some; the ranks are spread over the hosts
+        num_layers, num_ranks = self._shape[0], dist.get_world_size()
+        makers = 1 if self._is_small else min(num_layers, num_ranks)
+        bounds = [num_layers * i // makers for i in range(makers + 1)]
+        return {num_ranks * i // makers: slice(*bounds[i : i + 2]) for i in range(makers)}
+
+    def _make(self, gate: GateOnHost, step: int, share: slice, channel: _Channel) -> Int64:
+        # returns the whole table on rank 0, the share on other ranks
+        if dist.get_rank() > 0:
+            made = self._compute(gate, step, share, channel)
+            dist.send(torch.from_numpy(made).int(), 0, group=channel.group)
+            return made
+        table = torch.empty(self._shape, dtype=torch.int32)
+        others = [
+            dist.irecv(table[layers], rank, group=channel.group)
+            for rank, layers in self._shares().items()
+            if rank > 0
+        ]
+        table[share] = torch.from_numpy(self._compute(gate, step, share, channel))
+        for work in others:
+            assert work is not None, "rank 0 belongs to the group"
+            work.wait()
         if channel.group is not None:
             # the sender need not wait until the table has arrived
-            dist.broadcast(torch.from_numpy(table).int(), 0, group=channel.group, async_op=True)
-        return table
+            dist.broadcast(table, 0, group=channel.group, async_op=True)
+        return table.numpy().astype(np.int64)
 
-    def compute(self, gate: GateOnHost, step: int, pool: ThreadPoolExecutor | None = None) -> Int64:
-        """Compute the table (L, K) of `step`, its layers in parallel if they are large enough."""
+    def _compute(self, gate: GateOnHost, step: int, share: slice, channel: _Channel) -> Int64:
+        # (share, K); the layers of a large table in parallel
         gate.wait()
-        num_layers, num_clusters = self._shape
         work = functools.partial(self._layer, gate, step)
-        is_small = num_layers * num_clusters * gate.weight.shape[1] < _SCORES_OF_A_THREAD
-        mapped = map if pool is None or is_small else pool.map
-        return np.stack(list(mapped(work, range(num_layers))))
+        mapped = map if self._is_small else channel.layers.map
+        return np.stack(list(mapped(work, range(self._shape[0])[share])))
 
     def _layer(self, gate: GateOnHost, step: int, layer: int) -> Int64:
         scores = logits(gate.weight[layer], gate.cluster_embedding)
@@ -157,6 +189,8 @@ class TableMaker:
         )
 
 
-def _arrived(work: Any, table: Tensor) -> Int64:
+def _arrived(making: Future[Int64] | None, work: Any, table: Tensor) -> Int64:
+    if making is not None:
+        making.result()  # raises what went wrong in this rank's own share
     work.wait()
     return table.numpy().astype(np.int64)

@@ -12,6 +12,7 @@ import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import counting
 import numpy as np
@@ -23,6 +24,7 @@ from moce_dist.config import load_config
 from moce_dist.data import loaders
 from moce_dist.data.batches import stream
 from moce_dist.model import moce
+from moce_dist.model.gate import Gate, NoiseSchedule, logits, routing_table
 from moce_dist.model.moce import is_stacked
 from moce_dist.parallel import reduction
 from moce_dist.parallel.engine import init_distributed
@@ -33,7 +35,9 @@ from moce_dist.train import loop, migrate, outcome, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
 from moce_dist.train.job import MoreSteps, StageJob
 from moce_dist.train.pulse import Pulse
+from moce_dist.train.tables import TableMaker
 
+patched = patch.multiple
 TINY = (
     "model.size=tiny", "model.width=32", "model.num_heads=2", "model.depth=4",
     "data.image_size=32", "model.patch_size=8", "model.decoder_depth=1",
@@ -186,13 +190,10 @@ def exchange_collectives(run, overrides, placement):
         elements.append(out.numel())
         return original(*arguments, **named)
 
-    dist.all_to_all_single = counted
-    try:
-        readers = state.router.placement.readers
-        batch = next(stream(state.stream_spec(state.plan), readers, start=0, stop=1))
+    readers = state.router.placement.readers
+    batch = next(stream(state.stream_spec(state.plan), readers, start=0, stop=1))
+    with patched(dist, all_to_all_single=counted):
         metrics = loop.step_metrics(state, loop.train_step(state, batch))
-    finally:
-        dist.all_to_all_single = original
     state.engine.destroy()
     return {
         "calls": len(calls),
@@ -212,11 +213,8 @@ def train_to_end(run, overrides, stage="moce"):
         seen[batch.step] = {key: noise.tobytes() for key, noise in pairs if key}
         return original(state, batch)
 
-    loop.train_step = step
-    try:
+    with patched(loop, train_step=step):
         loop.pretrain(make_job(run, overrides, stage))
-    finally:
-        loop.train_step = original
     return seen
 
 
@@ -472,13 +470,11 @@ def train_to_ruin(run, overrides, rank):
                     tensor.fill_(1e37)
         save(state)
 
-    loop.save, evaluate, loop.evaluate = ruin, loop.evaluate, lambda state: None
-    try:
-        loop.pretrain(make_job(run, overrides))
-    except FloatingPointError as error:
-        return str(error)
-    finally:
-        loop.save, loop.evaluate = save, evaluate
+    with patched(loop, save=ruin, evaluate=lambda state: None):
+        try:
+            loop.pretrain(make_job(run, overrides))
+        except FloatingPointError as error:
+            return str(error)
     raise AssertionError("nobody stopped")
 
 
@@ -576,11 +572,9 @@ def loader_starts(run, overrides):
         keys.append([key for key in batch.keys if key])
         return step(state, batch)
 
-    loaders.DataLoader, loop.replan, loop.train_step = started, replanned, watched
-    try:
+    watch = patched(loop, replan=replanned, train_step=watched)
+    with patched(loaders, DataLoader=started), watch:
         loop.pretrain(make_job(run, overrides))
-    finally:
-        loaders.DataLoader, loop.replan, loop.train_step = loader, replan, step
     return {"starts": len(starts), "replans": replans, "keys": keys}
 
 
@@ -667,11 +661,8 @@ def launches_and_reads(run, overrides):
         done.append(("read", figures.batch.step))
         return read(figures)
 
-    loop.train_step, outcome.Outcome.read = launched, seen
-    try:
+    with patched(loop, train_step=launched), patched(outcome.Outcome, read=seen):
         loop.pretrain(make_job(run, overrides))
-    finally:
-        loop.train_step, outcome.Outcome.read = step, read
     return done
 
 
@@ -706,15 +697,9 @@ def collectives_of_steps(run, overrides, planted=False):
             dist.barrier()
         return step(state, batch)
 
-    for name, original in originals.items():
-        setattr(dist.ProcessGroup, name, counted(name, original))
-    loop.train_step = watched
-    try:
+    watch = {name: counted(name, original) for name, original in originals.items()}
+    with patched(dist.ProcessGroup, **watch), patched(loop, train_step=watched):
         loop.pretrain(make_job(run, overrides))
-    finally:
-        loop.train_step = step
-        for name, original in originals.items():
-            setattr(dist.ProcessGroup, name, original)
     # the first step is logged, and the last
     steps = [calls[start:stop] for start, stop in itertools.pairwise(marks[1:-1])]
     aside = sum(not is_own for of_step in steps for _, is_own in of_step)
@@ -744,17 +729,15 @@ def take_compiled_steps(run, overrides, placement="planned"):
 
 def take_grouped_steps(run, overrides, placement="planned"):
     """Run `take_steps` with grouped products, as on a GPU; count those whose ends were given."""
-    groupable, product, given = moce.is_groupable, moce.Experts.grouped, []
+    product, given = moce.Experts.grouped, []
 
     def grouped(experts, rows, counts, weights, ends=None):
         given.append(ends is not None)
         return product(experts, rows, counts, weights, ends)
 
-    moce.is_groupable, moce.Experts.grouped = lambda rows, counts: min(counts) > 0, grouped
-    try:
+    everywhere = patched(moce, is_groupable=lambda rows, counts: min(counts) > 0)
+    with everywhere, patched(moce.Experts, grouped=grouped):
         result = take_steps(run, overrides, placement)
-    finally:
-        moce.is_groupable, moce.Experts.grouped = groupable, product
     assert all(given)
     return result | {"grouped": len(given)}
 
@@ -788,11 +771,32 @@ def tables_and_weights(run, overrides):
         seen.append((*kept, gate.cluster_embedding.clone()))
         return step(state, batch)
 
-    loop.train_step = watched
-    try:
+    with patched(loop, train_step=watched):
         loop.pretrain(make_job(run, overrides))
-    finally:
-        loop.train_step = step
     return [
         [value if isinstance(value, np.ndarray) else value.numpy() for value in e] for e in seen
     ]
+
+
+def large_tables(steps, planted=False):
+    """Large tables of a gate that trains, (steps, L, K), and the reference's.
+
+    With `planted`, the gate of all ranks but the first is another one.
+    """
+    init_distributed(torch.device("cpu"))
+    config = tiny_config(["model.depth=6", "moe.layers=[0,1,2,3,4]", "moe.num_experts=64"])
+    gate = Gate(5, 64, torch.randn(1000, 24, generator=torch.Generator().manual_seed(1)))
+    noise, drawn = NoiseSchedule(3, 1.0, 2 * steps), torch.Generator().manual_seed(2)
+    maker, found, expected = TableMaker(config, noise, 1000, 1), [], []
+    maker.begin(gate, 999)  # never taken
+    for step in range(steps):
+        scores = logits(gate.weight.detach(), gate.cluster_embedding)
+        drawn_noise = noise.sample(step, scores.shape)
+        expected.append(routing_table(scores, config.gate, noise=drawn_noise))
+        if planted and dist.get_rank() > 0:
+            gate.weight.data.neg_()
+        maker.begin(gate, step)
+        # what the optimiser does to the weights meanwhile does not touch the table
+        gate.weight.data += torch.randn(gate.weight.shape, generator=drawn)
+        found.append(maker.take())
+    return np.stack(found), np.stack(expected)

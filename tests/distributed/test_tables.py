@@ -64,3 +64,16 @@ def test_tables_stay_between_refreshes(pools, cases, own_run):
         if step % 3 and step % REPLAN:
             np.testing.assert_array_equal(seen[step][2], seen[step - 1][2])
     assert (seen[3][2] == reference(cases, seen, 3, 2)).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_make_a_large_table_together(pools, ranks):
+    for found, expected in pools(ranks).run("large_tables", steps=5):
+        np.testing.assert_array_equal(found, expected)
+        assert (found[1:] != found[:-1]).any(axis=(1, 2)).all()
+
+
+def test_a_planted_other_gate_is_noticed_in_its_share_alone(pools):
+    found, expected = pools(3).run("large_tables", steps=1, planted=True)[0]
+    # of five layers, the first rank makes one and the others two each
+    assert (found != expected).any(axis=(0, 2)).tolist() == [False, True, True, True, True]
