@@ -2,6 +2,7 @@
 
 python jobs/pretrain.py                                  the quickstart, on real images, no GPU
 python jobs/pretrain.py --config configs/pretrain/vit_base.yaml --run base
+python jobs/pretrain.py --run base                       go on with a run, with its own settings
 python jobs/pretrain.py --fork runs/base --at 12000 --run lower --set mae.base_lr=5e-5
 torchrun --nproc-per-node 8 -- jobs/pretrain.py --stage moce --config ... --run ...
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, DataConfig, load_config
+from moce_dist.config import Config, DataConfig, checked, load_config, read_resolved
 from moce_dist.cost import sizes
 from moce_dist.cost.budget import budget_lines
 from moce_dist.data.columns import open_index
@@ -73,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
     else:
         config = load_config(path, arguments.overrides)
         root = resolve_run(arguments.run or path.stem, config)
+        if not arguments.config and not arguments.fresh and (root / "config.yaml").is_file():
+            config = checked(read_resolved(root / "config.yaml", arguments.overrides))
     check_request(config, arguments.stage)
     check_base(config, root)
     check_init(config, root, arguments.stage)

@@ -25,7 +25,7 @@ _CONFIG = "config.json"
 
 
 def routes(argv: Sequence[str]) -> None:
-    """List the routes of a run's MoCE, or export the dense ViT of one.
+    """List the routes of a run's MoCE, or export the dense ViT of one, or of a stage without experts.
 
     Raises:
         ConfigError: there is no such run, checkpoint or expert.
@@ -35,23 +35,32 @@ def routes(argv: Sequence[str]) -> None:
     )
     parser.add_argument("run", metavar="RUN", help="run directory")
     parser.add_argument("--experts", metavar="LIST", help="route to export, one expert a layer")
+    parser.add_argument("--dense", choices=("mae", "control"), help="or the stage to export")
     parser.add_argument("--out", metavar="DIR", help="folder for the exported ViT")
     args = parser.parse_args(argv)
     experts = parse_experts(args.experts)
-    if (experts is None) != (args.out is None):
-        raise ConfigError("--experts and --out: name both to export a route, none to list them")
+    if [experts, args.dense].count(None) != (2 if args.out is None else 1):
+        raise ConfigError(
+            "--experts, --dense and --out: name one of the first two and --out to export a ViT, "
+            "none to list the routes"
+        )
     run, config = _open_run(args.run)
-    if config.moe.kind != "cluster":
+    if args.dense is None and config.moe.kind != "cluster":
         raise ConfigError(f"{run.root}: has no routes: {experts_of(config)}")
     quiet_libraries()
     from moce_dist.transfer.choosing import need_stage
-    from moce_dist.transfer.routes import export_route, list_routes, route_lines
+    from moce_dist.transfer.routes import export_dense, export_route, list_routes, route_lines
 
-    if experts is None:
+    if args.out is None:
         _say(*route_lines(list_routes(run, config, need_stage(run, "moce"))))
-    else:
-        with hold(Path(args.out)):
-            _say(*map(str, export_route(run, config, experts, Path(args.out))))
+        return
+    out = Path(args.out)
+    with hold(out):
+        if experts is None:
+            files = export_dense(run, config, args.dense, out)
+        else:
+            files = export_route(run, config, experts, out)
+        _say(*map(str, files))
 
 
 def _open_run(given: str) -> tuple[Run, Config]:

@@ -10,7 +10,6 @@ images, budgets and seeds. A fit that was finished under the same conditions is 
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -248,7 +247,9 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
     files = [folder / "metrics.json"]
     for name, backbone in backbones.items():
-        if is_chosen(name) or name == own_backbone(comparison.config):
+        # what this task alone has; `routes` exports the others
+        is_own = name == own_backbone(comparison.config) or further_of(name) == "own"
+        if is_chosen(name) or is_own:
             files += _export(comparison, backbone, metrics)
     mark_complete(folder, inputs, files)
     return metrics
@@ -257,7 +258,9 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
 def _export(comparison: Comparison, own: Backbone, metrics: dict[str, Any]) -> list[Path]:
     chooser, request, name = comparison.chooser, comparison.request, own.name
     choice = chooser.choice(name) if is_chosen(name) else None
-    stage = CONTROL if choice and choice.get("chosen") == CONTROL else "moce"
+    stage = stage_of(name, comparison.config) or "moce"
+    if choice and choice.get("chosen") == CONTROL:
+        stage = CONTROL
     about = {
         "run": comparison.run.root.name,
         "data": comparison.config.data.source,
@@ -270,7 +273,8 @@ def _export(comparison: Comparison, own: Backbone, metrics: dict[str, Any]) -> l
         about["trained on"] = (
             f"{where}, continued/{folder}/checkpoints/{own.identity['checkpoint']}"
         )
-    how = re.sub("^[a-z]+", "", name).replace(":", "-")
+    suffix = name.removeprefix(own_backbone(comparison.config)).replace(":", "-")
+    how = f"-{suffix}" if suffix[:1].isalpha() else suffix
     card = model_card(metrics["task"], choice, metrics, about)
     written = export_backbone(own, comparison.folder / f"backbone{how}", card)
     return written if choice is None else [*written, chooser.file(name)]

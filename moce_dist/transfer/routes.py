@@ -18,9 +18,9 @@ from moce_dist.config import Config
 from moce_dist.model.customize import customize, moe_shape, routes
 from moce_dist.run.directory import Run
 from moce_dist.transfer.backbone import run_backbone
-from moce_dist.transfer.choosing import TrainedStage, need_stage
+from moce_dist.transfer.choosing import TrainedStage, dense_backbone, need_stage
 from moce_dist.transfer.export import export_backbone, model_card
-from moce_dist.transfer.request import check_experts
+from moce_dist.transfer.request import check_experts, stage_of
 from moce_dist.transfer.select import choose_experts
 
 logger = logging.getLogger(__name__)
@@ -76,6 +76,23 @@ def route_lines(found: Sequence[Route]) -> list[str]:
         "   ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
         for row in rows
     ]
+
+
+def export_dense(run: Run, config: Config, name: str, out: Path) -> list[Path]:
+    """Write the ViT of `mae` or `control`, which have no experts; return its files.
+
+    Raises:
+        ConfigError: the run has no checkpoint of it.
+    """
+    stage_name = stage_of(name, config) or name
+    stage = need_stage(run, stage_name)
+    about = {
+        "run": run.root.name,
+        "data": config.data.source,
+        "checkpoint": f"{stage_name}/{stage.checkpoint.name}",
+    }
+    card = model_card(name, None, None, about)
+    return export_backbone(dense_backbone(name, config, stage.dense(name)), out, card)
 
 
 def export_route(run: Run, config: Config, experts: Sequence[int], out: Path) -> list[Path]:

@@ -1,13 +1,12 @@
 """Every YAML in configs/ loads, says what it costs, and is completed by editors."""
 
-import importlib.util
 import json
 import os
 from pathlib import Path
 
 import pytest
 from benches.settings import load_bench_config
-from in_process import run_here
+from in_process import load_script, run_here
 
 from moce_dist.config import load_config
 from moce_dist.study.request import json_schema, read_study
@@ -43,9 +42,7 @@ def test_schema_of_studies_is_the_one_of_the_code():
 
 @pytest.mark.parametrize("path", STUDIES, ids=name)
 def test_study_dry_runs(path, tmp_path, capsys):
-    spec = importlib.util.spec_from_file_location("study_job", ROOT / "jobs" / "study.py")
-    job = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(job)
+    job = load_script(ROOT / "jobs" / "study.py")
     job.main(["--config", str(path), "--out", str(tmp_path / "out"), "--dry-run"])
     assert "TFLOP" in capsys.readouterr().out and not (tmp_path / "out").exists()
 

@@ -4,6 +4,7 @@ For requests that are refused, planned or explained; what trains is started as a
 """
 
 import contextlib
+import importlib.util
 import io
 import logging
 import os
@@ -14,6 +15,14 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+
+
+def load_script(path):
+    """Import a script by its path."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_here(command, *arguments, folder=ROOT):

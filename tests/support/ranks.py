@@ -9,7 +9,6 @@ import importlib.util
 import io
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import traceback
@@ -58,12 +57,6 @@ def _serve(rank, world_size, port, pipe):
             pipe.send((False, traceback.format_exc()))
 
 
-def _free_port():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def preloaded():
     """Return a context of processes forked from a server that has the heavy imports behind it."""
     context = multiprocessing.get_context("forkserver")
@@ -79,8 +72,10 @@ class Pool:
     """Processes that form one gloo group; a failed or hung call ends them."""
 
     def __init__(self, world_size):
+        from moce_dist.parallel.groups import free_port
+
         context = preloaded()
-        port = _free_port()
+        port = free_port()
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_process import run_here
 from PIL import Image
 
 from moce_dist.cluster.assign import read_summary
@@ -165,6 +166,16 @@ def test_other_weights_under_the_same_name_begin_the_stage_anew(pipeline, publis
 def test_features_of_the_mae_need_a_trained_one(pipeline):
     with pytest.raises(ConfigError, match="mae: is not complete"):
         pipeline("mae").features()
+
+
+def test_a_run_goes_on_with_its_own_settings(pipeline):
+    root, words = pipeline("mae").run.root, ("--dry-run", "--set", "parallel.micro_batches=2")
+    done = run_here("pretrain", "--run", root, *words)
+    assert done.returncode == 0 and "encoder    width 24, depth 2, heads 2" in done.stdout
+    quickstart = run_here("pretrain", "--run", root, "--fresh", "--dry-run")
+    assert quickstart.returncode == 0 and "width 24" not in quickstart.stdout
+    refused = run_here("pretrain", "--run", root, "--set", "seed=1")
+    assert refused.returncode == 2 and "belongs to another run: seed" in refused.stderr
 
 
 def test_a_run_belongs_to_its_encoder(pipeline, publish):

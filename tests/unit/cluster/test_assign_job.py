@@ -1,20 +1,19 @@
 """jobs/cluster.py --assign-to: new features and clusters that are there, as a user asks for it."""
 
 import json
-import runpy
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from in_process import run_here
+from in_process import load_script, run_here
 
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
-main = runpy.run_path(str(ROOT / "jobs" / "cluster.py"), run_name="job")["main"]
+main = load_script(ROOT / "jobs" / "cluster.py").main
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The commands of the jobs, and the configurations that they run with."""
 
-import importlib.util
 import itertools
 import re
 import shlex
@@ -14,14 +13,6 @@ from moce_dist.config import load_config, to_yaml
 from moce_dist.transfer.request import open_request_run
 
 TRAINING = [job for job in JOBS if job.startswith(("pretrain", "quickstart"))]
-
-
-def load_script(path):
-    """Import a script by its path."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def words_of(document):

@@ -6,7 +6,8 @@ import re
 import shlex
 
 import pytest
-from job_commands import TRAINING, job_config, load_script, run_config, words_of
+from in_process import load_script
+from job_commands import TRAINING, job_config, run_config, words_of
 from manifests import (
     JOBS,
     K8S,

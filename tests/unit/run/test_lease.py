@@ -1,6 +1,5 @@
 """One writer a folder: real processes that meet, die, stand still, and run on."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import load_script
 from PIL import Image
 
 from moce_dist.config import make_config
@@ -20,6 +20,7 @@ from moce_dist.run.directory import open_run, set_aside
 from moce_dist.run.lease import LOCK, Claim, hold
 from moce_dist.settings import ConfigError
 
+JOBS = Path(__file__).parents[3] / "jobs"
 # holds a folder and writes into it until its input ends
 HOLDER = """
 import sys, time
@@ -262,14 +263,6 @@ def test_folder_that_cannot_be_written_is_named_with_the_reason(tmp_path, monkey
         pass
 
 
-def job(name):
-    path = Path(__file__).parents[3] / "jobs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_job", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
-
-
 def test_every_job_that_writes_is_refused_where_another_one_writes(tmp_path, start):
     images, out = tmp_path / "images", tmp_path / "out"
     images.mkdir()
@@ -288,7 +281,7 @@ def test_every_job_that_writes_is_refused_where_another_one_writes(tmp_path, sta
         ("cluster", "--features", images, "--num-clusters", 2, "--out", out),
     ):
         with pytest.raises(ConfigError, match=rf"{out}.*: is in use by process"):
-            job(name)([str(part) for part in argv])
-    job("report")([str(out)])
+            load_script(JOBS / f"{name}.py").main([str(part) for part in argv])
+    load_script(JOBS / "report.py").main([str(out)])
     assert (out / "report.html").is_file() and list(tmp_path.glob("out.before-*")) == []
     assert (out / "provenance.json").read_bytes() == before

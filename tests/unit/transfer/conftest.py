@@ -1,6 +1,5 @@
 """A small finished run on disk, made without training: real files in the formats that jobs read."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_process import load_script
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -45,11 +45,7 @@ def transfer(
 @pytest.fixture(scope="session")
 def job() -> ModuleType:
     """The job as a module, for the tests that are about what it does, not how it ends."""
-    spec = importlib.util.spec_from_file_location("transfer_job", ROOT / "jobs" / "transfer.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(ROOT / "jobs" / "transfer.py")
 
 
 @pytest.fixture(scope="session")

@@ -112,6 +112,23 @@ def test_any_route_is_exported_as_timm_loads_it(
         assert ("no image takes this route" in card) == (experts == free)
 
 
+@pytest.mark.parametrize("stage", ["mae", "control"])
+def test_the_vit_of_a_stage_without_experts_is_exported(
+    stage, assigned, config, models, tmp_path, capsys
+):
+    shutil.copytree(assigned.stage("mae"), assigned.stage("control"), dirs_exist_ok=True)
+    out = tmp_path / "vit"
+    files = said(capsys, "routes", str(assigned.root), "--dense", stage, "--out", str(out))
+    assert {Path(f).name for f in files} == {"model.safetensors", "config.json", "README.md"}
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    weights = customize(models["mae"].state_dict(), ())
+    images = torch.randn(2, 3, SIZE, SIZE)
+    expected = run_backbone("mae", config, weights).features_model(0)(images)
+    torch.testing.assert_close(model(images), expected)
+    card = (out / "README.md").read_text()
+    assert f"# Dense ViT: {stage}" in card and f"- checkpoint: {stage}/" in card
+
+
 def test_route_of_empty_clusters_alone_is_exported_with_the_figures_of_all_images(
     run, config, models, tmp_path, capsys
 ):
@@ -132,8 +149,10 @@ def test_route_of_empty_clusters_alone_is_exported_with_the_figures_of_all_image
     [
         (["--experts", "0,9", "--out", "x"], "--experts 0,9: must name 2 experts"),
         (["--experts", "0", "--out", "x"], "must name 2 experts"),
-        (["--experts", "0,1"], "name both to export"),
-        (["--out", "x"], "name both to export"),
+        (["--experts", "0,1"], "name one of the first two and --out"),
+        (["--out", "x"], "name one of the first two and --out"),
+        (["--dense", "mae", "--experts", "0,1", "--out", "x"], "name one of the first two"),
+        (["--dense", "control", "--out", "x"], "control/checkpoints: holds no whole checkpoint"),
     ],
 )
 def test_wrong_routes_are_refused(flags, message, assigned, tmp_path, monkeypatch):

@@ -1,12 +1,10 @@
 """The detector: windows, pyramid, and the job from flags to metrics.json and to predictions."""
 
 import contextlib
-import importlib.util
 import itertools
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,15 +27,6 @@ from moce_dist.transfer.fit import stepped_rate
 from .conftest import write_coco
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def job() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("transfer_job", ROOT / "jobs" / "transfer.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from moce_dist.data.shards import write_index
@@ -97,8 +98,12 @@ def test_own_steps_and_their_fair_partners(clustered, image_folder, job, seen, c
     ):
         begun = load_weights(out / "start")
         assert all(torch.equal(begun[name], control[name]) for name in begun)
-    card = (folder / "backbone+own" / "README.md").read_text()
-    assert f"{IMAGES} images of the task's own clusters" in card
+    for name in ("backbone+own", "backbone-control+own"):
+        card = (folder / name / "README.md").read_text()
+        assert f"{IMAGES} images of the task's own clusters" in card
+        assert timm.create_model(f"local-dir:{folder / name}", pretrained=True, num_classes=2)
+    assert "trained without experts" in card and "- checkpoint: control/" in card
+    assert not (folder / "backbone-control").exists()
 
     # nothing is repeated; the steps on all images are those of any task
     seen.clear()
