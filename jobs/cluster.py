@@ -137,7 +137,9 @@ def read_out(arguments: Namespace) -> Path:
 def cluster_folder(arguments: Namespace) -> None:
     """Cluster the features of a folder, without subtracting their mean."""
     out, config = read_out(arguments), read_config(arguments)
-    files = check_folder(Path(arguments.features), config)
+    # absolute, because workers run in folders of their own
+    features = Path(arguments.features).resolve()
+    files = check_folder(features, config)
     if arguments.dry_run:
         print("\n".join(plan_lines(files, out, config)))
         return
@@ -149,7 +151,7 @@ def cluster_folder(arguments: Namespace) -> None:
         if arguments.fresh:
             set_aside(out)
         summary = run_clustering(
-            Path(arguments.features),
+            features,
             out,
             config.cluster,
             seed=config.seed,
@@ -162,7 +164,7 @@ def cluster_folder(arguments: Namespace) -> None:
 def assign_new(arguments: Namespace) -> None:
     """Assign the features of a folder to existing clusters."""
     out, config = read_out(arguments), read_config(arguments)
-    features, named = Path(arguments.features), Path(arguments.assign_to)
+    features, named = Path(arguments.features).resolve(), Path(arguments.assign_to)
     from moce_dist.cluster.existing import assign_folder, open_new_features, read_clusters
 
     clusters = read_clusters(named, with_prices=arguments.prices)

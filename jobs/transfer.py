@@ -167,17 +167,20 @@ def print_table(tables: Sequence[dict[str, Any]], title: str) -> None:
         table.add_column(column)
     for metrics in tables:
         names = backbone_texts(metrics)
-        other = {(row["backbone"], row["protocol"]): row for row in metrics["differences"]}
+        other: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in metrics["differences"]:
+            other.setdefault((row["backbone"], row["protocol"]), []).append(row)
         for row in metrics["summary"]:
-            found = other.get((row["backbone"], row["protocol"]))
+            found = other.get((row["backbone"], row["protocol"]), [])
             # a mean of a suite covers only the tasks that have such fits
             metric = (
                 f"mean over {row['num_tasks']} tasks" if "num_tasks" in row else metrics["metric"]
             )
             table.add_row(
                 *(metrics["task"], metric, row["protocol"], names[row["backbone"]]),
-                *(value_text(row), value_text(found, "+") if found else ""),
-                names[found["reference"]] if found else "",
+                value_text(row),
+                "\n".join(value_text(each, "+") for each in found),
+                "\n".join(names[each["reference"]] for each in found),
             )
         table.add_section()
     Console(width=None if sys.stdout.isatty() else 120).print(table)

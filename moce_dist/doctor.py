@@ -94,7 +94,8 @@ def devices(config: Config) -> Iterator[Check]:
 
 def cores(config: Config) -> Iterator[Check]:
     """Compare cores with ranks and their threads."""
-    count = len(os.sched_getaffinity(0))
+    knows_affinity = hasattr(os, "sched_getaffinity")  # macOS does not
+    count = len(os.sched_getaffinity(0)) if knows_affinity else os.cpu_count() or 1
     wanted = config.parallel.num_workers * config.parallel.threads_per_worker
     level: Literal["ok", "warn"] = "ok" if count >= wanted else "warn"
     yield Check(level, "cores", f"{count}, ranks want {wanted}", "ranks will take turns on a core")

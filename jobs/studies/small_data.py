@@ -38,7 +38,7 @@ MAX_DOMAIN = 8000
 PER_CLASS: dict[Split, int] = {"train": 300, "val": 100, "test": 200}
 SHARES: dict[Split, float] = {"test": 0.25, "val": 0.15}
 _RECIPE = 2
-"""Raise it with every change of what is built; finished sets are then built anew."""
+"""Raise it with every change of what is built; a folder with other sets is then refused."""
 
 
 class ImageSet(NamedTuple):

@@ -5,6 +5,7 @@
     OUT/centroids.npy        (K, D) float32, means of the final assignment
     OUT/mean.npy             (D,) float32, subtracted before normalising; only for normalised rows
     OUT/prices.npy           (K,) float64; a row's cluster has the least squared distance - price
+                             to the last iteration's centroids, so nearly also to centroids.npy
     OUT/assignments.parquet  key, shard, cluster, distance (squared)
     OUT/summary.json         figures
     OUT/state.npz, sample.npy  iterations in progress; removed once COMPLETE is written

@@ -54,7 +54,8 @@ def _one_thread() -> Iterator[None]:
 
 
 @lru_cache(maxsize=1)
-def _gpu_resources() -> Any:
+def gpu_resources() -> Any:
+    """FAISS's memory and handles on the GPU, kept until the cache is cleared."""
     # this module makes FAISS accept tensors, on torch's stream
     import_module("faiss.contrib.torch_utils")
     return faiss.StandardGpuResources()
@@ -84,7 +85,7 @@ def search(augmented: Tensor, base: Tensor, *, num: int) -> Nearest:
     metric = faiss.METRIC_INNER_PRODUCT
     if augmented.is_cuda:
         # must come first: the import inside replaces faiss.knn_gpu
-        resources = _gpu_resources()
+        resources = gpu_resources()
         found, ids = faiss.knn_gpu(resources, augmented, base, num, metric=metric)
         return Nearest(ids, -found)
     with _one_thread():

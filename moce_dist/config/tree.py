@@ -117,10 +117,13 @@ def _model_rules(config: Config) -> Iterable[str]:
             f"model.decoder_width ({model.decoder_width}) must be a multiple of 4 and of "
             f"model.decoder_num_heads ({model.decoder_num_heads})"
         )
-    if len(set(config.moe_layers)) != len(config.moe_layers) or not all(
+    if list(config.moe_layers) != sorted(set(config.moe_layers)) or not all(
         0 <= layer < shape.depth for layer in config.moe_layers
     ):
-        yield f"moe.layers ({list(config.moe_layers)}) must be distinct blocks below {shape.depth}"
+        yield (
+            f"moe.layers ({list(config.moe_layers)}) must be distinct blocks below {shape.depth}, "
+            "in ascending order"
+        )
     if config.moe.kind != "dense" and not config.moe_layers:
         yield f"moe.layers ([]) must name a block when moe.kind is {config.moe.kind}"
     if int(config.num_patches * (1 - model.mask_ratio)) < 1:
@@ -199,6 +202,11 @@ def _parallel_rules(config: Config) -> Iterable[str]:
         yield (
             f"cluster.num_clusters ({config.cluster.num_clusters}) must be a multiple of "
             f"moe.num_experts ({config.moe.num_experts}) when gate.assign is {assign}"
+        )
+    if has_experts and config.gate.groups == "shared" and config.cluster.num_clusters % groups:
+        yield (
+            f"cluster.num_clusters ({config.cluster.num_clusters}) must be a multiple of "
+            f"parallel.num_groups ({groups}) when gate.groups is shared"
         )
     for name, stage in (("mae", config.mae), ("moce", config.moce)):
         legal = legal_worker_counts(groups, stage.batch_size, parallel.micro_batches)

@@ -201,7 +201,11 @@ class Budget:
         activations = images * per_image * _ACTIVATIONS * scale
         if config.parallel.activation_checkpointing:
             activations /= _ACTIVATIONS / 2
-        total = 8 * own + moments + activations
+        # beside buckets lie accumulated gradients, and those that are sent in bfloat16
+        parallel = config.parallel
+        has_copies = parallel.micro_batches > 1 or parallel.reduce_dtype == "bf16"
+        has_copies = has_copies and parallel.num_workers > 1 and parallel.zero_stage == 0
+        total = (8 + 4 * has_copies) * own + moments + activations
         return Term("memory", total / 2**30, "GiB a GPU", "computed")
 
     def storage(self) -> Term:
@@ -212,7 +216,9 @@ class Budget:
     def days(self, num_images: int) -> Term:
         """Return the time of both stages, and of any control, all at the rate of stage moce."""
         config = self.config
-        epochs = config.mae.epochs + config.moce.epochs * (1 + config.control)
+        has_control = config.control and config.moe.kind != "dense"  # else stage moce is one
+        epochs = 0.0 if config.base_run else config.mae.epochs
+        epochs += config.moce.epochs * (1 + has_control)
         seconds = epochs * num_images / (self.rate().value * config.parallel.num_workers)
         return Term("run", seconds / 86400, "days", "computed")
 

@@ -191,7 +191,10 @@ def find_copies(
     Raises:
         ConfigError: the folder is missing or has no readable images.
     """
-    hashes = hash_images([file.path for file in list_folder(folder).files])
+    files = list_folder(folder).files
+    if not files:
+        raise ConfigError(f"{folder}: no image of it can be read")
+    hashes = hash_images([file.path for file in files])
     tasks = _tasks(index)
     found = map_tasks(find_in_shard, (hashes, data), tasks)
     for copies in track(found, "shards compared", total=len(tasks)):

@@ -59,7 +59,9 @@ class SampleCache:
     def has(self, wanted: SampleRange) -> bool:
         """Tell whether a sample is cached, without reading it."""
         path = self._path(wanted)
-        return path is not None and path.exists()
+        with suppress(OSError):  # a folder that may not be searched
+            return path is not None and path.exists()
+        return False
 
     def keep(self, wanted: SampleRange, sample: memoryview) -> None:
         """Cache a sample if it is one of those to keep; after a failed write, cache no more."""
@@ -78,7 +80,8 @@ class SampleCache:
                 temporary.replace(path)
         except OSError as error:
             self._is_writable = False
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             log.warning("data.cache (%s): takes no more samples: %s", self.folder, error.strerror)
 
     def _path(self, wanted: SampleRange) -> Path | None:

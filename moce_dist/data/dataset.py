@@ -14,7 +14,7 @@ Step t has the same B samples for every number of ranks R. Rank r has slots [r b
 b = B / R, and each of P loader processes makes every P-th step. So a batch of b samples is a rank's
 part of one step, and the number of completed steps is the whole position: a killed run resumes with
 `load_state_dict({"step": t})`, also on another number of ranks and processes, and its loop begins
-with epoch t // steps_per_epoch.
+with epoch t // steps_per_epoch. With `drop_last`, steps that are left out do not count.
 
 The last step of an epoch may be smaller, and some ranks may have no sample of it. Where all ranks
 must take equally many steps (DDP), `drop_last` leaves it out. A `handler` that skips a sample makes
@@ -71,7 +71,8 @@ class PlannedSamples(IterableDataset[WebSample]):
 
         Raises:
             ConfigError: there is no index, or it has another format.
-            ValueError: `num_ranks` does not divide `batch_size`, B, or `rank` is out of range.
+            ValueError: `num_ranks` does not divide `batch_size`, B, `rank` is out of range, or
+                `drop_last` leaves no step.
         """
         self._rank = int(os.environ.get("RANK", "0")) if rank is None else rank
         ranks = int(os.environ.get("WORLD_SIZE", "1")) if num_ranks is None else num_ranks
@@ -84,13 +85,14 @@ class PlannedSamples(IterableDataset[WebSample]):
         """Samples of this rank in a step, b."""
         self._plan = Plan(open_table(index), batch_size, seed)
         self._handler, self._drop_last, self._is_loaded = handler, drop_last, False
+        has_rest = self._plan.epoch_samples % batch_size > 0
+        self.steps_per_epoch = self._plan.steps_per_epoch - (drop_last and has_rest)
+        """Steps of an epoch; the last one may be smaller, and is left out with `drop_last`."""
+        if self.steps_per_epoch == 0:
+            samples = self._plan.epoch_samples
+            raise ValueError(f"drop_last: {samples} samples are no step of batch_size {batch_size}")
         # next step, number of its samples that were yielded, whether this process makes that step
         self._begin = self._now = (0, 0, False)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Steps of an epoch; the last one may be smaller, and is left out with `drop_last`."""
-        return self._plan.steps_per_epoch
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next iteration at the start of an epoch, unless the position is within it.
@@ -141,17 +143,16 @@ class PlannedSamples(IterableDataset[WebSample]):
             "batch_size": plan.batch_size,
             "seed": plan.seed,
             "rank_batch": self.rank_batch,
+            "drop_last": self._drop_last,
         }
 
     def __iter__(self) -> Iterator[WebSample]:
         worker = get_worker_info()
         first, slot, is_own = self._begin
         stop = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
-        has_rest = self._plan.epoch_samples % self._plan.batch_size > 0
-        end = stop - 1 if self._drop_last and has_rest else stop
         every = 1 if worker is None else worker.num_workers
         mine = first if worker is None or is_own else first + worker.id
-        for step, rows, contents in self._read_ahead(range(mine, end, every)):
+        for step, rows, contents in self._read_ahead(range(mine, stop, every)):
             skipped = slot if step == first else 0
             for at in range(skipped, len(rows)):
                 # before the yield, so that a state taken after it counts this sample
@@ -191,7 +192,8 @@ class PlannedSamples(IterableDataset[WebSample]):
         return list(zip(steps, parts, contents, strict=True))
 
     def _rows(self, step: int) -> Any:
-        ids = self._plan.step_ids(step)
+        epoch, step = divmod(step, self.steps_per_epoch)
+        ids = self._plan.step_ids(epoch * self._plan.steps_per_epoch + step)
         own = ids[self._rank * self.rank_batch : (self._rank + 1) * self.rank_batch]
         return own[own != PADDING]
 

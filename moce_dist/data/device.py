@@ -115,12 +115,11 @@ class DeviceDecoder:
                 decoded[row] = pixels
         squares: list[Tensor | ImageError] = []
         for pixels, image, box in zip(decoded, encoded, boxes, strict=True):
-            if pixels is None:
-                squares.append(self._decode_here(image.tobytes(), box))
-            else:
+            square = None
+            if pixels is not None:
                 crop = from_dlpack(pixels) if self._is_cuda else torch.from_numpy(np.array(pixels))
                 square = self._resize(crop)
-                squares.append(self._decode_here(image, box) if square is None else square)
+            squares.append(self._decode_here(image.tobytes(), box) if square is None else square)
         for row in torch.nonzero(crops.is_mirrored).flatten().tolist():
             if isinstance(square := squares[row], Tensor):
                 squares[row] = square.flip(-1)

@@ -76,6 +76,7 @@ class _FaultLimit:
     ledger: Path
     max_fraction: float
     total: int
+    num_faults: int = 0
     _met: set[tuple[str, str | None]] = field(default_factory=set)
     _known: set[Fault] = field(default_factory=set)
 
@@ -84,16 +85,14 @@ class _FaultLimit:
         lines = (line for line in read_faults(self.ledger) if line["stage"] == "ingest")
         self._known.update(Fault(f["shard"], f["key"], f["reason"]) for f in lines)
 
-    @property
-    def num_faults(self) -> int:
-        return len(self._met)
-
-    def record(self, faults: Iterable[Fault]) -> None:
+    def record(self, faults: Iterable[Fault], *, again: bool = False) -> None:
+        """Count and write faults; `again` leaves out samples of which a fault was recorded."""
         for fault in faults:
-            # a damaged header is found by the check, and again when its file is packed
-            is_new = (fault.shard, fault.key) not in self._met
+            if again and (fault.shard, fault.key) in self._met:
+                continue
+            self.num_faults += 1
             self._met.add((fault.shard, fault.key))
-            if is_new and fault not in self._known:
+            if fault not in self._known:
                 record_fault(self.ledger, stage="ingest", **fault._asdict())
 
     def check(self, error: type[Exception]) -> None:
@@ -197,10 +196,13 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
         for written in track(
             request.map_tasks(write_files, packing, tars), "tars packed", total=len(tars)
         ):
-            limit.record(written.faults)
+            # a damaged header was found by the check already
+            limit.record(written.faults, again=True)
             limit.check(RuntimeError)
             if written.shard.num_samples:
                 parts[written.folder].append(written.shard)
+        if not any(parts.values()):
+            raise ConfigError(f"no image can be read; each is named in {request.ledger}")
         index = _write_indices(request, parts[""], parts[HOLDOUT])
         known = {
             str(Path(part, shard.path)): shard.sha256

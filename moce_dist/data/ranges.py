@@ -94,6 +94,10 @@ def one_ahead(portions: Iterator[list[T]]) -> Iterator[T]:
             yield from portion
 
 
+class TruncatedError(OSError):
+    """A file ends before a sample does."""
+
+
 @dataclass
 class RangeReader:
     """Reads samples; local files stay open up to a limit, then the least recently used close."""
@@ -171,9 +175,14 @@ class RangeReader:
 
     def _read_local(self, place: Range) -> bytes | OSError:
         try:
-            return os.pread(self._file(place.url), place.stop - place.start, place.start)
+            file, parts, at = self._file(place.url), [], place.start
+            # one call returns at most 2 GiB, and some file systems return less
+            while at < place.stop and (part := os.pread(file, place.stop - at, at)):
+                parts.append(part)
+                at += len(part)
         except OSError as error:
             return error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _file(self, path: str) -> int:
         if path not in self._open:
@@ -220,7 +229,7 @@ def _part(content: bytes | OSError, start: int, wanted: SampleRange) -> Content:
     begin = wanted.offset - start
     part = memoryview(content)[begin : begin + wanted.size]
     if len(part) < wanted.size:
-        return OSError(f"ends after {len(part)} of {wanted.size} bytes")
+        return TruncatedError(f"ends after {len(part)} of {wanted.size} bytes")
     return part
 
 
@@ -234,7 +243,7 @@ def _fetch(ranges: Sequence[Range], timeout_s: float) -> list[bytes | BaseExcept
     for place, (filesystem, path) in zip(ranges, targets, strict=True):
         try:
             found.append(filesystem.cat_file(path, start=place.start, end=place.stop))
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - clients of sftp and smb have errors of their own
             found.append(error)
     return found
 

@@ -31,17 +31,21 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
-from typing import IO, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from moce_dist.arrays import Float32, Pixels
+from moce_dist.data.cache import SampleRange
 from moce_dist.data.decoders import Encoded, ImageError
 from moce_dist.data.images import eval_image, open_croppable, open_image, to_sample
+from moce_dist.data.ranges import RangeReader, TruncatedError
 from moce_dist.data.resize import Size
-from moce_dist.data.shards import Shard, class_label, open_shard
+from moce_dist.data.shards import Shard, class_label
 from moce_dist.run.names import clean_label
 
 _BATCHES_AHEAD = 1
@@ -163,21 +167,24 @@ class ShardImages:
     framing: Framing | None
     batch_size: int
     num_threads: int = 1
+    timeout_s: float = 60.0
+    deadline_s: float = 240.0
+    """As of `RangeReader`, for remote shards."""
 
     def batches(self) -> Iterator[ImageBatch]:
         """Yield all images in order; an empty shard yields one empty batch, to learn the width D.
 
         Raises:
-            FileNotFoundError: the shard is gone.
+            OSError: the shard is gone, or its storage did not answer in time.
         """
         starts = range(0, max(len(self.shard.keys), 1), self.batch_size)
-        with open_shard(self.url) as file:
+        with closing(RangeReader(self.timeout_s, self.deadline_s)) as ranges:
             if self.num_threads == 1:
-                yield from (self._begin(file, first, _at_once).finish() for first in starts)
+                yield from (self._begin(ranges, first, _at_once).finish() for first in starts)
             else:
-                yield from self._ahead(file, starts)
+                yield from self._ahead(ranges, starts)
 
-    def _ahead(self, file: IO[bytes], starts: range) -> Iterator[ImageBatch]:
+    def _ahead(self, ranges: RangeReader, starts: range) -> Iterator[ImageBatch]:
         reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(self.num_threads)
 
         def submit(decode: Callable[[], str | None]) -> _Outcome:
@@ -186,7 +193,7 @@ class ShardImages:
         waiting: deque[Future[_Begun]] = deque()
         try:
             for first in starts:
-                waiting.append(reader.submit(self._begin, file, first, submit))
+                waiting.append(reader.submit(self._begin, ranges, first, submit))
                 if len(waiting) > _BATCHES_AHEAD:
                     yield waiting.popleft().result().finish()
             yield from (begun.result().finish() for begun in waiting)
@@ -195,18 +202,34 @@ class ShardImages:
             for pool in (reader, decoders):
                 pool.shutdown(cancel_futures=True)
 
-    def _begin(self, file: IO[bytes], first: int, submit: _Submit) -> _Begun:
+    def _begin(self, ranges: RangeReader, first: int, submit: _Submit) -> _Begun:
         side = self.image_size
         images = np.zeros((self.batch_size, 3, side, side), np.float32)
         rows = range(first, min(first + self.batch_size, len(self.shard.keys)))
-        labels, outcomes = [], []
-        for slot, row in zip(images, rows, strict=False):
-            content, label = self._read(file, row)
+        labels: list[str | None] = []
+        outcomes: list[_Outcome] = []
+        places = [self._place(row) for row in rows]
+        contents = ranges.read([SampleRange(self.url, start, size) for start, size, _ in places])
+        for slot, row, (start, _, is_whole), content in zip(
+            images, rows, places, contents, strict=False
+        ):
+            label = None
+            if isinstance(content, TruncatedError):
+                outcomes.append(partial(str, content))
+            elif isinstance(content, OSError):
+                raise content
+            else:
+                encoded = bytes(content)
+                if is_whole:
+                    label = clean_label(class_label(encoded))
+                    before = self.shard.offsets[row] - start
+                    encoded = encoded[before : before + self.shard.sizes[row]]
+                outcomes.append(submit(self._decoding(encoded, slot)))
             labels.append(label)
-            outcomes.append(submit(self._decoding(content, slot)))
         return _Begun(first, images, labels, outcomes)
 
-    def _read(self, file: IO[bytes], row: int) -> tuple[bytes, str | None]:
+    def _place(self, row: int) -> tuple[int, int, bool]:
+        # offset and size of what to read, and whether that is the whole sample, not the image alone
         start, end, offset, size = (
             column[row]
             for column in (self.shard.starts, self.shard.ends, self.shard.offsets, self.shard.sizes)
@@ -214,12 +237,8 @@ class ShardImages:
         # a sample of one image has no class, and large other members are not read to look for one
         is_alone = offset - start <= _BLOCK and end - offset - size < _BLOCK
         if is_alone or end - start - size > _MOST_BESIDE:
-            file.seek(offset)
-            return file.read(size), None
-        file.seek(start)
-        sample = file.read(end - start)
-        label = clean_label(class_label(sample))
-        return sample[offset - start : offset - start + size], label
+            return offset, size, False
+        return start, end - start, True
 
     def _decoding(self, content: bytes, slot: Float32) -> Callable[[], str | None]:
         def decode() -> str | None:

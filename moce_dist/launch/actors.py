@@ -67,8 +67,10 @@ def _free_device() -> None:
     import torch
 
     from moce_dist.cluster.blocks import residents
+    from moce_dist.cluster.nearest import gpu_resources
 
     residents.cache_clear()
+    gpu_resources.cache_clear()
     torch.cuda.empty_cache()
 
 

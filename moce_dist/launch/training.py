@@ -85,6 +85,8 @@ class Crew:
         if "RANK" in os.environ or not needs_ray(job.parallel):
             with heed_sigterm() as is_terminated:
                 job.run(Pulse(is_terminated))
+                if is_terminated():
+                    raise StoppedError("SIGTERM while it ended; repeat the command to go on")
             return
         connect(job.parallel)
         with heed_sigterm() as is_terminated, _asking_for_room(job.parallel):
@@ -110,6 +112,7 @@ class Crew:
         wanted = Requirements(job.name, parallel, job.batch_size, resource)
         look = partial(live_hosts, resource)
         budgets, follower = LossBudget(job.name, parallel), Follower(job)
+        around: set[str] = set()
         gauges = JobGauges(job)
         if warning := short_stop(os.environ):
             log.warning("%s", warning)
@@ -117,11 +120,14 @@ class Crew:
             if self._start is None or not self._start.can_take(wanted):
                 self.dismiss()
                 labels = wait_for_seats(wanted, look, is_terminated)
+                around = {host.node for host in look()}
                 self._start = Attempt(job, wanted, labels)
             start = self._start
             log.info("%s: %d of %d workers", job.name, start.size, parallel.num_workers)
             ending = start.run(job, (follower, gauges), is_terminated)
             if ending.is_finished:
+                if is_terminated():
+                    raise StoppedError("asked to end while it ended; repeat the command to go on")
                 return
             self._start = None
             if failure := ray.get(start.board.failure.remote()):
@@ -133,7 +139,8 @@ class Crew:
                 log.info("%s: there is room for more workers", job.name)
                 continue
             start.free_seats()
-            lost = start.hosting() - {host.node for host in look()}
+            # before workers arrive, any of the nodes may be the one that they were to start on
+            lost = (start.hosting() or around) - {host.node for host in look()}
             if ending.is_saved and not lost:
                 log.info("%s: the room for more workers, or the drain, is over", job.name)
                 continue

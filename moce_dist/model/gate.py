@@ -264,14 +264,15 @@ def shared_groups(scores: Float64, num_groups: int) -> Int64:
     return _balanced(by_group.max(axis=3).sum(axis=0))
 
 
-def output_scales(p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: str) -> Tensor:
+def output_scales(log_p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: str) -> Tensor:
     """Return the weight of every image's expert output, (L, B): p, or p / stop_gradient(p).
 
-    `p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64. Padding has id -1 and gets the
-    last cluster's weight.
+    `log_p` (L, K, E), `experts` (L, K) int64, `cluster_ids` (B,) int64. Padding has id -1 and gets
+    the last cluster's weight.
     """
-    chosen = p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids]
-    return chosen if combine == "prob" else chosen / chosen.detach()
+    chosen = log_p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids]
+    # of a quotient, p could be 0: noise also chooses experts that a sharp gate has given up
+    return (chosen if combine == "prob" else chosen - chosen.detach()).exp()
 
 
 def balance_loss(p: Tensor, cluster_counts: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ from moce_dist.config import ParallelConfig
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.reduction import GradientReducer, in_backward_order
-from moce_dist.parallel.rendezvous import fresh_store
+from moce_dist.parallel.rendezvous import fresh_store, new_host_group
 from moce_dist.run.environment import bind_ranks, shorten_sockets
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -144,12 +144,10 @@ def create_groups(
 
 @functools.cache  # the stages of a process share it
 def _host_group(_: dist.ProcessGroup | None, timeout: timedelta) -> dist.ProcessGroup:
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)
-    return group
+    return new_host_group(timeout)
 
 
-atexit.register(_host_group.cache_clear)  # joins gloo's threads before the interpreter ends
+atexit.register(_host_group.cache_clear)  # see `new_host_group`
 
 
 def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:

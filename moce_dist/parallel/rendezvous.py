@@ -8,11 +8,13 @@ for itself. So the ranks agree on a name that only this start knows:
     rank 0       offer = {name, the numbers that it sees}, again when one changes, until all acked
 """
 
+import atexit
 import json
 import time
 import uuid
 from datetime import timedelta
 
+import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
@@ -66,3 +68,22 @@ def _wait(end: float, who: str) -> None:
     if time.monotonic() > end:
         raise TimeoutError(f"waited in vain for {who} to join")
     time.sleep(_LOOK_EVERY_S)
+
+
+def new_host_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Make a gloo group of all ranks; collective over them. It ends before the interpreter.
+
+    A thread of gloo that released a tensor's memory after the interpreter's end would abort the
+    process. Threads are joined once nobody refers to the group, so whoever keeps it in a cache must
+    clear that at exit.
+    """
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)
+    atexit.register(_leave, group)
+    return group
+
+
+def _leave(group: dist.ProcessGroup) -> None:
+    # torch refers to it, too, unless all groups were destroyed before
+    if dist.is_initialized():
+        dist.destroy_process_group(group)

@@ -34,6 +34,7 @@ _WIDTH, _HEIGHT = 4.6, 2.3
 # Paul Tol's muted scheme, readable for colour-blind eyes
 _MUTED = ("#332288", "#88ccee", "#44aa99", "#117733", "#999933", "#ddcc77", "#cc6677", "#882255")
 _STYLE = {
+    "text.parse_math": False,  # names of folders may have dollar signs
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 11,
@@ -169,7 +170,7 @@ def overlay(
 
     def draw(axes: Axes) -> None:
         for label, (points, colour, style) in lines.items():
-            _plot(axes, points, color=colour, linestyle=style, label=label)
+            _plot(axes, points, color=colour, linestyle=style, label=_shown(label))
         axes.set(title=title, xlabel=xlabel)
         if bottom is not None:
             _from(axes, bottom)
@@ -273,11 +274,16 @@ def cluster_sizes(clusters: Clusters | None) -> list[str]:
         for (label, values), colour in zip(sizes.items(), colours, strict=True):
             if values is not None:
                 ranks, sorted_sizes = _thin(range(len(values)), np.sort(values)[::-1].tolist())
-                axes.plot(ranks, sorted_sizes, color=colour, linewidth=1.4, label=label)
+                axes.plot(ranks, sorted_sizes, color=colour, linewidth=1.4, label=_shown(label))
         axes.set(title="images per cluster", xlabel="clusters, largest first", ylim=(0, None))
         axes.legend()
 
     return [panel("clusters", draw, height=3.2)]
+
+
+def _shown(name: str) -> str:
+    # matplotlib leaves names that begin with an underscore out of a legend
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def _size_bars(axes: Axes, clusters: Clusters) -> None:
@@ -290,7 +296,7 @@ def _size_bars(axes: Axes, clusters: Clusters) -> None:
         rest = clusters.counts[:, count:].sum(axis=1)
         stacks.append((f"{others} others", rest, "#bbbbbb"))
     for domain, counts, colour in stacks:
-        axes.bar(range(len(order)), counts[order], 0.9, bottom, color=colour, label=domain)
+        axes.bar(range(len(order)), counts[order], 0.9, bottom, color=colour, label=_shown(domain))
         bottom += counts[order]
     if clusters.free_sizes is not None:
         free = clusters.free_sizes[order]

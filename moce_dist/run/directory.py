@@ -264,4 +264,7 @@ def unlike(config: Config, base: Config) -> list[str]:
     if config.gate.groups == "shared":
         # with shared groups, the weights depend on the groups that they were trained in
         kept.add("parallel.num_groups")
+    if "fixed" in (config.gate.assign, base.gate.assign):
+        # the weights of a fixed gate are made from the clusters, not learnt
+        kept.add("gate.assign")
     return differing_fields(config, base, kept)

@@ -44,6 +44,9 @@ EVERY_S = 5.0
 STALE_S = 60.0
 """Seconds without a heartbeat after which a lock may be taken over."""
 _LOOK_S = 1.0
+_LEAVES_S = 300.0
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable of a submitted job's driver, set by Ray."""
 _LEAVING = threading.Lock()
 log = logging.getLogger(__name__)
 
@@ -145,14 +148,19 @@ class Lease:
     def take(self) -> None:
         """Become the owner, and renew the lock from then on.
 
+        A job that was submitted to Ray waits for some minutes until the owner has left: it may be
+        the driver that this one replaces, which still saves.
+
         Raises:
             ConfigError: another process is the owner, and lives.
             OSError: the folder cannot be written to.
         """
         first: tuple[Claim, float] | None = None
+        wait_until = time.monotonic() + (_LEAVES_S if SUBMITTED in os.environ else 0)
         while (holder := self._try()) is not None:
             is_beating = first is not None and holder != first
-            if holder[0].fate(0.0) == "alive" or is_beating:
+            is_alive = holder[0].fate(0.0) == "alive" or is_beating
+            if is_alive and time.monotonic() >= wait_until:
                 raise ConfigError(
                     f"{self.folder}: is in use by {holder[0]}; wait for its end, or end it"
                 )

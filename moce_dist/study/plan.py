@@ -31,6 +31,7 @@ from moce_dist.study.request import (
     task_request,
     tasks_of,
 )
+from moce_dist.transfer.continuing import steps_name
 from moce_dist.transfer.request import Request, base_of, further_of, is_moce, stage_of
 
 Kind = Literal["mae", "features", "cluster", "moce", "control", "transfer"]
@@ -75,7 +76,7 @@ class PlannedRun:
     makers: dict[Kind, str] = field(default_factory=dict)
 
     def images(self, stage: Kind) -> int:
-        """Return the number of images that a stage sees, with the padding of its last step."""
+        """Return the number of images that a stage sees, at most: with the padding of its steps."""
         if stage in ("features", "cluster"):
             return self.source.num_images
         budget = self.config.mae if stage == "mae" else self.config.moce
@@ -125,6 +126,11 @@ class Piece:
     def id(self) -> str:
         """Name of the piece in the study."""
         return piece_id(self.run, self.kind, self.request)
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages that it needs; pieces of tasks are needed for their order alone."""
+        return [need for need in self.needs if need.count("/") == 1]
 
     @property
     def folder(self) -> Path:
@@ -271,6 +277,11 @@ class Planner:
             images = given or stage.epochs * num_all
             images = None if share == 1 and not given else images * share
             found = budget(stage, images, num_all, source.num_images)
+            if arm.domains == "own_equal_images" and images is not None:
+                # not by steps: the last step of a small domain's epoch is mostly padding
+                epochs = images / source.num_images
+                warmup = stage.warmup_epochs / stage.epochs * epochs
+                found = {"epochs": epochs, "warmup_epochs": warmup}
             fields |= {f"{name}.{key}": value for key, value in found.items()}
         return fields
 
@@ -341,16 +352,16 @@ class Planner:
         by_folder: dict[str, list[Cell]] = {}
         for cell in cells:
             by_folder.setdefault(cell.request.folder, []).append(cell)
-        first: dict[int | None, str] = {}
+        first: dict[str, str] = {}
         for group in by_folder.values():
             backbones = tuple(dict.fromkeys(cell.backbone for cell in group))
             request = replace(group[0].request, backbones=backbones)
             config = group[0].config.model_copy(update={"control": "control" in run.makers})
             before = needs
             if any(further_of(name) == "all" for name in backbones):
-                # all tasks share one continued control per number of images: the first task trains
-                # it, and different numbers are trained one after the other
+                # all tasks share one continued control per number of images and schedule: the first
+                # task trains it, and different ones are trained one after the other
                 mine, others = piece_id(run.name, "transfer", request), tuple(first.values())
-                earlier = first.setdefault(request.continue_images, mine)
+                earlier = first.setdefault(steps_name(config, request.continue_images), mine)
                 before = (*needs, *(others[-1:] if earlier == mine else (earlier,)))
             yield Piece("transfer", run.name, run.root, config, before, links, request)

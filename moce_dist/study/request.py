@@ -42,7 +42,7 @@ class Arm(Section):
     domains: Literal["all", "own_equal_images", "own_equal_steps"] = "all"
     """all: one run on all data. Otherwise one run for every domain that tasks name, on its images
     alone. own_equal_images: on as many images as the run on all data sees of that domain.
-    own_equal_steps: on as many as the run on all data sees in total."""
+    own_equal_steps: for as many steps as the run on all data takes."""
     against: str | None = None
     """Arm of the same cost that its differences are taken to; None: the study's `reference`."""
     continue_images: int | None = Field(None, ge=1)

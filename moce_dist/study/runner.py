@@ -68,6 +68,7 @@ def piece_fingerprint(piece: Piece) -> str:
     request, transfer = piece.request, None
     if request is not None:
         transfer = [
+            request.task,
             request.backbones,
             request.protocols,
             request.continue_images,
@@ -102,9 +103,15 @@ class Journal:
         line, marker = self.lines.get(piece.id), read_marker(piece.folder)
         if line is None or marker is None or line["of"] != piece_fingerprint(piece):
             return False
+        needed = line.get("needs", {}).items()  # journals of version 0.1 do not have them
+        if any(self._artefact(need) != artefact for need, artefact in needed):
+            return False
         return line["artefact"] == artefact_id(piece.folder) and is_complete(
             piece.folder, marker["inputs"]
         )
+
+    def _artefact(self, piece_id: str) -> str | None:
+        return self.lines.get(piece_id, {}).get("artefact")
 
     def enter(self, piece: Piece, outcome: PieceOutcome) -> None:
         """Record a finished piece; if it was finished before, the longer time is kept."""
@@ -116,6 +123,7 @@ class Journal:
             "piece": piece.id,
             "of": of,
             "artefact": artefact_id(piece.folder),
+            "needs": {need: self._artefact(need) for need in piece.stages},
             "seconds": round(seconds, 3),
             "machine": platform.node(),
             "time": time.strftime("%FT%TZ", time.gmtime()),
@@ -194,7 +202,10 @@ class Runner:
         """Start with the pieces that were finished before."""
         self.plan, self.out, self.report = plan, out, report
         self.journal = Journal(out / "pieces.jsonl")
-        self.done = {piece.id for piece in plan.pieces if self.journal.holds(piece)}
+        self.done: set[str] = set()
+        for piece in plan.pieces:  # a piece comes after those that it needs
+            if self.done.issuperset(piece.stages) and self.journal.holds(piece):
+                self.done.add(piece.id)
         self.failed: dict[str, str] = {}
         self.running: dict[Future[PieceOutcome], tuple[Piece, float]] = {}
         self._lanes, self._told_at, self._reported_at = 1, 0.0, time.monotonic()

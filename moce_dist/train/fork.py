@@ -206,5 +206,10 @@ def _share(fork: Fork, root: Path) -> None:
         if path.name == INPUTS or int(path.stem[5:]) <= fork.step:
             (new / path.relative_to(old)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, new / path.relative_to(old))
+    newest = max((new / "placement").glob("step_*"), key=lambda p: int(p.stem[5:]), default=None)
+    if newest is not None and int(newest.stem[5:]) < fork.step:
+        # its interval went on in the other run
+        interval = json.loads(newest.read_text())
+        write_atomic(newest, json.dumps({**interval, "measured_in_interval": None}))
     if (source / "faults.jsonl").exists():
         shutil.copyfile(source / "faults.jsonl", root / "faults.jsonl")

@@ -78,7 +78,7 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     with closing(batches(state, clock)) as coming:
         for batch in coming:
             outcome = train_step(state, batch)
-            clock.count(state.plan.batch_size)
+            clock.count(outcome.planned)
             state.step += 1
             is_logged = is_due(state, job.config.logging.every_steps) or state.step == start + 1
             is_saved = is_due(state, job.config.checkpoint.every_steps)
@@ -221,10 +221,12 @@ def forward(
     table, clusters, counts = exchange.along
     if config.gate.assign == "fixed":
         # adds a zero gradient, because the engine needs a gradient for every parameter
-        p = F.one_hot(table, config.moe.num_experts) + 0 * gate.logits()
+        log_p = 0 * gate.logits()
+        p = F.one_hot(table, config.moe.num_experts) + log_p
     else:
-        p = gate.logits().softmax(dim=-1)
-    scales = output_scales(p, table, clusters, config.gate.combine)
+        log_p = gate.logits().log_softmax(dim=-1)
+        p = log_p.exp()
+    scales = output_scales(log_p, table, clusters, config.gate.combine)
     losses = state.engine.forward(normalise(images), noise, exchange, scales)
     # the plan gives the counts of the global batch, so these losses need no communication
     counts = counts.to(p.dtype)
@@ -306,7 +308,8 @@ def stop_if_too_many_faults(state: TrainState) -> None:
     """
     seen = images_seen(state.plan, state.step)
     limit = state.job.config.data.max_fault_fraction
-    if state.faults > max(_FAULTS_BEFORE_STOP, limit * seen):
+    # some are bearable in a short run; only a fraction of 0 forbids them
+    if state.faults > max(_FAULTS_BEFORE_STOP if limit else 0, limit * seen):
         raise TooManyFaultsError(
             f"{state.faults} of the {seen} images read were unusable, more than "
             f"data.max_fault_fraction ({limit}) allows; see {state.job.run_root / 'faults.jsonl'}"

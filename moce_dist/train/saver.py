@@ -93,6 +93,8 @@ class _Background(threading.Thread):
             self.error = error
         except Exception as error:  # noqa: BLE001 - whatever it is, all ranks must hear of it
             self.error = OSError(f"{error}")
+            # tells storage that may recover from a full disk
+            self.error.errno = getattr(error, "errno", None)
 
     def finish(self) -> None:
         """Wait for the end, at normal priority because training waits too."""
@@ -195,17 +197,24 @@ class Saver:
 
     def _go_on(self, save: _Save) -> None:
         results: list[Any] = [None] * self._topology.num_ranks
-        dist.all_gather_object(results, (save.task.result, save.task.error), group=self._hosts)
-        if failed := next((error for _, error in results if error is not None), None):
+        mine = save.task.result, save.task.error, getattr(save.task.error, "errno", None)
+        dist.all_gather_object(results, mine, group=self._hosts)
+        # an error is sent without its errno
+        for _, failed, errno in results:
+            if failed is None:
+                continue
             self._save = None
             if self._rank == 0:
                 shutil.rmtree(save.temporary, ignore_errors=True)
-            raise type(failed)(f"{self._folder}: checkpoint not written: {failed}")
+            error = type(failed)(f"{self._folder}: checkpoint not written: {failed}")
+            if isinstance(error, OSError):
+                error.errno = errno
+            raise error
         if save.is_written:
             self._save = None
             self.seconds = round(time.monotonic() - save.begun, 3)
             return
-        files = {name: digest for part, _ in results for name, digest in part.items()}
+        files = {name: digest for part, *_ in results for name, digest in part.items()}
         manifest = {"format": FORMAT, **save.position, "files": files}
         seal = partial(publish, save.temporary, save.target, manifest, keep=self._keep)
         save.task = _Background(seal if self._rank == 0 else lambda: None)

@@ -32,6 +32,7 @@ from torch import Tensor
 from moce_dist.arrays import Int64
 from moce_dist.config import Config
 from moce_dist.model.gate import Gate, NoiseSchedule, layer_table, logits, noisy_layer
+from moce_dist.parallel.rendezvous import new_host_group
 
 _SCORES_OF_A_SMALL_TABLE = 2**18
 
@@ -52,14 +53,12 @@ def _channel(_: dist.ProcessGroup | None, timeout_s: float) -> _Channel:
     # cached, so that the stages of a process share groups and threads
     group: Any = None
     if dist.get_world_size() > 1:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+        group = new_host_group(timedelta(seconds=timeout_s))
     cores = len(os.sched_getaffinity(0))
     return _Channel(group, ThreadPoolExecutor(1), ThreadPoolExecutor(cores))
 
 
-# gloo's threads must be joined while there is an interpreter: one that released a table's memory
-# later would abort the process
-atexit.register(_channel.cache_clear)
+atexit.register(_channel.cache_clear)  # see `new_host_group`
 
 
 @dataclass(frozen=True)

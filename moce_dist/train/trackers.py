@@ -106,7 +106,7 @@ class _MLflow:
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
-        self._client, self._metric = MlflowClient(f"file://{folder / 'mlflow'}"), Metric
+        self._client, self._metric = MlflowClient((folder / "mlflow").as_uri()), Metric
         self._logged = -1
         found = self._client.get_experiment_by_name(folder.parent.name)
         experiment = (

@@ -29,7 +29,7 @@ from moce_dist.train.encoder import OWN, build_encoder, same_encoder
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.classification.frozen import encode
 from moce_dist.transfer.loading import Machine
-from moce_dist.transfer.request import BY_USE, Request, base_of, is_chosen, stage_of
+from moce_dist.transfer.request import BY_USE, Request, base_of, is_chosen, is_moce, stage_of
 from moce_dist.transfer.select import (
     CONTROL,
     candidate_configs,
@@ -172,6 +172,28 @@ class Chooser:
             inputs,
             lambda: self._validate(control) if is_validated else self._chosen(config),
         )
+
+    @property
+    def settings(self) -> list[Any]:
+        """What a choice depends on besides the run, the task and a backbone's name."""
+        transfer = self.config.transfer
+        return [
+            self.request.experts,
+            transfer.select,
+            transfer.merge_temperature,
+            transfer.max_train,
+            self._validated_by,
+        ]
+
+    def clusters(self, name: str) -> dict[str, int]:
+        """Return the number of the task's images per cluster, for the further steps of a backbone.
+
+        The control needs no choice of experts, so none is tried for it.
+        """
+        if not is_moce(name):
+            is_tried = self.config.transfer.select == "validate" and self.request.experts is None
+            name = "moce:vote" if is_tried else "moce"
+        return dict(self.choice(name)["clusters"])
 
     @property
     def _validated_by(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _CONFIG = "config.json"
 
 
 def routes(argv: Sequence[str]) -> None:
-    """List the routes of a run's MoCE, or export the dense ViT of one, or of a stage without experts.
+    """List the routes of a run's MoCE, or export the dense ViT of one or of a stage.
 
     Raises:
         ConfigError: there is no such run, checkpoint or expert.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from moce_dist.config import Config
-from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
+from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, mark_complete
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl, write_atomic
 from moce_dist.train.checkpoint import trained_steps
@@ -41,7 +41,13 @@ from moce_dist.transfer.request import (
     own_backbone,
     stage_of,
 )
-from moce_dist.transfer.results import Fit, Ledger, Row, fingerprints, make_metrics
+from moce_dist.transfer.results import (
+    Fit,
+    Ledger,
+    Row,
+    fingerprints,
+    make_metrics,
+)
 from moce_dist.transfer.select import CONTROL, mix_of
 from moce_dist.transfer.skips import record_skips
 from moce_dist.transfer.tasks import Task
@@ -78,7 +84,7 @@ class Comparison:
         return dense_backbone(name, self.config, self.chooser.dense(name))
 
     def _further(self, name: str) -> Backbone:
-        folder = further_folder(self.run, self.request, name)
+        folder = further_folder(self.run, self.config, self.request, name)
         checkpoint, weights = further_weights(folder)
         mix = mix_of(self.chooser.choice(name)) if is_moce(name) else None
         identity = {"further": artefact_id(folder), "checkpoint": checkpoint}
@@ -96,8 +102,7 @@ class Comparison:
             assert images is not None
             shares, dense = None, chooser.dense(base_of(name))
             if further_of(name) == "own":
-                clusters = chooser.choice(name if is_moce(name) else "moce")["clusters"]
-                shares = shares_of(clusters, self.config.cluster.num_clusters)
+                shares = shares_of(chooser.clusters(name), self.config.cluster.num_clusters)
             take_further_steps(job, images, dense, shares, train)
 
     def steps_fewer(self) -> dict[str, int]:
@@ -128,7 +133,15 @@ class Comparison:
         transfer, of_task = self.config.transfer, self.chooser.task_fingerprint
         common = {name: [of_task, self.task.budget(transfer, name)] for name in protocols}
         own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
-        return Ledger(path, fingerprints(common), fingerprints(own), stages)
+        further = [self.request.continue_images, transfer.continued.model_dump(mode="json")]
+        return Ledger(
+            path,
+            fingerprints(common),
+            fingerprints(own),
+            stages,
+            choosing=fingerprint(self.chooser.settings),
+            further=fingerprint(further),
+        )
 
     def fits(self) -> Iterator[Fit]:
         """List what was requested, ordered so that features are computed once."""
@@ -268,7 +281,7 @@ def _export(comparison: Comparison, own: Backbone, metrics: dict[str, Any]) -> l
         **({} if choice is None else {"selection": choice["select"]}),
     }
     if own.cost is not None:
-        folder = further_folder(comparison.run, request, name).name
+        folder = further_folder(comparison.run, comparison.config, request, name).name
         where = f"{own.cost['images']} images of the task's own clusters"
         about["trained on"] = (
             f"{where}, continued/{folder}/checkpoints/{own.identity['checkpoint']}"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_dist.config import Config, ParallelConfig
+from moce_dist.run.artefacts import fingerprint
 from moce_dist.run.directory import Run
 from moce_dist.train.job import MoreSteps
 from moce_dist.train.pulse import Pulse
@@ -68,11 +69,18 @@ class FurtherJob(TransferJob):
         return self.steps.progress() if self.steps else ""
 
 
-def further_folder(run: Run, request: Request, backbone: str) -> Path:
+def steps_name(config: Config, images: int | None) -> str:
+    """Name further steps on all data: N, and how, where `transfer.continued` is not the default."""
+    continued = config.transfer.continued
+    how = "" if continued == type(continued)() else f"-{fingerprint(continued.model_dump())[:8]}"
+    return f"{images}{how}"
+
+
+def further_folder(run: Run, config: Config, request: Request, backbone: str) -> Path:
     """Return the folder of a backbone's further steps."""
     images = request.continue_images
     if further_of(backbone) == "all":
-        return run.output / "control_more" / str(images)
+        return run.output / "control_more" / steps_name(config, images)
     name = backbone.replace(":", "-")
     return run.transfer(request.folder) / "continued" / f"{name}-{images}"
 
@@ -80,7 +88,7 @@ def further_folder(run: Run, request: Request, backbone: str) -> Path:
 def further_jobs(run: Run, config: Config, request: Request) -> dict[str, FurtherJob]:
     """Return the jobs of the further steps that a request needs, by backbone, without `steps`."""
     return {
-        name: FurtherJob(run, config, further_folder(run, request, name))
+        name: FurtherJob(run, config, further_folder(run, config, request, name))
         for name in request.backbones
         if further_of(name)
     }

@@ -5,7 +5,7 @@
     control+all   the control, on N more images of all the data; one for all tasks of a run
 
     RUN/transfer/TASK/continued/moce+own-N/{start/, metrics.jsonl, checkpoints/}
-    RUN/control_more/N/{start/, metrics.jsonl, checkpoints/}
+    RUN/control_more/N[-HOW]/{start/, metrics.jsonl, checkpoints/}
 
 The images are streamed by plan from the run's cluster-sharded tars, through the same loop as in all
 stages. The optimiser is new, and the schedule is that of `transfer.continued`. Steps that were

@@ -100,7 +100,8 @@ class Reconstructors:
         images, noise = normalise(batch.images.to(self.device)), batch.noise.to(self.device)
         own = self._table[:, clusters.clamp_min(0)]
         # all experts get the output scale of the own ones, so that only their weights differ
-        scales = output_scales(self._p, self._table, clusters, config.gate.combine).to(self.device)
+        log_p = self._p.log().clamp_min(-100)  # of p = 0, the difference to itself would be nan
+        scales = output_scales(log_p, self._table, clusters, config.gate.combine).to(self.device)
         by_shift = []
         for shift in range(config.moe.num_experts):
             experts = ((own + shift) % config.moe.num_experts).to(self.device)

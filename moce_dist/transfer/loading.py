@@ -137,7 +137,12 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
         parallel.model_copy(update=mine),
         rank,
         num_ranks,
-        KeptImages(config.data.keep_bytes if config.data.keep == "memory" else 0),
+        # every loader process keeps images of its own
+        KeptImages(
+            config.data.keep_bytes // max(1, config.data.loader_processes)
+            if config.data.keep == "memory"
+            else 0
+        ),
     )
 
 

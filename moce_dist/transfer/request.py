@@ -193,9 +193,12 @@ def _check_backbone(given: str, request: Request, config: Config) -> None:
         raise ConfigError(f"--backbone {name}: {experts_of(config)}; {rule}")
     if not is_moce(name):
         return
-    select = name.partition(":")[2] or config.transfer.select
+    named = name.partition(":")[2]
+    select = named or config.transfer.select
     if select not in SELECTIONS:
         raise ConfigError(f"--backbone {name}: must be moce:{' or moce:'.join(SELECTIONS)}")
+    if named and request.experts is not None:
+        raise ConfigError(f"--backbone {name}: not with --experts, which names them for moce")
     can_validate = kind_of(request.task).can_validate
     if select == "validate" and request.experts is None and not can_validate:
         raise ConfigError(

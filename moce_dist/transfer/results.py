@@ -48,13 +48,17 @@ class Ledger:
 
     `common` has, per protocol, the fingerprint of task and budget; `own` has, per requested
     backbone, the fingerprint of its weights and choice; `stages` has, for any backbone of the run,
-    the fingerprint of the checkpoint that it comes from.
+    the fingerprint of the checkpoint that it comes from. `choosing` and `further` are fingerprints
+    of how experts are chosen and of the further steps: backbones that are not requested now, and so
+    are not made, must have been made in the same way.
     """
 
     path: Path
     common: Mapping[str, str]
     own: Mapping[str, str]
     stages: Mapping[str, str] = field(default_factory=dict)
+    choosing: str | None = None
+    further: str | None = None
 
     def rows(self) -> dict[Fit, Row]:
         """Return the newest valid row of every fit, requested now or before."""
@@ -62,14 +66,22 @@ class Ledger:
         for line in read_jsonl(self.path):
             row = line["row"]
             fit = Fit(row["backbone"], row["protocol"], row["seed"])
-            is_same = line["common"] == self.common.get(fit.protocol)
-            is_same &= line.get("stage") == self._stage(fit.backbone)
-            if is_same and line["own"] == self.own.get(fit.backbone, line["own"]):
+            if fit.backbone in self.own:
+                is_same = line["own"] == self.own[fit.backbone]
+            else:
+                is_same = line.get("stage") == self._origin(fit.backbone)
+            if is_same and line["common"] == self.common.get(fit.protocol):
                 found[fit] = row
         return found
 
-    def _stage(self, backbone: str) -> str | None:
-        return self.stages.get(re.split("[:+]", backbone)[0])
+    def _origin(self, backbone: str) -> str | None:
+        kind = re.split("[:+]", backbone)[0]
+        is_chosen, is_further = kind in ("moce", "token"), "+" in backbone
+        # a backbone of `control+own` is trained on the clusters that the choice found
+        ways = [self.choosing if is_chosen or is_further else None]
+        ways += [self.further if is_further else None]
+        stage, known = self.stages.get(kind), [way for way in ways if way is not None]
+        return fingerprint([stage, *known]) if known else stage
 
     def identity(self, fit: Fit) -> str:
         """Fingerprint of everything that a fit's result depends on."""
@@ -80,7 +92,7 @@ class Ledger:
         line = {
             "common": self.common[row["protocol"]],
             "own": self.own[row["backbone"]],
-            "stage": self._stage(row["backbone"]),
+            "stage": self._origin(row["backbone"]),
             "row": row,
         }
         # rewrite the file: a line appended behind one that a kill truncated would be lost with it

@@ -95,7 +95,7 @@ def test_law_2_holds_for_images_of_each_cluster_as_the_gate_routes_them(combine,
     table = routes(weights, GateConfig())
     for cluster in range(5):
         images, ids = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.full((2,), cluster)
-        scales = output_scales(p, table, ids, combine)
+        scales = output_scales(p.log(), table, ids, combine)
         dispatcher = LocalDispatcher(table[:, ids], NUM_EXPERTS)
         expected = moce.features(images, dispatcher, scales.double())
         scale = scales[:, 0].tolist() if combine == "prob" else None

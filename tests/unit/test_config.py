@@ -70,6 +70,19 @@ def test_no_epochs_need_weights_to_take():
             {"data": {"image_size": 32}, "model": {"mask_ratio": 0.8}},
             "model.mask_ratio (0.8) must leave one of the 4 patches",
         ),
+        (
+            {"moe": {"layers": [5, 1]}},
+            "moe.layers ([5, 1]) must be distinct blocks below 12, in asc",
+        ),
+        (
+            {
+                "gate": {"groups": "shared"},
+                "cluster": {"num_clusters": 6},
+                "moe": {"num_experts": 4},
+                "parallel": {"num_groups": 4, "num_workers": 4},
+            },
+            "cluster.num_clusters (6) must be a multiple of parallel.num_groups (4) when gate.gr",
+        ),
         ({"logging": {"profile_steps": [103, 100]}}, "logging.profile_steps ([103, 100]) must be"),
         ({"logging": {"profile_steps": [-3, 5]}}, "logging.profile_steps ([-3, 5]) must be"),
     ],

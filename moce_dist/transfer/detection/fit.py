@@ -215,7 +215,7 @@ def fit(task: Detection, trial: Trial) -> Fitted:
     }
     skipped = skips.close()
     if machine.rank == 0:
-        document = {**figures, "skipped_images": len(skipped)}
+        document = {**figures, "skipped_images": len({skip["key"] for skip in skipped})}
         write_atomic(trial.out / "scores.json", json.dumps(document, indent=1))
     return Fitted({task.metric: figures["box"]["AP"]}, skipped, figures)
 

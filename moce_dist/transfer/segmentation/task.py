@@ -261,11 +261,12 @@ class Segmentation(Task):
         return transfer.segmentation.batch_size
 
     def fingerprint(self) -> str:
-        """Return a sha256 over classes, keys and file sizes."""
+        """Return a sha256 over classes, keys, sizes of images, and masks."""
         digest = hashlib.sha256(repr(list(self.classes)).encode())
         for masked in [*self.train, *self.test]:
-            sizes = masked.image.stat().st_size, masked.mask.stat().st_size
-            digest.update(f"{masked.key}/{sizes}\n".encode())
+            digest.update(f"{masked.key}/{masked.image.stat().st_size}\n".encode())
+            # a corrected mask may have the size of the wrong one
+            digest.update(hashlib.sha256(masked.mask.read_bytes()).digest())
         return digest.hexdigest()
 
     def images(self) -> list[Item]:

@@ -178,3 +178,25 @@ def test_dry_run_of_512_gpus_and_a_billion_images_marks_every_term(tmp_path):
 
 def test_without_a_number_of_images_no_days_are_promised():
     assert not any("days" in line for line in budget_lines(load_config(None), None))
+
+
+def test_days_are_of_the_stages_that_run():
+    both = ("mae.epochs=800", "moce.epochs=10")
+    days = reckon(*both).days(10**6).value
+    alone = reckon(*both, "base_run=old").days(10**6).value
+    assert alone == pytest.approx(days * 10 / 810)
+    assert reckon(*both, "base_run=old", "control=true").days(10**6).value == pytest.approx(
+        2 * alone
+    )
+    dense = ("moe.kind=dense", "gate.groups=shared")
+    plain, twice = (reckon(*both, *dense, f"control={c}").days(10**6).value for c in (False, True))
+    assert plain == twice
+
+
+def test_accumulated_and_rounded_gradients_lie_beside_the_buckets():
+    gib = 2**30
+    of_all = 4 * 86e6 / gib  # float32 gradients of a ViT-B, at least
+    plain = reckon("parallel.reduce_dtype=fp32").memory().value
+    assert reckon("parallel.reduce_dtype=bf16").memory().value > plain + of_all
+    one = reckon("parallel.reduce_dtype=bf16", "parallel.zero_stage=1").memory().value
+    assert one == reckon("parallel.reduce_dtype=fp32", "parallel.zero_stage=1").memory().value

@@ -15,6 +15,7 @@ from moce_dist.config import DataConfig
 from moce_dist.data.audit import find_copies, verify
 from moce_dist.data.shards import scan_shard, write_index
 from moce_dist.run.files import read_faults
+from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
 DATA = DataConfig()
@@ -136,3 +137,11 @@ def test_mean_of_thumbnails_does_not_count():
 
     pixels = np.random.default_rng(0).uniform(0, 100, (64, 64)).astype(np.float32)
     assert float(thumbnail(pixels) @ thumbnail(2 * pixels + 30)) > 0.9999
+
+
+def test_a_folder_of_empty_files_alone_is_refused_by_name(tmp_path, tar_of, some_image):
+    index = indexed(tmp_path, tar_of, [("a.png", some_image(0))])
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "b.png").write_bytes(b"")
+    with pytest.raises(ConfigError, match="task: no image of it can be read"):
+        list(find_copies(index, tmp_path / "task", DATA))

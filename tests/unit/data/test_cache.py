@@ -141,3 +141,10 @@ def test_full_disk_costs_the_cache_and_nothing_else(index, remote, tmp_path, sma
     assert_same(batches(far, tmp_path, cache=str(small_disk)), batches(index, tmp_path))
     said = [record.message for record in caplog.records]
     assert said == [f"data.cache ({small_disk}): takes no more samples: No space left on device"]
+
+
+def test_a_cache_folder_that_is_none_costs_the_cache_alone(index, remote, tmp_path):
+    far, _ = remote
+    (tmp_path / "file").write_bytes(b"")
+    with_cache = batches(far, tmp_path, cache=str(tmp_path / "file" / "cache"))
+    assert_same(with_cache, batches(index, tmp_path))

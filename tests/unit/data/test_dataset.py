@@ -199,3 +199,23 @@ def test_a_loaded_position_is_not_given_up(index):
         samples.set_epoch(0)
     samples.set_epoch(2)
     assert sum(1 for _ in samples) == SAMPLES - BATCH
+
+
+def test_without_the_last_step_the_position_resumes_where_it_was(index):
+    def open_samples(step=0):
+        samples = PlannedSamples(index, batch_size=BATCH, drop_last=True)
+        samples.load_state_dict({"step": step})
+        return samples
+
+    samples, steps = open_samples(), []
+    assert samples.steps_per_epoch == SAMPLES // BATCH
+    for epoch in range(6):
+        samples.set_epoch(epoch)
+        loader = DataLoader(samples, BATCH, collate_fn=list)
+        steps += [[sample["__key__"] for sample in batch] for batch in loader]
+    done = 5 * samples.steps_per_epoch + 3
+    resumed = open_samples(done)
+    rest = [[s["__key__"] for s in batch] for batch in DataLoader(resumed, BATCH, collate_fn=list)]
+    assert rest == steps[done:] and len(rest) == samples.steps_per_epoch - 3
+    with pytest.raises(ValueError, match="drop_last: 101 samples are no step"):
+        PlannedSamples(index, batch_size=102, drop_last=True)

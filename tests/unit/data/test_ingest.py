@@ -663,3 +663,14 @@ def test_url_with_credentials_is_refused_and_not_repeated(url):
 
 def test_url_without_credentials_is_taken():
     assert expand_shards("s3://bucket/a@b.tar") == ["s3://bucket/a@b.tar"]
+
+
+def test_every_sample_of_a_repeated_key_counts(tmp_path, tar_of, some_image):
+    path = tar_of(tmp_path / "0.tar", [("image.png", some_image(n)) for n in range(9)])
+    with pytest.raises(ConfigError, match="8 of 9 samples are unreadable"):
+        run(f"shards:{path}", tmp_path / "out")
+    faults = read_faults(tmp_path / "out" / "faults.jsonl")
+    assert [fault["key"] for fault in faults] == ["image"] * 8
+    with pytest.raises(ConfigError, match="8 of 9"):
+        run(f"shards:{path}", tmp_path / "out")
+    assert read_faults(tmp_path / "out" / "faults.jsonl") == faults

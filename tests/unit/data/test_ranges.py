@@ -107,3 +107,14 @@ def test_lasting_trouble_is_described_without_secrets(range_server, behaviour, r
     # what will not change is not asked again
     if behaviour in ("forbidden", "missing"):
         assert server.requests["/a.tar"] == 1
+
+
+def test_reads_go_on_where_the_kernel_stopped(tmp_path, monkeypatch):
+    path, whole, read = tmp_path / "a.tar", os.urandom(5000), os.pread
+    path.write_bytes(whole)
+    # as at 2 GiB, or on some file systems
+    monkeypatch.setattr(os, "pread", lambda file, size, at: read(file, min(size, 700), at))
+    found, cut = RangeReader().read(
+        [SampleRange(str(path), 10, 4000), SampleRange(str(path), 4500, 900)]
+    )
+    assert bytes(found) == whole[10:4010] and "ends after 500 of 900 bytes" in str(cut)

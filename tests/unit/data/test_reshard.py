@@ -249,3 +249,13 @@ def test_large_tars_are_read_in_portions(tmp_path, index, clusters, monkeypatch)
         == one.shards
     )
     assert max(sizes) <= 2 and sum(sizes) == 15
+
+
+def test_a_member_that_ingest_reported_travels_with_its_sample(tmp_path, tar_of, some_image):
+    names = ["cat.jpg", "cat.2.jpg", "dog.jpg"]
+    path = tar_of(tmp_path / "odd.tar", [(name, some_image(0)) for name in names])
+    shard, faults = scan_shard(str(path))
+    assert len(faults) == 1 and shard.num_samples == 2
+    index = write_index(tmp_path, [shard])
+    found = reshard(index, np.array([1, 0]), tmp_path / "out", DataConfig(), inputs={})
+    assert sorted(key for each in found.shards for key in each.keys) == ["cat", "dog"]

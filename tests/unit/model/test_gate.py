@@ -113,13 +113,24 @@ def test_confidence_loss_is_the_mean_entropy_of_the_images():
 
 def test_output_scales_carry_the_gradient_of_p():
     weight = torch.tensor([0.2], requires_grad=True)
-    p = torch.stack([weight, 1 - weight], dim=-1)[None]  # L = 1, K = 1, E = 2
+    log_p = torch.stack([weight, 1 - weight], dim=-1)[None].log()  # L = 1, K = 1, E = 2
     experts, ids = torch.tensor([[1]]), torch.tensor([0, 0])
-    assert output_scales(p, experts, ids, "prob").tolist() == [[pytest.approx(0.8)] * 2]
-    scales = output_scales(p, experts, ids, "straight_through")
+    assert output_scales(log_p, experts, ids, "prob").tolist() == [[pytest.approx(0.8)] * 2]
+    scales = output_scales(log_p, experts, ids, "straight_through")
     assert scales.tolist() == [[1, 1]]
     scales.sum().backward()
     assert weight.grad.item() == pytest.approx(-2 / 0.8)
+
+
+@pytest.mark.parametrize("gap", [20.0, 90.0, 120.0])
+def test_an_expert_that_a_sharp_gate_gave_up_keeps_the_step_finite(gap):
+    logits = torch.tensor([[[gap, 0.0]]], requires_grad=True)
+    scales = output_scales(
+        logits.log_softmax(-1), torch.tensor([[1]]), torch.tensor([0]), "straight_through"
+    )
+    scales.sum().backward()
+    assert scales.tolist() == [[1]]
+    assert logits.grad.flatten().tolist() == [pytest.approx(-1), pytest.approx(1)]
 
 
 def test_standardised_embeddings_have_no_common_direction():

@@ -169,15 +169,15 @@ def test_clusters_may_be_of_features_wider_than_the_model():
     model = MaskedAutoencoder(config, centroids=torch.randn(6, 80), num_local_experts=3)
     assert model.gate.weight.shape == (len(config.moe_layers), 3, 80)
     assert model.gate.cluster_embedding.shape == (6, 80)
-    p = model.gate.logits().softmax(dim=-1)
+    log_p = model.gate.logits().log_softmax(dim=-1)
     routes = torch.from_numpy(routing_table(model.gate.logits(), config.gate))
     ids = torch.tensor([0, 2, 5, 5])
-    scales = output_scales(p, routes, ids, "straight_through")
+    scales = output_scales(log_p, routes, ids, "straight_through")
     dispatcher = LocalDispatcher(routes[:, ids], 3)
     model(torch.randn(4, 3, 32, 32), torch.rand(4, 16), dispatcher, scales).mean().backward()
     assert model.gate.weight.grad.abs().sum() > 0
     names = {n: t for n, t in model.state_dict().items() if n.startswith("gate.")}
-    assert cluster_probabilities(names).allclose(p)
+    assert cluster_probabilities(names).allclose(log_p.exp())
 
 
 def test_global_names_follow_residents_not_slots():

@@ -115,6 +115,12 @@ def test_many_domains_are_few_colours(finished):
     assert "others" not in cluster_sizes(record.clusters)[0]
 
 
+def test_any_name_of_a_folder_can_be_a_domain():
+    names = ["price_$5_to_$10", "_drafts", "a$x_$b"]
+    [drawn] = cluster_sizes(Clusters(names, np.ones((4, 3), np.int64)))
+    assert all(name in drawn for name in names)
+
+
 @pytest.mark.parametrize(
     "summary",
     [

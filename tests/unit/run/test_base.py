@@ -79,6 +79,12 @@ def test_groups_matter_where_the_gate_keeps_to_them():
     assert unlike(changed(gate=shared), changed()) == ["gate.groups: 'free' -> 'shared'"]
 
 
+def test_a_gate_that_does_not_learn_takes_no_learnt_weights():
+    fixed = {"assign": "fixed"}
+    assert unlike(changed(gate=fixed), changed()) == ["gate.assign: 'argmax' -> 'fixed'"]
+    assert unlike(changed(gate=fixed), changed(gate=fixed)) == []
+
+
 @pytest.mark.parametrize("name", ["mae", "clusters", "moce"])
 def test_an_unfinished_base_is_refused(base, tmp_path, name):
     (base.root / name / "COMPLETE").unlink()

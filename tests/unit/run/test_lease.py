@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -175,6 +176,20 @@ def test_lease_of_another_host_is_refused_with_its_next_heartbeat(tmp_path, monk
     with pytest.raises(ConfigError, match=r"process 1 on node7 .* since"), hold(tmp_path):
         pass
     assert len(looks) == 3
+
+
+def test_a_submitted_job_waits_until_the_driver_before_it_has_left(tmp_path, start, monkeypatch):
+    process = start(tmp_path)
+    wait_for(process)
+    monkeypatch.setenv(lease.SUBMITTED, "{}")
+    monkeypatch.setattr(lease, "_LEAVES_S", 0.3)
+    monkeypatch.setattr(lease, "_LOOK_S", 0.1)
+    with pytest.raises(ConfigError, match="is in use by process"), hold(tmp_path):
+        pass
+    monkeypatch.setattr(lease, "_LEAVES_S", 60)
+    threading.Timer(0.5, process.terminate).start()
+    with hold(tmp_path):
+        assert process.poll() is not None
 
 
 def test_host_that_falls_silent_is_waited_for_and_replaced(tmp_path, monkeypatch):

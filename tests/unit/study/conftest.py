@@ -56,9 +56,10 @@ def read(tmp_path):
 def plan():
     """Plan a study over data sets of `SIZES` images."""
 
-    def plan(study, split="test"):
+    def plan(study, split="test", **sizes):
+        known = SIZES | sizes
         sources = {
-            name: Source(name, Path("/data") / name, SIZES[name.rpartition("-")[0]])
+            name: Source(name, Path("/data") / name, known[name.rpartition("-")[0]])
             for name in wanted_sources(study)
         }
         return Planner(study, sources, Path("/out"), split).plan()

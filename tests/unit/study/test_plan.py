@@ -299,3 +299,12 @@ def test_wrong_requests_are_named(read, fields, message):
     with pytest.raises(ConfigError) as error:
         read(**fields)
     assert message in str(error.value)
+
+
+def test_a_small_domain_has_as_many_images_not_as_many_padded_steps(read, plan):
+    found = plan(read(), sprites=110)
+    (own,), (steps,) = (runs_of(found, arm) for arm in ("own", "own_steps"))
+    # 110 of 1,000 images: epochs of 3 steps, the last of 10 images
+    config = found.runs[own].config
+    assert config.moce.epochs * 110 == pytest.approx(5000 * 110 / 1000)
+    assert found.runs[steps].config.moce.epochs * 3 == pytest.approx(100)

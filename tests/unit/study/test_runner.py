@@ -1,11 +1,14 @@
-"""How the processes of a study end."""
+"""What a study counts as done, and how its processes end."""
 
 import multiprocessing
 import signal
 import time
+from dataclasses import replace
 
 from moce_dist.launch.job import heed_sigterm
-from moce_dist.study.runner import end_processes
+from moce_dist.run.artefacts import mark_complete
+from moce_dist.study.runner import Journal, end_processes
+from moce_dist.study.work import PieceOutcome
 
 
 def _forget_handlers():
@@ -47,3 +50,25 @@ def test_a_process_that_saved_its_state_and_waits_for_work_is_ended_too():
     assert children[0].is_alive() and children[1].exitcode == -signal.SIGTERM
     end_processes(children)
     assert [child.exitcode for child in children] == [-signal.SIGTERM] * 2
+
+
+def test_a_piece_is_done_again_when_what_it_needs_was_made_anew(read, plan, tmp_path):
+    found = plan(read())
+    pieces = {p.id: replace(p, root=tmp_path / p.run) for p in found.pieces}
+    journal = Journal(tmp_path / "pieces.jsonl")
+
+    def make(piece, content):
+        piece.folder.mkdir(parents=True, exist_ok=True)
+        (piece.folder / "file").write_text(content)
+        mark_complete(piece.folder, {"content": content}, [piece.folder / "file"])
+        journal.enter(piece, PieceOutcome(piece.id, 1.0))
+
+    transfer = next(p for p in pieces.values() if any(n.endswith("/moce") for n in p.stages))
+    for need in transfer.stages:
+        make(pieces[need], "first")
+    make(transfer, "value")
+    assert journal.holds(transfer) and Journal(journal.path).holds(transfer)
+    other = replace(transfer, request=replace(transfer.request, task="webdataset"))
+    assert not journal.holds(other)
+    make(pieces[transfer.stages[-1]], "second")
+    assert not journal.holds(transfer)

@@ -273,6 +273,10 @@ def test_segmentation_is_compared_by_the_same_job(run, scene_folder, job):
         (["--task", "digits", "--experts", "0"], "must name 2 experts"),
         (["--task", "digits", "--experts", "0,3"], "from 0 to 2"),
         (["--task", "digits", "--experts", "a,b"], "must be whole numbers"),
+        (
+            ["--task", "digits", "--experts", "0,1", "--backbone", "moce:merge"],
+            "not with --experts",
+        ),
         (["--task", "digits", "--set", "model.depth=6"], "model.depth"),
         (["--task", "ade20k", "--set", "transfer.segmentation.crop=36"], "multiple of twice"),
         (["--task", "digits", "--bogus"], "--bogus"),

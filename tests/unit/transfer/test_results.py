@@ -171,3 +171,22 @@ def test_budget_names_what_a_protocol_depends_on():
         fields = kind.budget(transfer, "finetune")
         own = {name for name in transfer.flat() if name.startswith(prefix)}
         assert fields.keys() == {"max_train", *own} and len(own) > 6
+
+
+def test_rows_of_other_choices_or_other_further_steps_do_not_count_unless_they_are_asked_for(
+    tmp_path,
+):
+    path, own = tmp_path / "results.jsonl", {"control": "c", "moce": "m", "control+own": "f"}
+    stages = {"control": "1", "moce": "2"}
+
+    def open_as(own, choosing="vote", further="90000"):
+        return Ledger(path, {"knn": "x"}, own, stages, choosing=choosing, further=further)
+
+    for name in own:
+        open_as(own).add(row(name, "knn", 0, 0.1))
+    asked = {"control": "c"}
+    assert {fit.backbone for fit in open_as(asked).rows()} == set(own)
+    assert {fit.backbone for fit in open_as(asked, further="9").rows()} == {"control", "moce"}
+    assert {fit.backbone for fit in open_as(asked, choosing="merge").rows()} == {"control"}
+    # of what is asked for, its own fingerprint says everything
+    assert len(open_as(own, choosing="merge", further="9").rows()) == 3

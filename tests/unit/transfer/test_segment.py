@@ -342,3 +342,15 @@ def test_an_image_that_exif_turns_is_as_its_mask_has_it(data, caplog):
         Image.fromarray(pixels).save(scene.image, "PNG", exif=exif)
         expected = pixels if (height, width) == shape else np.rot90(pixels, -1)
         np.testing.assert_array_equal(np.asarray(load_masked(scene, 3)[0].image), expected)
+
+
+def test_fingerprint_sees_a_corrected_mask_of_the_same_size(scene_folder, tmp_path):
+    data = Path(shutil.copytree(scene_folder, tmp_path / "data"))
+    mask = data / "annotations" / "training" / "0.png"
+    pixels = np.asarray(Image.open(mask)).copy()
+    mask.unlink()
+    Image.fromarray(pixels).save(mask.with_suffix(".bmp"))
+    before = Segmentation.open("ade20k", data).fingerprint()
+    assert Segmentation.open("ade20k", data).fingerprint() == before
+    Image.fromarray(3 - pixels).save(mask.with_suffix(".bmp"))
+    assert Segmentation.open("ade20k", data).fingerprint() != before
