@@ -271,8 +271,9 @@ def output_scales(log_p: Tensor, experts: Tensor, cluster_ids: Tensor, combine: 
     the last cluster's weight.
     """
     chosen = log_p.gather(2, experts[:, :, None]).squeeze(2)[:, cluster_ids]
-    # of a quotient, p could be 0: noise also chooses experts that a sharp gate has given up
-    return (chosen if combine == "prob" else chosen - chosen.detach()).exp()
+    # a quotient could be 0 / 0, as noise also chooses experts that a sharp gate has given up; this
+    # has the same value, 1, and the same gradient, that of log p
+    return chosen.exp() if combine == "prob" else chosen - chosen.detach() + 1
 
 
 def balance_loss(p: Tensor, cluster_counts: Tensor) -> Tensor:

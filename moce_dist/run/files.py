@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,7 +37,10 @@ def naming(path: Path) -> Iterator[None]:
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise OSError(f"{path}: {error}") from None
+        raised = OSError(f"{path}: {error}")
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            raised.errno = int(number[1])
+        raise raised from None
 
 
 @contextmanager

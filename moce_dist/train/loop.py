@@ -78,8 +78,9 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     with closing(batches(state, clock)) as coming:
         for batch in coming:
             outcome = train_step(state, batch)
-            clock.count(outcome.planned)
             state.step += 1
+            before = images_seen(state.plan, state.step - 1)
+            clock.count(images_seen(state.plan, state.step) - before)
             is_logged = is_due(state, job.config.logging.every_steps) or state.step == start + 1
             is_saved = is_due(state, job.config.checkpoint.every_steps)
             settle(state, outcome, at_once=is_logged or is_saved)

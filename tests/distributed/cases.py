@@ -367,7 +367,7 @@ def train_with_small_files(run, overrides, rank):
     try:
         loop.pretrain(make_job(run, overrides))
     except OSError as error:
-        return str(error)
+        return str(error), error.errno
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     return None

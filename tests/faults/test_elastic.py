@@ -144,6 +144,20 @@ def test_a_lost_node_leaves_a_smaller_run_that_learns_the_same(
 
 
 @pytest.mark.long
+def test_a_node_that_is_lost_before_its_workers_arrive_is_no_failure_of_them(
+    nodes, pretrain, part_of
+):
+    nodes.add("g0")
+    victim, run = nodes.add("g1"), part_of(*READY)
+    job = pretrain(run, "parallel.min_workers=1", "parallel.max_failures=0")
+    # the workers' processes exist and import for seconds before they arrive
+    job.wait_until(lambda: workers_on(victim), "a worker on the node")
+    lose(victim)
+    result = job.finish().assert_done()
+    assert "moce: preemption 1 of at most 1000" in result.err and last_step(run) == 134
+
+
+@pytest.mark.long
 def test_a_draining_node_gets_a_checkpoint_first_and_another_start_takes_all_nodes(
     nodes, pretrain, part_of, finished, read_metrics
 ):
