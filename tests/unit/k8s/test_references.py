@@ -80,9 +80,17 @@ def misread(document):
 
 
 def misplaced(document, is_spot):
-    """Yield heads that may go to a spot node."""
+    """Yield heads and submitters that may go to a spot node."""
     (_, head), *_ = templates(document)
-    node = head["spec"].get("affinity", {}).get("nodeAffinity", {})
+    if is_spot and not _refuses_spot(head["spec"]):
+        yield "a head on a spot node"
+    submitter = document["spec"].get("submitterPodTemplate")
+    if is_spot and submitter and not _refuses_spot(submitter["spec"]):
+        yield "a submitter that may be reclaimed"
+
+
+def _refuses_spot(spec):
+    node = spec.get("affinity", {}).get("nodeAffinity", {})
     terms = node.get("requiredDuringSchedulingIgnoredDuringExecution", {"nodeSelectorTerms": []})
     refused = [
         {rule["key"] for rule in term["matchExpressions"] if rule["operator"] == "NotIn"}
@@ -90,8 +98,7 @@ def misplaced(document, is_spot):
     ]
     labels = {"karpenter.sh/capacity-type", "cloud.google.com/gke-spot"}
     # terms are alternatives, so each must refuse
-    if is_spot and not (refused and all(labels <= keys for keys in refused)):
-        yield "a head on a spot node"
+    return bool(refused) and all(labels <= keys for keys in refused)
 
 
 def unqueued(document, objects):
@@ -202,6 +209,7 @@ PLANTED_IN_JOBS = {
     ]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"].append(
         {"matchExpressions": []}
     ),
+    "may be reclaimed": lambda job: job["spec"]["submitterPodTemplate"]["spec"].pop("affinity"),
 }
 
 
