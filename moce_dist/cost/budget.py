@@ -136,7 +136,8 @@ class Budget:
             return Term("images leaving", given, "", "set")
         parallel = self.config.parallel
         places = min(parallel.num_workers, parallel.num_groups)
-        shared = self.config.gate.groups == "shared"
+        # tokens choose experts wherever they are
+        shared = self.config.gate.groups == "shared" and self.config.moe.kind != "token"
         return Term("images leaving", 0.0 if shared else 1 - 1 / places, "", "computed")
 
     def exchange(self) -> Term:
@@ -144,6 +145,8 @@ class Budget:
         layers = len(self.config.moe_layers)
         moved = self.images * layers * self.images_leaving().value
         moved *= sizes.exchange_bytes(self.config)
+        if self.config.moe.kind == "token":
+            moved *= self.config.moe.capacity_factor  # buffers are sent up to their capacity
         here = min(self.config.parallel.num_workers, self.hardware.gpus_per_node)
         rate = (
             self.hardware.node_gbit_s / 8 / here

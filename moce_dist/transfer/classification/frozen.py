@@ -139,7 +139,9 @@ def fit_linear(
     Logistic regression (multinomial, or one per class for several labels) with an L2 penalty, by
     L-BFGS from zero. It makes at most `passes` over the training features and draws nothing.
     """
-    mean, deviation = features.train.mean(dim=0), features.train.std(dim=0).clamp_min(1e-6)
+    # the deviation of a single row is nan
+    mean, deviation = features.train.mean(dim=0), features.train.std(dim=0).nan_to_num()
+    deviation = deviation.clamp_min(1e-6)
     train = ((features.train - mean) / deviation).to(device)
     labels = features.train_labels.to(device)
     head = nn.Linear(train.shape[1], num_classes, device=device)

@@ -200,3 +200,10 @@ def test_accumulated_and_rounded_gradients_lie_beside_the_buckets():
     assert reckon("parallel.reduce_dtype=bf16").memory().value > plain + of_all
     one = reckon("parallel.reduce_dtype=bf16", "parallel.zero_stage=1").memory().value
     assert one == reckon("parallel.reduce_dtype=fp32", "parallel.zero_stage=1").memory().value
+
+
+def test_tokens_travel_in_full_buffers_wherever_clusters_are_read():
+    images = reckon("gate.groups=free").exchange().value
+    for groups in ("free", "shared"):
+        tokens = reckon("moe.kind=token", f"gate.groups={groups}", "moe.capacity_factor=1.5")
+        assert tokens.exchange().value == pytest.approx(1.5 * images)

@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -354,3 +355,13 @@ def test_fingerprint_sees_a_corrected_mask_of_the_same_size(scene_folder, tmp_pa
     assert Segmentation.open("ade20k", data).fingerprint() == before
     Image.fromarray(3 - pixels).save(mask.with_suffix(".bmp"))
     assert Segmentation.open("ade20k", data).fingerprint() != before
+
+
+def test_too_few_images_for_micro_batches_are_refused(scene_folder, config, tmp_path):
+    scenes = Segmentation.read("ade20k", scene_folder)
+    recipe = config.transfer.segmentation.model_copy(update={"steps": 1, "batch_size": 8})
+    machine = replace(machine_of(config), micro_batches=4)
+    few = replace(scenes, train=scenes.train[:6])
+    with pytest.raises(ConfigError, match="6 training images are too few: batch normalisation"):
+        backbone = run_backbone("random", config, None)
+        segment(backbone, few, recipe, machine, seed=0, out=tmp_path)

@@ -94,3 +94,9 @@ def test_missing_and_cut_tars_are_named(tars):
     (tars / "test-000.tar").unlink()
     with pytest.raises(ConfigError, match="has no tars of test or val"):
         Classification.open("webdataset", tars)
+
+
+def test_a_key_of_two_samples_is_refused(tars):
+    write_tar(tars / "train-001.tar", samples("b", 3) + samples("b", 1))
+    with pytest.raises(ConfigError, match=r"train-001\.tar: b0: two samples have this key"):
+        Classification.open("webdataset", tars)
