@@ -59,9 +59,9 @@ def main(argv: Sequence[str]) -> None:
     check_fork_flags(arguments)
     path = Path(arguments.config or QUICKSTART)
     fork = None
+    # without a file, the overrides alone say where runs lie
+    places = load_config(None, [o for o in arguments.overrides if o.startswith("run.root=")])
     if arguments.fork:
-        # of a fork, the overrides alone say where runs lie
-        places = load_config(None, [o for o in arguments.overrides if o.startswith("run.root=")])
         root = resolve_run(arguments.run, places)
         source = resolve_run(arguments.fork, places, "--fork")
         if not arguments.fresh:
@@ -71,11 +71,12 @@ def main(argv: Sequence[str]) -> None:
             fork = plan_fork(source, arguments.at, arguments.stage, config, root)
             if not arguments.fresh:
                 fork.is_made(root)
+    elif goes_on(arguments, places):
+        root = resolve_run(arguments.run, places)
+        config = checked(read_resolved(root / "config.yaml", arguments.overrides))
     else:
         config = load_config(path, arguments.overrides)
         root = resolve_run(arguments.run or path.stem, config)
-        if not arguments.config and not arguments.fresh and (root / "config.yaml").is_file():
-            config = checked(read_resolved(root / "config.yaml", arguments.overrides))
     check_request(config, arguments.stage)
     check_base(config, root)
     check_init(config, root, arguments.stage)
@@ -100,6 +101,13 @@ def main(argv: Sequence[str]) -> None:
         getattr(Pipeline(run, config), what)()
     if os.environ.get("RANK", "0") == "0":
         print("\n".join([*loss_lines(run), f"done: {root}"]))
+
+
+def goes_on(arguments: Namespace, places: Config) -> bool:
+    """Tell whether a run is named that exists, and no file of settings."""
+    if not arguments.run or arguments.config or arguments.fresh:
+        return False
+    return (resolve_run(arguments.run, places) / "config.yaml").is_file()
 
 
 def check_fork_flags(arguments: Namespace) -> None:

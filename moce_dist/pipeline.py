@@ -180,6 +180,8 @@ class Pipeline:
                 batch_size=self.config.cluster.batch_size,
                 framing=pixels.framing,
                 decode_threads=threads,
+                timeout_s=self.config.data.read_timeout_s,
+                deadline_s=self.config.data.read_deadline_s,
             )
             for name, shard in left
         )

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -275,12 +276,19 @@ def _is_transient(result: bytes | BaseException) -> bool:
     return getattr(result, "errno", None) != errno.EINVAL
 
 
+def _errno(error: BaseException) -> int | None:
+    return error.errno if isinstance(error, OSError) else None
+
+
 def _described(result: bytes | BaseException) -> bytes | OSError:
     if isinstance(result, bytes):
         return result
     if isinstance(result, FileNotFoundError):
         return FileNotFoundError("no such file or object")
-    if (status := getattr(result, "status", None)) is not None:
+    status = getattr(result, "status", None)
+    if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or _errno(result) == errno.EINVAL:
+        return TruncatedError("ends before the sample begins")  # EINVAL is s3fs's word for it
+    if status is not None:
         return OSError(f"the server answers with status {status}")
     if isinstance(result, TimeoutError):
         return TimeoutError("the server does not answer in time")

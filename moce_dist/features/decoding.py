@@ -217,7 +217,8 @@ class ShardImages:
             if isinstance(content, TruncatedError):
                 outcomes.append(partial(str, content))
             elif isinstance(content, OSError):
-                raise content
+                # errors of remote shards do not name them
+                raise content if content.filename else type(content)(f"{self.url}: {content}")
             else:
                 encoded = bytes(content)
                 if is_whole:

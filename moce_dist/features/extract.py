@@ -67,12 +67,18 @@ class FeatureJob:
     batch_size: int
     framing: Framing | None = None
     decode_threads: int = 1
+    timeout_s: float = 60.0
+    deadline_s: float = 240.0
+    """As of `RangeReader`, for remote shards."""
 
     @property
     def images(self) -> ShardImages:
         """The images of the shard, as the encoder takes them."""
         size, cut = self.image_size, self.framing
-        return ShardImages(self.shard, self.url, size, cut, self.batch_size, self.decode_threads)
+        patience = self.timeout_s, self.deadline_s
+        return ShardImages(
+            self.shard, self.url, size, cut, self.batch_size, self.decode_threads, *patience
+        )
 
     @property
     def target(self) -> Path:

@@ -72,6 +72,8 @@ class Crew:
 
     def __init__(self) -> None:
         self._start: Attempt | None = None
+        # by a signal that came when a job was ending, so that the job could not heed it
+        self._is_asked_to_end = False
 
     def train(self, job: Job) -> None:
         """Run a job to its end, on as many workers as there is room for.
@@ -82,20 +84,29 @@ class Crew:
                 too long; or workers were lost too often.
             StoppedError: this process got SIGTERM, or its node drains; the state is saved.
         """
+        self._heed()
         if "RANK" in os.environ or not needs_ray(job.parallel):
             with heed_sigterm() as is_terminated:
                 job.run(Pulse(is_terminated))
-                if is_terminated():
-                    raise StoppedError("SIGTERM while it ended; repeat the command to go on")
+                self._is_asked_to_end = is_terminated()
             return
         connect(job.parallel)
         with heed_sigterm() as is_terminated, _asking_for_room(job.parallel):
             self._supervise(job, lambda: is_terminated() or _is_leaving())
 
     def make_room(self) -> None:
-        """Dismiss the workers if they hold CPUs or GPUs that other work needs."""
+        """Dismiss the workers if they hold CPUs or GPUs that other work needs.
+
+        Raises:
+            StoppedError: SIGTERM came while the job before was ending.
+        """
+        self._heed()
         if self._start is not None and self._start.resource != SEAT:
             self.dismiss()
+
+    def _heed(self) -> None:
+        if self._is_asked_to_end:
+            raise StoppedError("SIGTERM at the end of a stage; the same command continues")
 
     def dismiss(self, *, wait_s: float = _LEAVE_S) -> None:
         """Dismiss the workers; wait at most `wait_s` seconds until their seats are free."""
@@ -126,8 +137,7 @@ class Crew:
             log.info("%s: %d of %d workers", job.name, start.size, parallel.num_workers)
             ending = start.run(job, (follower, gauges), is_terminated)
             if ending.is_finished:
-                if is_terminated():
-                    raise StoppedError("asked to end while it ended; repeat the command to go on")
+                self._is_asked_to_end = is_terminated()
                 return
             self._start = None
             if failure := ray.get(start.board.failure.remote()):
@@ -139,8 +149,7 @@ class Crew:
                 log.info("%s: there is room for more workers", job.name)
                 continue
             start.free_seats()
-            # before workers arrive, any of the nodes may be the one that they were to start on
-            lost = (start.hosting() or around) - {host.node for host in look()}
+            lost = start.hosting(around) - {host.node for host in look()}
             if ending.is_saved and not lost:
                 log.info("%s: the room for more workers, or the drain, is over", job.name)
                 continue
@@ -215,9 +224,10 @@ class Attempt:
         self.board.dismiss.remote()
         ray.wait([self._ending], timeout=wait_s)
 
-    def hosting(self) -> set[str]:
-        """Return the nodes on which workers arrived."""
-        return set(ray.get(self.board.nodes.remote()))
+    def hosting(self, around: set[str]) -> set[str]:
+        """Return the nodes on which workers arrived, and `around` until all have."""
+        arrived = ray.get(self.board.nodes.remote())
+        return set(arrived) if len(arrived) == self.size else {*arrived, *around}
 
     def free_seats(self) -> None:
         """Free the resources of the workers, in case Ray Train's controller is gone as well.
@@ -261,7 +271,7 @@ class Attempt:
 
     def _is_draining(self) -> bool:
         draining = cluster_state.get_draining_nodes()
-        return bool(draining and self.hosting() & draining.keys())
+        return bool(draining and self.hosting(set()) & draining.keys())
 
     def _can_grow(self) -> bool:
         is_full = self.size == self._wanted.parallel.num_workers

@@ -12,6 +12,7 @@ import atexit
 import json
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -85,5 +86,6 @@ def new_host_group(timeout: timedelta) -> dist.ProcessGroup:
 
 def _leave(group: dist.ProcessGroup) -> None:
     # torch refers to it, too, unless all groups were destroyed before
-    if dist.is_initialized():
-        dist.destroy_process_group(group)
+    with suppress(ValueError):
+        if dist.is_initialized():
+            dist.destroy_process_group(group)

@@ -35,6 +35,7 @@ from moce_dist.model.gate import Gate, NoiseSchedule, layer_table, logits, noisy
 from moce_dist.parallel.rendezvous import new_host_group
 
 _SCORES_OF_A_SMALL_TABLE = 2**18
+_FAILED = -1
 
 
 @dataclass(frozen=True)
@@ -154,24 +155,28 @@ class TableMaker:
 
     def _make(self, gate: GateOnHost, step: int, share: slice, channel: _Channel) -> Int64:
         # returns the whole table on rank 0, the share on other ranks
-        if dist.get_rank() > 0:
-            made = self._compute(gate, step, share, channel)
-            dist.send(torch.from_numpy(made).int(), 0, group=channel.group)
-            return made
-        table = torch.empty(self._shape, dtype=torch.int32)
+        table, rank = torch.empty(self._shape, dtype=torch.int32), dist.get_rank()
         others = [
-            dist.irecv(table[layers], rank, group=channel.group)
-            for rank, layers in self._shares().items()
-            if rank > 0
+            dist.irecv(table[layers], maker, group=channel.group)
+            for maker, layers in self._shares().items()
+            if maker > rank == 0
         ]
-        table[share] = torch.from_numpy(self._compute(gate, step, share, channel))
-        for work in others:
-            assert work is not None, "rank 0 belongs to the group"
-            work.wait()
-        if channel.group is not None:
-            # the sender need not wait until the table has arrived
-            dist.broadcast(table, 0, group=channel.group, async_op=True)
-        return table.numpy().astype(np.int64)
+        try:
+            table[share] = torch.from_numpy(self._compute(gate, step, share, channel)).int()
+        except BaseException:
+            # sent all the same: ranks that waited for the share would keep each other alive
+            table[share] = _FAILED
+            raise
+        finally:
+            if rank > 0:
+                dist.send(table[share], 0, group=channel.group)
+            for work in others:
+                assert work is not None, "rank 0 belongs to the group"
+                work.wait()
+            if rank == 0 and channel.group is not None:
+                # the sender need not wait until the table has arrived
+                dist.broadcast(table, 0, group=channel.group, async_op=True)
+        return _checked(table) if rank == 0 else table[share].numpy()
 
     def _compute(self, gate: GateOnHost, step: int, share: slice, channel: _Channel) -> Int64:
         # (share, K); the layers of a large table in parallel
@@ -192,4 +197,10 @@ def _arrived(making: Future[Int64] | None, work: Any, table: Tensor) -> Int64:
     if making is not None:
         making.result()  # raises what went wrong in this rank's own share
     work.wait()
+    return _checked(table)
+
+
+def _checked(table: Tensor) -> Int64:
+    if bool((table == _FAILED).any()):
+        raise RuntimeError("another rank could not make its share of the routing table")
     return table.numpy().astype(np.int64)

@@ -243,6 +243,7 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
         "common": dict(ledger.common),
         "own": dict(ledger.own),
         "stages": dict(ledger.stages),
+        "ways": [ledger.choosing, ledger.further],
     }
     is_done = is_complete(folder, inputs)
     left = [] if is_done else [fit for fit in wanted if fit not in ledger.rows()]

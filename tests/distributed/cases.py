@@ -778,16 +778,26 @@ def tables_and_weights(run, overrides):
     ]
 
 
-def large_tables(steps, planted=False):
+def large_tables(steps, planted=False, failing=None):
     """Large tables of a gate that trains, (steps, L, K), and the reference's.
 
-    With `planted`, the gate of all ranks but the first is another one.
+    With `planted`, the gate of all ranks but the first is another one. With `failing`, a rank
+    cannot make its share; return what ranks say.
     """
     init_distributed(torch.device("cpu"))
     config = tiny_config(["model.depth=6", "moe.layers=[0,1,2,3,4]", "moe.num_experts=64"])
     gate = Gate(5, 64, torch.randn(1000, 24, generator=torch.Generator().manual_seed(1)))
     noise, drawn = NoiseSchedule(3, 1.0, 2 * steps), torch.Generator().manual_seed(2)
     maker, found, expected = TableMaker(config, noise, 1000, 1), [], []
+    if failing == dist.get_rank():
+        maker.begin(gate, None)  # no step
+    elif failing is not None:
+        maker.begin(gate, 0)
+    if failing is not None:
+        try:
+            return maker.take()
+        except Exception as error:  # noqa: BLE001 - whatever it is
+            return str(error)
     maker.begin(gate, 999)  # never taken
     for step in range(steps):
         scores = logits(gate.weight.detach(), gate.cluster_embedding)

@@ -77,3 +77,14 @@ def test_a_planted_other_gate_is_noticed_in_its_share_alone(pools):
     found, expected = pools(3).run("large_tables", steps=1, planted=True)[0]
     # of five layers, the first rank makes one and the others two each
     assert (found != expected).any(axis=(0, 2)).tolist() == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_rank_that_cannot_make_its_share_fails_and_so_do_all(pools, rank):
+    said = pools(3).run("large_tables", steps=1, failing=rank)
+    others = [text for at, text in enumerate(said) if at != rank]
+    assert others == ["another rank could not make its share of the routing table"] * 2
+    assert "NoneType" in said[rank]
+    # the group is as good as before
+    found, expected = pools(3).run("large_tables", steps=2)[0]
+    np.testing.assert_array_equal(found, expected)

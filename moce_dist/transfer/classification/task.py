@@ -135,11 +135,11 @@ def _items(tar: Path) -> Iterator[Item]:
         raise ConfigError(f"{tar}: {scan.problems[0] if scan.problems else 'holds no samples'}")
     if lost := [problem for sample in scan.samples for problem in sample.problems()]:
         raise ConfigError(f"{tar}: {lost[0].key}: {lost[0].reason}{and_more(lost)}")
-    keys = [sample.key for sample in scan.samples]
-    if len(set(keys)) < len(keys):
-        twice = next(key for at, key in enumerate(keys) if key in keys[:at])
-        raise ConfigError(f"{tar}: {twice}: two samples have this key")
+    keys: set[str] = set()
     for sample in scan.samples:
+        if sample.key in keys:
+            raise ConfigError(f"{tar}: {sample.key}: two samples have this key")
+        keys.add(sample.key)
         image = sample.image
         assert image is not None, "a sample without problems has an image"
         content = FilePart(tar, image.offset_data, image.size)

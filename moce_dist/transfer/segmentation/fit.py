@@ -130,7 +130,8 @@ def fit(task: Segmentation, trial: Trial) -> Fitted:
     window, skips = Window(recipe.crop, recipe.scales, flip=recipe.flip), Skips(machine, trial.kept)
     crops = _Crops(task, recipe.crop, backbone, seed)
     order = TrainingOrder.of_steps(len(task.train), recipe.batch_size, recipe.steps, seed)
-    if order.batch_size < 2 * machine.micro_batches:
+    # several ranks have an image each in every micro-batch
+    if machine.num_ranks == 1 and order.batch_size < 2 * machine.micro_batches:
         raise ConfigError(
             f"{task.name}: {len(task.train)} training images are too few: batch normalisation "
             f"needs 2 in each of the {machine.micro_batches} micro-batches of a step "
