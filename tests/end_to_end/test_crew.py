@@ -28,8 +28,9 @@ def test_stages_share_workers_and_learn_what_fresh_ones_do(
     job.wait_until(is_over, "its end")
     result = job.finish().assert_done()
     assert result.err.count("control: 2 of 2 workers") == 1
-    # two that stage mae left behind, two more for both of the stages after it
-    assert len(seen) == 4
+    # two that stage mae left behind, two more for both of the stages after it; on a busy machine Ray
+    # may replace one that is late to start, while fresh workers for stage control would be two more
+    assert len(seen) in (4, 5)
     assert learned(run / "moce") == learned(finished / "moce")
     (run / "control").rename(run.parent / "control")
     shutil.rmtree(run / "ray")
