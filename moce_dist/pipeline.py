@@ -26,6 +26,7 @@ from moce_dist.config import WEIGHT_FILES, Config
 from moce_dist.data.columns import open_index
 from moce_dist.data.ingest import ingest
 from moce_dist.data.progress import track
+from moce_dist.data.ranges import RangeReader
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import HOLDOUT, INDEX_NAME, ShardIndex
 from moce_dist.features.extract import (
@@ -168,6 +169,8 @@ class Pipeline:
         is_own, pixels = self.config.cluster.encoder == OWN, encoder_pixels(self.config)
         mae = latest_checkpoint(self.run.stage("mae") / "checkpoints") if is_own else None
         encoder = encoder_spec(self.config, mae, identity=identity)
+        data = self.config.data
+        open_reader = partial(RangeReader, data.read_timeout_s, data.read_deadline_s)
         jobs = (
             FeatureJob(
                 shard=shard,
@@ -180,8 +183,7 @@ class Pipeline:
                 batch_size=self.config.cluster.batch_size,
                 framing=pixels.framing,
                 decode_threads=threads,
-                timeout_s=self.config.data.read_timeout_s,
-                deadline_s=self.config.data.read_deadline_s,
+                open_reader=open_reader,
             )
             for name, shard in left
         )

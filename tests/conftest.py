@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-pytest_plugins = ["ranks", "started"]
+pytest_plugins = ["range_server", "ranks", "started"]
 
 
 def pytest_configure(config):

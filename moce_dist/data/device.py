@@ -86,7 +86,7 @@ class DeviceDecoder:
         except ImportError:
             raise ConfigError(
                 "data.decode_on = 'device': package nvidia-nvimgcodec-cu13 is not installed; "
-                "pip install 'moce_dist[device]'"
+                "pip install -e '.[device]'"
             ) from None
         self.device, self._size, self._codec = device, size, nvimgcodec
         on_cpu = device.type == "cpu"

@@ -167,9 +167,8 @@ class ShardImages:
     framing: Framing | None
     batch_size: int
     num_threads: int = 1
-    timeout_s: float = 60.0
-    deadline_s: float = 240.0
-    """As of `RangeReader`, for remote shards."""
+    open_reader: Callable[[], RangeReader] = RangeReader
+    """Says how long remote shards are waited for."""
 
     def batches(self) -> Iterator[ImageBatch]:
         """Yield all images in order; an empty shard yields one empty batch, to learn the width D.
@@ -178,7 +177,7 @@ class ShardImages:
             OSError: the shard is gone, or its storage did not answer in time.
         """
         starts = range(0, max(len(self.shard.keys), 1), self.batch_size)
-        with closing(RangeReader(self.timeout_s, self.deadline_s)) as ranges:
+        with closing(self.open_reader()) as ranges:
             if self.num_threads == 1:
                 yield from (self._begin(ranges, first, _at_once).finish() for first in starts)
             else:

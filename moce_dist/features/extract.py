@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from moce_dist.arrays import Float32
+from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import Shard, ShardIndex
 from moce_dist.features.decoding import Framing, ImageBatch, ShardImages
 from moce_dist.run.artefacts import begin, is_begun
@@ -67,18 +68,14 @@ class FeatureJob:
     batch_size: int
     framing: Framing | None = None
     decode_threads: int = 1
-    timeout_s: float = 60.0
-    deadline_s: float = 240.0
-    """As of `RangeReader`, for remote shards."""
+    open_reader: Callable[[], RangeReader] = RangeReader
 
     @property
     def images(self) -> ShardImages:
         """The images of the shard, as the encoder takes them."""
         size, cut = self.image_size, self.framing
-        patience = self.timeout_s, self.deadline_s
-        return ShardImages(
-            self.shard, self.url, size, cut, self.batch_size, self.decode_threads, *patience
-        )
+        how = self.batch_size, self.decode_threads, self.open_reader
+        return ShardImages(self.shard, self.url, size, cut, *how)
 
     @property
     def target(self) -> Path:

@@ -186,7 +186,7 @@ def check_url(url: str) -> None:
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        known = "pip install 'moce_dist[s3]'" if scheme in ("s3", "s3a") else f"{error}"
+        known = "pip install -e '.[s3]'" if scheme in ("s3", "s3a") else f"{error}"
         raise ConfigError(
             f"{url}: {scheme}:// needs a package that is not there: {known}"
         ) from None

@@ -164,8 +164,11 @@ class Lease:
                 raise ConfigError(
                     f"{self.folder}: is in use by {holder[0]}; wait for its end, or end it"
                 )
-            if first is None:
+            if first is None and is_alive:
+                log.info("%s: is in use by %s; waiting for its end", self.folder, holder[0])
+            elif first is None:
                 log.info("%s: is %s alive? waiting for a heartbeat", self.folder, holder[0])
+            if first is None:
                 first = holder
             time.sleep(_LOOK_S)
         self.watch()

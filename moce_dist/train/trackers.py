@@ -40,7 +40,7 @@ def check_trackers(logging: LoggingConfig) -> None:
     for name in logging.trackers:
         if importlib.util.find_spec(name) is None:
             raise ConfigError(
-                f"logging.trackers: {name} is not installed: pip install 'moce_dist[{name}]'"
+                f"logging.trackers: {name} is not installed: pip install -e '.[{name}]'"
             )
 
 

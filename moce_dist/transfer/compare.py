@@ -41,13 +41,7 @@ from moce_dist.transfer.request import (
     own_backbone,
     stage_of,
 )
-from moce_dist.transfer.results import (
-    Fit,
-    Ledger,
-    Row,
-    fingerprints,
-    make_metrics,
-)
+from moce_dist.transfer.results import Fit, Ledger, Row, fingerprints, make_metrics
 from moce_dist.transfer.select import CONTROL, mix_of
 from moce_dist.transfer.skips import record_skips
 from moce_dist.transfer.tasks import Task

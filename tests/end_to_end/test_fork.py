@@ -101,6 +101,11 @@ def test_a_fork_of_stage_moce_shares_what_came_before(fork, finished, learned, t
         assert (run / name / "COMPLETE").samefile(finished / name / "COMPLETE")
     files = [(run / "moce" / "routing"), (finished / "moce" / "routing")]
     mine, whole = ({p.name: p.read_text() for p in f.iterdir()} for f in files)
+    # an interval that went on in the other run is not measured here
+    placed = [p for p in (run / "moce" / "placement").iterdir() if int(p.stem[5:]) < 120]
+    newest = max(placed, key=lambda p: int(p.stem[5:]))
+    assert json.loads(newest.read_text())["measured_in_interval"] is None
+    assert json.loads((finished / newest.relative_to(run)).read_text())["measured_in_interval"]
     # whoever goes on begins with a record of its own
     assert mine.keys() - whole.keys() == {"step_120.json"} and whole.items() <= mine.items()
     changed = fork(finished, 120, "--fresh", "--set", "mae.base_lr=1", stage=())

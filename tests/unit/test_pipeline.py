@@ -174,6 +174,11 @@ def test_a_run_goes_on_with_its_own_settings(pipeline):
     assert done.returncode == 0 and "encoder    width 24, depth 2, heads 2" in done.stdout
     quickstart = run_here("pretrain", "--run", root, "--fresh", "--dry-run")
     assert quickstart.returncode == 0 and "width 24" not in quickstart.stdout
+    # legal for this run's batch of 4,096, not for the quickstart's of 256
+    large = ("--set", "parallel.micro_batches=512")
+    done = run_here("pretrain", "--run", root, "--dry-run", *large)
+    assert done.returncode == 0, done.stderr
+    assert run_here("pretrain", "--dry-run", *large).returncode == 2
     refused = run_here("pretrain", "--run", root, "--set", "seed=1")
     assert refused.returncode == 2 and "belongs to another run: seed" in refused.stderr
 

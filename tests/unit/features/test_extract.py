@@ -11,6 +11,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from moce_dist.cluster.assign import assign_features
 from moce_dist.cluster.blocks import open_features
 from moce_dist.data.columns import open_index, write_columns
 from moce_dist.data.images import MEAN, STD, eval_image
+from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import Shard, ShardIndex, read_index, write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.features import decoding, extract
@@ -428,3 +430,24 @@ def test_equal_tar_names_get_different_features():
     names = feature_names(ShardIndex("", shards))
     assert len(set(names)) == 3 and names[2] == "1"
     assert names[0].startswith("0-") and names[1].startswith("0-")
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_passing_trouble_of_a_server_costs_no_image_and_lasting_trouble_is_named(
+    tmp_path, range_server, threads
+):
+    shard = shard_of(tmp_path, [png(seed) for seed in range(10)])
+    local = job_of(tmp_path, shard)
+    assert extract_shard(local) == 0
+    content = (tmp_path / shard.path).read_bytes()
+    paths = {"/a.tar": "busy-twice", "/b.tar": "busy"}
+    server = range_server({path: (content, behaviour) for path, behaviour in paths.items()})
+    reader = partial(RangeReader, timeout_s=1, deadline_s=20)
+    more = {"decode_threads": threads, "open_reader": reader, "out": tmp_path / "remote"}
+    assert extract_shard(job_of(tmp_path, shard, url=f"{server.url}/a.tar", **more)) == 0
+    near, far = (np.load(job.target) for job in (local, job_of(tmp_path, shard, **more)))
+    np.testing.assert_array_equal(near, far)
+    more |= {"open_reader": partial(RangeReader, timeout_s=1, deadline_s=0.5), "name": "other"}
+    with pytest.raises(OSError, match=r"/b\.tar: the server answers with status 503"):
+        extract_shard(job_of(tmp_path, shard, url=f"{server.url}/b.tar", **more))
+    assert not (tmp_path / "remote" / "other.npy").exists()

@@ -5,6 +5,8 @@ import errno
 import os
 import signal
 import time
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -12,6 +14,7 @@ from moce_dist.config import ParallelConfig
 from moce_dist.launch.job import Failure, failure_of, heed_sigterm, short_stop
 from moce_dist.launch.nodes import Host, Requirements, seats, wait_for_seats
 from moce_dist.launch.status import LossBudget, Sign, StatusBoard, cause_of
+from moce_dist.launch.training import hold_crew
 from moce_dist.parallel.groups import Topology
 from moce_dist.run.directory import StoppedError
 from moce_dist.settings import ConfigError
@@ -248,3 +251,26 @@ def test_sigterm_becomes_a_question_and_the_old_handler_comes_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert is_terminated()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@dataclass
+class LateJob:
+    """A job without Ray that gets SIGTERM after its last step."""
+
+    parallel: ParallelConfig
+    runs: int = 0
+
+    def run(self, pulse):
+        self.runs += 1
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_at_the_end_of_a_stage_lets_it_end_and_no_other_begins(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    job = LateJob(ParallelConfig(num_workers=1, num_groups=1))
+    with hold_crew() as crew:
+        crew.train(job)
+        for more in (crew.make_room, partial(crew.train, job)):
+            with pytest.raises(StoppedError, match="SIGTERM at the end of a stage"):
+                more()
+    assert job.runs == 1

@@ -47,7 +47,7 @@ def needs(name):
 
 @needs("mlflow")
 def test_mlflow_gets_every_number_and_a_resumed_stage_goes_on_in_its_run(tmp_path):
-    folder = tmp_path / "run" / "mae"
+    folder = tmp_path / "100%20 of #1" / "run" / "mae"  # means something in a URL
     folder.mkdir(parents=True)
     logging = LoggingConfig(tensorboard=False, trackers=("mlflow",))
     # step 4 runs again: the checkpoint that the stage resumed at was older
@@ -59,11 +59,12 @@ def test_mlflow_gets_every_number_and_a_resumed_stage_goes_on_in_its_run(tmp_pat
         log.close()
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"file://{folder / 'mlflow'}")
+    client = MlflowClient((folder / "mlflow").as_uri())
     [run] = client.search_runs([client.get_experiment_by_name("run").experiment_id])
     history = client.get_metric_history(run.info.run_id, "loss")
     assert [(m.step, m.value) for m in history] == [(3, 0.5), (4, 0.5), (5, 0.5)]
     assert run.data.params == {"seed": "7"}
+    assert [path.name for path in tmp_path.iterdir()] == ["100%20 of #1"]
 
 
 @needs("wandb")

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from moce_dist.config import Config, TransferConfig, make_config
 from moce_dist.data.images import eval_image
+from moce_dist.data.shards import write_index
+from moce_dist.data.writer import ShardWriter
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import global_names, is_stacked
 from moce_dist.run.artefacts import file_sha256, fingerprint, mark_complete
@@ -255,3 +257,20 @@ def segment(backbone, task, recipe, machine, *, seed, out, kept=None):
     transfer = TransferConfig(segmentation=recipe)
     trial = Trial(backbone, transfer, machine, "finetune", seed, out, kept)
     return kind_named("segment")[1].fit(task, trial)
+
+
+@pytest.fixture
+def clustered(run: Run, config, models) -> Run:
+    """The run with a control and tars of 12 images a cluster; the last one is empty."""
+    control = {n: t * 1.1 for n, t in by_global_name(models["mae"], config).items()}
+    write_checkpoint(run.stage("control") / "checkpoints" / "step_00000005", control)
+    mark_complete(run.stage("control"), {}, [])
+    draws, shards = np.random.default_rng(0), []
+    for cluster in range(NUM_CLUSTERS - 1):
+        writer = ShardWriter(run.shards, f"cluster-{cluster:05d}-000000.tar", cluster=cluster)
+        for number in range(12):
+            writer.add(f"c{cluster}/{number}", {"png": png(texture(cluster % 2, draws))})
+        shards.append(writer.close())
+    write_index(run.shards, shards)
+    mark_complete(run.shards, {}, [])
+    return run

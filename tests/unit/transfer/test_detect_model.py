@@ -212,6 +212,19 @@ def test_job_compares_backbones_on_masks_and_boxes(run, coco_folder, job, tmp_pa
     assert "mask" not in row and row["box"]["AP"] == row["value"]
 
 
+def test_the_controls_own_steps_need_no_choice_by_evidence(clustered, coco_folder, job):
+    flags = ["--task", "coco", "--run", str(clustered.root), "--data", str(coco_folder)]
+    settings = (
+        "transfer.select=validate", "transfer.continued.batch_size=8", "logging.tensorboard=false",
+        "transfer.detection.steps=2",
+    )  # fmt: skip
+    more = [word for setting in settings for word in ("--set", setting)]
+    job.main([*flags, "--backbone", "control+own", "--continue-images", "16", *more])
+    (row,) = metrics_of(clustered)["results"]
+    assert row["backbone"] == "control+own" and row["cost"]["images"] == 16
+    assert (clustered.transfer("coco") / "choice-vote.json").exists()
+
+
 def test_cocos_80_categories_run_through_the_full_size_recipe(run, job, tmp_path, capsys):
     # COCO's ids run to 90 with ten gaps
     gaps = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}

@@ -9,36 +9,16 @@ import pytest
 import timm
 import torch
 
-from moce_dist.data.shards import write_index
-from moce_dist.data.writer import ShardWriter
 from moce_dist.model.customize import customize
-from moce_dist.run.artefacts import mark_complete
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl
 from moce_dist.settings import ConfigError
 from moce_dist.train import loop
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
 
-from .conftest import NUM_CLUSTERS, by_global_name, png, texture, transfer, write_checkpoint
+from .conftest import NUM_CLUSTERS, transfer
 
 IMAGES = 48
-
-
-@pytest.fixture
-def clustered(run: Run, config, models) -> Run:
-    """The run with a control and tars of 12 images a cluster; the last one is empty."""
-    control = {n: t * 1.1 for n, t in by_global_name(models["mae"], config).items()}
-    write_checkpoint(run.stage("control") / "checkpoints" / "step_00000005", control)
-    mark_complete(run.stage("control"), {}, [])
-    draws, shards = np.random.default_rng(0), []
-    for cluster in range(NUM_CLUSTERS - 1):
-        writer = ShardWriter(run.shards, f"cluster-{cluster:05d}-000000.tar", cluster=cluster)
-        for number in range(12):
-            writer.add(f"c{cluster}/{number}", {"png": png(texture(cluster % 2, draws))})
-        shards.append(writer.close())
-    write_index(run.shards, shards)
-    mark_complete(run.shards, {}, [])
-    return run
 
 
 def compare(job, run: Run, data, *flags: str) -> dict:
