@@ -94,7 +94,8 @@ class Follower:
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + _EVERY_S
-        if (line := self._job.progress()) != self._said:
+        # after a restart there may be no line yet
+        if (line := self._job.progress()) and line != self._said:
             self._said = line
             log.info("%s", line)
 

@@ -7,11 +7,12 @@ import signal
 import time
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
 from moce_dist.config import ParallelConfig
-from moce_dist.launch.job import Failure, failure_of, heed_sigterm, short_stop
+from moce_dist.launch.job import Failure, Follower, failure_of, heed_sigterm, short_stop
 from moce_dist.launch.nodes import Host, Requirements, seats, wait_for_seats
 from moce_dist.launch.status import LossBudget, Sign, StatusBoard, cause_of
 from moce_dist.launch.training import hold_crew
@@ -274,3 +275,16 @@ def test_sigterm_at_the_end_of_a_stage_lets_it_end_and_no_other_begins(monkeypat
             with pytest.raises(StoppedError, match="SIGTERM at the end of a stage"):
                 more()
     assert job.runs == 1
+
+
+def test_progress_is_told_once_and_never_as_an_empty_line(tmp_path, monkeypatch, caplog):
+    now, said = [0.0], [""]
+    job = SimpleNamespace(folder=tmp_path, progress=lambda: said[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    follower = Follower(job)
+    # a worker is lost after the first line, and all steps are repeated
+    for turn, text in enumerate(["step 1", "step 1", "", "step 1", "step 2"], start=1):
+        now[0], said[0] = 60 * turn, text
+        with caplog.at_level("INFO"):
+            follower.report()
+    assert caplog.messages == ["step 1", "step 2"]
