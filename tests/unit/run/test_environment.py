@@ -179,7 +179,7 @@ def test_url_without_its_package_names_what_to_install(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)
-    with pytest.raises(ConfigError, match=r"s3://b/a.tar: .* pip install 'moce_dist\[s3\]'"):
+    with pytest.raises(ConfigError, match=r"s3://b/a.tar: .* pip install -e '.\[s3\]'"):
         expand_shards("s3://b/a.tar")
     with pytest.raises(ConfigError, match=r"foo://b/a.tar: Protocol not known"):
         expand_shards("foo://b/a.tar")
