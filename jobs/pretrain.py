@@ -19,8 +19,9 @@ import interpreter  # noqa: F401 - says which Python to take
 from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, DataConfig, checked, load_config, read_resolved
 from moce_dist.cost import sizes
-from moce_dist.cost.budget import budget_lines
+from moce_dist.cost.budget import budget, budget_lines
 from moce_dist.data.columns import open_index
+from moce_dist.data.shards import INDEX_NAME
 from moce_dist.data.sources import expand_shards, list_folder, parse_source
 from moce_dist.run.artefacts import COMPLETE
 from moce_dist.run.directory import (
@@ -200,7 +201,7 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
     """Describe what would run: stages, shapes, ranks, groups, bytes, and the budget of a step."""
     shape, parallel = config.model.shape, config.parallel
     ep_size = min(parallel.num_workers, parallel.num_groups)
-    own = sizes.shared_parameters(config) + sizes.local_expert_parameters(config)
+    per_rank = f", {config.moe.num_experts // ep_size} experts of a layer on each rank"
     is_elastic = parallel.fewest_workers < parallel.num_workers
     fewest = f" (at least {parallel.fewest_workers})" if is_elastic else ""
     mae = "mae" if config.mae.epochs else f"mae (no step, the weights of {config.model.init})"
@@ -217,20 +218,19 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"clusters   {config.cluster.num_clusters}, {_CLUSTERS[config.cluster.source]}"
         f"balance {config.cluster.balance}, features of {config.cluster.encoder}",
         f"ranks      {parallel.num_workers}{fewest} in {ep_size} places, "
-        f"{parallel.num_groups} groups, "
-        f"{config.moe.num_experts // ep_size} experts of a layer on each rank",
+        f"{parallel.num_groups} groups{per_rank if config.moe_layers else ''}",
         f"batch      mae {config.mae.batch_size}, moce {config.moce.batch_size}; "
         f"{config.moce.batch_size // parallel.num_workers} images a rank",
-        f"state      about {16 * own / 2**30:.2f} GiB a rank (weights, gradients, moments)",
+        f"state      about {budget(config).state().value:.2f} GiB a rank (weights, gradients, "
+        "moments)",
         f"exchange   {sizes.image_bytes(config)} bytes an image and transfer",
-        *budget_lines(config, num_images(root)),
+        *budget_lines(config, num_images(Run(root).data(config))),
     ]
 
 
-def num_images(root: Path) -> int | None:
-    """Count the ingested images of a run; None before they are ingested."""
-    index = root / "ingested"
-    if not (index / COMPLETE).exists():
+def num_images(index: Path) -> int | None:
+    """Count the images of an index; None before they are ingested."""
+    if not (index / INDEX_NAME).exists():
         return None
     return sum(shard.num_samples for shard in open_index(index).shards)
 

@@ -202,7 +202,7 @@ def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
     quiet_libraries()
     from moce_dist.launch.tasks import map_tasks
 
-    prepare(run, orders, train_on_workers)
+    orders = prepare(run, orders, train_on_workers)
     outcomes = map_tasks(attempt, orders, parallel=config.parallel, gpu=True, shared=(run,))
     metrics = collect(run, outcomes)
     if metrics["summary"]:

@@ -43,13 +43,16 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--config", required=True, help="whose parallel section is placed")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
     parser.add_argument("--gpus", type=int, default=0, help="of a node; 0: a rank for every CPU")
-    parser.add_argument("--cpus", type=int, help="of a node (8 for each GPU)")
+    parser.add_argument(
+        "--cpus", type=int, help="of a node (for each GPU data.loader_processes, at least 8)"
+    )
     parser.add_argument("--memory", type=int, help="of a node, GiB (64 for each GPU, 8 for a CPU)")
     parser.add_argument("--disk", type=int, help="of a pod's /tmp, GiB (8 for a rank, 16 at least)")
     args = parser.parse_args(argv)
-    parallel = load_config(args.config, args.overrides).parallel
+    config = load_config(args.config, args.overrides)
+    parallel = config.parallel
     topology = Topology(parallel.num_workers, parallel.num_groups)
-    cpus = args.cpus or max(1, 8 * args.gpus)
+    cpus = args.cpus or max(1, args.gpus * max(8, config.data.loader_processes))
     slots = args.gpus or cpus
     if topology.num_replicas % slots:
         raise ConfigError(

@@ -15,11 +15,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from moce_dist.config import Config, legal_worker_counts
+from moce_dist.config import Config
 from moce_dist.run.environment import loopback_of
 from moce_dist.run.names import one_line
 
 _GIB = 2**30
+_CGROUP = Path("/sys/fs/cgroup")
 _IN_PLACE_OF = {"faiss-gpu": "faiss-cpu"}
 
 
@@ -105,11 +106,15 @@ def memory(_: Config) -> Iterator[Check]:
     """Measure the memory that this process may use, a container's limit included."""
     import psutil
 
-    limit = psutil.virtual_memory().total
-    cgroup = Path("/sys/fs/cgroup/memory.max")
-    if cgroup.is_file() and (text := cgroup.read_text().strip()).isdigit():
+    machine = psutil.virtual_memory()
+    limit, free = machine.total, machine.available
+    if (most := _CGROUP / "memory.max").is_file() and (text := most.read_text().strip()).isdigit():
         limit = min(limit, int(text))
-    free = min(limit, psutil.virtual_memory().available)
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+        # as Kubernetes counts: files that were read and can be dropped are free
+        dropped = next((int(x.split()[1]) for x in lines if x.startswith("inactive_file ")), 0)
+        used = int((_CGROUP / "memory.current").read_text()) - dropped
+        free = min(free, max(0, limit - used))
     level: Literal["ok", "warn", "fail"] = (
         "ok" if free >= 4 * _GIB else "warn" if free >= _GIB else "fail"
     )
@@ -124,7 +129,8 @@ def disk(config: Config) -> Iterator[Check]:
         folder = folder.parent
     free = shutil.disk_usage(folder).free / _GIB
     level: Literal["ok", "warn", "fail"] = "ok" if free >= 20 else "warn" if free >= 2 else "fail"
-    advice = "a run holds its tars twice, its features, and checkpoint.keep + 1 checkpoints a stage"
+    advice = "a run holds its tars twice, its features, checkpoint.keep + 1 checkpoints a stage "
+    advice += "and one more during a save"
     yield Check(level, "disk", f"{free:.0f} GiB free for {config.run.root}", advice)
     if not os.access(folder, os.W_OK):
         yield Check("fail", "disk", f"{folder} cannot be written", "set run.root")
@@ -222,6 +228,11 @@ def topology_lines(config: Config) -> list[str]:
     held = f"a group holds {per_group} of the {config.moe.num_experts} experts of each of "
     layers = f"{held}{len(config.moe_layers)} layers" if config.moe_layers else "no experts"
     parallel, smaller = config.parallel, []
+    legal = [
+        ranks
+        for ranks in parallel.legal_worker_counts(config.mae.batch_size)
+        if ranks in parallel.legal_worker_counts(config.moce.batch_size)
+    ]
     if parallel.fewest_workers < parallel.num_workers:
         for name, stage in (("mae", config.mae), ("moce", config.moce)):
             starts = ", ".join(
@@ -234,8 +245,7 @@ def topology_lines(config: Config) -> list[str]:
         f"{workers} rank(s), {groups} expert group(s); {layers}",
         "  rank   " + "".join(text.ljust(width) for text in ranks).rstrip(),
         "  group  " + "".join(text.ljust(width) for text in hosted).rstrip(),
-        f"  rank 0 exchanges images with {exchange}; legal numbers of ranks: "
-        f"{legal_worker_counts(groups, config.moce.batch_size, config.parallel.micro_batches)}",
+        f"  rank 0 exchanges images with {exchange}; legal numbers of ranks: {legal}",
         *smaller,
     ]
 

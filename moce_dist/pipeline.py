@@ -33,12 +33,12 @@ from moce_dist.features.extract import (
     FEATURE_FILES,
     FeatureJob,
     begin_features,
-    extract_shard,
+    extract_of,
     feature_names,
 )
 from moce_dist.launch.actors import hold_actors
 from moce_dist.launch.job import PretrainJob
-from moce_dist.launch.tasks import gets_gpu, map_shared, map_tasks
+from moce_dist.launch.tasks import gets_gpu, map_shared
 from moce_dist.launch.training import hold_crew, train
 from moce_dist.run.artefacts import (
     INPUTS,
@@ -171,7 +171,7 @@ class Pipeline:
         encoder = encoder_spec(self.config, mae, identity=identity)
         data = self.config.data
         open_reader = partial(RangeReader, data.read_timeout_s, data.read_deadline_s)
-        jobs = (
+        jobs = [
             FeatureJob(
                 shard=shard,
                 url=index.url(shard),
@@ -186,12 +186,14 @@ class Pipeline:
                 open_reader=open_reader,
             )
             for name, shard in left
-        )
+        ]
         start = time.monotonic()
-        done = map_tasks(extract_shard, jobs, parallel=self.config.parallel, gpu=True)
-        sizes = (shard.num_samples for (_, shard), _ in zip(left, done, strict=True))
-        for _ in track(sizes, "images encoded", total=total, size=int):
-            pass
+        # actors, because their encoders must leave the GPUs at the end
+        with hold_actors(self.config.parallel) as workers:
+            done = workers.map_tasks(extract_of, None, jobs)
+            sizes = (shard.num_samples for (_, shard), _ in zip(left, done, strict=True))
+            for _ in track(sizes, "images encoded", total=total, size=int):
+                pass
         if total:
             log.info("features: %.1f images/s", total / (time.monotonic() - start))
 

@@ -254,13 +254,12 @@ class StageConfig(Section):
 
 
 def legal_worker_counts(
-    num_groups: int, batch_size: int, micro_batches: int, most: int | None = None
+    num_groups: int, batch_size: int, micro_batches: int, most: int
 ) -> list[int]:
-    """List the worker counts R <= `most` (4 G) that host G groups evenly and divide the batch."""
-    counts = range(1, (4 * num_groups if most is None else most) + 1)
+    """List the worker counts R <= `most` that host G groups evenly and divide the batch."""
     return [
         r
-        for r in counts
+        for r in range(1, most + 1)
         if (r % num_groups == 0 or num_groups % r == 0)
         and batch_size % (max(r, num_groups) * micro_batches) == 0
     ]
@@ -282,7 +281,10 @@ class ParallelConfig(Section):
     precision: Continued[Literal["fp32", "bf16"]] = "bf16"
     """Type of the model's matrix products; weights, gradients and moments are float32, no TF32."""
     deterministic: Runtime[bool] = False
-    """Use only repeatable kernels on GPUs, so that a resumed run is bit-identical; slower."""
+    """Use only repeatable kernels on GPUs, so that a resumed run is bit-identical; slower.
+
+    In fits of a task, operations that have no repeatable kernel warn.
+    """
     reduce_dtype: Continued[Literal["fp32", "bf16"]] = "fp32"
     """Type in which gradients are summed over the ranks; bf16 halves the traffic."""
     threads_per_worker: Runtime[int] = Field(1, ge=1)
@@ -322,6 +324,11 @@ class ParallelConfig(Section):
         images = batch_size // num_ranks
         fewest = -(-self.num_workers * self.micro_batches // num_ranks)
         return next((m for m in range(fewest, images) if images % m == 0), images)
+
+    def legal_worker_counts(self, batch_size: int) -> list[int]:
+        """List the legal counts up to twice `num_workers`, or to 4 G if that is more."""
+        most = max(2 * self.num_workers, 4 * self.num_groups)
+        return legal_worker_counts(self.num_groups, batch_size, self.micro_batches, most)
 
     def worker_counts(self, batch_size: int) -> list[int]:
         """List the worker counts that a stage may start on, largest first.

@@ -21,7 +21,6 @@ from moce_dist.config.sections import (
     RunConfig,
     Runtime,
     StageConfig,
-    legal_worker_counts,
 )
 from moce_dist.config.transfer import RENAMED, TransferConfig
 from moce_dist.settings import Section
@@ -209,7 +208,7 @@ def _parallel_rules(config: Config) -> Iterable[str]:
             f"parallel.num_groups ({groups}) when gate.groups is shared"
         )
     for name, stage in (("mae", config.mae), ("moce", config.moce)):
-        legal = legal_worker_counts(groups, stage.batch_size, parallel.micro_batches)
+        legal = parallel.legal_worker_counts(stage.batch_size)
         if workers % groups and groups % workers:
             yield (
                 f"parallel.num_workers ({workers}) must be a multiple or a divisor of "

@@ -192,11 +192,24 @@ class Budget:
         rate = 1e3 * self.images / self.step().value
         return Term("rate", rate, "images/s a GPU", "computed")
 
-    def memory(self) -> Term:
-        """Return a rank's memory: weights, gradients in their buckets, moments and activations."""
-        config = self.config
+    def state(self) -> Term:
+        """Return what a rank keeps of the model: weights, gradients in their buckets, moments."""
+        config, parallel = self.config, self.config.parallel
         own = sizes.shared_parameters(config) + sizes.local_expert_parameters(config)
-        moments = 8 * self._updated
+        total = 8 * own + 8 * self._updated
+        if parallel.zero_stage:
+            # DeepSpeed's own copy of the weights that a rank updates, and its bucket
+            total += 4 * self._updated + sizes.BUCKET_BYTES
+        elif parallel.num_workers > 1 and (
+            parallel.micro_batches > 1 or parallel.reduce_dtype == "bf16"
+        ):
+            # beside buckets lie accumulated gradients, and those that are sent in bfloat16
+            total += 4 * own
+        return Term("state", total / 2**30, "GiB a GPU", "computed")
+
+    def memory(self) -> Term:
+        """Return a rank's memory: its state of the model, and activations."""
+        config = self.config
         model, scale = config.model, sizes.element_size(config) / 2
         per_image = sizes.num_visible(config) * model.shape.width * model.shape.depth
         per_image += (config.num_patches + 1) * model.decoder_width * model.decoder_depth
@@ -204,12 +217,8 @@ class Budget:
         activations = images * per_image * _ACTIVATIONS * scale
         if config.parallel.activation_checkpointing:
             activations /= _ACTIVATIONS / 2
-        # beside buckets lie accumulated gradients, and those that are sent in bfloat16
-        parallel = config.parallel
-        has_copies = parallel.micro_batches > 1 or parallel.reduce_dtype == "bf16"
-        has_copies = has_copies and parallel.num_workers > 1 and parallel.zero_stage == 0
-        total = (8 + 4 * has_copies) * own + moments + activations
-        return Term("memory", total / 2**30, "GiB a GPU", "computed")
+        total = self.state().value + activations / 2**30
+        return Term("memory", total, "GiB a GPU", "computed")
 
     def storage(self) -> Term:
         """Return the read rate of all nodes together."""

@@ -78,7 +78,7 @@ class BatchStream(Iterator[Batch]):
         batch: Batch = next(self._batches)
         self._step += 1
         if self._decoder is not None:
-            images = batch.images.to(self._decoder.device)
+            images = batch.images.to(self._decoder.device, non_blocking=True)
             if batch.waiting is not None:
                 places = batch.waiting.places[:, :2].tolist()
                 for (slot, sample_id), square in zip(

@@ -150,8 +150,14 @@ class RangeReader:
         if remote:
             contents |= dict(zip(map(id, remote), self._read_remote(remote), strict=True))
         for place, content in zip(ranges, [contents[id(place)] for place in ranges], strict=True):
+            is_split = isinstance(content, OSError) and len(place.rows) > 1
             for row in place.rows:
-                part = found[row] = _part(content, place.start, wanted[row])
+                if is_split and not is_remote(place.url):
+                    # a bad sector costs only the samples that lie on it
+                    part = self._read_alone(wanted[row])
+                else:
+                    part = _part(content, place.start, wanted[row])
+                found[row] = part
                 if self.cache is not None and not isinstance(part, OSError):
                     self.cache.keep(wanted[row], part)
 
@@ -184,6 +190,10 @@ class RangeReader:
         except OSError as error:
             return error
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_alone(self, wanted: SampleRange) -> Content:
+        place = Range(wanted.url, wanted.offset, wanted.offset + wanted.size, [])
+        return _part(self._read_local(place), place.start, wanted)
 
     def _file(self, path: str) -> int:
         if path not in self._open:

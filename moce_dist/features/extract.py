@@ -120,6 +120,11 @@ def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
     begin(folder, inputs)
 
 
+def extract_of(_: None, job: FeatureJob) -> int:
+    """Call `extract_shard` in the form of `MapTasks` (`run/tasks.py`)."""
+    return extract_shard(job)
+
+
 def extract_shard(job: FeatureJob) -> int:
     """Write the features, keys and labels of a shard unless they exist; count unreadable images.
 

@@ -68,7 +68,9 @@ def _free_device() -> None:
 
     from moce_dist.cluster.blocks import residents
     from moce_dist.cluster.nearest import gpu_resources
+    from moce_dist.features.extract import cached_encoder
 
+    cached_encoder.cache_clear()
     residents.cache_clear()
     gpu_resources.cache_clear()
     torch.cuda.empty_cache()
@@ -112,6 +114,8 @@ class ActorPool:
             Exception: the first error of the function, as it was raised.
             RuntimeError: workers died too often, or none has started.
         """
+        if not items:
+            return iter(())
         self._start()
         self._sweeps += 1
         self._losses = 0

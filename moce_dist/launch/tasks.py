@@ -110,7 +110,9 @@ def map_tasks(
     connect(parallel)
     common = [ray.put(value) for value in shared]
     gpus = 1 if gpu and gets_gpu(parallel) else 0
-    task = ray.remote(function).options(num_cpus=1, num_gpus=gpus, max_retries=3)
+    # a process that has used a GPU keeps memory of it; 0: any number of calls
+    remote = ray.remote(max_calls=1 if gpus else 0)(function)
+    task = remote.options(num_cpus=1, num_gpus=gpus, max_retries=3)
     window: deque[Any] = deque()
     try:
         for item in items:

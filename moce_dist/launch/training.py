@@ -35,7 +35,7 @@ from moce_dist.launch.job import Follower, heed_sigterm, short_stop
 from moce_dist.launch.nodes import GROUP_LABEL, Host, Requirements, answers, wait_for_seats
 from moce_dist.launch.status import Ending, LossBudget, StatusBoard, cause_of
 from moce_dist.launch.tasks import SEAT, connect, needs_ray, seat_resource
-from moce_dist.launch.worker import fit
+from moce_dist.launch.worker import fit, release_memory
 from moce_dist.run import lease
 from moce_dist.run.directory import StoppedError
 from moce_dist.train.job import Job
@@ -88,6 +88,7 @@ class Crew:
         if "RANK" in os.environ or not needs_ray(job.parallel):
             with heed_sigterm() as is_terminated:
                 job.run(Pulse(is_terminated))
+                release_memory()
                 self._is_asked_to_end = is_terminated()
             return
         connect(job.parallel)

@@ -166,7 +166,11 @@ def _work(config: dict[str, Any]) -> str | None:
 def _carry_out(job: Job, board: Any, rank: int) -> None:
     with _watched(board, rank) as pulse:
         job.run(pulse)
-    # engines contain reference cycles, and the next job needs their memory
+    release_memory()
+
+
+def release_memory() -> None:
+    """Release what a finished job held: engines contain reference cycles."""
     gc.collect()
     if "torch" in sys.modules:
         sys.modules["torch"].cuda.empty_cache()

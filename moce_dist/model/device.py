@@ -31,11 +31,11 @@ def check_gpu(parallel: ParallelConfig) -> None:
         raise ConfigError("parallel.use_gpu (True): no GPU is visible")
 
 
-def training_device(parallel: ParallelConfig) -> torch.device:
-    """Choose the device of a rank of pre-training.
+def training_device(parallel: ParallelConfig, *, warn_only: bool = False) -> torch.device:
+    """Choose the device of a rank that trains.
 
     With `parallel.deterministic`, a GPU operation that is not repeatable bit for bit raises an
-    error.
+    error, or with `warn_only` a warning.
 
     Raises:
         ConfigError: see `check_gpu`.
@@ -44,5 +44,5 @@ def training_device(parallel: ParallelConfig) -> torch.device:
     device = choose_device(parallel)
     if parallel.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
     return device

@@ -46,12 +46,14 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
 from moce_dist.config import ParallelConfig
+from moce_dist.cost.sizes import BUCKET_BYTES
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.reduction import GradientReducer, in_backward_order
-from moce_dist.parallel.rendezvous import fresh_store, new_host_group
+from moce_dist.parallel.rendezvous import agree_on_device, fresh_store, new_host_group
 from moce_dist.run.environment import bind_ranks, shorten_sockets
 
+_BUCKET = BUCKET_BYTES // 4  # elements; DeepSpeed's default is a buffer of 1.9 GiB
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -98,14 +100,15 @@ def init_distributed(device: torch.device, timeout: timedelta | None = None) -> 
     os.environ.setdefault("LOCAL_RANK", "0")
     # a backward pass uses several communicators at once, in an order that is equal on all ranks
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-    # a C++ inference kernel that would be compiled at first use: unused here, and a compiler may be
-    # missing
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if device.type == "cpu":
+        # an inference kernel that would be compiled at first use: unused, and needs a compiler
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         if "RANK" in os.environ:
             bind_ranks(os.environ["MASTER_ADDR"])
             store, rank, world_size = fresh_store(timeout)
+            agree_on_device(store, world_size, device.type)
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout
             )
@@ -157,7 +160,7 @@ def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
         "gradient_accumulation_steps": spec.micro_batches,
         "steps_per_print": None,
         "gradient_clipping": spec.clip_norm if zero else 0.0,
-        "zero_optimization": {"stage": zero, "overlap_comm": False},
+        "zero_optimization": {"stage": zero, "overlap_comm": False, "reduce_bucket_size": _BUCKET},
         "communication_data_type": spec.parallel.reduce_dtype,
         # this timer synchronises with the device twice per micro-batch
         "timers": {"throughput": {"enabled": False}},

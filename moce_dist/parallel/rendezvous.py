@@ -10,6 +10,7 @@ for itself. So the ranks agree on a name that only this start knows:
 
 import atexit
 import json
+import socket
 import time
 import uuid
 from contextlib import suppress
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.constants import default_pg_timeout
 from torch.distributed.rendezvous import rendezvous
+
+from moce_dist.settings import ConfigError
 
 _LOOK_EVERY_S = 0.05
 
@@ -59,6 +62,28 @@ def agree(store: Store, rank: int, world_size: int, timeout: timedelta) -> str:
             store.set("offer", json.dumps({"name": mine, "seen": seen}))
         _wait(end, "the other ranks")
     return mine
+
+
+def agree_on_device(store: Store, world_size: int, kind: str) -> None:
+    """Compare the kind of device of all ranks, `cpu` or `cuda`; collective over them.
+
+    With different kinds, ranks would wait for each other in different backends.
+
+    Raises:
+        ConfigError: some have a GPU, others do not.
+    """
+    if store.add(f"device/{kind}", 1) == 1:
+        store.set(f"device/{kind}/first", socket.gethostname())
+    if store.add("device/all", 1) == world_size:
+        counts = {name: store.add(f"device/{name}", 0) for name in ("cpu", "cuda")}
+        store.set("device/counts", json.dumps(counts))
+    counts = json.loads(store.get("device/counts"))
+    if counts["cpu"] and counts["cuda"]:
+        host = store.get("device/cpu/first").decode()
+        raise ConfigError(
+            f"parallel.use_gpu: {counts['cpu']} of {world_size} ranks have no GPU that torch can "
+            f"use, the first of them on {host}; set it to false, or repair the node"
+        )
 
 
 def _read(store: Store, key: str) -> dict[str, dict[str, str]] | None:

@@ -7,6 +7,7 @@ Letters: K clusters, L MoE layers, E experts per layer.
 """
 
 import json
+import stat
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_dist.config import Config
-from moce_dist.run.directory import STAGES, Run, load_run
+from moce_dist.run.directory import STAGES, Run, is_set_aside, load_run
 from moce_dist.run.files import read_faults, read_jsonl
 from moce_dist.run.names import one_line
 from moce_dist.run.rows import without_deviations
@@ -309,13 +310,24 @@ def _read_clusters(record: Record, folder: Path) -> Clusters | None:
 
 
 def _size(path: Path) -> int | None:
-    if path.is_dir():
-        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    return path.stat().st_size if path.exists() else None
+    files = path.rglob("*") if path.is_dir() else [path] if path.exists() else None
+    return None if files is None else sum(map(_size_of_file, files))
+
+
+def _size_of_file(path: Path) -> int:
+    try:
+        found = path.stat()
+    except OSError:  # renamed meanwhile by what writes it
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def _newest(folder: Path) -> Path:
     return max(folder.glob("step_*[0-9]"), default=folder / "step_XXXXXXXX")
+
+
+def _transfer_folders(root: Path) -> list[Path]:
+    return [f for f in sorted((root / "transfer").glob("*/")) if not is_set_aside(f)]
 
 
 def _list_artefacts(run: Run) -> list[Artefact]:
@@ -333,7 +345,7 @@ def _list_artefacts(run: Run) -> list[Artefact]:
     }
     if run.stage("control").exists():
         paths["control checkpoint"] = _newest(run.stage("control") / "checkpoints")
-    for folder in sorted((run.root / "transfer").glob("*/")):
+    for folder in _transfer_folders(run.root):
         paths[f"{folder.name}: dense ViT"] = folder / "backbone"
         paths[f"{folder.name}: results"] = folder / "metrics.json"
     if run.faults.exists():
@@ -377,8 +389,8 @@ def read_record(root: Path) -> Record:
     )
     record.certainty = _read_steps(record, moce / "gate", _read_certainty)
     record.placements = _read_steps(record, moce / "placement", _read_placement)
-    for path in sorted((root / "transfer").glob("*/metrics.json")):
-        if metrics := record.attempt(_read_transfer, path):
+    for path in [folder / "metrics.json" for folder in _transfer_folders(root)]:
+        if path.exists() and (metrics := record.attempt(_read_transfer, path)):
             record.transfers.append(metrics)
             # a choice by token usage has no clusters
             choice = record.attempt(_read_object, path.with_name("choice.json"))

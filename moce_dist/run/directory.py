@@ -194,13 +194,21 @@ def load_run(root: Path, named: str = "--run") -> tuple[Run, Config]:
     return Run(root), read_resolved(resolved)
 
 
+_ASIDE = ".before-"
+
+
+def is_set_aside(folder: Path) -> bool:
+    """Tell whether a folder is one that `set_aside` renamed."""
+    return _ASIDE in folder.name
+
+
 def set_aside(root: Path) -> None:
     """Rename a folder, so that a fresh start by mistake does not destroy days of training.
 
     A folder that has a lock stays, and its content is moved.
     """
     stamp = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{time.time_ns() % 10**9:09d}"
-    aside = root.with_name(f"{root.name}.before-{stamp}")
+    aside = root.with_name(f"{root.name}{_ASIDE}{stamp}")
     if not (root / lease.LOCK).exists():
         root.rename(aside)
         return

@@ -86,6 +86,7 @@ def _row(name: str, row: Line, tasks: list[str], scale: float, reference: str) -
         "difference": points(difference["mean"], sign=True) if difference else "",
         "to": to["to"] if to and to["to"] != reference else "",
         "interval": _interval(difference),
+        "of": _fewer(difference, mean),
         "over_seeds": _over_seeds(difference),
         "bar": _bar(difference, scale),
         "verdict": _verdict(difference),
@@ -98,6 +99,15 @@ def _row(name: str, row: Line, tasks: list[str], scale: float, reference: str) -
             for task, spread in ((task, each.get(task)) for task in tasks)
         ],
     }
+
+
+def _fewer(difference: Line | None, mean: Line) -> str:
+    """Name how much less a difference is of than its arm's mean."""
+    less = ("num_seeds", "seeds"), ("num_tasks", "tasks")
+    found = [
+        f"{difference[k]} of the {w}" for k, w in less if difference and difference[k] < mean[k]
+    ]
+    return " and ".join(found)
 
 
 def _with_deviation(spread: Line | None) -> str:

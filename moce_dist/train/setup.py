@@ -127,18 +127,32 @@ def build_state(job: StageJob) -> TrainState:
     # every rank makes the same plan from the same index, so no data about it is sent
     plan = job.plan()
     # chosen before the model is built, because the checkpoint holds the placement of the experts
-    # rank 0 alone chooses, so that all ranks take the same one and record no fault too early
-    chosen: list[Path | None] = [None]
-    if dist.get_rank() == 0:
-        chosen = [latest_checkpoint(job.folder / "checkpoints")]
-        step = 0 if chosen[0] is None else read_manifest(chosen[0])["step"]
-        forget_faults(Run(job.run_root).faults, job.name, step)
-        forget_faults(Run(job.run_root).faults, f"{job.name}-holdout", 0)
-    dist.broadcast_object_list(chosen, 0)
-    start = chosen[0]
+    start = _choose_together(partial(_begin, job))
     state = assemble(job, plan, centroids_of(job), device)
     _start_or_resume(state, start)
     return state
+
+
+def _choose_together(choose: Callable[[], Path | None]) -> Path | None:
+    """Return on all ranks what rank 0 chooses; collective.
+
+    Ranks that verified checkpoints each for itself would take different ones after an error of one
+    rank's disk.
+    """
+    if not dist.is_initialized():
+        return choose()
+    chosen = [choose() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen, 0)
+    return chosen[0]
+
+
+def _begin(job: StageJob) -> Path | None:
+    # faults of steps that run again are recorded anew; no rank may do that before
+    chosen = latest_checkpoint(job.folder / "checkpoints")
+    step = 0 if chosen is None else read_manifest(chosen)["step"]
+    forget_faults(Run(job.run_root).faults, job.name, step)
+    forget_faults(Run(job.run_root).faults, f"{job.name}-holdout", 0)
+    return chosen
 
 
 def assemble(
@@ -185,11 +199,13 @@ def prepare_blocks(blocks: Iterable[Any], parallel: ParallelConfig) -> None:
     for block in blocks:
         # the MLP of this package, or timm's
         is_dense = hasattr(block.mlp, "fc1")
+        if parallel.compile:
+            # before it is recomputed: torch compiles nothing around `checkpoint`
+            part = block if is_dense else block.attn
+            part.forward = torch.compile(part.forward, dynamic=False)
         if parallel.activation_checkpointing:
             for part in [block] if is_dense else [block.attn, *expert_modules(block)]:
                 part.forward = partial(checkpoint, part.forward, use_reentrant=False)
-        if parallel.compile:
-            (block if is_dense else block.attn).compile(dynamic=False)
 
 
 def expert_modules(block: nn.Module) -> list[nn.Module]:
@@ -250,13 +266,15 @@ def _load_positions(state: TrainState, read: Callable[[str], Tensor | None]) -> 
 def first_weights(job: StageJob) -> dict[str, Tensor]:
     """Return the weights that a stage starts from without a checkpoint of its own, by global name.
 
+    Collective over all ranks, if there are any.
+
     Raises:
         ConfigError: the run has no undamaged checkpoint of stage mae.
     """
     config = job.config
     if job.stage == "mae":
         return initial_weights(config)
-    mae = latest_checkpoint(job.run_root / "mae" / "checkpoints")
+    mae = _choose_together(partial(latest_checkpoint, job.run_root / "mae" / "checkpoints"))
     if mae is None and (job.run_root / "mae").exists():
         raise ConfigError(f"{job.run_root / 'mae'}: holds no undamaged checkpoint to start from")
     dense = initial_weights(config) if mae is None else load_weights(mae)

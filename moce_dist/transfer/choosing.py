@@ -20,7 +20,7 @@ from moce_dist.arrays import Int64
 from moce_dist.config import Config
 from moce_dist.features.encoder import EncoderInput
 from moce_dist.model.customize import customize
-from moce_dist.run.artefacts import artefact_id, fingerprint
+from moce_dist.run.artefacts import COMPLETE, artefact_id, fingerprint
 from moce_dist.run.directory import STAGES, Run
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
@@ -64,8 +64,22 @@ class TrainedStage:
 
     @cached_property
     def weights(self) -> dict[str, Tensor]:
-        """All weights by global name, read when first needed."""
-        return load_weights(self.checkpoint)
+        """All weights by global name, read when first needed.
+
+        Raises:
+            ConfigError: training has deleted the checkpoint meanwhile.
+        """
+        try:
+            return load_weights(self.checkpoint)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self.checkpoint}: was deleted by its stage, which still trains; repeat the "
+                "command, or raise checkpoint.keep"
+            ) from None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the weights out of a pickle: other processes read them."""
+        return TrainedStage, (self.checkpoint, self.manifest)
 
     def dense(self, name: str) -> "Dense":
         """Return the dense model of this stage, which is called `name`, with its decoder."""
@@ -108,15 +122,29 @@ def dense_backbone(name: str, config: Config, dense: Dense) -> Backbone:
 
 
 class Chooser:
-    """The choices for one request on one run; `choices` are those known so far, by backbone."""
+    """The choices for one request on one run; `choices` are those known so far, by backbone.
+
+    `stages` are those that another process opened; they may have newer checkpoints by now.
+    """
 
     def __init__(
-        self, request: Request, run: Run, config: Config, task: Task, machine: Machine
+        self,
+        request: Request,
+        run: Run,
+        config: Config,
+        task: Task,
+        machine: Machine,
+        stages: dict[str, TrainedStage | None] | None = None,
     ) -> None:
         self.request, self.run, self.config, self.task = request, run, config, task
         self.machine, self.folder = machine, run.transfer(request.folder)
-        self.stages: dict[str, TrainedStage | None] = {n: open_stage(run, n) for n in STAGES}
+        self.stages = stages or {name: open_stage(run, name) for name in STAGES}
         self.choices: dict[str, dict[str, Any]] = {}
+        needed = {stage_of(backbone, config) for backbone in request.backbones}
+        for name, stage in self.stages.items():
+            # a stage that is still training deletes its older checkpoints
+            if stage and name in needed and not (run.stage(name) / COMPLETE).exists():
+                _ = stage.weights
 
     def stage(self, name: str) -> TrainedStage:
         """Return a stage that the request needs.

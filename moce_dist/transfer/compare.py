@@ -23,7 +23,7 @@ from moce_dist.train.checkpoint import trained_steps
 from moce_dist.train.job import Train
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.backbone import Backbone, run_backbone, timm_backbone
-from moce_dist.transfer.choosing import Chooser, Dense, dense_backbone
+from moce_dist.transfer.choosing import Chooser, Dense, TrainedStage, dense_backbone
 from moce_dist.transfer.continuing import further_folder, further_jobs
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.fit import Kept, Trial
@@ -53,14 +53,23 @@ class Comparison:
     """One request on one run; its inputs are loaded once, and finished results are kept."""
 
     def __init__(
-        self, request: Request, run: Run, config: Config, task: Task, machine: Machine | None = None
+        self,
+        request: Request,
+        run: Run,
+        config: Config,
+        task: Task,
+        machine: Machine | None = None,
+        stages: dict[str, TrainedStage | None] | None = None,
     ) -> None:
-        """Set up the comparison on a machine; None means this process alone."""
+        """Set up the comparison on a machine; None means this process alone.
+
+        `stages` are the checkpoints that another process opened.
+        """
         self.request, self.run, self.config, self.task = request, run, config, task
         self.folder = run.transfer(request.folder)
         self.machine = machine or machine_of(config)
         self.pulse = Pulse()
-        self.chooser = Chooser(request, run, config, task, self.machine)
+        self.chooser = Chooser(request, run, config, task, self.machine, stages)
         self._shared: dict[str, Any] = {}
 
     def backbone(self, name: str) -> Backbone:

@@ -73,7 +73,8 @@ def layered_adamw(
 ) -> torch.optim.AdamW:
     """Make AdamW with layer-wise learning rate decay: groups have `lr_scale`, 1 at the head.
 
-    `new` lists parameters outside the ViT; their `lr_scale` is 1. Norms and biases, and the ViT's
+    The last block has `layer_decay`, the embeddings `layer_decay` ** (depth + 1). `new` lists
+    parameters outside the ViT; their `lr_scale` is 1. Norms and biases, and the ViT's
     class token and position embedding, have no weight decay.
     """
     groups = param_groups_layer_decay(
@@ -82,6 +83,10 @@ def layered_adamw(
         no_weight_decay_list=("pos_embed", "cls_token"),
         layer_decay=layer_decay,
     )
+    if new:
+        # timm takes the last block of a ViT without a head for the head
+        for group in groups:
+            group["lr_scale"] *= layer_decay
     for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
         if params := [p for p in new if (p.ndim > 1) == is_matrix]:
             groups.append({"params": params, "lr_scale": 1.0, "weight_decay": decay})

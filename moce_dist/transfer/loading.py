@@ -93,6 +93,9 @@ class Machine:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     rank: int = 0
     num_ranks: int = 1
+    prefetch_batches: int = 2
+    stall_s: float | None = None
+    """Seconds without a batch after which loading fails."""
     kept_images: KeptImages = field(default_factory=lambda: KeptImages(0), compare=False)
     """Cache of the images of its one task."""
 
@@ -106,6 +109,12 @@ class Machine:
             return list(range(self.rank, batch_size, self.num_ranks))
         front = range(self.rank, batch_size // 2, self.num_ranks)
         return [*front, *(batch_size - 1 - i for i in reversed(front))]
+
+    def load(self, dataset: Dataset[Any], **options: Any) -> Iterator[Any]:
+        """Yield the batches of a DataLoader with this machine's processes; see `loaders.load`."""
+        if self.loader_processes:
+            options["prefetch_factor"] = self.prefetch_batches
+        yield from load(dataset, self.loader_processes, stall_s=self.stall_s, **options)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which forward passes of a fit run."""
@@ -137,6 +146,8 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
         parallel.model_copy(update=mine),
         rank,
         num_ranks,
+        config.data.prefetch_batches,
+        config.data.stall_timeout_s,
         # every loader process keeps images of its own
         KeptImages(
             config.data.keep_bytes // max(1, config.data.loader_processes)
@@ -223,7 +234,7 @@ def eval_batches(
     ]
     mine = order[machine.rank :: machine.num_ranks]
     dataset = TaskImages(items, model, machine.kept_images)
-    for look in load(dataset, machine.loader_processes, batch_sampler=mine):
+    for look in machine.load(dataset, batch_sampler=mine):
         yield look.pixels, look.label, look.faults()
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moce_dist.config import Config
-from moce_dist.model.device import check_gpu
+from moce_dist.model.device import training_device
 from moce_dist.transfer.loading import Machine, machine_of
 
 T = TypeVar("T")
@@ -30,8 +30,8 @@ def join(config: Config) -> Machine:
     Raises:
         ConfigError: a GPU was asked for and there is none.
     """
-    check_gpu(config.parallel)
-    device = machine_of(config).device
+    # a detector's or segmenter's head has operations without a repeatable form
+    device = training_device(config.parallel, warn_only=True)
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     # DeepSpeed takes seconds to import, which protocols without training need not wait for
     from moce_dist.parallel.engine import init_distributed
@@ -57,12 +57,18 @@ def from_first(value: T, machine: Machine) -> T:
     return sent[0]
 
 
-def in_order(mine: list[T], machine: Machine) -> list[T]:
-    """Gather on all ranks, in order, the results of items dealt in turn (rank, rank + R, ...)."""
+def gathered(mine: list[T], machine: Machine) -> list[list[T]]:
+    """Return the lists of all ranks, on all ranks."""
     if machine.num_ranks == 1:
-        return mine
+        return [mine]
     found: list[list[T]] = [[] for _ in range(machine.num_ranks)]
     dist.all_gather_object(found, mine)
+    return found
+
+
+def in_order(mine: list[T], machine: Machine) -> list[T]:
+    """Gather on all ranks, in order, the results of items dealt in turn (rank, rank + R, ...)."""
+    found = gathered(mine, machine)
     count = sum(len(each) for each in found)
     return [found[i % machine.num_ranks][i // machine.num_ranks] for i in range(count)]
 

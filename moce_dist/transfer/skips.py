@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moce_dist.data.loaders import load
 from moce_dist.run.files import read_jsonl, record_fault, write_jsonl
 from moce_dist.transfer.fit import Kept
 from moce_dist.transfer.loading import Draw, Loaded, Machine, Unread
-from moce_dist.transfer.ranks import add_up, in_order
+from moce_dist.transfer.ranks import add_up, gathered
 
 logger = logging.getLogger(__name__)
 _FILE = "skipped.jsonl"
@@ -55,7 +54,8 @@ class Skips:
         count = add_up(torch.tensor(sum(fault is not None for fault in mine)), self.machine)
         if not count:
             return []
-        faults = [fault for fault in in_order(list(mine), self.machine) if fault]
+        every = gathered([fault for fault in mine if fault], self.machine)
+        faults = sorted(fault for each in every for fault in each)
         if self._is_first:
             _warn(faults)
             self.lines += [{"step": step, "key": f.key, "reason": f.reason} for f in faults]
@@ -116,7 +116,7 @@ def training_batches(
     Records the images that others replace. Collective over the ranks.
     """
     skips.start(start)
-    loader = load(images, machine.loader_processes, batch_sampler=draws)
+    loader = machine.load(images, batch_sampler=draws)
     for step, look in enumerate(loader, start):
         skips.note(step, look.faults())
         yield look.pixels, look.label

@@ -8,13 +8,13 @@ only one order, its fits may be trained on many ranks: they are a job that is se
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import quiet_libraries
-from moce_dist.config import Config
+from moce_dist.config import Config, ParallelConfig
 from moce_dist.run.directory import Run, set_aside
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import write_atomic
@@ -63,12 +63,19 @@ def list_task(request: Request, config: Config) -> Task:
 class FitsJob(TransferJob):
     """The trained fits of a request, as they are sent to the ranks.
 
-    Ranks that torchrun started know neither `choices` nor `ledger`; rank 0 sends them.
+    Ranks that torchrun started know neither `stages`, `choices` nor `ledger`; rank 0 sends them.
     """
 
     request: Request
+    stages: dict[str, Any] | None = None
+    """The checkpoints that the driver opened (`choosing.py`, `TrainedStage`), by stage."""
     choices: dict[str, dict[str, Any]] | None = None
     ledger: Ledger | None = None
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """Number of workers; dense models have no groups."""
+        return self.config.parallel.model_copy(update={"num_groups": 1})
 
     @property
     def name(self) -> str:
@@ -93,9 +100,9 @@ class FitsJob(TransferJob):
         machine = join(self.config)
         if machine.rank > 0:
             logging.getLogger("moce_dist").setLevel(logging.WARNING)
-        choices, ledger = from_first((self.choices, self.ledger), machine)
+        stages, choices, ledger = from_first((self.stages, self.choices, self.ledger), machine)
         task = list_task(self.request, self.config)
-        comparison = Comparison(self.request, self.place, self.config, task, machine)
+        comparison = Comparison(self.request, self.place, self.config, task, machine, stages)
         comparison.chooser.choices.update(choices or {})
         comparison.pulse = pulse
         assert ledger is not None
@@ -135,24 +142,33 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
         comparison.take_further_steps(train)
 
         def train_fits(ledger: Ledger) -> None:
-            train(replace(job, choices=comparison.chooser.choices, ledger=ledger))
+            chooser = comparison.chooser
+            train(replace(job, stages=chooser.stages, choices=chooser.choices, ledger=ledger))
 
         return {**compare(comparison, train_fits), "notes": notes}
 
 
-def prepare(run: Run, orders: Iterable[Order], train: Train) -> None:
+def prepare(run: Run, orders: Sequence[Order], train: Train) -> list[Order]:
     """Take the further steps that tasks of a suite share, before the tasks run in parallel.
+
+    Sets aside what is to be made anew, and returns orders that do not: one that is attempted again,
+    because its node was lost, goes on.
 
     Raises:
         ConfigError: the run has no control.
     """
     for order in orders:
+        folder = run.transfer(order.request.folder)
+        if order.is_fresh and folder.exists():
+            with hold(folder):
+                set_aside(folder)
         job = further_jobs(run, order.config, order.request).get("control+all")
         if job is not None:
             from moce_dist.transfer.further import take_shared_steps
 
             assert order.request.continue_images is not None
             take_shared_steps(job, order.request.continue_images, train)
+    return [replace(order, is_fresh=False) for order in orders]
 
 
 def attempt(run: Run, order: Order) -> TaskOutcome:

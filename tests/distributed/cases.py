@@ -181,13 +181,14 @@ def exchange_collectives(run, overrides, placement):
     init_distributed(torch.device("cpu"))
     state = build(run, overrides, placement)
     calls, original = [], dist.all_to_all_single
-    elements = []
+    elements, num_bytes = [], []
 
     def counted(*arguments, **named):
         # DeepSpeed names the arguments
         out = arguments[0] if arguments else named["output"]
         calls.append(out.shape[0])
         elements.append(out.numel())
+        num_bytes.append(out.nbytes)
         return original(*arguments, **named)
 
     readers = state.router.placement.readers
@@ -198,6 +199,7 @@ def exchange_collectives(run, overrides, placement):
     return {
         "calls": len(calls),
         "elements": sum(elements),
+        "bytes": sum(num_bytes),
         "metrics": metrics,
         "keys": batch.keys,
     }

@@ -165,6 +165,16 @@ def test_images_damaged_under_way_are_skipped_and_counted_on_any_ranks(
     assert steps.count(None) == 1 and None not in steps[:-1]
 
 
+def test_images_are_skipped_where_ranks_have_unequal_parts_of_a_batch(pools, damaged, tmp_path):
+    # Mixup's pairs: of ten images one rank has six, the other four
+    odd = ["transfer.finetune.batch_size=10"]
+    common = call(damaged, "classify")
+    (one,) = pools(1).run("fit", **common, out=tmp_path / "one", overrides=odd)
+    many = pools(2).run("fit", **common, out=tmp_path / "many", overrides=on(2, *odd))
+    assert many == [one, one] and len({key for _, key in one["skipped"]}) == 3
+    assert_close(weights(tmp_path / "many"), weights(tmp_path / "one"))
+
+
 @pytest.mark.parametrize("kind", ["classify", "segment"])
 def test_interrupted_fit_counts_what_it_skipped_before(kind, pools, damaged, tmp_path):
     common = call(damaged, kind, overrides=on(2), adam=True)

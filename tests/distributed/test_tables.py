@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from moce_dist.model.gate import NoiseSchedule, logits, routing_table
+from moce_dist.model.gate import NoiseSchedule, logits, noisy_scores, routing_table, shared_groups
 
 REPLAN = 5
 FAST = ["moce.base_lr=0.5", "gate.lr_scale=10", "gate.noise_fraction=0.3", "logging.every_steps=7"]
@@ -51,6 +51,21 @@ def test_a_table_follows_from_the_weights_of_the_step_before(pools, cases, own_r
     seen = tables(pools, own_run, ranks, option)
     assert len(seen) == 22
     assert differing(cases, seen, 1, option) == []
+
+
+def test_clusters_choose_their_groups_at_every_plan_and_keep_them(pools, cases, own_run):
+    seen = tables(pools, own_run, 2, "gate.groups=shared")
+    config, chosen = cases.tiny_config(FAST), []
+    steps = int(len(seen) * config.gate.noise_fraction)
+    noise = NoiseSchedule(config.seed, config.gate.noise, steps)
+    for step in range(0, len(seen), REPLAN):
+        scores = logits(torch.from_numpy(seen[step][0]), torch.from_numpy(seen[step][3]))
+        noisy = noisy_scores(scores, noise.sample(step, scores.shape))
+        chosen.append(np.asarray(shared_groups(noisy, 2)).tolist())
+    assert [np.asarray(groups).tolist() for _, groups, *_ in seen] == [
+        chosen[step // REPLAN] for step in range(len(seen))
+    ]
+    assert any(each != chosen[0] for each in chosen)
 
 
 def test_planted_other_weights_are_noticed(pools, cases, own_run):

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from in_process import run_here
 from PIL import Image
 from safetensors.torch import load_file
 from tars import read_members
@@ -79,6 +80,26 @@ def test_metrics_have_every_key_at_every_step(finished, read_metrics, stage, key
         used = [np.sum(line["images_per_expert"], axis=1).tolist() for line in metrics]
         per_step = np.diff([0, *(line["images_seen"] for line in metrics)])
         assert used == [[n, n] for n in per_step]
+
+
+@pytest.mark.parametrize("stage", ["mae", "moce"])
+def test_rates_are_those_of_the_images_that_were_used(finished, read_metrics, stage):
+    metrics = read_metrics(finished / stage)
+    seen = np.diff([0, *(line["images_seen"] for line in metrics)])
+    for line, count in zip(metrics, seen, strict=True):
+        assert line["images_per_s"] * line["seconds"] == pytest.approx(count, rel=0.01)
+
+
+def test_held_out_loss_is_that_of_the_readable_models(finished):
+    held = read_index(finished / "ingested" / "holdout").num_samples
+    found = {
+        stage: json.loads((finished / stage / "holdout.json").read_text())
+        for stage in ("mae", "moce")
+    }
+    assert {each["images"] for each in found.values()} == {held}
+    done = run_here("moce_dist", "heldout", finished)
+    own = json.loads(done.stdout.splitlines()[-1])["own"]
+    assert found["moce"]["loss"] == pytest.approx(own, rel=1e-4)
 
 
 def test_checkpoints_routing_and_placement_are_readable(finished):

@@ -209,3 +209,22 @@ def test_a_task_that_fails_leaves_the_others(run_job, arguments, data, tmp_path)
     assert {v["task"] for v in found(out)["values"]} == {"digits"}
     page = (out / "study.html").read_text()
     assert "has no folder train" in page and "One seed has no deviation" in page
+
+
+def test_final_figures_are_of_the_test_images(run_job, arguments, data, tmp_path):
+    shutil.copytree(data / "both", tmp_path / "both")
+    for name in ("digits", "silhouettes"):
+        for number in range(60, 65):
+            (tmp_path / "both" / "test" / name / f"{number}.png").unlink()
+    (tmp_path / "pretrain").symlink_to(data / "pretrain")
+    only = [
+        *("seeds=[0]", "reference=random", "arms={random: {backbone: random}}"),
+        f"tasks={json.dumps(TASKS[1:])}",
+    ]
+    sets = [x for text in only for x in ("--set", text)]
+    command = (*arguments(tmp_path / "out"), *sets, "--data", tmp_path)
+    for flags, split, count in (((), "val", 40), (("--final",), "test", 30)):
+        run_job("study", *command, *flags).assert_done()
+        study = found(tmp_path / "out")
+        assert study["split"] == split and study["values"]
+        assert {value["num_test"] for value in study["values"]} == {count}

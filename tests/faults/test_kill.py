@@ -22,7 +22,7 @@ BEFORE = {
 }
 STAGE = {"ingest": "mae", "mae": "mae", "features": "cluster", "moce": "moce"}
 CONTROLLER = "TrainController"
-WORKER = {"mae": "RayTrainWorker", "features": "extract_shard", "moce": "RayTrainWorker"}
+WORKER = {"mae": "RayTrainWorker", "features": "_Worker", "moce": "RayTrainWorker"}
 # (moment, what is killed, overrides); decoding processes must not outlive their worker either
 CHEAP = [("moce", "SIGINT", ())]
 FULL = [

@@ -21,9 +21,15 @@ def test_step_with_nothing_to_exchange_runs_no_collective(pools, clustered_run):
         assert result["calls"] == 0
 
 
-def test_step_with_images_to_exchange_counts_what_travels(pools, clustered_run):
-    options = overrides(2, 2)
-    results = pools(2).run(
+@pytest.mark.parametrize(
+    ("ranks", "groups", "precision"),
+    [(2, 2, "fp32"), (2, 2, "bf16"), (4, 2, "fp32"), (2, 4, "fp32")],
+)
+def test_step_with_images_to_exchange_counts_what_travels(
+    pools, clustered_run, ranks, groups, precision
+):
+    options = overrides(ranks, groups, f"parallel.precision={precision}")
+    results = pools(ranks).run(
         "exchange_collectives", run=str(clustered_run), overrides=options, placement="scrambled"
     )
     exchanged = results[0]["metrics"]["images_exchanged"]
@@ -32,7 +38,10 @@ def test_step_with_images_to_exchange_counts_what_travels(pools, clustered_run):
         assert result["metrics"]["images_exchanged"] == exchanged
         assert 0 < result["calls"] <= 2 * 4  # layers; there and back, forward and backward
     tokens, width = 4 + 1, 32
-    assert results[0]["metrics"]["bytes_exchanged"] == exchanged * tokens * width * 4 * 4
+    size = {"fp32": 4, "bf16": 2}[precision]
+    found = results[0]["metrics"]["bytes_exchanged"]
+    assert found == exchanged * tokens * width * size * 4
+    assert found == sum(result["bytes"] for result in results)
 
 
 def test_every_image_reaches_one_expert(pools, clustered_run):

@@ -176,9 +176,9 @@ def test_balanced_gate_needs_clusters_that_divide():
 
 
 def test_legal_worker_counts_are_multiples_or_divisors_that_divide_the_batch():
-    assert legal_worker_counts(4, 48, 1) == [1, 2, 4, 8, 12, 16]
-    assert legal_worker_counts(4, 48, 2) == [1, 2, 4, 8, 12]
-    assert legal_worker_counts(3, 7, 1) == []
+    assert legal_worker_counts(4, 48, 1, 16) == [1, 2, 4, 8, 12, 16]
+    assert legal_worker_counts(4, 48, 2, 16) == [1, 2, 4, 8, 12]
+    assert legal_worker_counts(3, 7, 1, 12) == []
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "+1e-4", "1.0e-4", ".1e-3", "0.0001"])

@@ -10,7 +10,7 @@ import pytest
 from in_process import run_here
 
 from moce_dist import doctor
-from moce_dist.config import Config, make_config
+from moce_dist.config import Config, load_config, make_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,6 +104,26 @@ def test_folder_without_room_or_rights_fails(monkeypatch, tmp_path):
 def test_ranks_are_shown_over_their_groups(workers, rows):
     config = make_config({"parallel": {"num_workers": workers, "num_groups": 4}})
     assert tuple(doctor.topology_lines(config)[1:3]) == rows
+
+
+def test_legal_numbers_of_ranks_reach_the_configured_one_and_suit_both_stages():
+    for path in sorted((ROOT / "configs" / "pretrain").glob("*.yaml")):
+        config = load_config(path)
+        legal = json.loads(doctor.topology_lines(config)[3].partition("ranks: ")[2])
+        assert config.parallel.num_workers in legal, path.name
+    both = {"parallel": {"num_workers": 2}, "mae": {"batch_size": 8}, "moce": {"batch_size": 12}}
+    assert doctor.topology_lines(make_config(both))[3].endswith("ranks: [1, 2, 4]")
+
+
+def test_memory_is_that_of_the_container(monkeypatch, tmp_path):
+    files = {"memory.max": 8 << 30, "memory.current": 7 << 30, "memory.stat": 1 << 28}
+    for name, value in files.items():
+        (tmp_path / name).write_text(
+            f"{'inactive_file ' if name == 'memory.stat' else ''}{value}\n"
+        )
+    monkeypatch.setattr(doctor, "_CGROUP", tmp_path)
+    (found,) = doctor.memory(make_config({}))
+    assert (found.level, found.seen) == ("warn", "1.2 GiB free of 8.0")
 
 
 def test_lines_name_the_smaller_starts_of_an_elastic_run():

@@ -26,7 +26,6 @@ from torch.utils.data import Dataset
 from moce_dist.config import DetectionConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
-from moce_dist.data.loaders import load
 from moce_dist.run.files import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.detection.finding import Scored, evaluate, predict
@@ -108,9 +107,8 @@ class DetectorFit:
         """
         recipe, num_images = self.recipe, len(self.task.train)
         order = TrainingOrder.of_steps(num_images, recipe.batch_size, recipe.steps, seed)
-        loader = load(
+        loader = self.machine.load(
             Squares(self.task, recipe, seed),
-            self.machine.loader_processes,
             batch_sampler=rank_draws(order, self.machine, start, recipe.steps),
             collate_fn=list,
         )

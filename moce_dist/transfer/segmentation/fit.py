@@ -209,7 +209,9 @@ def class_probabilities(
 ) -> Tensor:
     """Average the class probabilities (C, H, W) over all scales and mirrorings of an image."""
     factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone.mean, backbone.std))
-    size, looks = [image.height, image.width], []
+    size, number = [image.height, image.width], 0
+    # a sum: looks of a large image with many classes take gigabytes
+    total = torch.zeros(())
     for scale in window.scales:
         resized = scaled(image, max(1, round(window.size * scale)))
         pixels = torch.from_numpy(to_sample(np.asarray(resized))) * factor + shift
@@ -218,8 +220,8 @@ def class_probabilities(
             logits = slide(model, look, window.size, machine)
             upright = logits.flip(2) if is_mirrored else logits
             full = F.interpolate(upright[None], size=size, mode="bilinear", align_corners=False)
-            looks.append(full[0].softmax(dim=0))
-    return torch.stack(looks).mean(dim=0)
+            total, number = total + full[0].softmax(dim=0), number + 1
+    return total / number
 
 
 def evaluate(

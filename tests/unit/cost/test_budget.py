@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from in_process import run_here
+from PIL import Image
 
 from moce_dist.config import load_config
 from moce_dist.cost import sizes
@@ -85,7 +86,8 @@ def test_terms_of_zero_by_hand():
     )
     # 4 groups of 8 ranks: an expert's moments lie on its 8 replicas
     mine = shared / 32 + experts / 8
-    saved = 8 * (shared + experts - mine) / 2**30
+    # beside its moments, DeepSpeed keeps a copy of the weights that it updates, and one bucket
+    saved = (8 * (shared + experts - mine) - 4 * mine - sizes.BUCKET_BYTES) / 2**30
     assert plain.memory().value - zero.memory().value == pytest.approx(saved)
     assert zero.optimiser().value / plain.optimiser().value == pytest.approx(
         mine / (shared + experts)
@@ -174,6 +176,34 @@ def test_dry_run_of_512_gpus_and_a_billion_images_marks_every_term(tmp_path):
     assert "64 nodes of 8 GPUs" in budgeted[0]
     assert all("computed)" in line or "(set)" in line for line in budgeted[1:])
     assert "1,000,000,000 images" in budgeted[-1]
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2])
+def test_state_is_a_part_of_memory(zero):
+    many = ("gate.groups=shared", "parallel.micro_batches=8", f"parallel.zero_stage={zero}")
+    found = reckon(*many, "parallel.activation_checkpointing=true")
+    assert 0.5 < found.state().value / found.memory().value < 1
+
+
+def test_zero_of_large_experts_pays_and_its_bucket_is_small():
+    many = ("gate.groups=shared", "parallel.micro_batches=8")
+    plain, zero = reckon(*many), reckon(*many, "parallel.zero_stage=1")
+    assert zero.state().value < 0.7 * plain.state().value
+
+
+def test_dry_run_of_an_index_counts_its_images_and_a_dense_run_has_no_experts(tmp_path):
+    index = tmp_path / "index"
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        image = Image.new("RGB", (8, 8), (number, 0, 9))
+        image.save(tmp_path / "images" / f"{number}.png")
+    source = ("--source", f"folder:{tmp_path / 'images'}", "--set", "data.holdout_fraction=0")
+    assert run_here("ingest", *source, "--out", index).returncode == 0
+    flags = ("--set", f"data.source=index:{index}", "--set", "moe.kind=dense", "--dry-run")
+    done = run_here("pretrain", "--run", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "for 20 images" in done.stdout.splitlines()[-1]
+    assert "experts of a layer" not in done.stdout
 
 
 def test_without_a_number_of_images_no_days_are_promised():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moce_dist.data.plan import PADDING, Plan, cluster_order, quotas_of
+from moce_dist.data.plan import ORDER, PADDING, Plan, cluster_order, quotas_of
 from moce_dist.data.table import Runs, SampleTable
 
 
@@ -35,6 +35,13 @@ def test_every_sample_once_an_epoch_and_the_tail_is_padded():
         assert used.pop(PADDING) == 2
         assert used == Counter(range(23))
         assert all((ids != PADDING).all() for ids in steps[:-1])
+
+
+def test_the_order_is_that_of_its_version():
+    # other numbers need another ORDER: a checkpoint must not go on in them
+    plan = Plan(table([7, 5, 11]), 5, seed=3)
+    found = [plan.step_ids(step).tolist() for step in (0, 6)]
+    assert (ORDER, found) == (2, [[20, 0, 7, 15, 4], [22, 8, 20, 1, 15]])
 
 
 @pytest.mark.parametrize("sizes", [[100, 50, 25, 25], [33] * 6, [1000, 3, 1]])

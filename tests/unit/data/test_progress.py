@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,21 +16,29 @@ def soon(monkeypatch):
     monkeypatch.setattr("moce_dist.data.progress._EVERY_S", 0.01)
 
 
-def test_long_loops_say_rate_and_time_left(caplog):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test moves."""
+    made = SimpleNamespace(now=0.0, monotonic=lambda: made.now)
+    monkeypatch.setattr("moce_dist.data.progress.time", made)
+    return made
+
+
+def test_long_loops_say_rate_and_time_left(caplog, clock):
     caplog.set_level(logging.INFO)
     done = []
     for item in track(range(4), "images", total=4):
-        time.sleep(0.06)
+        clock.now += 0.06
         done.append(item)
     assert done == [0, 1, 2, 3]
     assert re.fullmatch(r"1 of 4 images, \d+\.\d images/s, 0 s left", caplog.messages[0])
 
 
-def test_items_of_different_sizes_count_by_their_size(caplog):
+def test_items_of_different_sizes_count_by_their_size(caplog, clock):
     caplog.set_level(logging.INFO)
     sizes = [3000, 1000, 0]
     for _ in track(sizes, "images encoded", total=4000, size=int):
-        time.sleep(0.02)
+        clock.now += 0.02
     done = [
         re.match(r"(\d+) of 4000 images encoded, ([\d.]+) images/s", m) for m in caplog.messages
     ]

@@ -1,5 +1,6 @@
 """Samples are read in long ranges; what a server does wrong is repeated, then described."""
 
+import errno
 import os
 import time
 
@@ -118,3 +119,20 @@ def test_reads_go_on_where_the_kernel_stopped(tmp_path, monkeypatch):
         [SampleRange(str(path), 10, 4000), SampleRange(str(path), 4500, 900)]
     )
     assert bytes(found) == whole[10:4010] and "ends after 500 of 900 bytes" in str(cut)
+
+
+def test_a_bad_sector_costs_the_samples_that_lie_on_it(tmp_path, monkeypatch):
+    path, whole, read = tmp_path / "a.tar", os.urandom(8000), os.pread
+    path.write_bytes(whole)
+
+    def broken(file, size, at):
+        if at <= 5000 < at + size:
+            raise OSError(errno.EIO, "Input/output error")
+        return read(file, size, at)
+
+    monkeypatch.setattr(os, "pread", broken)
+    wanted = [SampleRange(str(path), start, 2000) for start in range(0, 8000, 2000)]
+    assert len(coalesce(wanted)) == 1
+    found = RangeReader().read(wanted)
+    assert [isinstance(each, OSError) for each in found] == [False, False, True, False]
+    assert bytes(found[3]) == whole[6000:]

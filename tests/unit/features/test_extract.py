@@ -354,10 +354,10 @@ from pathlib import Path
 
 import torch
 
-from moce_dist.features.extract import EncoderSpec, FeatureJob, extract_shard, feature_names
+from moce_dist.features.extract import EncoderSpec, FeatureJob, extract_of, feature_names
 from moce_dist.config import ParallelConfig
 from moce_dist.data.shards import read_index
-from moce_dist.launch.tasks import map_tasks
+from moce_dist.launch.actors import hold_actors
 
 root = Path(sys.argv[1])
 
@@ -376,8 +376,8 @@ jobs = [
                EncoderSpec(build, (str(root),)), 16, 4)
     for s, n in zip(index.shards, feature_names(index), strict=True)
 ]
-done = map_tasks(extract_shard, jobs, parallel=ParallelConfig(num_workers=2), gpu=True)
-assert list(done) == [1] * 4
+with hold_actors(ParallelConfig(num_workers=2)) as workers:
+    assert list(workers.map_tasks(extract_of, None, jobs)) == [1] * 4
 """
 
 

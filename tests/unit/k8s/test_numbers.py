@@ -87,6 +87,15 @@ def test_a_run_goes_on_without_one_node_and_at_its_fewest_ranks(rays, job):
     assert wanted.best_seats(hosts[: enough - 1]) is None
 
 
+@pytest.mark.parametrize("job", [job for job in TRAINING if job != "quickstart"])
+def test_a_node_has_a_core_for_every_loader_process(rays, job):
+    document = rays[f"jobs/{job}"]
+    (group,) = cluster_of(document)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    processes = job_config(words_of(document)).data.loader_processes
+    assert int(limits["cpu"]) >= int(limits["nvidia.com/gpu"]) * processes
+
+
 def unlike(document, ranks, places, groups):
     """Yield what a cluster has other than the dry run of its job says."""
     (group,) = cluster_of(document)["workerGroupSpecs"]

@@ -5,22 +5,24 @@ import errno
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 
-from moce_dist.config import ParallelConfig
+from moce_dist.config import ParallelConfig, make_config
 from moce_dist.launch.job import Failure, Follower, failure_of, heed_sigterm, short_stop
 from moce_dist.launch.nodes import Host, Requirements, seats, wait_for_seats
 from moce_dist.launch.status import LossBudget, Sign, StatusBoard, cause_of
 from moce_dist.launch.training import hold_crew
 from moce_dist.parallel.groups import Topology
-from moce_dist.run.directory import StoppedError
+from moce_dist.run.directory import Run, StoppedError
 from moce_dist.settings import ConfigError
 from moce_dist.train.job import TooManyFaultsError
 from moce_dist.train.pulse import Beat
+from moce_dist.transfer.request import Request
+from moce_dist.transfer.suite import FitsJob
 
 
 def hosts(*slots_by_label):
@@ -82,6 +84,17 @@ def test_labels_without_a_place_are_refused_not_ignored():
     message = r"needs 2 values of the node label .*\['g0', 'g1', 'g2'\]"
     with pytest.raises(ConfigError, match=message):
         wanted(num_workers=4, num_groups=2).best_seats(cluster)
+
+
+def test_jobs_of_one_group_such_as_fits_do_not_mind_labels(tmp_path):
+    cluster = hosts(("g0", 1), ("g1", 1), ("g2", 1), ("g3", 2))
+    config = make_config({"parallel": {"num_workers": 4, "num_groups": 4}})
+    job = FitsJob(Run(tmp_path), config, Request("digits", None, ("moce",), ("finetune",), 1, None))
+    found = Requirements("fits", job.parallel, 64, "CPU").best_seats(cluster)
+    assert found == [""] * 4
+    alone = config.parallel.model_copy(update={"num_workers": 1})
+    job = replace(job, config=config.model_copy(update={"parallel": alone}))
+    assert Requirements("fits", job.parallel, 64, "CPU").best_seats(cluster) == [""]
 
 
 def test_counts_follow_batch_groups_and_bounds():

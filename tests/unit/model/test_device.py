@@ -17,3 +17,31 @@ def test_ranks_of_pre_training_and_of_fits_refuse_to_do_without_a_gpu():
             begin()
     # a driver may run where no GPU is
     assert choose_device(config.parallel).type == "cpu"
+
+
+def test_a_fit_asks_for_repeatable_kernels_and_warns_where_there_are_none(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr("moce_dist.parallel.engine.init_distributed", _no_group)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    asked = (
+        torch.are_deterministic_algorithms_enabled,
+        torch.is_deterministic_algorithms_warn_only_enabled,
+    )
+    try:
+        for flags, wanted in (
+            ((), (False, False)),
+            (("parallel.deterministic=true",), (True, True)),
+        ):
+            with pytest.raises(RuntimeError, match="no group"):
+                join(load_config(None, flags))
+            assert tuple(ask() for ask in asked) == wanted
+        training_device(load_config(None, ["parallel.deterministic=true"]).parallel)
+        assert tuple(ask() for ask in asked) == (True, False)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def _no_group(*_):
+    raise RuntimeError("no group")

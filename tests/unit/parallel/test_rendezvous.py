@@ -6,7 +6,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from moce_dist.parallel.rendezvous import agree
+from moce_dist.parallel.rendezvous import agree, agree_on_device
+from moce_dist.settings import ConfigError
 
 SOON = timedelta(seconds=20)
 
@@ -55,3 +56,32 @@ def test_nobody_waits_for_ever(store):
         agree(store, 0, 2, timedelta(seconds=0.3))
     with pytest.raises(TimeoutError, match="waited in vain for rank 0"):
         agree(store, 1, 2, timedelta(seconds=0.3))
+
+
+def kinds(store, *kind_of_rank):
+    """What each rank is told when all compare their devices."""
+    found = {}
+
+    def come(rank, kind):
+        client = dist.TCPStore("127.0.0.1", store.port, is_master=False)
+        try:
+            found[rank] = agree_on_device(client, len(kind_of_rank), kind)
+        except ConfigError as error:
+            found[rank] = str(error)
+
+    threads = [threading.Thread(target=come, args=pair) for pair in enumerate(kind_of_rank)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [found[rank] for rank in range(len(kind_of_rank))]
+
+
+def test_ranks_with_and_without_a_gpu_do_not_wait_for_each_other(store):
+    (said,) = set(kinds(store, "cuda", "cpu", "cuda"))
+    assert said.startswith("parallel.use_gpu: 1 of 3 ranks have no GPU that torch can use, ")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_ranks_of_one_kind_go_on(store, kind):
+    assert kinds(store, kind, kind) == [None, None]

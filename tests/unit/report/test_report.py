@@ -19,7 +19,7 @@ from moce_dist.report.page import write_report
 from moce_dist.report.record import read_record
 from moce_dist.report.summary import summary_lines, timing_rows
 from moce_dist.report.tasks import half_widths
-from moce_dist.run.directory import open_run
+from moce_dist.run.directory import open_run, set_aside
 from moce_dist.settings import ConfigError
 
 from .conftest import write_control
@@ -52,6 +52,34 @@ def test_run_that_goes_on_from_another_says_so_and_shows_its_empty_clusters(fini
     page = Page(write_report(finished))
     assert "Goes on from the encoder, clusters and experts of /runs/old" in page.text
     assert "MAE held-out loss" not in page.text and "no images" in page.text
+
+
+def test_what_a_fresh_transfer_set_aside_is_shown_no_more(finished):
+    before, folder = read_record(finished), finished / "transfer" / "digits"
+    content = (folder / "metrics.json").read_text()
+    set_aside(folder)
+    assert "digits" not in {each["task"] for each in read_record(finished).transfers}
+    folder.mkdir()
+    (folder / "metrics.json").write_text(content.replace("0.93", "0.94"))
+    after = read_record(finished)
+    assert len(after.transfers) == len(before.transfers) and "digits" not in after.choices
+    page = Page(write_report(finished)).text
+    assert "0.9400 ± 0.0040" in page and "0.9300 ± 0.0040" not in page
+    assert ".before-" not in page
+
+
+def test_a_file_that_is_renamed_while_sizes_are_read_does_not_end_the_report(finished, monkeypatch):
+    gone, stat = finished / "moce" / "routing" / ".step_9.json.1.tmp", Path.stat
+    gone.write_text("{}")
+
+    def vanish(path, **flags):
+        if path == gone:
+            raise FileNotFoundError(path)
+        return stat(path, **flags)
+
+    monkeypatch.setattr(Path, "stat", vanish)
+    sizes = {each.name: each.bytes for each in read_record(finished).artefacts}
+    assert sizes["routing tables"]
 
 
 def test_control_stands_beside_the_moce(finished):

@@ -68,6 +68,12 @@ def test_an_arm_is_compared_with_the_partner_that_it_names(values, content):
     assert "to moce" in page and "to moce" not in render(content)
 
 
+def test_a_difference_of_fewer_seeds_than_its_arm_says_so(values, content):
+    more = [value("own", 2, "a", protocol, 0.7) for protocol in ("knn", "logistic10")]
+    page = render({**content, "tables": tables([*values, *more], PARTNERS, 2000)})
+    assert "of 2 of the seeds" in page and "of 2 of the seeds" not in render(content)
+
+
 def test_mean_over_protocols(values):
     assert made(values)["mean"]["moce"]["mean"]["mean"] == pytest.approx(0.645 - 0.05)
     alone = [v for v in values if v["protocol"] == "knn"]

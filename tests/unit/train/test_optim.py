@@ -85,3 +85,9 @@ def test_a_fixed_gate_is_not_changed():
     optimizer = optimizer_factory(STAGE)(groups)
     set_learning_rate(optimizer, 0.5)
     assert {g["name"]: g["lr"] for g in optimizer.param_groups}["gate"] == 0
+
+
+def test_adamw_has_the_coefficients_of_its_stage():
+    make = optimizer_factory(StageConfig(betas=(0.8, 0.97)))
+    made = make([{"params": [torch.nn.Parameter(torch.ones(2))]}])
+    assert isinstance(made, torch.optim.AdamW) and made.defaults["betas"] == (0.8, 0.97)

@@ -1,6 +1,7 @@
 """The loop of a fit: interrupted and resumed bit for bit, viewed early, kept on disk."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import Dataset
 
 from moce_dist.config import FinetuneConfig
 from moce_dist.model.customize import customize
@@ -200,3 +202,22 @@ def test_blocks_cannot_be_prepared_where_there_are_none(config):
     optimizer = torch.optim.AdamW(net.parameters())
     with pytest.raises(ConfigError, match=r"parallel\.activation_checkpointing .* no ViT blocks"):
         Trainer("a fit", net, torch.nn.functional.mse_loss, optimizer, machine)
+
+
+class Slow(Dataset):
+    """One image that never comes."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        time.sleep(600)
+
+
+def test_a_fit_notices_that_its_loader_stands_still(config):
+    data = config.data.model_copy(
+        update={"loader_processes": 1, "stall_timeout_s": 1.5, "prefetch_batches": 1}
+    )
+    machine = machine_of(config.model_copy(update={"data": data}))
+    with pytest.raises(RuntimeError, match=r"nothing for data\.stall_timeout_s \(1\.5 s\)"):
+        list(machine.load(Slow(), batch_size=1))

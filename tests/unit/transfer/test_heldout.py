@@ -62,6 +62,15 @@ def dense_losses(config, weights, batches, chosen) -> float:
     return float(np.mean(found))
 
 
+def test_batches_of_loader_processes_are_those_of_this_one(held_out, config):
+    table = heldout.held_out_table(held_out, config)
+    data = config.data.model_copy(update={"loader_processes": 1})
+    other = config.model_copy(update={"data": data})
+    both = [list(heldout.held_out_batches(table, each)) for each in (config, other)]
+    for one, two in zip(*both, strict=True):
+        assert torch.equal(one.images, two.images) and one.keys == two.keys
+
+
 @pytest.mark.parametrize("combine", ["straight_through", "prob"])
 def test_losses_are_those_of_the_dense_models_of_each_route(
     held_out, config, models, capsys, combine

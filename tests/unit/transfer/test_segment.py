@@ -236,7 +236,13 @@ def test_segmenter_starts_from_the_backbone_and_trains_all_of_it(config, models)
     logits = model(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 3, 32, 32)
     logits.square().mean().backward()
-    held = {id(p) for g in model.optimizer().param_groups for p in g["params"]}
+    groups = model.optimizer().param_groups
+    held = {id(p) for g in groups for p in g["params"]}
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    blocks = [scale[id(b.mlp.fc1.weight)] for b in model.vit.blocks]
+    # the head learns at the full rate, the last block at 0.65 of it
+    assert blocks == pytest.approx([0.65**n for n in (4, 3, 2, 1)])
+    assert scale[id(model.vit.pos_embed)] == pytest.approx(0.65**5)
     # what lies behind the last tap does not take part
     idle = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
     assert idle <= {"vit.norm.weight", "vit.norm.bias"}

@@ -167,3 +167,16 @@ def test_clusters_are_the_nearest_centroids_of_shifted_unit_features(tmp_path):
     distances = ((unit[:, None].astype(np.float64) - centroids[None]) ** 2).sum(axis=2)
     assert found.tolist() == distances.argmin(axis=1).tolist()
     assert found.tolist() == assign_features(features, centroids, mean=mean)[0].tolist()
+
+
+def test_shared_groups_vote_by_the_groups_that_clusters_keep():
+    # expert 1 is everybody's best, but clusters 0 and 1 were given to the group of expert 0
+    groups = {"gate.cluster_group": torch.tensor([0, 0, 1, 1])}
+    weights = gate_weights([[[0.1, 0.9]] * 4]) | groups
+    shared = {"gate": {"groups": "shared"}, "parallel": {"num_groups": 2}}
+    config = make_config({**shared, "moe": {"num_experts": 2}, "cluster": {"num_clusters": 4}})
+    ids = np.array([0, 0, 1, 3])
+    layer = choose_experts(ids, weights, config, task="t")["layers"][0]
+    assert layer["masses"] == [0.75, 0.25] and layer["expert"] == 0
+    largest = with_selection(config, "largest_cluster")
+    assert choose_experts(ids, weights, largest, task="t")["layers"][0]["expert"] == 0

@@ -1,16 +1,21 @@
 """A suite of tasks: each on its own, one table of all, and failures that stop nobody else."""
 
 import json
+import pickle
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.choosing import open_stage
 from moce_dist.transfer.request import Request
-from moce_dist.transfer.suite import FitsJob
+from moce_dist.transfer.suite import FitsJob, Order, attempt, carry_out, prepare, train_here
 
-from .conftest import transfer
+from .conftest import by_global_name, transfer, write_checkpoint
 
 
 def write_suite(path: Path, *entries: dict[str, object], **transfer_fields: object) -> str:
@@ -135,3 +140,40 @@ def test_dry_run_prints_every_task(run, entries, job, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.count("task       ") == 3 and "called few" in shown
     assert not (run.root / "transfer").exists()
+
+
+def test_a_fresh_task_that_is_attempted_again_goes_on(run, image_folder, config):
+    request = Request("imagefolder", image_folder, ("mae",), ("knn", "finetune"), 1, None)
+    order = Order(request, config, is_fresh=True)
+    before = attempt(run, replace(order, is_fresh=False))
+    (fresh,) = prepare(run, [order], train_here)
+    assert not (run.transfer("imagefolder") / "results.jsonl").exists()
+    first = attempt(run, fresh)
+    results = (run.transfer("imagefolder") / "results.jsonl").read_text()
+    # its node was lost behind the last line, and Ray sends the same order again
+    assert attempt(run, fresh).metrics == first.metrics == before.metrics
+    assert (run.transfer("imagefolder") / "results.jsonl").read_text() == results
+    assert len(list(run.root.glob("transfer/imagefolder.before-*/results.jsonl"))) == 1
+
+
+def test_fits_take_the_checkpoints_that_the_choice_was_made_from(run, image_folder, config, models):
+    request = Request("imagefolder", image_folder, ("moce",), ("finetune",), 1, None)
+    folder = run.stage("moce") / "checkpoints"
+    spoilt = {n: torch.zeros_like(t) for n, t in by_global_name(models["moce"], config).items()}
+
+    def later(job):
+        # training goes on, and deletes what was chosen
+        write_checkpoint(folder / "step_00000006", spoilt)
+        shutil.rmtree(folder / "step_00000005")
+        train_here(job)
+
+    shutil.copytree(run.root, other := run.root.parent / "other")
+    expected = carry_out(Run(other), Order(request, config))
+    assert carry_out(run, Order(request, config), later)["results"] == expected["results"]
+    # another process must read them again
+    stages = {name: open_stage(run, name) for name in ("mae", "moce")}
+    sent = pickle.loads(pickle.dumps(stages))
+    assert sent["moce"].weights.keys() == stages["moce"].weights.keys()
+    shutil.rmtree(folder / "step_00000006")
+    with pytest.raises(ConfigError, match="was deleted by its stage, which still trains"):
+        _ = pickle.loads(pickle.dumps(stages))["moce"].weights

@@ -1,6 +1,7 @@
 """Choice by evidence: folds, a planted best, and test images that nobody looks at."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,8 +12,10 @@ from moce_dist.model.customize import customize
 from moce_dist.run.artefacts import mark_complete
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone, run_backbone
+from moce_dist.transfer.choosing import Chooser
 from moce_dist.transfer.classification.task import Classification
 from moce_dist.transfer.loading import machine_of
+from moce_dist.transfer.request import Request
 from moce_dist.transfer.select import folds_of, score_folds, try_candidates
 from moce_dist.transfer.tasks import Item
 
@@ -134,3 +137,18 @@ def test_job_chooses_by_folds_and_by_name_in_one_table(
 def test_selections_that_cannot_be_are_refused(flags, message, run, job):
     with pytest.raises(ConfigError, match=message):
         job.main([*flags, "--run", str(run.root)])
+
+
+def test_a_stage_that_still_trains_may_delete_the_checkpoint_that_was_chosen(run, config, task):
+    request = Request("imagefolder", None, ("moce",), ("knn",), 1, None)
+    chooser = Chooser(request, run, config, task, machine_of(config))
+    shutil.rmtree(run.stage("moce") / "checkpoints")
+    assert len(chooser.choice()["layers"]) == 2
+    # what no backbone needs, or what cannot go any more, is read when it is needed
+    assert "weights" not in vars(chooser.stages["mae"])
+    mark_complete(run.stage("moce"), {}, [])
+    write_checkpoint(
+        run.stage("moce") / "checkpoints" / "step_00000006", dict(chooser.stage("moce").weights)
+    )
+    later = Chooser(request, run, config, task, machine_of(config))
+    assert "weights" not in vars(later.stages["moce"])
