@@ -48,7 +48,8 @@ def model_card(
         more = f" and {rest} more" if rest > 0 else ""
         clusters = f"- their clusters (images): {', '.join(counts[:_MAX_CLUSTERS])}{more}"
         chosen = [
-            f"- images: {choice['num_images']}, without their labels",
+            f"- images: {choice['num_images']}"
+            f"{'' if choice.get('candidates') else ', without their labels'}",
             *([clusters] if counts else []),
             *([f"- warning: {choice['warning']}"] if choice["warning"] else []),
             "",

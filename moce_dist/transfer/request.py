@@ -146,6 +146,15 @@ def check_request(request: Request, config: Config) -> None:
             raise ConfigError(f"--protocol {name}: must be one of {known} for {request.task}")
     if request.num_seeds < 1:
         raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")
+    transfer = config.transfer
+    named = [base_of(name).partition(":")[2] for name in request.backbones if is_moce(name)]
+    is_validated = "validate" in [name or transfer.select for name in named]
+    is_limited = transfer.max_train is not None and request.experts is None
+    if request.num_seeds > 1 and is_limited and is_validated:
+        raise ConfigError(
+            f"--seeds {request.num_seeds}: with transfer.max_train, validate would choose by "
+            "labels that the fits of other seeds must not see; take one seed a run"
+        )
     if request.experts is not None and config.moe.kind != "cluster":
         raise ConfigError(f"--experts: {experts_of(config)}")
     if request.experts is not None:

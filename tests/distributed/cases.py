@@ -95,8 +95,11 @@ def by_global_name(state, pairs):
     return result
 
 
-def take_steps(run, overrides, placement="planned", steps=1):
-    """Run real training steps; gradients of the first, weights after the last, and the metrics."""
+def take_steps(run, overrides, placement="planned", steps=1, first=0):
+    """Run real training steps; gradients of the first, weights after the last, and the metrics.
+
+    `first` is the step whose batch is used first.
+    """
     init_distributed(torch.device("cpu"))
     state = build(run, overrides, placement)
     captured = {}
@@ -111,7 +114,8 @@ def take_steps(run, overrides, placement="planned", steps=1):
     state.engine.step = step
     readers = state.router.placement.readers
     metrics = []
-    for batch in stream(state.stream_spec(state.plan), readers, start=0, stop=steps):
+    spec = state.stream_spec(state.plan)
+    for batch in stream(spec, readers, start=first, stop=first + steps):
         if state.step:
             state.router.refresh(state.model.gate, state.step)
         metrics.append(loop.step_metrics(state, loop.train_step(state, batch)))

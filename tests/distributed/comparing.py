@@ -6,13 +6,13 @@ from moce_dist.data.batches import stream
 from moce_dist.data.stream import Layout, StreamSpec
 
 
-def global_batch(job):
-    """The step-0 batch as one process sees it."""
+def global_batch(job, step=0):
+    """The batch of a step as one process sees it."""
     spec = StreamSpec(
         job.plan(), job.config.data, job.config.num_patches, Layout(1, 1), 0,
         job.run_root / "faults.jsonl", "moce",
     )  # fmt: skip
-    return next(stream(spec, lambda clusters: np.zeros(len(clusters), np.int64), start=0, stop=1))
+    return next(stream(spec, lambda ids: np.zeros(len(ids), np.int64), start=step, stop=step + 1))
 
 
 def assert_close(name, value, expected, norm, tolerance):

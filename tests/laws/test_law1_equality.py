@@ -3,17 +3,20 @@
 import copy
 import itertools
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
 import torch
 from comparing import assert_close, global_batch, merged
+from ranks import fresh_run
 
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import PADDING
 from moce_dist.model.gate import balance_loss, confidence_loss
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import LocalDispatcher, global_names, is_stacked
+from moce_dist.run.files import read_faults
 from moce_dist.train import setup
 
 CONFIGURATIONS = [
@@ -32,7 +35,7 @@ CONFIGURATIONS = [
 MATRIX = list(itertools.product((1, 2, 4), (1, 2, 4), (0, 1, 2), (1, 2), ("planned", "scrambled")))
 
 
-def reference(job, table, combine):
+def reference(job, table, combine, step=0):
     """One process, no engine, float64: loss, gradients by global name, total norm."""
     config = copy.deepcopy(job.config)
     experts = config.moe.num_experts
@@ -48,9 +51,10 @@ def reference(job, table, combine):
             state[name] = weights[name]
     model.load_state_dict(state)
     model.double()
-    batch = global_batch(job)
-    assert (batch.clusters[0] != PADDING).all()
+    batch = global_batch(job, step)
+    # an empty slot has no cluster and weight 0; it may go anywhere
     ids = batch.clusters[0]
+    ids = torch.where(ids == PADDING, 0, ids)
     table = torch.from_numpy(table)
     # float64 all the way: the gate's own function computes in float32
     p = torch.einsum("led,kd->lke", model.gate.weight, model.gate.cluster_embedding).softmax(-1)
@@ -63,7 +67,8 @@ def reference(job, table, combine):
         scales,
     )
     counts = batch.cluster_counts
-    loss = losses.mean()
+    # an unreadable image counts in the divisor, an empty slot does not
+    loss = (losses * batch.weights).sum() / counts.sum()
     total = loss + config.gate.balance_weight * balance_loss(p, counts)
     total = total + config.gate.confidence_weight * confidence_loss(p, counts)
     total.backward()
@@ -109,6 +114,51 @@ def test_step_equals_one_process(pools, cases, clustered_run, configuration):
     ranks, groups, *_, placement = configuration
     if placement == "scrambled" and min(ranks, groups) > 1:
         assert results[0]["metrics"][0]["images_exchanged"] > 0
+
+
+PADDED = [
+    (1, 2, 0, 1, "planned"),
+    (2, 2, 0, 1, "scrambled"),
+    (4, 2, 0, 1, "scrambled"),
+    (2, 2, 2, 1, "scrambled"),
+]
+
+
+@pytest.mark.parametrize("configuration", PADDED, ids=str)
+def test_last_step_of_an_epoch_is_the_mean_of_its_images(
+    pools, cases, clustered_run, tmp_path, configuration
+):
+    # 164 images of 16: step 10 has four images and twelve empty slots; one image is cut off
+    root = fresh_run(clustered_run, tmp_path / "run")
+    options = [f"parallel.num_workers={configuration[0]}", "parallel.num_groups=2"]
+    job = cases.make_job(root, options)
+    keys = [key for key in global_batch(job, 10).keys if key]
+    assert len(keys) == 4
+    spoil(root, keys[1])
+    extra = ["moce.optimizer=sgd", "moce.base_lr=0.1"]
+    overrides, results = run(pools, root, configuration, extra, first=10)
+    job = cases.make_job(root, overrides)
+    expected = reference(job, results[0]["table"], "straight_through", step=10)
+    for result in results:
+        assert result["metrics"][0]["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert result["metrics"][0]["grad_norm"] == pytest.approx(expected["norm"], rel=1e-5)
+    for name, gradient in merged(results, "gradients").items():
+        assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
+    assert {fault["key"] for fault in read_faults(root / "faults.jsonl")} == {keys[1]}
+
+
+def spoil(root, key):
+    """Overwrite the image of a sample in a copy of the run's shards."""
+    shards = (root / "shards").resolve()
+    (root / "shards").unlink()
+    shutil.copytree(shards, root / "shards")
+    for tar in (root / "shards").glob("*.tar"):
+        with tarfile.open(tar) as file:
+            found = [m for m in file.getmembers() if m.name == f"{key}.png"]
+        for member in found:
+            content = bytearray(tar.read_bytes())
+            content[member.offset_data : member.offset_data + member.size] = bytes(member.size)
+            tar.write_bytes(content)
 
 
 @pytest.mark.long
