@@ -40,6 +40,15 @@ def test_schema_of_studies_is_the_one_of_the_code():
     assert json.loads(committed) == json_schema()
 
 
+BENCHES = sorted((ROOT / "configs" / "bench").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", BENCHES, ids=name)
+def test_bench_config_dry_runs(path):
+    done = run_here("bench", path.stem.partition("_")[0], "--config", path, "--dry-run")
+    assert done.returncode == 0 and done.stdout, done.stderr
+
+
 @pytest.mark.parametrize("path", STUDIES, ids=name)
 def test_study_dry_runs(path, tmp_path, capsys):
     job = load_script(ROOT / "jobs" / "study.py")

@@ -114,7 +114,7 @@ def test_every_job_refuses_an_unknown_field_before_anything_heavy(path, tmp_path
     where = ["--run", str(tmp_path / "run")]
     flags = {
         "bench.py": ["step", *where],
-        "study.py": ["--config", "configs/studies/tiny.yaml", "--out", str(tmp_path / "run")],
+        "study.py": ["--config", str(ROOT / "configs/studies/tiny.yaml"), "--out", str(tmp_path / "run")],
     }
     # a study has fields of its own beside the configuration's
     prefix = "config." if path.name == "study.py" else ""

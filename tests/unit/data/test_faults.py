@@ -26,8 +26,8 @@ DATA = DataConfig(
     image_size=16,
     loader_processes=2,
     stall_timeout_s=120,
-    read_timeout_s=0.5,
-    read_deadline_s=1.5,
+    read_timeout_s=1.5,
+    read_deadline_s=4.5,
 )
 
 

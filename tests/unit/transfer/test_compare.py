@@ -270,6 +270,13 @@ def test_segmentation_is_compared_by_the_same_job(run, scene_folder, job):
         (["--task", "digits", "--protocol", "svm"], "--protocol svm: must be one of"),
         (["--task", "ade20k", "--protocol", "knn"], "must be one of finetune for ade20k"),
         (["--task", "digits", "--seeds", "0"], "--seeds 0: must be at least 1"),
+        (
+            [
+                *("--task", "digits", "--seeds", "2", "--backbone", "moce:validate"),
+                *("--set", "transfer.max_train=9"),
+            ],
+            "--seeds 2: with transfer.max_train, validate would choose by labels",
+        ),
         (["--task", "digits", "--experts", "0"], "must name 2 experts"),
         (["--task", "digits", "--experts", "0,3"], "from 0 to 2"),
         (["--task", "digits", "--experts", "a,b"], "must be whole numbers"),

@@ -74,8 +74,9 @@ def test_no_test_image_is_read(config, models, task, read):
     assert any(key.startswith("test/") for key in read)
 
 
-def test_no_more_labels_are_seen_than_the_fits_may_use(config, models, task, read):
-    tried(config, models, task, max_train=6)
+@pytest.mark.parametrize("limit", ["max_train", "validate_images"])
+def test_no_more_labels_are_seen_than_are_allowed(limit, config, models, task, read):
+    tried(config, models, task, **{limit: 6})
     assert set(read) == {item.key for item in task.subset(6, config.seed).train}
 
 
