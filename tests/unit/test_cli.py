@@ -112,9 +112,10 @@ def test_every_job_explains_itself_with_an_example(path):
 def test_every_job_refuses_an_unknown_field_before_anything_heavy(path, tmp_path):
     started = time.monotonic()
     where = ["--run", str(tmp_path / "run")]
+    tiny = ROOT / "configs" / "studies" / "tiny.yaml"
     flags = {
         "bench.py": ["step", *where],
-        "study.py": ["--config", str(ROOT / "configs/studies/tiny.yaml"), "--out", str(tmp_path / "run")],
+        "study.py": ["--config", str(tiny), "--out", str(tmp_path / "run")],
     }
     # a study has fields of its own beside the configuration's
     prefix = "config." if path.name == "study.py" else ""

@@ -331,3 +331,21 @@ def test_pixels_are_prepared_as_for_the_fit(task, image_folder, capsys):
         expected = model(torch.from_numpy(eval_image(file.read_bytes(), SIZE))[None]).softmax(1)[0]
     found = {c["name"]: c["probability"] for c in json.loads(line)["classes"]}
     assert [found[name] for name in spec.classes] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_a_viewed_fit_keeps_its_best_model_and_one_that_saves_none_keeps_none(
+    run, image_folder, job, tmp_path, capsys
+):
+    flags = ["--task", "imagefolder", "--data", str(image_folder), "--run", str(run.root)]
+    flags += ["--backbone", "mae", "--protocol", "finetune"]
+    job.main([*flags, "--set", "transfer.view_every_steps=2"])
+    folder = run.transfer("imagefolder")
+    views = (folder / "models" / "mae-finetune-0" / "views.jsonl").read_text().splitlines()
+    # 48 images of 16 over two epochs
+    assert [json.loads(line)["step"] for line in views] == [2, 4, 6]
+    image = next((image_folder / "test").rglob("*.png"))
+    (line,) = said(capsys, "predict", str(folder), str(image), "--best")
+    assert json.loads(line)["image"] == str(image)
+    job.main([*flags, "--set", "transfer.save_models=false", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "imagefolder" / "metrics.json").exists()
+    assert not list((tmp_path / "out").glob("*/models/*/last"))
