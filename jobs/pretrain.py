@@ -221,8 +221,8 @@ def plan_lines(config: Config, root: Path, stage: str) -> list[str]:
         f"{parallel.num_groups} groups{per_rank if config.moe_layers else ''}",
         f"batch      mae {config.mae.batch_size}, moce {config.moce.batch_size}; "
         f"{config.moce.batch_size // parallel.num_workers} images a rank",
-        f"state      about {budget(config).state().value:.2f} GiB a rank (weights, gradients, "
-        "moments)",
+        f"state      about {budget(config).state().value:.2f} GiB a rank (weights, gradients "
+        "with their copies, moments)",
         f"exchange   {sizes.image_bytes(config)} bytes an image and transfer",
         *budget_lines(config, num_images(Run(root).data(config))),
     ]

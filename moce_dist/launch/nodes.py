@@ -17,7 +17,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from moce_dist.config import ParallelConfig
@@ -59,13 +59,9 @@ class Requirements:
     def best_seats(self, hosts: Sequence[Host]) -> list[str] | None:
         """Seat the largest legal number of workers; return the label of every rank, or None.
 
-        Where there is one group only, labels do not matter.
-
         Raises:
             ConfigError: there are more labels than a full start has places for.
         """
-        if self.parallel.num_groups == 1:
-            hosts = [replace(host, group="") for host in hosts]
         self._refuse_too_many_labels(hosts)
         for count in self.parallel.worker_counts(self.batch_size):
             is_full = count == self.parallel.num_workers

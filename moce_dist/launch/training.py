@@ -122,7 +122,7 @@ class Crew:
         # decided once: when the last node with a GPU is lost, training waits for another one
         resource = seat_resource(parallel)
         wanted = Requirements(job.name, parallel, job.batch_size, resource)
-        look = partial(live_hosts, resource)
+        look = partial(live_hosts, resource, parallel)
         budgets, follower = LossBudget(job.name, parallel), Follower(job)
         around: set[str] = set()
         gauges = JobGauges(job)
@@ -180,14 +180,17 @@ def _is_leaving() -> bool:
     return ray.get_runtime_context().get_node_id() in cluster_state.get_draining_nodes()
 
 
-def live_hosts(resource: str) -> list[Host]:
-    """List the nodes that are alive, not draining, and reachable."""
+def live_hosts(resource: str, parallel: ParallelConfig) -> list[Host]:
+    """List the nodes that are alive, not draining, and reachable.
+
+    Their labels are left out where there is one group only, as in fits of a task.
+    """
     free, draining = available_resources_per_node(), cluster_state.get_draining_nodes()
     return [
         Host(
             node["NodeID"],
             node["NodeManagerAddress"],
-            node["Labels"].get(GROUP_LABEL, ""),
+            node["Labels"].get(GROUP_LABEL, "") if parallel.num_groups > 1 else "",
             int(free.get(node["NodeID"], {}).get(resource, 0)),
         )
         for node in ray.nodes()
@@ -282,7 +285,7 @@ class Attempt:
         mine = Counter(ray.get(self.board.nodes.remote()))
         hosts = [
             replace(host, slots=host.slots + mine[host.node])
-            for host in live_hosts(self._wanted.resource)
+            for host in live_hosts(self._wanted.resource, self._wanted.parallel)
         ]
         best = self._wanted.best_seats(hosts)
         self.has_room_for_more = best is not None and len(best) > self.size

@@ -7,9 +7,9 @@ Letters: K clusters, L MoE layers, E experts per layer.
 """
 
 import json
-import stat
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -310,16 +310,12 @@ def _read_clusters(record: Record, folder: Path) -> Clusters | None:
 
 
 def _size(path: Path) -> int | None:
-    files = path.rglob("*") if path.is_dir() else [path] if path.exists() else None
-    return None if files is None else sum(map(_size_of_file, files))
-
-
-def _size_of_file(path: Path) -> int:
-    try:
-        found = path.stat()
-    except OSError:  # renamed meanwhile by what writes it
-        return 0
-    return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    total, files = 0, path.rglob("*") if path.is_dir() else [path]
+    for file in files:
+        # what writes a file may rename it meanwhile
+        with suppress(OSError):
+            total += file.stat().st_size if file.is_file() else 0
+    return total if path.exists() else None
 
 
 def _newest(folder: Path) -> Path:

@@ -20,6 +20,7 @@ from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import write_atomic
 from moce_dist.run.lease import hold
 from moce_dist.run.names import typed
+from moce_dist.settings import ConfigError
 from moce_dist.train.job import Job, Train
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.continuing import TransferJob, further_jobs
@@ -157,18 +158,29 @@ def prepare(run: Run, orders: Sequence[Order], train: Train) -> list[Order]:
     Raises:
         ConfigError: the run has no control.
     """
+    orders = [_begun(run, order) for order in orders]
     for order in orders:
-        folder = run.transfer(order.request.folder)
-        if order.is_fresh and folder.exists():
-            with hold(folder):
-                set_aside(folder)
         job = further_jobs(run, order.config, order.request).get("control+all")
         if job is not None:
             from moce_dist.transfer.further import take_shared_steps
 
             assert order.request.continue_images is not None
             take_shared_steps(job, order.request.continue_images, train)
-    return [replace(order, is_fresh=False) for order in orders]
+    return orders
+
+
+def _begun(run: Run, order: Order) -> Order:
+    folder = run.transfer(order.request.folder)
+    if not order.is_fresh or not folder.exists():
+        return replace(order, is_fresh=False)
+    try:
+        list_task(order.request, order.config)
+        with hold(folder):
+            set_aside(folder)
+    except ConfigError:
+        # its attempt will fail likewise, and keep its results
+        return order
+    return replace(order, is_fresh=False)
 
 
 def attempt(run: Run, order: Order) -> TaskOutcome:

@@ -26,7 +26,7 @@ from moce_dist.data.batches import stream
 from moce_dist.model import moce
 from moce_dist.model.gate import Gate, NoiseSchedule, logits, routing_table
 from moce_dist.model.moce import is_stacked
-from moce_dist.parallel import reduction
+from moce_dist.parallel import engine, reduction
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
 from moce_dist.run.directory import StoppedError
@@ -95,13 +95,14 @@ def by_global_name(state, pairs):
     return result
 
 
-def take_steps(run, overrides, placement="planned", steps=1, first=0):
+def take_steps(run, overrides, placement="planned", steps=1, first=0, bucket=None):
     """Run real training steps; gradients of the first, weights after the last, and the metrics.
 
-    `first` is the step whose batch is used first.
+    `first` is the step whose batch is used first, `bucket` the size of ZeRO's buckets, elements.
     """
     init_distributed(torch.device("cpu"))
-    state = build(run, overrides, placement)
+    with patched(engine, _BUCKET=bucket or engine._BUCKET):
+        state = build(run, overrides, placement)
     captured = {}
     original = state.engine.step
 

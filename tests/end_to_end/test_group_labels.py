@@ -29,19 +29,26 @@ def two_nodes():
 
 
 def test_live_nodes_are_seen_with_label_and_room(two_nodes):
-    found = sorted((host.group, host.slots) for host in training.live_hosts("CPU"))
+    groups = ParallelConfig(num_workers=4, num_groups=2)
+    found = sorted((host.group, host.slots) for host in training.live_hosts("CPU", groups))
     assert found == [("", 0), ("g0", 2), ("g1", 2)]
+    # fits of a task have one group: they go wherever there is room
+    alone = Requirements("fits", ParallelConfig(num_workers=4), 64, "CPU")
+    hosts = training.live_hosts("CPU", alone.parallel)
+    assert sorted((host.group, host.slots) for host in hosts) == [("", 0), ("", 2), ("", 2)]
+    assert alone.best_seats(hosts) == [""] * 4 and "label" not in alone.missing(hosts)
 
 
 def test_every_worker_is_asked_onto_its_group(two_nodes):
     wanted = Requirements("mae", ParallelConfig(num_workers=4, num_groups=2), 64, "CPU")
-    assert wanted.best_seats(training.live_hosts("CPU")) == ["g0", "g0", "g1", "g1"]
+    found = wanted.best_seats(training.live_hosts("CPU", wanted.parallel))
+    assert found == ["g0", "g0", "g1", "g1"]
 
 
 def test_labels_that_do_not_fit_the_groups_are_refused(two_nodes):
-    wanted = Requirements("mae", ParallelConfig(num_workers=1, num_groups=1), 64, "CPU")
+    wanted = Requirements("mae", ParallelConfig(num_workers=1, num_groups=2), 64, "CPU")
     with pytest.raises(ConfigError, match=r"needs 1 values of the node label.*\['g0', 'g1'\]"):
-        wanted.best_seats(training.live_hosts("CPU"))
+        wanted.best_seats(training.live_hosts("CPU", wanted.parallel))
 
 
 def test_ranks_follow_labels_not_the_order_of_starting(two_nodes, tmp_path):

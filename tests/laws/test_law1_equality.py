@@ -83,6 +83,18 @@ def reference(job, table, combine, step=0):
     return {"loss": loss.item(), "loss_total": total.item(), "gradients": gradients, "norm": norm}
 
 
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_zero_in_many_buckets_equals_one_process(pools, cases, clustered_run, zero_stage):
+    extra = ["moce.optimizer=sgd", "moce.base_lr=0.1"]
+    configuration = (2, 2, zero_stage, 1, "scrambled")
+    # 32 x 128 weights of an MLP fit in no bucket
+    overrides, results = run(pools, clustered_run, configuration, extra, bucket=1000)
+    job = cases.make_job(clustered_run, overrides)
+    expected = reference(job, results[0]["table"], "straight_through")
+    for name, gradient in merged(results, "gradients").items():
+        assert_close(name, gradient, expected["gradients"][name], expected["norm"], 1e-5)
+
+
 def run(pools, run_root, configuration, extra=(), case="take_steps", **arguments):
     ranks, groups, zero, micro, placement = configuration
     overrides = [

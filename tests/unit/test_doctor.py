@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 from in_process import run_here
 
@@ -121,9 +123,16 @@ def test_memory_is_that_of_the_container(monkeypatch, tmp_path):
         (tmp_path / name).write_text(
             f"{'inactive_file ' if name == 'memory.stat' else ''}{value}\n"
         )
+    machine = SimpleNamespace(total=64 << 30, available=50 << 30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: machine)
     monkeypatch.setattr(doctor, "_CGROUP", tmp_path)
     (found,) = doctor.memory(make_config({}))
     assert (found.level, found.seen) == ("warn", "1.2 GiB free of 8.0")
+    (tmp_path / "memory.max").write_text("max\n")
+    (found,) = doctor.memory(make_config({}))
+    assert (found.level, found.seen) == ("ok", "50.0 GiB free of 64.0")
+    (tmp_path / "memory.max").unlink()
+    assert next(doctor.memory(make_config({}))) == found
 
 
 def test_lines_name_the_smaller_starts_of_an_elastic_run():

@@ -5,7 +5,7 @@ import errno
 import os
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -86,15 +86,12 @@ def test_labels_without_a_place_are_refused_not_ignored():
         wanted(num_workers=4, num_groups=2).best_seats(cluster)
 
 
-def test_jobs_of_one_group_such_as_fits_do_not_mind_labels(tmp_path):
-    cluster = hosts(("g0", 1), ("g1", 1), ("g2", 1), ("g3", 2))
+def test_fits_have_one_group(tmp_path):
     config = make_config({"parallel": {"num_workers": 4, "num_groups": 4}})
     job = FitsJob(Run(tmp_path), config, Request("digits", None, ("moce",), ("finetune",), 1, None))
-    found = Requirements("fits", job.parallel, 64, "CPU").best_seats(cluster)
-    assert found == [""] * 4
-    alone = config.parallel.model_copy(update={"num_workers": 1})
-    job = replace(job, config=config.model_copy(update={"parallel": alone}))
-    assert Requirements("fits", job.parallel, 64, "CPU").best_seats(cluster) == [""]
+    # `live_hosts` leaves labels out then
+    assert job.parallel.num_groups == 1 and config.parallel.num_groups == 4
+    assert job.parallel.num_workers == 4
 
 
 def test_counts_follow_batch_groups_and_bounds():

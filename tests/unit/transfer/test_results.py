@@ -170,7 +170,7 @@ def test_budget_names_what_a_protocol_depends_on():
     for prefix, kind in (("segment_", Segmentation), ("detect_", Detection)):
         fields = kind.budget(transfer, "finetune")
         own = {name for name in transfer.flat() if name.startswith(prefix)}
-        assert fields.keys() == {"max_train", *own} and len(own) > 6
+        assert fields.keys() == {"max_train", "last_block", *own} and len(own) > 6
 
 
 def test_rows_of_other_choices_or_other_further_steps_do_not_count_unless_they_are_asked_for(
