@@ -53,7 +53,8 @@ from moce_dist.parallel.reduction import GradientReducer, in_backward_order
 from moce_dist.parallel.rendezvous import agree_on_device, fresh_store, new_host_group
 from moce_dist.run.environment import bind_ranks, shorten_sockets
 
-_BUCKET = BUCKET_BYTES // 4  # elements; DeepSpeed's default is a buffer of 1.9 GiB
+BUCKET = BUCKET_BYTES // 4
+"""Elements of ZeRO's bucket; DeepSpeed's default is a buffer of 1.9 GiB."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -160,7 +161,7 @@ def _deepspeed_config(spec: EngineSpec) -> dict[str, Any]:
         "gradient_accumulation_steps": spec.micro_batches,
         "steps_per_print": None,
         "gradient_clipping": spec.clip_norm if zero else 0.0,
-        "zero_optimization": {"stage": zero, "overlap_comm": False, "reduce_bucket_size": _BUCKET},
+        "zero_optimization": {"stage": zero, "overlap_comm": False, "reduce_bucket_size": BUCKET},
         "communication_data_type": spec.parallel.reduce_dtype,
         # this timer synchronises with the device twice per micro-batch
         "timers": {"throughput": {"enabled": False}},

@@ -101,7 +101,7 @@ def take_steps(run, overrides, placement="planned", steps=1, first=0, bucket=Non
     `first` is the step whose batch is used first, `bucket` the size of ZeRO's buckets, elements.
     """
     init_distributed(torch.device("cpu"))
-    with patched(engine, _BUCKET=bucket or engine._BUCKET):
+    with patched(engine, BUCKET=bucket or engine.BUCKET):
         state = build(run, overrides, placement)
     captured = {}
     original = state.engine.step
