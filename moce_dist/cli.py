@@ -1,7 +1,7 @@
 """What all jobs share: common flags, one-line errors, exit status, quiet libraries.
 
 Exit status: 0 done; 2 the request is wrong (`ConfigError`, raised before anything heavy is
-imported); 1 it failed while running; 130 interrupted; 143 stopped by SIGTERM with its state saved.
+imported); 1 it failed while running; 130 interrupted; 143 stopped by SIGTERM.
 An error is one line on stderr that names the field or file and the rule; set MOCE_DEBUG=1 for the
 traceback.
 """
@@ -101,14 +101,35 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came where nothing heeds it; handled like an interruption, but for the status."""
+
+
+def _raise_at_sigterm() -> None:
+    own = os.getpid()
+
+    def end(*_: object) -> None:
+        if os.getpid() == own:
+            raise TerminatedError
+        # a forked process, such as a loader, just ends
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a job's `main(argv)` and exit with the status that this module documents."""
     open_output()
+    _raise_at_sigterm()
     try:
         main(sys.argv[1:])
         status = 0
     except ConfigError as error:
         status = _fail(error, 2)
+    except TerminatedError:
+        sys.stderr.write("stopped: SIGTERM; the same command continues from what was finished\n")
+        status = 128 + signal.SIGTERM
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command continues from what was finished\n")
         status = 130

@@ -118,6 +118,13 @@ class ContinuedConfig(Section):
     """Learning rate per 256 images; None: as in stage moce."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
+    temperature: float = Field(1.0, gt=0)
+    """A task's own steps take images of clusters by mass^(1 / T); below 1, of fewer clusters."""
+
+    @property
+    def optimisation(self) -> dict[str, Any]:
+        """The settings that matter to further steps on all data as well."""
+        return self.model_dump(mode="json", exclude={"temperature"})
 
     def stage(self, moce: StageConfig, epochs: float) -> StageConfig:
         """Return the optimisation settings of such steps over `epochs` epochs."""

@@ -49,7 +49,10 @@ def _deep_grey(image: Image.Image) -> Image.Image:
         grey = _stretched(values.view(np.int16))
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in _DEEP_16):
         bits = _tag(image, _BITS, 16) if is_tiff else 16
-        grey = Image.fromarray((values.astype(np.uint32) >> (bits - 8)).astype(np.uint8))
+        levels = values.astype(np.uint32)
+        # a level that PNG declares transparent, on black
+        levels[levels == image.info.get("transparency", -1)] = 0
+        grey = Image.fromarray((levels >> (bits - 8)).astype(np.uint8))
     elif image.mode == "L" and sample_format == _SIGNED:
         return _stretched(values.view(np.int8))
     elif image.mode in ("I", "F"):

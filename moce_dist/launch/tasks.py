@@ -7,9 +7,11 @@ is started in this process and ends with it.
 import functools
 import logging
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -33,8 +35,23 @@ The driver does one thing at a time, so workers that wait for their next job nee
 
 def connect(parallel: ParallelConfig) -> None:
     """Join the running Ray cluster, or start an embedded one with a CPU for every worker."""
-    if ray.is_initialized():
-        return
+    if not ray.is_initialized():
+        with _own_sigterm():
+            _connect(parallel)
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, which Ray would replace by a silent exit."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+
+
+def _connect(parallel: ParallelConfig) -> None:
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
         with environment.joining_a_cluster():

@@ -105,7 +105,11 @@ class Comparison:
             assert images is not None
             shares, dense = None, chooser.dense(base_of(name))
             if further_of(name) == "own":
-                shares = shares_of(chooser.clusters(name), self.config.cluster.num_clusters)
+                shares = shares_of(
+                    chooser.clusters(name),
+                    self.config.cluster.num_clusters,
+                    self.config.transfer.continued.temperature,
+                )
             take_further_steps(job, images, dense, shares, train)
 
     def steps_fewer(self) -> dict[str, int]:
@@ -136,7 +140,11 @@ class Comparison:
         transfer, of_task = self.config.transfer, self.chooser.task_fingerprint
         common = {name: [of_task, self.task.budget(transfer, name)] for name in protocols}
         own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
-        further = [self.request.continue_images, transfer.continued.model_dump(mode="json")]
+        continued = transfer.continued
+        further: list[Any] = [self.request.continue_images, continued.optimisation]
+        # results of earlier versions, which had no temperature, stay valid
+        if continued.temperature != 1:
+            further.append(continued.temperature)
         return Ledger(
             path,
             fingerprints(common),

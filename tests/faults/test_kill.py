@@ -24,11 +24,12 @@ STAGE = {"ingest": "mae", "mae": "mae", "features": "cluster", "moce": "moce"}
 CONTROLLER = "TrainController"
 WORKER = {"mae": "RayTrainWorker", "features": "_Worker", "moce": "RayTrainWorker"}
 # (moment, what is killed, overrides); decoding processes must not outlive their worker either
-CHEAP = [("moce", "SIGINT", ())]
+CHEAP = [("moce", "SIGINT", ()), ("features", "SIGTERM", ())]
+STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}
 FULL = [
     (moment, how, ("data.loader_processes=1",) if moment == "mae" else ())
     for moment in BEFORE
-    for how in ("SIGINT", "SIGKILL", "worker")
+    for how in ("SIGINT", "SIGTERM", "SIGKILL", "worker")
     if (moment, how) not in {("ingest", "worker"), *(case[:2] for case in CHEAP)}
 ] + [("moce", "controller", ())]
 
@@ -82,10 +83,12 @@ def test_the_same_command_goes_on(
     strike(job, moment, how)
     result = job.finish()
     job.assert_nothing_stays()
-    expected = {"SIGINT": 130, "SIGKILL": -signal.SIGKILL}.get(how, 0)
+    expected = STATUS.get(how, 0)
     assert result.status == expected, result.err
     if how == "SIGINT":
         assert result.error.startswith("interrupted; the same command continues")
+    if how == "SIGTERM":
+        assert result.error.startswith("stopped: ") and "same command continues" in result.error
     if expected:
         again = start("pretrain", *command)
         result = again.finish().assert_done()

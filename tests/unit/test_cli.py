@@ -74,7 +74,11 @@ def test_failure_is_1_with_one_line_and_a_traceback_on_request(job):
     assert "Traceback" in run(job, "--run", "broken", debug=True).stderr
 
 
-def test_interrupt_is_130(job):
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [(signal.SIGINT, 130, "interrupted; "), (signal.SIGTERM, 143, "stopped: SIGTERM; ")],
+)
+def test_signals_have_statuses_and_one_line(job, sent, status, said):
     process = subprocess.Popen(
         [sys.executable, job, "--run", "slow"],
         stdout=subprocess.PIPE,
@@ -86,10 +90,10 @@ def test_interrupt_is_130(job):
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, stderr = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert stderr.startswith("interrupted") and stderr.count("\n") == 1
+    assert process.returncode == status
+    assert stderr.startswith(said) and stderr.count("\n") == 1
 
 
 def test_set_can_be_repeated_and_flags_have_one_meaning():

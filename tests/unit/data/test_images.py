@@ -68,6 +68,8 @@ def test_transparency_lies_on_black_and_16_bit_keeps_its_range():
     assert decode_image(encode(some_image)).tolist() == [[[255, 0, 0], [0, 0, 0]]]
     deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
     assert decode_image(encode(deep))[0, :, 0].tolist() == [0, 128, 255]
+    partly = encode(deep, "PNG", transparency=32768)
+    assert decode_image(partly)[0, :, 0].tolist() == [0, 0, 255]
 
 
 GREY = np.random.default_rng(5).integers(0, 256, (24, 24))
