@@ -15,7 +15,7 @@
 
 Most lists are read by torchvision's dataset classes, all images by this package. Nothing is
 downloaded, and nothing is unpickled: CIFAR is read in its binary version. Caltech-101 has no
-official split; 30 images of every class are drawn with a fixed seed (half of a class that has no
+official split; 30 images of every class are drawn by their names (half of a class that has no
 more than 30).
 
 Source: torchvision.datasets for the layouts; splits and metrics as in Ericsson et al. 2021, arXiv
@@ -31,6 +31,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from moce_dist.data.listing import list_folders, list_images
+from moce_dist.data.packing import share
 from moce_dist.run.names import as_text, read_names, typed
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.tasks import Item, Splits, data_folder
@@ -101,16 +102,17 @@ def _aircraft(data: Path) -> Splits:
 @_official("caltech101", "mean_class_accuracy", "caltech101", "101_ObjectCategories")
 def _caltech(data: Path) -> Splits:
     # not read by torchvision, for which any stray file in a folder is an image
-    folder, draws = data / "caltech101" / "101_ObjectCategories", np.random.default_rng(0)
+    folder = data / "caltech101" / "101_ObjectCategories"
     classes = [name for name in list_folders(folder) if name != _CALTECH_BACKGROUND]
     train: list[Item] = []
     test: list[Item] = []
     for label, name in enumerate(classes):
         items = _listed(((path, label) for path in list_images(folder / name).usable()), data)
         count = _CALTECH_TRAIN if len(items) > _CALTECH_TRAIN else len(items) // 2
-        chosen = set(draws.permutation(len(items))[:count].tolist())
-        train += [item for row, item in enumerate(items) if row in chosen]
-        test += [item for row, item in enumerate(items) if row not in chosen]
+        # drawn by name, so that a missing file does not change where the others go
+        drawn = {item.key for item in sorted(items, key=lambda item: share(item.key))[:count]}
+        train += [item for item in items if item.key in drawn]
+        test += [item for item in items if item.key not in drawn]
     return Splits(classes, train, test)
 
 

@@ -211,11 +211,22 @@ def test_class_names(tmp_path):
     assert len(Classification.open("flowers102", tmp_path).classes) == 102
 
 
-def test_caltech_draws_the_same_thirty_every_time(tmp_path):
+def test_caltech_draws_thirty_by_name_whatever_else_is_there(tmp_path):
     caltech(tmp_path)
-    one, two = (Classification.open("caltech101", tmp_path) for _ in range(2))
-    assert one.train == two.train
-    assert not {item.key for item in one.train} & {item.key for item in one.test}
+    whole = Classification.open("caltech101", tmp_path)
+    train, test = ({item.key for item in part} for part in (whole.train, whole.test))
+    assert not train & test
+    assert [item.key for item in whole.train][:30] != sorted(train | test)[:30]
+    # an image of another class, and one of the test, are missing
+    lacking = [max(key for key in test if name in key) for name in ("/rare/", "/binocular/")]
+    for key in lacking:
+        (tmp_path / key).unlink()
+    partial = Classification.open("caltech101", tmp_path)
+    others = {item.key for item in partial.train if "/rare/" not in item.key}
+    assert others == {key for key in train if "/rare/" not in key}
+    assert {item.key for item in partial.test if "/binocular/" in item.key} == {
+        key for key in test if "/binocular/" in key and key not in lacking
+    }
 
 
 def test_pixels_of_cifar_stand_where_they_belong(tmp_path):
