@@ -101,43 +101,44 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-class TerminatedError(KeyboardInterrupt):
-    """SIGTERM came where nothing heeds it; handled like an interruption, but for the status."""
-
-
-def _raise_at_sigterm() -> None:
-    own = os.getpid()
+def _interrupt_at_sigterm() -> threading.Event:
+    """Let SIGTERM interrupt this process like SIGINT; return what is set when it comes."""
+    came, own = threading.Event(), os.getpid()
 
     def end(*_: object) -> None:
         if os.getpid() == own:
-            raise TerminatedError
+            came.set()
+            # Ray would replace an exception of another type by this one
+            raise KeyboardInterrupt
         # a forked process, such as a loader, just ends
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, end)
+    return came
 
 
 def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a job's `main(argv)` and exit with the status that this module documents."""
     open_output()
-    _raise_at_sigterm()
+    is_terminated = _interrupt_at_sigterm()
     try:
         main(sys.argv[1:])
         status = 0
     except ConfigError as error:
         status = _fail(error, 2)
-    except TerminatedError:
-        sys.stderr.write("stopped: SIGTERM; the same command continues from what was finished\n")
-        status = 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command continues from what was finished\n")
-        status = 130
+        why, status = "interrupted", 130
+        if is_terminated.is_set():
+            why, status = "stopped: SIGTERM", 128 + signal.SIGTERM
+        sys.stderr.write(f"{why}; the same command continues from what was finished\n")
     except StoppedError as error:
         sys.stderr.write(f"stopped: {error}; the same command continues\n")
         status = 128 + signal.SIGTERM
     except Exception as error:  # noqa: BLE001 - the one place where a failure becomes an exit status
         status = _fail(error, 1)
+    # all is said; a second signal need not interrupt the end
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout.flush()
     if any(thread.name == WRITER for thread in threading.enumerate()):
         # do not wait for the disk: a save in flight is lost, and the next start removes its files

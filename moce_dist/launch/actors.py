@@ -10,7 +10,7 @@ replaced and its items are queued again; until the new one has started, the othe
 Results come in the order of the items, so they do not depend on which worker did what.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -197,7 +197,8 @@ class _Sweep:
         self._pool, self._number, self._job, self._items = pool, number, job, items
         count = pool.num_workers
         self._queues = [deque(range(w, len(items), count)) for w in range(count)]
-        self._running: dict[Any, tuple[Any, int]] = {}
+        self._running: dict[Any, tuple[int, Any, int]] = {}
+        self._in_hand: Counter[int] = Counter()
         self._done: dict[int, Any] = {}
 
     def results(self) -> Iterator[Any]:
@@ -211,12 +212,12 @@ class _Sweep:
     def _give_out(self, limit: int) -> None:
         present = self._pool.present()
         for number, worker in present.items():
-            in_hand = sum(at == worker for at, _ in self._running.values())
-            for _ in range(in_hand, _IN_HAND):
+            for _ in range(self._in_hand[number], _IN_HAND):
                 if (item := self._next(number, limit, present)) is None:
                     break
                 reference = worker.do.remote(self._number, self._job, self._items[item])
-                self._running[reference] = (worker, item)
+                self._running[reference] = (number, worker, item)
+                self._in_hand[number] += 1
 
     def _next(self, number: int, limit: int, present: Collection[int]) -> int | None:
         own = self._queues[number]
@@ -237,7 +238,7 @@ class _Sweep:
             if reference not in self._running:
                 self._pool.hear(reference)
                 continue
-            worker, item = self._running.pop(reference)
+            worker, item = self._take(reference)
             try:
                 self._done[item] = ray.get(reference)
             except RayTaskError as error:
@@ -246,10 +247,15 @@ class _Sweep:
                 # its node is gone, and with it the result
                 self._put_back([item])
             except _DEATHS as error:
-                lost = [i for at, i in self._running.values() if at == worker]
-                self._running = {r: at for r, at in self._running.items() if at[0] != worker}
-                self._put_back([item, *lost])
+                lost = [r for r, (_, at, _) in self._running.items() if at == worker]
+                self._put_back([item, *(self._take(r)[1] for r in lost)])
                 self._pool.replace(worker, error)
+
+    def _take(self, reference: Any) -> tuple[Any, int]:
+        """Take an item off the running ones; return its worker and itself."""
+        number, worker, item = self._running.pop(reference)
+        self._in_hand[number] -= 1
+        return worker, item
 
     def _put_back(self, items: list[int]) -> None:
         for item in sorted(items, reverse=True):

@@ -132,7 +132,10 @@ def short_stop(environment: Mapping[str, str]) -> str:
 
 @contextmanager
 def heed_sigterm() -> Iterator[Callable[[], bool]]:
-    """Catch SIGTERM during the block; yield a function that tells whether it came."""
+    """Catch SIGTERM during the block; yield a function that tells whether it came.
+
+    If it came and the block ends without an error, it is passed on to the handler of before.
+    """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -143,3 +146,5 @@ def heed_sigterm() -> Iterator[Callable[[], bool]]:
     finally:
         # None if the earlier handler was not set from Python
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+    if asked.is_set():
+        signal.raise_signal(signal.SIGTERM)

@@ -11,6 +11,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -42,13 +43,19 @@ def connect(parallel: ParallelConfig) -> None:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep this process's handler of SIGTERM, which Ray would replace by a silent exit."""
-    before = signal.getsignal(signal.SIGTERM)
+    """Keep this process's handler of SIGTERM, which Ray replaces by a silent exit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     try:
         yield
+    except SystemExit:
+        signal.signal(signal.SIGTERM, before)
+        signal.raise_signal(signal.SIGTERM)
+        raise
     finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, before)
 
 
 def _connect(parallel: ParallelConfig) -> None:
@@ -125,28 +132,74 @@ def map_tasks(
         yield from (function(*shared, item) for item in items)
         return
     connect(parallel)
+    start = _starter(function, parallel, gpu=gpu, shared=shared)
+    window: deque[Any] = deque()
+    try:
+        for item in items:
+            window.append(start(item))
+            if len(window) > 2 * parallel.num_workers:
+                yield _first(window)
+        while window:
+            yield _first(window)
+    except RayTaskError as error:
+        raise error.cause from None
+    finally:
+        # no task may write after the caller has cleaned up
+        _end(window)
+
+
+def _first(window: deque[Any]) -> Any:
+    # it stays in the window until its result has come, so that an interruption ends it, too
+    result = ray.get(window[0])
+    window.popleft()
+    return result
+
+
+@contextmanager
+def hold_tasks(
+    function: Callable[..., Result],
+    *,
+    parallel: ParallelConfig,
+    gpu: bool = False,
+    shared: Sequence[Any] = (),
+) -> Iterator[Callable[[Any], Future[Result]]]:
+    """Yield what starts `function(*shared, item)` on a worker of the cluster, as a future.
+
+    A task whose worker died is run again elsewhere; a future raises RayError when that is over.
+    Tasks that still run at the end of the block are ended and waited for.
+    """
+    connect(parallel)
+    start, started = _starter(function, parallel, gpu=gpu, shared=shared), []
+
+    def submit(item: Any) -> Future[Result]:
+        started.append(start(item))
+        future: Future[Result] = started[-1].future()
+        return future
+
+    try:
+        yield submit
+    finally:
+        _end(started)
+
+
+def _starter(
+    function: Callable[..., Any], parallel: ParallelConfig, *, gpu: bool, shared: Sequence[Any]
+) -> Callable[[Any], Any]:
     common = [ray.put(value) for value in shared]
     gpus = 1 if gpu and gets_gpu(parallel) else 0
     # a process that has used a GPU keeps memory of it; 0: any number of calls
     remote = ray.remote(max_calls=1 if gpus else 0)(function)
     task = remote.options(num_cpus=1, num_gpus=gpus, max_retries=3)
-    window: deque[Any] = deque()
-    try:
-        for item in items:
-            window.append(task.remote(*common, item))
-            if len(window) > 2 * parallel.num_workers:
-                yield ray.get(window.popleft())
-        while window:
-            yield ray.get(window.popleft())
-    except RayTaskError as error:
-        raise error.cause from None
-    finally:
-        # no task may write after the caller has cleaned up
-        with suppress(RayError):
-            for left in window:
-                ray.cancel(left, force=True)
-            if window:
-                ray.wait(list(window), num_returns=len(window), timeout=_CANCEL_S)
+    return lambda item: task.remote(*common, item)
+
+
+def _end(tasks: Sequence[Any]) -> None:
+    with suppress(RayError):
+        _, left = ray.wait(list(tasks), num_returns=len(tasks), timeout=0) if tasks else ([], [])
+        for task in left:
+            ray.cancel(task, force=True)
+        if left:
+            ray.wait(left, num_returns=len(left), timeout=_CANCEL_S)
 
 
 def map_shared(

@@ -72,8 +72,6 @@ class Crew:
 
     def __init__(self) -> None:
         self._start: Attempt | None = None
-        # by a signal that came when a job was ending, so that the job could not heed it
-        self._is_asked_to_end = False
 
     def train(self, job: Job) -> None:
         """Run a job to its end, on as many workers as there is room for.
@@ -84,30 +82,19 @@ class Crew:
                 too long; or workers were lost too often.
             StoppedError: this process got SIGTERM, or its node drains; the state is saved.
         """
-        self._heed()
         if "RANK" in os.environ or not needs_ray(job.parallel):
             with heed_sigterm() as is_terminated:
                 job.run(Pulse(is_terminated))
                 release_memory()
-                self._is_asked_to_end = is_terminated()
             return
         connect(job.parallel)
         with heed_sigterm() as is_terminated, _asking_for_room(job.parallel):
             self._supervise(job, lambda: is_terminated() or _is_leaving())
 
     def make_room(self) -> None:
-        """Dismiss the workers if they hold CPUs or GPUs that other work needs.
-
-        Raises:
-            StoppedError: SIGTERM came while the job before was ending.
-        """
-        self._heed()
+        """Dismiss the workers if they hold CPUs or GPUs that other work needs."""
         if self._start is not None and self._start.resource != SEAT:
             self.dismiss()
-
-    def _heed(self) -> None:
-        if self._is_asked_to_end:
-            raise StoppedError("SIGTERM at the end of a stage; the same command continues")
 
     def dismiss(self, *, wait_s: float = _LEAVE_S) -> None:
         """Dismiss the workers; wait at most `wait_s` seconds until their seats are free."""
@@ -138,7 +125,6 @@ class Crew:
             log.info("%s: %d of %d workers", job.name, start.size, parallel.num_workers)
             ending = start.run(job, (follower, gauges), is_terminated)
             if ending.is_finished:
-                self._is_asked_to_end = is_terminated()
                 return
             self._start = None
             if failure := ray.get(start.board.failure.remote()):

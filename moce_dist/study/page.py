@@ -86,7 +86,7 @@ def _row(name: str, row: Line, tasks: list[str], scale: float, reference: str) -
         "difference": points(difference["mean"], sign=True) if difference else "",
         "to": to["to"] if to and to["to"] != reference else "",
         "interval": _interval(difference),
-        "of": _fewer(difference, mean),
+        "of": _other(to["over"], row["over"]) if difference else "",
         "over_seeds": _over_seeds(difference),
         "bar": _bar(difference, scale),
         "verdict": _verdict(difference),
@@ -101,11 +101,12 @@ def _row(name: str, row: Line, tasks: list[str], scale: float, reference: str) -
     }
 
 
-def _fewer(difference: Line | None, mean: Line) -> str:
-    """Name how much less a difference is of than its arm's mean."""
-    less = ("num_seeds", "seeds"), ("num_tasks", "tasks")
+def _other(difference: Line, mean: Line) -> str:
+    """Count the seeds, or tasks, of a difference if they are not those of its arm's mean."""
     found = [
-        f"{difference[k]} of the {w}" for k, w in less if difference and difference[k] < mean[k]
+        f"{len(difference[what])} of the {what}"
+        for what in ("seeds", "tasks")
+        if difference[what] != mean[what]
     ]
     return " and ".join(found)
 

@@ -187,7 +187,7 @@ def arm_config(
 def task_request(study: StudyConfig, task: StudyTask, arm: Arm, split: Split = "test") -> Request:
     """Make the request of an arm on a task."""
     kind = kind_of(task.task)
-    usual = tuple(name for name in study.protocols if kind.takes(name))
+    usual = tuple(name for name in study.protocols if kind.takes(name, task.task))
     wanted = task.protocol or usual or tuple(kind.protocols)
     data = None
     if kind.needs_data(task.task):

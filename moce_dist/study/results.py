@@ -4,6 +4,10 @@
 
 A table holds the tasks of one protocol and metric. If several protocols measure the same tasks by
 the same metric, a further table holds the means over these protocols.
+
+Every arm of a table, and every difference to another arm, is
+{"mean": SPREAD or null, "over": {"seeds": [...], "tasks": [...]}, "tasks": {TASK: SPREAD}}.
+`mean` is over all pairs of the seeds and tasks of `over`; each of `tasks` is over all its seeds.
 """
 
 import json
@@ -18,7 +22,6 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 
 from moce_dist.config import identity
 from moce_dist.run.artefacts import fingerprint, versions
@@ -27,7 +30,7 @@ from moce_dist.run.files import read_jsonl
 from moce_dist.study.plan import Kind, PlannedRun
 from moce_dist.study.request import partners_of
 from moce_dist.study.runner import Runner
-from moce_dist.study.statistics import Table, spread
+from moce_dist.study.statistics import Table, rectangle, spread
 from moce_dist.train.metrics import METRICS_NAME, training_seconds
 
 Line = dict[str, Any]
@@ -118,7 +121,8 @@ def tables(values: Iterable[Line], partners: Mapping[str, str | None], draws: in
                 for key in alike[0]
                 if key in common
             }
-            found[MEAN, metric] = means
+            if means:
+                found[MEAN, metric] = means
     return [
         {"protocol": protocol, "metric": metric, **_table(cells, partners, draws)}
         for (protocol, metric), cells in found.items()
@@ -136,21 +140,23 @@ def _table(
     }
     rows = {}
     for arm, table in of_arm.items():
-        rows[arm] = _row(table, tasks, draws)
+        rows[arm] = _row(table, seeds, tasks, draws)
         if (partner := partners[arm]) is not None:
-            difference = _row(table - of_arm[partner], tasks, draws)
+            # a cell that one of the two arms lacks is missing here
+            difference = _row(table - of_arm[partner], seeds, tasks, draws)
             rows[arm]["difference"] = {"to": partner, **difference}
     return {"tasks": tasks, "arms": rows}
 
 
-def _row(table: Table, tasks: Sequence[str], draws: int) -> Line:
-    # an arm that has only some of the tasks has a mean over those
-    present: NDArray[np.bool_] = np.logical_not(np.isnan(table).all(axis=0))
-    over = spread(table[:, present], draws) if present.any() else None
-    each = {task: spread(table[:, i : i + 1], draws) for i, task in enumerate(tasks) if present[i]}
+def _row(table: Table, seeds: Sequence[int], tasks: Sequence[str], draws: int) -> Line:
+    """Describe one arm, or one difference, by its table (S, T); NaN is a missing cell."""
+    rows, columns = rectangle(table)
+    mean = spread(table[np.ix_(rows, columns)], draws)
+    each = {task: spread(table[:, i : i + 1], draws) for i, task in enumerate(tasks)}
     return {
-        "mean": over and over._asdict(),
-        "tasks": {task: found and found._asdict() for task, found in each.items()},
+        "mean": mean and mean._asdict(),
+        "over": {"seeds": [seeds[i] for i in rows], "tasks": [tasks[i] for i in columns]},
+        "tasks": {task: found._asdict() for task, found in each.items() if found},
     }
 
 

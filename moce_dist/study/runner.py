@@ -14,23 +14,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    Executor,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moce_dist.config import identity
 from moce_dist.launch.job import heed_sigterm
@@ -38,6 +31,7 @@ from moce_dist.run import lease
 from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, read_marker
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.files import read_jsonl, write_atomic, write_jsonl
+from moce_dist.run.names import typed
 from moce_dist.study.plan import Piece, StudyPlan
 from moce_dist.study.work import (
     PieceOutcome,
@@ -51,16 +45,6 @@ log = logging.getLogger(__name__)
 _WATCH_S = 0.2
 _REPORT_S = 300.0
 _MOST_PIECES = 64
-
-
-class Here(Executor):
-    """Executor that runs what is submitted immediately, in this process."""
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call the function immediately."""
-        future: Future[Any] = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
 
 
 def piece_fingerprint(piece: Piece) -> str:
@@ -82,9 +66,16 @@ def piece_fingerprint(piece: Piece) -> str:
 def _stamp(folder: Path | None) -> list[float] | None:
     if folder is None:
         return None
-    found = [
-        os.stat(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names
-    ]
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(where)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in names:
+            # a link may lead nowhere
+            with suppress(OSError):
+                found.append(os.stat(os.path.join(where, name)))
     return [len(found), sum(s.st_size for s in found), max((s.st_mtime for s in found), default=0)]
 
 
@@ -151,39 +142,53 @@ def _end_with_parent(leases: list[tuple[Path, str]]) -> None:
     lease.watch(leases)
 
 
+class _Pool(NamedTuple):
+    """How pieces are carried out: what starts one, how many at a time, whether SIGTERM came."""
+
+    submit: Callable[[Piece], Future[PieceOutcome]]
+    lanes: int
+    is_terminated: Callable[[], bool]
+
+
 @contextmanager
-def _executor(
-    plan: StudyPlan, jobs: int
-) -> Iterator[tuple[Executor, Callable[[Piece], PieceOutcome], int]]:
-    """Choose the executor of the pieces, the function to submit, and how many run in parallel."""
+def _hold_pool(plan: StudyPlan, jobs: int) -> Iterator[_Pool]:
+    """Choose where pieces are carried out; those that still run at an error are ended."""
     parallel = plan.pieces[0].config.parallel
     if os.environ.get("RAY_ADDRESS") and parallel.num_workers == 1:
-        from moce_dist.launch.tasks import connect, map_tasks
+        from moce_dist.launch.tasks import hold_tasks
 
-        connect(parallel)
-
-        def on_cluster(piece: Piece) -> PieceOutcome:
-            found = map_tasks(
-                carry_out_alone, [piece], parallel=parallel, gpu=True, shared=(lease.held(),)
-            )
-            return next(found)
-
-        with ThreadPoolExecutor(_MOST_PIECES) as threads:
-            yield threads, on_cluster, _MOST_PIECES
+        shared = (lease.held(),)
+        with (
+            heed_sigterm() as is_terminated,
+            hold_tasks(carry_out_alone, parallel=parallel, gpu=True, shared=shared) as start,
+        ):
+            yield _Pool(start, _MOST_PIECES, is_terminated)
     elif jobs > 1:
         # a process reads it when it first imports a numerical library
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         spawn = multiprocessing.get_context("spawn")
         processes = ProcessPoolExecutor(jobs, spawn, _end_with_parent, (lease.held(),))
-        try:
-            yield processes, carry_out_quietly, jobs
-            processes.shutdown()
-        except BaseException:
-            end_processes(multiprocessing.active_children())
-            processes.shutdown(cancel_futures=True)
-            raise
+        with heed_sigterm() as is_terminated:
+            try:
+                yield _Pool(partial(_submit, processes), jobs, is_terminated)
+                processes.shutdown()
+            except BaseException:
+                end_processes(multiprocessing.active_children())
+                processes.shutdown(cancel_futures=True)
+                raise
     else:
-        yield Here(), carry_out, 1
+        # in this process, where training heeds SIGTERM itself and all else ends at once
+        yield _Pool(_carry_out_here, 1, lambda: False)
+
+
+def _submit(processes: ProcessPoolExecutor, piece: Piece) -> Future[PieceOutcome]:
+    return processes.submit(carry_out_quietly, piece)
+
+
+def _carry_out_here(piece: Piece) -> Future[PieceOutcome]:
+    future: Future[PieceOutcome] = Future()
+    future.set_result(carry_out(piece))
+    return future
 
 
 def end_processes(children: list[BaseProcess]) -> None:
@@ -214,25 +219,25 @@ class Runner:
         """Carry out all remaining pieces; those that need a failed piece are not started.
 
         Raises:
-            StoppedError: SIGTERM came; what was running has saved its state.
+            StoppedError: SIGTERM came; the pieces that ran go on from what they have saved.
         """
         if len(self.done) == len(self.plan.pieces):
             return
-        with heed_sigterm() as is_terminated, _executor(self.plan, jobs) as (pool, work, lanes):
-            self._lanes = lanes
+        with _hold_pool(self.plan, jobs) as pool:
+            self._lanes = pool.lanes
             while True:
-                while len(self.running) < lanes and (piece := self._next()) is not None:
+                while len(self.running) < pool.lanes and (piece := self._next()) is not None:
                     self._tell(f"{piece.id} starts")
                     prepare(piece)
-                    self.running[pool.submit(work, piece)] = (piece, time.monotonic())
+                    self.running[pool.submit(piece)] = (piece, time.monotonic())
                 if not self.running:
                     return
                 finished, _ = wait(self.running, timeout=1.0, return_when=FIRST_COMPLETED)
                 for future in finished:
-                    if not (is_terminated() and future.exception()):
+                    if not (pool.is_terminated() and future.exception()):
                         self._finish(future)
-                if is_terminated():
-                    raise StoppedError("SIGTERM; training has saved its state")
+                if pool.is_terminated():
+                    raise StoppedError("SIGTERM; the pieces that ran are not finished")
 
     def _next(self) -> Piece | None:
         under_way = {piece.id for piece, _ in self.running.values()}
@@ -246,11 +251,15 @@ class Runner:
         return None
 
     def _finish(self, future: Future[PieceOutcome]) -> None:
-        piece, _ = self.running.pop(future)
+        piece, started = self.running.pop(future)
         try:
             outcome = future.result()
         except BrokenProcessPool:
             raise RuntimeError(f"{piece.id}: its process was killed; is memory short?") from None
+        except StoppedError:
+            raise
+        except Exception as error:  # noqa: BLE001 - of Ray, when a worker was lost too often
+            outcome = PieceOutcome(piece.id, time.monotonic() - started, typed(error))
         if outcome.failure:
             self.failed[piece.id] = outcome.failure
             self._tell(f"{piece.id} failed: {outcome.failure}")

@@ -165,6 +165,13 @@ def test_terminated_study_ends_with_all_its_processes(start, arguments, finished
     assert found(out)["values"] == found(finished)["values"]
 
 
+def test_terminated_study_in_one_process_does_not_finish_its_piece(start, arguments, tmp_path):
+    out = tmp_path / "out"
+    result = strike(start("study", *arguments(out)), out, "features", signal.SIGTERM)
+    assert result.status == 143 and "the same command continues" in result.err
+    assert not list(out.glob("runs/*/features/COMPLETE"))
+
+
 @pytest.mark.long
 def test_pieces_go_to_the_nodes_of_a_cluster(start, arguments, finished, tmp_path):
     from ray.cluster_utils import Cluster
@@ -174,6 +181,10 @@ def test_pieces_go_to_the_nodes_of_a_cluster(start, arguments, finished, tmp_pat
         cluster.add_node(num_cpus=1)
         job = start("study", *arguments(out), env={"RAY_ADDRESS": cluster.address})
         job.wait_until(lambda: both_run(out), "two pieces at once")
+        job.process.send_signal(signal.SIGTERM)
+        result = job.finish()
+        assert result.status == 143 and "the pieces that ran are not finished" in result.err
+        job = start("study", *arguments(out), env={"RAY_ADDRESS": cluster.address})
         job.finish().assert_done()
     finally:
         cluster.shutdown()

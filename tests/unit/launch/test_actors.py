@@ -10,7 +10,7 @@ import ray
 
 from moce_dist.config import ParallelConfig
 from moce_dist.launch.actors import hold_actors
-from moce_dist.launch.tasks import map_tasks
+from moce_dist.launch.tasks import hold_tasks, map_tasks
 
 
 class Shared:
@@ -86,6 +86,43 @@ def test_after_an_error_no_task_writes_any_more(two_cpus, tmp_path):
     )
     with pytest.raises(LookupError, match="the first one"):
         list(found)
+    time.sleep(6)
+    assert not list(tmp_path.glob("*.ended"))
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_after_an_interruption_no_task_writes_any_more(two_cpus, tmp_path):
+    parallel = ParallelConfig(num_workers=2)
+    found = map_tasks(fail_or_write, range(1, 4), parallel=parallel, shared=(tmp_path,))
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        # in the middle of the first task, whose result is waited for
+        signal.setitimer(signal.ITIMER_REAL, 3)
+        with pytest.raises(KeyboardInterrupt):
+            next(found)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert list(tmp_path.glob("*.begun"))
+    found.close()
+    time.sleep(6)
+    assert not list(tmp_path.glob("*.ended"))
+
+
+def test_futures_of_tasks_fail_alone_and_end_with_their_block(two_cpus, tmp_path):
+    with hold_tasks(
+        fail_or_write, parallel=ParallelConfig(num_workers=2), shared=(tmp_path,)
+    ) as start:
+        failed, slow = start(0), start(1)
+        with pytest.raises(LookupError, match="the first one"):
+            failed.result(timeout=60)
+        for _ in range(600):
+            if begun := (tmp_path / "1.begun").exists():
+                break
+            time.sleep(0.1)
+        assert begun and not slow.done()
     time.sleep(6)
     assert not list(tmp_path.glob("*.ended"))
 

@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from moce_dist.config import ParallelConfig, make_config
 from moce_dist.launch.job import Failure, Follower, failure_of, heed_sigterm, short_stop
 from moce_dist.launch.nodes import Host, Requirements, seats, wait_for_seats
 from moce_dist.launch.status import LossBudget, Sign, StatusBoard, cause_of
-from moce_dist.launch.training import hold_crew
+from moce_dist.launch.training import hold_crew, train
 from moce_dist.parallel.groups import Topology
 from moce_dist.run.directory import Run, StoppedError
 from moce_dist.settings import ConfigError
@@ -255,13 +254,45 @@ def test_a_submitted_job_says_when_a_stop_would_kill_it_too_soon():
     assert short_stop(submitted | {"RAY_JOB_STOP_WAIT_TIME_S": "120"}) == ""
 
 
-def test_sigterm_becomes_a_question_and_the_old_handler_comes_back():
+@pytest.fixture
+def handled(monkeypatch):
+    """The signals that reach the handler around a job, which interrupts like that of a command."""
+    came = []
+
+    def interrupt(number, _):
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    yield came
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_sigterm_becomes_a_question_and_then_reaches_the_old_handler(handled):
     before = signal.getsignal(signal.SIGTERM)
-    with heed_sigterm() as is_terminated:
+    with pytest.raises(KeyboardInterrupt), heed_sigterm() as is_terminated:
         assert not is_terminated()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert is_terminated()
+        assert is_terminated() and not handled
+    assert handled == [signal.SIGTERM]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_sigterm_that_a_block_has_heeded_is_not_passed_on(handled):
+    with pytest.raises(StoppedError), heed_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise StoppedError("state saved")
+    assert not handled
+
+
+def test_sigterm_inside_of_two_questions_answers_both(handled):
+    with pytest.raises(StoppedError), heed_sigterm() as outer:
+        with heed_sigterm() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert inner() and not outer()
+        assert outer()
+        raise StoppedError("state saved")
+    assert not handled
 
 
 @dataclass
@@ -276,15 +307,26 @@ class LateJob:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_at_the_end_of_a_stage_lets_it_end_and_no_other_begins(monkeypatch):
+def test_sigterm_at_the_end_of_a_job_lets_it_end_and_no_other_begins(monkeypatch, handled):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     job = LateJob(ParallelConfig(num_workers=1, num_groups=1))
+    for run in (hold_and_train_twice, train_twice):
+        job.runs = 0
+        with pytest.raises(KeyboardInterrupt):
+            run(job)
+        assert job.runs == 1
+    assert handled == [signal.SIGTERM] * 2
+
+
+def hold_and_train_twice(job):
     with hold_crew() as crew:
         crew.train(job)
-        for more in (crew.make_room, partial(crew.train, job)):
-            with pytest.raises(StoppedError, match="SIGTERM at the end of a stage"):
-                more()
-    assert job.runs == 1
+        crew.train(job)
+
+
+def train_twice(job):
+    train(job)
+    train(job)
 
 
 def test_progress_is_told_once_and_never_as_an_empty_line(tmp_path, monkeypatch, caplog):

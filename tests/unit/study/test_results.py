@@ -4,6 +4,7 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 
 from moce_dist.run.artefacts import COMPLETE, mark_complete
@@ -72,6 +73,94 @@ def test_a_difference_of_fewer_seeds_than_its_arm_says_so(values, content):
     more = [value("own", 2, "a", protocol, 0.7) for protocol in ("knn", "logistic10")]
     page = render({**content, "tables": tables([*values, *more], PARTNERS, 2000)})
     assert "of 2 of the seeds" in page and "of 2 of the seeds" not in render(content)
+
+
+def grid(missing, num_seeds=5, tasks="abcdefghij"):
+    """Make values of two arms, without the missing cells (arm, seed, task), and arrays (S, T)."""
+    draws = np.random.default_rng(11)
+    arrays = {arm: draws.random((num_seeds, len(tasks))) for arm in ("control", "moce")}
+    cells = [
+        value(arm, seed, task, "knn", share)
+        for arm, array in arrays.items()
+        for (seed, i), share in np.ndenumerate(array)
+        if (arm, seed, task := tasks[i]) not in missing
+    ]
+    return cells, arrays
+
+
+def test_a_task_of_one_seed_costs_no_seed(content):
+    cells, arrays = grid({("moce", seed, "j") for seed in range(1, 5)})
+    found = tables(cells, PARTNERS, 1000)
+    moce = found[0]["arms"]["moce"]
+    assert moce["over"] == {"seeds": [0, 1, 2, 3, 4], "tasks": list("abcdefghi")}
+    assert moce["mean"]["mean"] == pytest.approx(arrays["moce"][:, :9].mean())
+    assert moce["tasks"]["j"]["mean"] == pytest.approx(arrays["moce"][0, 9])
+    gains = (arrays["moce"] - arrays["control"])[:, :9].mean(axis=1)
+    gain = moce["difference"]["mean"]
+    assert (gain["mean"], gain["std"]) == pytest.approx((gains.mean(), gains.std(ddof=1)))
+    assert (gain["num_seeds"], gain["num_tasks"]) == (5, 9) and gain["low"] < gain["high"]
+    page = render({**content, "seeds": [0, 1, 2, 3, 4], "tables": found})
+    assert page.count("(9 of the tasks)") == 1 and "of the seeds)" not in page
+    assert "of 9 of the tasks" not in page, "a difference over the same says nothing more"
+
+
+def test_two_missing_cells_in_a_cross_keep_an_arm(content):
+    found = tables(grid({("moce", 0, "b"), ("moce", 1, "a")}, 2, "ab")[0], PARTNERS, 1000)
+    moce = found[0]["arms"]["moce"]
+    assert moce["over"] == moce["difference"]["over"] == {"seeds": [0], "tasks": ["a"]}
+    assert set(moce["tasks"]) == set(moce["difference"]["tasks"]) == {"a", "b"}
+    page = render({**content, "tables": found})
+    assert "moce <small>(1 of the tasks)</small> <small>(1 of the seeds)</small>" in page
+    assert page.count('"first">moce') == 3, "over tasks, task by task, and the cost"
+
+
+def test_a_difference_is_over_cells_that_both_arms_have(content):
+    missing = {("moce", 4, "a"), *(("control", 0, task) for task in "bcdefghij")}
+    cells, arrays = grid(missing)
+    found = tables(cells, PARTNERS, 1000)
+    control, moce = (found[0]["arms"][arm] for arm in ("control", "moce"))
+    assert control["over"] == {"seeds": [1, 2, 3, 4], "tasks": list("abcdefghij")}
+    assert moce["over"] == {"seeds": [0, 1, 2, 3, 4], "tasks": list("bcdefghij")}
+    # seeds 1 to 4 with 9 tasks; seeds 1 to 3 with 10 are fewer
+    assert moce["difference"]["over"] == {"seeds": [1, 2, 3, 4], "tasks": list("bcdefghij")}
+    gain = (arrays["moce"] - arrays["control"])[1:, 1:].mean()
+    assert moce["difference"]["mean"]["mean"] == pytest.approx(gain)
+    page = render({**content, "seeds": [0, 1, 2, 3, 4], "tables": found})
+    assert "of 4 of the seeds<" in page
+
+
+def test_a_difference_over_more_seeds_than_its_arm_says_so(content):
+    """Fewer cells can make a rectangle of more seeds: both of its sides are then named."""
+    missing = {("moce", seed, task) for seed in (3, 4) for task in "defghij"}
+    missing |= {("control", seed, task) for seed in range(5) for task in "efghij"}
+    found = tables(grid(missing)[0], PARTNERS, 1000)
+    moce = found[0]["arms"]["moce"]
+    assert (moce["mean"]["num_seeds"], moce["mean"]["num_tasks"]) == (3, 10)
+    gain = moce["difference"]["mean"]
+    assert (gain["num_seeds"], gain["num_tasks"]) == (5, 3)
+    page = render({**content, "seeds": [0, 1, 2, 3, 4], "tables": found})
+    assert "of 5 of the seeds and 3 of the tasks<" in page
+
+
+def test_arms_with_nothing_in_common_have_no_difference(content):
+    missing = {("moce", seed, "a") for seed in (0, 1)} | {("control", seed, "b") for seed in (0, 1)}
+    cells, arrays = grid(missing, 2, "ab")
+    found = tables(cells, PARTNERS, 1000)
+    moce, own = (found[0]["arms"][arm] for arm in ("moce", "own"))
+    assert moce["mean"]["mean"] == pytest.approx(arrays["moce"][:, 1].mean())
+    nothing = {"mean": None, "over": {"seeds": [], "tasks": []}, "tasks": {}}
+    assert moce["difference"] == {"to": "control", **nothing}
+    assert own == {**nothing, "difference": {"to": "control", **nothing}}
+    page = render({**content, "tables": found})
+    assert page.count('"first">moce') == 3 and page.count('"first">own') == 1
+    assert 'class="bar"' not in page
+
+
+def test_protocols_without_a_common_cell_have_no_mean(content):
+    cells = [value("control", 0, "a", "knn", 0.5), value("moce", 0, "a", "linear", 0.6)]
+    found = tables(cells, PARTNERS, 1000)
+    assert [table["protocol"] for table in found] == ["knn", "linear"]
+    assert "mean of the protocols" not in render({**content, "tables": found})
 
 
 def test_mean_over_protocols(values):

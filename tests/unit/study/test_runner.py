@@ -1,13 +1,16 @@
 """What a study counts as done, and how its processes end."""
 
 import multiprocessing
+import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import replace
 
 from moce_dist.launch.job import heed_sigterm
 from moce_dist.run.artefacts import mark_complete
-from moce_dist.study.runner import Journal, end_processes
+from moce_dist.run.directory import StoppedError
+from moce_dist.study.runner import Journal, end_processes, piece_fingerprint
 from moce_dist.study.work import PieceOutcome
 
 
@@ -19,10 +22,11 @@ def _forget_handlers():
 def train(ready):
     """Take the first SIGTERM as the request to save, then wait like a process of a pool."""
     _forget_handlers()
-    with heed_sigterm() as is_terminated:
+    with suppress(StoppedError), heed_sigterm() as is_terminated:
         ready.set()
         while not is_terminated():
             time.sleep(0.01)
+        raise StoppedError
     time.sleep(600)
 
 
@@ -50,6 +54,24 @@ def test_a_process_that_saved_its_state_and_waits_for_work_is_ended_too():
     assert children[0].is_alive() and children[1].exitcode == -signal.SIGTERM
     end_processes(children)
     assert [child.exitcode for child in children] == [-signal.SIGTERM] * 2
+
+
+def test_a_piece_of_a_task_knows_of_images_in_linked_folders(read, plan, tmp_path):
+    piece = next(p for p in plan(read()).pieces if p.request is not None)
+
+    def fingerprint(name, images):
+        kept, shown = tmp_path / f"{name}-kept", tmp_path / name / "train"
+        kept.mkdir()
+        shown.mkdir(parents=True)
+        for image in images:
+            (kept / image).write_bytes(b"image")
+            os.utime(kept / image, (1, 1))
+        (shown / "class").symlink_to(kept)
+        (shown / "circle").symlink_to(tmp_path / name)
+        (shown / "gone.png").symlink_to(tmp_path / "nowhere")
+        return piece_fingerprint(replace(piece, request=replace(piece.request, data=shown.parent)))
+
+    assert fingerprint("one", "a") == fingerprint("same", "a") != fingerprint("two", "ab")
 
 
 def test_a_piece_is_done_again_when_what_it_needs_was_made_anew(read, plan, tmp_path):

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from moce_dist.study.statistics import bootstrap, spread
+from moce_dist.study.statistics import bootstrap, rectangle, spread
 
 DRAWS = 40_000
 
@@ -72,3 +72,73 @@ def test_a_seed_without_all_tasks_is_left_out():
     found = spread(np.array([[0.1, 0.3], [0.9, np.nan], [0.3, 0.5]]), 1000)
     assert (found.mean, found.num_seeds) == (pytest.approx(0.3), 2)
     assert spread(np.array([[np.nan]]), 1000) is None
+
+
+def without(shape, *cells):
+    """Make a table of random values in which these cells are missing."""
+    table = np.random.default_rng(5).normal(size=shape)
+    for seed, task in cells:
+        table[seed, task] = np.nan
+    return table
+
+
+def kept(table):
+    rows, columns = rectangle(table)
+    return rows.tolist(), columns.tolist()
+
+
+def test_a_task_of_one_seed_costs_that_task_only():
+    table = without((5, 10), *((seed, 9) for seed in range(1, 5)))
+    assert kept(table) == ([0, 1, 2, 3, 4], list(range(9)))
+    found, means = spread(table, 1000), table[:, :9].mean(axis=1)
+    assert (found.num_seeds, found.num_tasks) == (5, 9)
+    assert (found.mean, found.std) == pytest.approx((means.mean(), means.std(ddof=1)))
+    assert found.low < found.mean < found.high
+
+
+def test_two_missing_cells_in_a_cross():
+    # 5 seeds x 8 tasks, 4 x 9 and 3 x 10: 40, 36 and 30 values
+    assert kept(without((5, 10), (0, 1), (1, 0))) == ([0, 1, 2, 3, 4], list(range(2, 10)))
+    # the same with two tasks: no task is in all seeds; 4 x 1 and 3 x 2 values
+    assert kept(without((5, 2), (0, 1), (1, 0))) == ([2, 3, 4], [0, 1])
+    # neither two seeds nor two tasks are complete: one value is left
+    assert kept(without((2, 2), (0, 1), (1, 0))) == ([0], [0])
+
+
+def test_of_as_many_values_the_seeds_are_kept():
+    # two values each: both seeds with task 2, or one seed with two tasks
+    assert kept(without((2, 3), (0, 1), (1, 0))) == ([0, 1], [2])
+    # one of two seeds must go: the later one
+    assert kept(without((3, 1), (1, 0))) == ([0, 2], [0])
+    assert kept(without((2, 4), (0, 0), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3))) == ([0], [3])
+
+
+def most_values(table):
+    """Return values and seeds of the largest complete rectangle, from all sets of seeds."""
+    sizes = [(0, 0)]
+    for count in range(1, len(table) + 1):
+        for rows in itertools.combinations(range(len(table)), count):
+            complete = ~np.isnan(table[list(rows)]).any(axis=0)
+            sizes.append((count * int(complete.sum()), count))
+    return max(sizes)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.95])
+def test_no_complete_rectangle_has_more_values(share):
+    draws = np.random.default_rng(7)
+    for _ in range(40):
+        shape = draws.integers(1, 7, size=2)
+        table = np.where(draws.random(shape) < share, np.nan, draws.random(shape))
+        rows, columns = rectangle(table)
+        whole = table[np.ix_(rows, columns)]
+        assert not np.isnan(whole).any()
+        most, num_seeds = most_values(table)
+        assert whole.size == most and (not most or len(rows) == num_seeds)
+        found = spread(table, 100)
+        assert found is None if not most else found.mean == pytest.approx(whole.mean())
+
+
+def test_every_seed_lacks_another_task():
+    """There are 2**24 sets of seeds to choose from: too many to try them all."""
+    rows, columns = rectangle(without((24, 24), *((i, i) for i in range(24))))
+    assert len(rows) == len(columns) == 12 and not set(rows) & set(columns)
