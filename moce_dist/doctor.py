@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from moce_dist.config import Config
-from moce_dist.run.environment import loopback_of
+from moce_dist.run.environment import loopback_of, usable_cores
 from moce_dist.run.names import one_line
 
 _GIB = 2**30
@@ -95,8 +95,7 @@ def devices(config: Config) -> Iterator[Check]:
 
 def cores(config: Config) -> Iterator[Check]:
     """Compare cores with ranks and their threads."""
-    knows_affinity = hasattr(os, "sched_getaffinity")  # macOS does not
-    count = len(os.sched_getaffinity(0)) if knows_affinity else os.cpu_count() or 1
+    count = usable_cores()
     wanted = config.parallel.num_workers * config.parallel.threads_per_worker
     level: Literal["ok", "warn"] = "ok" if count >= wanted else "warn"
     yield Check(level, "cores", f"{count}, ranks want {wanted}", "ranks will take turns on a core")

@@ -24,6 +24,7 @@ from typing import Any
 from benches.settings import BenchConfig
 from moce_dist.cost.budget import read_terms
 from moce_dist.parallel.groups import free_port
+from moce_dist.run.environment import usable_cores
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import flatten
 
@@ -97,7 +98,7 @@ def machine() -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
         "memory_gib": round(memory, 1),
         "gpu": gpu,
         "python": platform.python_version(),

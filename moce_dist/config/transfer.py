@@ -103,7 +103,9 @@ class SuiteEntry(Section):
     """Overrides `a.b=value` of the configuration for this task."""
 
 
-Selection = Literal["vote", "largest_cluster", "merge", "average", "mismatched", "validate"]
+Selection = Literal[
+    "vote", "largest_cluster", "merge", "average", "extrapolate", "mismatched", "validate"
+]
 
 
 class ContinuedConfig(Section):
@@ -147,9 +149,11 @@ class TransferConfig(Section):
     view_every_steps: int | None = Field(None, ge=1)
     """Steps between early evaluations of a fit, whose best model is kept; None: no evaluations."""
     select: Selection = "vote"
-    """What an MoE layer becomes: one expert, a mean of all, or the best of these (`select.py`)."""
+    """What an MoE layer becomes: one expert, a mix of all, or the best of these (`select.py`)."""
     merge_temperature: float = Field(1.0, gt=0)
     """`merge` weights experts by mass^(1 / T): near 0 it is the vote, when large the average."""
+    extrapolation: float = Field(1.5, ge=0)
+    """Where `extrapolate` lies on the line from the average (0) through the vote (1)."""
     validate_by: Literal["knn", "linear"] = "knn"
     """Protocol with which `validate` scores candidates on folds of the training images."""
     validate_folds: int = Field(5, ge=2)

@@ -4,7 +4,8 @@ All images of a task take the same expert in a layer, so the gate is constant fo
 layer is an ordinary MLP. Where the gate's probability p weights the expert's output
 (`gate.combine: prob`), the output is p (W h + b) = (p W) h + (p b), so p is folded into the last
 linear layer. Experts began as copies of one MLP, so an average of their weights also is a valid
-model: a layer takes one expert, or all of them with weights that sum to 1. A layer's shared hidden
+model: a layer takes one expert, or all of them with weights that sum to 1 (which may be negative,
+on a line through them). A layer's shared hidden
 units come first, as in the dense MLP that they were split from. Where experts are offsets of a base
 (`moe.shared_base`), the base is added to them.
 
@@ -129,8 +130,8 @@ def _mix_row(layer: int | Sequence[float], num_experts: int) -> list[float]:
         if not 0 <= layer < num_experts:
             raise ValueError(f"route names {layer}, must name experts from 0 to {num_experts - 1}")
         return [float(expert == layer) for expert in range(num_experts)]
-    if len(layer) != num_experts or min(layer) < 0 or abs(sum(layer) - 1) > _SUM_TOLERANCE:
+    if len(layer) != num_experts or not abs(sum(layer) - 1) <= _SUM_TOLERANCE:
         raise ValueError(
-            f"weights {list(layer)} must be {num_experts} shares that sum to 1, one an expert"
+            f"weights {list(layer)} must be {num_experts} numbers that sum to 1, one an expert"
         )
     return list(layer)

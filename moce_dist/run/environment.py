@@ -42,6 +42,13 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def usable_cores() -> int:
+    """Count the cores that this process may use."""
+    # macOS does not know a process's own cores
+    knows = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if knows else os.cpu_count() or 1
+
+
 @contextmanager
 def joining_a_cluster() -> Iterator[None]:
     """Check RAY_ADDRESS, then let Ray join the cluster in the block; errors name the variable.

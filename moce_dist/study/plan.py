@@ -186,9 +186,6 @@ def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kin
     needed = {"mae", last}
     if last != "mae" and not (paid and backbone in ("control", "control+all")):
         needed |= {"features", "cluster"}
-    if not paid and further_of(backbone) == "own":
-        # the task's clusters come from a choice of experts
-        needed.add("moce")
     select = base_of(backbone).partition(":")[2] or config.transfer.select
     if is_moce(backbone) and select == "validate":
         needed.add("control")

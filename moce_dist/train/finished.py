@@ -22,7 +22,7 @@ from moce_dist.run.directory import set_aside
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import link_tree
 from moce_dist.settings import ConfigError
-from moce_dist.train.checkpoint import latest_checkpoint
+from moce_dist.train.checkpoint import latest_checkpoint, read_manifest
 
 log = logging.getLogger(__name__)
 
@@ -76,4 +76,13 @@ def link_stage(source: Path, folder: Path) -> None:
     log.info("%s: taken from %s", folder.name, checkpoint)
     linked = folder / "checkpoints" / checkpoint.name
     link_tree(checkpoint, linked)
-    mark_complete(folder, inputs, linked.iterdir())
+    mark_complete(folder, inputs, linked.iterdir(), known=known_digests(folder, linked))
+
+
+def known_digests(folder: Path, checkpoint: Path) -> dict[str, str]:
+    """Return the sha256 of a checkpoint's files by path in `folder`, as its manifest has them.
+
+    The checkpoint was verified just now, so its files need not be read again.
+    """
+    files = read_manifest(checkpoint)["files"]
+    return {str((checkpoint / name).relative_to(folder)): sha for name, sha in files.items()}

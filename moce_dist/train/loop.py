@@ -67,7 +67,18 @@ def pretrain(job: StageJob, pulse: Pulse | None = None) -> dict[str, Any]:
     """
     state = build_state(job)
     state.pulse = pulse or state.pulse
-    start = state.step
+    try:
+        summary = _train(state)
+    except StoppedError:
+        state.engine.destroy()
+        raise
+    # this process may train the next stage; DeepSpeed's hooks would keep this one's tensors
+    state.engine.destroy()
+    return summary
+
+
+def _train(state: TrainState) -> dict[str, Any]:
+    job, start = state.job, state.step
     metrics_log, clock = open_log(state), Clock()
     steps = job.config.logging.profile_steps if state.rank == 0 else None
     profile = StepProfile(job.folder, steps)

@@ -286,7 +286,12 @@ def publish(temporary: Path, target: Path, manifest: dict[str, Any], *, keep: in
     """Seal a checkpoint's folder and give it its name.
 
     Up to this one, the newest `keep` checkpoints and the oldest stay; all later ones are removed.
+
+    Raises:
+        FileNotFoundError: a later start has removed the folder meanwhile.
     """
+    for name in manifest.get("files", ()):
+        (temporary / name).stat()
     seal = {"sha256": fingerprint(manifest)}
     write_atomic(temporary / MANIFEST, json.dumps(manifest | seal))
     shutil.rmtree(target, ignore_errors=True)

@@ -17,7 +17,6 @@ Letters: L MoE layers, K clusters, E experts per layer, D width.
 
 import atexit
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from moce_dist.arrays import Int64
 from moce_dist.config import Config
 from moce_dist.model.gate import Gate, NoiseSchedule, layer_table, logits, noisy_layer
 from moce_dist.parallel.rendezvous import new_host_group
+from moce_dist.run.environment import usable_cores
 
 _SCORES_OF_A_SMALL_TABLE = 2**18
 _FAILED = -1
@@ -55,8 +55,7 @@ def _channel(_: dist.ProcessGroup | None, timeout_s: float) -> _Channel:
     group: Any = None
     if dist.get_world_size() > 1:
         group = new_host_group(timedelta(seconds=timeout_s))
-    cores = len(os.sched_getaffinity(0))
-    return _Channel(group, ThreadPoolExecutor(1), ThreadPoolExecutor(cores))
+    return _Channel(group, ThreadPoolExecutor(1), ThreadPoolExecutor(usable_cores()))
 
 
 atexit.register(_channel.cache_clear)  # see `new_host_group`

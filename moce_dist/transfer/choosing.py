@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from moce_dist.arrays import Int64
-from moce_dist.config import Config
+from moce_dist.config import Config, TransferConfig
 from moce_dist.features.encoder import EncoderInput
 from moce_dist.model.customize import customize
 from moce_dist.run.artefacts import COMPLETE, artefact_id, fingerprint
@@ -34,6 +34,7 @@ from moce_dist.transfer.select import (
     CONTROL,
     candidate_configs,
     choose_experts,
+    count_clusters,
     mix_of,
     task_clusters,
     try_candidates,
@@ -155,7 +156,8 @@ class Chooser:
         return self.stages[name] or need_stage(self.run, name)
 
     @property
-    def _control(self) -> TrainedStage | None:
+    def control(self) -> TrainedStage | None:
+        """The finished control, a candidate of `validate`; None where there is none."""
         return self.stages[CONTROL] if self.run.has_control else None
 
     @cached_property
@@ -181,25 +183,35 @@ class Chooser:
         config = with_selection(self.config, select) if select else self.config
         transfer, moce = config.transfer, self.stage("moce")
         is_validated = transfer.select == "validate" and self.request.experts is None
-        control = self._control if is_validated else None
+        control = self.control if is_validated else None
         inputs = {
-            "task": self.task_fingerprint,
+            **self._counted_by,
             "moce": moce.identity,
-            "encoder": self.stage("mae").identity
-            if self.config.cluster.encoder == OWN
-            else same_encoder(self.run, self.config),
-            "clusters": artefact_id(self.run.clusters),
-            "max_train": transfer.max_train,
             "experts": self.request.experts,
-            "select": [transfer.select, transfer.merge_temperature],
-            "validated": self._validated_by if is_validated else None,
+            "select": self._selection(config),
+            "validated": {**self._validated_by, "candidates": [*candidate_configs(config)]}
+            if is_validated
+            else None,
             "control": control.identity if control else None,
         }
         return self._known_or(
-            name,
+            self.file(name),
             inputs,
             lambda: self._validate(control) if is_validated else self._chosen(config),
         )
+
+    @property
+    def _counted_by(self) -> dict[str, Any]:
+        """What the clusters of the task's images depend on."""
+        is_own = self.config.cluster.encoder == OWN
+        return {
+            "task": self.task_fingerprint,
+            "encoder": self.stage("mae").identity
+            if is_own
+            else same_encoder(self.run, self.config),
+            "clusters": artefact_id(self.run.clusters),
+            "max_train": self.config.transfer.max_train,
+        }
 
     @property
     def settings(self) -> list[Any]:
@@ -207,21 +219,31 @@ class Chooser:
         transfer = self.config.transfer
         return [
             self.request.experts,
-            transfer.select,
-            transfer.merge_temperature,
+            *self._selection(self.config),
             transfer.max_train,
             self._validated_by,
         ]
 
+    def _selection(self, config: Config) -> list[Any]:
+        transfer = config.transfer
+        usual = TransferConfig().extrapolation
+        # a version without the field made the choices where it has its default
+        more = [transfer.extrapolation] if transfer.extrapolation != usual else []
+        return [transfer.select, transfer.merge_temperature, *more]
+
     def clusters(self, name: str) -> dict[str, int]:
         """Return the number of the task's images per cluster, for the further steps of a backbone.
 
-        The control needs no choice of experts, so none is tried for it.
+        The control has no experts, so its clusters are counted without a choice.
         """
-        if not is_moce(name):
-            is_tried = self.config.transfer.select == "validate" and self.request.experts is None
-            name = "moce:vote" if is_tried else "moce"
-        return dict(self.choice(name)["clusters"])
+        if is_moce(name):
+            return dict(self.choice(name)["clusters"])
+        counted = self._known_or(
+            self.folder / "clusters.json",
+            self._counted_by,
+            lambda: {"clusters": count_clusters(self._cluster_ids)},
+        )
+        return dict(counted["clusters"])
 
     @property
     def _validated_by(self) -> dict[str, Any]:
@@ -231,15 +253,14 @@ class Chooser:
         return fields if limit is None else {**fields, "within": limit}
 
     def _known_or(
-        self, name: str, inputs: dict[str, Any], choose: Callable[[], dict[str, Any]]
+        self, path: Path, inputs: dict[str, Any], choose: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        path = self.file(name)
         # the fingerprint is of JSON, where tuples are lists
         of = fingerprint(inputs)
         if path.exists() and (known := json.loads(path.read_text())).get("of") == of:
             return dict(known)
         choice = choose()
-        if choice["warning"]:
+        if choice.get("warning"):
             logger.warning("%s: %s", self.request.folder, choice["warning"])
         write_atomic(path, json.dumps({**choice, "of": of}, indent=1))
         return {**choice, "of": of}
@@ -274,7 +295,7 @@ class Chooser:
             return choose_by_use(used, moce.weights, task=self.request.folder)
 
         inputs = {"task": self.task_fingerprint, "max_train": config.transfer.max_train}
-        return self._known_or(name, {**inputs, "token": moce.identity}, choose)
+        return self._known_or(self.file(name), {**inputs, "token": moce.identity}, choose)
 
     def _chosen(self, config: Config) -> dict[str, Any]:
         return choose_experts(

@@ -10,13 +10,20 @@ images, budgets and seeds. A fit that was finished under the same conditions is 
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from moce_dist.config import Config
-from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, mark_complete
+from moce_dist.run.artefacts import (
+    COMPLETE,
+    artefact_id,
+    fingerprint,
+    is_complete,
+    mark_complete,
+)
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl, write_atomic
 from moce_dist.train.checkpoint import trained_steps
@@ -42,6 +49,7 @@ from moce_dist.transfer.request import (
     stage_of,
 )
 from moce_dist.transfer.results import Fit, Ledger, Row, fingerprints, make_metrics
+from moce_dist.transfer.saved import identity_of
 from moce_dist.transfer.select import CONTROL, mix_of
 from moce_dist.transfer.skips import record_skips
 from moce_dist.transfer.tasks import Task
@@ -145,6 +153,7 @@ class Comparison:
         # results of earlier versions, which had no temperature, stay valid
         if continued.temperature != 1:
             further.append(continued.temperature)
+        control = self.chooser.control
         return Ledger(
             path,
             fingerprints(common),
@@ -152,6 +161,8 @@ class Comparison:
             stages,
             choosing=fingerprint(self.chooser.settings),
             further=fingerprint(further),
+            select=None if self.request.experts else transfer.select,
+            control=None if control is None else control.identity,
         )
 
     def fits(self) -> Iterator[Fit]:
@@ -169,6 +180,10 @@ class Comparison:
         part = self.task.part_of(self.config.transfer, fit.protocol, fit.seed)
         return backbone.is_drawn or len(part.train) < len(self.task.train)
 
+    def models_of(self, fit: Fit) -> Path:
+        """Return the folder of a fit's models."""
+        return self.folder / "models" / f"{_file_name(fit.backbone)}-{fit.protocol}-{fit.seed}"
+
     def run_fit(self, fit: Fit, backbone: Backbone, identity: str) -> Row:
         """Carry out one fit and describe it as a row of metrics.json.
 
@@ -176,16 +191,15 @@ class Comparison:
         """
         transfer = self.config.transfer
         task = self.task.part_of(transfer, fit.protocol, fit.seed)
-        name = fit.backbone.replace("/", "_")
         kept = Kept(
-            self.folder / "models" / f"{name}-{fit.protocol}-{fit.seed}",
+            self.models_of(fit),
             identity,
             transfer.save_every_steps,
             transfer.view_every_steps,
             transfer.save_models,
             self.pulse,
         )
-        out = self.folder / "predictions" / f"{name}-{fit.seed}"
+        out = self.folder / "predictions" / f"{_file_name(fit.backbone)}-{fit.seed}"
         machine, protocol = self.machine, fit.protocol
         trial = Trial(backbone, transfer, machine, protocol, fit.seed, out, kept, self._shared)
         _, work = kind_named(task.kind)
@@ -205,6 +219,10 @@ class Comparison:
             **({} if backbone.cost is None else {"cost": dict(backbone.cost)}),
             **figures,
         }
+
+
+def _file_name(backbone: str) -> str:
+    return backbone.replace("/", "_")
 
 
 def train_fits(comparison: Comparison, ledger: Ledger) -> None:
@@ -257,18 +275,26 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
         "ways": [ledger.choosing, ledger.further],
     }
     is_done = is_complete(folder, inputs)
-    left = [] if is_done else [fit for fit in wanted if fit not in ledger.rows()]
+    known = ledger.rows()
+    left = [] if is_done else [fit for fit in wanted if fit not in known]
     if "RANK" in os.environ or any(fit.is_trained for fit in left):
         train(ledger)
-    if is_done:
-        logger.info("%s: complete, nothing to do", folder)
-        return dict(json.loads((folder / "metrics.json").read_text()))
     for fit in left:
         if not fit.is_trained:
             row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
             _enter(ledger, fit, row)
+    for fit, identity in ledger.identities().items():
+        _drop_other_models(comparison.models_of(fit), identity)
+    if is_done:
+        logger.info("%s: complete, nothing to do", folder)
+        return dict(json.loads((folder / "metrics.json").read_text()))
     rows = ledger.rows().values()
-    metrics = make_metrics(request.folder, comparison.task.metric, rows, comparison.steps_fewer())
+    metric = comparison.task.metric
+    if comparison.config.transfer.evaluate == "val":
+        metric = f"{metric} (val)"
+    metrics = make_metrics(request.folder, metric, rows, comparison.steps_fewer())
+    # an earlier request that was done must not find the figures of this one
+    (folder / COMPLETE).unlink(missing_ok=True)
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))
     files = [folder / "metrics.json"]
     for name, backbone in backbones.items():
@@ -278,6 +304,14 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
             files += _export(comparison, backbone, metrics)
     mark_complete(folder, inputs, files)
     return metrics
+
+
+def _drop_other_models(folder: Path, identity: str) -> None:
+    """Remove the models of a fit that was made under other conditions than the row that stands."""
+    for name in ("best", "last"):
+        if identity_of(folder / name) not in (None, identity):
+            logger.warning("%s: is of other conditions than its row; it is removed", folder / name)
+            shutil.rmtree(folder / name)
 
 
 def _export(comparison: Comparison, own: Backbone, metrics: dict[str, Any]) -> list[Path]:

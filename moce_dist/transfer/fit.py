@@ -84,9 +84,12 @@ def layered_adamw(
         layer_decay=layer_decay,
     )
     if new:
-        # timm takes the last block of a ViT without a head for the head
+        # timm takes the last block for the head where nothing of the ViT comes after it
+        blocks: Any = vit.blocks
+        last = {id(p) for p in blocks[-1].parameters()}
+        found = next(g["lr_scale"] for g in groups if last & {id(p) for p in g["params"]})
         for group in groups:
-            group["lr_scale"] *= layer_decay
+            group["lr_scale"] *= layer_decay / found
     for is_matrix, decay in ((True, weight_decay), (False, 0.0)):
         if params := [p for p in new if (p.ndim > 1) == is_matrix]:
             groups.append({"params": params, "lr_scale": 1.0, "weight_decay": decay})
@@ -254,7 +257,8 @@ def _view(fitting: Fitting, kept: Kept, step: int, found: Measures) -> None:
     views.append({"step": step, "value": value, "measures": found})
     logger.info("%s: %.4f after %d of %d steps", fitting.name, value, step, fitting.steps)
     if is_best and kept.models:
-        save_model(kept.folder / "best", fitting.model, fitting.spec, {"step": step, **found})
+        about = {"step": step, **found, "of": kept.identity}
+        save_model(kept.folder / "best", fitting.model, fitting.spec, about)
     write_jsonl(kept.folder / _VIEWS, views)
 
 
@@ -268,7 +272,7 @@ def finish(fitting: Fitting, machine: Machine, kept: Kept | None) -> Measures:
     if kept.view_every:
         _view(fitting, kept, fitting.steps, found)
     if kept.models:
-        about = {"step": fitting.steps, **found}
+        about = {"step": fitting.steps, **found, "of": kept.identity}
         save_model(kept.folder / "last", fitting.model, fitting.spec, about)
     (kept.folder / _STATE).unlink(missing_ok=True)
     return found

@@ -29,7 +29,7 @@ from moce_dist.run.files import read_jsonl
 from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, write_weights
-from moce_dist.train.finished import begin_stage, has_last_checkpoint
+from moce_dist.train.finished import begin_stage, has_last_checkpoint, known_digests
 from moce_dist.train.job import MoreSteps, Train
 from moce_dist.train.metrics import METRICS_NAME, training_seconds
 from moce_dist.transfer.choosing import Dense, need_stage
@@ -71,7 +71,8 @@ def take_further_steps(
         train(replace(job, steps=replace(steps, start=str(folder / "start"))))
         checkpoint = latest_checkpoint(folder / "checkpoints")
         assert checkpoint is not None
-        mark_complete(folder, inputs, [*checkpoint.iterdir(), folder / METRICS_NAME])
+        files = [*checkpoint.iterdir(), folder / METRICS_NAME]
+        mark_complete(folder, inputs, files, known=known_digests(folder, checkpoint))
 
 
 def take_shared_steps(job: FurtherJob, images: int, train: Train) -> None:
@@ -99,7 +100,7 @@ def _plan_steps(job: FurtherJob, images: int, shares: Shares | None) -> MoreStep
 
 
 def shares_of(clusters: Mapping[str, int], num_clusters: int, temperature: float = 1.0) -> Shares:
-    """Return shares of clusters, (K,), from the image counts of a task's choice.json.
+    """Return shares of clusters, (K,), from the number of a task's images in each.
 
     They are the task's mass over the clusters to the power 1 / `temperature`, and sum to 1.
     """

@@ -141,8 +141,9 @@ def check_request(request: Request, config: Config) -> None:
         _check_backbone(name, request, config)
     _check_further(request, config)
     for name in request.protocols:
-        if not kind.takes(name):
-            known = f"{', '.join(kind.protocols)}{kind.more_protocols}"
+        if not kind.takes(name, request.task):
+            more = kind.more_protocols if kind.takes("logistic", request.task) else ""
+            known = f"{', '.join(kind.protocols)}{more}"
             raise ConfigError(f"--protocol {name}: must be one of {known} for {request.task}")
     if request.num_seeds < 1:
         raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")
@@ -254,7 +255,7 @@ def check_stages(request: Request, run: Run, config: Config) -> None:
     stages = dict.fromkeys(stage_of(name, config) for name in request.backbones)
     needed = [run.stage(stage) / "checkpoints" for stage in stages if stage is not None]
     if any(is_moce(name) or further_of(name) == "own" for name in request.backbones):
-        needed += [run.stage("moce") / "checkpoints", run.clusters]
+        needed.append(run.clusters)
         if config.cluster.encoder == "mae":
             needed.append(run.stage("mae") / "checkpoints")
     if any(map(further_of, request.backbones)):

@@ -16,7 +16,6 @@ A summary row has `steps_fewer` if its backbone was trained for fewer steps than
 metrics.json of a suite has the rows of all its tasks, the means over tasks, and the failures.
 """
 
-import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +49,8 @@ class Ledger:
     backbone, the fingerprint of its weights and choice; `stages` has, for any backbone of the run,
     the fingerprint of the checkpoint that it comes from. `choosing` and `further` are fingerprints
     of how experts are chosen and of the further steps: backbones that are not requested now, and so
-    are not made, must have been made in the same way.
+    are not made, must have been made in the same way. `select` is how plain `moce` chooses, and
+    `control` the fingerprint of the control, a candidate where that is `validate`.
     """
 
     path: Path
@@ -59,10 +59,22 @@ class Ledger:
     stages: Mapping[str, str] = field(default_factory=dict)
     choosing: str | None = None
     further: str | None = None
+    select: str | None = None
+    control: str | None = None
 
     def rows(self) -> dict[Fit, Row]:
         """Return the newest valid row of every fit, requested now or before."""
-        found: dict[Fit, Row] = {}
+        return {fit: line["row"] for fit, line in self._lines().items()}
+
+    def identities(self) -> dict[Fit, str]:
+        """Return what `identity` was when each of `rows` was made."""
+        return {
+            fit: fingerprint([line["common"], line["own"], list(fit)])
+            for fit, line in self._lines().items()
+        }
+
+    def _lines(self) -> dict[Fit, dict[str, Any]]:
+        found: dict[Fit, dict[str, Any]] = {}
         for line in read_jsonl(self.path):
             row = line["row"]
             fit = Fit(row["backbone"], row["protocol"], row["seed"])
@@ -71,15 +83,17 @@ class Ledger:
             else:
                 is_same = line.get("stage") == self._origin(fit.backbone)
             if is_same and line["common"] == self.common.get(fit.protocol):
-                found[fit] = row
+                found[fit] = line
         return found
 
     def _origin(self, backbone: str) -> str | None:
-        kind = re.split("[:+]", backbone)[0]
+        kind, _, how = backbone.partition("+")[0].partition(":")
         is_chosen, is_further = kind in ("moce", "token"), "+" in backbone
         # a backbone of `control+own` is trained on the clusters that the choice found
         ways = [self.choosing if is_chosen or is_further else None]
         ways += [self.further if is_further else None]
+        if kind == "moce" and (how or self.select) == "validate":
+            ways.append(self.control)
         stage, known = self.stages.get(kind), [way for way in ways if way is not None]
         return fingerprint([stage, *known]) if known else stage
 

@@ -160,7 +160,7 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def save_model(folder: Path, model: nn.Module, spec: Spec, about: Mapping[str, Any]) -> None:
-    """Write a fitted model; `about` (its step and measures) is stored in config.json."""
+    """Write a fitted model; `about` (its step, measures, identity) is stored in config.json."""
     write_weights(folder / WEIGHTS, model.state_dict())
     common = asdict(spec)
     options = common.pop("options")
@@ -168,6 +168,15 @@ def save_model(folder: Path, model: nn.Module, spec: Spec, about: Mapping[str, A
     # timm alone can build a ViT with a head
     theirs = timm_config(spec, spec.kind) if spec.arguments.get("num_classes") else {}
     write_atomic(folder / CONFIG, json.dumps({**theirs, "moce_dist": ours}, indent=1))
+
+
+def identity_of(folder: Path) -> str | None:
+    """Return the identity of the fit that a model was saved by; None where there is none."""
+    try:
+        found = json.loads((folder / CONFIG).read_text())["moce_dist"]["about"].get("of")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def read_spec(folder: Path) -> Spec:

@@ -14,6 +14,8 @@ expert. `transfer.select` says what a layer becomes:
     largest_cluster  the expert of the cluster with most of the task's images
     merge            the mean of all experts, weighted by mass^(1 / merge_temperature)
     average          the plain mean of all experts
+    extrapolate      beyond the vote, as seen from the average: mean + x * (vote - mean), where
+                     x is `extrapolation`
     mismatched       the expert of least mass, for studies of what choosing is worth
     validate         whichever of the others (but mismatched) or the control does best on the task
 
@@ -27,7 +29,8 @@ and of equal ones the first.
 
 Letters: n images of the task, D width, K clusters, L MoE layers, E experts.
 
-Source: Liu et al. 2023, arXiv 2402.05382, section 3 (customised models for a task).
+Source: Liu et al. 2023, arXiv 2402.05382, section 3 (customised models for a task); differences of
+weights scaled beyond 1 as in Ilharco et al. 2022, arXiv 2212.04089 (task arithmetic).
 """
 
 import math
@@ -62,6 +65,12 @@ def task_clusters(features: Tensor, clusters: Path) -> Int64:
     centroids, mean = (np.load(clusters / f"{name}.npy") for name in ("centroids", "mean"))
     ids, _ = assign_features(features.numpy(), centroids, mean=mean)
     return np.asarray(ids, np.int64)
+
+
+def count_clusters(cluster_ids: Int64) -> dict[str, int]:
+    """Count the images, (n,), of every cluster that has any, the one with most images first."""
+    ids, counts = np.unique(cluster_ids, return_counts=True)
+    return {str(ids[i]): int(counts[i]) for i in (-counts).argsort(kind="stable")}
 
 
 def expert_mass(cluster_ids: Int64, weights: Mapping[str, Tensor], config: Config) -> Float64:
@@ -101,7 +110,7 @@ def choose_experts(
     else:
         how = config.transfer.select
         rows = _selected(cluster_ids, mass, weights, config)
-    ids, counts = np.unique(cluster_ids, return_counts=True)
+    clusters = count_clusters(cluster_ids)
     layers = [
         layer_choice(
             i, block, row, mass[i], int(row.argmax()) if np.count_nonzero(row) == 1 else None
@@ -111,17 +120,18 @@ def choose_experts(
     chosen = [layer for layer in layers if layer["expert"] is not None]
     weak = [layer["layer"] for layer in chosen if layer["mass"] < _MAJORITY]
     warning = (
-        f"the task's images are spread over {len(ids)} clusters: in layers {weak} the chosen "
+        f"the task's images are spread over {len(clusters)} clusters: in layers {weak} the chosen "
         "expert has less than half of the mass"
     )
     return {
         "task": task,
         "select": how,
         **({"temperature": config.transfer.merge_temperature} if how == "merge" else {}),
+        **({"extrapolation": config.transfer.extrapolation} if how == "extrapolate" else {}),
         "num_images": len(cluster_ids),
         "layers": layers,
         "scale": _mean_probability(cluster_ids, mix_of({"layers": layers}), weights, config),
-        "clusters": {str(ids[i]): int(counts[i]) for i in (-counts).argsort(kind="stable")},
+        "clusters": clusters,
         "warning": warning if weak else None,
     }
 
@@ -135,7 +145,7 @@ def mix_of(choice: Mapping[str, Any]) -> list[int | list[float]]:
 def _selected(
     cluster_ids: Int64, mass: Float64, weights: Mapping[str, Tensor], config: Config
 ) -> Float64:
-    """Return the weights of the experts (L, E); every row sums to 1."""
+    """Return the weights of the experts (L, E); every row sums to 1, some may be negative."""
     select, num_experts = config.transfer.select, mass.shape[1]
     if select == "average":
         return np.full(mass.shape, 1 / num_experts)
@@ -148,9 +158,13 @@ def _selected(
         table = routes(weights, config.gate, num_groups=config.parallel.num_groups)
         experts = table[:, largest].numpy()
     else:
-        assert select in ("vote", "mismatched")
+        assert select in ("vote", "extrapolate", "mismatched")
         experts = mass.argmin(axis=1) if select == "mismatched" else mass.argmax(axis=1)
-    return np.asarray(np.eye(num_experts)[experts])
+    chosen = np.asarray(np.eye(num_experts)[experts])
+    if select != "extrapolate":
+        return chosen
+    beyond = config.transfer.extrapolation
+    return (1 - beyond) / num_experts + beyond * chosen
 
 
 def _mean_probability(
@@ -211,6 +225,7 @@ def candidate_configs(config: Config) -> dict[str, Config]:
         "largest_cluster": with_selection(config, "largest_cluster"),
         **merges,
         "average": with_selection(config, "average"),
+        "extrapolate": with_selection(config, "extrapolate"),
     }
 
 

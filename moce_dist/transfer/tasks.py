@@ -124,8 +124,8 @@ class Task(ABC):
         return replace(task, train=kept, test=held)
 
     @classmethod
-    def takes(cls, protocol: str) -> bool:
-        """Tell whether a task of this kind can be fitted by a protocol."""
+    def takes(cls, protocol: str, name: str) -> bool:
+        """Tell whether the task of this name can be fitted by a protocol."""
         return protocol in cls.protocols
 
     @classmethod

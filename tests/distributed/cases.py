@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 import itertools
 import logging
 import operator
@@ -25,6 +26,7 @@ from moce_dist.data import loaders
 from moce_dist.data.batches import stream
 from moce_dist.model import moce
 from moce_dist.model.gate import Gate, NoiseSchedule, logits, routing_table
+from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import is_stacked
 from moce_dist.parallel import engine, reduction
 from moce_dist.parallel.engine import init_distributed
@@ -130,6 +132,18 @@ def take_steps(run, overrides, placement="planned", steps=1, first=0, bucket=Non
     }
     state.engine.destroy()
     return result
+
+
+def models_left(run, overrides, times):
+    """Train a stage from its start several times; count the models alive after each time."""
+    counts = []
+    for _ in range(times):
+        shutil.rmtree(Path(run) / "moce", ignore_errors=True)
+        loop.pretrain(make_job(run, overrides))
+        gc.collect()
+        alive = (isinstance(each, MaskedAutoencoder) for each in gc.get_objects())
+        counts.append(sum(alive))
+    return counts
 
 
 def reductions(run, overrides, bucket_bytes):

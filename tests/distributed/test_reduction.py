@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from comparing import merged
+from ranks import fresh_run
 
 ONE_PIECE = 2**30
 SMALL = 4096
@@ -58,3 +59,14 @@ def test_bfloat16_halves_what_travels_at_a_bounded_error(pools, clustered_run):
     error = np.sqrt(sum(((rounded[n] - gradient) ** 2).sum() for n, gradient in exact.items()))
     # eight bits of mantissa, rounded when sent and after each of the sums
     assert 0 < error <= 1e-2 * norm
+
+
+@pytest.mark.parametrize("zero", [0, 2])
+def test_a_finished_stage_leaves_no_model_behind(pools, tmp_path, clustered_run, zero):
+    run = fresh_run(clustered_run, tmp_path / "run")
+    overrides = ["parallel.num_workers=1", "parallel.num_groups=1", f"parallel.zero_stage={zero}"]
+    (left,) = pools(1).run(
+        "models_left", run=str(run), overrides=[*overrides, "moce.epochs=0.2"], times=3
+    )
+    # what earlier tests of the process left is the same after every time
+    assert left == left[:1] * 3

@@ -257,7 +257,8 @@ def test_sigterm_under_torchrun_saves_and_the_same_command_goes_on(
     job.assert_nothing_stays()
     (saved,) = set(checkpoints(run)) - {20, 40, 60, 80, 100, 120}
     said = f"stopped: moce: state saved at step {saved} of 135; the same command continues"
-    assert result.status != 0 and result.err.splitlines().count(said) == 2, result.err
+    # torchrun itself ends by an exception, whatever the status of its ranks
+    assert result.status == 1 and result.err.splitlines().count(said) == 2, result.err
     torchrun(2, *command).assert_done()
     assert learned(run / "moce") == learned(finished / "moce")
 

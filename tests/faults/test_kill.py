@@ -24,7 +24,7 @@ STAGE = {"ingest": "mae", "mae": "mae", "features": "cluster", "moce": "moce"}
 CONTROLLER = "TrainController"
 WORKER = {"mae": "RayTrainWorker", "features": "_Worker", "moce": "RayTrainWorker"}
 # (moment, what is killed, overrides); decoding processes must not outlive their worker either
-CHEAP = [("moce", "SIGINT", ()), ("features", "SIGTERM", ())]
+CHEAP = [("moce", "SIGINT", ()), ("features", "SIGTERM", ()), ("moce", "worker", ())]
 STATUS = {"SIGINT": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}
 FULL = [
     (moment, how, ("data.loader_processes=1",) if moment == "mae" else ())

@@ -206,9 +206,21 @@ def test_with_its_decoder_the_customised_model_is_a_dense_autoencoder(config, mo
     torch.testing.assert_close(dense(images, noise), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("row", [[0.5, 0.4, 0.0], [1.5, -0.5, 0.0], [0.5, 0.5]])
-def test_weights_that_are_no_shares_are_refused(row, weights):
-    with pytest.raises(ValueError, match="must be 3 shares that sum to 1"):
+def test_a_mix_beyond_an_expert_lies_on_the_line_from_the_average(weights):
+    average, expert, beyond = (
+        customize(weights, [row, row])
+        for row in ([1 / 3] * 3, [0.0, 1.0, 0.0], [-1 / 6, 4 / 3, -1 / 6])
+    )
+    for name, tensor in beyond.items():
+        expected = average[name].double() + 1.5 * (expert[name].double() - average[name].double())
+        torch.testing.assert_close(tensor.double(), expected, rtol=0, atol=1e-6)
+    name = "blocks.1.mlp.fc1.weight"
+    assert (beyond[name] - expert[name]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("row", [[0.5, 0.4, 0.0], [float("nan"), 1.0, 0.0], [0.5, 0.5]])
+def test_weights_that_do_not_sum_to_1_are_refused(row, weights):
+    with pytest.raises(ValueError, match="must be 3 numbers that sum to 1"):
         customize(weights, [row, 0])
 
 

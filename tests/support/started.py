@@ -160,26 +160,36 @@ class Result:
         return self
 
 
-@pytest.fixture(scope="session")
-def start():
-    """Start jobs in the background; whatever a test leaves running is ended after it."""
+@contextlib.contextmanager
+def ending_jobs():
+    """Start jobs by their command line; those that still run at the end are ended."""
     jobs = []
 
-    def begin(job, *arguments, env=None):
-        jobs.append(Job(sys.executable, ROOT / "jobs" / f"{job}.py", *arguments, env=env))
+    def begin(*command, env=None):
+        jobs.append(Job(sys.executable, *command, env=env))
         return jobs[-1]
 
-    yield begin
-    for job in jobs:
-        job.kill_all()
+    try:
+        yield begin
+    finally:
+        for job in jobs:
+            job.kill_all()
+
+
+@pytest.fixture
+def start():
+    """Start jobs in the background; whatever a test leaves running is ended after it."""
+    with ending_jobs() as begin:
+        yield lambda job, *rest, env=None: begin(ROOT / "jobs" / f"{job}.py", *rest, env=env)
 
 
 @pytest.fixture(scope="session")
-def run_job(start):
-    """Run a job to its end."""
+def run_job():
+    """Run a job to its end; nothing of it stays, however it ended."""
 
     def run(job, *arguments, env=None):
-        return start(job, *arguments, env=env).finish()
+        with ending_jobs() as begin:
+            return begin(ROOT / "jobs" / f"{job}.py", *arguments, env=env).finish()
 
     return run
 
@@ -195,23 +205,20 @@ def ask():
     return run
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def start_torchrun():
-    """Start jobs/pretrain.py on several processes without Ray."""
-    jobs = []
+    """Start jobs/pretrain.py on several processes without Ray; ended after the test."""
+    with ending_jobs() as begin:
 
-    def begin(num_processes, *arguments, flags=("--standalone",)):
-        launcher = [sys.executable, "-m", "torch.distributed.run", *flags]
-        command = [f"--nproc-per-node={num_processes}", "--", ROOT / "jobs" / "pretrain.py"]
-        jobs.append(Job(*launcher, *command, *arguments))
-        return jobs[-1]
+        def begin_ranks(num_processes, *arguments, flags=("--standalone",)):
+            launcher = ["-m", "torch.distributed.run", *flags]
+            command = [f"--nproc-per-node={num_processes}", "--", ROOT / "jobs" / "pretrain.py"]
+            return begin(*launcher, *command, *arguments)
 
-    yield begin
-    for job in jobs:
-        job.kill_all()
+        yield begin_ranks
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def torchrun(start_torchrun):
     """Run jobs/pretrain.py on several processes without Ray to its end."""
     return lambda num_processes, *arguments: start_torchrun(num_processes, *arguments).finish()

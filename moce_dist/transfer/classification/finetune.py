@@ -10,6 +10,7 @@ Source: He et al. 2022, arXiv 2111.06377, table 9; facebookresearch/mae main_fin
 @efb2a80. Without their RandAugment and random erasing.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -43,6 +44,7 @@ from moce_dist.transfer.saved import Spec, classifier_spec
 from moce_dist.transfer.skips import Skips, readable, training_batches
 from moce_dist.transfer.tasks import Item
 
+logger = logging.getLogger(__name__)
 _LABEL_SMOOTHING = 0.1
 _HEAD_STD = 2e-5
 
@@ -121,6 +123,12 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
         found, skips.test = evaluate(model, backbone, task, machine)
         return found
 
+    if recipe.warmup_epochs >= recipe.epochs and machine.rank == 0:
+        logger.warning(
+            "transfer.finetune.warmup_epochs (%g) is not below transfer.finetune.epochs (%g): the "
+            "learning rate rises to the end",
+            *(recipe.warmup_epochs, recipe.epochs),
+        )
     fitting = Fitting(
         name=f"{task.name} finetune {backbone.name} seed {seed}",
         model=model,

@@ -26,7 +26,6 @@ from moce_dist.arrays import Float32, Int64
 from moce_dist.config import TransferConfig
 from moce_dist.data.progress import track
 from moce_dist.features.encoder import EncoderInput
-from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.classification.measure import measure, multi_label_loss
 from moce_dist.transfer.classification.task import LOGISTIC, Classification
@@ -193,12 +192,8 @@ def logistic(features: Features, task: Classification, few: int | None, *, seed:
     """Measure logistic regression, whose penalty is chosen on a part of the training images.
 
     With `few` labels per class, results are means over `_DRAWS` draws of these labels by `seed`.
-
-    Raises:
-        ConfigError: an image has several labels.
+    Every image has one label.
     """
-    if task.is_multi_label:
-        raise ConfigError(f"--protocol logistic: images of {task.name} have several labels")
     deviation = features.train.std(dim=0).clamp_min(1e-6)
     mean, labels = features.train.mean(dim=0), features.train_labels.numpy()
     train, test = (((f - mean) / deviation).numpy() for f in (features.train, features.test))
@@ -277,7 +272,8 @@ def fit(task: Classification, trial: Trial) -> Fitted:
             odd = model.load_state_dict(features_of, strict=False)
             assert not odd.unexpected_keys and len(odd.missing_keys) == len(head), odd
             classifier.load_state_dict({"weight": head.weight, "bias": head.bias})
-            save_model(trial.kept.folder / "last", model, spec, measures)
+            about = {**measures, "of": trial.kept.identity}
+            save_model(trial.kept.folder / "last", model, spec, about)
         else:
             logger.warning("%s: its classifier is no linear layer; not saved", backbone.name)
     return Fitted(measures, skips.close())

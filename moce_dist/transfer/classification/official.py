@@ -110,7 +110,9 @@ def _caltech(data: Path) -> Splits:
         items = _listed(((path, label) for path in list_images(folder / name).usable()), data)
         count = _CALTECH_TRAIN if len(items) > _CALTECH_TRAIN else len(items) // 2
         # drawn by name, so that a missing file does not change where the others go
-        drawn = {item.key for item in sorted(items, key=lambda item: share(item.key))[:count]}
+        # (by another name than validation draws them)
+        order = sorted(items, key=lambda item: share(f"train {item.key}"))
+        drawn = {item.key for item in order[:count]}
         train += [item for item in items if item.key in drawn]
         test += [item for item in items if item.key not in drawn]
     return Splits(classes, train, test)

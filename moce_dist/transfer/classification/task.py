@@ -215,9 +215,11 @@ class Classification(Task):
         return super().open(name, data, evaluate)
 
     @classmethod
-    def takes(cls, protocol: str) -> bool:
-        """Tell whether a protocol is known, including the logistic ones."""
-        return protocol in cls.protocols or LOGISTIC.fullmatch(protocol) is not None
+    def takes(cls, protocol: str, name: str) -> bool:
+        """Tell whether a protocol is known; the logistic ones need one label per image."""
+        if LOGISTIC.fullmatch(protocol) is not None:
+            return name not in OFFICIAL or OFFICIAL[name].metric != "mAP"
+        return protocol in cls.protocols
 
     @classmethod
     def needs_data(cls, name: str) -> bool:

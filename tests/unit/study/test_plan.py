@@ -120,7 +120,7 @@ def test_steps_of_a_tasks_own_are_counted_and_shared_ones_come_first(read, plan)
     }
     found = plan(read(arms=arms, seeds=[0]))
     (main,) = found.runs
-    assert set(found.runs[main].makers) == {"mae", "features", "cluster", "moce", "control"}
+    assert set(found.runs[main].makers) == {"mae", "features", "cluster", "control"}
     assert [found.cost(arm, found.runs[main]).moce_images for arm in arms] == [0, 7000, 7000, 5500]
     assert found.cost("own", found.runs[main]).clustering > 0
     assert found.cost("all", found.runs[main]).clustering == 0

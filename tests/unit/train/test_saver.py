@@ -53,6 +53,16 @@ def test_a_damaged_later_checkpoint_does_not_displace_the_new_one(tmp_path, keep
     assert kept == [*["step_00000150", "step_00000100"][:keep], "step_00000050"]
 
 
+def test_a_process_whose_folder_was_removed_meanwhile_damages_no_other_checkpoint(tmp_path):
+    for step in (4, 8, 12):
+        (tmp_path / "new").mkdir()
+        publish(tmp_path / "new", step_folder(tmp_path, step), {"step": step}, keep=9)
+    manifest = {"step": 8, "files": {"rank-00000.safetensors": "0" * 64}}
+    with pytest.raises(FileNotFoundError):
+        publish(tmp_path / "late", step_folder(tmp_path, 8), manifest, keep=9)
+    assert len(complete_checkpoints(tmp_path)) == 3 and not (tmp_path / "late").exists()
+
+
 def test_the_oldest_checkpoint_of_a_stage_stays_besides_the_newest(tmp_path):
     kept = []
     for step in range(10, 70, 10):
