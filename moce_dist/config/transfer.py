@@ -120,13 +120,6 @@ class ContinuedConfig(Section):
     """Learning rate per 256 images; None: as in stage moce."""
     warmup_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the steps over which the learning rate rises."""
-    temperature: float = Field(1.0, gt=0)
-    """A task's own steps take images of clusters by mass^(1 / T); below 1, of fewer clusters."""
-
-    @property
-    def optimisation(self) -> dict[str, Any]:
-        """The settings that matter to further steps on all data as well."""
-        return self.model_dump(mode="json", exclude={"temperature"})
 
     def stage(self, moce: StageConfig, epochs: float) -> StageConfig:
         """Return the optimisation settings of such steps over `epochs` epochs."""
@@ -183,6 +176,11 @@ class TransferConfig(Section):
         for old, section in RENAMED.items():
             fields |= {f"{old}{name}": value for name, value in fields.pop(section).items()}
         return fields
+
+    def changes(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults, so that a new field adds nothing."""
+        usual = TransferConfig().flat()
+        return {name: value for name, value in self.flat().items() if value != usual[name]}
 
     def budget(self, beginning: str) -> dict[str, Any]:
         """Select what a fit depends on: its images, and `flat` fields that begin with `beginning`.

@@ -56,7 +56,7 @@ def piece_fingerprint(piece: Piece) -> str:
             request.backbones,
             request.protocols,
             request.continue_images,
-            piece.config.transfer.flat(),
+            piece.config.transfer.changes(),
             _stamp(request.data),
         ]
     return fingerprint([piece.id, identity(piece.config), transfer])

@@ -113,11 +113,7 @@ class Comparison:
             assert images is not None
             shares, dense = None, chooser.dense(base_of(name))
             if further_of(name) == "own":
-                shares = shares_of(
-                    chooser.clusters(name),
-                    self.config.cluster.num_clusters,
-                    self.config.transfer.continued.temperature,
-                )
+                shares = shares_of(chooser.clusters(name), self.config.cluster.num_clusters)
             take_further_steps(job, images, dense, shares, train)
 
     def steps_fewer(self) -> dict[str, int]:
@@ -148,11 +144,7 @@ class Comparison:
         transfer, of_task = self.config.transfer, self.chooser.task_fingerprint
         common = {name: [of_task, self.task.budget(transfer, name)] for name in protocols}
         own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
-        continued = transfer.continued
-        further: list[Any] = [self.request.continue_images, continued.optimisation]
-        # results of earlier versions, which had no temperature, stay valid
-        if continued.temperature != 1:
-            further.append(continued.temperature)
+        further = [self.request.continue_images, transfer.continued.model_dump(mode="json")]
         control = self.chooser.control
         return Ledger(
             path,

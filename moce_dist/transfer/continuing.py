@@ -72,8 +72,7 @@ class FurtherJob(TransferJob):
 def steps_name(config: Config, images: int | None) -> str:
     """Name further steps on all data: N, and how, where `transfer.continued` is not the default."""
     continued = config.transfer.continued
-    is_default = continued.optimisation == type(continued)().optimisation
-    how = "" if is_default else f"-{fingerprint(continued.optimisation)[:8]}"
+    how = "" if continued == type(continued)() else f"-{fingerprint(continued.model_dump())[:8]}"
     return f"{images}{how}"
 
 

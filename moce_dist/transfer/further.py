@@ -99,17 +99,12 @@ def _plan_steps(job: FurtherJob, images: int, shares: Shares | None) -> MoreStep
     return replace(steps, epochs=count / plan.steps_per_epoch)
 
 
-def shares_of(clusters: Mapping[str, int], num_clusters: int, temperature: float = 1.0) -> Shares:
-    """Return shares of clusters, (K,), from the number of a task's images in each.
-
-    They are the task's mass over the clusters to the power 1 / `temperature`, and sum to 1.
-    """
+def shares_of(clusters: Mapping[str, int], num_clusters: int) -> Shares:
+    """Return a task's mass over clusters, (K,), from the number of its images in each."""
     counts = np.zeros(num_clusters)
     for cluster, count in clusters.items():
         counts[int(cluster)] = count
-    # divided by the greatest count, so that powers do not overflow
-    shares = (counts / counts.max()) ** (1 / temperature)
-    return np.asarray(shares / shares.sum())
+    return counts / counts.sum()
 
 
 def further_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:

@@ -1,5 +1,6 @@
 """The planned stream for other trainings: exactly once over kills, ranks and loader processes."""
 
+import contextlib
 import io
 import json
 import multiprocessing
@@ -12,7 +13,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import webdataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moce_dist.data.dataset import PlannedSamples
 from moce_dist.data.shards import scan_shard, write_index
@@ -139,6 +140,8 @@ def test_a_sample_that_cannot_be_read_is_the_handlers(index):
 
 def consume(index, folder, rank, ranks, start, stop):
     """Leave a file for every batch that was used; hang with that of step `stop` in hand."""
+    # a group with its loader, which does not notice the end of a rank that ends as both begin
+    os.setpgrp()
     samples = PlannedSamples(index, batch_size=BATCH, seed=5, rank=rank, num_ranks=ranks)
     samples.load_state_dict({"step": start})
     loader = webdataset.WebLoader(
@@ -162,16 +165,25 @@ def test_killed_on_changing_ranks_every_sample_is_used_once(index, tmp_path):
             context.Process(target=consume, args=(index, folder, rank, ranks, start, stop))
             for rank in range(ranks)
         ]
-        for process in processes:
-            process.start()
-        deadline = time.monotonic() + 200
-        while stop is not None and len(list(folder.glob("[0-9]*"))) < ranks * (stop - start):
-            assert time.monotonic() < deadline and all(p.is_alive() for p in processes)
-            time.sleep(0.02)
-        for process in processes:
-            if stop is not None:
-                os.kill(process.pid, signal.SIGKILL)
-            process.join()
+        # a rank has a loader process, so it cannot be a daemon that ends with this process
+        try:
+            for process in processes:
+                process.start()
+            deadline = time.monotonic() + 200
+            while stop is not None and len(list(folder.glob("[0-9]*"))) < ranks * (stop - start):
+                assert time.monotonic() < deadline and all(p.is_alive() for p in processes)
+                time.sleep(0.02)
+            if stop is None:
+                for process in processes:
+                    process.join(200)
+                assert [p.exitcode for p in processes] == [0] * ranks
+        finally:
+            for process in processes:
+                if process.pid is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.kill()  # it may not have come to its group
+                    process.join()
         used += [key for file in folder.glob("[0-9]*") for key in json.loads(file.read_text())]
         start = stop
     assert Counter(used) == every_key()
@@ -219,3 +231,125 @@ def test_without_the_last_step_the_position_resumes_where_it_was(index):
     assert rest == steps[done:] and len(rest) == samples.steps_per_epoch - 3
     with pytest.raises(ValueError, match="drop_last: 101 samples are no step"):
         PlannedSamples(index, batch_size=102, drop_last=True)
+
+
+def keys_of(batch):
+    return [sample["__key__"] for sample in batch]
+
+
+LOADERS = {
+    "no processes": {},
+    "processes": {"num_workers": 2},
+    "processes that live on": {"num_workers": 2, "persistent_workers": True},
+    "more processes than steps": {"num_workers": 11, "persistent_workers": True},
+    "spawned": {
+        **{"num_workers": 1, "persistent_workers": True, "multiprocessing_context": "spawn"}
+    },
+}
+
+
+def open_loaders(index, ranks, options, step=0):
+    """The samples of every rank, at the same position, and a loader of each."""
+    opened = []
+    for rank in range(ranks):
+        samples = PlannedSamples(index, batch_size=BATCH, seed=5, rank=rank, num_ranks=ranks)
+        samples.load_state_dict({"step": step})
+        loader = DataLoader(samples, samples.rank_batch, collate_fn=keys_of, **options)
+        opened.append((samples, loader))
+    return opened
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_after_a_resume_every_epoch_is_whole(index, kind, ranks):
+    opened = open_loaders(index, ranks, LOADERS[kind], step=6)
+    # an epoch may be left out, and the same one come again
+    for epoch, first in ((0, 6), (1, 0), (3, 0), (3, 0), (2, 0)):
+        steps = [[] for _ in range(9 - first)]
+        for samples, loader in opened:
+            samples.set_epoch(epoch)
+            for step, keys in zip(steps, loader, strict=False):
+                step.extend(keys)
+        expected = steps_of(index, 1, 0, epoch)
+        assert steps == [expected[step] for step in range(first, 9)]
+
+
+@pytest.mark.parametrize("kind", ["no processes", "processes that live on"])
+def test_without_set_epoch_the_next_one_follows(index, kind):
+    ((_, loader),) = open_loaders(index, 1, LOADERS[kind], step=6)
+    for epoch, first in ((0, 6), (1, 0), (2, 0)):
+        expected = steps_of(index, 1, 0, epoch)
+        assert list(loader) == [expected[step] for step in range(first, 9)]
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_an_epoch_that_was_broken_off_does_not_change_the_next(index, kind):
+    ((samples, loader),) = open_loaders(index, 1, LOADERS[kind])
+    for taken in (1, 8):
+        samples.set_epoch(0)
+        for _ in zip(range(taken), loader, strict=False):
+            pass
+        samples.set_epoch(1)
+        assert list(loader) == list(steps_of(index, 1, 0, 1).values())
+
+
+def test_a_running_iteration_keeps_its_epoch(index):
+    ((samples, loader),) = open_loaders(index, 1, LOADERS["processes that live on"])
+    for epoch in (0, 3, 1):
+        samples.set_epoch(epoch)
+        keys = []
+        for batch in loader:
+            keys.append(batch)
+            samples.set_epoch(7)
+        assert keys == list(steps_of(index, 1, 0, epoch).values())
+
+
+def test_a_copy_follows_only_itself(index):
+    original = PlannedSamples(index, batch_size=BATCH, seed=5)
+    copy = pickle.loads(pickle.dumps(original))
+    options = LOADERS["processes that live on"]
+    loader = DataLoader(copy, copy.rank_batch, collate_fn=keys_of, **options)
+    for epoch in (0, 2):
+        copy.set_epoch(epoch)
+        original.set_epoch(5)
+        assert list(loader) == list(steps_of(index, 1, 0, epoch).values())
+
+
+class WithStates(IterableDataset):
+    """Samples, each with the state after it, and at the end of a process None with its state."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __iter__(self):
+        worker = get_worker_info().id
+        yield from ((worker, s["__key__"], self.samples.state_dict()) for s in self.samples)
+        yield worker, None, self.samples.state_dict()
+
+
+@pytest.mark.parametrize("size", [BATCH, 5])
+@pytest.mark.parametrize("kind", ["processes", "processes that live on"])
+def test_states_of_loader_processes_resume_within_their_epoch(index, kind, size):
+    """As torchdata's StatefulDataLoader keeps them: of every process, after its last batch."""
+    samples = PlannedSamples(index, batch_size=BATCH, seed=5)
+    samples.set_epoch(1)
+
+    def load(states):
+        def begin(worker):
+            if worker in states:
+                get_worker_info().dataset.samples.load_state_dict(states[worker])
+
+        with_states = WithStates(samples)
+        options = {**LOADERS[kind], "collate_fn": list, "worker_init_fn": begin}
+        return DataLoader(with_states, size, **options)
+
+    states, used, whole = {}, Counter(), list(load({}))
+    for batch in [[], *whole]:
+        states |= {worker: state for worker, _, state in batch}
+        used.update(key for _, key, _ in batch if key)
+        rest = load(states)
+        left = Counter(key for batch in rest for _, key, _ in batch if key)
+        assert used + left == every_key()
+    # after all processes have ended the epoch, those that live on make the next one
+    if kind == "processes that live on":
+        assert Counter(key for batch in rest for _, key, _ in batch if key) == every_key()
