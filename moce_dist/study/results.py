@@ -91,7 +91,8 @@ def read_values(runner: Runner) -> list[Line]:
                         "seed": cell.seed,
                         "task": cell.task,
                         "protocol": row["protocol"],
-                        "metric": metrics["metric"],
+                        # the study says itself which images were used
+                        "metric": metrics["metric"].removesuffix(" (val)"),
                         "value": row["value"],
                         "run": cell.run,
                         "folder": cell.request.folder,

@@ -90,6 +90,11 @@ def _about(choice: dict[str, Any]) -> str:
         )
     if not choice["layers"]:
         return "No experts: the dense control, which did best on folds of the task's own images."
+    if any(weight < 0 for layer in choice["layers"] for weight in layer.get("weights", ())):
+        return (
+            f"All experts of every MoE layer {source}, mixed by the weights below: beyond the best "
+            "fitting one, as seen from their average."
+        )
     if _is_merged(choice["layers"]):
         return f"All experts of every MoE layer {source}, averaged by the weights below."
     if choice["select"] == "mismatched":

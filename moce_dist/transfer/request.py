@@ -142,8 +142,7 @@ def check_request(request: Request, config: Config) -> None:
     _check_further(request, config)
     for name in request.protocols:
         if not kind.takes(name, request.task):
-            more = kind.more_protocols if kind.takes("logistic", request.task) else ""
-            known = f"{', '.join(kind.protocols)}{more}"
+            known = f"{', '.join(kind.protocols)}{kind.more_protocols(request.task)}"
             raise ConfigError(f"--protocol {name}: must be one of {known} for {request.task}")
     if request.num_seeds < 1:
         raise ConfigError(f"--seeds {request.num_seeds}: must be at least 1")

@@ -81,8 +81,6 @@ class Task(ABC):
     """Names that `--task` accepts for this kind."""
     protocols: ClassVar[Sequence[str]] = ("finetune",)
     """Protocols that are used by default."""
-    more_protocols: ClassVar[str] = ""
-    """Other protocols that are accepted, as text for an error message."""
     can_validate: ClassVar[bool] = False
     """Whether experts can be chosen by `validate`, which needs images with class labels."""
     has_scores: ClassVar[bool] = False
@@ -122,6 +120,11 @@ class Task(ABC):
                 f"{len(task.train)} training images are too few to validate on a fifth"
             )
         return replace(task, train=kept, test=held)
+
+    @classmethod
+    def more_protocols(cls, name: str) -> str:
+        """Return the other protocols that are accepted, as text for an error message."""
+        return ""
 
     @classmethod
     def takes(cls, protocol: str, name: str) -> bool:

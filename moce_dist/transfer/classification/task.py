@@ -190,7 +190,6 @@ class Classification(Task):
     kind: ClassVar[str] = "classify"
     names: ClassVar[Sequence[str]] = tuple(TASKS)
     protocols: ClassVar[Sequence[str]] = ("finetune", "linear", "knn")
-    more_protocols: ClassVar[str] = ", logistic, logisticN (N labels a class)"
     can_validate: ClassVar[bool] = True
 
     metric: str = "accuracy"
@@ -213,6 +212,11 @@ class Classification(Task):
         if evaluate == "val" and name == "imagefolder" and has_three:
             return cls(name, *image_folder(name, data, ("val",)))
         return super().open(name, data, evaluate)
+
+    @classmethod
+    def more_protocols(cls, name: str) -> str:
+        """Name the logistic protocols where they are accepted."""
+        return ", logistic, logisticN (N labels a class)" if cls.takes("logistic", name) else ""
 
     @classmethod
     def takes(cls, protocol: str, name: str) -> bool:

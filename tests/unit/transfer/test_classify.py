@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -262,6 +263,36 @@ def test_layers_below_learn_more_slowly(config):
     named = dict(model.named_parameters())
     assert decay[id(named["head.bias"])] == decay[id(named["cls_token"])] == 0
     assert decay[id(named["blocks.0.mlp.fc1.weight"])] == 0.05
+
+
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        {"global_pool": "avg", "fc_norm": False},
+        {"global_pool": "avg", "fc_norm": True},
+        {"global_pool": "token"},
+        {"global_pool": "map"},
+        {"global_pool": "map", "fc_norm": True},
+    ],
+    ids=lambda pooling: "-".join(map(str, pooling.values())),
+)
+def test_layers_below_new_parameters_learn_more_slowly_whatever_a_vit_has_at_its_end(pooling):
+    size = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2}
+    vit = timm.create_model("vit_base_patch16_224", num_classes=0, **size, **pooling)
+    new = list(torch.nn.Linear(24, 3).parameters())
+    optimizer = layered_adamw(vit, new, weight_decay=0.05, layer_decay=0.5)
+    scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    assert len(scale) == len([*vit.parameters(), *new])
+
+    def of(beginning: str) -> set[float]:
+        named = vit.named_parameters()
+        return {scale[id(p)] for name, p in named if name.startswith(beginning)}
+
+    assert [of(f"blocks.{i}.") for i in (3, 2, 1, 0)] == [{0.5}, {0.5**2}, {0.5**3}, {0.5**4}]
+    assert of("patch_embed.") == of("pos_embed") == of("cls_token") == {0.5**5}
+    assert {scale[id(p)] for p in new} == {1.0}
+    # what comes after the blocks learns at the rate of the last one, or of what is new
+    assert of("norm.") <= {0.5} and of("fc_norm.") | of("attn_pool.") <= {1.0}
 
 
 @pytest.mark.parametrize("mixing", [{}, {"mixup": 0.0, "cutmix": 0.0}])

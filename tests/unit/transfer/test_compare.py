@@ -269,6 +269,10 @@ def test_segmentation_is_compared_by_the_same_job(run, scene_folder, job):
         (["--task", "digits", "--backbone", "mae,mae"], "distinct names"),
         (["--task", "digits", "--protocol", "svm"], "--protocol svm: must be one of"),
         (["--task", "ade20k", "--protocol", "knn"], "must be one of finetune for ade20k"),
+        (
+            ["--task", "voc2007", "--protocol", "finetune,logistic10"],
+            "--protocol logistic10: must be one of finetune, linear, knn for voc2007",
+        ),
         (["--task", "digits", "--seeds", "0"], "--seeds 0: must be at least 1"),
         (
             [

@@ -187,6 +187,9 @@ def test_card_tells_merged_weights_candidates_and_the_control():
     assert "| layer | block | weight of expert 0 | weight of expert 1 | entropy (nats) |" in card
     assert "| 0 | 1 | 0.750 | 0.250 | 0.562 |" in card
     assert "| merge, T = 1 | 0.900 |" in card
+    beyond = {**choice["layers"][0], "weights": [1.25, -0.25]}
+    card = model_card("t", {**choice, "layers": [beyond]}, None, {})
+    assert "beyond the best fitting one" in card and "| 1.250 | -0.250 |" in card
     control = model_card("t", {**choice, "layers": [], "chosen": "control"}, None, {})
     assert "No experts: the dense control" in control and "weight of expert" not in control
 

@@ -158,6 +158,23 @@ def test_skips_behind_a_state_are_met_again(config, tmp_path):
     assert not (tmp_path / "skipped.jsonl").exists()
 
 
+@pytest.mark.parametrize("warmup", [0.5, 1, 1.5])
+def test_a_warm_up_that_is_not_shorter_than_the_fit_is_warned_of(
+    warmup, config, backbone, image_folder, caplog
+):
+    task = Classification.open("imagefolder", image_folder).subset(16, 0)
+    recipe = FinetuneConfig(epochs=1, batch_size=16, warmup_epochs=warmup)
+    finetune(backbone, task, recipe, machine_of(config), seed=0)
+    said = [r.getMessage() for r in caplog.records if "warmup_epochs" in r.getMessage()]
+    if warmup < 1:
+        assert said == []
+        return
+    (line,) = said
+    assert "\n" not in line
+    assert f"transfer.finetune.warmup_epochs ({warmup:g}) is not below" in line
+    assert "transfer.finetune.epochs (1)" in line
+
+
 def test_several_labels_are_learnt_and_mixed(config, backbone, image_folder, tmp_path):
     single = Classification.open("imagefolder", image_folder)
 

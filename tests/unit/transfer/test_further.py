@@ -95,6 +95,19 @@ def test_own_steps_and_their_fair_partners(clustered, image_folder, job, seen, c
     assert not seen
 
 
+def test_own_steps_of_the_control_need_no_experts(clustered, image_folder, job, seen):
+    flags = ["--continue-images", "16", "--backbone"]
+    compare(job, clustered, image_folder, *flags, "moce+own,control+own")
+    with_experts = seen[:2]
+    assert seen[2:] == with_experts
+    seen.clear()
+    shutil.rmtree(clustered.stage("moce"))
+    shutil.rmtree(clustered.transfer("imagefolder"))
+    metrics = compare(job, clustered, image_folder, *flags, "control,control+own")
+    assert [row["backbone"] for row in metrics["results"]] == ["control", "control+own"]
+    assert seen == with_experts
+
+
 def test_other_experts_and_other_numbers_train_anew(clustered, image_folder, job, seen):
     flags = ["--continue-images", "16", "--backbone", "moce:average+own,moce:vote+own"]
     metrics = compare(job, clustered, image_folder, *flags)

@@ -217,6 +217,14 @@ def test_caltech_draws_thirty_by_name_whatever_else_is_there(tmp_path):
     train, test = ({item.key for item in part} for part in (whole.train, whole.test))
     assert not train & test
     assert [item.key for item in whole.train][:30] != sorted(train | test)[:30]
+    # validation draws from the training images of every class, independently of their own draw
+    folder = tmp_path / "caltech101" / "101_ObjectCategories" / "many"
+    for i in range(300):
+        image(folder / f"image_{i + 1:04d}.jpg", 300, i)
+    tried = Classification.open("caltech101", tmp_path, "val")
+    many = [sum("/many/" in item.key for item in part) for part in (tried.train, tried.test)]
+    assert sum(many) == 30 and 1 <= many[1] <= 12
+    shutil.rmtree(folder)
     # an image of another class, and one of the test, are missing
     lacking = [max(key for key in test if name in key) for name in ("/rare/", "/binocular/")]
     for key in lacking:

@@ -173,6 +173,44 @@ def test_budget_names_what_a_protocol_depends_on():
         assert fields.keys() == {"max_train", "last_block", *own} and len(own) > 6
 
 
+def test_a_choice_by_evidence_counts_where_the_control_is_what_it_was(tmp_path):
+    path, own = tmp_path / "results.jsonl", dict.fromkeys(("moce", "moce:vote", "mae"), "o")
+    own |= dict.fromkeys(("moce:validate", "moce:validate+own", "moce+own"), "o")
+
+    def open_as(own, select, control):
+        stages = {"moce": "1", "mae": "2"}
+        chosen = {"choosing": select, "further": "90000", "select": select}
+        return Ledger(path, {"knn": "x"}, own, stages, control=control, **chosen)
+
+    for select in ("vote", "validate"):
+        path.unlink(missing_ok=True)
+        for name in own:
+            open_as(own, select, "c").add(row(name, "knn", 0, 0.1))
+        by_evidence = {name for name in own if "validate" in name}
+        if select == "validate":
+            by_evidence |= {"moce", "moce+own"}
+        found = {
+            control: {fit.backbone for fit in open_as({}, select, control).rows()}
+            for control in ("c", "d", None)
+        }
+        assert found == {"c": set(own), "d": own.keys() - by_evidence, None: found["d"]}
+
+
+def test_identities_are_those_that_the_valid_rows_were_made_with(tmp_path):
+    path, stages = tmp_path / "results.jsonl", {"moce": "1", "mae": "2"}
+    first = Ledger(path, {"knn": "a"}, {"moce": "m", "mae": "x"}, stages)
+    other = Ledger(path, {"knn": "b"}, first.own, stages)
+    fits = [Fit(name, "knn", 0) for name in first.own]
+    for ledger in (first, other):
+        for fit in fits:
+            ledger.add(row(*fit, 0.1))
+    # of a backbone that is not requested now, too
+    again = Ledger(path, {"knn": "a"}, {"moce": "m"}, stages)
+    assert again.identities() == {fit: first.identity(fit) for fit in fits}
+    assert other.identities() == {fit: other.identity(fit) for fit in fits}
+    assert not set(first.identities().values()) & set(other.identities().values())
+
+
 def test_rows_of_other_choices_or_other_further_steps_do_not_count_unless_they_are_asked_for(
     tmp_path,
 ):

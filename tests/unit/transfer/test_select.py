@@ -95,6 +95,19 @@ def test_merge_goes_from_the_vote_to_the_average():
     assert mix_of(chosen("average")) == [[0.5, 0.5], [0.5, 0.5]]
 
 
+def test_extrapolation_goes_from_the_average_through_the_vote_and_beyond():
+    def found(beyond: float) -> list:
+        config = make_config({"transfer": {"select": "extrapolate", "extrapolation": beyond}})
+        config = gate_config().model_copy(update={"transfer": config.transfer})
+        choice = choose_experts(IDS, gate_weights(P), config, task="t")
+        assert choice["select"] == "extrapolate" and choice["extrapolation"] == beyond
+        return mix_of(choice)
+
+    assert found(0.0) == mix_of(chosen("average"))
+    assert found(1.0) == mix_of(chosen("vote")) == [0, 0]
+    assert found(1.5) == [[1.25, -0.25]] * 2 == mix_of(chosen("extrapolate"))
+
+
 @pytest.mark.parametrize("combine", ["prob", "straight_through"])
 def test_merge_of_all_mass_on_one_expert_is_the_vote_to_the_bit(combine):
     p = [[[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [0.0, 1.0], [0.0, 1.0]]]

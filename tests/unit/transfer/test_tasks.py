@@ -9,6 +9,8 @@ import pytest
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.classification.official import OFFICIAL
 from moce_dist.transfer.classification.task import TASKS, Classification
+from moce_dist.transfer.kinds import task_names
+from moce_dist.transfer.request import Request, check_request
 
 from .conftest import png
 
@@ -122,3 +124,27 @@ def test_table_names_the_tasks():
     samples = {"digits", "silhouettes", "climate"}
     assert set(TASKS) == {*samples, "imagefolder", "webdataset", *OFFICIAL}
     assert len(OFFICIAL) == 11
+
+
+LOGISTIC = ("logistic", "logistic10")
+
+
+@pytest.mark.parametrize("protocol", LOGISTIC)
+def test_logistic_regression_is_refused_where_images_have_several_labels(protocol, config):
+    request = Request("voc2007", None, ("mae",), ("finetune", protocol), 1, None)
+    with pytest.raises(ConfigError) as refused:
+        check_request(request, config)
+    allowed = "must be one of finetune, linear, knn for voc2007"
+    assert str(refused.value) == f"--protocol {protocol}: {allowed}"
+
+
+def test_every_task_of_one_label_an_image_takes_logistic_regression(config):
+    of_one_label = set(TASKS) - {"voc2007"}
+    for name in of_one_label:
+        check_request(Request(name, None, ("mae",), LOGISTIC, 1, None), config)
+    for name in set(task_names()) - of_one_label:
+        with pytest.raises(ConfigError, match=f"--protocol logistic: must be one of .* {name}$"):
+            check_request(Request(name, None, ("mae",), LOGISTIC, 1, None), config)
+    allowed = "must be one of finetune, linear, knn, logistic, logisticN"
+    with pytest.raises(ConfigError, match=f"--protocol logistic0: {allowed}"):
+        check_request(Request("digits", None, ("mae",), ("logistic0",), 1, None), config)

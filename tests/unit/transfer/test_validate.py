@@ -110,7 +110,8 @@ def test_job_chooses_by_folds_and_by_name_in_one_table(
     assert list(made_of) == names.split(",")
     chosen = json.loads((folder / "choice-validate.json").read_text())
     assert {each["name"] for each in chosen["candidates"]} == {
-        *("vote", "largest_cluster", "merge, T = 0.5", "merge, T = 1", "merge, T = 2", "average")
+        *("vote", "largest_cluster", "merge, T = 0.5", "merge, T = 1", "merge, T = 2", "average"),
+        "extrapolate",
     }
     assert chosen["chosen"] == chosen["candidates"][0]["name"]
     assert "averaged by the weights" in (folder / "backbone-merge" / "README.md").read_text()
