@@ -56,7 +56,13 @@ from moce_dist.samples import sets
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
 from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
-from moce_dist.train.finished import begin_stage, has_last_checkpoint, link_stage, trained_id
+from moce_dist.train.finished import (
+    begin_stage,
+    has_last_checkpoint,
+    known_digests,
+    link_stage,
+    trained_id,
+)
 from moce_dist.train.job import Train
 from moce_dist.train.metrics import METRICS_NAME
 
@@ -308,7 +314,7 @@ class Pipeline:
         self, train: Train, stage: StageName, data: Path, inputs: dict[str, Any], **start: Any
     ) -> None:
         folder = self.run.stage(stage)
-        if is_complete(folder, inputs) and has_last_checkpoint(folder):
+        if self._is_done(folder, inputs):
             log.info("%s: complete", stage)
             return
         begin_stage(folder, inputs)
@@ -324,7 +330,19 @@ class Pipeline:
         checkpoint = latest_checkpoint(folder / "checkpoints")
         assert checkpoint is not None
         files = [*checkpoint.iterdir(), folder / METRICS_NAME, *folder.glob("holdout.json")]
-        mark_complete(folder, inputs, files)
+        mark_complete(folder, inputs, files, known=known_digests(folder, checkpoint))
+
+    def _is_done(self, folder: Path, inputs: dict[str, Any]) -> bool:
+        def found() -> bool:
+            return is_complete(folder, inputs) and has_last_checkpoint(folder)
+
+        if "RANK" not in os.environ:
+            return found()
+        from moce_dist.train.setup import choose_together, join_ranks
+
+        # a rank that found otherwise would wait alone for the others
+        join_ranks(self.config.parallel)
+        return choose_together(found)
 
 
 def data_id(folder: Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -49,6 +49,7 @@ from moce_dist.train.routing import Router
 from moce_dist.train.saver import Saver
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass
@@ -122,18 +123,24 @@ def holdout_table(job: StageJob) -> SampleTable | None:
 def build_state(job: StageJob) -> TrainState:
     """Build model, groups and engine and load the newest checkpoint; collective over all ranks."""
     torch.set_num_threads(job.config.parallel.threads_per_worker)
-    device = training_device(job.config.parallel)
-    init_distributed(device, timedelta(seconds=job.config.parallel.patience_s))
+    device = join_ranks(job.config.parallel)
     # every rank makes the same plan from the same index, so no data about it is sent
     plan = job.plan()
     # chosen before the model is built, because the checkpoint holds the placement of the experts
-    start = _choose_together(partial(_begin, job))
+    start = choose_together(partial(_begin, job))
     state = assemble(job, plan, centroids_of(job), device)
     _start_or_resume(state, start)
     return state
 
 
-def _choose_together(choose: Callable[[], Path | None]) -> Path | None:
+def join_ranks(parallel: ParallelConfig) -> torch.device:
+    """Join the process group of all ranks; return this rank's device."""
+    device = training_device(parallel)
+    init_distributed(device, timedelta(seconds=parallel.patience_s))
+    return device
+
+
+def choose_together(choose: Callable[[], T]) -> T:
     """Return on all ranks what rank 0 chooses; collective.
 
     Ranks that verified checkpoints each for itself would take different ones after an error of one
@@ -141,9 +148,10 @@ def _choose_together(choose: Callable[[], Path | None]) -> Path | None:
     """
     if not dist.is_initialized():
         return choose()
-    chosen = [choose() if dist.get_rank() == 0 else None]
+    chosen: list[Any] = [choose() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(chosen, 0)
-    return chosen[0]
+    found: T = chosen[0]
+    return found
 
 
 def _begin(job: StageJob) -> Path | None:
@@ -274,7 +282,7 @@ def first_weights(job: StageJob) -> dict[str, Tensor]:
     config = job.config
     if job.stage == "mae":
         return initial_weights(config)
-    mae = _choose_together(partial(latest_checkpoint, job.run_root / "mae" / "checkpoints"))
+    mae = choose_together(partial(latest_checkpoint, job.run_root / "mae" / "checkpoints"))
     if mae is None and (job.run_root / "mae").exists():
         raise ConfigError(f"{job.run_root / 'mae'}: holds no undamaged checkpoint to start from")
     dense = initial_weights(config) if mae is None else load_weights(mae)

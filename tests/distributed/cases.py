@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import waiting
 
+from moce_dist import pipeline
 from moce_dist.config import load_config
 from moce_dist.data import loaders
 from moce_dist.data.batches import stream
@@ -31,7 +32,7 @@ from moce_dist.model.moce import is_stacked
 from moce_dist.parallel import engine, reduction
 from moce_dist.parallel.engine import init_distributed
 from moce_dist.parallel.placement import Placement
-from moce_dist.run.directory import StoppedError
+from moce_dist.run.directory import Run, StoppedError
 from moce_dist.settings import ConfigError
 from moce_dist.train import loop, migrate, outcome, routing, saver, setup
 from moce_dist.train.checkpoint import Naming
@@ -132,6 +133,30 @@ def take_steps(run, overrides, placement="planned", steps=1, first=0, bucket=Non
     }
     state.engine.destroy()
     return result
+
+
+def stage_with_doubts(run, overrides, doubts):
+    """Carry out stage mae as a command does, each time with a rank whose checkpoint is damaged.
+
+    Returns how often this rank trained each time.
+    """
+    config = tiny_config([*overrides, f"data.source=index:{Path(run) / 'shards'}"])
+    carried_out, counts = pipeline.Pipeline(Run(Path(run)), config), []
+    original = pipeline.has_last_checkpoint
+    for doubt in doubts:
+        trained = []
+
+        def train(job, trained=trained):
+            trained.append(job)
+            loop.pretrain(job)
+
+        def sees(folder, doubt=doubt):
+            return int(os.environ["RANK"]) != doubt and original(folder)
+
+        with patched(pipeline, has_last_checkpoint=sees):
+            carried_out.mae(train)
+        counts.append(len(trained))
+    return counts
 
 
 def models_left(run, overrides, times):

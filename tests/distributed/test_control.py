@@ -79,3 +79,15 @@ def test_an_interrupted_control_ends_in_the_same_bits(pools, clustered_run, trai
         for root in (parts, run)
     )
     assert mine == whole
+
+
+def test_ranks_agree_whether_a_stage_is_complete(pools, clustered_run, tmp_path):
+    run = fresh_run(clustered_run, tmp_path / "run")
+    # the first rank decides; planted: alone, the second one would wait for it
+    counts = pools(2).run(
+        "stage_with_doubts",
+        run=str(run),
+        overrides=["parallel.num_workers=2", "mae.epochs=1", "mae.warmup_epochs=0"],
+        doubts=[None, None, 1, 0],
+    )
+    assert counts == [[1, 0, 0, 1]] * 2
