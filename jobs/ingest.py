@@ -113,7 +113,8 @@ def held(args: Any, config: Config, out: Path, root: Path | None) -> Iterator[No
         if root:
             open_run(root, config, fresh=args.fresh)
         with hold(out):
-            if not root and args.fresh and (out / COMPLETE).exists():
+            # what lies in the run has been moved with it
+            if args.fresh and (out / COMPLETE).exists():
                 set_aside(out)
             yield
 

@@ -17,6 +17,7 @@ Source: signs of differences as in the difference hash of N. Krawetz, "Kind of l
 """
 
 import hashlib
+import logging
 import os
 import tarfile
 from bisect import bisect_right
@@ -35,16 +36,16 @@ from moce_dist.config import DataConfig
 from moce_dist.data.cache import SampleRange
 from moce_dist.data.decoders import ImageError, image_endings
 from moce_dist.data.images import decode_image
-from moce_dist.data.listing import ending
+from moce_dist.data.listing import ending, list_images
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import Content, RangeReader
 from moce_dist.data.shards import Fault, Shard, ShardIndex, open_shard
-from moce_dist.data.sources import list_folder
 from moce_dist.data.tarscan import is_hidden_member, open_tar, split_name
 from moce_dist.run.names import as_text
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
+logger = logging.getLogger(__name__)
 _BLOCK = 512
 _GRID = 8
 _THUMBNAIL = 16
@@ -188,13 +189,17 @@ def find_copies(
 ) -> Iterator[Copy]:
     """Yield the images of an index that are in a folder of images too.
 
+    The number of files that cannot be compared is logged.
+
     Raises:
         ConfigError: the folder is missing or has no readable images.
     """
-    files = list_folder(folder).files
-    if not files:
+    listing = list_images(folder)
+    if not listing.files:
         raise ConfigError(f"{folder}: no image of it can be read")
-    hashes = hash_images([file.path for file in files])
+    hashes = hash_images([file.path for file in listing.files])
+    if unread := len(listing.unusable) + len(listing.files) - len(hashes.names):
+        logger.warning("%s: %d of its images cannot be read or decoded", folder, unread)
     tasks = _tasks(index)
     found = map_tasks(find_in_shard, (hashes, data), tasks)
     for copies in track(found, "shards compared", total=len(tasks)):

@@ -16,6 +16,10 @@ part of one step, and the number of completed steps is the whole position: a kil
 `load_state_dict({"step": t})`, also on another number of ranks and processes, and its loop begins
 with epoch t // steps_per_epoch. With `drop_last`, steps that are left out do not count.
 
+`set_epoch` reaches all loader processes, also those that live on (`persistent_workers`); call it
+before every epoch. Without the call, processes that live on, and a loader without processes,
+continue with the next epoch after a complete one, but new processes repeat the epoch.
+
 The last step of an epoch may be smaller, and some ranks may have no sample of it. Where all ranks
 must take equally many steps (DDP), `drop_last` leaves it out. A `handler` that skips a sample makes
 the rank's next batch begin one sample earlier.
@@ -31,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.handlers import reraise_exception
 
@@ -91,8 +96,14 @@ class PlannedSamples(IterableDataset[WebSample]):
         if self.steps_per_epoch == 0:
             samples = self._plan.epoch_samples
             raise ValueError(f"drop_last: {samples} samples are no step of batch_size {batch_size}")
-        # next step, number of its samples that were yielded, whether this process makes that step
+        # where the next iteration begins, and where the present one is: next step, number of its
+        # samples that were yielded, whether this process makes that step
         self._begin = self._now = (0, 0, False)
+        # loader processes have copies of this object, which follow the original by what they share:
+        # step and number of samples as they were set last, and how often they were set
+        self._shared = torch.zeros(3, dtype=torch.int64)
+        self._shared.share_memory_()  # type: ignore[no-untyped-call]
+        self._times_set, self._has_iterated = 0, False
 
     def set_epoch(self, epoch: int) -> None:
         """Begin the next iteration at the start of an epoch, unless the position is within it.
@@ -104,8 +115,8 @@ class PlannedSamples(IterableDataset[WebSample]):
         if self._is_loaded and epoch < at:
             raise ValueError(f"epoch {epoch} is over: the loaded position is in epoch {at}")
         self._is_loaded = False
-        if at != epoch:
-            self._begin = self._now = (epoch * self.steps_per_epoch, 0, False)
+        begin = self._begin if at == epoch else (epoch * self.steps_per_epoch, 0, False)
+        self._set_begin(begin)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position of this process (`step`, `slot` within it) and what it is valid for.
@@ -132,7 +143,18 @@ class PlannedSamples(IterableDataset[WebSample]):
                 raise ValueError(f"{name} of the state is {value}, here it is {mine[name]}")
         self._is_loaded = True
         is_own = state.get("is_own", False) and get_worker_info() is not None
-        self._begin = self._now = (state["step"], slot, is_own)
+        self._set_begin((state["step"], slot, is_own))
+
+    def _set_begin(self, begin: tuple[int, int, bool]) -> None:
+        self._begin = self._now = begin
+        if get_worker_info() is None:
+            self._times_set += 1
+            self._shared[:] = torch.tensor((*begin[:2], self._times_set))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copy; one that is not in a loader process follows no other object."""
+        self.__dict__.update(state)
+        self._shared.share_memory_()  # type: ignore[no-untyped-call]
 
     @property
     def _order(self) -> dict[str, int]:
@@ -147,6 +169,16 @@ class PlannedSamples(IterableDataset[WebSample]):
         }
 
     def __iter__(self) -> Iterator[WebSample]:
+        if get_worker_info() is not None:
+            step, slot, times_set = self._shared.tolist()
+            # the first iteration begins where the copy does, whatever was set since it was made
+            if self._has_iterated and times_set != self._times_set:
+                self._begin, self._times_set = (step, slot, False), times_set
+            self._has_iterated = True
+        self._now = self._begin
+        return self._samples()
+
+    def _samples(self) -> Iterator[WebSample]:
         worker = get_worker_info()
         first, slot, is_own = self._begin
         stop = (first // self.steps_per_epoch + 1) * self.steps_per_epoch
@@ -165,9 +197,12 @@ class PlannedSamples(IterableDataset[WebSample]):
                         return
                 else:
                     yield sample
-            self._now = (step + every, 0, True)
+            if step + every < stop:
+                self._now = (step + every, 0, True)
+        self._begin = (stop, 0, False)
         if worker is None:
-            self._begin = self._now = (stop, 0, False)
+            # the state of a loader process stays in its epoch until all processes have ended theirs
+            self._now = self._begin
 
     def _read_ahead(self, steps: range) -> Iterator[ReadStep]:
         table = self._plan.table
@@ -203,10 +238,10 @@ class PlannedSamples(IterableDataset[WebSample]):
         key, url = self._place(row)
         sample: WebSample = {"__key__": key, "__url__": url}
         for path, body in read_files(content):
-            if (name := split_name(path)) is not None:
+            if (name := split_name(path)) is not None and name[0] == key:
                 sample[name[1]] = body
         if len(sample) == len(("__key__", "__url__")):
-            raise ValueError("its bytes in the tar are no sample")
+            raise ValueError("its bytes in the tar are no sample of this key")
         return sample
 
     def _place(self, row: int) -> tuple[str, str]:

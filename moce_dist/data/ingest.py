@@ -10,7 +10,8 @@ selected by the hash of the key alone; of existing tars, whole tars by the hash 
 
 Every sample that cannot be read becomes one line in the ledger. If they exceed the fraction
 `data.max_fault_fraction` of the data, ingest fails; a single fault fails it only if the fraction is
-0. After an error, only the ledger of the attempt remains.
+0. After an error the ledger remains, and the tars that are finished, for the next attempt with the
+same files or commands; not if the request is refused (ConfigError) or the disk is full.
 """
 
 import logging
@@ -19,6 +20,7 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +55,7 @@ from moce_dist.data.sources import (
     list_folder,
     parse_source,
 )
+from moce_dist.data.tarscan import CUT_OFF
 from moce_dist.data.writer import ShardSeries, all_or_nothing
 from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete, read_marker
 from moce_dist.run.files import read_faults, record_fault
@@ -156,7 +159,7 @@ def ingest(
             index = _pack_mix(mix, request)
         else:
             index = _index_in_place(urls, request)
-        mark_complete(out, inputs, _files(out), listed=len(urls))
+        mark_complete(out, inputs, _files(out), listed=len(urls), samples=index.num_samples)
     return index
 
 
@@ -210,7 +213,8 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
             for shard in shards
         }
         listed = len(folder.files) + len(folder.faults)
-        mark_complete(out, inputs, _files(out), known, listed=listed)
+        counts = {"listed": listed, "samples": index.num_samples}
+        mark_complete(out, inputs, _files(out), known=known, **counts)
     return index
 
 
@@ -248,7 +252,8 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     named = [url for url in urls if not url.startswith(PIPE)]
     # threads: hashing and reading release the GIL, remote shards wait for the network
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = list(track(pool.map(scan_shard, named), "shards", total=len(named)))
+        scan = partial(scan_shard, deadline_s=request.config.read_deadline_s)
+        results = list(track(pool.map(scan, named), "shards", total=len(named)))
     shards = [shard for shard, _ in results]
     faults = [fault for _, found in results for fault in found]
     pipes = (url for url in urls if url.startswith(PIPE))
@@ -257,6 +262,9 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     for shard, found in track(written, "commands", total=len(tars)) if tars else ():
         shards.append(replace(shard, path=str(request.out / shard.path)))
         faults += found
+    if cut := {fault.shard for fault in faults if fault.reason.startswith(CUT_OFF)}:
+        rule = "each counts as one fault, however many samples it lacks"
+        logger.warning("%d of %d tars have no end mark; %s", len(cut), len(shards), rule)
     keys: set[str] = set()
     unique = [_without_repeats(shard, keys, faults) for shard in shards]
     limit = request.limit(len(keys) + len(faults))

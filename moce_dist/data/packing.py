@@ -18,6 +18,7 @@ credentials from the environment (`$TOKEN`), as COMPLETE and messages contain th
 
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -171,7 +172,8 @@ def write_piped(out: Path, tar: PipedTar) -> tuple[Shard, list[Fault]]:
     """
     if (found := finished_tar(out, tar.name)) is not None:
         return found
-    path, temporary = out / tar.name, out / f".{tar.name}.tmp"
+    # one file per process: a lost worker that still writes must not damage another's file
+    path, temporary = out / tar.name, out / f".{tar.name}.{os.getpid()}.tmp"
     command = ["bash", "-o", "pipefail", "-c", tar.url.removeprefix(PIPE)]
     # copied through this process: if it is killed, the command gets a broken pipe and ends too
     with (

@@ -16,6 +16,7 @@ of remote storage are described without their own text, which may contain creden
 import asyncio
 import errno
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import fsspec.asyn
-from tenacity import RetryError, Retrying, TryAgain, stop_after_delay, wait_random_exponential
+from tenacity import RetryError, Retrying, TryAgain, stop_before_delay, wait_random_exponential
 
 from moce_dist.cost.sizes import MAX_OPEN_FILES
 from moce_dist.data.cache import SampleCache, SampleRange
@@ -42,6 +43,10 @@ _MAX_RANGE_BYTES = 8 * 2**20
 _PORTION_BYTES = 32 * 2**20
 _MAX_REQUESTS = 64
 _TRY_AGAIN = (408, 425, 429)
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError")
+_NO_RANGES = "the server ignores byte ranges"
+PAUSES = wait_random_exponential(multiplier=0.2, max=10)
+"""Seconds between two attempts to read from remote storage."""
 
 
 def is_remote(url: str) -> bool:
@@ -106,7 +111,7 @@ class RangeReader:
     timeout_s: float = 60.0
     """Seconds after which a remote range is requested again."""
     deadline_s: float = 240.0
-    """Seconds after which failed requests are no longer repeated."""
+    """Seconds after which the requests for remote ranges of one call are given up."""
     cache: SampleCache | None = None
     """Cache of samples of remote shards."""
     _open: OrderedDict[str, int] = field(default_factory=OrderedDict)
@@ -205,21 +210,25 @@ class RangeReader:
 
     def _read_remote(self, ranges: Sequence[Range]) -> list[bytes | OSError]:
         found: dict[int, bytes | BaseException] = {}
+        end = time.monotonic() + self.deadline_s
 
         def attempt() -> None:
-            todo = [i for i in range(len(ranges)) if i not in found or _is_transient(found[i])]
-            places = [ranges[i] for i in todo]
-            found.update(zip(todo, _fetch(places, self.timeout_s), strict=True))
-            if any(_is_transient(found[i]) for i in todo):
+            todo = [i for i in range(len(ranges)) if i not in found or is_transient(found[i])]
+            fetched = _fetch([ranges[i] for i in todo], self.timeout_s, end)
+            for i, result in zip(todo, fetched, strict=True):
+                # at the end all time out, whatever the server answered before
+                if i not in found or not isinstance(result, TimeoutError):
+                    found[i] = result
+            if any(is_transient(found[i]) for i in todo):
                 raise TryAgain
 
         # at the deadline, `found` has the last errors
         with suppress(RetryError):
             Retrying(
-                stop=stop_after_delay(self.deadline_s),
-                wait=wait_random_exponential(multiplier=0.2, max=10),
+                stop=stop_before_delay(self.deadline_s),
+                wait=PAUSES,
             )(attempt)
-        return [_described(found[i]) for i in range(len(ranges))]
+        return [_content(found[i], place) for i, place in enumerate(ranges)]
 
 
 def _portions(wanted: Iterable[SampleRange]) -> Iterator[list[SampleRange]]:
@@ -244,11 +253,18 @@ def _part(content: bytes | OSError, start: int, wanted: SampleRange) -> Content:
     return part
 
 
-def _fetch(ranges: Sequence[Range], timeout_s: float) -> list[bytes | BaseException]:
+def _content(result: bytes | BaseException, place: Range) -> bytes | OSError:
+    if isinstance(result, BaseException):
+        return described(result)
+    return result if len(result) <= place.stop - place.start else OSError(_NO_RANGES)
+
+
+def _fetch(ranges: Sequence[Range], timeout_s: float, end: float) -> list[bytes | BaseException]:
     targets = [fsspec.core.url_to_fs(place.url) for place in ranges]
     if all(filesystem.async_impl for filesystem, _ in targets):
+        limits = (timeout_s, end)
         return list(
-            fsspec.asyn.sync(fsspec.asyn.get_loop(), _fetch_together, ranges, targets, timeout_s)
+            fsspec.asyn.sync(fsspec.asyn.get_loop(), _fetch_together, ranges, targets, *limits)
         )
     found: list[bytes | BaseException] = []
     for place, (filesystem, path) in zip(ranges, targets, strict=True):
@@ -260,24 +276,26 @@ def _fetch(ranges: Sequence[Range], timeout_s: float) -> list[bytes | BaseExcept
 
 
 async def _fetch_together(
-    ranges: Sequence[Range], targets: Sequence[tuple[Any, str]], timeout_s: float
+    ranges: Sequence[Range], targets: Sequence[tuple[Any, str]], timeout_s: float, end: float
 ) -> list[bytes | BaseException]:
     gate = asyncio.Semaphore(_MAX_REQUESTS)
 
     async def fetch(place: Range, filesystem: Any, path: str) -> bytes:
         async with gate:
             request = filesystem._cat_file(path, start=place.start, end=place.stop)
-            content: bytes = await asyncio.wait_for(request, timeout_s)
+            left_s = end - time.monotonic()
+            content: bytes = await asyncio.wait_for(request, min(timeout_s, left_s))
             return content
 
     calls = (fetch(place, *target) for place, target in zip(ranges, targets, strict=True))
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-def _is_transient(result: bytes | BaseException) -> bool:
-    if isinstance(result, bytes):
-        return False
-    if isinstance(result, FileNotFoundError | PermissionError | IsADirectoryError):
+def is_transient(result: bytes | BaseException) -> bool:
+    """Tell whether an attempt to read failed with an error that may pass."""
+    # ValueError: a URL that is none, or a server that ignores byte ranges
+    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, ValueError)
+    if isinstance(result, (bytes, *lasting)) or type(result).__name__ in _NO_CREDENTIALS:
         return False
     status = getattr(result, "status", None)
     if status is not None:
@@ -290,16 +308,17 @@ def _errno(error: BaseException) -> int | None:
     return error.errno if isinstance(error, OSError) else None
 
 
-def _described(result: bytes | BaseException) -> bytes | OSError:
-    if isinstance(result, bytes):
-        return result
-    if isinstance(result, FileNotFoundError):
+def described(error: BaseException) -> OSError:
+    """Describe an error of remote storage without its own text, which may contain credentials."""
+    if isinstance(error, FileNotFoundError):
         return FileNotFoundError("no such file or object")
-    status = getattr(result, "status", None)
-    if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or _errno(result) == errno.EINVAL:
+    status = getattr(error, "status", None)
+    if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or _errno(error) == errno.EINVAL:
         return TruncatedError("ends before the sample begins")  # EINVAL is s3fs's word for it
     if status is not None:
         return OSError(f"the server answers with status {status}")
-    if isinstance(result, TimeoutError):
+    if isinstance(error, TimeoutError):
         return TimeoutError("the server does not answer in time")
-    return OSError(f"cannot be read ({type(result).__name__})")
+    if isinstance(error, ValueError) and "range requests" in str(error):
+        return OSError(_NO_RANGES)  # these are fsspec's words for it
+    return OSError(f"cannot be read ({type(error).__name__})")

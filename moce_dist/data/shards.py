@@ -15,13 +15,22 @@ import logging
 import tarfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import fsspec
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception,
+    stop_after_attempt,
+    stop_after_delay,
+)
 
 from moce_dist.data.listing import counted
-from moce_dist.data.tarscan import read_files, scan_tar, split_name
+from moce_dist.data.ranges import PAUSES, described, is_remote, is_transient
+from moce_dist.data.tarscan import StorageError, TarScan, read_files, scan_tar, split_name
 from moce_dist.run.environment import check_url
 from moce_dist.run.files import write_atomic
 from moce_dist.run.names import as_text
@@ -35,6 +44,7 @@ HOLDOUT = "holdout"
 """Folder, in that of an index, of the index of its held-out images."""
 _FORMAT = "moce_dist.index.v1"
 _LABEL_BYTES = 200
+_MIN_SCANS = 3
 
 
 class Fault(NamedTuple):
@@ -107,19 +117,20 @@ def open_shard(url: str) -> Any:
 
 
 def scan_shard(
-    url: str, *, path: str | None = None, cluster: int | None = None
+    url: str, *, path: str | None = None, cluster: int | None = None, deadline_s: float = 240.0
 ) -> tuple[Shard, list[Fault]]:
     """Index one tar in one pass over its bytes.
 
     Returns the shard (its path in the index is `path`, by default `url`) and its faults: damaged
-    or truncated places, and every image that is lost (`TarSample.problems`).
+    or truncated places, and every image that is lost (`TarSample.problems`). A remote tar is
+    scanned again if it could not be read to the end, for `deadline_s` seconds.
 
     Raises:
         ConfigError: the file is missing or is not a tar.
+        OSError: the file cannot be read.
     """
     try:
-        with open_shard(url) as file:
-            scan = scan_tar(file)
+        scan = _scan_remote(url, deadline_s) if is_remote(url) else _scan(url)
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{url}: no such shard") from None
     except tarfile.ReadError as error:
@@ -136,6 +147,45 @@ def scan_shard(
     problems = scan.problems or ([] if scan.samples else ["holds no samples"])
     faults += [Fault(url, None, problem) for problem in problems]
     return shard.with_samples(samples), faults
+
+
+def _scan(url: str) -> TarScan:
+    with open_shard(url) as file:
+        return scan_tar(file)
+
+
+def _scan_remote(url: str, deadline_s: float) -> TarScan:
+    def may_pass(error: BaseException) -> bool:
+        return not isinstance(error, tarfile.ReadError) and is_transient(_origin(url, error))
+
+    def say(state: RetryCallState) -> None:
+        if state.attempt_number == 1 and state.outcome and (error := state.outcome.exception()):
+            reason = described(_origin(url, error))
+            logger.warning("%s: %s; it is scanned again", as_text(url), reason)
+
+    retrying = Retrying(
+        retry=retry_if_exception(may_pass),
+        # one scan may take longer than the deadline
+        stop=stop_after_delay(deadline_s) & stop_after_attempt(_MIN_SCANS),
+        wait=PAUSES,
+        before_sleep=say,
+        reraise=True,
+    )
+    try:
+        return retrying(_scan, url)
+    except (tarfile.ReadError, IsADirectoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - clients of storage have errors of their own
+        reason = described(_origin(url, error))
+        raise type(reason)(f"{url}: {reason}") from None
+
+
+def _origin(url: str, error: BaseException) -> BaseException:
+    # of http, fsspec calls whatever goes wrong when a file is opened "not found"
+    is_http = isinstance(error, FileNotFoundError) and url.startswith("http")
+    cause = error.__cause__ if is_http or isinstance(error, StorageError) else None
+    is_missing = getattr(cause, "status", None) == HTTPStatus.NOT_FOUND
+    return error if cause is None or is_missing else cause
 
 
 def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:

@@ -36,6 +36,8 @@ _PART_OF_A_NAME = re.compile(r"\d+|.*[\s()].*")
 _READ_BYTES, _BLOCK = 2**20, 512
 TAR_END = bytes(2 * _BLOCK)
 """The end mark of a tar."""
+CUT_OFF = "cut off"
+"""Begin of the problem of a tar without an end mark."""
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _GNU_MAGIC, _CHECKSUM = b"ustar  \0", re.compile(rb"[ \0]*[0-7]+[ \0]*")
 _ODD = {tarfile.LNKTYPE: "is a hard link to", tarfile.SYMTYPE: "is a symbolic link to"}
@@ -55,6 +57,10 @@ def split_name(name: str) -> tuple[str, str] | None:
     if match is None or _META.match(name) or is_hidden_member(name):
         return None
     return as_text(match.group(1)), as_text(match.group(2)).lower()
+
+
+class StorageError(OSError):
+    """A file cannot be read; the cause is an error of the library that reads it."""
 
 
 class Problem(NamedTuple):
@@ -211,7 +217,13 @@ class _HashingReader:
     def _read(self, size: int) -> bytes:
         part, self._again = self._again[:size], self._again[size:]
         if not part:
-            part = self._file.read(size)
+            try:
+                part = self._file.read(size)
+            except OSError:
+                raise
+            except Exception as error:
+                # clients of remote storage have errors of their own, which are no damage of the tar
+                raise StorageError(f"cannot be read ({type(error).__name__})") from error
             self._digest.update(part)
         self._position += len(part)
         return part
@@ -263,6 +275,7 @@ def scan_tar(file: IO[bytes]) -> TarScan:
 
     Raises:
         tarfile.ReadError: the file is not a tar.
+        OSError: the file cannot be read.
     """
     reader, samples, problems = _HashingReader(file), list[TarSample](), list[str]()
     left_out: Counter[str] = Counter()
@@ -305,9 +318,9 @@ def _read_headers(reader: _HashingReader) -> tuple[list[_Member], str | None]:
         # for damaged headers tarfile also raises errors that are not its own
         if is_first and not members:
             raise tarfile.ReadError(str(error)) from None
-        return members, f"cut off or damaged after {len(members)} members ({error})"
+        return members, f"{CUT_OFF} or damaged after {len(members)} members ({error})"
     if len(reader.last) < _BLOCK:
-        return members, f"cut off after {len(members)} members (no end mark)"
+        return members, f"{CUT_OFF} after {len(members)} members (no end mark)"
     if any(reader.last):
         return members, _damaged(members, offset)
     return members, None

@@ -22,7 +22,6 @@ from moce_dist.settings import ConfigError
 
 _BEGUN, _FINISHED = ".begun", ".finished"
 _NOTES = (f"{_FINISHED}/*.json", f"*/{_FINISHED}/*.json")
-_UNFINISHED = (".*.tmp", "*/.*.tmp")
 _BUFFER_BYTES = 2**20
 """Bytes of a tar that are collected for one write."""
 
@@ -33,35 +32,45 @@ def all_or_nothing(
 ) -> Iterator[None]:
     """Remove the files of an earlier attempt under `patterns`, and all files if the block fails.
 
-    With `plan`, a fingerprint of what is to be written, the tars that were finished
-    (`note_finished`) before a kill or an interruption stay for the next attempt of the same plan.
+    With `plan`, a fingerprint of what is to be written, tars that were finished (`note_finished`)
+    before a kill, an interruption or an error stay for the next attempt of the same plan. After a
+    ConfigError, and if the disk is full, no file stays.
 
     Raises:
         ConfigError: the folder contains matching files that no earlier attempt has written.
         RuntimeError: the disk is full.
     """
     begun = folder / _BEGUN
-    everything = (COMPLETE, *patterns, *_UNFINISHED, *_NOTES)
+    unfinished = tuple(map(_unfinished, (COMPLETE, *patterns, *_NOTES)))
+    everything = (COMPLETE, *patterns, *_NOTES, *unfinished)
     found = [path for pattern in patterns for path in folder.glob(pattern)]
     if found and not begun.exists() and not (folder / COMPLETE).exists():
         raise ConfigError(f"{folder}: holds {found[0].name} already; choose another folder")
     is_continued = plan is not None and begun.exists() and begun.read_text() == plan
     folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder, _UNFINISHED if is_continued else everything)
+    _clear(folder, unfinished if is_continued else everything)
     begun.write_text(plan or "")
     try:
         yield
     except BaseException as error:
         has_finished = any(path for pattern in _NOTES for path in folder.glob(pattern))
-        if plan is not None and has_finished and not isinstance(error, Exception):
+        is_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        is_of_use = not is_full and not isinstance(error, ConfigError)
+        if plan is not None and has_finished and is_of_use:
             raise
         _end(folder, everything)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if is_full:
             raise RuntimeError(
                 f"{folder}: no space left on the device; what was written is removed again"
             ) from error
         raise
     _end(folder, _NOTES)
+
+
+def _unfinished(pattern: str) -> str:
+    # the temporary names of files with names of this pattern
+    path = Path(pattern)
+    return str(path.with_name(f".{path.stem}.*.tmp"))
 
 
 def _end(folder: Path, patterns: tuple[str, ...]) -> None:
@@ -134,7 +143,9 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        with naming(self._temporary), self._temporary.open("ab") as file:
+        # mode "ab" would make a file that was removed anew, without what had been written
+        with naming(self._temporary), self._temporary.open("r+b") as file:
+            file.seek(0, os.SEEK_END)
             file.write(self._buffer)
         self._buffer.clear()
 

@@ -14,10 +14,12 @@ from PIL import Image
 
 from moce_dist.cluster.assign import read_summary
 from moce_dist.config import make_config
-from moce_dist.data.shards import read_index
+from moce_dist.data.columns import open_index, write_columns
+from moce_dist.data.ingest import ingest
+from moce_dist.data.shards import read_index, write_index
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.pipeline import Pipeline
-from moce_dist.run.artefacts import COMPLETE, read_marker
+from moce_dist.pipeline import Pipeline, data_id
+from moce_dist.run.artefacts import COMPLETE, fingerprint, read_marker
 from moce_dist.run.directory import open_run
 from moce_dist.settings import ConfigError
 
@@ -187,3 +189,20 @@ def test_a_run_belongs_to_its_encoder(pipeline, publish):
     pipeline(publish(0))
     with pytest.raises(ConfigError, match=r"belongs to another run: cluster\.encoder"):
         pipeline("mae")
+
+
+def test_data_with_other_samples_are_other_data(tmp_path, images):
+    data, out = config_of(images, "mae").data, tmp_path / "data"
+    index = ingest(data.source, out, data, tmp_path / "faults.jsonl")
+    whole = data_id(out)
+    fewer = [shard.take(range(shard.num_samples - 1)) for shard in index.shards]
+    write_columns(write_index(out, fewer))
+    assert [s.sha256 for s in open_index(out).shards] == [s.sha256 for s in index.shards]
+    assert data_id(out) != whole
+    write_columns(write_index(out, index.shards))
+    assert data_id(out) == whole
+    # as an earlier version marked them, whose runs go on
+    marker = json.loads((out / COMPLETE).read_text())
+    assert marker.pop("samples") == index.num_samples
+    (out / COMPLETE).write_text(json.dumps(marker))
+    assert data_id(out) == fingerprint([shard.sha256 for shard in index.shards])

@@ -2,8 +2,11 @@
 
 import io
 import os
+import re
 import subprocess
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -80,3 +83,59 @@ def small_disk(tmp_path):
         pytest.skip("NOT TESTED: a full disk needs root and a tmpfs mount")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
+
+
+class _FileHandler(BaseHTTPRequestHandler):
+    """Serves files as a whole or by range; what a request meets is up to the server's `trouble`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self._answer(self.server.files[self.path], 200, self.server.trouble(0))
+
+    def do_GET(self):
+        content = self.server.files[self.path]
+        with self.server.lock:
+            self.server.asked.append(self.path)
+            kind = self.server.trouble(len(self.server.asked))
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if found is None or kind == "whole":
+            return self._answer(content, 200, kind)
+        start, last = map(int, found.groups())
+        return self._answer(content[start : last + 1], 206, kind)
+
+    def _answer(self, body, status, kind=""):
+        status = {"busy": 503, "forbidden": 403, "missing": 404}.get(kind, status)
+        body = body if status < 400 else b""
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body[: len(body) // 2] if kind == "cut" else body)
+        self.close_connection = kind == "cut"
+
+
+@pytest.fixture
+def file_server():
+    """Start a server of {path: content}; `trouble` says what its n-th GET meets, or a HEAD (0).
+
+    That is "", busy, forbidden, missing, cut (half of the content), whole (no range of it).
+    """
+    servers = []
+
+    def start(files, trouble=lambda number: ""):
+        server = ThreadingHTTPServer(("127.0.0.1", 0), _FileHandler)
+        server.files, server.trouble, server.asked = files, trouble, []
+        server.lock, server.daemon_threads = threading.Lock(), True
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -100,6 +100,20 @@ def test_images_of_noise_are_no_copies(tmp_path, tar_of, some_image):
     assert list(find_copies(indexed(tmp_path, tar_of, members), task, DATA)) == []
 
 
+def test_every_image_of_the_folder_is_compared_whatever_its_name(tmp_path, tar_of, pieces, caplog):
+    task = tmp_path / "task" / "class"
+    task.mkdir(parents=True)
+    pieces[0].save(task / "1.jpg")
+    pieces[1].save(task / "1.png")
+    (task / "1.gif").write_bytes(b"no image")
+    (task / "2.png").write_bytes(b"")
+    (task / "3.png").symlink_to(task / "nowhere.png")
+    index = indexed(tmp_path, tar_of, [("a.png", encoded(pieces[1]))])
+    (copy,) = find_copies(index, tmp_path / "task", DATA)
+    assert copy.file == str(task / "1.png")
+    assert f"{tmp_path / 'task'}: 3 of its images cannot be read or decoded" in caplog.text
+
+
 # the job
 
 

@@ -238,9 +238,17 @@ def test_data_too_large_to_scan_first_fails_while_running(
     monkeypatch.setattr(module, "_SCAN_FIRST_BYTES", 0)
     for number in range(3):
         (image_folder / "owl" / f"z{number}.png").write_text("no image")
-    with pytest.raises(RuntimeError, match="3 of 15 samples are unreadable"):
-        run(f"folder:{image_folder}", tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["faults.jsonl"]
+    out, small = tmp_path / "out", {"holdout_fraction": 0.0, "shard_bytes": 2**16}
+    for number in range(100):
+        (image_folder / "cat" / f"a{number}.png").write_bytes(some_image(number, side=32))
+    with pytest.raises(RuntimeError, match="3 of 115 samples are unreadable"):
+        run(f"folder:{image_folder}", out, DataConfig(**small))
+    # the limit may be a matter of opinion: what is packed need not be packed again
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("train-*.tar")}
+    assert len(kept) > 3 and not (out / "index.json").exists()
+    index = run(f"folder:{image_folder}", out, DataConfig(**small, max_fault_fraction=0.1))
+    assert index.num_samples == 112 and len(read_faults(out / "faults.jsonl")) == 3
+    assert kept.items() <= {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}.items()
 
 
 # existing tars
@@ -328,6 +336,18 @@ def test_cut_off_tar_and_odd_samples_are_faults(tmp_path, tar_of, some_image):
         (str(odd), "c1"),
     ]
     assert faults[2]["reason"] == "key was used before"
+
+
+def test_the_number_of_tars_that_were_cut_off_is_said(tmp_path, three_tars, caplog):
+    source = f"shards:{three_tars[0].parent}/*.tar"
+    run(source, tmp_path / "whole")
+    assert "end mark" not in caplog.text
+    for path in three_tars[:2]:
+        os.truncate(path, 6000)
+    config = DataConfig(holdout_fraction=0.0, max_fault_fraction=0.5)
+    assert run(source, tmp_path / "out", config).num_samples == 9
+    assert len(read_faults(tmp_path / "out" / "faults.jsonl")) == 2
+    assert "2 of 3 tars have no end mark; each counts as one fault" in caplog.text
 
 
 def test_first_of_equal_keys_stays(tmp_path, tar_of, some_image):
@@ -602,6 +622,23 @@ def test_job_fresh_sets_the_old_data_aside(tmp_path, image_folder):
     assert job(*flags, "--fresh").returncode == 0
     (aside,) = tmp_path.glob("out.before-*")
     assert (len(contents(out)), len(contents(aside))) == (11, 12)
+
+
+def test_job_fresh_sets_the_run_and_its_data_aside(tmp_path, image_folder, three_tars):
+    out, run_folder = tmp_path / "out", tmp_path / "run"
+    flags = ("--out", out, "--run", run_folder, "--set", "data.holdout_fraction=0")
+    assert job("--source", f"folder:{image_folder}", *flags).returncode == 0
+    done = job("--source", f"shards:{three_tars[0]}", *flags, "--fresh")
+    assert done.returncode == 0, done.stderr
+    (aside,) = tmp_path.glob("out.before-*")
+    assert (len(contents(out)), len(contents(aside))) == (5, 12)
+    assert len(list(tmp_path.glob("run.before-*"))) == 1
+    # data inside of the run are moved with it
+    inside = ("--run", run_folder, "--set", "data.holdout_fraction=0")
+    for number in (1, 2):
+        assert job("--source", f"shards:{three_tars[0]}", *inside, "--fresh").returncode == 0
+        assert not list(run_folder.glob("ingested.before-*"))
+        assert len(list(tmp_path.glob("run.before-*"))) == 1 + number
 
 
 def test_job_writes_into_a_run(tmp_path, image_folder):

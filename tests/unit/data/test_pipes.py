@@ -1,12 +1,16 @@
 """Shards that commands write: same data as the tars, nothing run unasked, nothing run twice."""
 
+import contextlib
+import multiprocessing
 import tarfile
+import time
 
 import pytest
 from tars import read_members
 
 from moce_dist.config import DataConfig
 from moce_dist.data.ingest import ingest
+from moce_dist.data.packing import PipedTar, write_piped
 from moce_dist.data.shards import HOLDOUT, read_index
 from moce_dist.settings import ConfigError
 
@@ -115,3 +119,35 @@ def test_interrupted_ingest_runs_only_the_commands_that_had_not_ended(tmp_path, 
     # and a complete one runs none
     run(source, out, config)
     assert len(trace.read_text().split()) == 4
+
+
+def test_commands_that_have_ended_are_not_run_again_after_an_error(tmp_path, tars):
+    trace, out, there = tmp_path / "trace", tmp_path / "out", tmp_path / "there"
+    good = f"pipe:echo 0 >> {trace}; cat {tars}/part-0.tar"
+    late = f"pipe:echo 1 >> {trace}; test -e {there} && cat {tars}/part-1.tar"
+    with pytest.raises(RuntimeError, match="ended with status 1"):
+        run(f"shards:{good},{late}", out)
+    there.touch()
+    assert run(f"shards:{good},{late}", out).num_samples == 12
+    assert trace.read_text().split() == ["0", "1", "1"]
+
+
+def lost(out, go):
+    """What a worker does that was given up: it still writes, and then fails."""
+    late = f"while [ ! -e {go} ]; do sleep 0.05; done; echo late; exit 3"
+    with contextlib.suppress(RuntimeError):
+        write_piped(out, PipedTar("pipe-000000.tar", f"pipe:{late}"))
+
+
+def test_a_lost_worker_does_not_write_into_the_tar_of_its_successor(tmp_path, tars):
+    out, go = tmp_path / "out", tmp_path / "go"
+    out.mkdir()
+    worker = multiprocessing.get_context("fork").Process(target=lost, args=(out, go))
+    worker.start()
+    while not list(out.glob(".pipe-*")):
+        assert worker.is_alive()
+        time.sleep(0.02)
+    shard, _ = write_piped(out, PipedTar("pipe-000000.tar", f"pipe:cat {tars}/part-0.tar"))
+    go.touch()
+    worker.join()
+    assert (out / shard.path).read_bytes() == (tars / "part-0.tar").read_bytes()

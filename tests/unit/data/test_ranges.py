@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import pytest
+from botocore.exceptions import NoCredentialsError
 
 from moce_dist.data import ranges
-from moce_dist.data.cache import SampleRange
-from moce_dist.data.ranges import Range, RangeReader, coalesce
+from moce_dist.data.cache import SampleCache, SampleRange
+from moce_dist.data.ranges import Range, RangeReader, coalesce, is_transient
 
 
 def test_neighbours_become_one_range_and_far_ones_do_not():
@@ -136,3 +137,47 @@ def test_a_bad_sector_costs_the_samples_that_lie_on_it(tmp_path, monkeypatch):
     found = RangeReader().read(wanted)
     assert [isinstance(each, OSError) for each in found] == [False, False, True, False]
     assert bytes(found[3]) == whole[6000:]
+
+
+def test_a_response_that_is_no_range_is_an_error_and_not_kept(tmp_path, file_server):
+    content = os.urandom(100_000)
+    # a proxy that ignores the range of the first request
+    server = file_server({"/a.tar": content}, lambda n: "whole" * (n == 1))
+    url = f"{server.url}/a.tar"
+    wanted = [SampleRange(url, 5000, 1000)]
+    reader = RangeReader(cache=SampleCache(tmp_path / "cache", {url: "sha"}, 1.0))
+    (bad,) = reader.read(wanted)
+    assert isinstance(bad, OSError) and str(bad) == "the server ignores byte ranges"
+    assert len(server.asked) == 1
+    for _ in range(2):
+        assert reader.read(wanted) == [content[5000:6000]]
+    assert len(server.asked) == 2
+    # a range that is the whole file may come as the whole file
+    whole = file_server({"/a.tar": content}, lambda n: "whole")
+    assert RangeReader().read([SampleRange(f"{whole.url}/a.tar", 0, 100_000)]) == [content]
+
+
+def test_the_deadline_is_that_of_all_requests_together(range_server):
+    server = range_server({"/a.tar": (bytes(10**8), "stall")})
+    # six rounds of 64 requests
+    wanted = [SampleRange(f"{server.url}/a.tar", row * 200_000, 9) for row in range(384)]
+    begin = time.monotonic()
+    found = RangeReader(timeout_s=1, deadline_s=1.5).read(wanted)
+    assert time.monotonic() - begin < 4
+    assert {str(error) for error in found} == {"the server does not answer in time"}
+
+
+def test_what_the_server_said_before_the_deadline_is_the_reason(file_server):
+    def busy_then_slow(number):
+        time.sleep(3 * (number > 1))
+        return "busy"
+
+    server = file_server({"/a.tar": bytes(5000)}, busy_then_slow)
+    reader = RangeReader(timeout_s=5, deadline_s=2)
+    (error,) = reader.read([SampleRange(f"{server.url}/a.tar", 0, 9)])
+    assert str(error) == "the server answers with status 503" and len(server.asked) == 2
+
+
+def test_lack_of_credentials_is_not_waited_out():
+    assert not is_transient(NoCredentialsError())
+    assert is_transient(ConnectionResetError())

@@ -1,5 +1,6 @@
 """Resharding by cluster keeps the multiset of (key, bytes): law 3, its first part."""
 
+import errno
 import os
 import resource
 import subprocess
@@ -110,18 +111,42 @@ def test_sample_without_assignment_is_named(tmp_path, index, clusters):
     assert not (tmp_path / "shards").exists()
 
 
-def test_source_cut_off_since_it_was_indexed_is_an_error(tmp_path, index, clusters, three_tars):
+@pytest.fixture
+def assert_continued(tmp_path, index, clusters):
+    """What was finished in `out` is not written again, and the result is that of one attempt."""
+
+    def check(out):
+        kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+        assert kept and not is_complete(out, INPUTS) and not (out / "index.json").exists()
+        for folder in (out, tmp_path / "whole"):
+            reshard(index, labels(index, clusters), folder, SMALL, inputs=INPUTS)
+        assert kept.items() <= {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}.items()
+        files = [{p.name: p.read_bytes() for p in f.iterdir()} for f in (out, tmp_path / "whole")]
+        assert files[0] == files[1]
+
+    return check
+
+
+def test_source_cut_off_since_it_was_indexed_is_an_error(
+    tmp_path, index, clusters, three_tars, assert_continued
+):
+    content = three_tars[1].read_bytes()
     os.truncate(three_tars[1], index.shards[1].ends[2])
     with pytest.raises(RuntimeError, match=r"part-1\.tar: sample 't1/\d' cannot be read"):
         reshard(index, labels(index, clusters), tmp_path / "shards", SMALL, inputs=INPUTS)
-    assert not (tmp_path / "shards").exists()
+    three_tars[1].write_bytes(content)
+    assert_continued(tmp_path / "shards")
 
 
-def test_source_replaced_since_it_was_indexed_is_an_error(tmp_path, index, clusters, three_tars):
+def test_source_replaced_since_it_was_indexed_is_an_error(
+    tmp_path, index, clusters, three_tars, assert_continued
+):
+    content = three_tars[1].read_bytes()
     three_tars[1].write_bytes(three_tars[2].read_bytes())
     with pytest.raises(RuntimeError, match="a source has changed"):
         reshard(index, labels(index, clusters), tmp_path / "shards", SMALL, inputs=INPUTS)
-    assert not (tmp_path / "shards").exists()
+    three_tars[1].write_bytes(content)
+    assert_continued(tmp_path / "shards")
 
 
 class Careless:
@@ -145,7 +170,7 @@ class Careless:
 
 
 @pytest.mark.parametrize("mistake", ["lost", "doubled", "altered"])
-def test_wrong_copy_is_noticed(tmp_path, index, clusters, monkeypatch, mistake):
+def test_wrong_copy_is_noticed(tmp_path, index, clusters, monkeypatch, mistake, assert_continued):
     """Plant a mistake between reading and the disk: the look at the tar has to find it."""
     shard = index.shards[1]
     victim = read_range(index.url(shard), shard.starts[2], shard.ends[2] - shard.starts[2])
@@ -162,12 +187,14 @@ def test_wrong_copy_is_noticed(tmp_path, index, clusters, monkeypatch, mistake):
     with pytest.raises(RuntimeError, match="differs from what was planned"):
         reshard(index, labels(index, clusters), tmp_path / "shards", SMALL, inputs=INPUTS)
     assert victims
-    assert not (tmp_path / "shards").exists()
+    monkeypatch.undo()
+    assert_continued(tmp_path / "shards")
 
 
-def test_after_a_kill_finished_tars_stay_and_the_rest_is_the_same(tmp_path, index, clusters):
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    reshard(index, labels(index, clusters), whole, SMALL, inputs=INPUTS)
+def test_after_a_kill_finished_tars_stay_and_the_rest_is_the_same(
+    tmp_path, index, clusters, assert_continued
+):
+    out = tmp_path / "out"
 
     def dying(function, shared, items):
         for number, item in enumerate(items):
@@ -177,15 +204,70 @@ def test_after_a_kill_finished_tars_stay_and_the_rest_is_the_same(tmp_path, inde
 
     with pytest.raises(SystemExit):
         reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS, map_tasks=dying)
-    kept = {path: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert len(kept) == 3 and not is_complete(out, INPUTS)
     # what a killed worker leaves: a part of a tar, and a tar that nobody noted
     (out / ".cluster-00003-000000.tar.1.tmp").write_bytes(b"half")
-    (out / "cluster-00003-000000.tar").write_bytes(b"half")
-    reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS)
-    assert kept.items() <= {p: p.stat().st_mtime_ns for p in out.glob("*.tar")}.items()
+    (out / ".index.arrow.1.tmp").write_bytes(b"half")
+    (out / ".finished" / ".cluster-00003-000000.tar.json.1.tmp").write_bytes(b"half")
+    assert len(list(out.glob("*.tar"))) == 3
+    assert_continued(out)
+
+
+def test_a_tar_that_nobody_noted_is_written_again(tmp_path, index, clusters):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+
+    def dying(function, shared, items):
+        yield function(shared, items[0])
+        (out / items[1].name).write_bytes(b"half")
+        raise SystemExit
+
+    with pytest.raises(SystemExit):
+        reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS, map_tasks=dying)
+    for folder in (out, whole):
+        reshard(index, labels(index, clusters), folder, SMALL, inputs=INPUTS)
     files = [{p.name: p.read_bytes() for p in folder.iterdir()} for folder in (whole, out)]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("error", [OSError("lost"), RuntimeError("lost"), TimeoutError()])
+def test_an_error_costs_the_unfinished_tars_alone(
+    tmp_path, index, clusters, assert_continued, error
+):
+    def failing(function, shared, items):
+        for number in range(3):
+            yield function(shared, items[number])
+        raise error
+
+    out = tmp_path / "out"
+    with pytest.raises(type(error)):
+        reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS, map_tasks=failing)
+    assert len(list(out.glob("*.tar"))) == 3
+    assert_continued(out)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(OSError(errno.ENOSPC, "full"), "no space left"), (ConfigError("refused"), "refused")],
+)
+def test_a_full_disk_and_a_refusal_leave_nothing(tmp_path, index, clusters, error, said):
+    def failing(function, shared, items):
+        yield function(shared, items[0])
+        raise error
+
+    out = tmp_path / "out"
+    with pytest.raises(Exception, match=said):
+        reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS, map_tasks=failing)
+    assert not out.exists()
+
+
+def test_temporary_files_of_others_stay(tmp_path, index, clusters):
+    out = tmp_path / "out"
+    others = [out / ".notes.tmp", out / "mine" / ".cache.tmp", out / ".cluster.tmp"]
+    for path in others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+    reshard(index, labels(index, clusters), out, SMALL, inputs=INPUTS)
+    reshard(index, labels(index, clusters), out, LARGE, inputs={"clusters": "other"})
+    assert all(path.read_text() == "mine" for path in others)
 
 
 def test_other_clusters_use_nothing_of_an_attempt_before(tmp_path, index, clusters):

@@ -241,3 +241,14 @@ def test_tars_of_somebody_else_are_never_removed(tmp_path):
     ):
         pytest.fail("must not begin")
     assert (tmp_path / "train-000000.tar").read_text() == "precious"
+
+
+def test_a_tar_whose_first_part_was_removed_is_not_finished(tmp_path):
+    writer = ShardWriter(tmp_path, "0.tar")
+    for row in range(3):
+        writer.add(f"{row}", {"jpg": bytes(2**20)})
+    (temporary,) = tmp_path.iterdir()
+    temporary.unlink()
+    with pytest.raises(FileNotFoundError, match=r"\.0\.tar\."):
+        writer.add("3", {"jpg": bytes(2**20)})
+    assert list(tmp_path.iterdir()) == []

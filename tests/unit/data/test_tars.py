@@ -351,3 +351,79 @@ def test_a_thousand_mutated_tars_are_read_or_refused(tree, tmp_path):
         assert scan.bytes == len(content) + 1024
         assert all(0 <= s.start < s.end <= scan.bytes for s in scan.samples)
     assert 0 < refused < 900
+
+
+class ClientError(Exception):
+    """As botocore's and aiohttp's, which are no OSError."""
+
+
+def test_an_error_of_reading_is_no_damage_of_the_tar(three_tars):
+    class Failing(io.FileIO):
+        reads = 0
+
+        def read(self, size=-1):
+            self.reads += 1
+            if self.reads == self.failing:
+                raise ClientError
+            return super().read(size)
+
+    with Failing(three_tars[0]) as file:
+        file.failing = 0
+        assert len(scan_tar(file).samples) == 5
+        number = file.reads
+    for failing in range(1, number + 1):
+        with Failing(three_tars[0]) as file:
+            file.failing = failing
+            with pytest.raises(OSError, match=r"cannot be read \(ClientError\)"):
+                scan_tar(file)
+
+
+@pytest.fixture
+def long_tar(tmp_path, tar_of):
+    """Twelve megabytes, so that it is read in several requests."""
+    return tar_of(tmp_path / "long.tar", [(f"{n:02d}.bmp", os.urandom(2**20)) for n in range(12)])
+
+
+@pytest.mark.parametrize("kind", ["busy", "cut"])
+def test_a_remote_tar_is_scanned_again_after_a_passing_error(long_tar, file_server, caplog, kind):
+    files, expected = {"/a.tar": long_tar.read_bytes()}, scan_shard(str(long_tar))
+    assert expected[0].num_samples == 12
+    quiet = file_server(files)
+    assert scan_shard(f"{quiet.url}/a.tar", path=str(long_tar)) == expected and not caplog.text
+    requests = len(quiet.asked)
+    for failing in range(1, requests + 1):
+        server = file_server(files, lambda n, failing=failing: kind * (n == failing))
+        assert scan_shard(f"{server.url}/a.tar", path=str(long_tar)) == expected
+        assert len(server.asked) == requests + failing > 4
+        assert f"{server.url}/a.tar: " in caplog.text and "it is scanned again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("kind", "first", "reason"),
+    [
+        ("busy", 2, "the server answers with status 503"),
+        ("forbidden", 2, "the server answers with status 403"),
+        ("whole", 2, "the server ignores byte ranges"),
+        ("cut", 2, r"cannot be read \(ClientPayloadError\)"),
+    ],
+)
+def test_a_lasting_error_ends_ingest_and_names_the_tar(
+    tmp_path, long_tar, file_server, kind, first, reason
+):
+    server = file_server({"/a.tar": long_tar.read_bytes()}, lambda n: kind * (n >= first))
+    config = DataConfig(read_deadline_s=0.5, max_fault_fraction=1)
+    with pytest.raises(OSError, match=rf"{server.url}/a\.tar: {reason}"):
+        ingest(f"shards:{server.url}/a.tar", tmp_path / "out", config, tmp_path / "faults.jsonl")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "faults.jsonl").exists()
+    # what will not change is not asked again
+    assert (len(server.asked) > 3) == (kind in ("busy", "cut"))
+
+
+def test_a_tar_of_a_busy_server_is_not_called_missing(long_tar, file_server):
+    files = {"/a.tar": long_tar.read_bytes()}
+    busy = file_server(files, lambda n: "busy" * (n <= 2))
+    assert scan_shard(f"{busy.url}/a.tar", path=str(long_tar)) == scan_shard(str(long_tar))
+    server = file_server(files, lambda n: "missing")
+    with pytest.raises(ConfigError, match=r"a\.tar: no such shard"):
+        scan_shard(f"{server.url}/a.tar")
+    assert len(server.asked) == 1
