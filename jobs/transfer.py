@@ -130,6 +130,11 @@ def suite_order(args: Any, entry: SuiteEntry) -> Order:
     flags = {**vars(args), "task": entry.task, "data": given}
     if entry.protocol:
         flags["protocol"] = ",".join(entry.protocol)
+    elif args.protocol:
+        # such as logistic regression, where this one task has several labels
+        kind, names = kind_of(entry.task), args.protocol.split(",")
+        left = [name for name in names if kind.takes(name, entry.task) or not kind.takes(name, "")]
+        flags["protocol"] = ",".join(left or names)
     request = make_request(Namespace(**flags), run, config)
     return Order(replace(request, name=entry.name), config, args.fresh)
 

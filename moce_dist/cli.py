@@ -19,7 +19,7 @@ from typing import NoReturn
 
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.environment import shorten_sockets
-from moce_dist.run.files import WRITER
+from moce_dist.run.files import READER, WRITER
 from moce_dist.run.names import as_text, one_line, open_output, typed
 from moce_dist.settings import ConfigError
 
@@ -101,13 +101,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
 
 
-def _interrupt_at_sigterm() -> threading.Event:
-    """Let SIGTERM interrupt this process like SIGINT; return what is set when it comes."""
-    came, own = threading.Event(), os.getpid()
+def _interrupt_at_sigterm() -> list[int]:
+    """Let SIGTERM interrupt this process like SIGINT; return a list that then holds its number."""
+    # no Event: a handler that interrupts itself would wait for its lock
+    came: list[int] = []
+    own = os.getpid()
 
     def end(*_: object) -> None:
         if os.getpid() == own:
-            came.set()
+            came.append(signal.SIGTERM)
             # Ray would replace an exception of another type by this one
             raise KeyboardInterrupt
         # a forked process, such as a loader, just ends
@@ -121,7 +123,7 @@ def _interrupt_at_sigterm() -> threading.Event:
 def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Run a job's `main(argv)` and exit with the status that this module documents."""
     open_output()
-    is_terminated = _interrupt_at_sigterm()
+    came = _interrupt_at_sigterm()
     try:
         main(sys.argv[1:])
         status = 0
@@ -129,7 +131,7 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
         status = _fail(error, 2)
     except KeyboardInterrupt:
         why, status = "interrupted", 130
-        if is_terminated.is_set():
+        if came:
             why, status = "stopped: SIGTERM", 128 + signal.SIGTERM
         sys.stderr.write(f"{why}; the same command continues from what was finished\n")
     except StoppedError as error:
@@ -140,8 +142,9 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
     # all is said; a second signal need not interrupt the end
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.stdout.flush()
-    if any(thread.name == WRITER for thread in threading.enumerate()):
-        # do not wait for the disk: a save in flight is lost, and the next start removes its files
+    if any(thread.name.startswith((WRITER, READER)) for thread in threading.enumerate()):
+        # do not wait for the disk or the network: a save in flight is lost, and the next start
+        # removes its files
         sys.stderr.flush()
         os._exit(status)
     sys.exit(status)

@@ -103,6 +103,7 @@ class SuiteEntry(Section):
     """Overrides `a.b=value` of the configuration for this task."""
 
 
+_EXTRAPOLATION = 1.5
 Selection = Literal[
     "vote", "largest_cluster", "merge", "average", "extrapolate", "mismatched", "validate"
 ]
@@ -145,7 +146,7 @@ class TransferConfig(Section):
     """What an MoE layer becomes: one expert, a mix of all, or the best of these (`select.py`)."""
     merge_temperature: float = Field(1.0, gt=0)
     """`merge` weights experts by mass^(1 / T): near 0 it is the vote, when large the average."""
-    extrapolation: float = Field(1.5, ge=0)
+    extrapolation: float = Field(_EXTRAPOLATION, ge=0)
     """Where `extrapolate` lies on the line from the average (0) through the vote (1)."""
     validate_by: Literal["knn", "linear"] = "knn"
     """Protocol with which `validate` scores candidates on folds of the training images."""
@@ -171,16 +172,16 @@ class TransferConfig(Section):
     """Fits of detection."""
 
     def flat(self) -> dict[str, Any]:
-        """Return all fields under their names of version 0.1, so that old fingerprints hold."""
+        """Return all fields under their names of version 0.1, so that old fingerprints hold.
+
+        Fields that were added later are left out at their defaults.
+        """
         fields = self.model_dump(mode="json")
+        if self.extrapolation == _EXTRAPOLATION:
+            del fields["extrapolation"]
         for old, section in RENAMED.items():
             fields |= {f"{old}{name}": value for name, value in fields.pop(section).items()}
         return fields
-
-    def changes(self) -> dict[str, Any]:
-        """Return the fields that differ from their defaults, so that a new field adds nothing."""
-        usual = TransferConfig().flat()
-        return {name: value for name, value in self.flat().items() if value != usual[name]}
 
     def budget(self, beginning: str) -> dict[str, Any]:
         """Select what a fit depends on: its images, and `flat` fields that begin with `beginning`.

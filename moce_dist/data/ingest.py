@@ -58,7 +58,7 @@ from moce_dist.data.sources import (
 from moce_dist.data.tarscan import CUT_OFF
 from moce_dist.data.writer import ShardSeries, all_or_nothing
 from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete, read_marker
-from moce_dist.run.files import read_faults, record_fault
+from moce_dist.run.files import READER, read_faults, record_fault
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
@@ -251,9 +251,13 @@ def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) 
 def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     named = [url for url in urls if not url.startswith(PIPE)]
     # threads: hashing and reading release the GIL, remote shards wait for the network
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix=READER)
+    try:
         scan = partial(scan_shard, deadline_s=request.config.read_deadline_s)
         results = list(track(pool.map(scan, named), "shards", total=len(named)))
+    finally:
+        # after an interruption the process ends without those that still read
+        pool.shutdown(wait=False, cancel_futures=True)
     shards = [shard for shard, _ in results]
     faults = [fault for _, found in results for fault in found]
     pipes = (url for url in urls if url.startswith(PIPE))

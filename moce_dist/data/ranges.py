@@ -111,7 +111,10 @@ class RangeReader:
     timeout_s: float = 60.0
     """Seconds after which a remote range is requested again."""
     deadline_s: float = 240.0
-    """Seconds after which the requests for remote ranges of one call are given up."""
+    """Seconds after which the requests for remote ranges of one call are given up.
+
+    Clients that read one range after the other (sftp, smb) have a timeout of their own a request.
+    """
     cache: SampleCache | None = None
     """Cache of samples of remote shards."""
     _open: OrderedDict[str, int] = field(default_factory=OrderedDict)
@@ -268,6 +271,9 @@ def _fetch(ranges: Sequence[Range], timeout_s: float, end: float) -> list[bytes 
         )
     found: list[bytes | BaseException] = []
     for place, (filesystem, path) in zip(ranges, targets, strict=True):
+        if found and time.monotonic() >= end:
+            found.append(TimeoutError())
+            continue
         try:
             found.append(filesystem.cat_file(path, start=place.start, end=place.stop))
         except Exception as error:  # noqa: BLE001 - clients of sftp and smb have errors of their own

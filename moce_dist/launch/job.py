@@ -136,15 +136,20 @@ def heed_sigterm() -> Iterator[Callable[[], bool]]:
 
     If it came and the block ends without an error, it is passed on to the handler of before.
     """
-    asked = threading.Event()
+    # no Event: a handler that interrupts itself would wait for its lock
+    asked: list[int] = []
+
+    def is_asked() -> bool:
+        return bool(asked)
+
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield is_asked
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     try:
-        yield asked.is_set
+        yield is_asked
     finally:
         # None if the earlier handler was not set from Python
         signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
-    if asked.is_set():
+    if asked:
         signal.raise_signal(signal.SIGTERM)

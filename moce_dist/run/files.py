@@ -15,7 +15,7 @@ from typing import Any
 from moce_dist.run import lease
 
 log = logging.getLogger(__name__)
-WRITER = "checkpoint"
+WRITER, READER = "checkpoint", "scan"
 """Name of the threads that write checkpoints; an exiting process need not wait for them."""
 
 

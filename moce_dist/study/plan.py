@@ -295,7 +295,7 @@ class Planner:
         request = task_request(study, task, arm, self.split)
         evaluated = {"transfer.evaluate": self.split}
         if config.transfer != arm_config(study, Arm(), evaluated, task.set).transfer:
-            own = fingerprint(config.transfer.changes())[:6]
+            own = fingerprint(config.transfer.flat())[:6]
             request = replace(request, name=f"{request.name}-{own}")
         return Cell(name, seed, task.folder, run.name, request, config)
 

@@ -188,6 +188,9 @@ def task_request(study: StudyConfig, task: StudyTask, arm: Arm, split: Split = "
     """Make the request of an arm on a task."""
     kind = kind_of(task.task)
     usual = tuple(name for name in study.protocols if kind.takes(name, task.task))
+    if not usual and not task.protocol and any(kind.takes(p, "") for p in study.protocols):
+        given = ", ".join(study.protocols)
+        raise ConfigError(f"tasks, {task.folder}: takes none of {given}; give it a protocol")
     wanted = task.protocol or usual or tuple(kind.protocols)
     data = None
     if kind.needs_data(task.task):

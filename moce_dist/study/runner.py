@@ -56,7 +56,7 @@ def piece_fingerprint(piece: Piece) -> str:
             request.backbones,
             request.protocols,
             request.continue_images,
-            piece.config.transfer.changes(),
+            piece.config.transfer.flat(),
             _stamp(request.data),
         ]
     return fingerprint([piece.id, identity(piece.config), transfer])
@@ -155,8 +155,9 @@ def _hold_pool(plan: StudyPlan, jobs: int) -> Iterator[_Pool]:
     """Choose where pieces are carried out; those that still run at an error are ended."""
     parallel = plan.pieces[0].config.parallel
     if os.environ.get("RAY_ADDRESS") and parallel.num_workers == 1:
-        from moce_dist.launch.tasks import hold_tasks
+        from moce_dist.launch.tasks import connect, hold_tasks
 
+        connect(parallel)
         shared = (lease.held(),)
         with (
             heed_sigterm() as is_terminated,

@@ -259,7 +259,12 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
         for fit in comparison.fits()
         if fit.seed == comparison.config.seed or comparison.is_drawn(fit, backbones[fit.backbone])
     ]
+    metric = comparison.task.metric
+    # other versions did not mark figures of validation images
+    is_marked = comparison.config.transfer.evaluate == "val"
+    metric = f"{metric} (val)" if is_marked else metric
     inputs = {
+        **({"metric": metric} if is_marked else {}),
         "fits": [list(fit) for fit in wanted],
         "common": dict(ledger.common),
         "own": dict(ledger.own),
@@ -281,9 +286,6 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
         logger.info("%s: complete, nothing to do", folder)
         return dict(json.loads((folder / "metrics.json").read_text()))
     rows = ledger.rows().values()
-    metric = comparison.task.metric
-    if comparison.config.transfer.evaluate == "val":
-        metric = f"{metric} (val)"
     metrics = make_metrics(request.folder, metric, rows, comparison.steps_fewer())
     # an earlier request that was done must not find the figures of this one
     (folder / COMPLETE).unlink(missing_ok=True)

@@ -253,7 +253,7 @@ def _keep(
 def _view(fitting: Fitting, kept: Kept, step: int, found: Measures) -> None:
     views = [line for line in read_jsonl(kept.folder / _VIEWS) if line["step"] < step]
     value = next(iter(found.values()))
-    is_best = all(value > line["value"] for line in views)
+    is_best = all(value > line["value"] for line in views) or not (kept.folder / "best").exists()
     views.append({"step": step, "value": value, "measures": found})
     logger.info("%s: %.4f after %d of %d steps", fitting.name, value, step, fitting.steps)
     if is_best and kept.models:

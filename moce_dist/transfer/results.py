@@ -81,21 +81,28 @@ class Ledger:
             if fit.backbone in self.own:
                 is_same = line["own"] == self.own[fit.backbone]
             else:
-                is_same = line.get("stage") == self._origin(fit.backbone)
+                is_same = line.get("stage") in self._origins(fit.backbone)
             if is_same and line["common"] == self.common.get(fit.protocol):
                 found[fit] = line
         return found
 
-    def _origin(self, backbone: str) -> str | None:
+    def _origins(self, backbone: str) -> list[str | None]:
+        """Return the origin of a backbone's weights, in this version's form and an earlier one's.
+
+        Earlier versions counted the images of `control+own` by a choice of experts.
+        """
         kind, _, how = backbone.partition("+")[0].partition(":")
         is_chosen, is_further = kind in ("moce", "token"), "+" in backbone
-        # a backbone of `control+own` is trained on the clusters that the choice found
-        ways = [self.choosing if is_chosen or is_further else None]
-        ways += [self.further if is_further else None]
+        ways = [self.further if is_further else None]
         if kind == "moce" and (how or self.select) == "validate":
             ways.append(self.control)
-        stage, known = self.stages.get(kind), [way for way in ways if way is not None]
-        return fingerprint([stage, *known]) if known else stage
+        chosen = [self.choosing, *ways]
+        forms = [chosen] if is_chosen else [ways, chosen] if is_further else [ways]
+        stage, found = self.stages.get(kind), []
+        for form in forms:
+            known = [way for way in form if way is not None]
+            found.append(fingerprint([stage, *known]) if known else stage)
+        return found
 
     def identity(self, fit: Fit) -> str:
         """Fingerprint of everything that a fit's result depends on."""
@@ -106,7 +113,7 @@ class Ledger:
         line = {
             "common": self.common[row["protocol"]],
             "own": self.own[row["backbone"]],
-            "stage": self._origin(row["backbone"]),
+            "stage": self._origins(row["backbone"])[0],
             "row": row,
         }
         # rewrite the file: a line appended behind one that a kill truncated would be lost with it

@@ -67,6 +67,7 @@ def test_study_fills_its_tables(finished):
         for protocol in ("knn", "logistic10")
     }
     assert keys == wanted and len(study["values"]) == len(wanted)
+    assert {v["metric"] for v in study["values"]} == {"accuracy"}
     both = [v for v in study["values"] if v["task"] == "both"]
     assert {v["num_train"] for v in both} == {40} and {v["num_test"] for v in both} == {40}
     for value in study["values"]:

@@ -109,7 +109,7 @@ def _caltech(data: Path) -> Splits:
     for label, name in enumerate(classes):
         items = _listed(((path, label) for path in list_images(folder / name).usable()), data)
         count = _CALTECH_TRAIN if len(items) > _CALTECH_TRAIN else len(items) // 2
-        # drawn by name, so that a missing file does not change where the others go
+        # drawn by name, so that a missing file moves at most one other, of its own class
         # (by another name than validation draws them)
         order = sorted(items, key=lambda item: share(f"train {item.key}"))
         drawn = {item.key for item in order[:count]}

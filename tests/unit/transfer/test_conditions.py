@@ -12,7 +12,6 @@ from moce_dist.report.page import write_report
 from moce_dist.report.summary import summary_lines
 from moce_dist.run.artefacts import mark_complete, read_marker
 from moce_dist.run.directory import Run
-from moce_dist.study.results import tables
 from moce_dist.transfer import compare
 from moce_dist.transfer.backbone import run_backbone
 from moce_dist.transfer.classification.task import Classification
@@ -238,16 +237,3 @@ def test_a_suite_says_which_tasks_were_measured_on_validation_images(
     assert [task["metric"] for task in found["tasks"]] == ["accuracy", "accuracy (val)"]
     assert [row["metric"] for row in found["results"]] == ["accuracy", "accuracy (val)"]
     assert "accuracy (val)" in capsys.readouterr().out
-
-
-def test_a_study_makes_one_table_of_validation_figures(ask):
-    metrics = ask("moce,mae", "knn,linear", *VALIDATE)
-    values = [
-        {"arm": row["backbone"], "seed": row["seed"], "task": "imagefolder"}
-        | {"protocol": row["protocol"], "value": row["value"], "metric": metrics["metric"]}
-        for row in metrics["results"]
-    ]
-    found = tables(values, {"mae": None, "moce": "mae"}, 100)
-    assert {(table["protocol"], table["metric"]) for table in found} == {
-        ("knn", "accuracy (val)"), ("linear", "accuracy (val)"), ("mean", "accuracy (val)"),
-    }  # fmt: skip

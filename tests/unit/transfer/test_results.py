@@ -5,6 +5,8 @@ import json
 import pytest
 
 from moce_dist.config import TransferConfig
+from moce_dist.run.artefacts import fingerprint
+from moce_dist.run.files import read_jsonl, write_jsonl
 from moce_dist.run.rows import backbone_texts, difference_text, value_text
 from moce_dist.transfer.classification.task import Classification
 from moce_dist.transfer.detection.task import Detection
@@ -225,6 +227,13 @@ def test_rows_of_other_choices_or_other_further_steps_do_not_count_unless_they_a
     asked = {"control": "c"}
     assert {fit.backbone for fit in open_as(asked).rows()} == set(own)
     assert {fit.backbone for fit in open_as(asked, further="9").rows()} == {"control", "moce"}
+    # own steps of the control need no choice of experts; earlier versions noted one
+    kept = {fit.backbone for fit in open_as(asked, choosing="merge").rows()}
+    assert kept == {"control", "control+own"}
+    lines = read_jsonl(path)
+    lines[-1]["stage"] = fingerprint(["1", "vote", "90000"])
+    write_jsonl(path, lines)
+    assert {fit.backbone for fit in open_as(asked).rows()} == set(own)
     assert {fit.backbone for fit in open_as(asked, choosing="merge").rows()} == {"control"}
     # of what is asked for, its own fingerprint says everything
     assert len(open_as(own, choosing="merge", further="9").rows()) == 3
