@@ -172,6 +172,12 @@ class Comparison:
         part = self.task.part_of(self.config.transfer, fit.protocol, fit.seed)
         return backbone.is_drawn or len(part.train) < len(self.task.train)
 
+    @property
+    def metric(self) -> str:
+        """Name of the metric; it says where the figures are of validation images."""
+        is_test = self.config.transfer.evaluate == "test"
+        return self.task.metric if is_test else f"{self.task.metric} (val)"
+
     def models_of(self, fit: Fit) -> Path:
         """Return the folder of a fit's models."""
         return self.folder / "models" / f"{_file_name(fit.backbone)}-{fit.protocol}-{fit.seed}"
@@ -259,20 +265,17 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
         for fit in comparison.fits()
         if fit.seed == comparison.config.seed or comparison.is_drawn(fit, backbones[fit.backbone])
     ]
-    metric = comparison.task.metric
-    # other versions did not mark figures of validation images
-    is_marked = comparison.config.transfer.evaluate == "val"
-    metric = f"{metric} (val)" if is_marked else metric
+    metric = comparison.metric
     inputs = {
-        **({"metric": metric} if is_marked else {}),
+        # earlier versions did not mark figures of validation images
+        **({} if metric == comparison.task.metric else {"metric": metric}),
         "fits": [list(fit) for fit in wanted],
         "common": dict(ledger.common),
         "own": dict(ledger.own),
         "stages": dict(ledger.stages),
         "ways": [ledger.choosing, ledger.further],
     }
-    is_done = is_complete(folder, inputs)
-    known = ledger.rows()
+    is_done, known = is_complete(folder, inputs), ledger.rows()
     left = [] if is_done else [fit for fit in wanted if fit not in known]
     if "RANK" in os.environ or any(fit.is_trained for fit in left):
         train(ledger)
@@ -285,8 +288,8 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     if is_done:
         logger.info("%s: complete, nothing to do", folder)
         return dict(json.loads((folder / "metrics.json").read_text()))
-    rows = ledger.rows().values()
-    metrics = make_metrics(request.folder, metric, rows, comparison.steps_fewer())
+    fewer = comparison.steps_fewer()
+    metrics = make_metrics(request.folder, metric, ledger.rows().values(), fewer)
     # an earlier request that was done must not find the figures of this one
     (folder / COMPLETE).unlink(missing_ok=True)
     write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1))

@@ -123,12 +123,8 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
         found, skips.test = evaluate(model, backbone, task, machine)
         return found
 
-    if recipe.warmup_epochs >= recipe.epochs and machine.rank == 0:
-        logger.warning(
-            "transfer.finetune.warmup_epochs (%g) is not below transfer.finetune.epochs (%g): the "
-            "learning rate rises to the end",
-            *(recipe.warmup_epochs, recipe.epochs),
-        )
+    if machine.rank == 0:
+        _check_warm_up(recipe)
     fitting = Fitting(
         name=f"{task.name} finetune {backbone.name} seed {seed}",
         model=model,
@@ -148,6 +144,15 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
         prepare=mix,
     )
     return Fitted(run_fit(fitting, machine, trial.kept), skips.close())
+
+
+def _check_warm_up(recipe: FinetuneConfig) -> None:
+    if recipe.warmup_epochs >= recipe.epochs:
+        logger.warning(
+            "transfer.finetune.warmup_epochs (%g) is not below transfer.finetune.epochs (%g): the "
+            "learning rate rises to the end",
+            *(recipe.warmup_epochs, recipe.epochs),
+        )
 
 
 @torch.no_grad()
