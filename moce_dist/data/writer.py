@@ -41,7 +41,9 @@ def all_or_nothing(
         RuntimeError: the disk is full.
     """
     begun = folder / _BEGUN
-    unfinished = tuple(map(_unfinished, (COMPLETE, *patterns, *_NOTES)))
+    # the temporary names of these files
+    paths = map(Path, (COMPLETE, *patterns, *_NOTES))
+    unfinished = tuple(str(path.with_name(f".{path.stem}.*.tmp")) for path in paths)
     everything = (COMPLETE, *patterns, *_NOTES, *unfinished)
     found = [path for pattern in patterns for path in folder.glob(pattern)]
     if found and not begun.exists() and not (folder / COMPLETE).exists():
@@ -65,12 +67,6 @@ def all_or_nothing(
             ) from error
         raise
     _end(folder, _NOTES)
-
-
-def _unfinished(pattern: str) -> str:
-    # the temporary names of files with names of this pattern
-    path = Path(pattern)
-    return str(path.with_name(f".{path.stem}.*.tmp"))
 
 
 def _end(folder: Path, patterns: tuple[str, ...]) -> None:

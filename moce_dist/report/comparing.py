@@ -81,16 +81,13 @@ def _figures(record: Record, other: Record) -> list[dict[str, str]]:
     return rows
 
 
-def _measured(metrics: dict[str, Any]) -> str:
-    # validation images are compared with validation images
-    return f"{metrics['task']}{' (val)' if metrics['metric'].endswith(' (val)') else ''}"
-
-
 def _tasks(record: Record, other: Record) -> list[dict[str, str]]:
     def values(which: Record) -> dict[tuple[str, str, str], dict[str, Any]]:
         return {
-            (_measured(metrics), row["protocol"], row["backbone"]): row
+            (f"{metrics['task']}{mark}", row["protocol"], row["backbone"]): row
             for metrics in which.transfers
+            # validation images are compared with validation images
+            for mark in (" (val)" if metrics["metric"].endswith(" (val)") else "",)
             for row in metrics["summary"]
         }
 

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -171,7 +171,9 @@ def _hold_pool(plan: StudyPlan, jobs: int) -> Iterator[_Pool]:
         processes = ProcessPoolExecutor(jobs, spawn, _end_with_parent, (lease.held(),))
         with heed_sigterm() as is_terminated:
             try:
-                yield _Pool(partial(_submit, processes), jobs, is_terminated)
+                yield _Pool(
+                    lambda piece: processes.submit(carry_out_quietly, piece), jobs, is_terminated
+                )
                 processes.shutdown()
             except BaseException:
                 end_processes(multiprocessing.active_children())
@@ -180,10 +182,6 @@ def _hold_pool(plan: StudyPlan, jobs: int) -> Iterator[_Pool]:
     else:
         # in this process, where training heeds SIGTERM itself and all else ends at once
         yield _Pool(_carry_out_here, 1, lambda: False)
-
-
-def _submit(processes: ProcessPoolExecutor, piece: Piece) -> Future[PieceOutcome]:
-    return processes.submit(carry_out_quietly, piece)
 
 
 def _carry_out_here(piece: Piece) -> Future[PieceOutcome]:
