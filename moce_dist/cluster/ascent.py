@@ -12,7 +12,7 @@ import numpy as np
 
 from moce_dist.arrays import Float32, Int32, Int64
 from moce_dist.cluster.candidates import Candidates
-from moce_dist.cluster.compiled import compiled
+from moce_dist.compiled import compiled
 
 _SAMPLED_FROM = 600
 """Array length above which selection first narrows the range with a sample."""

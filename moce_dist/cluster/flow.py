@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_dist.arrays import Float64, Int32, Int64
-from moce_dist.cluster.compiled import compiled
+from moce_dist.compiled import compiled
 
 NONE = -1
 DONE, STUCK, FULL = 0, 1, 2

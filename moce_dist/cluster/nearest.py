@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.arrays import Float32, Float64
-from moce_dist.cluster.compiled import compiled_sums
+from moce_dist.compiled import compiled_sums
 
 _DEVICE_ROWS = 65_536
 """Rows whose candidate distances a GPU computes at a time."""

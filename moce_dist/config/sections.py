@@ -168,11 +168,7 @@ class GateConfig(Section):
     combine: Literal["prob", "straight_through"] = "straight_through"
     """Weight of an expert's output: its probability p, or p / stop_gradient(p)."""
     assign: Continued[Literal["argmax", "balanced", "fixed"]] = "argmax"
-    """`argmax`: best expert; `balanced`: best at equal load; `fixed`: by similarity, not learnt.
-
-    Making a balanced table takes seconds a layer from 4,096 clusters on, and memory by their
-    square: raise `refresh_steps`.
-    """
+    """`argmax`: best expert; `balanced`: best at equal load; `fixed`: by similarity, not learnt."""
     groups: Literal["free", "shared"] = "free"
     """`free`: choose among all experts; `shared`: one expert group per cluster in all layers."""
     noise: Continued[float] = Field(1.0, ge=0)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.config import GateConfig
 
-_FORBIDDEN = -1e9
 _STARTS = 8
 _QUANTILES = 2**16
 
@@ -233,24 +232,22 @@ def layer_table(
 
     `groups` (K,) are the clusters' expert groups; None: they choose among all experts.
     """
-    if groups is not None:
-        num_experts = scores.shape[1]
-        group_of_expert = np.arange(num_experts) // (num_experts // num_groups)
-        scores = np.where(groups[:, None] != group_of_expert, _FORBIDDEN, scores)
-    if gate.assign in ("balanced", "fixed"):
-        return _balanced(scores.astype(np.float64))
-    return scores.argmax(axis=1)
+    is_balanced, per_group = gate.assign != "argmax", scores.shape[1] // num_groups
+    if groups is None:
+        return _balanced(scores) if is_balanced else scores.argmax(axis=1)
+    table = np.empty(len(scores), np.int64)
+    for group in range(num_groups):
+        rows, first = np.flatnonzero(groups == group), group * per_group
+        own = scores[rows, first : first + per_group]
+        table[rows] = first + (_balanced(own) if is_balanced else own.argmax(axis=1))
+    return table
 
 
-def _balanced(scores: Float64) -> Int64:
-    # scores (K, E): every column takes at most ceil(K / E) rows, with the greatest sum of the
-    # chosen scores; imported late, as SciPy takes as long as everything else here
-    from scipy.optimize import linear_sum_assignment
+def _balanced(scores: NDArray[np.floating]) -> Int64:
+    # late: Numba takes longer to import than everything else here
+    from moce_dist.model.balanced import balanced
 
-    num_rows, num_columns = scores.shape
-    share = -(-num_rows // num_columns)
-    _, slots = linear_sum_assignment(np.repeat(scores, share, axis=1), maximize=True)
-    return slots // share
+    return balanced(scores.astype(np.float64))
 
 
 def shared_groups(scores: Float64, num_groups: int) -> Int64:

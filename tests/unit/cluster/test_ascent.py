@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from moce_dist.cluster import ascent, compiled
+from moce_dist import compiled
+from moce_dist.cluster import ascent
 from moce_dist.cluster.ascent import make_lists
 from moce_dist.cluster.candidates import Candidates
 
