@@ -36,7 +36,8 @@ $(READY): pyproject.toml constraints.txt samples.txt
 	@touch $@
 
 pretrain: $(READY) ## Run all stages small, three transfers and the report into RUN
-	$(BIN)/python jobs/pretrain.py --run $(RUN)
+	$(BIN)/python jobs/pretrain.py --run $(RUN) \
+	  $(if $(wildcard $(RUN)/config.yaml),,--config configs/quickstart.yaml)
 	$(BIN)/python jobs/transfer.py --task digits --run $(RUN) --protocol knn,linear
 	$(BIN)/python jobs/transfer.py --task silhouettes --run $(RUN) --protocol knn,linear
 	$(BIN)/python jobs/transfer.py --task climate --run $(RUN) --protocol knn,linear

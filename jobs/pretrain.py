@@ -29,12 +29,14 @@ from moce_dist.run.directory import (
     base_control,
     base_of,
     check_base,
+    check_identity,
     open_run,
     resolve_run,
     set_aside,
 )
 from moce_dist.run.environment import local_path
 from moce_dist.run.lease import hold
+from moce_dist.run.rows import fewer_text, steps_fewer
 from moce_dist.settings import ConfigError
 from moce_dist.train.fork import SHARED, Fork, fork_config, known_fork, make_fork, plan_fork
 from moce_dist.train.trackers import check_trackers
@@ -58,37 +60,22 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--at", metavar="STEP", type=int, help="the step of that checkpoint")
     arguments = parser.parse_args(argv)
     check_fork_flags(arguments)
-    path = Path(arguments.config or QUICKSTART)
-    fork = None
-    # without a file, the overrides alone say where runs lie
-    places = load_config(None, [o for o in arguments.overrides if o.startswith("run.root=")])
-    if arguments.fork:
-        root = resolve_run(arguments.run, places)
-        source = resolve_run(arguments.fork, places, "--fork")
-        if not arguments.fresh:
-            fork = known_fork(source, arguments.at, root)
-        config = fork_config(root if fork else source, arguments.overrides)
-        if fork is None:
-            fork = plan_fork(source, arguments.at, arguments.stage, config, root)
-            if not arguments.fresh:
-                fork.is_made(root)
-    elif goes_on(arguments, places):
-        root = resolve_run(arguments.run, places)
-        config = checked(read_resolved(root / "config.yaml", arguments.overrides))
-    else:
-        config = load_config(path, arguments.overrides)
-        root = resolve_run(arguments.run or path.stem, config)
+    root, config, fork = resolve(arguments)
     check_request(config, arguments.stage)
     check_base(config, root)
     check_init(config, root, arguments.stage)
     if arguments.fresh and "RANK" in os.environ:
         raise ConfigError("--fresh: not under torchrun, whose processes would all set it aside")
-    if arguments.dry_run:
-        print("\n".join([*plan_lines(config, root, arguments.stage), *fork_lines(fork)]))
-        return
-    # the data of a fork that is not made yet are those of the other run
     is_new = fork is not None and not (root / "config.yaml").is_file()
-    check_source(config.data, Path(fork.run) if fork is not None and is_new else root)
+    if not arguments.fresh and not is_new:
+        check_identity(root, config)
+    # the data of a fork that is not made yet are those of the other run
+    data_root = Path(fork.run) if fork is not None and is_new else root
+    if arguments.dry_run:
+        plan = plan_lines(config, root, arguments.stage)
+        print("\n".join([*plan, *fork_lines(fork), *missing_lines(config.data, data_root)]))
+        return
+    check_source(config.data, data_root)
     quiet_libraries()
     from moce_dist.pipeline import Pipeline
 
@@ -104,11 +91,41 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join([*loss_lines(run), f"done: {root}"]))
 
 
-def goes_on(arguments: Namespace, places: Config) -> bool:
-    """Tell whether a run is named that exists, and no file of settings."""
-    if not arguments.run or arguments.config or arguments.fresh:
-        return False
-    return (resolve_run(arguments.run, places) / "config.yaml").is_file()
+def resolve(arguments: Namespace) -> tuple[Path, Config, Fork | None]:
+    """Return the run directory, its settings, and what it is forked from.
+
+    Settings are those of --config, of the run that --run names, or of the run to fork. Without any
+    of these, they are the quickstart's.
+
+    Raises:
+        ConfigError: there is no such run, or its settings are wrong.
+    """
+    # without a file, the overrides alone say where runs lie
+    places = load_config(None, [o for o in arguments.overrides if o.startswith("run.root=")])
+    if arguments.fork:
+        root = resolve_run(arguments.run, places)
+        source = resolve_run(arguments.fork, places, "--fork")
+        fork = None if arguments.fresh else known_fork(source, arguments.at, root)
+        config = fork_config(root if fork else source, arguments.overrides)
+        if fork is None:
+            fork = plan_fork(source, arguments.at, arguments.stage, config, root)
+            if not arguments.fresh:
+                fork.is_made(root)
+        return root, config, fork
+    if arguments.run and not arguments.config:
+        root = resolve_run(arguments.run, places)
+        if (root / "config.yaml").is_file():
+            config = checked(read_resolved(root / "config.yaml", arguments.overrides))
+            return root, config, None
+    path = Path(arguments.config or QUICKSTART)
+    config = load_config(path, arguments.overrides)
+    root = resolve_run(arguments.run or path.stem, config)
+    if not arguments.config and root.name != QUICKSTART.stem:
+        raise ConfigError(
+            f"--run {arguments.run}: there is no run {root}; name --config to begin one, or "
+            "--set run.root=DIR if it lies elsewhere"
+        )
+    return root, config, None
 
 
 def check_fork_flags(arguments: Namespace) -> None:
@@ -194,6 +211,15 @@ def check_source(data: DataConfig, root: Path) -> None:
         expand_shards(rest, allow_pipes=data.allow_pipes)
 
 
+def missing_lines(data: DataConfig, root: Path) -> list[str]:
+    """Say what of the data is not here: a plan may be made on another machine than the run."""
+    try:
+        check_source(data, root)
+    except (ConfigError, ImportError) as error:
+        return [f"not here   {error}"]
+    return []
+
+
 _CLUSTERS = {"features": "", "random": "drawn at random; ", "folder": "the first folders; "}
 
 
@@ -277,7 +303,11 @@ def loss_lines(run: Run) -> list[str]:
     """List the held-out losses of the finished stages in one line; no line without a loss."""
     files = {stage: run.stage(stage) / "holdout.json" for stage in TRAINED}
     found = {stage: json.loads(f.read_text()) for stage, f in files.items() if f.exists()}
-    losses = ", ".join(f"{stage} {holdout['loss']:.4f}" for stage, holdout in found.items())
+    fewer = steps_fewer({stage: holdout.get("steps") for stage, holdout in found.items()})
+    losses = ", ".join(
+        f"{stage} {holdout['loss']:.4f}{fewer_text(fewer.get(stage))}"
+        for stage, holdout in found.items()
+    )
     return [f"held-out loss: {losses}"] if found else []
 
 

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from moce_dist.cli import quiet_libraries, run_job
+from moce_dist.cli import Parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
 from moce_dist.doctor import diagnose, topology_lines
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
 
         COMMANDS[argv[0]](argv[1:])
         return
-    parser = argparse.ArgumentParser(prog="python -m moce_dist", description=__doc__)
+    parser = Parser(prog="python -m moce_dist", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     shown = f"{{{','.join(('doctor', 'schema', *_COMMANDS))}}}"
     parser.add_argument(

@@ -1,7 +1,8 @@
 """What all jobs share: common flags, one-line errors, exit status, quiet libraries.
 
 Exit status: 0 done; 2 the request is wrong (`ConfigError`, raised before anything heavy is
-imported); 1 it failed while running; 130 interrupted; 143 stopped by SIGTERM.
+imported, or by a rank); 3 training on Ray's workers failed in a way that no restart cures
+(`FinalError`); 1 it failed while running; 130 interrupted; 143 stopped by SIGTERM.
 An error is one line on stderr that names the field or file and the rule; set MOCE_DEBUG=1 for the
 traceback.
 """
@@ -36,14 +37,25 @@ _QUIET = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
+class FinalError(RuntimeError):
+    """A failure on Ray's workers that a restart, also on other machines, would not cure."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line, like those of any wrong request."""
+
     def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            ConfigError: always.
+        """
         raise ConfigError(message)
 
 
 def job_parser(description: str, example: str) -> argparse.ArgumentParser:
     """Parser with the flags that every job takes: --config, --set, --run, --fresh, --dry-run."""
-    parser = _Parser(
+    parser = Parser(
         description=description,
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -73,7 +85,7 @@ def job_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 def command_parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:
     """Parser of a command of `python -m moce_dist`."""
-    return _Parser(
+    return Parser(
         prog=f"python -m moce_dist {name}",
         description=(description or "").split("\n\n", maxsplit=1)[0],
         epilog=f"example:\n  python -m moce_dist {example}",
@@ -129,6 +141,8 @@ def run_job(main: Callable[[Sequence[str]], None]) -> NoReturn:
         status = 0
     except ConfigError as error:
         status = _fail(error, 2)
+    except FinalError as error:
+        status = _fail(error, 3)
     except KeyboardInterrupt:
         why, status = "interrupted", 130
         if came:

@@ -167,7 +167,14 @@ def _read_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         kind = "list" if isinstance(tree, list) else "text"
         raise ConfigError(f"{path}: must be a mapping of sections, is a {kind}")
-    return tree
+    # sections that an alias repeats are one object, and an override is meant for one of them
+    return {key: _unshared(value) for key, value in tree.items()}
+
+
+def _unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _lay_over(tree: dict[str, Any], upper: dict[str, Any]) -> None:

@@ -26,6 +26,13 @@ from moce_dist.config.transfer import RENAMED, TransferConfig
 from moce_dist.settings import Section
 
 
+class ExpertStageConfig(StageConfig):
+    """Optimisation of stages moce and control."""
+
+    epochs: float = Field(200, ge=0, le=1e6)
+    """Passes over the data."""
+
+
 class Config(Section):
     """The complete configuration of a request."""
 
@@ -43,7 +50,7 @@ class Config(Section):
     gate: GateConfig = GateConfig()
     cluster: ClusterConfig = ClusterConfig()
     mae: Continued[StageConfig] = StageConfig()
-    moce: Continued[StageConfig] = StageConfig(epochs=200)
+    moce: Continued[ExpertStageConfig] = ExpertStageConfig()
     control: Runtime[bool] = False
     """Also continue training the MAE on the images and steps of stage moce, to compare fairly."""
     parallel: ParallelConfig = ParallelConfig()

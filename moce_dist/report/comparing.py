@@ -4,22 +4,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from moce_dist.report.figures import COLOURS, overlay
-from moce_dist.report.record import Record
+from moce_dist.report.record import Line, Record, Stage
 from moce_dist.report.summary import clock_text, stage_seconds
-from moce_dist.run.rows import value_text
+from moce_dist.run.rows import VALIDATION, backbone_text, value_text
 from moce_dist.settings import flatten
 
 _MAX_FIELDS = 60
 _OTHER = "#98a2b3"
+_ABSENT = Stage([], None, None)
 
 
 def compare_view(record: Record, other: Record) -> dict[str, Any]:
     """Gather the differences of two runs; figures of `record` come first."""
     panels, mine = [], record.root.name
     theirs = f"{other.root.name or 'other'}{' (the other)' if mine == other.root.name else ''}"
-    for metric, title in (("loss", "MAE loss"), ("images_per_s", "images per second")):
-        for name, stage in record.stages.items():
-            beside = other.stages[name]
+    ours, others = _by_title(record), _by_title(other)
+    for metric, what in (("loss", "MAE loss"), ("images_per_s", "images per second")):
+        for title in [title for title in ours if title in others]:
+            (name, stage), (_, beside) = ours[title], others[title]
             if not (stage.metrics and beside.metrics):
                 continue
             lines = {
@@ -27,7 +29,7 @@ def compare_view(record: Record, other: Record) -> dict[str, Any]:
                 f"{mine} (this run)": (stage.column(metric), COLOURS[name], "-"),
             }
             bottom = None if metric == "loss" else 0
-            label = f"{record.titles[name]}: {title}"
+            label = f"{title}: {what}"
             panels.append(overlay(f"compare-{metric}-{name}", label, lines, bottom=bottom))
     fields = []
     if record.config is not None and other.config is not None:
@@ -41,12 +43,23 @@ def compare_view(record: Record, other: Record) -> dict[str, Any]:
         "name": theirs,
         "path": other.root,
         "fields": fields[:_MAX_FIELDS],
+        "more_fields": max(0, len(fields) - _MAX_FIELDS),
         "rows": [
-            row for row in _figures(record, other) if row["mine"] != "-" or row["theirs"] != "-"
+            row for row in _figures(ours, others) if row["mine"] != "-" or row["theirs"] != "-"
         ],
         "panels": panels,
         "tasks": _tasks(record, other),
         "problems": other.problems,
+    }
+
+
+def _by_title(record: Record) -> dict[str, tuple[str, Stage]]:
+    # stages that have results, by what they trained: stage moce of a run without experts is the
+    # control, and compares with the control of another run
+    return {
+        record.titles[name]: (name, stage)
+        for name, stage in record.stages.items()
+        if stage.metrics or stage.holdout
     }
 
 
@@ -60,18 +73,20 @@ def _row(label: str, values: Sequence[float | None], form: str) -> dict[str, str
     return {"label": label, "mine": text(mine), "theirs": text(theirs), "difference": difference}
 
 
-def _figures(record: Record, other: Record) -> list[dict[str, str]]:
+def _figures(
+    ours: dict[str, tuple[str, Stage]], others: dict[str, tuple[str, Stage]]
+) -> list[dict[str, str]]:
     rows = []
-    for name, stage in record.stages.items():
-        title, beside = record.titles[name], other.stages[name]
-        held_out = [s.holdout["loss"] if s.holdout else None for s in (stage, beside)]
+    for title in {**ours, **others}:
+        pair = [named[title][1] if title in named else _ABSENT for named in (ours, others)]
+        held_out = [s.holdout["loss"] if s.holdout else None for s in pair]
         rows.append(_row(f"{title}: held-out loss", held_out, ".4f"))
-        last = [next(reversed(s.column("loss")[1]), None) for s in (stage, beside)]
+        last = [next(reversed(s.column("loss")[1]), None) for s in pair]
         rows.append(_row(f"{title}: last training loss", last, ".4f"))
-        spent = [stage_seconds(s) for s in (stage, beside)]
+        spent = [stage_seconds(s) for s in pair]
         rates = [
             s.metrics[-1]["images_seen"] / t[0] if t else None
-            for s, t in zip((stage, beside), spent, strict=True)
+            for s, t in zip(pair, spent, strict=True)
         ]
         rows.append(_row(f"{title}: images/s", rates, ",.0f"))
         times = [clock_text(t[0]) if t else "-" for t in spent]
@@ -83,11 +98,10 @@ def _figures(record: Record, other: Record) -> list[dict[str, str]]:
 
 def _tasks(record: Record, other: Record) -> list[dict[str, str]]:
     def values(which: Record) -> dict[tuple[str, str, str], dict[str, Any]]:
+        # like is compared with like: validation images, and means over as many tasks
         return {
-            (f"{metrics['task']}{mark}", row["protocol"], row["backbone"]): row
+            (f"{metrics['task']}{_mark(metrics, row)}", row["protocol"], row["backbone"]): row
             for metrics in which.transfers
-            # validation images are compared with validation images
-            for mark in (" (val)" if metrics["metric"].endswith(" (val)") else "",)
             for row in metrics["summary"]
         }
 
@@ -99,10 +113,15 @@ def _tasks(record: Record, other: Record) -> list[dict[str, str]]:
             {
                 "task": key[0],
                 "protocol": key[1],
-                "backbone": key[2],
+                "backbone": " / ".join(dict.fromkeys(backbone_text(r) for r in (a, b) if r)),
                 "mine": value_text(a) if a else "-",
                 "theirs": value_text(b) if b else "-",
                 "difference": f"{a['mean'] - b['mean']:+.4f}" if a and b else "-",
             }
         )
     return rows
+
+
+def _mark(metrics: Line, row: Line) -> str:
+    number = f", {row['num_tasks']} tasks" if "num_tasks" in row else ""
+    return number + (VALIDATION if metrics["metric"].endswith(VALIDATION) else "")

@@ -197,9 +197,11 @@ def speed(record: Record) -> list[str]:
 
 def experts(record: Record) -> list[str]:
     """Draw the share of images per expert over time, one (E, T) panel per shown layer."""
-    counts = record.stages["moce"].experts
+    stage = record.stages["moce"]
+    counts = stage.experts
     if counts is None:
         return []
+    steps = [line["step"] for line in stage.metrics if "images_per_expert" in line]
     counts = counts[:: -(-len(counts) // _MAX_COLUMNS)]
     shares = counts / np.maximum(1, counts.sum(axis=2, keepdims=True))
     layers, num_experts = counts.shape[1:]
@@ -215,10 +217,11 @@ def experts(record: Record) -> list[str]:
             vmax=top,
             origin="lower",
             interpolation="nearest",
+            extent=(steps[0], max(steps[-1], steps[0] + 1), -0.5, num_experts - 0.5),
         )
         ticks = range(0, num_experts, -(-num_experts // 8))
         title = f"MoE layer {layer}: share of a step (equal: {1 / num_experts:.3f})"
-        axes.set(title=title, yticks=ticks, xlabel="logged step", ylabel="expert")
+        axes.set(title=title, yticks=ticks, xlabel="step", ylabel="expert")
         axes.figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02)
 
     height = min(_MAX_HEIGHT, max(1.6, 0.7 + 0.11 * num_experts))

@@ -25,10 +25,12 @@ from moce_dist.report.summary import (
     ONE_PRETRAINING,
     cluster_notes,
     domain_mix,
+    fewer_steps,
     label_mix,
     timing_rows,
 )
 from moce_dist.report.tasks import task_view
+from moce_dist.run.directory import starts_of
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import flatten
 
@@ -79,8 +81,13 @@ def render(record: Record, other: Record | None = None) -> str:
         name=record.root.name,
         base=record.base or "",
         without_routes=record.without_routes,
-        started=record.provenance.get("time", ""),
-        command=shlex.join(map(str, record.provenance.get("command", []))),
+        starts=[
+            {
+                "time": start.get("time", ""),
+                "command": shlex.join(map(str, start.get("command", []))),
+            }
+            for start in starts_of(record.provenance)
+        ],
         versions=record.provenance.get("versions", {}),
         comparison=None if other is None else compare_view(record, other),
         tiles=_tiles(record),
@@ -168,12 +175,12 @@ def _tile(label: str, value: str | None) -> dict[str, str]:
 
 
 def _tiles(record: Record) -> list[dict[str, str]]:
-    tiles = []
+    tiles, fewer = [], fewer_steps(record)
     for name, stage in record.shown_stages.items():
         holdout = stage.holdout
         tiles.append(
             _tile(
-                f"{record.titles[name]} held-out loss",
+                f"{record.titles[name]} held-out loss{fewer[name]}",
                 f"{holdout['loss']:.4f}" if holdout else None,
             )
         )

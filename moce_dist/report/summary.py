@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 
 from moce_dist.report.record import Clusters, Record, Stage, read_record
-from moce_dist.run.rows import backbone_texts, difference_text, value_text
+from moce_dist.run.rows import (
+    backbone_texts,
+    difference_text,
+    fewer_text,
+    most_tasks,
+    steps_fewer,
+    tasks_text,
+    value_text,
+)
 from moce_dist.train.metrics import training_seconds
 
 _MAX_CLUSTERS = 16
@@ -39,14 +47,22 @@ def summary_lines(run_root: Path) -> list[str]:
     ]
 
 
+def fewer_steps(record: Record) -> dict[str, str]:
+    """Say behind a stage's loss, by its name, how many steps fewer than another it took."""
+    fewer = steps_fewer({n: (s.holdout or {}).get("steps") for n, s in record.stages.items()})
+    return {name: fewer_text(fewer.get(name)) for name in record.stages}
+
+
 def _losses(record: Record) -> Iterator[str]:
     if record.base is not None:
         yield f"goes on from the encoder, clusters and experts of {record.base}"
+    fewer = fewer_steps(record)
     for name, stage in record.shown_stages.items():
         title = record.titles[name]
         _, losses = stage.column("loss")
         holdout = stage.holdout
         held_out = f"{holdout['loss']:.4f} on {holdout['images']} images" if holdout else "missing"
+        held_out += fewer[name]
         if not losses:
             taken = f"taken as given, held-out: {held_out}" if holdout else "not trained yet"
             yield f"{title} loss: {taken}"
@@ -149,10 +165,10 @@ def _transfers(record: Record) -> Iterator[str]:
     if not record.transfers:
         yield "downstream tasks: none yet"
     for metrics in record.transfers:
-        names = backbone_texts(metrics)
+        names, most = backbone_texts(metrics), most_tasks(metrics["summary"])
         yield f"task {metrics['task']}, {metrics['metric']}:"
         for row in sorted(metrics["summary"], key=lambda row: (row["protocol"], -row["mean"])):
-            value = value_text(row, plus_minus="+-")
+            value = f"{value_text(row, plus_minus='+-')}{tasks_text(row, most)}"
             yield f"  {row['protocol']:10} {names[row['backbone']]:10} {value}"
         differences = metrics.get("differences", [])
         yield from (f"  {difference_text(row, names, plus_minus='+-')}" for row in differences)

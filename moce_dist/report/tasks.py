@@ -13,7 +13,13 @@ from scipy.special import stdtrit
 from moce_dist.report.figures import COLOURS, GREY, panel, shown_layers
 from moce_dist.report.gate import expert_colour
 from moce_dist.report.record import Line, Record
-from moce_dist.run.rows import backbone_texts, difference_text, value_text
+from moce_dist.run.rows import (
+    backbone_texts,
+    difference_text,
+    most_tasks,
+    tasks_text,
+    value_text,
+)
 
 _MAX_CLUSTERS = 12
 _FIRST = ("moce", "control", "mae")
@@ -25,16 +31,9 @@ def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
     cells = {(row["backbone"], row["protocol"]): row for row in metrics["summary"]}
     protocols = sorted({protocol for _, protocol in cells})
     # means over tasks compare only where they are over the same number of tasks
-    whole = {
-        p: max(row.get("num_tasks", 1) for (_, q), row in cells.items() if q == p)
-        for p in protocols
-    }
+    most = most_tasks(metrics["summary"])
     best = {
-        p: max(
-            row["mean"]
-            for (_, q), row in cells.items()
-            if q == p and row.get("num_tasks", 1) == whole[p]
-        )
+        p: max(row["mean"] for (_, q), row in cells.items() if q == p and not tasks_text(row, most))
         for p in protocols
     }
     backbones = sorted(dict.fromkeys(b for b, _ in cells), key=_rank)
@@ -44,9 +43,9 @@ def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
         row = cells.get((backbone, protocol))
         if row is None:
             return {"text": "-", "best": False}
-        if (number := row.get("num_tasks", 1)) < whole[protocol]:
-            return {"text": f"{value_text(row)} ({number} tasks)", "best": False}
-        return {"text": value_text(row), "best": row["mean"] == best[protocol]}
+        fewer = tasks_text(row, most)
+        is_best = not fewer and row["mean"] == best[protocol]
+        return {"text": f"{value_text(row)}{fewer}", "best": is_best}
 
     return {
         "name": metrics["task"],

@@ -10,6 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 
 COMPLETE, INPUTS = "COMPLETE", "inputs.json"
-_PACKAGES = ("torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "timm", "moce-dist")
+# faiss-cpu takes the place of faiss-gpu where that has no builds
+_PACKAGES = (
+    "torch", "deepspeed", "ray", "webdataset", "faiss-gpu", "faiss-cpu", "timm", "moce-dist",
+)  # fmt: skip
 
 
 def fingerprint(value: Any) -> str:
@@ -33,13 +37,11 @@ def file_sha256(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Python and the packages that a result depends on, with their installed versions."""
+    """Python and the installed packages that a result depends on, with their versions."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
     return found
 
 

@@ -34,6 +34,9 @@ StageName = Literal["mae", "moce", "control"]
 """Stage control is stage moce without experts: the same images, batches, steps and schedule."""
 STAGES: tuple[StageName, ...] = get_args(StageName)
 
+_MAX_RESTARTS = 100
+"""Starts of a run that provenance.json lists besides the first."""
+
 
 class StoppedError(RuntimeError):
     """A run was asked to stop and has saved its state; the same command continues from there."""
@@ -135,9 +138,31 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
     """
     if not is_first_process():
         return Run(root)
-    resolved = root / "config.yaml"
-    if fresh and resolved.exists():
+    if fresh and (root / "config.yaml").exists():
         set_aside(root)
+    check_identity(root, config)
+    write_atomic(root / "config.yaml", to_yaml(config))
+    known = read_provenance(root)
+    start = {
+        "versions": versions(),
+        "command": sys.argv,
+        "time": time.strftime("%FT%TZ", time.gmtime()),
+    }
+    starts = [*starts_of(known), start]
+    # the first start, which made the run, stays
+    kept = starts[:1] + starts[1:][-_MAX_RESTARTS:]
+    write_atomic(root / "provenance.json", json.dumps({**known, **start, "starts": kept}, indent=1))
+    return Run(root)
+
+
+def check_identity(root: Path, config: Config) -> None:
+    """Refuse a folder that a run of this configuration cannot be in; writes nothing.
+
+    Raises:
+        ConfigError: the directory belongs to another identity or to another version's settings, or
+            holds files but no run.
+    """
+    resolved = root / "config.yaml"
     if resolved.exists():
         differing = differing_fields(config, read_resolved(resolved))
         if differing:
@@ -147,16 +172,6 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
             )
     elif root.exists() and any(not lease.is_own(path) for path in root.iterdir()):
         raise ConfigError(f"{root}: is not a run directory (no config.yaml) and not empty")
-    write_atomic(resolved, to_yaml(config))
-    origin = {k: v for k, v in read_provenance(root).items() if k == "forked_from"}
-    provenance = {
-        **origin,
-        "versions": versions(),
-        "command": sys.argv,
-        "time": time.strftime("%FT%TZ", time.gmtime()),
-    }
-    write_atomic(root / "provenance.json", json.dumps(provenance, indent=1))
-    return Run(root)
 
 
 def read_provenance(root: Path) -> dict[str, Any]:
@@ -166,6 +181,13 @@ def read_provenance(root: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError):
         return {}
     return found
+
+
+def starts_of(provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """List the starts of a run, the oldest first: versions, command and time of each."""
+    only = {k: provenance[k] for k in ("versions", "command", "time") if k in provenance}
+    starts: list[dict[str, Any]] = provenance.get("starts", [only] if only else [])
+    return starts
 
 
 def differing_fields(

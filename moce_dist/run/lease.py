@@ -156,8 +156,9 @@ class Lease:
             OSError: the folder cannot be written to.
         """
         first: tuple[Claim, float] | None = None
-        wait_until = time.monotonic() + (_LEAVES_S if SUBMITTED in os.environ else 0)
-        while (holder := self._try()) is not None:
+        begin = time.monotonic()
+        wait_until = begin + (_LEAVES_S if SUBMITTED in os.environ else 0)
+        while (holder := self._try(first, begin)) is not None:
             is_beating = first is not None and holder != first
             is_alive = holder[0].fate(0.0) == "alive" or is_beating
             if is_alive and time.monotonic() >= wait_until:
@@ -173,17 +174,24 @@ class Lease:
             time.sleep(_LOOK_S)
         self.watch()
 
-    def _try(self) -> tuple[Claim, float] | None:
-        """Take the lock if it is free and return None; else return its claim and heartbeat."""
+    def _try(
+        self, first: tuple[Claim, float] | None = None, begin: float = 0.0
+    ) -> tuple[Claim, float] | None:
+        """Take the lock if it is free and return None; else return its claim and heartbeat.
+
+        `first` is what was seen at `begin`: an owner has been silent since then if it is the same,
+        even where its clock, ahead of this one, made the heartbeat.
+        """
         taking = self.folder / TAKING
         while True:
             with suppress(FileExistsError):
                 _create(taking, json.dumps(asdict(self.claim)))
                 now, holder = taking.stat().st_mtime, _read(self._lock)
-                if holder is not None and holder[0].fate(now - holder[1]) != "dead":
-                    taking.unlink(missing_ok=True)
-                    return holder
                 if holder is not None:
+                    watched = time.monotonic() - begin if holder == first else 0.0
+                    if holder[0].fate(max(now - holder[1], watched)) != "dead":
+                        taking.unlink(missing_ok=True)
+                        return holder
                     log.info("%s: is free, was left by %s", self.folder, holder[0])
                 with suppress(FileNotFoundError):
                     taking.rename(self._lock)

@@ -27,6 +27,7 @@ from moce_dist.config import identity
 from moce_dist.run.artefacts import fingerprint, versions
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl
+from moce_dist.run.rows import VALIDATION
 from moce_dist.study.plan import Kind, PlannedRun
 from moce_dist.study.request import partners_of
 from moce_dist.study.runner import Runner
@@ -92,7 +93,7 @@ def read_values(runner: Runner) -> list[Line]:
                         "task": cell.task,
                         "protocol": row["protocol"],
                         # the study says itself which images were used
-                        "metric": metrics["metric"].removesuffix(" (val)"),
+                        "metric": metrics["metric"].removesuffix(VALIDATION),
                         "value": row["value"],
                         "run": cell.run,
                         "folder": cell.request.folder,

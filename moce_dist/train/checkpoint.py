@@ -119,8 +119,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
         if (found := _format(checkpoint)) != FORMAT and found.startswith(_FORMATS):
             raise ConfigError(
                 f"{checkpoint}: has the format {found} of another version of moce_dist, this one "
-                f"reads {FORMAT}: finish the run with the version that its provenance.json names, "
-                "or begin anew (--fresh)"
+                f"reads {FORMAT}: finish the run with the version of its earlier starts "
+                "(provenance.json), or begin anew (--fresh)"
             )
         reason = damage(checkpoint)
         if reason is None:

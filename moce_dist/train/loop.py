@@ -117,6 +117,7 @@ def _train(state: TrainState) -> dict[str, Any]:
     if not is_finished:
         raise StoppedError(f"{job.name}: state saved at step {state.step} of {state.total_steps}")
     if metrics_log is not None and loss is not None:
+        loss["steps"] = job.steps_before + state.step
         write_atomic(job.folder / "holdout.json", json.dumps(loss))
     return {"stage": job.name, "steps": state.step, "holdout": loss}
 

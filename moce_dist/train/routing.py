@@ -79,10 +79,10 @@ class Router:
         self._noise = NoiseSchedule(config.seed, level, noisy_steps)
         layers, clusters = len(config.moe_layers), len(cluster_sizes)
         self.table: Int64 = np.zeros((layers, clusters), np.int64)
-        self.contiguous = contiguous_placement(
-            layers, config.moe.num_experts, clusters, topology.num_groups
-        )
-        self.placement = self.contiguous
+        shape = layers, config.moe.num_experts, clusters
+        self.placement = contiguous_placement(*shape, topology.num_groups)
+        self.contiguous = contiguous_placement(*shape, topology.ep_size)
+        """Experts and clusters by number over the places, which may be fewer than the groups."""
         self._is_planned = False
         self._experts_moved = 0
         self._maker = TableMaker(config, self._noise, clusters, topology.num_groups)

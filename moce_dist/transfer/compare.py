@@ -26,6 +26,7 @@ from moce_dist.run.artefacts import (
 )
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl, write_atomic
+from moce_dist.run.rows import VALIDATION
 from moce_dist.train.checkpoint import trained_steps
 from moce_dist.train.job import Train
 from moce_dist.train.pulse import Pulse
@@ -176,7 +177,7 @@ class Comparison:
     def metric(self) -> str:
         """Name of the metric; it says where the figures are of validation images."""
         is_test = self.config.transfer.evaluate == "test"
-        return self.task.metric if is_test else f"{self.task.metric} (val)"
+        return self.task.metric if is_test else self.task.metric + VALIDATION
 
     def models_of(self, fit: Fit) -> Path:
         """Return the folder of a fit's models."""

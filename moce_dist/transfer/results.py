@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from moce_dist.run.artefacts import fingerprint
 from moce_dist.run.files import read_jsonl, write_jsonl
+from moce_dist.run.rows import VALIDATION
 
 Row = dict[str, Any]
 
@@ -244,9 +245,10 @@ def _over_tasks(tables: Iterable[Iterable[Row]]) -> list[Row]:
 def suite_metrics(tasks: Iterable[Mapping[str, Any]], failed: Mapping[str, str]) -> dict[str, Any]:
     """Make the metrics.json of a suite from those of its tasks and the reasons of failures."""
     done = list(tasks)
+    is_validation = done and all(metrics["metric"].endswith(VALIDATION) for metrics in done)
     return {
         "task": "all",
-        "metric": "mean over tasks",
+        "metric": f"mean over tasks{VALIDATION if is_validation else ''}",
         "results": [
             {"task": metrics["task"], "metric": metrics["metric"], **row}
             for metrics in done

@@ -135,7 +135,9 @@ def test_a_control_is_added_to_finished_runs_and_goes_on(
     plan = ask("pretrain", *command(continued, "control=true"), "--dry-run").assert_done().out
     assert f"control    from the MAE; {finished} has no control: no experts" in plan
     done = run_job("pretrain", *arguments(base, "control=true", one)).assert_done()
-    assert re.search(r"^held-out loss: mae \S+, moce \S+, control \S+$", done.out, re.M)
+    assert re.search(
+        r"^held-out loss: mae \S+ \(\d+ steps fewer\), moce \S+, control \S+$", done.out, re.M
+    )
     assert "control: training on 1 workers" in done.err and done.err.count("training on") == 1
     names = ("step", "epoch", "images_seen", "lr")
     control, moce = (

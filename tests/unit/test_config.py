@@ -320,3 +320,13 @@ def test_an_old_name_is_taken_and_said_to_be_old(old, new, tmp_path, caplog):
         load_config(None, [f"{old}=x"])
     with pytest.raises(ConfigError, match=r"transfer\.segmentation\.none = 1: unknown key"):
         load_config(None, ["transfer.segment_none=1"])
+
+
+def test_a_field_that_is_named_with_its_default_changes_no_other():
+    usual = Config()
+    for path, value in flatten(usual.model_dump(mode="json")).items():
+        *parents, last = path.split(".")
+        tree = {last: value}
+        for parent in reversed(parents):
+            tree = {parent: tree}
+        assert make_config(tree) == usual, path

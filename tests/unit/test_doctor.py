@@ -149,3 +149,8 @@ def test_schema_for_editors_is_the_one_of_the_code():
     assert printed.returncode == 0 and json.loads(printed.stdout) == Config.model_json_schema()
     committed = (ROOT / "configs" / "schema.json").read_text()
     assert committed == printed.stdout, "renew it with: make schema"
+
+
+def test_wrong_flag_is_one_line():
+    done = run_here("moce_dist", "--sett")
+    assert (done.returncode, done.stderr) == (2, "error: unrecognized arguments: --sett\n")

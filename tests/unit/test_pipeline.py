@@ -174,15 +174,28 @@ def test_a_run_goes_on_with_its_own_settings(pipeline):
     root, words = pipeline("mae").run.root, ("--dry-run", "--set", "parallel.micro_batches=2")
     done = run_here("pretrain", "--run", root, *words)
     assert done.returncode == 0 and "encoder    width 24, depth 2, heads 2" in done.stdout
-    quickstart = run_here("pretrain", "--run", root, "--fresh", "--dry-run")
-    assert quickstart.returncode == 0 and "width 24" not in quickstart.stdout
+    # a fresh start too, and a name that is no run starts nothing
+    done = run_here("pretrain", "--run", root, "--fresh", "--dry-run")
+    assert done.returncode == 0 and "width 24" in done.stdout
+    absent = run_here("pretrain", "--run", root.parent / "absent", "--dry-run")
+    assert absent.returncode == 2 and "there is no run" in absent.stderr
+    there = run_here("pretrain", "--run", root.parent / "quickstart", "--dry-run")
+    assert there.returncode == 0 and "sample:pretrain" in there.stdout
     # legal for this run's batch of 4,096, not for the quickstart's of 256
     large = ("--set", "parallel.micro_batches=512")
     done = run_here("pretrain", "--run", root, "--dry-run", *large)
     assert done.returncode == 0, done.stderr
     assert run_here("pretrain", "--dry-run", *large).returncode == 2
-    refused = run_here("pretrain", "--run", root, "--set", "seed=1")
-    assert refused.returncode == 2 and "belongs to another run: seed" in refused.stderr
+    for plan in ([], ["--dry-run"]):
+        refused = run_here("pretrain", "--run", root, "--set", "seed=1", *plan)
+        assert refused.returncode == 2 and "belongs to another run: seed" in refused.stderr
+
+
+def test_a_plan_says_what_of_the_data_is_not_here(tmp_path):
+    words = "--set", f"data.source=folder:{tmp_path}/absent", "--run", tmp_path / "quickstart"
+    planned = run_here("pretrain", *words, "--dry-run")
+    assert planned.returncode == 0 and re.search("not here .*absent", planned.stdout)
+    assert run_here("pretrain", *words).returncode == 2
 
 
 def test_a_run_belongs_to_its_encoder(pipeline, publish):

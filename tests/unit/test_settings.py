@@ -3,7 +3,7 @@
 import pytest
 
 from moce_dist.config import load_config, make_config, to_yaml
-from moce_dist.settings import ConfigError, flatten, parse_yaml
+from moce_dist.settings import ConfigError, flatten, parse_yaml, read_tree
 
 
 def value(config, path):
@@ -183,3 +183,11 @@ def test_empty_sections_aliases_and_merges(tmp_path):
     config = from_file(tmp_path, text)
     assert (config.mae.epochs, config.moce.epochs, config.moce.warmup_epochs) == (3, 3, 1)
     assert config.data == make_config({}).data
+
+
+def test_an_override_changes_one_of_the_sections_that_an_alias_repeats(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("mae: &s {epochs: 10, betas: [0.9, 0.99]}\nmoce: *s\n")
+    tree = read_tree(path, ["moce.epochs=5"])
+    assert (tree["mae"]["epochs"], tree["moce"]["epochs"]) == ("10", "5")
+    assert tree["mae"]["betas"] is not tree["moce"]["betas"]

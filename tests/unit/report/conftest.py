@@ -249,7 +249,8 @@ def build_seen(folder):
         publish_weights(run.stage("mae") / "checkpoints", step, weights)
     write_weights(run.stage("control") / "checkpoints" / "step_00000020", dense)
     centroids = standardise(torch.from_numpy(np.eye(3, 32, dtype=np.float32)))
-    weights = experts_from_dense(dense, config.moe_layers, 3)
+    experts = experts_from_dense(dense, config.moe_layers, 3)
+    weights = {name: tensor.clone() for name, tensor in experts.items()}
     weights["gate.weight"] = fixed_weight(centroids, 3, 0).expand(2, 3, 32).clone()
     weights["gate.cluster_embedding"] = centroids
     write_weights(run.stage("moce") / "checkpoints" / "step_00000020", weights)

@@ -9,11 +9,13 @@ import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from moce_dist.config import make_config
+from moce_dist.report import figures
 from moce_dist.report.figures import routing_changes
 from moce_dist.report.page import write_report
 from moce_dist.report.record import read_record
@@ -22,7 +24,7 @@ from moce_dist.report.tasks import half_widths
 from moce_dist.run.directory import open_run, set_aside
 from moce_dist.settings import ConfigError
 
-from .conftest import write_control
+from .conftest import moce_line, write_control, write_lines
 from .parsed import Page
 
 ROOT = Path(__file__).parents[3]
@@ -327,3 +329,58 @@ def test_job_refuses_what_is_no_run(tmp_path):
     with pytest.raises(ConfigError, match="is not a run directory"):
         summary_lines(tmp_path)
     assert run_job().returncode == 2
+
+
+def test_stage_moce_of_a_run_without_experts_compares_with_the_control(finished, tmp_path):
+    write_control(finished)
+    other = open_run(tmp_path / "dense", make_config({"seed": 3, "moe": {"kind": "dense"}})).root
+    shutil.copytree(finished / "control", other / "moce")
+    (other / "moce" / "holdout.json").write_text('{"loss": 0.3900, "images": 60}')
+    text = " ".join(Page(write_report(finished, tmp_path / "page.html", other)).text.split())
+    assert "control: held-out loss 0.4001 0.3900 +0.0101" in text
+    assert "MoCE: held-out loss 0.3987 - -" in text
+    assert text.count("control: held-out loss") == 1
+
+
+def test_means_over_fewer_tasks_are_marked_and_not_subtracted(finished, tmp_path):
+    other = open_run(tmp_path / "other", make_config({"seed": 3, "moe": {"num_experts": 4}})).root
+    for root, number in ((finished, 10), (other, 9)):
+        rows = [
+            {"backbone": b, "protocol": "knn", "mean": m, "std": None, "num_tasks": n}
+            for b, m, n in (("moce", 0.5, number), ("control", 0.4, 9))
+        ]
+        change = {**rows[0], "reference": "control", "mean": 0.02, "num_tasks": 9}
+        document = {"task": "all", "metric": "mean over tasks", "results": [], "summary": rows}
+        (root / "transfer" / "all").mkdir(parents=True)
+        path = root / "transfer" / "all" / "metrics.json"
+        path.write_text(json.dumps({**document, "differences": [change]}))
+    summary = "\n".join(summary_lines(finished))
+    assert "moce       0.5000\n" in summary and "control    0.4000 (9 tasks)\n" in summary
+    assert "moce - control, knn: +0.0200 over 9 tasks" in summary
+    text = " ".join(Page(write_report(finished, tmp_path / "page.html", other)).text.split())
+    assert "0.4000 (9 tasks)" in text and "+0.0200 over 9 tasks" in text
+    assert "all, 9 tasks, knn: control 0.4000 0.4000 +0.0000" in text
+    assert "all, 10 tasks, knn: moce 0.5000 - -" in text
+
+
+def test_a_loss_after_fewer_steps_says_so(finished):
+    for name, steps in (("mae", 60), ("moce", 120)):
+        holdout = {"loss": 0.5, "images": 60, "steps": steps}
+        (finished / name / "holdout.json").write_text(json.dumps(holdout))
+    text = Page(write_report(finished)).text
+    assert "MAE held-out loss (60 steps fewer)" in text and "MoCE held-out loss (" not in text
+    assert "0.5000 on 60 images (60 steps fewer)" in "\n".join(summary_lines(finished))
+
+
+def test_first_and_last_start_are_told(finished):
+    starts = [{"time": f"2026-01-0{n}", "command": ["pretrain", str(n)]} for n in (1, 2, 3)]
+    (finished / "provenance.json").write_text(json.dumps({**starts[-1], "starts": starts}))
+    text = " ".join(Page(write_report(finished)).text.split())
+    assert "started 2026-01-01 with pretrain 1; continued 2 times, last 2026-01-03" in text
+
+
+def test_images_per_expert_are_drawn_over_the_steps(finished):
+    lines = [moce_line(step, np.random.default_rng(step)) for step in range(0, 20_000, 20)]
+    write_lines(finished / "moce" / "metrics.jsonl", lines)
+    drawn = figures.experts(read_record(finished))[0]
+    assert max(int(tick) for tick in re.findall(r">(\d+)</text>", drawn)) == 15_000

@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 from moce_dist.config import Config, make_config, read_resolved, to_yaml
-from moce_dist.run import lease
+from moce_dist.run import directory, lease
 from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
-from moce_dist.run.directory import differing_fields, load_run, open_run, resolve_run
+from moce_dist.run.directory import (
+    differing_fields,
+    load_run,
+    open_run,
+    read_provenance,
+    resolve_run,
+    starts_of,
+)
 from moce_dist.run.files import naming, read_faults, read_jsonl, record_fault, write_atomic
 from moce_dist.settings import ConfigError, dump_yaml
 
@@ -242,3 +249,20 @@ def test_an_error_of_writing_names_its_file(tmp_path):
         naming(path),
     ):
         device.write(b"x")
+
+
+def test_every_start_is_remembered_with_its_versions(tmp_path, monkeypatch):
+    root = tmp_path / "run"
+    open_run(root, SMALL)
+    path = root / "provenance.json"
+    first = read_provenance(root)
+    # a file of a version that kept the last start alone
+    path.write_text(json.dumps({k: v for k, v in first.items() if k != "starts"}))
+    for number in range(120):
+        found = {"torch": f"9.{number}"}
+        monkeypatch.setattr(directory, "versions", lambda found=found: found)
+        open_run(root, SMALL)
+    starts = starts_of(read_provenance(root))
+    assert starts[0]["versions"] == first["versions"] and len(starts) == 101
+    assert [s["versions"]["torch"] for s in starts[1:]] == [f"9.{n}" for n in range(20, 120)]
+    assert read_provenance(root)["versions"] == {"torch": "9.119"}

@@ -209,6 +209,16 @@ def test_host_that_falls_silent_is_waited_for_and_replaced(tmp_path, monkeypatch
         assert 0.3 < time.monotonic() - begin < 5
 
 
+def test_host_whose_clock_is_ahead_is_not_waited_for_longer(tmp_path, monkeypatch):
+    monkeypatch.setattr(lease, "STALE_S", 0.5)
+    monkeypatch.setattr(lease, "_LOOK_S", 0.05)
+    lock, ahead = claim_elsewhere(tmp_path), time.time() + 3600
+    os.utime(lock, (ahead, ahead))
+    begin = time.monotonic()
+    with hold(tmp_path):
+        assert 0.3 < time.monotonic() - begin < 5
+
+
 def test_number_of_a_dead_process_that_another_one_has_now_is_no_owner(tmp_path):
     dead = replace(Claim.of_this_process(), pid=os.getppid(), started="1")
     (tmp_path / LOCK).write_text(json.dumps(asdict(dead)))

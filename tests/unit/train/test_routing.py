@@ -32,3 +32,20 @@ def test_a_move_must_repay_its_bytes_until_the_next_plan():
     assert router(ranks=8).move_cost(0) == pytest.approx(4 * images)
     assert router().move_cost(950) == pytest.approx(4 * images)
     assert router().move_cost(1000) == math.inf
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_placement_by_number_is_counted_between_places_as_exchanges_are(ranks):
+    config = load_config(None, ["moe.num_experts=8", "moe.layers=[1, 3]"])
+    topology = Topology(ranks, 4)
+    made = Router(config, topology, np.full(16, 100), total_steps=10)
+    made.table = np.random.default_rng(0).integers(8, size=(2, 16))
+    counts = np.full(16, 4)
+    # every rank reads the clusters that placement by number gives to its place
+    clusters = np.repeat(np.arange(16), 4).reshape(topology.ep_size, -1)
+    homes = np.arange(8) // (8 // topology.ep_size)
+    travel = sum(
+        (homes[row[clusters]] != np.arange(len(clusters))[:, None]).sum() for row in made.table
+    )
+    assert made.contiguous.images_exchanged(made.table, counts) == pytest.approx(travel)
+    assert travel > 0 or ranks == 1
