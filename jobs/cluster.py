@@ -190,7 +190,7 @@ def assign_new(arguments: Namespace) -> None:
 
 
 def check_folder(features: Path, config: Config) -> "FeatureFiles":
-    """Read the headers of the features and refuse what cannot be clustered.
+    """Read headers and keys of the features and refuse what cannot be clustered.
 
     Raises:
         ConfigError: naming the file or field.

@@ -34,6 +34,7 @@ from moce_dist.transfer.suite import (
     Order,
     attempt,
     carry_out,
+    carry_out_away,
     collect,
     list_task,
     prepare,
@@ -198,6 +199,19 @@ def train_on_workers(job: Job) -> None:
     train(job)
 
 
+def run_task(run: Run, order: Order) -> dict[str, Any]:
+    """Carry out a task, and return its metrics; {} on ranks of torchrun other than 0.
+
+    Where the driver of a cluster has no GPU and the workers have, a worker does the driver's part.
+    """
+    if os.environ.get("RAY_ADDRESS") and "RANK" not in os.environ:
+        from moce_dist.launch.away import call_away, lacks_gpu
+
+        if lacks_gpu(order.config.parallel):
+            return carry_out_away(run, order, train_on_workers, call_away)
+    return carry_out(run, order, train_on_workers)
+
+
 def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
     """Carry out all tasks on all workers, and print the results.
 
@@ -236,11 +250,9 @@ def main(argv: Sequence[str]) -> None:
     elif is_suite:
         with hold(run.transfer(ALL)):
             run_suite(run, config, orders)
-    else:
-        metrics = carry_out(run, orders[0], train_on_workers)
-        if metrics:
-            print_table([metrics], f"{metrics['task']}: {metrics['metric']}")
-            print("".join(f"{note}\n" for note in metrics["notes"]), end="")
+    elif metrics := run_task(run, orders[0]):
+        print_table([metrics], f"{metrics['task']}: {metrics['metric']}")
+        print("".join(f"{note}\n" for note in metrics["notes"]), end="")
 
 
 if __name__ == "__main__":

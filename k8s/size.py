@@ -44,9 +44,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="A.B=VALUE")
     parser.add_argument("--gpus", type=int, default=0, help="of a node; 0: a rank for every CPU")
     parser.add_argument(
-        "--cpus", type=int, help="of a node (for each GPU data.loader_processes, at least 8)"
+        "--cpus",
+        type=int,
+        help="that a pod asks its node for (for each GPU data.loader_processes, at least 8)",
     )
-    parser.add_argument("--memory", type=int, help="of a node, GiB (64 for each GPU, 8 for a CPU)")
+    parser.add_argument("--memory", type=int, help="the same, GiB (64 for each GPU, 8 for a CPU)")
     parser.add_argument("--disk", type=int, help="of a pod's /tmp, GiB (8 for a rank, 16 at least)")
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)

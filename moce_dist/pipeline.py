@@ -55,7 +55,7 @@ from moce_dist.run.tasks import MapTasks
 from moce_dist.samples import sets
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
-from moce_dist.train.encoder import OWN, encoder_id, encoder_pixels, encoder_spec, same_encoder
+from moce_dist.train.encoder import OWN, encoder_pixels, encoder_spec, noted_id, same_encoder
 from moce_dist.train.finished import (
     begin_stage,
     has_last_checkpoint,
@@ -146,7 +146,7 @@ class Pipeline:
         # features of another encoder do not depend on the MAE, nor do the clusters
         inputs = {"data": data_id(self.data)}
         if self.config.cluster.encoder != OWN:
-            inputs["encoder"] = encoder_id(self.config)
+            inputs["encoder"] = noted_id(self.run.features, self.config)
         else:
             inputs["mae"] = trained_id(self.run.stage("mae"))
             if (block := self.config.cluster.feature_block) is not None:

@@ -30,6 +30,7 @@ from benches.synthetic import synthetic_centroids
 from moce_dist.arrays import Int64
 from moce_dist.model.gate import Gate, NoiseSchedule, logits, routing_table
 from moce_dist.parallel.groups import Topology
+from moce_dist.settings import ConfigError
 from moce_dist.train.routing import Router
 
 _IMAGES_PER_CLUSTER = 313
@@ -38,7 +39,13 @@ _STEP_OVER_MAKING = 4
 
 
 def run(config: BenchConfig) -> Report:
-    """Measure on `parallel.num_workers` ranks without Ray."""
+    """Measure on `parallel.num_workers` ranks without Ray.
+
+    Raises:
+        ConfigError: `parallel.num_workers` is 1, and there is no rank that gets a table.
+    """
+    if config.parallel.num_workers < 2:
+        raise ConfigError("parallel.num_workers (1): routing needs at least 2 ranks")
     result = run_ranks("routing:measure", config)
     report = Report("routing", config).add_variants(result["times"])
     for ours in ("first_rank", "other_rank", "first_rank_fixed", "other_rank_fixed"):

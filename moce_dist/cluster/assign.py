@@ -29,9 +29,16 @@ from torch import Tensor
 
 from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.cluster.assignments import write_assignments
-from moce_dist.cluster.blocks import FeatureFiles, View, check_count, column_mean, open_features
+from moce_dist.cluster.blocks import FeatureFiles, View, check_count, open_features, scan_files
 from moce_dist.cluster.domains import centroid_figures, domain_figures, given_labels, label_figures
-from moce_dist.cluster.kmeans import Lloyd, State, directions, draw_sample, kmeans, state_request
+from moce_dist.cluster.kmeans import (
+    Lloyd,
+    State,
+    accepted_requests,
+    directions,
+    draw_sample,
+    kmeans,
+)
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.nearest import make_base, search, squared_distances
 from moce_dist.cluster.settle import Settled, settle
@@ -120,8 +127,9 @@ def run_clustering(
     """
     started = time.monotonic()
     matrix = _open_matrix(features_dir, config, workers, subtract_mean=subtract_mean)
-    given = inputs or {"request": state_request(matrix, config, seed)}
-    if (known := finished_summary(out_dir, given)) is not None:
+    requests = accepted_requests(matrix, config, seed)
+    given, *earlier = [inputs] if inputs else [{"request": each} for each in requests]
+    if (known := finished_summary(out_dir, given, *earlier)) is not None:
         return known
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / COMPLETE).unlink(missing_ok=True)
@@ -149,13 +157,17 @@ def run_clustering(
     return summary
 
 
-def finished_summary(out_dir: Path, given: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished_summary(
+    out_dir: Path, given: Mapping[str, Any], *earlier: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Return the summary of a folder that is complete for the inputs `given`, else None.
+
+    `earlier` are what other versions noted for the same inputs.
 
     Raises:
         ConfigError: `given` is the fingerprint of a request, and the folder holds another one's.
     """
-    if is_complete(out_dir, given):
+    if any(is_complete(out_dir, each) for each in (given, *earlier)):
         return read_summary(out_dir)
     if "request" in given and (out_dir / COMPLETE).is_file():
         raise ConfigError(
@@ -189,15 +201,16 @@ def _open_matrix(
     files = open_features(features_dir)
     check_count(files, config.num_clusters)
     is_spherical = config.spherical and not subtract_mean
-    mean = column_mean(files, workers.map_tasks, refuse_zeros=is_spherical).astype(np.float32)
+    mean, content = scan_files(files, workers.map_tasks, refuse_zeros=is_spherical)
     return Matrix(
         files,
-        View(mean, subtract_mean or is_spherical, centre=not is_spherical),
+        View(mean.astype(np.float32), subtract_mean or is_spherical, centre=not is_spherical),
         config.block_rows,
         workers.map_tasks,
         config.index_from,
         config.index_recall,
         workers.device,
+        content,
     )
 
 

@@ -103,6 +103,22 @@ class FixedRows(NamedTuple):
     reach: float
 
 
+def fitted(counts: Int64, largest: int) -> Int64:
+    """Cut numbers of fixed rows (K,) to a largest size; return them with the same sum.
+
+    What is cut goes to the other clusters in proportion to their room. A cluster with more fixed
+    rows than it may have would have no finite price without a reach.
+
+    Raises:
+        ValueError: the sum exceeds K times the largest size.
+    """
+    cut = np.minimum(counts, largest)
+    room, over = largest - cut, int((counts - cut).sum())
+    if over > room.sum():
+        raise ValueError(f"{counts.sum()} fixed rows do not fit {len(counts)} x {largest} places")
+    return cut + np.diff(np.cumsum(room) * over // max(int(room.sum()), 1), prepend=0)
+
+
 def ascend(
     found: Candidates,
     prices: Float64,

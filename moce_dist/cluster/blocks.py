@@ -16,8 +16,10 @@ least recently used block would in the end evict all.
 Letters: n rows, D feature width. A `View` says how a raw row becomes the vector that is clustered.
 """
 
+import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moce_dist.arrays import Float32, Float64, Int64
+from moce_dist.run.artefacts import file_sha256, fingerprint
 from moce_dist.run.names import as_text, clean_label
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
@@ -49,6 +52,8 @@ CACHED_ROWS = 256
 """Rows that fit into the processor's cache between one operation and the next."""
 _SHORTEST = 1e-12
 """Least length that a row is divided by."""
+_LARGEST_SQUARE = float(np.finfo(np.float32).max) / 16
+"""Greatest |f|^2 of a feature; |x - c|^2 with x = f - mean may be 16 times as much, in float32."""
 
 
 class Block(NamedTuple):
@@ -126,7 +131,7 @@ class FeatureFiles:
             keys = _keys_of(path, rows)
             shard = as_text(path.name if keys is None else path.stem)
             for row in range(rows):
-                yield shard, f"{shard}:{row}" if keys is None else as_text(keys[row])
+                yield shard, f"{shard}:{row}" if keys is None else keys[row]
 
     def labels(self) -> Iterator[tuple[int, list[str | None]]]:
         """Yield the first row and the labels of every file with a readable `.labels.json`."""
@@ -147,14 +152,27 @@ class FeatureFiles:
         return taken
 
 
-def _keys_of(path: Path, rows: int) -> list[str] | None:
+def _keys_file(path: Path) -> Path | None:
     names = path.with_suffix(".keys.json")
-    if not names.is_file():
+    return names if names.is_file() else None
+
+
+def _keys_of(path: Path, rows: int) -> list[str] | None:
+    if (names := _keys_file(path)) is None:
         return None
-    keys: list[str] = json.loads(names.read_text())
+    try:
+        keys = json.loads(names.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{names}: is no readable list of keys ({error})") from None
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise ConfigError(f"{names}: must be a list of strings, one for every row of {path.name}")
     if len(keys) != rows:
         raise ConfigError(f"{names}: holds {len(keys)} keys for {rows} rows of {path.name}")
-    return keys
+    texts = [as_text(key) for key in keys]
+    if len(set(texts)) < rows:
+        key, times = Counter(texts).most_common(1)[0]
+        raise ConfigError(f"{names}: holds the key {key} {times} times, must hold every key once")
+    return texts
 
 
 def _labels_of(path: Path, rows: int) -> list[str | None] | None:
@@ -193,10 +211,13 @@ def open_array(path: Path) -> NDArray[Any]:
 
 
 def open_features(folder: Path) -> FeatureFiles:
-    """Read the headers of all `*.npy` of a folder.
+    """Read the headers of all `*.npy` of a folder, and check the lists of keys beside them.
+
+    A key may occur once per file; different files may have the same one.
 
     Raises:
-        ConfigError: no folder, no files, an unreadable file, or files of different width.
+        ConfigError: no folder, no files, an unreadable file, files of different width, or a list of
+            keys that is unreadable, does not fit its file or has a key twice.
     """
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder of features")
@@ -209,6 +230,8 @@ def open_features(folder: Path) -> FeatureFiles:
         if array.shape[1] != dim:
             raise ConfigError(f"{path}: has width {array.shape[1]}, {paths[0].name} has {dim}")
     rows = tuple(len(array) for array in arrays)
+    for path, num in zip(paths, rows, strict=True):
+        _keys_of(path, num)
     return FeatureFiles(paths, rows, dim, sum(array.nbytes for array in arrays))
 
 
@@ -260,64 +283,85 @@ def group_blocks(blocks: Sequence[Block], result_bytes: int = 0) -> list[tuple[B
 
 
 class _Scanned(NamedTuple):
-    """Column sums of a group of blocks, and the problem of its first unusable row."""
+    """Column sums and sha256 of a group of blocks, and the problem of its first unusable row."""
 
     sums: Float64
-    problem: str | None
+    sha256: bytes
+    problem: str | None = None
 
 
-class _Scan(NamedTuple):
+class _Checks(NamedTuple):
     """What a scan checks: the width D, and whether it refuses rows of zeros."""
 
     dim: int
     refuse_zeros: bool
 
 
-def _problem(block: Block, rows: NDArray[Any], scan: _Scan) -> str | None:
-    # the squared norm is finite unless a value is not, or |f|^2 leaves the range of float32
+def _problem(block: Block, rows: NDArray[Any], checks: _Checks) -> str | None:
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("nd,nd->n", rows, rows, dtype=np.float32)
-    bad = np.flatnonzero(~np.isfinite(squares) | (scan.refuse_zeros & (squares == 0)))
+    # the comparison is false for NaN, too
+    bad = np.flatnonzero(~(squares <= _LARGEST_SQUARE) | (checks.refuse_zeros & (squares == 0)))
     if not len(bad):
         return None
     values = rows[bad[0]]
     if not squares[bad[0]]:
         return f"{block.path}: row {block.start + bad[0]}: is zero, and has no direction"
-    what = "squared norm beyond float32" if np.isfinite(values).all() else "NaN or infinity"
+    too_large = f"squared norm above {_LARGEST_SQUARE:.3g}, 1/16 of the largest float32"
+    what = too_large if np.isfinite(values).all() else "NaN or infinity"
     return f"{block.path}: row {block.start + bad[0]}: {what}"
 
 
-def scan_group(scan: _Scan, group: tuple[Block, ...]) -> _Scanned:
+def scan_group(checks: _Checks, group: tuple[Block, ...]) -> _Scanned:
     """Sum the columns of some blocks in order, (D,) float64; stop at the first unusable row."""
-    view = View(np.zeros(scan.dim, np.float32), normalise=False)
+    view = View(np.zeros(checks.dim, np.float32), normalise=False)
     sums: Float64 | None = None
+    digest = hashlib.sha256()
     for block in group:
         rows = read_block(block, view)[:, :-1].numpy()
-        if problem := _problem(block, rows, scan):
-            return _Scanned(np.zeros(0), problem)
+        if problem := _problem(block, rows, checks):
+            return _Scanned(np.zeros(0), b"", problem)
+        raw = open_array(Path(block.path))[block.start : block.stop]
+        digest.update(np.ascontiguousarray(raw).data)
         part = rows.sum(axis=0, dtype=np.float64)
         sums = part if sums is None else sums + part
     assert sums is not None
-    return _Scanned(sums, None)
+    return _Scanned(sums, digest.digest())
 
 
-def column_mean(
+class Scan(NamedTuple):
+    """The mean of all rows, (D,) float64, and the sha256 of rows and keys in their order."""
+
+    mean: Float64
+    content: str
+
+
+def scan_files(
     files: FeatureFiles, map_blocks: MapTasks = map_here, *, refuse_zeros: bool = False
-) -> Float64:
-    """Check every value and return the mean of all rows, (D,) float64.
+) -> Scan:
+    """Check every value; return the mean of all rows and the sha256 of all rows and keys.
 
     Raises:
-        ConfigError: naming the first row with NaN, infinity, an overflowing norm or, with
-            `refuse_zeros`, only zeros. From 10 GB on it is a ValueError, found by a running job.
+        ConfigError: naming the first row with NaN, infinity, a squared norm above 1/16 of the
+            largest float32 or, with `refuse_zeros`, only zeros. From 10 GB on it is a ValueError,
+            found by a running job.
     """
-    total = np.zeros(files.dim)
-    scan = _Scan(files.dim, refuse_zeros)
-    for scanned in map_blocks(scan_group, scan, group_blocks(files.blocks(_SCAN_ROWS))):
+    total, digest = np.zeros(files.dim), hashlib.sha256()
+    checks = _Checks(files.dim, refuse_zeros)
+    for scanned in map_blocks(scan_group, checks, group_blocks(files.blocks(_SCAN_ROWS))):
         if scanned.problem:
             refusal = ConfigError if files.num_bytes < SCAN_FIRST_BYTES else ValueError
             raise refusal(scanned.problem)
         total += scanned.sums
-    return total / max(files.num_rows, 1)
+        digest.update(scanned.sha256)
+    names = [_keys_file(path) for path in files.paths]
+    keys = [None if name is None else file_sha256(name) for name in names]
+    return Scan(total / max(files.num_rows, 1), fingerprint([digest.hexdigest(), keys]))
+
+
+def column_mean(files: FeatureFiles, map_blocks: MapTasks = map_here) -> Float64:
+    """Return the mean of all rows, (D,) float64; raises like `scan_files`."""
+    return scan_files(files, map_blocks).mean
 
 
 _KEPT_FREE = 0.3

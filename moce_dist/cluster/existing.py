@@ -36,10 +36,11 @@ from moce_dist.cluster.assignments import write_assignments
 from moce_dist.cluster.blocks import (
     Block,
     FeatureFiles,
-    column_mean,
+    Scan,
     group_blocks,
     open_features,
     read_block,
+    scan_files,
 )
 from moce_dist.run.artefacts import COMPLETE, artefact_id, fingerprint, mark_complete, read_marker
 from moce_dist.run.files import write_atomic
@@ -89,7 +90,7 @@ def _check_array(path: Path, array: NDArray[Any], shape: tuple[int | None, ...])
 
 
 def open_new_features(folder: Path, clusters: PricedCentroids) -> FeatureFiles:
-    """Read the headers of features that are to be assigned to `clusters`.
+    """Read headers and keys of features that are to be assigned to `clusters`.
 
     Raises:
         ConfigError: the folder cannot be used, holds no rows, or rows of another width.
@@ -102,18 +103,16 @@ def open_new_features(folder: Path, clusters: PricedCentroids) -> FeatureFiles:
     return files
 
 
-def scan_features(
-    files: FeatureFiles, clusters: PricedCentroids, workers: Workers = HERE
-) -> Float64:
-    """Check every value of new features; return their mean, (D,).
+def scan_features(files: FeatureFiles, clusters: PricedCentroids, workers: Workers = HERE) -> Scan:
+    """Check every value of new features; return their mean and sha256.
 
     Raises:
         ConfigError: naming file and row of the first one that cannot be assigned (a ValueError
-            from 10 GB on, as in `column_mean`).
+            from 10 GB on, as in `scan_files`).
     """
     # spherical clusters have a mean of zeros; then a row of zeros has no direction
     is_spherical = clusters.view.normalise and not clusters.view.mean.any()
-    return column_mean(files, workers.map_tasks, refuse_zeros=is_spherical)
+    return scan_files(files, workers.map_tasks, refuse_zeros=is_spherical)
 
 
 class Assigned(NamedTuple):
@@ -183,16 +182,18 @@ def assign_folder(
         raise ConfigError(f"{out_dir}: holds the clusters themselves; choose another --out")
     clusters = read_clusters(clusters_dir, with_prices=with_prices)
     files = open_new_features(features_dir, clusters)
-    mean = scan_features(files, clusters, workers)
-    request = {
+    scanned = scan_features(files, clusters, workers)
+    # the request of versions that knew features by their mean only; then today's
+    by_mean = {
         "files": [(path.name, rows) for path, rows in zip(files.paths, files.rows, strict=True)],
-        "mean": mean.tobytes().hex(),
+        "mean": scanned.mean.tobytes().hex(),
         "clusters": artefact_id(clusters_dir),
         "with_prices": with_prices,
         "block_rows": block_rows,
     }
-    given = inputs or {"request": fingerprint(request)}
-    if (known := finished_summary(out_dir, given)) is not None:
+    requests = by_mean | {"content": scanned.content}, by_mean
+    given, *earlier = [inputs] if inputs else [{"request": fingerprint(r)} for r in requests]
+    if (known := finished_summary(out_dir, given, *earlier)) is not None:
         return known
     done = assign_files(files, clusters, block_rows=block_rows, workers=workers)
     summary = {

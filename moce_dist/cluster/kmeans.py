@@ -69,13 +69,14 @@ class State:
 
 
 def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
-    """Fingerprint all inputs of a result: features (by their mean), their view, config, seed."""
+    """Fingerprint all inputs of a result: features and keys, their view, config, seed."""
     files, view = matrix.files, matrix.view
     names = [path.name for path in files.paths]
     # left out at its default, so that fingerprints from before the setting existed stay valid
     not_asked = {"source"} if config.source == "features" else set()
     return fingerprint(
         {
+            **({} if matrix.content is None else {"content": matrix.content}),
             "files": list(zip(names, files.rows, strict=True)),
             "mean": view.mean.tobytes().hex(),
             "normalise": view.normalise,
@@ -84,6 +85,12 @@ def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
             "seed": seed,
         }
     )
+
+
+def accepted_requests(matrix: Matrix, config: ClusterConfig, seed: int) -> tuple[str, str]:
+    """Return `state_request`, and what it was in versions that knew features by their mean only."""
+    by_mean = replace(matrix, content=None)
+    return state_request(matrix, config, seed), state_request(by_mean, config, seed)
 
 
 def save_state(path: Path, state: State, request: str) -> None:
@@ -99,12 +106,12 @@ def save_state(path: Path, state: State, request: str) -> None:
         )
 
 
-def load_state(path: Path, request: str) -> State | None:
-    """Read the state of `request`; None where there is none or it belongs to another request."""
+def load_state(path: Path, *requests: str) -> State | None:
+    """Read the state of one of `requests`; None where there is none or it is another request's."""
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as stored:
-        if str(stored["request"]) != request:
+        if str(stored["request"]) not in requests:
             return None
         iteration, objective, is_done = stored["scalars"].tolist()
         return State(
@@ -209,14 +216,14 @@ def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
 
     Continues from a state of the same request in `state_file`, and writes it after every iteration.
     """
-    request = state_request(lloyd.matrix, lloyd.config, seed)
-    state = load_state(state_file, request) or lloyd.first_state(seed)
+    requests = accepted_requests(lloyd.matrix, lloyd.config, seed)
+    state = load_state(state_file, *requests) or lloyd.first_state(seed)
     left = range(state.iteration, lloyd.config.iterations)
     for _ in track(left, "k-means iterations at most", total=len(left)):
         if state.is_done:
             break
         state = lloyd.iterate(state)
-        save_state(state_file, state, request)
+        save_state(state_file, state, requests[0])
     return state
 
 

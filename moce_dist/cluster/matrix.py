@@ -43,7 +43,8 @@ class Matrix:
     """The features of a request, in groups of blocks, and the workers that compute on them.
 
     From `index_from` clusters on, a search on CPUs may use an index that finds the share
-    `index_recall` of the best clusters. `device` is that of the workers: cpu or cuda.
+    `index_recall` of the best clusters. `device` is that of the workers: cpu or cuda. `content` is
+    the sha256 of rows and keys (`blocks.Scan`), if it is known.
     """
 
     files: FeatureFiles
@@ -53,6 +54,7 @@ class Matrix:
     index_from: int = 2**31
     index_recall: float = 1.0
     device: str = "cpu"
+    content: str | None = None
 
     def _tasks(self, labels: Int32 | None = None, result_bytes: int = 0) -> list[SweepTask]:
         groups = group_blocks(self.files.blocks(self.block_rows), result_bytes)

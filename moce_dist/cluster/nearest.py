@@ -81,16 +81,23 @@ def search(augmented: Tensor, base: Tensor, *, num: int) -> Nearest:
     """Find the `num` clusters of least |x - c|^2 - g for rows (x, 1) of `augmented` (n, D + 1).
 
     The search runs on the device of both tensors, where the result stays.
+
+    Raises:
+        RuntimeError: a product is beyond float32, so that a row has no nearest cluster.
     """
     metric = faiss.METRIC_INNER_PRODUCT
     if augmented.is_cuda:
         # must come first: the import inside replaces faiss.knn_gpu
         resources = gpu_resources()
         found, ids = faiss.knn_gpu(resources, augmented, base, num, metric=metric)
-        return Nearest(ids, -found)
-    with _one_thread():
-        products, labels = faiss.knn(augmented.numpy(), base.numpy(), num, metric=metric)
-    return Nearest(torch.from_numpy(labels), torch.from_numpy(products).neg_())
+    else:
+        with _one_thread():
+            arrays = faiss.knn(augmented.numpy(), base.numpy(), num, metric=metric)
+        found, ids = map(torch.from_numpy, arrays)
+    # compiled code takes the ids as places of arrays, unchecked
+    if bool((ids < 0).any()):
+        raise RuntimeError("features, centroids or prices are too large for a search in float32")
+    return Nearest(ids, found.neg_())
 
 
 def build_index(

@@ -30,7 +30,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moce_dist.arrays import Float64, Int32, Int64
-from moce_dist.cluster.balance import Ascended, FixedRows, Sizes, allowed_sizes, ascend, misfits
+from moce_dist.cluster.balance import (
+    Ascended,
+    FixedRows,
+    Sizes,
+    allowed_sizes,
+    ascend,
+    fitted,
+    misfits,
+)
 from moce_dist.cluster.candidates import Border, Candidates, margins_of
 from moce_dist.cluster.exact import Finish, dual_bound, finish
 from moce_dist.cluster.kmeans import PRICE_ROUNDS, Lloyd, State
@@ -66,7 +74,11 @@ class Settled:
 
 
 def settle(lloyd: Lloyd, state: State) -> Settled:
-    """Turn the centroids of k-means into labels of the wanted sizes at the least cost."""
+    """Turn the centroids of k-means into labels of the wanted sizes at the least cost.
+
+    Raises:
+        RuntimeError: no finite prices balance the rows.
+    """
     matrix, config, centroids = lloyd.matrix, lloyd.config, state.centroids
     if config.balance == "off":
         index = matrix.sweep(centroids, state.prices).index
@@ -187,7 +199,8 @@ class _Balance:
         sizes = allowed_sizes(len(rows), len(missing), self._lloyd.config)
         for _ in range(_SEARCHES):
             found = self._matrix.candidates(self._centroids, self._prices, self._num, rows)
-            done = self._ascend(found, sizes, FixedRows(missing, np.inf))
+            fixed = FixedRows(fitted(missing, sizes.largest), np.inf)
+            done = self._ascend(found, sizes, fixed)
             if done.excess_before <= _CURRENT * len(rows):
                 break
         return found
@@ -204,6 +217,8 @@ class _Balance:
 
             done = finish(border.found, self._prices, nearest, self._sizes, border.settled)
             went = np.inf if done is None else float(np.ptp(done.prices - border.prices))
+            if len(border.rows) == self._num_rows and not np.isfinite(went):
+                raise RuntimeError("no finite prices balance the clusters")
             if done is not None and went <= border.reach:
                 border.labels[border.rows] = done.labels
                 return border.labels, done

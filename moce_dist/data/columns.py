@@ -13,8 +13,9 @@ file's metadata.
 
 These are 24 bytes per sample, plus its key.
 
-`index.json` is authoritative: it is read if `index.arrow` is missing, damaged, of another version,
-or was written for another `index.json`.
+`index.json` is authoritative: it is read if `index.arrow` is missing, truncated, of another
+version, or was written for another `index.json`. The columns themselves are not checked, because
+that would read them whole: a changed byte in one is not noticed.
 """
 
 import json

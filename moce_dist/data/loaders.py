@@ -117,14 +117,18 @@ def _begin(reasons: Any, _: int) -> None:
 
 
 def _explain(error: Exception, reasons: Any, loader: Any) -> Exception:
-    if "in DataLoader worker process" in str(error):
+    is_raised = "in DataLoader worker process" in str(error)
+    if is_raised:
         # the text is the process's traceback; its last line is type and message
-        _, _, text = str(error).strip().splitlines()[-1].partition(": ")
-        return type(error)(text)
-    reason = reasons.get() if not reasons.empty() else ""
+        _, _, reason = str(error).strip().splitlines()[-1].partition(": ")
+    else:
+        reason = reasons.get() if not reasons.empty() else ""
     has_bus_error = any(process.exitcode == -signal.SIGBUS for process in loader._workers)
+    # the process itself allocates a batch that it collates, the thread that sends it any other
     if has_bus_error or "shared memory" in reason or "</torch_" in reason:
         return _too_small()
+    if is_raised:
+        return type(error)(reason)
     if reason:
         return RuntimeError(f"a loader process ended: {reason}")
     if isinstance(error, OSError | EOFError):

@@ -9,6 +9,7 @@ Letters: B images, S side in pixels, N patches, D width.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -64,6 +65,36 @@ def describe_timm(name: str, what: str) -> EncoderInput:
     return EncoderInput(width, mean, std, framing)
 
 
+def timm_weights(name: str) -> str:
+    """Identify the weights that this version of timm takes for a model: their tag and place."""
+    import timm
+
+    given = timm.get_pretrained_cfg(name)
+    return f"{given.tag} of {given.hf_hub_id or given.url}"
+
+
+def check_timm(name: str, own: EncoderInput, what: str) -> None:
+    """Check the shape of a timm model's features without its weights, on no device.
+
+    Raises:
+        ConfigError: they are not (B, D); `what` names the model.
+    """
+    import timm
+
+    with suppress(NotImplementedError, RuntimeError), torch.device("meta"), torch.inference_mode():
+        # not all operations of all models can go without data; then the first batch is checked
+        model = timm.create_model(name, pretrained=False, num_classes=0).eval()
+        features = pooled_features(model)(torch.empty(2, 3, own.image_size, own.image_size))
+        _checked(features, 2, what)
+
+
+def _checked(features: Any, num_images: int, what: str) -> Tensor:
+    shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+    if not isinstance(features, Tensor) or features.ndim != 2 or len(features) != num_images:
+        raise ConfigError(f"{what}: gives features of {shape}, must be ({num_images}, D)")
+    return features
+
+
 def renormalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Float32, Float32]:
     """Return factor and shift, (3, 1, 1) each, to go from ImageNet's statistics to a model's."""
     given_mean, given_std, own_mean, own_std = (
@@ -82,8 +113,13 @@ class Encoder:
         device: torch.device,
         *,
         bf16: bool = False,
+        name: str = "encoder",
     ) -> None:
-        """Wrap `features`, (B, 3, S, S) to (B, D), of a model on `device` that takes `own`."""
+        """Wrap `features`, (B, 3, S, S) to (B, D), of a model on `device` that takes `own`.
+
+        `name` names it in errors.
+        """
+        self._name = name
         self.pixels = EncoderInput(own.image_size, framing=own.framing)
         self._features, self._device, self._bf16 = features, device, bf16
         difference = renormalisation(own.mean, own.std)
@@ -91,10 +127,14 @@ class Encoder:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, S, S) of any device to features (B, D) float32 on the encoder's."""
+        """Encode images (B, 3, S, S) of any device to features (B, D) float32 on the encoder's.
+
+        Raises:
+            ConfigError: the model's features have another shape.
+        """
         pixels = images.to(self._device) * self._factor + self._shift
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            return self._features(pixels).float()
+            return _checked(self._features(pixels), len(images), self._name).float()
 
 
 def mae_encoder(
@@ -128,7 +168,8 @@ def timm_encoder(
     import timm
 
     model = timm.create_model(name, pretrained=pretrained, num_classes=0)
-    return Encoder(pooled_features(_frozen(model, device)), own, device, bf16=bf16)
+    features = pooled_features(_frozen(model, device))
+    return Encoder(features, own, device, bf16=bf16, name=f"timm:{name}")
 
 
 def pooled_features(model: Any) -> Callable[[Tensor], Tensor]:

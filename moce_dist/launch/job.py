@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from moce_dist.cli import FinalError
 from moce_dist.run.names import one_line, typed
+from moce_dist.settings import ConfigError
 from moce_dist.train.job import Job, StageJob, TooManyFaultsError
 from moce_dist.train.pulse import Pulse
 
@@ -41,10 +43,11 @@ class PretrainJob(StageJob):
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a worker, in a line; final if a retry would not help."""
+    """What ended a worker, in a line."""
 
     text: str
-    is_final: bool
+    kind: type[ConfigError | FinalError] | None
+    """The error that it is for the driver; None if a retry may help."""
 
 
 def failure_of(error: Exception) -> Failure:
@@ -58,9 +61,11 @@ def failure_of(error: Exception) -> Failure:
     text = one_line(error) if says_enough else typed(error)
     if isinstance(error, OSError):
         is_lost = isinstance(error, ConnectionError | TimeoutError) or error.errno in _OF_A_NETWORK
-        return Failure(text, not is_lost)
+        return Failure(text, None if is_lost else FinalError)
+    if isinstance(error, ConfigError):
+        return Failure(text, ConfigError)
     is_final = isinstance(error, TooManyFaultsError) or not isinstance(error, RuntimeError)
-    return Failure(text, is_final or any(said in text for said in _FULL))
+    return Failure(text, FinalError if is_final or any(said in text for said in _FULL) else None)
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class StatusBoard:
 
     def failure(self) -> Failure | None:
         """Return the first failure that a retry would not cure; None if there is none."""
-        return next((failure for failure in self._failures if failure.is_final), None)
+        return next((failure for failure in self._failures if failure.kind), None)
 
     def reached(self) -> dict[str, int]:
         """Return the last step of every loop."""

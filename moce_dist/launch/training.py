@@ -77,9 +77,9 @@ class Crew:
         """Run a job to its end, on as many workers as there is room for.
 
         Raises:
-            ConfigError: the cluster's labels do not fit the groups.
-            RuntimeError: the training failed, with the error of a worker; nodes were missing for
-                too long; or workers were lost too often.
+            ConfigError: the cluster's labels do not fit the groups, or a rank refuses the request.
+            FinalError: the training failed on a rank, and would fail again.
+            RuntimeError: nodes were missing for too long, or workers were lost too often.
             StoppedError: this process got SIGTERM, or its node drains; the state is saved.
         """
         if "RANK" in os.environ or not needs_ray(job.parallel):
@@ -128,7 +128,8 @@ class Crew:
                 return
             self._start = None
             if failure := ray.get(start.board.failure.remote()):
-                raise RuntimeError(failure.text)
+                assert failure.kind is not None
+                raise failure.kind(failure.text)
             if is_terminated():
                 why = "this node drains" if _is_leaving() else "SIGTERM"
                 raise StoppedError(f"{why}; {ending.cause}")

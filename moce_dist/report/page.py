@@ -88,6 +88,7 @@ def render(record: Record, other: Record | None = None) -> str:
             }
             for start in starts_of(record.provenance)
         ],
+        last_start=record.provenance.get("time", ""),
         versions=record.provenance.get("versions", {}),
         comparison=None if other is None else compare_view(record, other),
         tiles=_tiles(record),

@@ -148,7 +148,9 @@ def open_run(root: Path, config: Config, *, fresh: bool = False) -> Run:
         "command": sys.argv,
         "time": time.strftime("%FT%TZ", time.gmtime()),
     }
-    starts = [*starts_of(known), start]
+    starts = starts_of(known)
+    if not starts or any(starts[-1].get(name) != start[name] for name in ("versions", "command")):
+        starts = [*starts, start]
     # the first start, which made the run, stays
     kept = starts[:1] + starts[1:][-_MAX_RESTARTS:]
     write_atomic(root / "provenance.json", json.dumps({**known, **start, "starts": kept}, indent=1))
@@ -184,7 +186,10 @@ def read_provenance(root: Path) -> dict[str, Any]:
 
 
 def starts_of(provenance: dict[str, Any]) -> list[dict[str, Any]]:
-    """List the starts of a run, the oldest first: versions, command and time of each."""
+    """List the starts of a run, the oldest first: versions, command and time of each.
+
+    Of consecutive starts with equal versions and command, it has the first.
+    """
     only = {k: provenance[k] for k in ("versions", "command", "time") if k in provenance}
     starts: list[dict[str, Any]] = provenance.get("starts", [only] if only else [])
     return starts

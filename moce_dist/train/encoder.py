@@ -10,6 +10,7 @@ The images of a task must pass the encoder that the clusters were made with, so 
 On a GPU matrix products follow `parallel.precision` (bfloat16); on a CPU everything is float32.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -19,15 +20,17 @@ from moce_dist.cost.sizes import FIELDS
 from moce_dist.features.encoder import (
     Encoder,
     EncoderInput,
+    check_timm,
     describe_timm,
     field_colours,
     mae_encoder,
     timm_encoder,
+    timm_weights,
 )
 from moce_dist.features.extract import EncoderSpec
 from moce_dist.model.device import choose_device
 from moce_dist.model.mae import MaskedAutoencoder
-from moce_dist.run.artefacts import file_sha256, read_marker
+from moce_dist.run.artefacts import INPUTS, file_sha256, read_marker
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import load_weights
@@ -77,11 +80,13 @@ def check_encoder(config: Config) -> None:
     """Check an encoder other than the run's own, before earlier stages spend hours.
 
     Raises:
-        ConfigError: timm has no such model, or a file's weights do not fit the configured one.
+        ConfigError: timm has no such model or its features are not (B, D), or a file's weights do
+            not fit the configured model.
     """
     encoder = config.cluster.encoder
     if encoder.startswith(_TIMM):
-        encoder_pixels(config)
+        own, what = encoder_pixels(config), f"{_FIELD} ({encoder})"
+        check_timm(encoder.removeprefix(_TIMM), own, what)
     elif encoder not in (OWN, PIXELS):
         dense_weights(config, encoder, _FIELD)
 
@@ -96,14 +101,42 @@ def encoder_id(config: Config) -> str:
     assert encoder != OWN
     if encoder == PIXELS:
         return f"{PIXELS}, {FIELDS} x {FIELDS} fields"
-    if (framing := encoder_pixels(config).framing) is not None:
-        return f"{encoder}, {framing.mode} {framing.crop_pct:g} {framing.method}"
+    if encoder.startswith(_TIMM):
+        return f"{_framed_id(config)}, {timm_weights(encoder.removeprefix(_TIMM))}"
     block = config.cluster.feature_block
     try:
         sha256 = f"sha256:{file_sha256(Path(encoder))}"
         return sha256 if block is None else f"{sha256}, block {block}"
     except OSError as error:
         raise ConfigError(f"{_FIELD} ({encoder}): {error.strerror}") from None
+
+
+def _framed_id(config: Config) -> str:
+    # all of the id of a timm model in earlier versions, which did not note its weights
+    framing = encoder_pixels(config).framing
+    assert framing is not None
+    return f"{config.cluster.encoder}, {framing.mode} {framing.crop_pct:g} {framing.method}"
+
+
+def noted_id(folder: Path, config: Config) -> str:
+    """Return `encoder_id`, in the form in which a folder of features notes the same encoder.
+
+    Raises:
+        ConfigError: as `encoder_id`.
+    """
+    now, was = encoder_id(config), _noted(folder)
+    is_same = config.cluster.encoder.startswith(_TIMM) and was == _framed_id(config)
+    return was if was is not None and is_same else now
+
+
+def _noted(folder: Path) -> str | None:
+    marker, begun = read_marker(folder), folder / INPUTS
+    if marker is not None:
+        inputs = marker["inputs"]
+    else:
+        inputs = json.loads(begun.read_text()) if begun.is_file() else {}
+    noted: str | None = inputs.get("encoder")
+    return noted
 
 
 def encoder_spec(config: Config, checkpoint: Path | None, *, identity: str = "") -> EncoderSpec:
@@ -129,12 +162,12 @@ def load_encoder(config_json: str, checkpoint: str) -> Encoder:
 
 
 def same_encoder(run: Run, config: Config) -> str:
-    """Return `encoder_id` of an encoder other than the run's MAE, after checking it.
+    """Return `noted_id` of an encoder other than the run's MAE, after checking it.
 
     Raises:
         ConfigError: it is missing, or the run's features were made with another one.
     """
-    now, marker = encoder_id(config), read_marker(run.features)
+    now, marker = noted_id(run.features, config), read_marker(run.features)
     if marker is not None and (was := marker["inputs"].get("encoder")) != now:
         raise ConfigError(
             f"cluster.encoder ({config.cluster.encoder}): is not what {run.features} was made with "

@@ -3,19 +3,20 @@
     orders --carry_out, each on its own--> outcomes --collect--> RUN/transfer/all/metrics.json
 
 An order is sent to any process that has room for it, so it holds all that it needs. If there is
-only one order, its fits may be trained on many ranks: they are a job that is sent to all ranks.
+only one order, its fits may be trained on many ranks: they are a job that is sent to all ranks. The
+rest of it is the driver's part, which a driver without a GPU leaves to a worker.
 """
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from moce_dist.cli import quiet_libraries
 from moce_dist.config import Config, ParallelConfig
-from moce_dist.run.directory import Run, set_aside
+from moce_dist.run.directory import STAGES, Run, set_aside
 from moce_dist.run.environment import is_first_process
 from moce_dist.run.files import write_atomic
 from moce_dist.run.lease import hold
@@ -23,7 +24,7 @@ from moce_dist.run.names import typed
 from moce_dist.settings import ConfigError
 from moce_dist.train.job import Job, Train
 from moce_dist.train.pulse import Pulse
-from moce_dist.transfer.continuing import TransferJob, further_jobs
+from moce_dist.transfer.continuing import FurtherJob, TransferJob, further_jobs
 from moce_dist.transfer.kinds import kind_of
 from moce_dist.transfer.request import Request
 from moce_dist.transfer.results import Ledger, suite_metrics
@@ -119,8 +120,12 @@ def train_here(job: Job) -> None:
     job.run(Pulse())
 
 
-def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, Any]:
+def carry_out(
+    run: Run, order: Order, train: Train = train_here, stages: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """List, check and compare; return the content of metrics.json, or {} on ranks other than 0.
+
+    `stages` are checkpoints that another process opened, as in `FitsJob`.
 
     Raises:
         ConfigError: the task's files are missing or wrong.
@@ -139,7 +144,7 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
             set_aside(job.folder)
         from moce_dist.transfer.compare import Comparison, compare
 
-        comparison = Comparison(order.request, run, order.config, task)
+        comparison = Comparison(order.request, run, order.config, task, stages=stages)
         comparison.take_further_steps(train)
 
         def train_fits(ledger: Ledger) -> None:
@@ -147,6 +152,63 @@ def carry_out(run: Run, order: Order, train: Train = train_here) -> dict[str, An
             train(replace(job, stages=chooser.stages, choices=chooser.choices, ledger=ledger))
 
         return {**compare(comparison, train_fits), "notes": notes}
+
+
+class _NeededError(Exception):
+    """A job has to be trained before an order can go on."""
+
+    def __init__(self, job: FitsJob | FurtherJob) -> None:
+        self.job = job
+
+
+def advance(
+    run: Run, order: Order, stages: dict[str, Any], trained: Sequence[Path]
+) -> FitsJob | FurtherJob | dict[str, Any]:
+    """Carry out an order up to its next training, and return the job; at its end, the metrics.
+
+    What was finished is found again by the next call, under the same `stages`. `trained` has the
+    folders of the jobs that calls before have returned.
+
+    Raises:
+        ConfigError: see `carry_out`.
+    """
+
+    def hand_back(job: Job) -> None:
+        assert isinstance(job, FitsJob | FurtherJob)
+        if job.folder not in trained:
+            raise _NeededError(job)
+
+    try:
+        return carry_out(run, order, hand_back, stages)
+    except _NeededError as needed:
+        return needed.job
+
+
+def carry_out_away(
+    run: Run, order: Order, train: Train, call: Callable[..., Any]
+) -> dict[str, Any]:
+    """Carry out an order like `carry_out`, with all but the training elsewhere.
+
+    `call(job, function, *arguments)` calls a function in another process, which may write where
+    this one does.
+
+    Raises:
+        ConfigError: the task's files are missing or wrong.
+    """
+    job, trained = FitsJob(run, order.config, order.request), list[Path]()
+    quiet_libraries()
+    list_task(order.request, order.config)
+    from moce_dist.transfer.choosing import open_stage
+
+    with hold(job.folder):
+        order = _begun(run, order)
+        stages = {name: open_stage(run, name) for name in STAGES}
+        while not isinstance(found := call(job, advance, run, order, stages, trained), dict):
+            # further steps have a lock of their own, as in `take_further_steps`
+            with hold(found.folder.parent if isinstance(found, FurtherJob) else found.folder):
+                train(found)
+            trained.append(found.folder)
+    return found
 
 
 def prepare(run: Run, orders: Sequence[Order], train: Train) -> list[Order]:

@@ -1,4 +1,4 @@
-"""What a submitted job meets: its wrapper, and a head that goes.
+"""What a submitted job meets: its wrapper, a head without a GPU, and a head that goes.
 
 The clusters are Ray's own, of raylets on this machine.
 """
@@ -43,7 +43,7 @@ def finish(client, *words, timeout_s=200):
     return client.get_job_status(job), client.get_job_logs(job)
 
 
-def test_only_a_wrong_request_ends_a_submitted_job_for_good(head, tmp_path):
+def test_only_what_another_try_would_not_cure_ends_a_submitted_job_for_good(head, tmp_path):
     client = JobSubmissionClient(f"http://{head.webui_url}")
     pretrain = ROOT / "jobs" / "pretrain.py"
     wrong = finish(client, pretrain, "--set", "moe.experts=4")
@@ -52,10 +52,35 @@ def test_only_a_wrong_request_ends_a_submitted_job_for_good(head, tmp_path):
     assert "error: moe.experts = 4: unknown key" in wrong[1]
     assert "the request is wrong, so the job is stopped and not tried again" in wrong[1]
     script = tmp_path / "job.py"
+    script.write_text("raise SystemExit(3)")
+    final = finish(client, script)
+    assert final[0] == JobStatus.STOPPED, final
+    assert "another try would fail in the same way, so the job is stopped" in final[1]
     script.write_text("raise SystemExit(1)")
     assert finish(client, script)[0] == JobStatus.FAILED
-    right = finish(client, pretrain, "--run", tmp_path / "run", "--dry-run")
+    quickstart = ("--config", ROOT / "configs" / "quickstart.yaml")
+    right = finish(client, pretrain, *quickstart, "--run", tmp_path / "run", "--dry-run")
     assert right[0] == JobStatus.SUCCEEDED and str(tmp_path / "run") in right[1]
+
+
+def test_a_head_without_a_gpu_leaves_the_images_of_a_task_to_a_worker(
+    head, start, part_of, monkeypatch
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    # said to be there: what it would compute, the node's processor does
+    head.add_node(num_cpus=2, num_gpus=1)
+    run = part_of(*READY, "moce")
+    few = [f"transfer.{part}" for part in ("max_train=64", "finetune.epochs=1")]
+    sets = [word for part in (*few, "parallel.num_workers=1") for word in ("--set", part)]
+    command = ("--run", run, "--task", "digits", "--protocol", "knn,finetune", "--backbone", "moce")
+    job = start("transfer", *command, *sets, env={"RAY_ADDRESS": head.address})
+    result = job.finish().assert_done()
+    log = (run / "transfer" / "digits" / "log.txt").read_text()
+    for protocol in ("knn", "finetune"):
+        (said,) = [line for line in log.splitlines() if line.startswith(f"moce {protocol} seed 0")]
+        assert result.err.count(said) == 1
+    metrics = json.loads((run / "transfer" / "digits" / "metrics.json").read_text())
+    assert {row["protocol"] for row in metrics["results"]} == {"knn", "finetune"}
 
 
 def test_a_driver_whose_node_drains_has_its_workers_save_and_leaves(

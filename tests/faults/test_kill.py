@@ -132,7 +132,7 @@ def test_a_disk_that_fills_ends_the_job_at_once_and_with_space_the_same_command_
             while True:
                 file.write(bytes(4096))
         result = job.finish()
-        result.assert_refused(1, "No space left on device", run)
+        result.assert_refused(3, "No space left on device", run)
         assert "failure 1 of" not in result.err
         (disk / "fill").unlink()
         result = start("pretrain", *command).finish().assert_done()

@@ -9,12 +9,16 @@ import torch
 from mixtures import transform
 from sklearn.metrics import normalized_mutual_info_score
 
+from moce_dist.cluster import assign
 from moce_dist.cluster.assign import assign_features, make_clusters, read_centroids, run_clustering
 from moce_dist.cluster.assignments import read_assignments
-from moce_dist.cluster.blocks import View, column_mean, open_features
+from moce_dist.cluster.blocks import View, column_mean, open_features, scan_files
 from moce_dist.cluster.domains import domain_figures
+from moce_dist.cluster.kmeans import state_request
+from moce_dist.cluster.matrix import Matrix
 from moce_dist.config import ClusterConfig
-from moce_dist.run.artefacts import is_complete
+from moce_dist.run.artefacts import is_complete, mark_complete
+from moce_dist.run.tasks import map_here
 from moce_dist.settings import ConfigError
 
 
@@ -116,11 +120,100 @@ def test_another_request_is_refused_unless_a_stage_says_what_it_is_made_from(tmp
     assert clustered(tmp_path, seed=2, inputs={"features": "y"})["seed"] == 2
 
 
-def test_keys_that_do_not_fit_their_file_are_named(tmp_path):
+def other_order(features):
+    rows = np.load(features / "s1.npy")
+    np.save(features / "s1.npy", rows[::-1].copy())
+
+
+def other_keys(features):
+    keys = json.loads((features / "s1.keys.json").read_text())
+    (features / "s1.keys.json").write_text(json.dumps(keys[::-1]))
+
+
+def no_keys(features):
+    (features / "s1.keys.json").unlink()
+
+
+@pytest.mark.parametrize("change", [other_order, other_keys, no_keys])
+def test_a_result_is_not_that_of_other_rows_or_keys(tmp_path, change):
     run_features(tmp_path / "features")
-    (tmp_path / "features" / "s1.keys.json").write_text('["one"]')
-    with pytest.raises(ConfigError, match=r"s1\.keys\.json: holds 1 keys for 40 rows"):
+    first = clustered(tmp_path)
+    assert clustered(tmp_path) == first
+    change(tmp_path / "features")
+    with pytest.raises(ConfigError, match="another request"):
         clustered(tmp_path)
+
+
+def test_a_result_of_a_version_that_knew_features_by_their_mean_is_left(tmp_path):
+    run_features(tmp_path / "features")
+    first, out = clustered(tmp_path), tmp_path / "clusters"
+    files = open_features(tmp_path / "features")
+    view = View(column_mean(files).astype(np.float32), normalise=True)
+    config = ClusterConfig(num_clusters=3, block_rows=32)
+    request = state_request(Matrix(files, view, 32, map_here), config, 1)
+    assert not is_complete(out, {"request": request})
+    mark_complete(out, {"request": request}, [out / "summary.json"])
+    assert clustered(tmp_path) == first and is_complete(out, {"request": request})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('["one"]', "holds 1 keys for 40 rows"),
+        ('["one", "t', "is no readable list of keys"),
+        (json.dumps({str(i): i for i in range(40)}), "must be a list of strings"),
+        (json.dumps(list(range(40))), "must be a list of strings"),
+        (json.dumps([f"k{i % 39}" for i in range(40)]), "holds the key k0 2 times"),
+    ],
+)
+def test_unusable_keys_are_named_before_anything_is_computed(tmp_path, monkeypatch, text, message):
+    run_features(tmp_path / "features")
+    (tmp_path / "features" / "s1.keys.json").write_text(text)
+    for name in ("scan_files", "kmeans"):
+        monkeypatch.setattr(assign, name, None)
+    with pytest.raises(ConfigError, match=rf"s1\.keys\.json: {message}"):
+        clustered(tmp_path)
+
+
+def test_two_files_may_have_the_same_key(tmp_path):
+    run_features(tmp_path / "features")
+    keys = (tmp_path / "features" / "s0.keys.json").read_text()
+    (tmp_path / "features" / "s1.keys.json").write_text(keys)
+    clustered(tmp_path)
+    table = pq.read_table(tmp_path / "clusters" / "assignments.parquet")
+    assert table["key"].to_pylist()[:40] == table["key"].to_pylist()[40:80]
+
+
+LIMIT = float(np.sqrt(np.finfo(np.float32).max / 16))
+
+
+@pytest.mark.parametrize("size", [1.01 * LIMIT, 1.5e19])
+def test_rows_too_large_for_distances_in_float32_are_named(tmp_path, size):
+    rows = run_features(tmp_path / "features").astype(np.float32)[:40]
+    rows[7, 2] = size
+    np.save(tmp_path / "features" / "s2.npy", rows)
+    with pytest.raises(ConfigError, match=r"s2\.npy: row 7: .* above 2\.13e\+37, 1/16 of"):
+        clustered(tmp_path, subtract_mean=False)
+
+
+def test_rows_just_below_the_limit_are_clustered(tmp_path):
+    rows = run_features(tmp_path / "features").astype(np.float32)[:40]
+    rows[[7, 9], 2] = 0.99 * LIMIT, -0.99 * LIMIT
+    np.save(tmp_path / "features" / "s2.npy", rows)
+    assert clustered(tmp_path, subtract_mean=False)["size_max"] == 40
+
+
+def test_sha256_of_all_rows_follows_their_bytes_and_order_alone(tmp_path):
+    rows = np.random.default_rng(0).standard_normal((20_000, 3)).astype(np.float32)
+
+    def content(rows):
+        np.save(tmp_path / "a.npy", rows)
+        return scan_files(open_features(tmp_path)).content
+
+    first, swapped = content(rows), rows.copy()
+    swapped[[0, -1]] = rows[[-1, 0]]
+    assert content(np.asfortranarray(rows)) == first
+    assert content(swapped) != first
 
 
 def test_agreement_with_domains_is_that_of_scikit_learn():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moce_dist.cluster.balance import Ascent, Sizes, allowed_sizes, ascend
+from moce_dist.cluster.balance import Ascent, FixedRows, Sizes, allowed_sizes, ascend, fitted
 from moce_dist.cluster.candidates import Candidates
 from moce_dist.config import ClusterConfig
 
@@ -125,3 +125,25 @@ def test_ascent_ends_when_only_a_next_search_can_help(monkeypatch):
     done = ascend(found, np.zeros(4), Sizes(225, 225), rounds=1000)
     assert 0 < len(rounds) < 30
     assert done.excess == pytest.approx(225, abs=0.05 * done.excess_before)
+
+
+def test_fixed_rows_are_cut_to_what_a_cluster_holds_so_prices_stay_finite():
+    distances = np.random.default_rng(0).random((4, 40)).astype(np.float32)
+    found = Candidates(np.tile(np.arange(4, dtype=np.int32), (40, 1)), distances.T.copy())
+    fixed = FixedRows(fitted(np.array([11, -4, -4, -3]), 10), np.inf)
+    assert fixed.counts.sum() == 0 and fixed.counts.max() == 10
+    done = ascend(found, np.zeros(4), Sizes(10, 10), rounds=20, fixed=fixed)
+    assert np.isfinite(done.prices).all()
+
+
+def test_cut_rows_go_where_there_is_room():
+    draws = np.random.default_rng(0)
+    for _ in range(200):
+        counts = draws.integers(-30, 30, 7)
+        counts[0] -= max(counts.sum() - 7 * 12, 0)
+        cut = fitted(counts, 12)
+        assert cut.sum() == counts.sum() and cut.max() <= 12
+        assert (cut[counts <= 12] >= counts[counts <= 12]).all()
+    assert fitted(np.array([3, -3]), 3).tolist() == [3, -3]
+    with pytest.raises(ValueError, match="5 fixed rows do not fit 2 x 2 places"):
+        fitted(np.array([5, 0]), 2)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from mixtures import brute_force, matrix_of, mixture
 
+from moce_dist.cluster import settle as settling
 from moce_dist.cluster.balance import FixedRows, Sizes, ascend
 from moce_dist.cluster.candidates import Candidates, margins_of
-from moce_dist.cluster.exact import finish
+from moce_dist.cluster.exact import Finish, finish
 from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.settle import settle
@@ -220,3 +221,16 @@ def test_a_cluster_whose_rows_all_stay_is_no_endless_search():
     settled = np.array([6, 0])
     done = finish(found, np.array([-5.0, 0.0]), search, Sizes(4, 4), settled)
     assert done is None and asked
+
+
+@pytest.mark.parametrize("price", [None, np.nan, -np.inf])
+def test_without_finite_prices_the_search_ends(tmp_path, monkeypatch, price):
+    def no_finish(found, prices, *given):
+        moved = prices + np.array([price or 0.0, 0, 0])
+        return price and Finish(found.ids[:, 0].astype(np.int64), moved, 0, 0, 0)
+
+    lloyd = lloyd_of(tmp_path, mixture(300, 2, 3), ClusterConfig(num_clusters=3, iterations=2))
+    state = kmeans(lloyd, seed=0, state_file=tmp_path / "state.npz")
+    monkeypatch.setattr(settling, "finish", no_finish)
+    with pytest.raises(RuntimeError, match="no finite prices"):
+        settle(lloyd, state)

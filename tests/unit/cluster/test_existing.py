@@ -15,9 +15,16 @@ from mixtures import transform
 from moce_dist.cluster import assignments
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.cluster.assignments import read_assignments
+from moce_dist.cluster.blocks import column_mean, open_features
 from moce_dist.cluster.existing import assign_files, assign_folder, open_new_features, read_clusters
 from moce_dist.config import ClusterConfig
-from moce_dist.run.artefacts import is_complete, mark_complete, read_marker
+from moce_dist.run.artefacts import (
+    artefact_id,
+    fingerprint,
+    is_complete,
+    mark_complete,
+    read_marker,
+)
 from moce_dist.run.tasks import Workers
 from moce_dist.settings import ConfigError
 
@@ -119,6 +126,8 @@ def test_same_bits_on_1_and_2_workers(tmp_path, clusters, two_workers):
     run(tmp_path / "two", workers=two_workers)
     one, two = ((tmp_path / n / "assignments.parquet").read_bytes() for n in ("one", "two"))
     assert one == two
+    # and the same request
+    assert read_marker(tmp_path / "one")["inputs"] == read_marker(tmp_path / "two")["inputs"]
 
 
 def test_features_are_never_in_memory_together(tmp_path):
@@ -167,10 +176,48 @@ def test_a_finished_request_is_left_and_another_one_refused(tmp_path, clusters):
         assign_folder(features, clusters, clusters, block_rows=64)
 
 
+def other_order(features):
+    np.save(features / "s1.npy", np.load(features / "s1.npy")[::-1].copy())
+
+
+def other_keys(features):
+    keys = json.loads((features / "s1.keys.json").read_text())
+    (features / "s1.keys.json").write_text(json.dumps(keys[::-1]))
+
+
+@pytest.mark.parametrize("change", [other_order, other_keys])
+def test_a_result_is_not_that_of_other_rows_or_keys(tmp_path, clusters, change):
+    features, out = save(tmp_path / "new", mixture(5)), tmp_path / "out"
+    assign_folder(features, clusters, out, block_rows=64)
+    change(features)
+    with pytest.raises(ConfigError, match="another request"):
+        assign_folder(features, clusters, out, block_rows=64)
+
+
+def test_a_result_of_a_version_that_knew_features_by_their_mean_is_left(tmp_path, clusters):
+    features, out = save(tmp_path / "new", mixture(5)), tmp_path / "out"
+    first = assign_folder(features, clusters, out, block_rows=64)
+    files = open_features(features)
+    request = {
+        "files": [(path.name, rows) for path, rows in zip(files.paths, files.rows, strict=True)],
+        "mean": column_mean(files).tobytes().hex(),
+        "clusters": artefact_id(clusters),
+        "with_prices": False,
+        "block_rows": 64,
+    }
+    mark_complete(out, {"request": fingerprint(request)}, [out / "summary.json"])
+    assert assign_folder(features, clusters, out, block_rows=64) == first
+
+
 def not_a_number(new, _):
     rows = np.load(new / "s1.npy")
     rows[17, 2] = np.nan
     np.save(new / "s1.npy", rows)
+
+
+def a_key_twice(new, _):
+    keys = json.loads((new / "s1.keys.json").read_text())
+    (new / "s1.keys.json").write_text(json.dumps([*keys[:-1], keys[4]]))
 
 
 def other_width(new, _):
@@ -224,6 +271,7 @@ def without_direction(new, clusters):
     ("change", "message"),
     [
         (not_a_number, r"s1\.npy: row 17: NaN"),
+        (a_key_twice, r"s1\.keys\.json: holds the key domain0/1-4 2 times"),
         (other_width, r"s0\.npy: has width 4, the centroids have 6"),
         (truncated, r"s1\.npy: is not a readable"),
         (without_rows, r"new: holds no rows"),

@@ -108,6 +108,14 @@ def test_dry_run_shows_the_plan_and_writes_nothing(features, tmp_path):
     assert not out.exists()
 
 
+def test_dry_run_names_keys_that_cannot_be_used(features, tmp_path):
+    (features / "b.keys.json").write_text('["a", "b')
+    flags = ("--features", features, "--num-clusters", 4, "--out", tmp_path / "out", "--dry-run")
+    done = run_here("cluster", *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and "b.keys.json: is no readable" in done.stderr
+
+
 def test_run_keeps_its_configuration_and_refuses_another_one(tmp_path):
     config = load_config(None, ["cluster.num_clusters=8", "data.source=folder:/images"])
     open_run(tmp_path / "run", config)

@@ -9,7 +9,16 @@ import torch
 from mixtures import brute_force, matrix_of, mixture
 
 from moce_dist.cluster.blocks import group_blocks
-from moce_dist.cluster.kmeans import Lloyd, draw_rows, draw_sample, kmeans, split_empty
+from moce_dist.cluster.kmeans import (
+    Lloyd,
+    State,
+    draw_rows,
+    draw_sample,
+    kmeans,
+    save_state,
+    split_empty,
+    state_request,
+)
 from moce_dist.cluster.nearest import (
     build_index,
     make_base,
@@ -41,6 +50,27 @@ def test_priced_search_is_brute_force_argmin(shift):
     np.testing.assert_allclose(taken, order, atol=0.02 if shift else 1e-4)
     squares = (rows.astype(np.float64) ** 2).sum(axis=1, keepdims=True)
     np.testing.assert_allclose(found.priced.numpy() + squares, order, atol=0.02 if shift else 1e-4)
+
+
+def test_a_search_beyond_float32_is_refused():
+    # the ids of FAISS would be -1
+    rows = with_ones(np.full((3, 4), -1e20))
+    with pytest.raises(RuntimeError, match="too large for a search in float32"):
+        search(rows, torch.full((2, 5), 1e20), num=2)
+
+
+def test_iterations_of_a_version_that_knew_features_by_their_mean_go_on(tmp_path):
+    by_mean = matrix_of(tmp_path / "features", mixture(300, 4, 3))
+    config, file = ClusterConfig(num_clusters=3, iterations=5), tmp_path / "state.npz"
+    matrix = replace(by_mean, content="sha256 of rows and keys")
+    sample = draw_sample(matrix, 3, 0, tmp_path / "sample.npy")
+    done = State(np.ones((3, 4)), np.zeros(3), 4, 1.0, is_done=True)
+    save_state(file, done, state_request(by_mean, config, 0))
+    assert kmeans(Lloyd(matrix, sample, config), seed=0, state_file=file).iteration == 4
+    # but not those of a version that knew others
+    known = replace(by_mean, content="another")
+    save_state(file, done, state_request(known, config, 0))
+    assert kmeans(Lloyd(matrix, sample, config), seed=0, state_file=file).iteration != 4
 
 
 @pytest.mark.parametrize(("recall", "num"), [(0.6, 1), (0.9, 1), (0.9, 8), (0.99, 8)])

@@ -200,7 +200,8 @@ def test_dry_run_of_an_index_counts_its_images_and_a_dense_run_has_no_experts(tm
     source = ("--source", f"folder:{tmp_path / 'images'}", "--set", "data.holdout_fraction=0")
     assert run_here("ingest", *source, "--out", index).returncode == 0
     flags = ("--set", f"data.source=index:{index}", "--set", "moe.kind=dense", "--dry-run")
-    done = run_here("pretrain", "--run", tmp_path / "run", *flags)
+    quickstart = "configs/quickstart.yaml"
+    done = run_here("pretrain", "--config", quickstart, "--run", tmp_path / "run", *flags)
     assert done.returncode == 0, done.stderr
     assert "for 20 images" in done.stdout.splitlines()[-1]
     assert "experts of a layer" not in done.stdout

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import Dataset
@@ -60,24 +61,43 @@ def test_an_error_is_the_one_of_the_process_in_a_line(tmp_path):
     assert str(caught.value) == f"[Errno 21] Is a directory: '{tmp_path}'"
 
 
+class Arrays(Dataset):
+    """Images as numpy arrays, of which a loader process makes a batch in shared memory."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return np.zeros((3, 256, 256), np.float32)
+
+
+def collated():
+    return list(load(Arrays(), 2, batch_size=4, stall_s=100))
+
+
 SMALL = """
 import time
-import torch
-from test_loaders import batches
+from test_loaders import batches, collated
 begin = time.monotonic()
 try:
-    batches(size=2**20, stall_s=100)
+    {call}
 except OSError as error:
-    print(f"{error.errno} {error.filename} {error.strerror}", time.monotonic() - begin < 30)
+    print(error.errno, error.filename, error.strerror, time.monotonic() - begin < 30)
 """
+SEND = "batches(size=2**20, stall_s=100)"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root for a /dev/shm of its own")
-@pytest.mark.parametrize("size", ["1m", "4k"], ids=["for a batch", "for a lock"])
-def test_small_shared_memory_is_named_at_once(size):
+@pytest.mark.parametrize(
+    ("size", "call"),
+    [("1m", SEND), ("1m", "collated()"), ("4k", SEND)],
+    ids=["to send a batch", "to collate a batch", "for a lock"],
+)
+def test_small_shared_memory_is_named_at_once(size, call):
     mount = f"mount -t tmpfs -o size={size} tmpfs /dev/shm"
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable, SMALL],
+        ["unshare", "-m", "sh", "-c", f'{mount} && exec "$0" -c "$1"', sys.executable,
+         SMALL.format(call=call)],
         capture_output=True, text=True, cwd=os.path.dirname(__file__), check=False,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip

@@ -31,7 +31,7 @@ from moce_dist.data.shards import Shard, ShardIndex, read_index, write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.features import decoding, extract
 from moce_dist.features.decoding import Framing, framed_image
-from moce_dist.features.encoder import EncoderInput, describe_timm, timm_encoder
+from moce_dist.features.encoder import Encoder, EncoderInput, describe_timm, timm_encoder
 from moce_dist.features.extract import (
     EncoderSpec,
     FeatureJob,
@@ -40,6 +40,7 @@ from moce_dist.features.extract import (
     feature_names,
 )
 from moce_dist.run.files import read_faults
+from moce_dist.settings import ConfigError
 
 ROOT = Path(__file__).parents[3]
 SIZE = 16
@@ -103,6 +104,27 @@ def job_of(folder, shard, **more):
         "batch_size": 4,
     }
     return FeatureJob(**{**arguments, **more})
+
+
+def build_unpooled():
+    """An encoder that gives three vectors per image."""
+    own = EncoderInput(SIZE)
+    return Encoder(lambda images: torch.zeros(len(images), 3, 4), own, torch.device("cpu"))
+
+
+def test_features_that_are_no_rows_are_refused_with_the_first_batch(tmp_path, monkeypatch):
+    seen = []
+
+    def counted(content, side, framing):
+        seen.append(side)
+        return framed_image(content, side, framing)
+
+    monkeypatch.setattr(decoding, "framed_image", counted)
+    shard = shard_of(tmp_path, map(png, range(30)))
+    message = r"encoder: gives features of \(4, 3, 4\), must be \(4, D\)"
+    with pytest.raises(ConfigError, match=message):
+        extract_shard(job_of(tmp_path, shard, encoder=EncoderSpec(build_unpooled)))
+    assert not list((tmp_path / "features").glob("*.npy")) and len(seen) < 30
 
 
 def test_rows_are_the_encoders_features_in_the_order_of_the_keys(tmp_path):

@@ -42,8 +42,17 @@ def rays(rendered):
     """The RayCluster or RayJob of every overlay and job: {name: document}."""
     found = {}
     for name, documents in rendered.items():
-        if not name.startswith("setup"):
+        if name.startswith(("overlays", "jobs")):
             (found[name],) = documents
+    return found
+
+
+@pytest.fixture(scope="session")
+def files(rendered):
+    """The pod that files are copied through, with a volume of images and without: {name: pod}."""
+    found = {}
+    for name in ("files", "files+s3"):
+        (found[name],) = rendered[name]
     return found
 
 

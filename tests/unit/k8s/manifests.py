@@ -1,8 +1,8 @@
 """Rendering k8s/ with kubectl's own kustomize, and walking what came out.
 
 A rendering is named by what it is made of: `setup/kueue`, `overlays/gpu+spot`,
-`jobs/pretrain+spot+kueue`. Combinations are written as a user would write them: components before
-`rayjob`, in a copy of k8s/.
+`jobs/pretrain+spot+kueue`, `files+s3`. Combinations are written as a user would write them:
+components before `rayjob`, in a copy of k8s/.
 """
 
 import itertools
@@ -111,7 +111,13 @@ def render_all(scratch):
     with ThreadPoolExecutor(4) as pool:
         rendered = pool.map(partial(render_batch, copy), range(len(batches)), batches)
         found = dict(zip(folders, itertools.chain(*rendered), strict=True))
-    return {name: kustomize(copy / name) for name in SETUPS} | found
+    with_s3 = copy / "files+s3"
+    shutil.copytree(copy / "files", with_s3)
+    written = yaml.safe_load((with_s3 / "kustomization.yaml").read_text())
+    written["components"] = ["../components/s3"]
+    (with_s3 / "kustomization.yaml").write_text(yaml.safe_dump(written))
+    alone = (*SETUPS, "files", "files+s3")
+    return {name: kustomize(copy / name) for name in alone} | found
 
 
 def is_custom(document):
@@ -121,13 +127,16 @@ def is_custom(document):
 
 
 def cluster_of(document):
-    """Return the cluster's specification in a RayCluster or a RayJob."""
+    """Return the cluster's specification in a RayCluster or a RayJob; that of a pod."""
     spec = document["spec"]
     return spec["rayClusterSpec"] if document["kind"] == "RayJob" else spec
 
 
 def templates(document):
-    """Yield every pod template of a RayCluster or RayJob, with its name."""
+    """Yield every pod template of a RayCluster or RayJob, with its name; a pod as it is."""
+    if document["kind"] == "Pod":
+        yield "files", document
+        return
     cluster = cluster_of(document)
     yield "head", cluster["headGroupSpec"]["template"]
     for group in cluster.get("workerGroupSpecs", []):

@@ -10,8 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
+import pathspec
 import pytest
 import yaml
 from manifests import ROOT, cluster_of, containers, is_custom, templates
@@ -20,8 +22,8 @@ from plants import unplanted
 CHECKOV = Path(sys.prefix) / "checkov" / "bin" / "checkov"
 DOCKERFILE = ROOT / "k8s" / "Dockerfile"
 EXCUSED = {
-    "CKV_K8S_8": "the operator adds liveness probes",
-    "CKV_K8S_9": "the operator adds readiness probes",
+    "CKV_K8S_8": "the operator adds liveness probes; the pod for files has nothing that could hang",
+    "CKV_K8S_9": "the operator adds readiness probes; the pod for files serves nobody",
     "CKV_K8S_43": "no digest can be known before an image is built: k8s/README.md, Image",
     "CKV_K8S_15": "follows from the digest: with one, pulling always would gain nothing",
 }
@@ -64,7 +66,7 @@ def plant_setup(documents):
 
 
 @pytest.fixture(scope="module")
-def failed(rays, rendered, tmp_path_factory):
+def failed(rays, files, rendered, tmp_path_factory):
     """Checks that failed: {file: ids}."""
     if not CHECKOV.exists():
         pytest.skip(f"{CHECKOV} is not there: make setup")
@@ -74,7 +76,8 @@ def failed(rays, rendered, tmp_path_factory):
         "growing": [n for n in rays if "ipc-lock" not in n and "autoscaling" in n],
         "root": [n for n in rays if "ipc-lock" in n],
     }
-    written = {kind: flatten(rays, names) for kind, names in kinds.items()}
+    kinds["files"] = [*files]
+    written = {kind: flatten(rays | files, names) for kind, names in kinds.items()}
     written["planted"] = [plant(written["plain"][0])]
     written["setup"] = [
         document
@@ -102,6 +105,10 @@ def failed(rays, rendered, tmp_path_factory):
 
 def test_pods_fail_no_check_but_the_excused(failed):
     assert failed["plain"] == set(EXCUSED)
+
+
+def test_the_pod_for_files_fails_no_other(failed):
+    assert failed["files"] == set(EXCUSED)
 
 
 def test_pods_of_an_autoscaled_cluster_fail_one_more(failed):
@@ -148,10 +155,10 @@ def breaches(template):
             yield "capabilities.add"
 
 
-def test_namespace_admits_every_pod_but_those_as_root(rays, rendered):
+def test_namespace_admits_every_pod_but_those_as_root(rays, files, rendered):
     (namespace,) = [d for d in rendered["setup"] if d["kind"] == "Namespace"]
     assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    for name, document in rays.items():
+    for name, document in (rays | files).items():
         found = {breach for _, template in templates(document) for breach in breaches(template)}
         as_root = {"runAsNonRoot", "runAsUser", "capabilities.add"}
         assert found == (as_root if "ipc-lock" in name else set()), name
@@ -166,8 +173,8 @@ def tokens(document):
             yield f"{group}: token"
 
 
-def test_only_a_head_with_an_autoscaler_gets_a_token(rays):
-    for name, document in rays.items():
+def test_only_a_head_with_an_autoscaler_gets_a_token(rays, files):
+    for name, document in (rays | files).items():
         assert list(tokens(document)) == [], name
 
 
@@ -214,29 +221,48 @@ def test_dockerfile_follows_hadolints_rules_and_a_breach_is_caught():
     assert "DL3002" in hadolint(text.replace("USER 10001:10001", "USER root"))
 
 
+def left_out(ignore, name):
+    """Tell whether a file of patterns leaves out what lies in a folder, or a file."""
+    patterns = (ROOT / ignore).read_text().splitlines()
+    return pathspec.PathSpec.from_lines("gitignore", patterns).match_file(name)
+
+
 def mistakes(text, rays):
     """Yield what is wrong with the image for its users, beyond hadolint's rules."""
     if not re.search(r"^ARG BASE_IMAGE$", text, re.M) or "sha256:..." not in text:
         yield "the builder does not pin the base"
     if not re.search(r"^USER 10001", text, re.M):
         yield "not an unprivileged user by number"
-    if text.count("'.[s3]'") != 2:
-        yield "a variant cannot read buckets"
+    offered = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for variant, needed in {"gpu": {"s3", "device", "onnx"}, "cpu": {"s3", "onnx"}}.items():
+        stage = text.partition(f" AS environment-{variant}\n")[2].partition("\nFROM ")[0]
+        named = set("".join(re.findall(r"^ARG EXTRAS=(\S+)$", stage, re.M)).split(","))
+        if not needed <= named <= offered["optional-dependencies"].keys():
+            yield f"optional packages of a variant: {variant}"
+        if '".[${EXTRAS}]"' not in stage:
+            yield f"a variant that leaves out its optional packages: {variant}"
     pairs = re.findall(r"^COPY (?!--from)(.+) (\S+)$", text, re.M)
     for name in " ".join(sources for sources, _ in pairs).split():
         if not (ROOT / name).exists():
             yield f"copies what is not there: {name}"
+        if left_out(".dockerignore", name):
+            yield f"copies what the context leaves out: {name}"
     inside = re.findall(r"^COPY (?!--from).+ (\S+)$", text.rpartition("\nFROM ")[2], re.M)
     for document in rays.values():
         for path in re.findall(r"/app/(\S+)", document["spec"].get("entrypoint", "")):
             if not any(path == name or path.startswith(f"{name}/") for name in inside):
                 yield f"an entrypoint is not in it: {path}"
+    if "tests/gpu" not in inside:
+        yield "the proof of a GPU is not in it"
 
 
 IMAGE_PLANTS = {
     "the builder does not pin": ("ARG BASE_IMAGE\nARG", "ARG BASE_IMAGE=python:3.12\nARG"),
     "not an unprivileged user": ("USER 10001:10001", "USER ray"),
-    "a variant cannot read": ("'.[s3]' \\", "'.' \\"),
+    "optional packages of a variant": ("EXTRAS=s3,device,onnx", "EXTRAS=s3,onnx,devices"),
+    "a variant that leaves out": ('".[${EXTRAS}]" \\', "'.' \\"),
+    "copies what the context": ("COPY tests/gpu tests/gpu", "COPY tests/gpu tests/laws tests/gpu"),
+    "the proof of a GPU": ("COPY tests/gpu tests/gpu\n", ""),
     "copies what is not there": ("COPY configs configs", "COPY configs recipes configs"),
     "an entrypoint is not in it": ("COPY jobs jobs\n", "COPY jobs tasks\n"),
 }
@@ -252,6 +278,14 @@ def test_planted_mistakes_of_the_image_are_caught(rays, words):
     assert right in text
     found = list(mistakes(text.replace(right, wrong, 1), rays))
     assert found and all(complaint.startswith(words) for complaint in found)
+
+
+@pytest.mark.parametrize("ignore", [".dockerignore", ".rayignore"])
+def test_uploads_hold_the_proof_of_a_gpu_and_no_other_test(ignore):
+    names = [f"{folder}/{name}" for folder in ("tests/gpu", "jobs") for name in ("prove.py", "x")]
+    assert not any(left_out(ignore, name) for name in (*names, "tests/gpu"))
+    for name in ("tests/unit", "tests/conftest.py", "tests/laws", "runs/a", ".git/config"):
+        assert left_out(ignore, name), name
 
 
 def test_every_mistake_of_the_image_has_a_plant():

@@ -8,6 +8,7 @@ import tomllib
 import pytest
 from job_commands import TRAINING, job_config, words_of
 from manifests import (
+    JOBS,
     K8S,
     ROOT,
     amount,
@@ -17,7 +18,7 @@ from manifests import (
     operator_pods,
     templates,
 )
-from plants import unplanted
+from plants import complaints, unplanted
 
 LOCKED = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
@@ -116,6 +117,39 @@ def tight(document):
 def test_shared_memory_and_disks_hold_what_is_put_there(rays):
     for name, document in rays.items():
         assert list(tight(document)) == [], name
+
+
+def overfull(document, config):
+    """Yield a pod whose shared memory is too small for the batches that its loaders read ahead.
+
+    The driver's part of a transfer is that of a worker where workers have a GPU and the head none.
+    """
+    cluster = cluster_of(document)
+    (workers,) = cluster["workerGroupSpecs"]
+    slots = int(limits_of(workers).get("nvidia.com/gpu", 0))
+    encodes = workers if slots else cluster["headGroupSpec"]
+    volumes = encodes["template"]["spec"]["volumes"]
+    (shm,) = [amount(v["emptyDir"]["sizeLimit"]) for v in volumes if v["name"] == "shm"]
+    pixels = config.cluster.batch_size * 3 * config.data.image_size**2
+    ahead = config.data.loader_processes * config.data.prefetch_batches
+    store = int(encodes["rayStartParams"]["object-store-memory"])
+    if max(1, slots) * ahead * 4 * pixels + store > shm:
+        yield "batches beyond shared memory"
+
+
+def limits_of(group):
+    return group["template"]["spec"]["containers"][0]["resources"]["limits"]
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job.startswith("transfer")])
+def test_shared_memory_holds_what_a_transfer_reads_ahead(rays, job):
+    config = job_config(words_of(rays[f"jobs/{job}"]))
+    for name in (name for name in rays if name.split("+")[0] == f"jobs/{job}"):
+        assert list(overfull(rays[name], config)) == [], name
+    # a head of this size could not do it
+    document = copy.deepcopy(rays[f"jobs/{job}"])
+    limits_of(group(cluster_of(document))).pop("nvidia.com/gpu")
+    assert list(overfull(document, config)) == [*complaints(overfull)]
 
 
 def slow(document):

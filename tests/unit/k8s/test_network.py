@@ -122,6 +122,20 @@ def test_nobody_else_reaches_a_job(rendered, pods):
     assert not may(policies, STRANGER, "203.0.113.7", 443)
 
 
+def test_the_pod_for_files_fetches_by_https_and_nobody_reaches_it(rendered, pods, files):
+    policies = policies_of(rendered, "setup")
+    pod = (files["files"]["metadata"]["labels"], OURS)
+    assert may(policies, pod, "203.0.113.7", 443) and may(policies, pod, KUBE_DNS, 53, "UDP")
+    for port in (22, 80, 6443):
+        assert not may(policies, pod, "203.0.113.7", port)
+    for port in (6379, 8265, 10001):
+        assert not may(policies, pod, pods["head"], port)
+    for other in (*pods.values(), STRANGER, FOREIGNER, "203.0.113.7"):
+        assert not may(policies, other, pod, 8080)
+    # without its label it is like any other
+    assert not may(policies, ({"app": "files"}, OURS), "203.0.113.7", 443)
+
+
 def test_scraping_and_buckets_are_opened_by_their_setups_alone(rendered, pods):
     closed = policies_of(rendered, "setup")
     scraped = policies_of(rendered, "setup", "setup/monitoring")

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from in_process import load_script
@@ -87,13 +88,41 @@ def test_a_run_goes_on_without_one_node_and_at_its_fewest_ranks(rays, job):
     assert wanted.best_seats(hosts[: enough - 1]) is None
 
 
-@pytest.mark.parametrize("job", [job for job in TRAINING if job != "quickstart"])
-def test_a_node_has_a_core_for_every_loader_process(rays, job):
-    document = rays[f"jobs/{job}"]
+ON_GPUS = [job for job in JOBS if job not in ("quickstart", "report")]
+
+
+def crammed(limits, processes, cores):
+    """Yield what a pod has too few cores for, or a node, of which the kubelet keeps some."""
+    if int(limits["cpu"]) < int(limits["nvidia.com/gpu"]) * processes:
+        yield "loader processes without a core"
+    if int(limits["cpu"]) > cores - max(2, cores // 16):
+        yield "a pod that no node has room for"
+
+
+def hardware_cores(document):
+    """Return what a worker's pod asks for, and the cores that a Hardware line gives its node.
+
+    The line is that of the job's configuration; of vit_base's where that says nothing of cores.
+    """
     (group,) = cluster_of(document)["workerGroupSpecs"]
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    words = [word for word in words_of(document) if word.endswith(".yaml")]
+    texts = [Path(word).read_text() for word in (*words, ROOT / "configs/pretrain/vit_base.yaml")]
+    found = re.search(r"# Hardware: .*?(\d+) cores", "".join(texts))
+    return limits, int(found[1])
+
+
+@pytest.mark.parametrize("job", ON_GPUS)
+def test_a_node_has_a_core_for_every_loader_process_and_room_for_its_pod(rays, job):
+    document = rays[f"jobs/{job}"]
+    limits, cores = hardware_cores(document)
     processes = job_config(words_of(document)).data.loader_processes
-    assert int(limits["cpu"]) >= int(limits["nvidia.com/gpu"]) * processes
+    assert list(crammed(limits, processes, cores)) == []
+    planted = [
+        *crammed({**limits, "cpu": "1"}, processes, cores),
+        *crammed({**limits, "cpu": str(cores)}, processes, cores),
+    ]
+    assert planted == [*complaints(crammed)]
 
 
 def unlike(document, ranks, places, groups):
@@ -127,6 +156,12 @@ def test_a_job_has_no_more_workers_than_its_cluster_has_room_for(rays, job):
     document = rays[f"jobs/{job}"]
     workers = job_config(words_of(document)).parallel.num_workers
     assert sum(host.slots for host in hosts_of(document)) == workers
+
+
+def test_a_suite_has_a_gpu_for_every_task_and_less_than_a_node_too_many(rays):
+    document = rays["jobs/transfer-suite"]
+    hosts, tasks = hosts_of(document), len(job_config(words_of(document)).transfer.suite)
+    assert tasks <= sum(host.slots for host in hosts) < tasks + hosts[0].slots
 
 
 def request(document, folder):

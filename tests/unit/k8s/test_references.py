@@ -122,17 +122,40 @@ def unqueued(document, objects):
             yield f"{resource} is beyond the quota"
 
 
-def test_everything_that_pods_refer_to_is_made_by_a_setup(rays, made):
-    for name, document in rays.items():
+def test_everything_that_pods_refer_to_is_made_by_a_setup(rays, files, made):
+    for name, document in (rays | files).items():
         assert list(missing(document, made)) == [], name
 
 
-def test_images_come_from_a_volume_or_from_a_bucket(rays):
+def test_images_come_from_a_volume_or_from_a_bucket(rays, files):
     assert any("s3" in name for name in rays)
-    for name, document in rays.items():
+    for name, document in (rays | files).items():
         assert list(misread(document)) == [], name
         volumes = {v["name"] for _, t in templates(document) for v in t["spec"]["volumes"]}
         assert ("s3" in volumes) == ("s3" in name), name
+
+
+def writable(document):
+    """Return the volumes of claims that some container may write to, by their mount path."""
+    found = set()
+    for _, template in templates(document):
+        claims = {
+            v["name"]: v["persistentVolumeClaim"].get("readOnly", False)
+            for v in template["spec"]["volumes"]
+            if "persistentVolumeClaim" in v
+        }
+        for container in containers(template):
+            for mount in container.get("volumeMounts", []):
+                is_fixed = claims.get(mount["name"], True) or mount.get("readOnly", False)
+                found |= set() if is_fixed else {mount["mountPath"]}
+    return found
+
+
+def test_images_are_written_by_the_pod_for_files_alone(rays, files):
+    assert writable(files["files"]) == {"/data", "/runs"}
+    assert writable(files["files+s3"]) == {"/runs"}
+    for name, document in rays.items():
+        assert writable(document) == {"/runs"}, name
 
 
 def test_without_the_volume_of_images_all_but_those_with_a_bucket_miss_it(rays, rendered):

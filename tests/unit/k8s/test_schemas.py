@@ -62,9 +62,11 @@ def misplaced(name, documents, definitions):
     wide = {"Namespace", "PriorityClass"}
     wide |= {kind for (_, kind), found in definitions.items() if found.scope == "Cluster"}
     kinds = [document["kind"] for document in documents]
-    alone = {"overlays": ["RayCluster"], "jobs": ["RayJob"]}.get(name.split("/")[0])
+    alone = {"overlays": ["RayCluster"], "jobs": ["RayJob"], "files": ["Pod"]}.get(
+        re.split("[/+]", name)[0]
+    )
     if alone and kinds != alone:
-        yield f"{kinds}: one cluster or job is applied alone"
+        yield f"{kinds}: one cluster, job or pod is applied alone"
     if not alone and {"RayCluster", "RayJob"} & set(kinds):
         yield f"{kinds}: a setup starts nothing"
     for document in documents:

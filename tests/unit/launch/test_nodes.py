@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from moce_dist.cli import FinalError
 from moce_dist.config import ParallelConfig, make_config
 from moce_dist.launch.job import Failure, Follower, failure_of, heed_sigterm, short_stop
 from moce_dist.launch.nodes import Host, Requirements, seats, wait_for_seats
@@ -174,23 +175,27 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/metrics.jsonl")
 
 
 @pytest.mark.parametrize(
-    ("error", "is_final", "said"),
+    ("error", "kind", "said"),
     [
-        (FULL, True, "[Errno 28] No space left on device: '/data/metrics.jsonl'"),
-        (RuntimeError("Caught OSError:\n No space left on device"), True, "No space left"),
-        (FloatingPointError("mae: loss is nan at step 3"), True, "mae: loss is nan at step 3"),
-        (ConfigError("a.b = 3: must be 4"), True, "a.b = 3: must be 4"),
-        (TooManyFaultsError("9 of 10"), True, "9 of 10"),
-        (KeyError("x"), True, "KeyError: 'x'"),
-        (ConnectionResetError("gone"), False, "gone"),
-        (TimeoutError("waited in vain"), False, "waited in vain"),
-        (OSError(errno.ESTALE, "Stale file handle", "/nfs/a"), False, "/nfs/a"),
-        (RuntimeError("Gloo connectFullMesh failed"), False, "connectFullMesh"),
+        (FULL, FinalError, "[Errno 28] No space left on device: '/data/metrics.jsonl'"),
+        (RuntimeError("Caught OSError:\n No space left on device"), FinalError, "No space left"),
+        (
+            FloatingPointError("mae: loss is nan at step 3"),
+            FinalError,
+            "mae: loss is nan at step 3",
+        ),
+        (ConfigError("a.b = 3: must be 4"), ConfigError, "a.b = 3: must be 4"),
+        (TooManyFaultsError("9 of 10"), FinalError, "9 of 10"),
+        (KeyError("x"), FinalError, "KeyError: 'x'"),
+        (ConnectionResetError("gone"), None, "gone"),
+        (TimeoutError("waited in vain"), None, "waited in vain"),
+        (OSError(errno.ESTALE, "Stale file handle", "/nfs/a"), None, "/nfs/a"),
+        (RuntimeError("Gloo connectFullMesh failed"), None, "connectFullMesh"),
     ],
 )
-def test_errors_that_another_try_would_not_cure_are_told_apart(error, is_final, said):
+def test_errors_that_another_try_would_not_cure_are_told_apart(error, kind, said):
     failure = failure_of(error)
-    assert failure.is_final is is_final
+    assert failure.kind is kind
     assert said in failure.text and "\n" not in failure.text
 
 
@@ -199,9 +204,9 @@ def test_the_desk_passes_on_what_ranks_say():
     for rank in (0, 1):
         desk.join(rank, Sign(f"n{rank}", f"10.0.0.{rank}", 70 + rank, 0.0))
     assert not desk.beat(0, Beat("mae", 7, 0.1, 0.1))
-    desk.leave(1, Failure("connection closed", is_final=False))
+    desk.leave(1, Failure("connection closed", None))
     assert desk.failure() is None
-    desk.leave(0, Failure("no space", is_final=True))
+    desk.leave(0, Failure("no space", FinalError))
     desk.stop()
     # a beat that was on its way does not bring a rank back
     assert desk.beat(0, Beat("mae", 8, 0.1, 0.1))
@@ -213,7 +218,7 @@ def test_jobs_follow_each_other_on_the_board():
     async def work(board, rank, done):
         number = 0
         while (job := await board.next_job(number)) is not None:
-            board.leave(rank, Failure(f"{job} of {rank}", is_final=True))
+            board.leave(rank, Failure(f"{job} of {rank}", FinalError))
             done.append((job, rank))
             board.finish(rank)
             number += 1

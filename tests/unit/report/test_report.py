@@ -376,7 +376,7 @@ def test_first_and_last_start_are_told(finished):
     starts = [{"time": f"2026-01-0{n}", "command": ["pretrain", str(n)]} for n in (1, 2, 3)]
     (finished / "provenance.json").write_text(json.dumps({**starts[-1], "starts": starts}))
     text = " ".join(Page(write_report(finished)).text.split())
-    assert "started 2026-01-01 with pretrain 1; continued 2 times, last 2026-01-03" in text
+    assert "started 2026-01-01 with pretrain 1; last continued 2026-01-03" in text
 
 
 def test_images_per_expert_are_drawn_over_the_steps(finished):

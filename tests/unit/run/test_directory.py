@@ -262,6 +262,7 @@ def test_every_start_is_remembered_with_its_versions(tmp_path, monkeypatch):
         found = {"torch": f"9.{number}"}
         monkeypatch.setattr(directory, "versions", lambda found=found: found)
         open_run(root, SMALL)
+        open_run(root, SMALL)
     starts = starts_of(read_provenance(root))
     assert starts[0]["versions"] == first["versions"] and len(starts) == 101
     assert [s["versions"]["torch"] for s in starts[1:]] == [f"9.{n}" for n in range(20, 120)]

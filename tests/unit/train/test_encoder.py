@@ -1,6 +1,7 @@
 """The frozen encoder: which model it is, what its images are, what is refused."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import timm
@@ -12,6 +13,8 @@ from moce_dist.features.decoding import Framing
 from moce_dist.features.encoder import EncoderInput, describe_timm, timm_encoder
 from moce_dist.model.customize import customize
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.run.artefacts import begin, mark_complete
+from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.train.encoder import (
     build_encoder,
@@ -20,6 +23,8 @@ from moce_dist.train.encoder import (
     encoder_pixels,
     encoder_spec,
     load_encoder,
+    noted_id,
+    same_encoder,
 )
 
 CPU = torch.device("cpu")
@@ -187,11 +192,47 @@ def test_encoder_is_known_by_what_it_computes(mae, published):
     assert encoder_id(config) == before
     torch.save({"model": {n: t + 1 for n, t in mae.state_dict().items()}}, published)
     assert encoder_id(config) != before
-    named = configure("cluster.encoder=timm:test_vit")
-    assert encoder_id(named) == "timm:test_vit, center 0.95 bicubic"
     published.unlink()
     with pytest.raises(ConfigError, match=rf"cluster\.encoder \({published}\): No such file"):
         encoder_id(config)
+
+
+def test_timm_model_is_known_by_its_weights(tmp_path, monkeypatch):
+    named = configure("cluster.encoder=timm:test_vit")
+    short = "timm:test_vit, center 0.95 bicubic"
+    now = encoder_id(named)
+    assert now == f"{short}, r160_in1k of timm/test_vit.r160_in1k"
+    given = timm.get_pretrained_cfg("test_vit")
+    other = replace(given, tag="new", hf_hub_id="timm/test_vit.new")
+    monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: other)
+    assert encoder_id(named) == f"{short}, new of timm/test_vit.new"
+    # features that note the weights are those of other ones now
+    run = Run(tmp_path)
+    mark_complete(run.features, {"encoder": now}, [])
+    assert noted_id(run.features, named) == encoder_id(named)
+    with pytest.raises(ConfigError, match=r"is not what .*r160_in1k, now .*new\)"):
+        same_encoder(run, named)
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_features_that_note_no_weights_stay_those_of_the_encoder(tmp_path, is_complete):
+    named = configure("cluster.encoder=timm:test_vit")
+    run, short = Run(tmp_path), "timm:test_vit, center 0.95 bicubic"
+    assert noted_id(run.features, named) == encoder_id(named)
+    begin(run.features, {"encoder": short})
+    if is_complete:
+        mark_complete(run.features, {"encoder": short}, [])
+        assert same_encoder(run, named) == short
+    assert noted_id(run.features, named) == short
+    other = configure("cluster.encoder=timm:test_vit2")
+    assert noted_id(run.features, other) == encoder_id(other)
+
+
+def test_models_whose_features_are_no_rows_are_refused(monkeypatch):
+    named = configure("cluster.encoder=timm:test_vit")
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: torch.nn.Conv2d(3, 4, 8))
+    with pytest.raises(ConfigError, match=r"^cluster\.encoder \(timm:test_vit\): gives .*\(2, D\)"):
+        check_encoder(named)
 
 
 @pytest.mark.parametrize("name", ["timm:no_such_model", "timm:test_vit.nothing", "timm:test_vit4"])

@@ -9,11 +9,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from moce_dist.run import lease
 from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.choosing import open_stage
 from moce_dist.transfer.request import Request
-from moce_dist.transfer.suite import FitsJob, Order, attempt, carry_out, prepare, train_here
+from moce_dist.transfer.suite import (
+    FitsJob,
+    Order,
+    attempt,
+    carry_out,
+    carry_out_away,
+    prepare,
+    train_here,
+)
 
 from .conftest import by_global_name, transfer, write_checkpoint
 
@@ -78,6 +87,56 @@ def test_suite_runs_in_parallel_on_ray(run, entries, tmp_path):
     assert [task["task"] for task in metrics_of(run, "all")["tasks"]] == ["imagefolder", "few"]
     alone = transfer(run, "--task", "imagefolder", *("--data", str(entries[0]["data"])))
     assert alone.returncode == 0, alone.stderr
+
+
+def ordered(job, *flags: str) -> tuple[Run, Order]:
+    """Return the order that a command line makes."""
+    args = job.parse(flags)
+    run, config = job.open_configured(args)
+    return run, job.make_orders(args, run, config)[0]
+
+
+def test_a_task_goes_on_by_calls_between_its_trainings(clustered, image_folder, job):
+    run, order = ordered(
+        job,
+        *("--run", str(clustered.root), "--task", "imagefolder", "--data", str(image_folder)),
+        *("--protocol", "knn,finetune", "--backbone", "moce+own,control+own,control+all"),
+        *("--continue-images", "16", "--set", "transfer.continued.batch_size=8"),
+        *("--set", "logging.tensorboard=false", "--fresh"),
+    )
+    (run.transfer("imagefolder") / "old").mkdir(parents=True)
+    met = []
+
+    def call(whose, function, *arguments):
+        met.append("call")
+        assert whose.folder in dict(lease.held())
+        return function(*arguments)
+
+    def train(needed):
+        met.append(needed.folder.name)
+        # nobody else may write where the ranks do
+        assert {needed.folder, needed.folder.parent} & dict(lease.held()).keys()
+        train_here(needed)
+
+    metrics = carry_out_away(run, order, train, call)
+    assert {row["backbone"] for row in metrics["results"]} == set(order.request.backbones)
+    assert len(metrics["results"]) == 6
+    assert met[::2] == ["call"] * 5
+    assert met[1::2] == ["moce+own-16", "control+own-16", met[5], "imagefolder"]
+    assert met[5].startswith("16-")
+    # what was there is set aside once, not at every call
+    assert len([*run.transfer("imagefolder").parent.glob("imagefolder*")]) == 2
+    assert not lease.held()
+    met.clear()
+    again = carry_out_away(run, replace(order, is_fresh=False), train, call)
+    assert again == metrics and met == ["call"]
+    assert carry_out(run, replace(order, is_fresh=False)) == metrics
+
+
+def test_a_task_without_data_is_refused_before_any_call(run, job, tmp_path):
+    flags = ("--run", str(run.root), "--task", "cars", "--data", str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="--data"):
+        carry_out_away(*ordered(job, *flags, "--backbone", "mae"), pytest.fail, pytest.fail)
 
 
 @pytest.mark.timeout(300)
@@ -167,9 +226,23 @@ def test_fits_take_the_checkpoints_that_the_choice_was_made_from(run, image_fold
         shutil.rmtree(folder / "step_00000005")
         train_here(job)
 
-    shutil.copytree(run.root, other := run.root.parent / "other")
-    expected = carry_out(Run(other), Order(request, config))
+    shutil.copytree(run.root, run.root.parent / "other")
+    other = Run(run.root.parent / "other")
+    expected = carry_out(other, Order(request, config))
     assert carry_out(run, Order(request, config), later)["results"] == expected["results"]
+    shutil.rmtree(folder / "step_00000006")
+    shutil.copytree(other.stage("moce") / "checkpoints" / "step_00000005", folder / "step_00000005")
+    shutil.rmtree(run.transfer("imagefolder"))
+
+    def keeping(job):
+        write_checkpoint(folder / "step_00000006", spoilt)
+        train_here(job)
+
+    def call(_, function, *arguments):
+        return function(*pickle.loads(pickle.dumps(arguments)))
+
+    away = carry_out_away(run, Order(request, config), keeping, call)
+    assert away["results"] == expected["results"]
     # another process must read them again
     stages = {name: open_stage(run, name) for name in ("mae", "moce")}
     sent = pickle.loads(pickle.dumps(stages))
