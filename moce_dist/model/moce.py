@@ -233,11 +233,14 @@ def experts_from_dense(
     shared_units: int = 0,
     has_base: bool = False,
 ) -> dict[str, Tensor]:
-    """Replace the MLPs of `layers` by `num_experts` equal copies, under global expert names.
+    """Replace the MLPs of `layers` by `num_experts` equal ones, under global expert names.
 
-    The first `shared_units` hidden units become the layer's shared ones. With `has_base` the copy
+    The first `shared_units` hidden units become the layer's shared ones. With `has_base` the rest
     is the base, and the experts are offsets of 0. An expert, its base and the shared units together
     compute what the dense MLP computes.
+
+    The experts of a layer are one tensor under many names, and views of `weights`: copy them before
+    writing to them. A process that holds few of the experts would not have room for all.
     """
     result = {}
     for name, tensor in weights.items():
@@ -253,7 +256,7 @@ def experts_from_dense(
         if has_base:
             result[f"{stem}.base.{part}"], routed = routed, torch.zeros_like(routed)
         for expert in range(num_experts):
-            result[f"{stem}.experts.{expert}.{part}"] = routed.clone()
+            result[f"{stem}.experts.{expert}.{part}"] = routed
     return result
 
 

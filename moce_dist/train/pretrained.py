@@ -1,13 +1,15 @@
 """Start from weights that users already have: published MAE files, timm's MAE backbones.
 
 All of them use timm's names for the encoder; a published `.pth` keeps its tensors under `model`.
-Most files have no decoder: then the decoder is newly initialised, and the log says so.
+Most files have no decoder: then the decoder is newly initialised, and the log says so. A network
+with further parts (LayerScale, registers, more blocks) is refused.
 
 Source: the layout of mae_pretrain_vit_*.pth, arXiv 2111.06377; timm's `vit_*_patch16_224.mae`.
 """
 
 import argparse
 import logging
+import math
 import pickle
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.settings import ConfigError
 
 log = logging.getLogger(__name__)
+_HEADS = ("head.", "fc_norm.")
 
 
 def read_weights(source: str, field: str) -> dict[str, Tensor]:
@@ -79,28 +82,47 @@ def _new_weights(config: Config) -> dict[str, Tensor]:
 def dense_weights(config: Config, source: str, field: str) -> dict[str, Tensor]:
     """Replace new weights of the configured MAE by those of `source`, which `field` named.
 
-    Raises:
-        ConfigError: the encoder is incomplete, or a tensor has another shape than the model's.
-    """
-    weights, found = _new_weights(config), read_weights(source, field)
-    side = config.data.image_size // config.model.patch_size
-    for name in ("pos_embed", "decoder_pos_embed"):
-        positions = found.get(name)
-        if positions is not None and positions.shape[1] != side**2 + 1:
-            from timm.layers import resample_abs_pos_embed
+    Everything in `source` is taken, except a classifier's head.
 
-            found[name] = resample_abs_pos_embed(positions, [side, side])
+    Raises:
+        ConfigError: the encoder is incomplete, the model has no place for a tensor, or a tensor has
+            another shape than the model's.
+    """
+    weights, found, named = _new_weights(config), read_weights(source, field), f"{field} ({source})"
+    _resample_positions(found, config.data.image_size // config.model.patch_size, named)
     taken = {name: tensor.float() for name, tensor in found.items() if name in weights}
     for name, tensor in taken.items():
         if tensor.shape != weights[name].shape:
             raise ConfigError(
-                f"{field} ({source}): {name} is {tuple(tensor.shape)}, "
+                f"{named}: {name} is {tuple(tensor.shape)}, "
                 f"the configured model needs {tuple(weights[name].shape)}"
             )
     missing = weights.keys() - taken.keys()
     encoder = [name for name in missing if not name.startswith(("decoder", "mask_token"))]
     if encoder:
-        raise ConfigError(f"{field} ({source}): lacks {sorted(encoder)[0]}")
+        raise ConfigError(f"{named}: lacks {sorted(encoder)[0]}")
+    # the rest of a network would not compute what the whole was trained to
+    left = [name for name in found if name not in weights and not name.startswith(_HEADS)]
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        raise ConfigError(f"{named}: the configured model has no place for {left[0]}{more}")
     if missing:
         log.info("%s: %d tensors; no decoder in it, the decoder starts new", field, len(taken))
     return weights | taken
+
+
+def _resample_positions(found: dict[str, Tensor], side: int, named: str) -> None:
+    # in place, for side x side patches
+    for name in ("pos_embed", "decoder_pos_embed"):
+        positions = found.get(name)
+        if positions is None or positions.ndim != 3 or positions.shape[1] == 1 + side**2:
+            continue
+        patches = positions.shape[1] - 1
+        if math.isqrt(abs(patches)) ** 2 != patches:
+            raise ConfigError(
+                f"{named}: {name} has {patches + 1} positions, "
+                "must be one of the class and a square of patches"
+            )
+        from timm.layers import resample_abs_pos_embed
+
+        found[name] = resample_abs_pos_embed(positions, [side, side])

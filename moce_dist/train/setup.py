@@ -1,6 +1,8 @@
 """Build the training state of one rank: data plan, model, groups, engine and resume point."""
 
+import hashlib
 import logging
+import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moce_dist.config import ParallelConfig
+from moce_dist.config import Config, ParallelConfig
 from moce_dist.data.columns import open_table
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import ORDER, Plan
@@ -274,22 +276,43 @@ def _load_positions(state: TrainState, read: Callable[[str], Tensor | None]) -> 
 def first_weights(job: StageJob) -> dict[str, Tensor]:
     """Return the weights that a stage starts from without a checkpoint of its own, by global name.
 
-    Collective over all ranks, if there are any.
+    Collective over all ranks, if there are any. Experts share memory; see `experts_from_dense`.
 
     Raises:
-        ConfigError: the run has no undamaged checkpoint of stage mae.
+        ConfigError: the run has no undamaged checkpoint of stage mae, or `model.init` cannot be
+            read, does not fit the model, or is not the same on all hosts.
     """
     config = job.config
     if job.stage == "mae":
-        return initial_weights(config)
+        return _equal_weights(config)
     mae = choose_together(partial(latest_checkpoint, job.run_root / "mae" / "checkpoints"))
     if mae is None and (job.run_root / "mae").exists():
         raise ConfigError(f"{job.run_root / 'mae'}: holds no undamaged checkpoint to start from")
-    dense = initial_weights(config) if mae is None else load_weights(mae)
+    dense = _equal_weights(config) if mae is None else load_weights(mae)
     layers, experts = config.moe_layers, config.moe.num_experts
     return experts_from_dense(
         dense, layers, experts, shared_units=config.shared_units, has_base=config.has_base
     )
+
+
+def _equal_weights(config: Config) -> dict[str, Tensor]:
+    # every rank reads `model.init` on its own host, where the file may be another one; replicas
+    # that began with different weights would never become equal
+    weights = initial_weights(config)
+    if config.model.init is None or not dist.is_initialized():
+        return weights
+    digest = hashlib.sha256()
+    for tensor in weights.values():
+        digest.update(tensor.contiguous().numpy().data)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (digest.hexdigest()[:12], socket.gethostname()))
+    hosts: dict[str, set[str]] = {}
+    for sha256, host in found:
+        hosts.setdefault(sha256, set()).add(host)
+    if len(hosts) > 1:
+        where = "; ".join(f"{sha256} on {', '.join(sorted(on))}" for sha256, on in hosts.items())
+        raise ConfigError(f"model.init ({config.model.init}): differs between hosts: {where}")
+    return weights
 
 
 def centroids_of(job: StageJob) -> Tensor | None:

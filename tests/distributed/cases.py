@@ -624,6 +624,19 @@ def loader_starts(run, overrides):
     return {"starts": len(starts), "replans": replans, "keys": keys}
 
 
+def weights_given(run, inits):
+    """Take the first weights of stage mae, every rank from its own file.
+
+    Returns a sum of each tensor by name, or what was said instead.
+    """
+    init_distributed(torch.device("cpu"))
+    job = make_job(run, [f"model.init={inits[dist.get_rank()]}"], "mae")
+    try:
+        return {name: tensor.sum().item() for name, tensor in setup.first_weights(job).items()}
+    except ConfigError as error:
+        return str(error)
+
+
 def refusal(run, overrides):
     """Start the stage; what it says instead."""
     init_distributed(torch.device("cpu"))

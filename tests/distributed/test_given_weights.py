@@ -1,5 +1,7 @@
 """Stage mae without a step: the weights that it was given are its checkpoint, bit for bit."""
 
+import socket
+
 import pytest
 import torch
 
@@ -46,6 +48,19 @@ def test_given_weights_are_the_checkpoint_and_the_control_starts_from_them(
         losses[stage] = read_jsonl(own_run / stage / "metrics.jsonl")[0]["loss"]
     assert losses["control"] == pytest.approx(losses["moce"], rel=1e-5)
     assert read_manifest(checkpoint)["step"] == 0
+
+
+def test_hosts_with_other_weights_stop_together(pools, own_run, published, tmp_path):
+    path, weights = published
+    copy, other = tmp_path / "copy.pth", tmp_path / "other.pth"
+    torch.save({"model": weights}, copy)
+    torch.save({"model": weights | {"norm.bias": weights["norm.bias"] + 1e-6}}, other)
+    one, two = pools(2).run("weights_given", run=str(own_run), inits=[str(path), str(copy)])
+    assert one == two and one["norm.bias"] == pytest.approx(weights["norm.bias"].sum().item())
+    refused = pools(2).run("weights_given", run=str(own_run), inits=[str(path), str(other)])
+    for said, init in zip(refused, (path, other), strict=True):
+        assert said.startswith(f"model.init ({init}): differs between hosts: ")
+        assert said.count(f" on {socket.gethostname()}") == 2
 
 
 def test_a_file_of_weights_is_found_from_any_folder(tmp_path, monkeypatch):

@@ -174,6 +174,7 @@ def test_dry_run_of_512_gpus_and_a_billion_images_marks_every_term(tmp_path):
     assert done.returncode == 0, done.stderr
     budgeted = done.stdout[done.stdout.index("budget") :].splitlines()
     assert "64 nodes of 8 GPUs" in budgeted[0]
+    assert budgeted.pop().startswith("not here   shards:/data/imagenet/")
     assert all("computed)" in line or "(set)" in line for line in budgeted[1:])
     assert "1,000,000,000 images" in budgeted[-1]
 

@@ -19,7 +19,6 @@ from moce_dist.settings import ConfigError
 def cluster():
     """A head without CPUs, and a node that says that it has a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "disabled")
         ray.shutdown()
         nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
         with pytest.MonkeyPatch.context() as visible:

@@ -8,6 +8,7 @@ from benches.placement import gated_table
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
+from moce_dist.parallel import problem
 from moce_dist.parallel.placement import contiguous_placement, plan_placement
 from moce_dist.parallel.transport import Pairs, transport
 
@@ -196,6 +197,23 @@ def test_readers_of_a_step_follow_the_shares(seed):
     counts = np.zeros((9, 3))
     np.add.at(counts, (clusters, readers), 1)
     assert np.abs(counts - plan.shares * (sizes * 30)[:, None]).max() <= 3
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_uneven_clusters_take_no_longer_to_plan(monkeypatch, seed):
+    # with uneven clusters nearly every swap looks promising: solving all takes thousands of solves
+    solves = []
+
+    def counted(*arguments):
+        solves.append(arguments)
+        return transport(*arguments)
+
+    monkeypatch.setattr(problem, "transport", counted)
+    draws = np.random.default_rng(seed)
+    routing, sizes = draws.integers(0, 8, (4, 32)), (draws.pareto(1.5, 32) * 1000 + 10).astype(int)
+    plan = plan_placement(routing, sizes, num_experts=8, num_groups=8)
+    assert_legal(plan, sizes, 8, 8)
+    assert 0 < len(solves) < 600
 
 
 def test_plan_at_the_size_of_hundreds_of_gpus():

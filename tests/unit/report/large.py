@@ -53,6 +53,7 @@ def stage(random):
     }  # fmt: skip
     lines = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     experts = random.integers(0, 999, (LINES, LAYERS, EXPERTS))
+    lines = [line | {"images_per_expert": experts[i]} for i, line in enumerate(lines)]
     return Stage(lines, {"loss": 0.4, "images": 50_000}, experts)
 
 

@@ -66,12 +66,37 @@ def test_positions_are_resampled_to_another_image_size(tmp_path):
     assert found["pos_embed"].shape == (1, 65, 48)
 
 
+def test_a_classifiers_head_is_left_out(tmp_path):
+    path, weights = tmp_path / "tuned.pth", published()
+    heads = {"head.weight": torch.ones(9, 48), "fc_norm.bias": torch.ones(48)}
+    torch.save({"model": weights | heads}, path)
+    assert initial_weights(configure(f"model.init={path}")).keys() == weights.keys()
+
+
+def deeper(weights, blocks):
+    """Return the tensors of one more block than the model has."""
+    return {
+        name.replace(f"{blocks}.0.", f"{blocks}.2."): tensor
+        for name, tensor in weights.items()
+        if name.startswith(f"{blocks}.0.")
+    }
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda w: w | {"norm.weight": torch.ones(3)}, r"norm.weight is \(3,\).*needs \(48,\)"),
         (lambda w: {n: t for n, t in w.items() if n != "cls_token"}, "lacks cls_token"),
         (lambda w: {"epoch": 3}, "holds no state dict"),
+        (
+            lambda w: w | {f"blocks.{i}.ls1.gamma": torch.ones(48) for i in range(2)},
+            r"model.init .*bad.pth\): .* no place for blocks.0.ls1.gamma and 1 more$",
+        ),
+        (lambda w: w | deeper(w, "blocks"), "no place for blocks.2.norm1.weight and 11 more$"),
+        (lambda w: w | deeper(w, "decoder_blocks"), "no place for decoder_blocks.2.norm1.weight"),
+        (lambda w: w | {"reg_token": torch.ones(1, 4, 48)}, "no place for reg_token$"),
+        (lambda w: w | {"pos_embed": torch.ones(1, 16, 48)}, "pos_embed has 16 positions"),
+        (lambda w: w | {"pos_embed": torch.ones(4, 4, 4, 48)}, r"pos_embed is \(4, 4, 4, 48\)"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, change, message):

@@ -1,4 +1,4 @@
-"""Recomputed and compiled blocks give what the plain ones give."""
+"""Blocks give what plain ones give, recomputed and compiled; first weights take little memory."""
 
 import shutil
 
@@ -8,7 +8,8 @@ import torch
 from moce_dist.config import ParallelConfig, load_config
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import LocalDispatcher
-from moce_dist.train.setup import prepare_blocks
+from moce_dist.train.job import StageJob
+from moce_dist.train.setup import first_weights, prepare_blocks
 
 SMALL = [
     "model.width=16", "model.depth=2", "model.num_heads=2", "model.decoder_width=8",
@@ -65,3 +66,15 @@ def kept_bytes(*, recompute):
 
 def test_recomputed_blocks_keep_less():
     assert kept_bytes(recompute=True) < 0.5 * kept_bytes(recompute=False)
+
+
+@pytest.mark.parametrize("fields", [[], ["moe.shared_base=true"], ["moe.shared_fraction=0.5"]])
+def test_first_weights_of_many_experts_take_no_more_memory(tmp_path, fields):
+    sizes = []
+    for experts in (2, 16):
+        config = load_config(None, [*SMALL, *fields, f"moe.num_experts={experts}"])
+        weights = first_weights(StageJob(config, tmp_path, "moce", ""))
+        assert f"blocks.1.mlp.experts.{experts - 1}.fc1.weight" in weights
+        storages = (tensor.untyped_storage() for tensor in weights.values())
+        sizes.append(sum({each.data_ptr(): each.nbytes() for each in storages}.values()))
+    assert sizes[0] == sizes[1]
