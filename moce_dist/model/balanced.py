@@ -28,9 +28,11 @@ def balanced(scores: Float64) -> Int64:
     """Choose a column for every row, (K,), from scores (K, E), at the greatest sum of the chosen.
 
     Every column takes at most ceil(K / E) rows. Which of several equally good results is chosen is
-    deterministic.
+    deterministic. Scores that are not finite count as 0: the training that has them ends by the
+    check of its loss.
     """
     num_rows, num_columns = scores.shape
+    scores = np.nan_to_num(scores, nan=0.0, posinf=0.0, neginf=0.0)
     table = scores.argmax(axis=1)
     _move_surplus(np.ascontiguousarray(scores), table, -(-num_rows // num_columns))
     return table

@@ -41,6 +41,15 @@ def test_rows_in_their_best_columns_stay_where_these_have_room():
     assert (balanced(scores) == np.arange(9) % 3).all()
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_count_as_0(value):
+    scores = np.random.default_rng(1).standard_normal((9, 3))
+    scores[::2, 0] = value
+    scores[4] = value
+    assert (balanced(scores) == balanced(np.where(np.isfinite(scores), scores, 0))).all()
+    assert np.bincount(balanced(np.full((9, 3), value))).tolist() == [3, 3, 3]
+
+
 def test_no_rows_have_no_columns():
     assert balanced(np.empty((0, 4))).shape == (0,)
 
