@@ -34,8 +34,9 @@ from moce_dist.run.directory import (
     resolve_run,
     set_aside,
 )
-from moce_dist.run.environment import local_path
+from moce_dist.run.environment import is_first_process, local_path
 from moce_dist.run.lease import hold
+from moce_dist.run.names import one_line
 from moce_dist.run.rows import fewer_text, steps_fewer
 from moce_dist.settings import ConfigError
 from moce_dist.train.fork import SHARED, Fork, fork_config, known_fork, make_fork, plan_fork
@@ -67,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
     if arguments.fresh and "RANK" in os.environ:
         raise ConfigError("--fresh: not under torchrun, whose processes would all set it aside")
     is_new = fork is not None and not (root / "config.yaml").is_file()
-    if not arguments.fresh and not is_new:
+    if is_first_process() and not arguments.fresh and not is_new:
         check_identity(root, config)
     # the data of a fork that is not made yet are those of the other run
     data_root = Path(fork.run) if fork is not None and is_new else root
@@ -212,11 +213,13 @@ def check_source(data: DataConfig, root: Path) -> None:
 
 
 def missing_lines(data: DataConfig, root: Path) -> list[str]:
-    """Say what of the data is not here: a plan may be made on another machine than the run."""
+    """Say what of local data is not here: a plan may be made on another machine than the run."""
+    if "://" in data.source:
+        return []
     try:
         check_source(data, root)
-    except (ConfigError, ImportError) as error:
-        return [f"not here   {error}"]
+    except (ConfigError, OSError) as error:
+        return [f"not here   {one_line(error)}"]
     return []
 
 

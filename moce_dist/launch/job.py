@@ -46,26 +46,28 @@ class Failure:
     """What ended a worker, in a line."""
 
     text: str
-    kind: type[ConfigError | FinalError] | None
+    kind: type[ConfigError | FinalError | RuntimeError] | None
     """The error that it is for the driver; None if a retry may help."""
 
 
 def failure_of(error: Exception) -> Failure:
     """Tell errors of the training itself from those that a lost worker causes in the others.
 
-    A wrong request, figures that are not finite, a full or read-only disk and too little shared
-    memory are final. A broken connection may recover, and so may most RuntimeErrors, which torch
-    raises for many causes.
+    A wrong request, figures that are not finite, too many unreadable images, a full or read-only
+    disk and too little shared memory are final. A broken connection may recover, and so may most
+    RuntimeErrors, which torch raises for many causes. Other errors end the job, and may be cured by
+    other machines.
     """
     says_enough = isinstance(error, ValueError | OSError | ArithmeticError | RuntimeError)
     text = one_line(error) if says_enough else typed(error)
-    if isinstance(error, OSError):
-        is_lost = isinstance(error, ConnectionError | TimeoutError) or error.errno in _OF_A_NETWORK
-        return Failure(text, None if is_lost else FinalError)
     if isinstance(error, ConfigError):
         return Failure(text, ConfigError)
-    is_final = isinstance(error, TooManyFaultsError) or not isinstance(error, RuntimeError)
-    return Failure(text, FinalError if is_final or any(said in text for said in _FULL) else None)
+    if isinstance(error, ArithmeticError | TooManyFaultsError) or any(s in text for s in _FULL):
+        return Failure(text, FinalError)
+    is_lost = isinstance(error, RuntimeError | ConnectionError | TimeoutError)
+    if is_lost or (isinstance(error, OSError) and error.errno in _OF_A_NETWORK):
+        return Failure(text, None)
+    return Failure(text, RuntimeError)
 
 
 @contextmanager

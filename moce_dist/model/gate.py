@@ -235,6 +235,7 @@ def layer_table(
     is_balanced, per_group = gate.assign != "argmax", scores.shape[1] // num_groups
     if groups is None:
         return _balanced(scores) if is_balanced else scores.argmax(axis=1)
+    assert (groups >= 0).all()
     table = np.empty(len(scores), np.int64)
     for group in range(num_groups):
         rows, first = np.flatnonzero(groups == group), group * per_group

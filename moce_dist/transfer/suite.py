@@ -197,11 +197,14 @@ def carry_out_away(
     """
     job, trained = FitsJob(run, order.config, order.request), list[Path]()
     quiet_libraries()
-    list_task(order.request, order.config)
+    task = list_task(order.request, order.config)
     from moce_dist.transfer.choosing import open_stage
 
     with hold(job.folder):
-        order = _begun(run, order)
+        if order.is_fresh:
+            # damaged data are refused before results are set aside
+            task.scan(threads=order.config.data.loader_processes)
+            order = _begun(run, order)
         stages = {name: open_stage(run, name) for name in STAGES}
         while not isinstance(found := call(job, advance, run, order, stages, trained), dict):
             # further steps have a lock of their own, as in `take_further_steps`

@@ -196,6 +196,9 @@ def test_a_plan_says_what_of_the_data_is_not_here(tmp_path):
     planned = run_here("pretrain", *words, "--dry-run")
     assert planned.returncode == 0 and re.search("not here .*absent", planned.stdout)
     assert run_here("pretrain", *words).returncode == 2
+    # what lies on a server is not asked for
+    bucket = "--set", "data.source=shards:s3://absent/a-*.tar", "--run", tmp_path / "quickstart"
+    assert run_here("pretrain", *bucket, "--dry-run").returncode == 0
 
 
 def test_a_run_belongs_to_its_encoder(pipeline, publish):
