@@ -132,7 +132,8 @@ def test_a_control_is_added_to_finished_runs_and_goes_on(
 ):
     base = part_of(*STAGES)
     run, one = base.parent / "more", "parallel.num_workers=1"
-    plan = ask("pretrain", *command(continued, "control=true"), "--dry-run").assert_done().out
+    same = command(continued, "control=true", "cluster.with_prices=false")
+    plan = ask("pretrain", *same, "--dry-run").assert_done().out
     assert f"control    from the MAE; {finished} has no control: no experts" in plan
     done = run_job("pretrain", *arguments(base, "control=true", one)).assert_done()
     assert re.search(
