@@ -81,13 +81,7 @@ def render(record: Record, other: Record | None = None) -> str:
         name=record.root.name,
         base=record.base or "",
         without_routes=record.without_routes,
-        starts=[
-            {
-                "time": start.get("time", ""),
-                "command": shlex.join(map(str, start.get("command", []))),
-            }
-            for start in starts_of(record.provenance)
-        ],
+        starts=_starts(record),
         last_start=record.provenance.get("time", ""),
         versions=record.provenance.get("versions", {}),
         comparison=None if other is None else compare_view(record, other),
@@ -117,6 +111,16 @@ def render(record: Record, other: Record | None = None) -> str:
         # last, because reading files for the page may add problems
         problems=record.problems,
     )
+
+
+def _starts(record: Record) -> list[dict[str, str]]:
+    return [
+        {
+            "time": start.get("time", ""),
+            "command": shlex.join(map(str, start.get("command", []))),
+        }
+        for start in starts_of(record.provenance)
+    ]
 
 
 def _figures(record: Record) -> dict[str, list[str]]:
