@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from functools import cached_property
 
@@ -90,21 +91,21 @@ def test_after_an_error_no_task_writes_any_more(two_cpus, tmp_path):
     assert not list(tmp_path.glob("*.ended"))
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
+def interrupt_once_begun(folder):
+    for _ in range(600):
+        if list(folder.glob("*.begun")):
+            break
+        time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_after_an_interruption_no_task_writes_any_more(two_cpus, tmp_path):
     parallel = ParallelConfig(num_workers=2)
     found = map_tasks(fail_or_write, range(1, 4), parallel=parallel, shared=(tmp_path,))
-    before = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        # in the middle of the first task, whose result is waited for
-        signal.setitimer(signal.ITIMER_REAL, 3)
-        with pytest.raises(KeyboardInterrupt):
-            next(found)
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    # in the middle of the first task, whose result is waited for
+    threading.Thread(target=interrupt_once_begun, args=(tmp_path,), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(found)
     assert list(tmp_path.glob("*.begun"))
     found.close()
     time.sleep(6)
