@@ -1,7 +1,6 @@
 """Wrap the model in DeepSpeed's engine: expert-parallel groups, ZeRO, clipping, state by name.
 
-DeepSpeed's engine is reached through this module only. What it requires, and where it is wrong
-(version 0.19.8):
+What DeepSpeed's engine requires, and where it is wrong (version 0.19.8):
 
 - Expert parameters carry `allreduce = False` and the name of their group. The engine treats a model
   as MoE only if one of its modules is of DeepSpeed's MoE class, so a bare marker is attached.
@@ -26,22 +25,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.accelerator import get_accelerator, set_accelerator
-from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
-from deepspeed.moe.layer import MoE
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
-from deepspeed.utils import groups as deepspeed_groups
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_grad,
-    safe_get_full_optimizer_state,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 
@@ -49,6 +34,21 @@ from moce_dist.config import ParallelConfig
 from moce_dist.cost.sizes import BUCKET_BYTES
 from moce_dist.model.moce import is_expert, is_stacked
 from moce_dist.parallel.groups import Topology
+from moce_dist.parallel.library import (
+    CPU_Accelerator,
+    CUDA_Accelerator,
+    MoE,
+    deepspeed,
+    deepspeed_groups,
+    get_accelerator,
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    set_accelerator,
+    split_params_into_different_moe_groups_for_optimizer,
+)
 from moce_dist.parallel.reduction import GradientReducer, in_backward_order
 from moce_dist.parallel.rendezvous import agree_on_device, fresh_store, new_host_group
 from moce_dist.run.environment import bind_ranks, shorten_sockets

@@ -13,12 +13,12 @@ Liu et al. 2023, arXiv 2402.05382, section 4.
 import math
 
 import torch
-from deepspeed.moe.layer import MoE
 from torch import Tensor, nn
 
 from moce_dist.config import Config
 from moce_dist.cost.sizes import TRANSFERS
 from moce_dist.model.vit import Mlp, autocast_dtype, initialise
+from moce_dist.parallel.library import MoE
 
 
 class TokenMlp(nn.Module):

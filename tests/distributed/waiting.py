@@ -11,12 +11,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import deepspeed
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import moce_dist
+from moce_dist.parallel.library import deepspeed
 
 NAMES = (
     "item", "tolist", "cpu", "numpy", "copy_", "nonzero", "argwhere", "masked_select", "bincount",
