@@ -37,7 +37,7 @@ from moce_dist.data.images import normalise
 from moce_dist.model.device import choose_device
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import Experts
-from moce_dist.parallel.library import deepspeed
+from moce_dist.parallel.deepspeed_import import deepspeed
 from moce_dist.train.loop import step_metrics, train_step
 from moce_dist.train.optim import parameter_groups
 from moce_dist.train.setup import TrainState, prepare_blocks

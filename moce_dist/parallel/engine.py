@@ -33,8 +33,7 @@ from torch._C._distributed_c10d import HashStore
 from moce_dist.config import ParallelConfig
 from moce_dist.cost.sizes import BUCKET_BYTES
 from moce_dist.model.moce import is_expert, is_stacked
-from moce_dist.parallel.groups import Topology
-from moce_dist.parallel.library import (
+from moce_dist.parallel.deepspeed_import import (
     CPU_Accelerator,
     CUDA_Accelerator,
     MoE,
@@ -49,6 +48,7 @@ from moce_dist.parallel.library import (
     set_accelerator,
     split_params_into_different_moe_groups_for_optimizer,
 )
+from moce_dist.parallel.groups import Topology
 from moce_dist.parallel.reduction import GradientReducer, in_backward_order
 from moce_dist.parallel.rendezvous import agree_on_device, fresh_store, new_host_group
 from moce_dist.run.environment import bind_ranks, shorten_sockets

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moce_dist.config import Config
 from moce_dist.cost.sizes import TRANSFERS
 from moce_dist.model.vit import Mlp, autocast_dtype, initialise
-from moce_dist.parallel.library import MoE
+from moce_dist.parallel.deepspeed_import import MoE
 
 
 class TokenMlp(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import moce_dist
-from moce_dist.parallel.library import deepspeed
+from moce_dist.parallel.deepspeed_import import deepspeed
 
 NAMES = (
     "item", "tolist", "cpu", "numpy", "copy_", "nonzero", "argwhere", "masked_select", "bincount",
