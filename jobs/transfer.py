@@ -62,7 +62,7 @@ def parse(argv: Sequence[str]) -> Any:
         metavar="LIST",
         help="moce, moce:SELECT (as transfer.select), control, mae, random, timm:NAME (default: "
         "moce, and the control or, where the run has none, mae); with --continue-images also "
-        "moce+own, control+own, control+all",
+        "moce+own, and control or mae +own or +all",
     )
     parser.add_argument(
         "--continue-images",

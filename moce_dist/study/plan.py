@@ -180,11 +180,12 @@ def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kin
     The control sees the images in the clusters' order, but does not need clusters, so its cost
     leaves them out. A choice by validation tries the control too.
     """
-    last = stage_of(backbone, config)
+    last, further = stage_of(backbone, config), further_of(backbone)
     if last is None:
         return ()
     needed = {"mae", last}
-    if last != "mae" and not (paid and backbone in ("control", "control+all")):
+    ignores_clusters = further == "all" or backbone == "control"
+    if (last != "mae" or further) and not (paid and ignores_clusters):
         needed |= {"features", "cluster"}
     select = base_of(backbone).partition(":")[2] or config.transfer.select
     if is_moce(backbone) and select == "validate":
@@ -355,10 +356,13 @@ class Planner:
             request = replace(group[0].request, backbones=backbones)
             config = group[0].config.model_copy(update={"control": "control" in run.makers})
             before = needs
-            if any(further_of(name) == "all" for name in backbones):
-                # all tasks share one continued control per number of images and schedule: the first
-                # task trains it, and different ones are trained one after the other
-                mine, others = piece_id(run.name, "transfer", request), tuple(first.values())
-                earlier = first.setdefault(steps_name(config, request.continue_images), mine)
-                before = (*needs, *(others[-1:] if earlier == mine else (earlier,)))
+            # all tasks share one continued model per start, number of images and schedule: the first
+            # task trains it, and different ones are trained one after the other
+            how = steps_name(config, request.continue_images)
+            shared = [f"{name}-{how}" for name in backbones if further_of(name) == "all"]
+            if shared:
+                mine, others = piece_id(run.name, "transfer", request), list(first.values())
+                earlier = [first.setdefault(steps, mine) for steps in shared]
+                waits = [*earlier, *others[-1:]] if mine in earlier else earlier
+                before = (*needs, *(p for p in dict.fromkeys(waits) if p != mine))
             yield Piece("transfer", run.name, run.root, config, before, links, request)

@@ -234,7 +234,7 @@ class Chooser:
     def clusters(self, name: str) -> dict[str, int]:
         """Return the number of the task's images per cluster, for the further steps of a backbone.
 
-        The control has no experts, so its clusters are counted without a choice.
+        The control and the MAE have no experts, so their clusters are counted without a choice.
         """
         if is_moce(name):
             return dict(self.choice(name)["clusters"])

@@ -8,7 +8,7 @@ from moce_dist.run.artefacts import fingerprint
 from moce_dist.run.directory import Run
 from moce_dist.train.job import MoreSteps
 from moce_dist.train.pulse import Pulse
-from moce_dist.transfer.request import Request, further_of
+from moce_dist.transfer.request import Request, base_of, further_of
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def further_folder(run: Run, config: Config, request: Request, backbone: str) ->
     """Return the folder of a backbone's further steps."""
     images = request.continue_images
     if further_of(backbone) == "all":
-        return run.output / "control_more" / steps_name(config, images)
+        return run.output / f"{base_of(backbone)}_more" / steps_name(config, images)
     name = backbone.replace(":", "-")
     return run.transfer(request.folder) / "continued" / f"{name}-{images}"
 

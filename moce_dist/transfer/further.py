@@ -1,11 +1,13 @@
 """Further steps of dense models: a task's own, and those of the controls to compare with.
 
-    moce+own      the customised ViT, on N images of the task's clusters, by its mass over them
-    control+own   the control, on the same images: shows whether experts are a better start
-    control+all   the control, on N more images of all the data; one for all tasks of a run
+    moce+own                the customised ViT, on N images of the task's clusters, by its mass
+                            over them
+    control+own, mae+own    the control or the MAE, on the same images: shows whether experts are a
+                            better start
+    control+all, mae+all    the same, on N more images of all the data; one for all tasks of a run
 
     RUN/transfer/TASK/continued/moce+own-N/{start/, metrics.jsonl, checkpoints/}
-    RUN/control_more/N[-HOW]/{start/, metrics.jsonl, checkpoints/}
+    RUN/{control,mae}_more/N[-HOW]/{start/, metrics.jsonl, checkpoints/}
 
 The images are streamed by plan from the run's cluster-sharded tars, through the same loop as in all
 stages. The optimiser is new, and the schedule is that of `transfer.continued`. Steps that were
@@ -34,7 +36,6 @@ from moce_dist.train.job import MoreSteps, Train
 from moce_dist.train.metrics import METRICS_NAME, training_seconds
 from moce_dist.transfer.choosing import Dense, need_stage
 from moce_dist.transfer.continuing import FurtherJob
-from moce_dist.transfer.select import CONTROL
 
 logger = logging.getLogger(__name__)
 
@@ -75,13 +76,13 @@ def take_further_steps(
         mark_complete(folder, inputs, files, known=known_digests(folder, checkpoint))
 
 
-def take_shared_steps(job: FurtherJob, images: int, train: Train) -> None:
-    """Continue the control on all images, once for all tasks of a run; see `take_further_steps`.
+def take_shared_steps(job: FurtherJob, stage: str, images: int, train: Train) -> None:
+    """Continue a stage's dense model on all images, once for all tasks; see `take_further_steps`.
 
     Raises:
-        ConfigError: there is no control.
+        ConfigError: the run lacks that stage.
     """
-    take_further_steps(job, images, need_stage(job.place, CONTROL).dense(CONTROL), None, train)
+    take_further_steps(job, images, need_stage(job.place, stage).dense(stage), None, train)
 
 
 def _plan_steps(job: FurtherJob, images: int, shares: Shares | None) -> MoreSteps:

@@ -93,15 +93,13 @@ def default_backbones(
 
     The baseline is the control if it is finished (without a run: if it is to be made) and not the
     run's own; else the MAE, which was trained for fewer steps. `continues` adds further steps to
-    the run's own and the control.
+    both.
     """
     own = own_backbone(config)
     has_control = config.control if run is None else run.has_control
-    chosen = (own, "control" if has_control and own != "control" else "mae")
-    if not continues:
-        return chosen
-    partners = ("control+own", "control+all") if "control" in chosen else ()
-    return (*chosen, f"{own}+own", *partners)
+    baseline = "control" if has_control and own != "control" else "mae"
+    further = (f"{own}+own", f"{baseline}+own", f"{baseline}+all") if continues else ()
+    return (own, baseline, *further)
 
 
 def parse_names(text: str, flag: str) -> tuple[str, ...]:
@@ -166,10 +164,10 @@ def _check_further(request: Request, config: Config) -> None:
     images, parallel = request.continue_images, config.parallel
     names = [name for name in request.backbones if further_of(name)]
     for name in names:
-        if base_of(name) != "control" and (not is_moce(name) or further_of(name) != "own"):
-            raise ConfigError(
-                f"--backbone {name}: must be moce+own, moce:SELECT+own, control+own or control+all"
-            )
+        is_dense = base_of(name) in ("control", "mae")
+        if not is_dense and (not is_moce(name) or further_of(name) != "own"):
+            known = "moce+own, moce:SELECT+own, control+own, control+all, mae+own or mae+all"
+            raise ConfigError(f"--backbone {name}: must be {known}")
         if config.moe.kind != "cluster":
             raise ConfigError(f"--backbone {name}: {experts_of(config)}")
     if images is None:

@@ -155,17 +155,18 @@ def summarise(rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None)
 def references_of(backbone: str, names: Sequence[str]) -> list[str]:
     """Choose what a backbone is compared with, out of the backbones at hand.
 
-    With further steps that is the control after as many: on the task's own images, and on all data.
-    Otherwise it is the control, else `mae`, else the first backbone.
+    With further steps that is the control after as many: on the task's own images, and on all data;
+    for those of the MAE, the MAE after as many on all data. Otherwise it is the control, else
+    `mae`, else the first backbone.
     """
-    further = backbone.partition("+")[2]
-    usual = next((name for name in ("control", "mae", *names) if name in names), None)
-    if further:
-        fair = ("control+own", "control+all") if further == "own" else ()
-        # the control on its own images is compared with the one on all data, not the other way
-        found = [name for name in fair if name in names and name != backbone]
-        if found or backbone == "control+all":
+    base, _, further = backbone.partition("+")
+    if further == "all":
+        return []
+    if further == "own":
+        fair = ("mae+all",) if base == "mae" else ("control+own", "control+all")
+        if found := [name for name in fair if name in names and name != backbone]:
             return found
+    usual = next((name for name in ("control", "mae", *names) if name in names), None)
     return [] if usual in (None, backbone) else [str(usual)]
 
 

@@ -26,7 +26,7 @@ from moce_dist.train.job import Job, Train
 from moce_dist.train.pulse import Pulse
 from moce_dist.transfer.continuing import FurtherJob, TransferJob, further_jobs
 from moce_dist.transfer.kinds import kind_of
-from moce_dist.transfer.request import Request
+from moce_dist.transfer.request import Request, base_of, further_of
 from moce_dist.transfer.results import Ledger, suite_metrics
 from moce_dist.transfer.tasks import Task
 
@@ -221,16 +221,16 @@ def prepare(run: Run, orders: Sequence[Order], train: Train) -> list[Order]:
     because its node was lost, goes on.
 
     Raises:
-        ConfigError: the run has no control.
+        ConfigError: the run lacks the stage that they start from.
     """
     orders = [_begun(run, order) for order in orders]
     for order in orders:
-        job = further_jobs(run, order.config, order.request).get("control+all")
-        if job is not None:
-            from moce_dist.transfer.further import take_shared_steps
+        for name, job in further_jobs(run, order.config, order.request).items():
+            if further_of(name) == "all":
+                from moce_dist.transfer.further import take_shared_steps
 
-            assert order.request.continue_images is not None
-            take_shared_steps(job, order.request.continue_images, train)
+                assert order.request.continue_images is not None
+                take_shared_steps(job, base_of(name), order.request.continue_images, train)
     return orders
 
 

@@ -131,6 +131,26 @@ def test_steps_of_a_tasks_own_are_counted_and_shared_ones_come_first(read, plan)
     assert pieces["sprites-2000"].needs == pieces["emoji-500"].needs
 
 
+def test_further_steps_of_the_mae_need_clusters_and_no_control(read, plan):
+    further = {"continue_images": 2000}
+    arms = {
+        "mae": {"backbone": "mae"},
+        "own": {"backbone": "mae+own", **further},
+        "all": {"backbone": "mae+all", **further},
+    }
+    found = plan(read(arms=arms, seeds=[0]))
+    (main,) = found.runs
+    assert set(found.runs[main].makers) == {"mae", "features", "cluster"}
+    costs = [found.cost(arm, found.runs[main]) for arm in arms]
+    assert [cost.moce_images for cost in costs] == [0, 2000, 2000]
+    assert [cost.clustering > 0 for cost in costs] == [False, True, False]
+    arms |= {"more": {"backbone": "control+all", **further}, "control": {"backbone": "control"}}
+    pieces = {p.request.folder: p for p in plan(read(arms=arms, seeds=[0])).pieces if p.request}
+    assert pieces["sprites-2000"].request.backbones == ("mae+own", "mae+all", "control+all")
+    assert pieces["emoji-2000"].needs[-1] == pieces["sprites-2000"].id
+    assert pieces["sprites"].needs == pieces["sprites-2000"].needs
+
+
 def test_further_steps_of_the_control_are_trained_one_after_the_other(read, plan):
     arms = {
         "mae": {"backbone": "mae"},

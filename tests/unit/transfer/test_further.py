@@ -108,6 +108,39 @@ def test_own_steps_of_the_control_need_no_experts(clustered, image_folder, job, 
     assert seen == with_experts
 
 
+def test_own_steps_of_the_mae_need_neither_experts_nor_a_control(
+    clustered, image_folder, job, seen
+):
+    run, flags = clustered, ["--continue-images", "16"]
+    compare(job, run, image_folder, *flags, "--backbone", "control+own,control+all")
+    by_control = list(seen)
+    seen.clear()
+    shutil.rmtree(run.stage("control"))
+    names = ["moce", "mae", "moce+own", "mae+own", "mae+all"]
+    metrics = compare(job, run, image_folder, *flags)
+    assert [row["backbone"] for row in metrics["results"]] == names
+    assert len(seen) == 6 and seen[2:] == by_control
+    seen.clear()
+    shutil.rmtree(run.stage("moce"))
+    shutil.rmtree(run.transfer("imagefolder"))
+    metrics = compare(job, run, image_folder, *flags, "--backbone", "mae,mae+own,mae+all")
+    # the steps on all images are those of any task
+    assert seen == by_control[:2]
+    found = {(d["backbone"], d["reference"]) for d in metrics["differences"]}
+    assert found == {("mae+own", "mae+all")}
+    mae = load_weights(latest_checkpoint(run.stage("mae") / "checkpoints"))
+    folder = run.transfer("imagefolder")
+    for out in (
+        folder / "continued" / "mae+own-16",
+        next((run.root / "mae_more").glob("16-*")),
+    ):
+        begun = load_weights(out / "start")
+        assert begun.keys() == mae.keys() and "decoder_pred.weight" in begun
+        assert all(torch.equal(begun[name], mae[name]) for name in begun)
+    card = (folder / "backbone-mae+own" / "README.md").read_text()
+    assert "trained without experts" in card and "- checkpoint: mae/" in card
+
+
 def test_other_experts_and_other_numbers_train_anew(clustered, image_folder, job, seen):
     flags = ["--continue-images", "16", "--backbone", "moce:average+own,moce:vote+own"]
     metrics = compare(job, clustered, image_folder, *flags)
@@ -135,7 +168,7 @@ def test_other_experts_and_other_numbers_train_anew(clustered, image_folder, job
     [
         (["--backbone", "moce+own"], "needs --continue-images"),
         (["--backbone", "moce,mae", "--continue-images", "16"], "names nothing [+]own"),
-        (["--backbone", "mae+own", "--continue-images", "16"], "must be moce[+]own"),
+        (["--backbone", "random+own", "--continue-images", "16"], "must be moce[+]own"),
         (["--backbone", "moce+all", "--continue-images", "16"], "must be moce[+]own"),
         (["--backbone", "moce+", "--continue-images", "16"], "after [+] must stand"),
         (["--backbone", "moce+own", "--continue-images", "7"], "must be at least a batch"),

@@ -70,6 +70,9 @@ def test_further_steps_are_compared_with_the_control_after_as_many():
     }
     # where no such control is at hand, the usual reference
     assert differences([rows[0], rows[3]])[0]["reference"] == "control"
+    rows += [row(name, "knn", 0, value) for name, value in (("mae+own", 0.61), ("mae+all", 0.58))]
+    found |= {("mae+own", "mae+all"): pytest.approx(0.03)}
+    assert {(d["backbone"], d["reference"]): d["mean"] for d in differences(rows)} == found
 
 
 def test_a_value_that_does_not_depend_on_the_seed_stands_for_all_and_has_no_deviation():
