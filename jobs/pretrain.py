@@ -172,6 +172,12 @@ def check_request(config: Config, stage: str) -> None:
                 f"processes that torchrun started ({world_size}); legal here: {legal}"
             )
     check_trackers(config.logging)
+    is_local = config.parallel.num_workers == 1 and not os.environ.get("RAY_ADDRESS")
+    if config.parallel.use_gpu is True and is_local:
+        # the workers of a cluster check theirs
+        from moce_dist.model.device import check_gpu
+
+        check_gpu(config.parallel)
     if stage in ("all", "cluster") and config.cluster.encoder != "mae":
         # only the library of an encoder knows its names
         from moce_dist.train.encoder import check_encoder

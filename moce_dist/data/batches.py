@@ -78,20 +78,23 @@ class BatchStream(Iterator[Batch]):
         batch: Batch = next(self._batches)
         self._step += 1
         if self._decoder is not None:
-            images = batch.images.to(self._decoder.device, non_blocking=True)
-            if batch.waiting is not None:
-                places = batch.waiting.places[:, :2].tolist()
-                for (slot, sample_id), square in zip(
-                    places, self._decoder.decode(batch.waiting), strict=True
-                ):
-                    if isinstance(square, Tensor):
-                        images[slot] = square
-                    else:
-                        batch.weights[slot] = 0.0
-                        record_bad_image(self._spec, batch.step, sample_id, str(square))
-            batch = batch._replace(images=images, waiting=None)
+            with self._upload.stream():
+                batch = self._decoded(batch, self._decoder)
         images, noise, weights = self._upload(batch.images, batch.noise, batch.weights)
         return batch._replace(images=images, noise=noise, weights=weights)
+
+    def _decoded(self, batch: Batch, decoder: DeviceDecoder) -> Batch:
+        images = batch.images.to(decoder.device, non_blocking=True)
+        if batch.waiting is not None:
+            places = batch.waiting.places[:, :2].tolist()
+            squares = decoder.decode(batch.waiting)
+            for (slot, sample_id), square in zip(places, squares, strict=True):
+                if isinstance(square, Tensor):
+                    images[slot] = square
+                else:
+                    batch.weights[slot] = 0.0
+                    record_bad_image(self._spec, batch.step, sample_id, str(square))
+        return batch._replace(images=images, waiting=None)
 
     def close(self) -> None:
         """End the loader processes."""
@@ -145,7 +148,7 @@ def stream(
 
 
 class Upload:
-    """Copies tensors to a device; on a CPU there is nothing to copy."""
+    """Copies tensors to a device on a stream of its own; on a CPU there is nothing to copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -153,11 +156,15 @@ class Upload:
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
+    def stream(self) -> Any:
+        """Return a context in which the device's work is queued beside the training's."""
+        return torch.cuda.stream(self._stream)
+
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Start the copies; kernels launched afterwards wait for them, the host does not."""
         if self._stream is None:
             return tensors
-        with torch.cuda.stream(self._stream):
+        with self.stream():
             there = tuple(tensor.to(self._device, non_blocking=True) for tensor in tensors)
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)

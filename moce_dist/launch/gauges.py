@@ -12,7 +12,7 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
-from moce_dist.run.files import read_faults
+from moce_dist.run.files import read_faults_from
 from moce_dist.train.job import Job
 from moce_dist.train.metrics import METRICS_NAME
 
@@ -42,7 +42,7 @@ class JobGauges:
         self._faults = Gauge("moce_faults", "unreadable images so far", _LABELS)
         about = "starts again after a failure or a preemption"
         self._restarts = Gauge("moce_restarts", about, (*_LABELS, "kind"))
-        self._ledger_bytes = -1
+        self._counter = FaultCounter(job.run_root / "faults.jsonl", job.name)
         self.restarted({"failure": 0, "preemption": 0})
 
     def restarted(self, counts: dict[str, int]) -> None:
@@ -55,7 +55,7 @@ class JobGauges:
         if time.monotonic() < self._due:
             return
         self._due = time.monotonic() + _EVERY_S
-        self._report_faults()
+        self._faults.set(self._counter.count(), self._labels)
         line = newest_line(self._job.folder / METRICS_NAME)
         for name, value in line_figures(line).items():
             self._gauges[name].set(value, self._labels)
@@ -64,15 +64,25 @@ class JobGauges:
                 place = {"layer": str(layer), "expert": str(expert)}
                 self._experts.set(images, {**self._labels, **place})
 
-    def _report_faults(self) -> None:
-        ledger = self._job.run_root / "faults.jsonl"
-        size = ledger.stat().st_size if ledger.exists() else 0
-        if size == self._ledger_bytes:
-            return
-        # the ledger may also shrink: a resumed stage drops the lines of steps that it repeats
-        self._ledger_bytes = size
-        mine = [f for f in read_faults(ledger) if f.get("stage") == self._job.name]
-        self._faults.set(len(mine), self._labels)
+
+class FaultCounter:
+    """Counts a stage's lines of a `faults.jsonl` that grows, reading each line once."""
+
+    def __init__(self, ledger: Path, stage: str) -> None:
+        """Start before the first line."""
+        self._ledger, self._stage = ledger, stage
+        self._file, self._offset, self._found = 0, 0, 0
+
+    def count(self) -> int:
+        """Return how many lines of the stage there are now."""
+        status = self._ledger.stat() if self._ledger.exists() else None
+        file, size = (0, 0) if status is None else (status.st_ino, status.st_size)
+        if file != self._file or size < self._offset:
+            # a resumed stage writes the ledger anew, without the lines of steps that it repeats
+            self._file, self._offset, self._found = file, 0, 0
+        faults, self._offset = read_faults_from(self._ledger, self._offset)
+        self._found += sum(fault.get("stage") == self._stage for fault in faults)
+        return self._found
 
 
 def line_figures(line: Mapping[str, Any]) -> dict[str, float]:

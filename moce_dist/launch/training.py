@@ -106,6 +106,8 @@ class Crew:
 
     def _supervise(self, job: Job, is_terminated: Callable[[], bool]) -> None:
         parallel = job.parallel
+        # a rank may get the GPU on which this process made something before
+        release_memory()
         # decided once: when the last node with a GPU is lost, training waits for another one
         resource = seat_resource(parallel)
         wanted = Requirements(job.name, parallel, job.batch_size, resource)

@@ -156,11 +156,13 @@ class Experts(nn.Module):
 def is_groupable(rows: Tensor, counts: Sequence[int]) -> bool:
     """Tell whether one grouped product is correct and fast for rows (M, N, D) of these counts.
 
+    A single expert needs none.
     Below capability 9 torch falls back to a loop that synchronises with the device at every group.
     On newer GPUs groups without rows gave wrong gradients (pytorch issue 172439).
     """
     return (
         rows.is_cuda
+        and len(counts) > 1
         and rows.dtype is torch.bfloat16
         and rows.shape[2] % 8 == 0
         and min(counts) > 0

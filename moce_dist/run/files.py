@@ -139,17 +139,26 @@ def read_faults(ledger: Path) -> list[dict[str, Any]]:
 
     Several nodes may append to it on a shared disk, so a line may be damaged; it is left out.
     """
+    return read_faults_from(ledger, 0)[0]
+
+
+def read_faults_from(ledger: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
+    """Read the whole lines from byte `offset` on, and return with them the byte after the last."""
     if not ledger.exists():
-        return []
+        return [], 0
+    with ledger.open("rb") as file:
+        file.seek(offset)
+        data = file.read()
+    data = data[: data.rfind(b"\n") + 1]
     faults, damaged = [], 0
-    for line in ledger.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in data.decode("utf-8", errors="replace").splitlines():
         try:
             faults += [json.loads(line)] if line else []
         except json.JSONDecodeError:
             damaged += 1
     if damaged:
         log.warning("%s: %d damaged lines are left out", ledger, damaged)
-    return faults
+    return faults, offset + len(data)
 
 
 def forget_faults(ledger: Path, stage: str, step: int) -> None:

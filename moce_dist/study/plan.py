@@ -356,8 +356,8 @@ class Planner:
             request = replace(group[0].request, backbones=backbones)
             config = group[0].config.model_copy(update={"control": "control" in run.makers})
             before = needs
-            # all tasks share one continued model per start, number of images and schedule: the first
-            # task trains it, and different ones are trained one after the other
+            # all tasks share one continued model per start, number of images and schedule: the
+            # first task trains it, and different ones are trained one after the other
             how = steps_name(config, request.continue_images)
             shared = [f"{name}-{how}" for name in backbones if further_of(name) == "all"]
             if shared:

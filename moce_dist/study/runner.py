@@ -22,16 +22,18 @@ from datetime import timedelta
 from functools import cache
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moce_dist.config import identity
+from moce_dist.config import ParallelConfig, identity
 from moce_dist.launch.job import heed_sigterm
 from moce_dist.run import lease
 from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, read_marker
 from moce_dist.run.directory import StoppedError
 from moce_dist.run.files import read_jsonl, write_atomic, write_jsonl
 from moce_dist.run.names import typed
+from moce_dist.settings import ConfigError
 from moce_dist.study.plan import Piece, StudyPlan
 from moce_dist.study.work import (
     PieceOutcome,
@@ -127,9 +129,12 @@ class Journal:
         return None if line is None else float(line["seconds"])
 
 
-def _end_with_parent(leases: list[tuple[Path, str]]) -> None:
-    """End this process when its parent is gone, or has lost the lease of the study's folder."""
+def _begin_process(leases: list[tuple[Path, str]], gpus: "Queue[str] | None") -> None:
+    """Take a GPU, and end when the parent is gone or has lost the lease of the study's folder."""
     parent = os.getppid()
+    if gpus is not None:
+        # CUDA reads it when it is first used, which is later
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -167,8 +172,17 @@ def _hold_pool(plan: StudyPlan, jobs: int) -> Iterator[_Pool]:
     elif jobs > 1:
         # a process reads it when it first imports a numerical library
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        spawn = multiprocessing.get_context("spawn")
-        processes = ProcessPoolExecutor(jobs, spawn, _end_with_parent, (lease.held(),))
+        spawn, gpus = multiprocessing.get_context("spawn"), None
+        if visible := visible_gpus(parallel):
+            if parallel.num_workers > 1:
+                raise ConfigError(
+                    f"--jobs {jobs}: pieces of {parallel.num_workers} workers would share GPUs; "
+                    "start a Ray cluster and set RAY_ADDRESS, or take --jobs 1"
+                )
+            gpus = spawn.Queue()
+            for number in range(jobs):
+                gpus.put(visible[number % len(visible)])
+        processes = ProcessPoolExecutor(jobs, spawn, _begin_process, (lease.held(), gpus))
         with heed_sigterm() as is_terminated:
             try:
                 yield _Pool(
@@ -182,6 +196,16 @@ def _hold_pool(plan: StudyPlan, jobs: int) -> Iterator[_Pool]:
     else:
         # in this process, where training heeds SIGTERM itself and all else ends at once
         yield _Pool(_carry_out_here, 1, lambda: False)
+
+
+def visible_gpus(parallel: ParallelConfig) -> list[str]:
+    """List the GPUs that processes may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    if not parallel.use_gpu or not (count := torch.cuda.device_count()):
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
 def _carry_out_here(piece: Piece) -> Future[PieceOutcome]:

@@ -20,7 +20,9 @@ step too; it is stored only to be compared when a stage resumes.
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +43,7 @@ if TYPE_CHECKING:  # reading a checkpoint must not import deepspeed
 _FORMATS = "moce_dist.checkpoint."
 FORMAT = f"{_FORMATS}v2"
 MANIFEST = "manifest.json"
+_HASH_THREADS = 8
 log = logging.getLogger(__name__)
 
 
@@ -93,8 +96,12 @@ def damage(checkpoint: Path) -> str | None:
             return f"format is {manifest.get('format')!r}, must be {FORMAT!r}"
         if fingerprint(manifest) != seal:
             return f"{MANIFEST} is damaged (sha256 differs)"
-        for name, digest in manifest["files"].items():
-            if file_sha256(checkpoint / name) != digest:
+        names = list(manifest["files"])
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            # hashing and reading release the lock of the interpreter
+            digests = list(pool.map(lambda name: file_sha256(checkpoint / name), names))
+        for name, digest in zip(names, digests, strict=True):
+            if digest != manifest["files"][name]:
                 return f"{name} is damaged (sha256 differs)"
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
@@ -180,12 +187,13 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 def tensor_reader(checkpoint: Path) -> Callable[[str], Tensor | None]:
     """Return a function that reads one tensor by kind and global name; None where there is none."""
     where = dict(_tensors(checkpoint))
+    # to open a file is to parse the names of all its tensors, so each is opened once
+    opened = cache(partial(safe_open, framework="pt"))
 
     def read(key: str) -> Tensor | None:
         if key not in where:
             return None
-        with safe_open(where[key], "pt") as file:
-            tensor: Tensor = file.get_tensor(key)
+        tensor: Tensor = opened(where[key]).get_tensor(key)  # type: ignore[no-untyped-call]
         return tensor
 
     return read

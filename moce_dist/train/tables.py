@@ -130,7 +130,7 @@ class TableMaker:
         host.copy_(weight, non_blocking=True)
         arrival = None
         if weight.is_cuda:
-            arrival = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrival = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             arrival.record()
         is_shared = self._config.gate.groups == "shared"
         return GateOnHost(

@@ -29,6 +29,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from moce_dist.config import ParallelConfig
+from moce_dist.model.device import choose_device
 from moce_dist.run.files import replacing, write_atomic
 from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
@@ -78,7 +80,7 @@ def predict(
     kind, work = kind_named(spec.kind)
     if min_score is not None and not kind.has_scores:
         raise ConfigError(f"--min-score {min_score}: {folder} is no detector")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(ParallelConfig())
     # images are decoded in this process
     machine = Machine(device, False, 0, batch_size, 1)
     yield from work.predict(

@@ -240,7 +240,13 @@ def folds_of(labels: Tensor, num_folds: int, seed: int) -> Int64:
 
 
 def score_folds(
-    features: Tensor, labels: Tensor, task: Task, transfer: TransferConfig, seed: int
+    features: Tensor,
+    labels: Tensor,
+    task: Task,
+    transfer: TransferConfig,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> list[float]:
     """Return the task's metric on every fold, from features (n, D) and labels of its images."""
     folds = torch.from_numpy(folds_of(labels, transfer.validate_folds, seed))
@@ -251,9 +257,9 @@ def score_folds(
             *(features[~is_held], labels[~is_held], []), *(features[is_held], labels[is_held], [])
         )
         if transfer.validate_by == "knn":
-            found = knn(parts, task, transfer)
+            found = knn(parts, task, transfer, device=device)
         else:
-            found, _ = linear(parts, task, transfer, device=torch.device("cpu"))
+            found, _ = linear(parts, task, transfer, device=device)
         scores.append(next(iter(found.values())))
     return scores
 
@@ -272,7 +278,9 @@ def try_candidates(
     tried = []
     for candidate in candidates:
         features, labels, _ = extract(candidate, list(seen.train), machine, seed=config.seed)
-        scores = score_folds(features, labels, seen, transfer, config.seed)
+        scores = score_folds(
+            features, labels, seen, transfer, seed=config.seed, device=machine.device
+        )
         tried.append({"name": candidate.name, "mean": float(np.nanmean(scores)), "folds": scores})
     return sorted(tried, key=lambda each: -each["mean"])
 

@@ -1,6 +1,6 @@
 """Prove and measure the training step on one bare machine, in at most ten minutes.
 
-    python tests/gpu/prove.py --out proof.json [--terms terms.json] [--wheels FOLDER]
+    python tests/gpu/prove.py [--out proof.json] [--terms terms.json] [--wheels FOLDER]
                               [--only step,grouped] [--minutes 10]
 
 Needs torch, timm and torchvision. What else a section needs (no Ray) may lie as wheels in FOLDER
@@ -9,6 +9,7 @@ Needs torch, timm and torchvision. What else a section needs (no Ray) may lie as
     ceilings, grouped, collectives   nothing else
     step, repeatable, loop           deepspeed einops hjson msgpack ninja psutil py-cpuinfo pydantic
                                      pydantic-core annotated-types typing-inspection scipy tenacity
+                                     numba llvmlite
     decode                           pydantic (with its three) simplejpeg nvidia-nvimgcodec-cu13
                                      nvidia-nvjpeg
     clustering                       pydantic (with its three) for the parts that are torch's; for
@@ -58,7 +59,7 @@ NEEDED = {"step", "grouped", "repeatable"}
 def main():
     """Run the sections in order, each in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("proof.json"))
     parser.add_argument("--terms", type=Path)
     parser.add_argument("--wheels", type=Path)
     parser.add_argument("--only", default=",".join(SECTIONS))
@@ -69,8 +70,8 @@ def main():
     if arguments.section is not None:
         run_section(arguments.section, arguments.packages)
     asked = arguments.only.split(",")
-    if arguments.out is None or not SECTIONS.keys() >= set(asked):
-        parser.error(f"needs --out, and --only takes some of {','.join(SECTIONS)}")
+    if not SECTIONS.keys() >= set(asked):
+        parser.error(f"--only takes some of {','.join(SECTIONS)}")
     # so that a section ends with this process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     begin, proof = time.monotonic(), Proof(arguments.out, arguments.terms)

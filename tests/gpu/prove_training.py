@@ -35,7 +35,7 @@ from moce_dist.train.pulse import Pulse
 TINY = (
     "model.width=32", "model.num_heads=2", "model.depth=2", "moe.layers=[1]", "moe.num_experts=2",
     "model.decoder_width=16", "model.decoder_num_heads=2", "model.decoder_depth=1",
-    "data.image_size=32", "model.patch_size=8", "cluster.num_clusters=4",
+    "data.image_size=32", "model.patch_size=8", "cluster.num_clusters=4", "gate.groups=shared",
 )  # fmt: skip
 BASE = ("model.size=base", "moe.num_experts=8", "cluster.num_clusters=64", "gate.groups=shared")
 # its checkpoints are small enough to write many

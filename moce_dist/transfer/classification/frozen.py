@@ -107,26 +107,27 @@ class Linear(NamedTuple):
         return F.linear(features, self.weight, self.bias)
 
 
-def knn_scores(features: Features, *, k: int, num_classes: int) -> Tensor:
+def knn_scores(features: Features, *, k: int, num_classes: int, device: torch.device) -> Tensor:
     """Let the k most similar training images vote, weighted by exp(cosine similarity / T).
 
-    Returns shares of the votes (n, C) for the test images. The training mean is subtracted from
-    all features first.
+    Computed on `device`. Returns shares of the votes (n, C) for the test images, on the CPU. The
+    training mean is subtracted from all features first.
     """
     mean = features.train.mean(dim=0)
-    train = F.normalize(features.train - mean, dim=1)
+    train = F.normalize(features.train - mean, dim=1).to(device)
     test = F.normalize(features.test - mean, dim=1)
-    labels, votes = features.train_labels, []
-    for chunk in torch.split(test, max(1, min(_CHUNK, _MOST_PAIRS // len(train)))):
+    labels, votes = features.train_labels.to(device), []
+    for rows in torch.split(test, max(1, min(_CHUNK, _MOST_PAIRS // len(train)))):
+        chunk = rows.to(device)
         similarity, neighbours = (chunk @ train.T).topk(min(k, len(train)), dim=1)
         weights = (similarity / _TEMPERATURE).exp()
         shares = weights / weights.sum(dim=1, keepdim=True)
         if labels.ndim == 1:
             none = shares.new_zeros(len(chunk), num_classes)
-            votes.append(none.scatter_add_(1, labels[neighbours], shares))
+            votes.append(none.scatter_add_(1, labels[neighbours], shares).cpu())
         else:
             truth = labels[neighbours].clamp_min(0).float()
-            votes.append(torch.einsum("nk,nkc->nc", shares, truth))
+            votes.append(torch.einsum("nk,nkc->nc", shares, truth).cpu())
     return torch.cat(votes)
 
 
@@ -172,9 +173,12 @@ def fit_linear(
     return Linear(weight, head.bias.detach().cpu() - weight @ mean)
 
 
-def knn(features: Features, task: Task, transfer: TransferConfig) -> Measures:
+def knn(
+    features: Features, task: Task, transfer: TransferConfig, *, device: torch.device
+) -> Measures:
     """Measure the k-NN protocol on the test images."""
-    scores = knn_scores(features, k=transfer.knn_k, num_classes=len(task.classes))
+    num_classes = len(task.classes)
+    scores = knn_scores(features, k=transfer.knn_k, num_classes=num_classes, device=device)
     return measure(task.metric, scores, features.test_labels)
 
 
@@ -256,7 +260,7 @@ def fit(task: Classification, trial: Trial) -> Fitted:
     skips = Skips(machine)
     skips.test = [*features.train_unread, *features.test_unread]
     if protocol == "knn":
-        return Fitted(knn(features, task, trial.transfer), skips.close())
+        return Fitted(knn(features, task, trial.transfer, device=machine.device), skips.close())
     if found := LOGISTIC.fullmatch(protocol):
         few = int(found[1]) if found[1] else None
         return Fitted(logistic(features, task, few, seed=seed), skips.close())

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from moce_dist.launch.gauges import line_figures, newest_line
+from moce_dist.launch.gauges import FaultCounter, line_figures, newest_line
+from moce_dist.run.files import forget_faults, record_fault
 
 
 def test_newest_whole_line_is_read_from_the_end_of_a_long_file(tmp_path):
@@ -29,3 +30,15 @@ def test_share_of_waiting_does_not_depend_on_the_steps_of_a_line(steps):
 
 def test_a_line_without_times_has_no_share():
     assert line_figures({}) == {} and line_figures({"loss": 1.0}) == {"loss": 1.0}
+
+
+def test_faults_are_counted_once_and_those_of_repeated_steps_are_forgotten(tmp_path):
+    ledger = tmp_path / "faults.jsonl"
+    counter, found = FaultCounter(ledger, "mae"), []
+    for step in (1, 2, 3):
+        found.append(counter.count())
+        record_fault(ledger, stage="mae", step=step)
+        record_fault(ledger, stage="features")
+    found.append(counter.count())
+    forget_faults(ledger, "mae", 2)
+    assert [*found, counter.count()] == [0, 1, 2, 3, 1]

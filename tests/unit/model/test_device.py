@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moce_dist.config import load_config
-from moce_dist.model.device import choose_device, training_device
+from moce_dist.model.device import check_gpu, choose_device, training_device
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.ranks import join
 
@@ -17,6 +17,22 @@ def test_ranks_of_pre_training_and_of_fits_refuse_to_do_without_a_gpu():
             begin()
     # a driver may run where no GPU is
     assert choose_device(config.parallel).type == "cpu"
+
+
+def test_a_gpu_whose_driver_torch_cannot_use_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("moce_dist.model.device.DRIVER", tmp_path / "nvidiactl")
+    automatic = load_config(None, []).parallel
+    assert choose_device(automatic).type == "cpu"
+    (tmp_path / "nvidiactl").touch()
+    for begin in (choose_device, check_gpu):
+        with pytest.raises(ConfigError, match=r"parallel\.use_gpu \(auto\).*driver"):
+            begin(automatic)
+    assert choose_device(load_config(None, ["parallel.use_gpu=false"]).parallel).type == "cpu"
+    # a process of a cluster that was given no GPU computes on the CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert choose_device(automatic).type == "cpu"
 
 
 def test_a_fit_asks_for_repeatable_kernels_and_warns_where_there_are_none(monkeypatch):

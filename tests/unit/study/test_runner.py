@@ -7,10 +7,13 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 
+import torch
+
+from moce_dist.config import load_config
 from moce_dist.launch.job import heed_sigterm
 from moce_dist.run.artefacts import mark_complete
 from moce_dist.run.directory import StoppedError
-from moce_dist.study.runner import Journal, end_processes, piece_fingerprint
+from moce_dist.study.runner import Journal, end_processes, piece_fingerprint, visible_gpus
 from moce_dist.study.work import PieceOutcome
 
 
@@ -94,3 +97,15 @@ def test_a_piece_is_done_again_when_what_it_needs_was_made_anew(read, plan, tmp_
     assert not journal.holds(other)
     make(pieces[transfer.stages[-1]], "second")
     assert not journal.holds(transfer)
+
+
+def test_gpus_are_named_as_the_environment_names_them(monkeypatch):
+    parallel = load_config(None, []).parallel
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert visible_gpus(parallel) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f,GPU-2c")
+    assert visible_gpus(parallel) == ["GPU-8f", "GPU-2c"]
+    assert visible_gpus(load_config(None, ["parallel.use_gpu=false"]).parallel) == []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert visible_gpus(parallel) == []

@@ -43,6 +43,8 @@ from moce_dist.transfer.tasks import Item
 
 from .conftest import finetune
 
+CPU = torch.device("cpu")
+
 
 def linear_predict(features: Features, **budget: object) -> torch.Tensor:
     head = fit_linear(features, **budget)
@@ -77,22 +79,22 @@ def test_knn_equals_scikit_learn_with_the_same_weights(features):
 
     reference = KNeighborsClassifier(7, metric="cosine", weights=weights)
     reference.fit(train, features.train_labels.numpy())
-    found = knn_scores(features, k=7, num_classes=4).argmax(dim=1).numpy()
+    found = knn_scores(features, k=7, num_classes=4, device=CPU).argmax(dim=1).numpy()
     assert (found == reference.predict(test)).mean() > 0.99
 
 
 def test_knn_in_small_parts_is_the_same(features, monkeypatch):
-    whole = knn_scores(features, k=9, num_classes=4)
+    whole = knn_scores(features, k=9, num_classes=4, device=CPU)
     monkeypatch.setattr(classify, "_MOST_PAIRS", 7 * 300)
-    assert torch.allclose(knn_scores(features, k=9, num_classes=4), whole, atol=1e-6)
+    assert torch.allclose(knn_scores(features, k=9, num_classes=4, device=CPU), whole, atol=1e-6)
     several = torch.nn.functional.one_hot(features.train_labels, 4)
     as_several = features._replace(train_labels=several)
-    assert torch.allclose(knn_scores(as_several, k=9, num_classes=4), whole, atol=1e-6)
+    assert torch.allclose(knn_scores(as_several, k=9, num_classes=4, device=CPU), whole, atol=1e-6)
 
 
 def test_more_neighbours_than_images_are_all_of_them(features):
     few = features._replace(train=features.train[:3], train_labels=features.train_labels[:3])
-    shares = knn_scores(few, k=10, num_classes=4)
+    shares = knn_scores(few, k=10, num_classes=4, device=CPU)
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(200))
 
 
@@ -101,7 +103,7 @@ def test_linear_equals_scikit_learns_logistic_regression(features):
     reference = LogisticRegression(C=1.0, max_iter=1000)
     reference.fit(scaler.transform(features.train), features.train_labels)
     expected = reference.predict(scaler.transform(features.test))
-    found = linear_predict(features, passes=90, num_classes=4, device=torch.device("cpu"))
+    found = linear_predict(features, passes=90, num_classes=4, device=CPU)
     assert (found.numpy() == expected).mean() > 0.98
 
 
@@ -172,9 +174,9 @@ def test_a_single_label_of_a_class_still_fits(features, four):
 def test_shuffled_labels_are_not_learnt(features):
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     shuffled = features._replace(train_labels=features.train_labels[order])
-    found = linear_predict(shuffled, passes=90, num_classes=4, device=torch.device("cpu"))
+    found = linear_predict(shuffled, passes=90, num_classes=4, device=CPU)
     assert accuracy(found, features.test_labels, 4) < 0.45
-    honest = linear_predict(features, passes=90, num_classes=4, device=torch.device("cpu"))
+    honest = linear_predict(features, passes=90, num_classes=4, device=CPU)
     assert accuracy(honest, features.test_labels, 4) > 0.6
 
 

@@ -84,10 +84,14 @@ def test_labels_of_other_folds_alone_judge_a_fold(config, task):
     # features that tell the image itself and nothing else: whoever saw it would know its label
     draws = torch.Generator().manual_seed(0)
     features, labels = torch.randn(400, 64, generator=draws), torch.arange(400) % 2
-    scores = score_folds(features, labels, task, config.transfer, 0)
+    scores = score_folds(
+        features, labels, task, config.transfer, seed=0, device=torch.device("cpu")
+    )
     assert len(scores) == 5 and abs(np.mean(scores) - 0.5) < 0.1
     twice = torch.cat([features, features])
-    seen = score_folds(twice, labels.repeat(2), task, config.transfer, 0)
+    seen = score_folds(
+        twice, labels.repeat(2), task, config.transfer, seed=0, device=torch.device("cpu")
+    )
     assert np.mean(seen) > 0.7
 
 
