@@ -17,10 +17,11 @@ same files or commands; not if the request is refused (ConfigError) or the disk 
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ _FILES = (
     INDEX_NAME, "train-*.tar", "pipe-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar"
 )  # fmt: skip
 _SCAN_FIRST_BYTES = 10 * 10**9
+_SCANS_PER_TASK = 16
 SampleSource = Callable[[], Iterable[tuple[str, dict[str, bytes]]]]
 """Yields samples, (key, {extension: bytes}) each."""
 
@@ -250,14 +252,9 @@ def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) 
 
 def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     named = [url for url in urls if not url.startswith(PIPE)]
-    # threads: hashing and reading release the GIL, remote shards wait for the network
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix=READER)
-    try:
-        scan = partial(scan_shard, deadline_s=request.config.read_deadline_s)
-        results = list(track(pool.map(scan, named), "shards", total=len(named)))
-    finally:
-        # after an interruption the process ends without those that still read
-        pool.shutdown(wait=False, cancel_futures=True)
+    groups = [named[i : i + _SCANS_PER_TASK] for i in range(0, len(named), _SCANS_PER_TASK)]
+    scanned = request.map_tasks(_scan_shards, request.config.read_deadline_s, groups)
+    results = list(track(chain.from_iterable(scanned), "shards", total=len(named)))
     shards = [shard for shard, _ in results]
     faults = [fault for _, found in results for fault in found]
     pipes = (url for url in urls if url.startswith(PIPE))
@@ -280,6 +277,16 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     held = _held_out(unique, request.config.holdout_fraction)
     train = [shard for shard in unique if shard.path not in held]
     return _write_indices(request, train, [shard for shard in unique if shard.path in held])
+
+
+def _scan_shards(deadline_s: float, urls: Sequence[str]) -> list[tuple[Shard, list[Fault]]]:
+    # threads: hashing and reading release the GIL, remote shards wait for the network
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix=READER)
+    try:
+        return list(pool.map(partial(scan_shard, deadline_s=deadline_s), urls))
+    finally:
+        # after an interruption the process ends without those that still read
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _without_repeats(shard: Shard, keys: set[str], faults: list[Fault]) -> Shard:

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import tarfile
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +269,24 @@ def test_tars_are_indexed_where_they_lie(tmp_path, three_tars):
                 key, extension = member.name.split(".")
                 expected = tar.extractfile(member).read()
                 assert contents(tmp_path / "out")[key][extension] == expected
+
+
+def test_tars_are_scanned_by_other_processes_with_the_same_index(tmp_path, tar_of, some_image):
+    tars = [tar_of(tmp_path / f"{n:02d}.tar", [(f"{n}.png", some_image(n))]) for n in range(33)]
+    source = f"shards:{tmp_path}/*.tar"
+    ledger, sent = tmp_path / "faults.jsonl", []
+
+    def map_elsewhere(function, shared, items):
+        sent.extend(items)
+        with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(partial(function, shared), items)
+
+    here = run(source, tmp_path / "here")
+    there = ingest(source, tmp_path / "there", CONFIG, ledger, map_elsewhere)
+    assert len(sent) > 1 and sorted(url for urls in sent for url in urls) == sorted(map(str, tars))
+    assert there.num_samples == here.num_samples == 33
+    indices = [(tmp_path / name / "index.json").read_bytes() for name in ("here", "there")]
+    assert indices[0] == indices[1]
 
 
 def test_patterns(three_tars, monkeypatch):
