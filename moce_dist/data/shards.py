@@ -32,7 +32,7 @@ from moce_dist.data.listing import counted
 from moce_dist.data.ranges import PAUSES, described, is_remote, is_transient
 from moce_dist.data.tarscan import StorageError, TarScan, read_files, scan_tar, split_name
 from moce_dist.run.environment import check_url
-from moce_dist.run.files import write_atomic
+from moce_dist.run.files import replacing
 from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
@@ -192,8 +192,13 @@ def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:
     """Write `folder/index.json` and remove the columns of an earlier index."""
     (folder / COLUMNS_NAME).unlink(missing_ok=True)
     index = ShardIndex(str(folder), list(shards))
-    document = {"format": _FORMAT, "shards": [asdict(shard) for shard in index.shards]}
-    write_atomic(folder / INDEX_NAME, json.dumps(document))
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / INDEX_NAME) as temporary, temporary.open("w") as file:
+        # one shard at a time: the whole document takes several times the memory of the samples
+        file.write(f'{{"format": {json.dumps(_FORMAT)}, "shards": [')
+        for number, shard in enumerate(index.shards):
+            file.write(", " * (number > 0) + json.dumps(asdict(shard)))
+        file.write("]}")
     return index
 
 
