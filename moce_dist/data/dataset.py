@@ -228,8 +228,9 @@ class PlannedSamples(IterableDataset[WebSample]):
 
     def _rows(self, step: int) -> Any:
         epoch, step = divmod(step, self.steps_per_epoch)
-        ids = self._plan.step_ids(epoch * self._plan.steps_per_epoch + step)
-        own = ids[self._rank * self.rank_batch : (self._rank + 1) * self.rank_batch]
+        order = self._plan.step_order(epoch * self._plan.steps_per_epoch + step)
+        first = self._rank * self.rank_batch
+        own = self._plan.ids_at(order, np.arange(first, first + self.rank_batch))
         return own[own != PADDING]
 
     def _sample(self, row: int, content: Content) -> WebSample:

@@ -31,6 +31,7 @@ al. 2014, "Fast Splittable Pseudorandom Number Generators" (the mixing function)
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,16 @@ PADDING = -1
 ORDER = 2
 """Version of the order; version 1 kept every cluster's order in memory."""
 _ROUNDING = 1e-9
+
+
+class StepOrder(NamedTuple):
+    """A step's samples before they are looked up; PADDING fills up the last step of an epoch."""
+
+    epoch: int
+    clusters: Int64
+    """(B,) the cluster of every slot."""
+    places: Int64
+    """(B,) the place of its sample among those of the cluster in this epoch."""
 
 
 @dataclass(frozen=True)
@@ -75,15 +86,28 @@ class Plan:
 
     def step_ids(self, step: int) -> Int64:
         """Return the sample ids of a step, (B,); PADDING fills up the last step of an epoch."""
+        return self.ids_at(self.step_order(step), np.arange(self.batch_size))
+
+    def step_order(self, step: int) -> StepOrder:
+        """Return the clusters of a step's slots, for a rank that needs the ids of few of them."""
         epoch, within = divmod(step, self.steps_per_epoch)
         first, last = (self._used(epoch, at * self.batch_size) for at in (within, within + 1))
-        clusters, places = self._in_order(epoch, *_spread(first, last))
+        found = self._in_order(epoch, first, last)
+        padded = ((0, self.batch_size - len(found[0])),)
+        return StepOrder(epoch, *(np.pad(c, padded, constant_values=PADDING) for c in found))
+
+    def ids_at(self, order: StepOrder, slots: Int64) -> Int64:
+        """Return the sample ids (s,) at `slots` (s,) of a step; PADDING for padding."""
+        clusters, places = order.clusters[slots], order.places[slots]
+        planned = clusters != PADDING
+        ids = np.full(len(slots), PADDING)
+        clusters, places = clusters[planned], places[planned]
         sizes, counts = self.table.cluster_sizes[clusters], self._counts[clusters]
-        turns, parts = np.divmod(epoch, sizes // counts)
+        turns, parts = np.divmod(order.epoch, sizes // counts)
         keys = keys_of(self.seed, turns, clusters)
         members = permuted(parts * counts + places, sizes, keys)
-        ids = self.table.members(clusters, members)
-        return np.pad(ids, (0, self.batch_size - len(ids)), constant_values=PADDING)
+        ids[planned] = self.table.members(clusters, members)
+        return ids
 
     def cursors(self, step: int) -> list[int]:
         """Count the samples of every cluster that the epoch has used before `step`, (K,)."""
@@ -103,22 +127,28 @@ class Plan:
             for at, margin in ((max(0.0, position - slack), -1), (position + slack, 1))
         )
         low, high = np.maximum(low, 0), np.minimum(high, counts)
-        clusters, _ = self._in_order(epoch, *_spread(low, high))
+        clusters, _ = self._in_order(epoch, low, high)
         taken = clusters[: position - int(low.sum())]
         return low + np.bincount(taken, minlength=len(counts))
 
-    def _in_order(self, epoch: int, clusters: Int64, places: Int64) -> tuple[Int64, Int64]:
-        # samples of equal time follow a seeded order of clusters, so no cluster is always first
-        turn = cluster_order(self.seed, epoch, len(self._counts))
-        order = np.lexsort((turn[clusters], (places + 0.5) / self._counts[clusters]))
+    def _in_order(self, epoch: int, first: Int64, last: Int64) -> tuple[Int64, Int64]:
+        # clusters and places (m,) of the samples [first, last) of every cluster, by time; samples
+        # of equal time follow a seeded order of clusters, so no cluster is always first
+        turns = cluster_order(self.seed, epoch, len(self._counts))
+        lengths = (last - first)[turns]
+        clusters = np.repeat(turns, lengths)
+        begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        places = np.arange(len(clusters)) - begins + first[clusters]
+        order = np.argsort((places + 0.5) / self._counts[clusters], kind="stable")
         return clusters[order], places[order]
 
 
 @lru_cache(maxsize=4)
 def cluster_order(seed: int, epoch: int, num_clusters: int) -> Int64:
-    """Return the rank of every cluster among samples of equal time, (K,)."""
+    """Return the order of clusters (K,) that samples of equal time follow."""
     draws = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, epoch]))
-    return draws.permutation(num_clusters)
+    # of the ranks that version 2 of the order draws
+    return np.argsort(draws.permutation(num_clusters))
 
 
 def windows(steps: range, longest: int) -> Iterator[range]:
@@ -130,14 +160,6 @@ def windows(steps: range, longest: int) -> Iterator[range]:
     while taken < len(steps):
         yield steps[taken : taken + length]
         taken, length = taken + length, min(2 * length, longest)
-
-
-def _spread(first: Int64, last: Int64) -> tuple[Int64, Int64]:
-    # clusters and places (m,) of the samples [first, last) of every cluster
-    lengths = last - first
-    clusters = np.repeat(np.arange(len(lengths)), lengths)
-    begins = np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return clusters, np.arange(len(clusters)) - begins + first[clusters]
 
 
 def quotas_of(shares: Shares, cluster_sizes: Int64, batch_size: int) -> Int64:

@@ -205,18 +205,17 @@ class PlannedStream(IterableDataset[Batch]):
         return announced.steps
 
     def _planned(self, number: int, group_of: GroupOf) -> PlannedStep:
-        spec, table = self._spec, self._spec.plan.table
-        ids = spec.plan.step_ids(number)
-        planned = ids != PADDING
-        clusters = np.where(planned, table.cluster[ids], PADDING)
+        spec = self._spec
+        order = spec.plan.step_order(number)
         # every rank computes the slots of all ranks, because the exchange needs them
-        slots = spec.layout.rank_slots(group_of(clusters))
-        counts = np.bincount(clusters[planned], minlength=len(table.cluster_sizes))
-        own = ids[slots[spec.rank]]
+        slots = spec.layout.rank_slots(group_of(order.clusters))
+        planned = order.clusters[order.clusters != PADDING]
+        counts = np.bincount(planned, minlength=len(spec.plan.table.cluster_sizes))
+        own = spec.plan.ids_at(order, slots[spec.rank])
         is_read = own != PADDING
         if spec.kept is not None:
             is_read &= ~spec.kept.has(own)
-        return PlannedStep(number, own, clusters[slots], counts, is_read)
+        return PlannedStep(number, own, order.clusters[slots], counts, is_read)
 
     def _batch(self, step: PlannedStep) -> Batch:
         spec, table, side = self._spec, self._spec.plan.table, self._spec.data.image_size

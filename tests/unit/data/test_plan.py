@@ -150,12 +150,23 @@ def test_steps_and_cursors_are_those_of_all_samples_sorted_by_time(sizes, batch)
     for epoch in (0, 2):
         clusters = np.repeat(np.arange(len(counts)), counts)
         times = np.concatenate([(np.arange(n) + 0.5) / n for n in counts if n])
-        turn = cluster_order(3, epoch, len(counts))[clusters]
+        turn = np.argsort(cluster_order(3, epoch, len(counts)))[clusters]
         expected = clusters[np.lexsort((turn, times))]
         assert plan.table.cluster[epoch_order(plan, epoch)].tolist() == expected.tolist()
         for step in range(0, plan.steps_per_epoch, 7):
             used = np.bincount(expected[: step * batch], minlength=len(counts)).tolist()
             assert plan.cursors(epoch * plan.steps_per_epoch + step) == used
+
+
+def test_a_rank_looks_up_its_own_slots_as_all_are_looked_up():
+    plan = Plan(table([7, 5, 0, 11]), 6, seed=1)
+    for step in range(2 * plan.steps_per_epoch):
+        ids, order = plan.step_ids(step), plan.step_order(step)
+        for slots in ([5, 0], [3], []):
+            assert plan.ids_at(order, np.array(slots, int)).tolist() == ids[slots].tolist()
+        assert np.where(ids == PADDING, PADDING, plan.table.cluster[ids]).tolist() == (
+            order.clusters.tolist()
+        )
 
 
 def test_a_step_of_many_samples_costs_no_more_than_of_few():
