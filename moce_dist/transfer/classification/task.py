@@ -35,7 +35,7 @@ from moce_dist.run.names import and_more, as_text, read_names
 from moce_dist.samples import sets
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.classification.official import OFFICIAL, official_task
-from moce_dist.transfer.tasks import FilePart, Item, Splits, Task, data_folder, scan_all
+from moce_dist.transfer.tasks import FilePart, Item, Splits, Task, data_folder, scan_all, sizes_of
 
 logger = logging.getLogger(__name__)
 LOGISTIC = re.compile(r"logistic([1-9]\d*)?")
@@ -254,8 +254,9 @@ class Classification(Task):
     def fingerprint(self) -> str:
         """Return a sha256 of all keys, sizes, labels and class names, and of images in memory."""
         digest = hashlib.sha256(repr(list(self.classes)).encode())
-        for item in [*self.train, *self.test]:
-            digest.update(f"{item.key}/{item.size()}/{item.label}\n".encode())
+        items = [*self.train, *self.test]
+        for item, size in zip(items, sizes_of(items), strict=True):
+            digest.update(f"{item.key}/{size}/{item.label}\n".encode())
             if isinstance(item.content, bytes):
                 digest.update(item.content)
         return digest.hexdigest()
