@@ -17,7 +17,7 @@ from pathlib import Path
 import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, DataConfig, checked, load_config, read_resolved
+from moce_dist.config import Config, DataConfig, ParallelConfig, checked, load_config, read_resolved
 from moce_dist.cost import sizes
 from moce_dist.cost.budget import budget, budget_lines
 from moce_dist.data.columns import open_index
@@ -77,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
         print("\n".join([*plan, *fork_lines(fork), *missing_lines(config.data, data_root)]))
         return
     check_source(config.data, data_root)
+    check_own_gpu(config.parallel)
     quiet_libraries()
     from moce_dist.pipeline import Pipeline
 
@@ -172,17 +173,21 @@ def check_request(config: Config, stage: str) -> None:
                 f"processes that torchrun started ({world_size}); legal here: {legal}"
             )
     check_trackers(config.logging)
-    is_local = config.parallel.num_workers == 1 and not os.environ.get("RAY_ADDRESS")
-    if config.parallel.use_gpu is True and is_local:
-        # the workers of a cluster check theirs
-        from moce_dist.model.device import check_gpu
-
-        check_gpu(config.parallel)
     if stage in ("all", "cluster") and config.cluster.encoder != "mae":
         # only the library of an encoder knows its names
         from moce_dist.train.encoder import check_encoder
 
         check_encoder(config)
+
+
+def check_own_gpu(parallel: ParallelConfig) -> None:
+    """Refuse to train in this process without the GPU that was asked for."""
+    # the workers of a cluster check theirs
+    is_local = parallel.num_workers == 1 and not os.environ.get("RAY_ADDRESS")
+    if parallel.use_gpu is True and is_local:
+        from moce_dist.model.device import check_gpu
+
+        check_gpu(parallel)
 
 
 def check_init(config: Config, root: Path, stage: str) -> None:

@@ -44,7 +44,7 @@ from moce_dist.data.shards import (
     Fault,
     Shard,
     ShardIndex,
-    scan_shard,
+    index_tar,
     write_index,
 )
 from moce_dist.data.sources import (
@@ -60,6 +60,7 @@ from moce_dist.data.tarscan import CUT_OFF
 from moce_dist.data.writer import ShardSeries, all_or_nothing
 from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete, read_marker
 from moce_dist.run.files import READER, read_faults, record_fault
+from moce_dist.run.names import as_text
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
@@ -255,8 +256,11 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     groups = [named[i : i + _SCANS_PER_TASK] for i in range(0, len(named), _SCANS_PER_TASK)]
     scanned = request.map_tasks(_scan_shards, request.config.read_deadline_s, groups)
     results = list(track(chain.from_iterable(scanned), "shards", total=len(named)))
-    shards = [shard for shard, _ in results]
-    faults = [fault for _, found in results for fault in found]
+    shards = [shard for shard, _, _ in results]
+    faults = [fault for _, found, _ in results for fault in found]
+    for shard, _, left_out in results:
+        if left_out:
+            logger.warning("%s: left out: %s", as_text(shard.path), left_out)
     pipes = (url for url in urls if url.startswith(PIPE))
     tars = [PipedTar(f"pipe-{number:06d}.tar", url) for number, url in enumerate(pipes)]
     written = request.map_tasks(write_piped, request.out, tars)
@@ -279,11 +283,11 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     return _write_indices(request, train, [shard for shard in unique if shard.path in held])
 
 
-def _scan_shards(deadline_s: float, urls: Sequence[str]) -> list[tuple[Shard, list[Fault]]]:
+def _scan_shards(deadline_s: float, urls: Sequence[str]) -> list[tuple[Shard, list[Fault], str]]:
     # threads: hashing and reading release the GIL, remote shards wait for the network
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix=READER)
     try:
-        return list(pool.map(partial(scan_shard, deadline_s=deadline_s), urls))
+        return list(pool.map(partial(index_tar, deadline_s=deadline_s), urls))
     finally:
         # after an interruption the process ends without those that still read
         pool.shutdown(wait=False, cancel_futures=True)

@@ -129,14 +129,22 @@ def scan_shard(
         ConfigError: the file is missing or is not a tar.
         OSError: the file cannot be read.
     """
+    shard, faults, left_out = index_tar(url, path=path, cluster=cluster, deadline_s=deadline_s)
+    if left_out:
+        logger.warning("%s: left out: %s", as_text(url), left_out)
+    return shard, faults
+
+
+def index_tar(
+    url: str, *, path: str | None = None, cluster: int | None = None, deadline_s: float = 240.0
+) -> tuple[Shard, list[Fault], str]:
+    """Index one tar like `scan_shard`; also return what was left out, by kind and number."""
     try:
         scan = _scan_remote(url, deadline_s) if is_remote(url) else _scan(url)
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{url}: no such shard") from None
     except tarfile.ReadError as error:
         raise ConfigError(f"{url}: is not an uncompressed tar file ({error})") from None
-    if scan.left_out:
-        logger.warning("%s: left out: %s", as_text(url), counted(scan.left_out))
     samples = [
         (sample.key, sample.start, sample.end, image.offset_data, image.size)
         for sample in scan.samples
@@ -146,7 +154,7 @@ def scan_shard(
     faults = [Fault(url, *problem) for sample in scan.samples for problem in sample.problems()]
     problems = scan.problems or ([] if scan.samples else ["holds no samples"])
     faults += [Fault(url, None, problem) for problem in problems]
-    return shard.with_samples(samples), faults
+    return shard.with_samples(samples), faults, counted(scan.left_out)
 
 
 def _scan(url: str) -> TarScan:

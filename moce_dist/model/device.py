@@ -1,5 +1,6 @@
 """The device of a process, and the precision of its matrix products."""
 
+import logging
 import os
 from pathlib import Path
 
@@ -8,21 +9,20 @@ import torch
 from moce_dist.config import ParallelConfig
 from moce_dist.settings import ConfigError
 
-DRIVER = Path("/dev/nvidiactl")
-"""Exists where a driver of NVIDIA is loaded."""
+logger = logging.getLogger(__name__)
+DEVICES = Path("/dev")
+"""Has a file `nvidia0` for the first GPU, and so on; readable by a process that may use it."""
 
 
 def choose_device(parallel: ParallelConfig) -> torch.device:
     """Choose the GPU number LOCAL_RANK (0 if unset), or the CPU if there is none to use.
 
     TF32 is off, so float32 products are exact float32 on a GPU too.
-
-    Raises:
-        ConfigError: there is a GPU that torch cannot use.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if not parallel.use_gpu or not torch.cuda.is_available():
-        _check_driver(parallel)
+        if parallel.use_gpu and (reason := unusable_gpu()):
+            logger.warning("computing on the CPU: %s", reason)
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
@@ -33,23 +33,21 @@ def check_gpu(parallel: ParallelConfig) -> None:
     """Refuse to train on a CPU where GPUs were asked for.
 
     Raises:
-        ConfigError: `parallel.use_gpu` is true and there is none, or there is one that torch cannot
-            use.
+        ConfigError: `parallel.use_gpu` is true and there is none.
     """
-    _check_driver(parallel)
     if parallel.use_gpu is True and not torch.cuda.is_available():
-        raise ConfigError("parallel.use_gpu (True): no GPU is visible")
+        reason = unusable_gpu() or "no GPU is visible"
+        raise ConfigError(f"parallel.use_gpu (True): {reason}")
 
 
-def _check_driver(parallel: ParallelConfig) -> None:
-    # a process that may see no GPU has an empty list
-    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-    if not parallel.use_gpu or is_hidden or not DRIVER.exists() or torch.cuda.is_available():
-        return
-    raise ConfigError(
-        f"parallel.use_gpu ({parallel.use_gpu}): this machine has a GPU that torch does not see; "
-        f"is its driver new enough for CUDA {torch.version.cuda}? false computes on the CPU"
-    )
+def unusable_gpu() -> str | None:
+    """Say why torch does not see a GPU that this process may use; None if there is no such GPU."""
+    if torch.cuda.is_available() or "CUDA_VISIBLE_DEVICES" in os.environ:
+        return None
+    if not any(os.access(path, os.R_OK | os.W_OK) for path in DEVICES.glob("nvidia[0-9]*")):
+        return None
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU alone"
+    return f"torch, built for {built}, sees no GPU, but there is one; is its driver too old?"
 
 
 def training_device(parallel: ParallelConfig, *, warn_only: bool = False) -> torch.device:

@@ -132,9 +132,6 @@ class Journal:
 def _begin_process(leases: list[tuple[Path, str]], gpus: "Queue[str] | None") -> None:
     """Take a GPU, and end when the parent is gone or has lost the lease of the study's folder."""
     parent = os.getppid()
-    if gpus is not None:
-        # CUDA reads it when it is first used, which is later
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -145,6 +142,9 @@ def _begin_process(leases: list[tuple[Path, str]], gpus: "Queue[str] | None") ->
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=watch, daemon=True).start()
     lease.watch(leases)
+    if gpus is not None:
+        # CUDA reads it when it is first used, which is later
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus.get()
 
 
 class _Pool(NamedTuple):
@@ -173,7 +173,8 @@ def _hold_pool(plan: StudyPlan, jobs: int) -> Iterator[_Pool]:
         # a process reads it when it first imports a numerical library
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         spawn, gpus = multiprocessing.get_context("spawn"), None
-        if visible := visible_gpus(parallel):
+        # a cluster shares out its own
+        if not os.environ.get("RAY_ADDRESS") and (visible := visible_gpus(parallel)):
             if parallel.num_workers > 1:
                 raise ConfigError(
                     f"--jobs {jobs}: pieces of {parallel.num_workers} workers would share GPUs; "
@@ -205,7 +206,10 @@ def visible_gpus(parallel: ParallelConfig) -> list[str]:
     if not parallel.use_gpu or not (count := torch.cuda.device_count()):
         return []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+    if not named:
+        return [str(number) for number in range(count)]
+    # a process sees a single slice of a GPU, however many are named
+    return named.split(",") if named.startswith("MIG-") else named.split(",")[:count]
 
 
 def _carry_out_here(piece: Piece) -> Future[PieceOutcome]:

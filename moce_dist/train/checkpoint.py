@@ -185,7 +185,10 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def tensor_reader(checkpoint: Path) -> Callable[[str], Tensor | None]:
-    """Return a function that reads one tensor by kind and global name; None where there is none."""
+    """Return a function that reads one tensor by kind and global name; None where there is none.
+
+    Tensors are views of the file, so they must not be changed in place.
+    """
     where = dict(_tensors(checkpoint))
     # to open a file is to parse the names of all its tensors, so each is opened once
     opened = cache(partial(safe_open, framework="pt"))

@@ -156,14 +156,16 @@ def references_of(backbone: str, names: Sequence[str]) -> list[str]:
     """Choose what a backbone is compared with, out of the backbones at hand.
 
     With further steps that is the control after as many: on the task's own images, and on all data;
-    for those of the MAE, the MAE after as many on all data. Otherwise it is the control, else
-    `mae`, else the first backbone.
+    for those of the MAE, or where there is no control, the MAE after as many. Otherwise it is the
+    control, else `mae`, else the first backbone.
     """
     base, _, further = backbone.partition("+")
     if further == "all":
         return []
     if further == "own":
-        fair = ("mae+all",) if base == "mae" else ("control+own", "control+all")
+        control, mae = ("control+own", "control+all"), ("mae+own", "mae+all")
+        has_control = any(name.partition("+")[0] == "control" for name in names)
+        fair = control if has_control and base != "mae" else mae
         if found := [name for name in fair if name in names and name != backbone]:
             return found
     usual = next((name for name in ("control", "mae", *names) if name in names), None)

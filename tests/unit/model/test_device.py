@@ -19,20 +19,23 @@ def test_ranks_of_pre_training_and_of_fits_refuse_to_do_without_a_gpu():
     assert choose_device(config.parallel).type == "cpu"
 
 
-def test_a_gpu_whose_driver_torch_cannot_use_is_named(monkeypatch, tmp_path):
+def test_a_gpu_that_torch_does_not_see_is_named(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("moce_dist.model.device.DRIVER", tmp_path / "nvidiactl")
-    automatic = load_config(None, []).parallel
-    assert choose_device(automatic).type == "cpu"
+    monkeypatch.setattr("moce_dist.model.device.DEVICES", tmp_path)
     (tmp_path / "nvidiactl").touch()
-    for begin in (choose_device, check_gpu):
-        with pytest.raises(ConfigError, match=r"parallel\.use_gpu \(auto\).*driver"):
-            begin(automatic)
+    automatic = load_config(None, []).parallel
+    assert choose_device(automatic).type == "cpu" and not caplog.text
+    (tmp_path / "nvidia0").touch()
     assert choose_device(load_config(None, ["parallel.use_gpu=false"]).parallel).type == "cpu"
-    # a process of a cluster that was given no GPU computes on the CPU
+    assert not caplog.text
+    assert choose_device(automatic).type == "cpu" and "driver" in caplog.text
+    with pytest.raises(ConfigError, match=r"parallel\.use_gpu \(True\).*driver"):
+        check_gpu(load_config(None, ["parallel.use_gpu=true"]).parallel)
+    # whoever names the visible GPUs may mean none
+    caplog.clear()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert choose_device(automatic).type == "cpu"
+    assert choose_device(automatic).type == "cpu" and not caplog.text
 
 
 def test_a_fit_asks_for_repeatable_kernels_and_warns_where_there_are_none(monkeypatch):

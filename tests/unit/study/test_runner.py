@@ -106,6 +106,9 @@ def test_gpus_are_named_as_the_environment_names_them(monkeypatch):
     assert visible_gpus(parallel) == ["0", "1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8f,GPU-2c")
     assert visible_gpus(parallel) == ["GPU-8f", "GPU-2c"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b")
+    assert visible_gpus(parallel) == ["MIG-a", "MIG-b"]
     assert visible_gpus(load_config(None, ["parallel.use_gpu=false"]).parallel) == []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert visible_gpus(parallel) == []

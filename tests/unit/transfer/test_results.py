@@ -15,6 +15,7 @@ from moce_dist.transfer.results import (
     Ledger,
     differences,
     make_metrics,
+    references_of,
     suite_metrics,
     summarise,
 )
@@ -73,6 +74,10 @@ def test_further_steps_are_compared_with_the_control_after_as_many():
     rows += [row(name, "knn", 0, value) for name, value in (("mae+own", 0.61), ("mae+all", 0.58))]
     found |= {("mae+own", "mae+all"): pytest.approx(0.03)}
     assert {(d["backbone"], d["reference"]): d["mean"] for d in differences(rows)} == found
+    # in a run without a control, the MAE takes its place
+    names = ["moce", "mae", "moce+own", "mae+own", "mae+all"]
+    assert references_of("moce+own", names) == ["mae+own", "mae+all"]
+    assert references_of("moce", names) == ["mae"]
 
 
 def test_a_value_that_does_not_depend_on_the_seed_stands_for_all_and_has_no_deviation():
