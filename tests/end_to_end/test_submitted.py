@@ -16,6 +16,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from moce_dist.launch.nodes import GROUP_LABEL
+from moce_dist.parallel.groups import free_port
 
 ROOT = Path(__file__).parents[2]
 READY = ("ingested", "mae", "features", "clusters", "shards")
@@ -25,8 +26,10 @@ READY = ("ingested", "mae", "features", "clusters", "shards")
 def head(monkeypatch):
     """A head without CPUs, and its dashboard."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    # on the usual port the agent of another test's cluster may listen, which takes none of its jobs
+    agent = {"dashboard_agent_listen_port": free_port()}
     cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True}
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, **agent}
     )
     yield cluster
     cluster.shutdown()
