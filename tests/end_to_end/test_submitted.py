@@ -27,7 +27,7 @@ def head(monkeypatch):
     """A head without CPUs, and its dashboard."""
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     # on the usual port the agent of another test's cluster may listen, which takes none of its jobs
-    agent = {"dashboard_agent_listen_port": free_port()}
+    agent = {"dashboard_agent_listen_port": free_port(), "dashboard_port": free_port()}
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True, **agent}
     )
