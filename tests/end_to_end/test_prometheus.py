@@ -36,6 +36,8 @@ def node(monkeypatch):
     head = {
         "num_cpus": 2,
         "include_dashboard": True,
+        "dashboard_port": free_port(),
+        "dashboard_agent_listen_port": free_port(),
         "metrics_export_port": port,
         "_system_config": {"metrics_report_interval_ms": 1000},
     }
