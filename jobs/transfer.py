@@ -62,13 +62,14 @@ def parse(argv: Sequence[str]) -> Any:
         metavar="LIST",
         help="moce, moce:SELECT (as transfer.select), control, mae, random, timm:NAME (default: "
         "moce, and the control or, where the run has none, mae); with --continue-images also "
-        "moce+own, and control or mae +own or +all",
+        "moce, control or mae +own or +train, and control or mae +all",
     )
     parser.add_argument(
         "--continue-images",
         metavar="N",
         type=int,
-        help="train dense models on, on N images: +own of the task's clusters, +all of all data",
+        help="train dense models on, on N images: +own of the task's clusters, +train of its "
+        "training images alone, +all of all data",
     )
     parser.add_argument("--protocol", metavar="LIST", help="finetune, linear, knn (default: all)")
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="fits of each kind")

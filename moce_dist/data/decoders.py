@@ -161,14 +161,18 @@ def _turn_of_exif(exif: bytes) -> Turn:
     return turn_of(image)
 
 
-def check_header(file: IO[bytes] | Path) -> None:
-    """Read the header only.
+def check_header(file: IO[bytes] | Path) -> str:
+    """Read the header only, and return a file extension of the format, such as png.
 
     Raises:
         ImageError: the header cannot be read, or the image is too large.
     """
     with door(), Image.open(file, formats=image_formats()) as image:
         check_pixels(*image.size)
+        name = str(image.format)
+    if (ending := name.lower()) in image_endings():
+        return ending
+    return next(e[1:] for e, found in Image.registered_extensions().items() if found == name)
 
 
 def read_turn(content: Encoded) -> Turn:

@@ -154,15 +154,34 @@ def ingest(
         raise ConfigError(f"sample:{rest}: is a downstream task; train on sample:{PRETRAIN}")
     if kind == "folder":
         return _pack_folder(list_folder(Path(rest)), request, inputs)
-    urls = expand_shards(rest, allow_pipes=config.allow_pipes) if kind == "shards" else []
+    if kind == "sample":
+        assert mix is not None, "whoever allows sample:pretrain gives `mix`"
+        return pack_samples(mix, out, config, inputs)
+    urls = expand_shards(rest, allow_pipes=config.allow_pipes)
     has_pipes = any(url.startswith(PIPE) for url in urls)
     with all_or_nothing(out, _FILES, fingerprint({"urls": urls}) if has_pipes else None):
-        if kind == "sample":
-            assert mix is not None, "whoever allows sample:pretrain gives `mix`"
-            index = _pack_mix(mix, request)
-        else:
-            index = _index_in_place(urls, request)
+        index = _index_in_place(urls, request)
         mark_complete(out, inputs, _files(out), listed=len(urls), samples=index.num_samples)
+    return index
+
+
+def pack_samples(
+    samples: SampleSource, out: Path, config: DataConfig, inputs: dict[str, Any]
+) -> ShardIndex:
+    """Write samples as shards with an index to `out`, an artefact that `inputs` identify.
+
+    Raises:
+        ConfigError: there are none to train on.
+        RuntimeError: the disk is full.
+    """
+    with all_or_nothing(out, _FILES):
+        train = ShardSeries(out, "train", config.shard_bytes)
+        holdout = ShardSeries(out / HOLDOUT, HOLDOUT, config.shard_bytes)
+        for key, members in track(samples(), "images"):
+            series = holdout if share(key) < config.holdout_fraction else train
+            series.writer(member_bytes(map(len, members.values()))).add(key, members)
+        index = _write_indices(out, config, train.close(), holdout.close())
+        mark_complete(out, inputs, _files(out), listed=0, samples=index.num_samples)
     return index
 
 
@@ -178,16 +197,6 @@ class _Request(NamedTuple):
 
 def _files(out: Path) -> list[Path]:
     return [path for pattern in _FILES for path in out.glob(pattern)]
-
-
-def _pack_mix(mix: SampleSource, request: _Request) -> ShardIndex:
-    out, config = request.out, request.config
-    train = ShardSeries(out, "train", config.shard_bytes)
-    holdout = ShardSeries(out / HOLDOUT, HOLDOUT, config.shard_bytes)
-    for key, members in track(mix(), "images"):
-        series = holdout if share(key) < config.holdout_fraction else train
-        series.writer(member_bytes(map(len, members.values()))).add(key, members)
-    return _write_indices(request, train.close(), holdout.close())
 
 
 def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> ShardIndex:
@@ -209,7 +218,7 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
                 parts[written.folder].append(written.shard)
         if not any(parts.values()):
             raise ConfigError(f"no image can be read; each is named in {request.ledger}")
-        index = _write_indices(request, parts[""], parts[HOLDOUT])
+        index = _write_indices(out, config, parts[""], parts[HOLDOUT])
         known = {
             str(Path(part, shard.path)): shard.sha256
             for part, shards in parts.items()
@@ -235,8 +244,10 @@ def _check_headers(folder: Folder, request: _Request) -> _FaultLimit:
     return limit
 
 
-def _write_indices(request: _Request, train: list[Shard], holdout: list[Shard]) -> ShardIndex:
-    out, fraction = request.out, request.config.holdout_fraction
+def _write_indices(
+    out: Path, config: DataConfig, train: list[Shard], holdout: list[Shard]
+) -> ShardIndex:
+    fraction = config.holdout_fraction
     if not train:
         raise ConfigError(
             f"data.holdout_fraction = {fraction}: holds out every image of so few; "
@@ -280,7 +291,8 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     unique = [shard for shard in unique if shard.num_samples]
     held = _held_out(unique, request.config.holdout_fraction)
     train = [shard for shard in unique if shard.path not in held]
-    return _write_indices(request, train, [shard for shard in unique if shard.path in held])
+    holdout = [shard for shard in unique if shard.path in held]
+    return _write_indices(request.out, request.config, train, holdout)
 
 
 def _scan_shards(deadline_s: float, urls: Sequence[str]) -> list[tuple[Shard, list[Fault], str]]:

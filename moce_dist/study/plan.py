@@ -184,8 +184,9 @@ def stages_of(backbone: str, config: Config, *, paid: bool = False) -> tuple[Kin
     if last is None:
         return ()
     needed = {"mae", last}
-    ignores_clusters = further == "all" or backbone == "control"
-    if (last != "mae" or further) and not (paid and ignores_clusters):
+    is_apart = further in ("all", "train") and not is_moce(backbone)
+    ignores_clusters = is_apart or backbone == "control"
+    if (last != "mae" or further in ("own", "all")) and not (paid and ignores_clusters):
         needed |= {"features", "cluster"}
     select = base_of(backbone).partition(":")[2] or config.transfer.select
     if is_moce(backbone) and select == "validate":

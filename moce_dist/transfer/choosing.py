@@ -42,7 +42,7 @@ from moce_dist.transfer.select import (
     with_selection,
 )
 from moce_dist.transfer.skips import Skips, record_skips
-from moce_dist.transfer.tasks import Task
+from moce_dist.transfer.tasks import Item, Task
 from moce_dist.transfer.token import choose_by_use, usage_counter, without_gates
 
 logger = logging.getLogger(__name__)
@@ -270,6 +270,15 @@ class Chooser:
         _, colon, how = base_of(name).partition(":")
         return self.folder / f"choice{colon and '-'}{how}.json"
 
+    def training_images(self) -> list[Item]:
+        """Return the task's training images within `transfer.max_train`."""
+        return self.task.subset(self.config.transfer.max_train, self.config.seed).images()
+
+    @property
+    def training_inputs(self) -> dict[str, Any]:
+        """What these images depend on."""
+        return {"task": self.task_fingerprint, "max_train": self.config.transfer.max_train}
+
     @cached_property
     def _cluster_ids(self) -> Int64:
         """Clusters of the task's training images, (n,)."""
@@ -279,7 +288,7 @@ class Chooser:
 
     def _encoded(self, encoder: Callable[[Tensor], Tensor], takes: EncoderInput) -> Tensor:
         """Encode the task's training images, (n, ...); unreadable ones are skipped."""
-        images = self.task.subset(self.config.transfer.max_train, self.config.seed).images()
+        images = self.training_images()
         features, _, faults = encode(encoder, takes, images, self.machine, name="encoder")
         skips = Skips(self.machine)
         skips.test = faults
@@ -294,8 +303,8 @@ class Chooser:
             used = self._encoded(count, EncoderInput(config.data.image_size))
             return choose_by_use(used, moce.weights, task=self.request.folder)
 
-        inputs = {"task": self.task_fingerprint, "max_train": config.transfer.max_train}
-        return self._known_or(self.file(name), {**inputs, "token": moce.identity}, choose)
+        inputs = {**self.training_inputs, "token": moce.identity}
+        return self._known_or(self.file(name), inputs, choose)
 
     def _chosen(self, config: Config) -> dict[str, Any]:
         return choose_experts(

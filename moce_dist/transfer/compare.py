@@ -35,7 +35,14 @@ from moce_dist.transfer.choosing import Chooser, Dense, TrainedStage, dense_back
 from moce_dist.transfer.continuing import further_folder, further_jobs
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.fit import Kept, Trial
-from moce_dist.transfer.further import cost_of, further_weights, shares_of, take_further_steps
+from moce_dist.transfer.further import (
+    Images,
+    cost_of,
+    further_weights,
+    pack_training_images,
+    shares_of,
+    take_further_steps,
+)
 from moce_dist.transfer.kinds import kind_named
 from moce_dist.transfer.loading import Machine, machine_of
 from moce_dist.transfer.ranks import from_first
@@ -112,10 +119,20 @@ class Comparison:
         chooser, images = self.chooser, self.request.continue_images
         for name, job in further_jobs(self.run, self.config, self.request).items():
             assert images is not None
-            shares, dense = None, chooser.dense(base_of(name))
-            if further_of(name) == "own":
-                shares = shares_of(chooser.clusters(name), self.config.cluster.num_clusters)
-            take_further_steps(job, images, dense, shares, train)
+            source = self._images_of(name)
+            take_further_steps(job, images, chooser.dense(base_of(name)), source, train)
+
+    def _images_of(self, name: str) -> Images:
+        run, clusters = self.run, self.config.cluster.num_clusters
+        if further_of(name) == "all":
+            return Images(run.shards)
+        if further_of(name) == "own":
+            return Images(run.shards, shares_of(self.chooser.clusters(name), clusters))
+        out, chooser = self.folder / "continued" / "train", self.chooser
+        items, inputs = chooser.training_images(), chooser.training_inputs
+        pack_training_images(items, out, self.config.data, run.faults, inputs)
+        # images of tars without clusters are in cluster 0; shares make every batch a full one
+        return Images(out, shares_of({"0": 1}, clusters))
 
     def steps_fewer(self) -> dict[str, int]:
         """Return, per backbone of the run, how many fewer steps it took than stage moce."""
@@ -297,7 +314,7 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     files = [folder / "metrics.json"]
     for name, backbone in backbones.items():
         # what this task alone has; `routes` exports the others
-        is_own = name == own_backbone(comparison.config) or further_of(name) == "own"
+        is_own = name == own_backbone(comparison.config) or further_of(name) in ("own", "train")
         if is_chosen(name) or is_own:
             files += _export(comparison, backbone, metrics)
     mark_complete(folder, inputs, files)
@@ -326,7 +343,8 @@ def _export(comparison: Comparison, own: Backbone, metrics: dict[str, Any]) -> l
     }
     if own.cost is not None:
         folder = further_folder(comparison.run, comparison.config, request, name).name
-        where = f"{own.cost['images']} images of the task's own clusters"
+        of = {"own": "own clusters", "train": "training images alone"}[further_of(name)]
+        where = f"{own.cost['images']} images of the task's {of}"
         about["trained on"] = (
             f"{where}, continued/{folder}/checkpoints/{own.identity['checkpoint']}"
         )

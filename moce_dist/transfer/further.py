@@ -1,34 +1,47 @@
 """Further steps of dense models: a task's own, and those of the controls to compare with.
 
-    moce+own                the customised ViT, on N images of the task's clusters, by its mass
-                            over them
-    control+own, mae+own    the control or the MAE, on the same images: shows whether experts are a
-                            better start
-    control+all, mae+all    the same, on N more images of all the data; one for all tasks of a run
+    moce+own                    the customised ViT, on N images of the task's clusters, by its mass
+                                over them
+    control+own, mae+own        the control or the MAE, on the same images: shows whether experts
+                                are a better start
+    moce+train, ..., mae+train  the same, on the task's training images alone, N in all: shows what
+                                the images that its clusters add are worth
+    control+all, mae+all        the same, on N more images of all the data; one for all tasks
 
     RUN/transfer/TASK/continued/moce+own-N/{start/, metrics.jsonl, checkpoints/}
+    RUN/transfer/TASK/continued/train/{index.json, train-000000.tar ...}
     RUN/{control,mae}_more/N[-HOW]/{start/, metrics.jsonl, checkpoints/}
 
-The images are streamed by plan from the run's cluster-sharded tars, through the same loop as in all
-stages. The optimiser is new, and the schedule is that of `transfer.continued`. Steps that were
-finished from the same inputs are not repeated; interrupted ones are resumed.
+The images are streamed by plan from the run's cluster-sharded tars, or from tars of the task's
+training images, through the same loop as in all stages. The optimiser is new, and the schedule is
+that of `transfer.continued`. Steps that were finished from the same inputs are not repeated;
+interrupted ones are resumed.
+
+Source: Gururangan et al. 2020, arXiv 2004.10964: training on a task's own images, and on images
+that are like them (there texts).
 
 Letters: K clusters.
 """
 
+import io
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from moce_dist.config import DataConfig
+from moce_dist.data.decoders import ImageError, check_header
+from moce_dist.data.ingest import pack_samples
 from moce_dist.data.plan import Shares, quotas_of
 from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
 from moce_dist.run.files import read_jsonl
 from moce_dist.run.lease import hold
+from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, write_weights
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, known_digests
@@ -36,26 +49,36 @@ from moce_dist.train.job import MoreSteps, Train
 from moce_dist.train.metrics import METRICS_NAME, training_seconds
 from moce_dist.transfer.choosing import Dense, need_stage
 from moce_dist.transfer.continuing import FurtherJob
+from moce_dist.transfer.skips import record_skips
+from moce_dist.transfer.tasks import Item
 
 logger = logging.getLogger(__name__)
 
 
+class Images(NamedTuple):
+    """Where the images of further steps lie."""
+
+    folder: Path
+    """Folder of tars with an index."""
+    shares: Shares | None = None
+    """(K,) fractions to take of every cluster; None takes all images alike."""
+
+
 def take_further_steps(
-    job: FurtherJob, images: int, start: Dense, shares: Shares | None, train: Train
+    job: FurtherJob, images: int, start: Dense, source: Images, train: Train
 ) -> None:
     """Train a model on about `images` images unless that is done already; called on rank 0.
 
-    `shares` (K,) are the fractions of the images to take from every cluster; None takes all images
-    alike. `train` runs a job on all ranks.
+    `train` runs a job on all ranks.
 
     Raises:
-        ConfigError: the run has no tars of clusters, or no image of the clusters with a share.
+        ConfigError: there are no tars, or no image of the clusters with a share.
     """
-    run, folder, config = job.place, job.folder, job.config
-    steps = _plan_steps(job, images, shares)
+    folder, config = job.folder, job.config
+    steps = _plan_steps(job, images, source)
     inputs = {
         "start": dict(start.identity),
-        "shards": artefact_id(run.shards),
+        "shards": artefact_id(source.folder),
         "quotas": None if steps.quotas is None else list(steps.quotas),
         "images": images,
         "optimisation": steps.stage_config.model_dump(mode="json"),
@@ -82,16 +105,17 @@ def take_shared_steps(job: FurtherJob, stage: str, images: int, train: Train) ->
     Raises:
         ConfigError: the run lacks that stage.
     """
-    take_further_steps(job, images, need_stage(job.place, stage).dense(stage), None, train)
+    start = need_stage(job.place, stage).dense(stage)
+    take_further_steps(job, images, start, Images(job.place.shards), train)
 
 
-def _plan_steps(job: FurtherJob, images: int, shares: Shares | None) -> MoreSteps:
-    config, index = job.config, str(job.place.shards)
+def _plan_steps(job: FurtherJob, images: int, source: Images) -> MoreSteps:
+    config, index = job.config, str(source.folder)
     steps = MoreSteps(config, job.run_root, "control", index, out=job.out)
     plan = steps.plan()
-    if shares is not None:
+    if source.shares is not None:
         try:
-            quotas = quotas_of(shares, plan.table.cluster_sizes, job.batch_size)
+            quotas = quotas_of(source.shares, plan.table.cluster_sizes, job.batch_size)
         except ValueError:
             raise ConfigError(f"{index}: holds no image of the task's clusters") from None
         steps = replace(steps, quotas=tuple(quotas.tolist()))
@@ -106,6 +130,38 @@ def shares_of(clusters: Mapping[str, int], num_clusters: int) -> Shares:
     for cluster, count in clusters.items():
         counts[int(cluster)] = count
     return counts / counts.sum()
+
+
+def pack_training_images(
+    items: Sequence[Item], out: Path, config: DataConfig, ledger: Path, inputs: dict[str, Any]
+) -> None:
+    """Write a task's training images to tars with an index, unless that is done already.
+
+    Images that cannot be read are left out, and recorded in `ledger`.
+
+    Raises:
+        ConfigError: none can be read.
+    """
+    if is_complete(out, inputs):
+        return
+    skips = []
+
+    def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
+        for number, item in enumerate(items):
+            try:
+                content = item.read()
+                ending = check_header(io.BytesIO(content))
+            except (ImageError, OSError) as error:
+                skips.append({"key": item.key, "reason": one_line(error)})
+                continue
+            # a key ends at the first dot; equal ones differ by their number
+            yield f"{number:07d}/{item.key.replace('.', '_')}", {ending: content}
+
+    everything = config.model_copy(update={"holdout_fraction": 0.0})
+    try:
+        pack_samples(samples, out, everything, inputs)
+    finally:
+        record_skips(ledger, skips)
 
 
 def further_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:

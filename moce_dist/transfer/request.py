@@ -44,7 +44,10 @@ def base_of(backbone: str) -> str:
 
 
 def further_of(backbone: str) -> str:
-    """Return what a backbone's further steps train on: `own` clusters, `all` images, "" if none."""
+    """Return what a backbone's further steps train on; "" if it has none.
+
+    own: images of the task's clusters; train: its training images alone; all: those of all data.
+    """
     return backbone.removeprefix(base_of(backbone)).removeprefix("+")
 
 
@@ -165,9 +168,9 @@ def _check_further(request: Request, config: Config) -> None:
     names = [name for name in request.backbones if further_of(name)]
     for name in names:
         is_dense = base_of(name) in ("control", "mae")
-        if not is_dense and (not is_moce(name) or further_of(name) != "own"):
-            known = "moce+own, moce:SELECT+own, control+own, control+all, mae+own or mae+all"
-            raise ConfigError(f"--backbone {name}: must be {known}")
+        if not is_dense and (not is_moce(name) or further_of(name) == "all"):
+            known = "moce, moce:SELECT, control or mae with +own or +train"
+            raise ConfigError(f"--backbone {name}: must be {known}, or control or mae with +all")
         if config.moe.kind != "cluster":
             raise ConfigError(f"--backbone {name}: {experts_of(config)}")
     if images is None:
@@ -175,7 +178,9 @@ def _check_further(request: Request, config: Config) -> None:
             raise ConfigError(f"--backbone {names[0]}: needs --continue-images")
         return
     if not names:
-        raise ConfigError(f"--continue-images {images}: --backbone names nothing +own or +all")
+        raise ConfigError(
+            f"--continue-images {images}: --backbone names nothing +own, +train or +all"
+        )
     if images < (batch := config.transfer.continued.stage(config.moce, 1.0).batch_size):
         raise ConfigError(f"--continue-images {images}: must be at least a batch ({batch})")
     unit = max(parallel.num_workers, parallel.num_groups) * parallel.micro_batches
@@ -188,8 +193,8 @@ def _check_further(request: Request, config: Config) -> None:
 
 def _check_backbone(given: str, request: Request, config: Config) -> None:
     name, known, kind = base_of(given), backbones_of(config), config.moe.kind
-    if further_of(given) not in ("", "own", "all") or given.endswith("+"):
-        raise ConfigError(f"--backbone {given}: after + must stand own or all")
+    if further_of(given) not in ("", "own", "train", "all") or given.endswith("+"):
+        raise ConfigError(f"--backbone {given}: after + must stand own, train or all")
     if name in known or name.startswith("timm:"):
         pass
     elif not (is_moce(name) and kind == "cluster"):
@@ -255,7 +260,7 @@ def check_stages(request: Request, run: Run, config: Config) -> None:
         needed.append(run.clusters)
         if config.cluster.encoder == "mae":
             needed.append(run.stage("mae") / "checkpoints")
-    if any(map(further_of, request.backbones)):
+    if any(further_of(name) in ("own", "all") for name in request.backbones):
         needed.append(run.shards)
     for folder in needed:
         if not folder.is_dir():

@@ -155,14 +155,14 @@ def summarise(rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None)
 def references_of(backbone: str, names: Sequence[str]) -> list[str]:
     """Choose what a backbone is compared with, out of the backbones at hand.
 
-    With further steps that is the control after as many: on the task's own images, and on all data;
+    With further steps that is the control after as many: on the task's clusters, and on all data;
     for those of the MAE, or where there is no control, the MAE after as many. Otherwise it is the
     control, else `mae`, else the first backbone.
     """
     base, _, further = backbone.partition("+")
     if further == "all":
         return []
-    if further == "own":
+    if further in ("own", "train"):
         control, mae = ("control+own", "control+all"), ("mae+own", "mae+all")
         has_control = any(name.partition("+")[0] == "control" for name in names)
         fair = control if has_control and base != "mae" else mae

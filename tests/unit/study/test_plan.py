@@ -151,6 +151,20 @@ def test_further_steps_of_the_mae_need_clusters_and_no_control(read, plan):
     assert pieces["sprites"].needs == pieces["sprites-2000"].needs
 
 
+def test_steps_on_a_tasks_training_images_alone_need_no_clusters(read, plan):
+    further = {"continue_images": 2000}
+    names = ("mae+train", "control+train", "moce+train")
+    arms = {"mae": {"backbone": "mae"}, **{name: {"backbone": name, **further} for name in names}}
+    found = plan(read(arms={name: arms[name] for name in ("mae", "mae+train")}, seeds=[0]))
+    (main,) = found.runs
+    assert set(found.runs[main].makers) == {"mae"}
+    # experts have been made with clusters, whatever they are trained on later
+    found = plan(read(arms=arms, seeds=[0]))
+    costs = [found.cost(name, found.runs[main]) for name in names]
+    assert [cost.clustering > 0 for cost in costs] == [False, False, True]
+    assert [cost.moce_images for cost in costs] == [2000, 7000, 7000]
+
+
 def test_further_steps_of_the_control_are_trained_one_after_the_other(read, plan):
     arms = {
         "mae": {"backbone": "mae"},

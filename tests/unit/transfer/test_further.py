@@ -9,12 +9,14 @@ import pytest
 import timm
 import torch
 
+from moce_dist.data.columns import open_index
 from moce_dist.model.customize import customize
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl
 from moce_dist.settings import ConfigError
 from moce_dist.train import loop
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, read_manifest
+from moce_dist.transfer import tasks
 
 from .conftest import NUM_CLUSTERS, transfer
 
@@ -141,6 +143,56 @@ def test_own_steps_of_the_mae_need_neither_experts_nor_a_control(
     assert "trained without experts" in card and "- checkpoint: mae/" in card
 
 
+def test_a_tasks_training_images_alone(clustered, image_folder, job, seen, tmp_path, monkeypatch):
+    # headers of large tasks are not checked beforehand
+    monkeypatch.setattr(tasks, "SCAN_LIMIT_BYTES", 0)
+    run, folder = clustered, clustered.transfer("imagefolder")
+    image_folder = shutil.copytree(image_folder, tmp_path / "images")
+    for number in range(5):
+        (image_folder / "train" / "rows" / f"{number:03d}.png").unlink()
+    (image_folder / "train" / "rows" / "torn.png").write_bytes(b"no image")
+    names = "mae+own,mae+train,moce+train"
+    flags = ["--continue-images", "48", "--backbone", names]
+    metrics = compare(job, run, image_folder, *flags)
+    own, by_train, with_experts = (seen[i : i + 6] for i in (0, 6, 12))
+    assert len(seen) == 18 and by_train == with_experts and own != by_train
+    # an epoch is whole batches without padding; no image comes twice in it
+    files = [path.relative_to(image_folder) for path in image_folder.glob("train/*/[0-9]*")]
+    drawn = [key.partition("/")[2] for keys in by_train for key in keys]
+    assert {*drawn} <= {str(path).replace(".", "_") for path in files} and len(files) == 43
+    assert len({*drawn[:40]}) == 40 and len(drawn) == 48
+    faults = [f for f in read_jsonl(run.faults) if f["stage"] == "transfer"]
+    assert {f["key"] for f in faults} == {"train/rows/torn.png"}
+    # the stored images are the files, byte by byte
+    index = open_index(folder / "continued" / "train")
+    (shard,) = index.shards
+    tar = (Path(index.root) / shard.path).read_bytes()
+    stored = {
+        key.partition("/")[2]: tar[offset : offset + size]
+        for key, offset, size in zip(shard.keys, shard.offsets, shard.sizes, strict=True)
+    }
+    originals = {str(p).replace(".", "_"): (image_folder / p).read_bytes() for p in files}
+    assert stored == originals
+    # fair partners: the same model on as many images of the clusters
+    found = {(d["backbone"], d["reference"]) for d in metrics["differences"]}
+    assert found == {("mae+train", "mae+own"), ("moce+train", "mae+own")}
+    card = (folder / "backbone-mae+train" / "README.md").read_text()
+    assert "48 images of the task's training images alone" in card
+    seen.clear()
+    assert compare(job, run, image_folder, *flags) == metrics and not seen
+
+
+def test_training_images_alone_need_no_clusters(run, image_folder, job, seen):
+    flags = ["--continue-images", "16", "--backbone", "mae,mae+train"]
+    metrics = compare(job, run, image_folder, *flags)
+    assert [row["backbone"] for row in metrics["results"]] == ["mae", "mae+train"]
+    assert len(seen) == 2
+    # other images are other steps, and a limit is heeded
+    few = compare(job, run, image_folder, *flags, "--set", "transfer.max_train=6")
+    assert [len({*keys} - {""}) for keys in seen[2:]] == [6, 6]  # the rest is padding
+    assert few["results"][1]["cost"]["images"] == 12
+
+
 def test_other_experts_and_other_numbers_train_anew(clustered, image_folder, job, seen):
     flags = ["--continue-images", "16", "--backbone", "moce:average+own,moce:vote+own"]
     metrics = compare(job, clustered, image_folder, *flags)
@@ -168,8 +220,9 @@ def test_other_experts_and_other_numbers_train_anew(clustered, image_folder, job
     [
         (["--backbone", "moce+own"], "needs --continue-images"),
         (["--backbone", "moce,mae", "--continue-images", "16"], "names nothing [+]own"),
-        (["--backbone", "random+own", "--continue-images", "16"], "must be moce[+]own"),
-        (["--backbone", "moce+all", "--continue-images", "16"], "must be moce[+]own"),
+        (["--backbone", "random+own", "--continue-images", "16"], "must be moce, moce:SELECT"),
+        (["--backbone", "random+train", "--continue-images", "16"], "must be moce, moce:SELECT"),
+        (["--backbone", "moce+all", "--continue-images", "16"], "must be moce, moce:SELECT"),
         (["--backbone", "moce+", "--continue-images", "16"], "after [+] must stand"),
         (["--backbone", "moce+own", "--continue-images", "7"], "must be at least a batch"),
         (

@@ -74,6 +74,10 @@ def test_further_steps_are_compared_with_the_control_after_as_many():
     rows += [row(name, "knn", 0, value) for name, value in (("mae+own", 0.61), ("mae+all", 0.58))]
     found |= {("mae+own", "mae+all"): pytest.approx(0.03)}
     assert {(d["backbone"], d["reference"]): d["mean"] for d in differences(rows)} == found
+    # what the clusters add to a task's training images
+    names = ["control", "control+own", "mae+own", "mae+train", "control+train"]
+    assert references_of("mae+train", names) == ["mae+own"]
+    assert references_of("control+train", names) == ["control+own"]
     # in a run without a control, the MAE takes its place
     names = ["moce", "mae", "moce+own", "mae+own", "mae+all"]
     assert references_of("moce+own", names) == ["mae+own", "mae+all"]
