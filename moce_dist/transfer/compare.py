@@ -36,7 +36,7 @@ from moce_dist.transfer.continuing import further_folder, further_jobs
 from moce_dist.transfer.export import export_backbone, model_card
 from moce_dist.transfer.fit import Kept, Trial
 from moce_dist.transfer.further import (
-    Images,
+    ImageSource,
     cost_of,
     further_weights,
     pack_training_images,
@@ -122,17 +122,17 @@ class Comparison:
             source = self._images_of(name)
             take_further_steps(job, images, chooser.dense(base_of(name)), source, train)
 
-    def _images_of(self, name: str) -> Images:
+    def _images_of(self, name: str) -> ImageSource:
         run, clusters = self.run, self.config.cluster.num_clusters
         if further_of(name) == "all":
-            return Images(run.shards)
+            return ImageSource(run.shards)
         if further_of(name) == "own":
-            return Images(run.shards, shares_of(self.chooser.clusters(name), clusters))
+            return ImageSource(run.shards, shares_of(self.chooser.clusters(name), clusters))
         out, chooser = self.folder / "continued" / "train", self.chooser
         items, inputs = chooser.training_images(), chooser.training_inputs
         pack_training_images(items, out, self.config.data, run.faults, inputs)
         # images of tars without clusters are in cluster 0; shares make every batch a full one
-        return Images(out, shares_of({"0": 1}, clusters))
+        return ImageSource(out, shares_of({"0": 1}, clusters))
 
     def steps_fewer(self) -> dict[str, int]:
         """Return, per backbone of the run, how many fewer steps it took than stage moce."""

@@ -55,7 +55,7 @@ from moce_dist.transfer.tasks import Item
 logger = logging.getLogger(__name__)
 
 
-class Images(NamedTuple):
+class ImageSource(NamedTuple):
     """Where the images of further steps lie."""
 
     folder: Path
@@ -65,7 +65,7 @@ class Images(NamedTuple):
 
 
 def take_further_steps(
-    job: FurtherJob, images: int, start: Dense, source: Images, train: Train
+    job: FurtherJob, images: int, start: Dense, source: ImageSource, train: Train
 ) -> None:
     """Train a model on about `images` images unless that is done already; called on rank 0.
 
@@ -106,10 +106,10 @@ def take_shared_steps(job: FurtherJob, stage: str, images: int, train: Train) ->
         ConfigError: the run lacks that stage.
     """
     start = need_stage(job.place, stage).dense(stage)
-    take_further_steps(job, images, start, Images(job.place.shards), train)
+    take_further_steps(job, images, start, ImageSource(job.place.shards), train)
 
 
-def _plan_steps(job: FurtherJob, images: int, source: Images) -> MoreSteps:
+def _plan_steps(job: FurtherJob, images: int, source: ImageSource) -> MoreSteps:
     config, index = job.config, str(source.folder)
     steps = MoreSteps(config, job.run_root, "control", index, out=job.out)
     plan = steps.plan()
