@@ -274,11 +274,6 @@ class Chooser:
         """Return the task's training images within `transfer.max_train`."""
         return self.task.subset(self.config.transfer.max_train, self.config.seed).images()
 
-    @property
-    def training_inputs(self) -> dict[str, Any]:
-        """What these images depend on."""
-        return {"task": self.task_fingerprint, "max_train": self.config.transfer.max_train}
-
     @cached_property
     def _cluster_ids(self) -> Int64:
         """Clusters of the task's training images, (n,)."""
@@ -303,8 +298,8 @@ class Chooser:
             used = self._encoded(count, EncoderInput(config.data.image_size))
             return choose_by_use(used, moce.weights, task=self.request.folder)
 
-        inputs = {**self.training_inputs, "token": moce.identity}
-        return self._known_or(self.file(name), inputs, choose)
+        inputs = {"task": self.task_fingerprint, "max_train": config.transfer.max_train}
+        return self._known_or(self.file(name), {**inputs, "token": moce.identity}, choose)
 
     def _chosen(self, config: Config) -> dict[str, Any]:
         return choose_experts(

@@ -119,19 +119,18 @@ class Comparison:
         chooser, images = self.chooser, self.request.continue_images
         for name, job in further_jobs(self.run, self.config, self.request).items():
             assert images is not None
-            source = self._images_of(name)
+            source = self._images_of(name, job.batch_size)
             take_further_steps(job, images, chooser.dense(base_of(name)), source, train)
 
-    def _images_of(self, name: str) -> ImageSource:
+    def _images_of(self, name: str, batch_size: int) -> ImageSource:
         run, clusters = self.run, self.config.cluster.num_clusters
         if further_of(name) == "all":
             return ImageSource(run.shards)
         if further_of(name) == "own":
             return ImageSource(run.shards, shares_of(self.chooser.clusters(name), clusters))
-        out, chooser = self.folder / "continued" / "train", self.chooser
-        items, inputs = chooser.training_images(), chooser.training_inputs
-        pack_training_images(items, out, self.config.data, run.faults, inputs)
-        # images of tars without clusters are in cluster 0; shares make every batch a full one
+        out, items = self.folder / "continued" / "train", self.chooser.training_images()
+        pack_training_images(items, out, self.config.data, run.faults, batch_size)
+        # images of tars without clusters are in cluster 0; with shares, an epoch is whole batches
         return ImageSource(out, shares_of({"0": 1}, clusters))
 
     def steps_fewer(self) -> dict[str, int]:

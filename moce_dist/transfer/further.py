@@ -28,20 +28,20 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from moce_dist.config import DataConfig
-from moce_dist.data.decoders import ImageError, check_header
+from moce_dist.data.decoders import ImageError, check_bytes, check_header
 from moce_dist.data.ingest import pack_samples
 from moce_dist.data.plan import Shares, quotas_of
-from moce_dist.run.artefacts import artefact_id, is_complete, mark_complete
+from moce_dist.run.artefacts import artefact_id, fingerprint, is_complete, mark_complete
 from moce_dist.run.files import read_jsonl
 from moce_dist.run.lease import hold
-from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, load_weights, write_weights
 from moce_dist.train.finished import begin_stage, has_last_checkpoint, known_digests
@@ -50,7 +50,7 @@ from moce_dist.train.metrics import METRICS_NAME, training_seconds
 from moce_dist.transfer.choosing import Dense, need_stage
 from moce_dist.transfer.continuing import FurtherJob
 from moce_dist.transfer.skips import record_skips
-from moce_dist.transfer.tasks import Item
+from moce_dist.transfer.tasks import Item, sizes_of
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,9 @@ def _plan_steps(job: FurtherJob, images: int, source: ImageSource) -> MoreSteps:
             raise ConfigError(f"{index}: holds no image of the task's clusters") from None
         steps = replace(steps, quotas=tuple(quotas.tolist()))
         plan = replace(plan, quotas=quotas)
+    if plan.epoch_samples < job.batch_size:
+        few = "there are only %d such images, so each step has these instead of %d"
+        logger.warning(f"%s: {few}", job.out, plan.epoch_samples, job.batch_size)
     count = max(1, round(images / job.batch_size))
     return replace(steps, epochs=count / plan.steps_per_epoch)
 
@@ -133,35 +136,49 @@ def shares_of(clusters: Mapping[str, int], num_clusters: int) -> Shares:
 
 
 def pack_training_images(
-    items: Sequence[Item], out: Path, config: DataConfig, ledger: Path, inputs: dict[str, Any]
+    items: Sequence[Item], out: Path, config: DataConfig, ledger: Path, batch_size: int
 ) -> None:
     """Write a task's training images to tars with an index, unless that is done already.
 
-    Images that cannot be read are left out, and recorded in `ledger`.
+    Fewer images than a batch are written several times, as samples of their own, so that they fill
+    it. Damaged images are left out, and recorded in `ledger`.
 
     Raises:
-        ConfigError: none can be read.
+        ConfigError: more of them are damaged than `data.max_fault_fraction` allows, or all.
+        OSError: a file cannot be read.
     """
+    times = -(-batch_size // len(items))
+    listed = [[item.key, size] for item, size in zip(items, sizes_of(items), strict=True)]
+    inputs = {"images": fingerprint(listed), "times": times}
     if is_complete(out, inputs):
         return
-    skips = []
+    damaged: dict[str, str] = {}
 
     def samples() -> Iterator[tuple[str, dict[str, bytes]]]:
-        for number, item in enumerate(items):
+        for number, item in enumerate(chain.from_iterable(repeat(items, times))):
+            content = item.read()
             try:
-                content = item.read()
+                check_bytes(content)
                 ending = check_header(io.BytesIO(content))
-            except (ImageError, OSError) as error:
-                skips.append({"key": item.key, "reason": one_line(error)})
+            except ImageError as error:
+                damaged[item.key] = str(error)
                 continue
             # a key ends at the first dot; equal ones differ by their number
             yield f"{number:07d}/{item.key.replace('.', '_')}", {ending: content}
+        _check_damaged(damaged, len(items), config.max_fault_fraction, ledger)
 
-    everything = config.model_copy(update={"holdout_fraction": 0.0})
-    try:
-        pack_samples(samples, out, everything, inputs)
-    finally:
-        record_skips(ledger, skips)
+    pack_samples(samples, out, config.model_copy(update={"holdout_fraction": 0.0}), inputs)
+
+
+def _check_damaged(damaged: dict[str, str], total: int, limit: float, ledger: Path) -> None:
+    if not damaged:
+        return
+    record_skips(ledger, [{"key": key, "reason": reason} for key, reason in damaged.items()])
+    said = f"{len(damaged)} of {total} training images cannot be read; each is named in {ledger}"
+    # as in ingest, a single one is too many only if none is allowed, or if it is the only image
+    if len(damaged) > limit * total and (len(damaged) > 1 or not limit or total == 1):
+        raise ConfigError(f"{said}; data.max_fault_fraction is {limit}")
+    logger.warning("%s; they are left out", said)
 
 
 def further_weights(folder: Path) -> tuple[str, dict[str, Tensor]]:

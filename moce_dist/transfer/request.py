@@ -171,7 +171,7 @@ def _check_further(request: Request, config: Config) -> None:
         if not is_dense and (not is_moce(name) or further_of(name) == "all"):
             known = "moce, moce:SELECT, control or mae with +own or +train"
             raise ConfigError(f"--backbone {name}: must be {known}, or control or mae with +all")
-        if config.moe.kind != "cluster":
+        if config.moe.kind != "cluster" and further_of(name) != "train":
             raise ConfigError(f"--backbone {name}: {experts_of(config)}")
     if images is None:
         if names:
@@ -195,26 +195,28 @@ def _check_backbone(given: str, request: Request, config: Config) -> None:
     name, known, kind = base_of(given), backbones_of(config), config.moe.kind
     if further_of(given) not in ("", "own", "train", "all") or given.endswith("+"):
         raise ConfigError(f"--backbone {given}: after + must stand own, train or all")
+    if name.startswith("timm:") and name.endswith(("+own", "+train", "+all")):
+        raise ConfigError(f"--backbone {given}: further steps are for models of the run")
     if name in known or name.startswith("timm:"):
         pass
     elif not (is_moce(name) and kind == "cluster"):
         more = ", moce:SELECT" if kind == "cluster" else ""
         rule = f"must be one of {', '.join(known)}{more} or timm:NAME"
         if name.partition(":")[0] not in _OWN.values():
-            raise ConfigError(f"--backbone {name}: {rule}")
-        raise ConfigError(f"--backbone {name}: {experts_of(config)}; {rule}")
+            raise ConfigError(f"--backbone {given}: {rule}")
+        raise ConfigError(f"--backbone {given}: {experts_of(config)}; {rule}")
     if not is_moce(name):
         return
     named = name.partition(":")[2]
     select = named or config.transfer.select
     if select not in SELECTIONS:
-        raise ConfigError(f"--backbone {name}: must be moce:{' or moce:'.join(SELECTIONS)}")
+        raise ConfigError(f"--backbone {given}: must be moce:{' or moce:'.join(SELECTIONS)}")
     if named and request.experts is not None:
-        raise ConfigError(f"--backbone {name}: not with --experts, which names them for moce")
+        raise ConfigError(f"--backbone {given}: not with --experts, which names them for moce")
     can_validate = kind_of(request.task).can_validate
     if select == "validate" and request.experts is None and not can_validate:
         raise ConfigError(
-            f"--backbone {name}: {request.task} has no classes, by which transfer.select validate "
+            f"--backbone {given}: {request.task} has no classes, by which transfer.select validate "
             "tries candidates; choose another selection"
         )
 

@@ -157,7 +157,7 @@ def references_of(backbone: str, names: Sequence[str]) -> list[str]:
 
     With further steps that is the control after as many: on the task's clusters, and on all data;
     for those of the MAE, or where there is no control, the MAE after as many. Otherwise it is the
-    control, else `mae`, else the first backbone.
+    control, else `mae`, else the first backbone without further steps.
     """
     base, _, further = backbone.partition("+")
     if further == "all":
@@ -168,7 +168,8 @@ def references_of(backbone: str, names: Sequence[str]) -> list[str]:
         fair = control if has_control and base != "mae" else mae
         if found := [name for name in fair if name in names and name != backbone]:
             return found
-    usual = next((name for name in ("control", "mae", *names) if name in names), None)
+    plain = [name for name in names if name.startswith("timm:") or "+" not in name]
+    usual = next((name for name in ("control", "mae", *plain) if name in plain), None)
     return [] if usual in (None, backbone) else [str(usual)]
 
 

@@ -11,7 +11,7 @@ import torch
 
 from moce_dist.data.columns import open_index
 from moce_dist.model.customize import customize
-from moce_dist.run.directory import Run
+from moce_dist.run.directory import Run, open_run
 from moce_dist.run.files import read_jsonl
 from moce_dist.settings import ConfigError
 from moce_dist.train import loop
@@ -150,7 +150,7 @@ def test_a_tasks_training_images_alone(clustered, image_folder, job, seen, tmp_p
     image_folder = shutil.copytree(image_folder, tmp_path / "images")
     for number in range(5):
         (image_folder / "train" / "rows" / f"{number:03d}.png").unlink()
-    (image_folder / "train" / "rows" / "torn.png").write_bytes(b"no image")
+    (image_folder / "train" / "rows" / "torn.png").write_bytes(b"")
     names = "mae+own,mae+train,moce+train"
     flags = ["--continue-images", "48", "--backbone", names]
     metrics = compare(job, run, image_folder, *flags)
@@ -187,10 +187,60 @@ def test_training_images_alone_need_no_clusters(run, image_folder, job, seen):
     metrics = compare(job, run, image_folder, *flags)
     assert [row["backbone"] for row in metrics["results"]] == ["mae", "mae+train"]
     assert len(seen) == 2
-    # other images are other steps, and a limit is heeded
-    few = compare(job, run, image_folder, *flags, "--set", "transfer.max_train=6")
-    assert [len({*keys} - {""}) for keys in seen[2:]] == [6, 6]  # the rest is padding
-    assert few["results"][1]["cost"]["images"] == 12
+    # a limit is heeded: fewer images than a batch of 8 fill it by several samples of each
+    few = compare(job, run, image_folder, *flags, "--set", "transfer.max_train=3")
+    drawn = [[key.partition("/")[2] for key in keys] for keys in seen[2:]]
+    assert [len({*keys}) for keys in drawn] == [3, 3] and len({*drawn[0], *drawn[1]}) == 3
+    assert all(len({*keys}) == 8 for keys in seen[2:])
+    assert few["results"][1]["cost"]["images"] == 16
+
+
+def test_steps_on_training_images_stay_while_these_stay(run, image_folder, job, seen, tmp_path):
+    image_folder = shutil.copytree(image_folder, tmp_path / "images")
+    flags = ["--continue-images", "16", "--backbone", "mae,mae+train"]
+    compare(job, run, image_folder, *flags)
+    # what is measured on is no part of the training
+    (image_folder / "test" / "rows" / "000.png").unlink()
+    compare(job, run, image_folder, *flags)
+    shutil.copytree(image_folder / "test", image_folder / "val")
+    compare(job, run, image_folder, *flags, "--set", "transfer.evaluate=val")
+    compare(job, run, image_folder, *flags, "--set", "transfer.max_train=1000")
+    assert len(seen) == 2
+    (image_folder / "train" / "rows" / "000.png").unlink()
+    compare(job, run, image_folder, *flags)
+    assert len(seen) == 4
+
+
+def test_training_images_that_cannot_be_read_end_the_packing(
+    run, image_folder, job, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(tasks, "SCAN_LIMIT_BYTES", 0)
+    image_folder = shutil.copytree(image_folder, tmp_path / "images")
+    flags = ["--continue-images", "16", "--backbone", "mae,mae+train"]
+    packed = run.transfer("imagefolder") / "continued" / "train"
+
+    def fails(_item):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Input/output"):
+        patch.setattr(tasks.Item, "read", fails)
+        compare(job, run, image_folder, *flags)
+    assert not packed.exists()
+    for path in list(image_folder.glob("train/rows/*"))[:2]:
+        path.write_bytes(b"no image")
+    with pytest.raises(ConfigError, match="2 of 48 training images cannot be read; each is named"):
+        compare(job, run, image_folder, *flags)
+    assert not packed.exists()
+    assert sum(fault["stage"] == "transfer" for fault in read_jsonl(run.faults)) == 2
+
+
+def test_training_images_alone_need_no_experts(image_folder, job, seen, run, config, tmp_path):
+    moe = config.moe.model_copy(update={"kind": "dense"})
+    dense = open_run(tmp_path / "dense", config.model_copy(update={"moe": moe}))
+    shutil.copytree(run.stage("mae"), dense.stage("mae"))
+    flags = ["--continue-images", "16", "--backbone", "mae,mae+train"]
+    compare(job, dense, image_folder, *flags)
+    assert len(seen) == 2
 
 
 def test_other_experts_and_other_numbers_train_anew(clustered, image_folder, job, seen):
@@ -223,6 +273,8 @@ def test_other_experts_and_other_numbers_train_anew(clustered, image_folder, job
         (["--backbone", "random+own", "--continue-images", "16"], "must be moce, moce:SELECT"),
         (["--backbone", "random+train", "--continue-images", "16"], "must be moce, moce:SELECT"),
         (["--backbone", "moce+all", "--continue-images", "16"], "must be moce, moce:SELECT"),
+        (["--backbone", "timm:a+train", "--continue-images", "16"], "timm:a[+]train: further"),
+        (["--backbone", "+train", "--continue-images", "16"], "--backbone [+]train: must be"),
         (["--backbone", "moce+", "--continue-images", "16"], "after [+] must stand"),
         (["--backbone", "moce+own", "--continue-images", "7"], "must be at least a batch"),
         (

@@ -78,6 +78,7 @@ def test_further_steps_are_compared_with_the_control_after_as_many():
     names = ["control", "control+own", "mae+own", "mae+train", "control+train"]
     assert references_of("mae+train", names) == ["mae+own"]
     assert references_of("control+train", names) == ["control+own"]
+    assert references_of("mae+own", ["mae+train", "mae+own"]) == []
     # in a run without a control, the MAE takes its place
     names = ["moce", "mae", "moce+own", "mae+own", "mae+all"]
     assert references_of("moce+own", names) == ["mae+own", "mae+all"]
