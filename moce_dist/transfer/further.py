@@ -121,8 +121,8 @@ def _plan_steps(job: FurtherJob, images: int, source: ImageSource) -> MoreSteps:
         steps = replace(steps, quotas=tuple(quotas.tolist()))
         plan = replace(plan, quotas=quotas)
     if plan.epoch_samples < job.batch_size:
-        few = "there are only %d such images, so each step has these instead of %d"
-        logger.warning(f"%s: {few}", job.out, plan.epoch_samples, job.batch_size)
+        text = "%s: each step has %d images, all that there are, instead of %d"
+        logger.warning(text, job.out, plan.epoch_samples, job.batch_size)
     count = max(1, round(images / job.batch_size))
     return replace(steps, epochs=count / plan.steps_per_epoch)
 

@@ -213,3 +213,15 @@ def test_there_is_one_door():
     )
     names = {str(Path(line).relative_to(root)) for line in found.stdout.splitlines()}
     assert names == {"data/decoders.py", "data/metadata.py"}
+
+
+@pytest.mark.parametrize(
+    "format_", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM"]
+)
+def test_header_names_an_extension_of_its_format(format_):
+    file = io.BytesIO()
+    Image.new("RGB", (24, 16), (90, 30, 200)).save(file, format_)
+    file.seek(0)
+    ending = decoders.check_header(file)
+    assert ending in image_endings()
+    assert Image.registered_extensions()[f".{ending}"] == format_
