@@ -44,7 +44,7 @@ def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
         if row is None:
             return {"text": "-", "best": False}
         fewer = tasks_text(row, most)
-        is_best = not fewer and row["mean"] == best[protocol]
+        is_best = len(backbones) > 1 and not fewer and row["mean"] == best[protocol]
         return {"text": f"{value_text(row)}{fewer}", "best": is_best}
 
     return {
@@ -57,6 +57,7 @@ def task_view(record: Record, metrics: Line, number: int) -> dict[str, Any]:
         "panels": [
             _values(f"task-{number}-{i}", metrics, p, [b for b in backbones if (b, p) in cells])
             for i, p in enumerate(protocols)
+            if len(backbones) > 1
         ],
         "references": sorted(set(references.values())),
         "differences": [difference_text(row, names) for row in metrics.get("differences", [])],

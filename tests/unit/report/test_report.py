@@ -111,6 +111,19 @@ def test_one_seed_shows_no_deviation(finished):
         assert "0.9300" in shown and "±" not in shown and "+-" not in shown
 
 
+def test_a_single_backbone_is_compared_with_nothing(finished):
+    """Neither a figure nor a best value; the other task keeps its own."""
+    path = finished / "transfer" / "digits" / "metrics.json"
+    document = json.loads(path.read_text())
+    for name in ("results", "summary"):
+        document[name] = [row for row in document[name] if row["backbone"] == "control"]
+    path.write_text(json.dumps(document | {"differences": []}))
+    text = write_report(finished).read_text()
+    assert "Backbones of climate" in text and "Backbones of digits" not in text
+    assert "Results of digits" in text
+    assert len(re.findall(r'class="number best">', text)) == 2
+
+
 def test_choice_of_a_task_is_told_with_how_sure_it_was(finished):
     text = " ".join(Page(write_report(finished)).text.split())
     assert "400 training images fell into these clusters" in text
