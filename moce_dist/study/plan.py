@@ -325,17 +325,17 @@ class Planner:
                     key = [(k, v) for k, v in learnt if not f"{k}.".startswith(later)]
                     maker = made.setdefault(fingerprint([stage, key]), run.name)
                     run.makers[stage] = maker
+            # a backbone needs the control or not; the run's identity does not depend on it
+            run.config = run.config.model_copy(update={"control": "control" in run.makers})
 
     def _pieces(self, cells: list[Cell]) -> Iterator[Piece]:
         for run in self.runs.values():
             makers = run.makers
-            # a backbone needs the control or not; the run's identity does not depend on it
-            config = run.config.model_copy(update={"control": "control" in makers})
             before: tuple[str, ...] = ()
             for stage in (stage for stage in STAGES if stage in makers):
                 if makers[stage] == run.name:
                     links = self._links(run, before)
-                    yield Piece(stage, run.name, run.root, config, before, links)
+                    yield Piece(stage, run.name, run.root, run.config, before, links)
                 if stage in SHARED:
                     before = (*before, piece_id(makers[stage], stage))
             yield from self._transfers(run, [c for c in cells if c.run == run.name])

@@ -255,7 +255,7 @@ class Runner:
             while True:
                 while len(self.running) < pool.lanes and (piece := self._next()) is not None:
                     self._tell(f"{piece.id} starts")
-                    prepare(piece)
+                    prepare(piece, self.plan.runs[piece.run].config)
                     self.running[pool.submit(piece)] = (piece, time.monotonic())
                 if not self.running:
                     return

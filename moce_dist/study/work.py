@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moce_dist.cli import quiet_libraries
+from moce_dist.config import Config
 from moce_dist.run import lease
 from moce_dist.run.artefacts import COMPLETE
 from moce_dist.run.directory import Run, StoppedError, open_run
@@ -30,19 +31,20 @@ class PieceOutcome:
     failure: str = ""
 
 
-def prepare(piece: Piece) -> None:
-    """Make a piece's run, and link the stages that other runs have made.
+def prepare(piece: Piece, config: Config) -> None:
+    """Make a piece's run with the run's `config`, and link the stages that other runs have made.
 
-    One process calls this for all pieces, so that pieces of a run can start in parallel.
+    The configuration of a task has changes of its own, which are not the run's. One process calls
+    this for all pieces, so that pieces of a run can start in parallel.
     """
-    run = open_run(piece.root, piece.config)
+    run = open_run(piece.root, config)
     for stage, root in piece.links:
         for name in SHARED[stage]:
             link_artefact(root / name, run.root / name)
 
 
 def carry_out(piece: Piece) -> PieceOutcome:
-    """Carry out a piece in this process; a failure is returned as an outcome.
+    """Carry out a prepared piece in this process; a failure is returned as an outcome.
 
     Raises:
         StoppedError: SIGTERM came, and the state is saved.
@@ -50,7 +52,7 @@ def carry_out(piece: Piece) -> PieceOutcome:
     quiet_libraries()
     start, reason = time.monotonic(), ""
     try:
-        _make(open_run(piece.root, piece.config), piece)
+        _make(Run(piece.root), piece)
     except StoppedError:
         raise
     except Exception as error:
