@@ -26,7 +26,7 @@ from moce_dist.run.artefacts import (
 )
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl, write_atomic
-from moce_dist.run.rows import VALIDATION
+from moce_dist.run.rows import VALIDATION, steps_fewer
 from moce_dist.train.checkpoint import trained_steps
 from moce_dist.train.job import Train
 from moce_dist.train.pulse import Pulse
@@ -134,19 +134,17 @@ class Comparison:
         return ImageSource(out, shares_of({"0": 1}, clusters))
 
     def steps_fewer(self) -> dict[str, int]:
-        """Return, per backbone of the run, how many fewer steps it took than stage moce."""
-        mae = self.chooser.stages["mae"]
-        before = 0 if mae is None else mae.manifest["step"]
-        steps = {
-            name: trained_steps(stage.manifest, 0 if name == "mae" else before)
-            for name, stage in self.chooser.stages.items()
-            if stage is not None
-        }
-        return {
-            name: steps["moce"] - steps[stage]
-            for name in backbones_of(self.config)
-            if (stage := stage_of(name, self.config)) in steps and "moce" in steps
-        }
+        """Return, per backbone of the run, how many fewer steps it took than the longest."""
+        stages = {name: stage for name, stage in self.chooser.stages.items() if stage is not None}
+        before = stages["mae"].manifest["step"] if "mae" in stages else 0
+        fewer = steps_fewer(
+            {
+                name: trained_steps(stage.manifest, 0 if name == "mae" else before)
+                for name, stage in stages.items()
+            }
+        )
+        origins = {name: stage_of(name, self.config) for name in backbones_of(self.config)}
+        return {name: fewer[stage] for name, stage in origins.items() if stage in fewer}
 
     def ledger(self, backbones: dict[str, Backbone]) -> Ledger:
         """Open the results that were made under the present conditions."""

@@ -12,8 +12,9 @@ lines that are still valid:
 
 A fit that does not depend on its seed has one row, with `is_drawn` false, whatever `--seeds` says.
 A row of a backbone with further steps has their `cost`: {"images": 100000, "seconds": 812.5}.
-A summary row has `steps_fewer` if its backbone was trained for fewer steps than stage moce. The
-metrics.json of a suite has the rows of all its tasks, the means over tasks, and the failures.
+A summary row has `steps_fewer` if its backbone was trained for fewer steps than another stage of
+the run. The metrics.json of a suite has the rows of all its tasks, the means over tasks, and the
+failures.
 """
 
 import statistics
@@ -135,7 +136,7 @@ def _spread(values: Sequence[float]) -> Row:
 def summarise(rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None) -> list[Row]:
     """Compute the mean and the sample standard deviation per backbone and protocol.
 
-    `steps_fewer` says, per backbone, how many fewer optimiser steps it took than stage moce.
+    `steps_fewer` says, per backbone, how many fewer optimiser steps it took than the longest.
     """
     fewer = {name: steps for name, steps in (steps_fewer or {}).items() if steps > 0}
     values: dict[tuple[str, str], list[float]] = {}

@@ -122,6 +122,10 @@ def test_a_finished_control_is_what_the_moce_is_compared_with(
     card = (run.transfer("imagefolder") / "backbone" / "README.md").read_text()
     assert "| control | knn |" in card and "- moce - control, knn: " in card
     assert len((run.transfer("imagefolder") / "results.jsonl").read_text().splitlines()) == 3
+    # without stage moce the longest is the control
+    shutil.rmtree(run.stage("moce"))
+    job.main([*flags, "--protocol", "knn", "--backbone", "control,mae"])
+    assert "mae (5 steps fewer)" in capsys.readouterr().out
 
 
 def test_other_experts_replace_the_rows_of_the_moce_alone(run, image_folder, job):
