@@ -159,15 +159,15 @@ class Comparison:
         transfer, of_task = self.config.transfer, self.chooser.task_fingerprint
         common = {name: [of_task, self.task.budget(transfer, name)] for name in protocols}
         own = {name: dict(backbone.identity) for name, backbone in backbones.items()}
-        further = [self.request.continue_images, transfer.continued.model_dump(mode="json")]
-        control = self.chooser.control
+        images, control = self.request.continue_images, self.chooser.control
+        further = fingerprint([images, transfer.continued.model_dump(mode="json")])
         return Ledger(
             path,
             fingerprints(common),
             fingerprints(own),
             stages,
             choosing=fingerprint(self.chooser.settings),
-            further=fingerprint(further),
+            further=None if images is None else further,
             select=None if self.request.experts else transfer.select,
             control=None if control is None else control.identity,
         )

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from moce_dist.run.artefacts import fingerprint
 from moce_dist.run.files import read_jsonl, write_jsonl
 from moce_dist.run.rows import VALIDATION
+from moce_dist.transfer.request import further_of
 
 Row = dict[str, Any]
 
@@ -51,8 +52,9 @@ class Ledger:
     backbone, the fingerprint of its weights and choice; `stages` has, for any backbone of the run,
     the fingerprint of the checkpoint that it comes from. `choosing` and `further` are fingerprints
     of how experts are chosen and of the further steps: backbones that are not requested now, and so
-    are not made, must have been made in the same way. `select` is how plain `moce` chooses, and
-    `control` the fingerprint of the control, a candidate where that is `validate`.
+    are not made, must have been made in the same way. If `further` is None, rows after the further
+    steps that were taken last count, so that all have as many. `select` is how plain `moce`
+    chooses, and `control` the fingerprint of the control, a candidate where that is `validate`.
     """
 
     path: Path
@@ -77,25 +79,29 @@ class Ledger:
 
     def _lines(self) -> dict[Fit, dict[str, Any]]:
         found: dict[Fit, dict[str, Any]] = {}
-        for line in read_jsonl(self.path):
+        lines = read_jsonl(self.path)
+        noted = [line["further"] for line in lines if line.get("further")]
+        further = self.further or (noted[-1] if noted else None)
+        for line in lines:
             row = line["row"]
             fit = Fit(row["backbone"], row["protocol"], row["seed"])
             if fit.backbone in self.own:
                 is_same = line["own"] == self.own[fit.backbone]
             else:
-                is_same = line.get("stage") in self._origins(fit.backbone)
+                is_same = line.get("stage") in self._origins(fit.backbone, further)
             if is_same and line["common"] == self.common.get(fit.protocol):
                 found[fit] = line
         return found
 
-    def _origins(self, backbone: str) -> list[str | None]:
+    def _origins(self, backbone: str, further: str | None) -> list[str | None]:
         """Return the origin of a backbone's weights, in this version's form and an earlier one's.
 
+        `further` is the fingerprint of further steps, if the backbone has any.
         Earlier versions counted the images of `control+own` by a choice of experts.
         """
         kind, _, how = backbone.partition("+")[0].partition(":")
         is_chosen, is_further = kind in ("moce", "token"), "+" in backbone
-        ways = [self.further if is_further else None]
+        ways = [further if is_further else None]
         if kind == "moce" and (how or self.select) == "validate":
             ways.append(self.control)
         chosen = [self.choosing, *ways]
@@ -115,7 +121,8 @@ class Ledger:
         line = {
             "common": self.common[row["protocol"]],
             "own": self.own[row["backbone"]],
-            "stage": self._origins(row["backbone"])[0],
+            "stage": self._origins(row["backbone"], self.further)[0],
+            **({"further": self.further} if further_of(row["backbone"]) else {}),
             "row": row,
         }
         # rewrite the file: a line appended behind one that a kill truncated would be lost with it

@@ -91,6 +91,8 @@ def test_own_steps_and_their_fair_partners(clustered, image_folder, job, seen, c
     seen.clear()
     again = compare(job, run, image_folder, "--continue-images", str(IMAGES))
     assert again == metrics and not seen
+    # a request without further steps keeps their rows
+    assert compare(job, run, image_folder, "--backbone", "moce,control") == metrics
     shutil.rmtree(folder)
     names = ["--backbone", "control,control+all"]
     compare(job, run, image_folder, "--continue-images", str(IMAGES), *names)

@@ -226,6 +226,30 @@ def test_identities_are_those_that_the_valid_rows_were_made_with(tmp_path):
     assert not set(first.identities().values()) & set(other.identities().values())
 
 
+def test_without_further_steps_the_rows_of_those_taken_last_stay(tmp_path):
+    path, stages = tmp_path / "results.jsonl", {"control": "1", "mae": "2"}
+    own = dict.fromkeys(("control", "control+own", "control+all", "mae+own"), "o")
+
+    def open_as(names=(), further=None, stages=stages):
+        given = {name: own[name] for name in names}
+        return Ledger(path, {"knn": "x"}, given, stages, further=further)
+
+    def backbones(**conditions):
+        return {fit.backbone for fit in open_as(**conditions).rows()}
+
+    for name in own:
+        open_as(own, "90000").add(row(name, "knn", 0, 0.1))
+    open_as(["control"]).add(row("control", "knn", 1, 0.2))
+    assert backbones() == backbones(further="90000") == set(own)
+    assert backbones(stages={"control": "3", "mae": "2"}) == {"mae+own"}
+    # never those of several numbers of images side by side
+    open_as(["mae+own"], "9").add(row("mae+own", "knn", 0, 0.3))
+    assert backbones() == backbones(further="9") == {"control", "mae+own"}
+    assert open_as().rows()[Fit("mae+own", "knn", 0)]["value"] == 0.3
+    assert backbones(further="90000") == set(own)
+    assert open_as(further="90000").rows()[Fit("mae+own", "knn", 0)]["value"] == 0.1
+
+
 def test_rows_of_other_choices_or_other_further_steps_do_not_count_unless_they_are_asked_for(
     tmp_path,
 ):
