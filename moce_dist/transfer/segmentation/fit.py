@@ -183,35 +183,36 @@ def windows(length: int, size: int) -> list[int]:
 
 
 def slide(model: nn.Module, pixels: Tensor, size: int, machine: Machine) -> Tensor:
-    """Average the logits of overlapping windows over an image (3, H, W): (C, H, W) on the CPU.
+    """Average the logits of overlapping windows over an image (3, H, W): (C, H, W), on the device.
 
     An image smaller than a window is padded with the mean colour.
     """
     height, width = pixels.shape[1:]
-    pixels = F.pad(pixels, (0, max(0, size - width), 0, max(0, size - height)))
+    padding = (0, max(0, size - width), 0, max(0, size - height))
+    pixels = F.pad(pixels.to(machine.device), padding)
     total: Tensor | None = None
-    hits = torch.zeros(pixels.shape[1:])
+    hits = pixels.new_zeros(pixels.shape[1:])
     for top, left in itertools.product(*(windows(side, size) for side in pixels.shape[1:])):
         window = (slice(top, top + size), slice(left, left + size))
         with machine.autocast():
-            logits = model(pixels[:, *window][None].to(machine.device))[0].float().cpu()
+            logits = model(pixels[:, *window][None])[0].float()
         if total is None:
-            total = torch.zeros(logits.shape[0], *pixels.shape[1:])
+            total = logits.new_zeros(len(logits), *pixels.shape[1:])
         total[:, *window] += logits
         hits[window] += 1
     assert total is not None
-    return (total / hits)[:, :height, :width]
+    return total.div_(hits)[:, :height, :width]
 
 
 @torch.no_grad()
 def class_probabilities(
     model: nn.Module, image: Image.Image, backbone: Backbone, window: Window, machine: Machine
 ) -> Tensor:
-    """Average the class probabilities (C, H, W) over all scales and mirrorings of an image."""
+    """Average the class probabilities (C, H, W) over all scales and mirrorings, on the device."""
     factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone.mean, backbone.std))
     size, number = [image.height, image.width], 0
-    # a sum: looks of a large image with many classes take gigabytes
-    total = torch.zeros(())
+    # summed in place: looks of a large image with many classes take gigabytes
+    total: Tensor | None = None
     for scale in window.scales:
         resized = scaled(image, max(1, round(window.size * scale)))
         pixels = torch.from_numpy(to_sample(np.asarray(resized))) * factor + shift
@@ -220,8 +221,10 @@ def class_probabilities(
             logits = slide(model, look, window.size, machine)
             upright = logits.flip(2) if is_mirrored else logits
             full = F.interpolate(upright[None], size=size, mode="bilinear", align_corners=False)
-            total, number = total + full[0].softmax(dim=0), number + 1
-    return total / number
+            found = full[0].softmax(dim=0)
+            total, number = found if total is None else total.add_(found), number + 1
+    assert total is not None
+    return total.div_(number)
 
 
 def evaluate(
@@ -246,7 +249,8 @@ def evaluate(
             continue
         faults.append(None)
         labels = torch.from_numpy(mask)
-        predicted = class_probabilities(model, shown.image, backbone, window, machine).argmax(dim=0)
+        found = class_probabilities(model, shown.image, backbone, window, machine)
+        predicted = found.argmax(dim=0).cpu()
         confusion += count_pixels(labels, predicted, num_classes)
         if number < _NUM_PREVIEWS:
             colours = palette(num_classes)
@@ -255,10 +259,10 @@ def evaluate(
             write_png(out / f"{masked.image.stem}.png", panels)
     unread = [fault for fault in in_order(faults, machine) if fault]
     refuse_all(unread, len(task.test))
-    found = scores(add_up(confusion, machine))
-    means = {"mIoU": found.miou, "aAcc": found.aacc, "mAcc": found.macc}
+    result = scores(add_up(confusion, machine))
+    means = {"mIoU": result.miou, "aAcc": result.aacc, "mAcc": result.macc}
     if machine.rank == 0:
-        each = zip(task.classes, found.iou, strict=True)
+        each = zip(task.classes, result.iou, strict=True)
         iou = {name: None if np.isnan(value) else value for name, value in each}
         write_atomic(out / "scores.json", json.dumps({**means, "IoU": iou}, indent=1))
     return means, unread
@@ -285,7 +289,8 @@ def predict(
         if isinstance(image, str):
             yield {"image": str(item.content), "error": image}
             continue
-        found = class_probabilities(model, image, backbone, window, options.machine).argmax(dim=0)
+        probabilities = class_probabilities(model, image, backbone, window, options.machine)
+        found = probabilities.argmax(dim=0).cpu()
         write_png(path, [colours[found.numpy()]])
         shares = found.flatten().bincount(minlength=len(spec.classes)) / found.numel()
         classes = [

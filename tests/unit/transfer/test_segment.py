@@ -215,6 +215,15 @@ def test_scales_and_mirroring_average_probabilities(config):
     torch.testing.assert_close(both, (upright + look(1.0).flip(2)) / 2, rtol=1e-4, atol=1e-5)
 
 
+def test_probabilities_are_summed_where_the_model_is(config):
+    # whatever copies a tensor from this device to the CPU fails
+    machine = replace(machine_of(config), device=torch.device("meta"))
+    model = torch.nn.Conv2d(3, 4, 3, padding=1).to("meta")
+    backbone, window = run_backbone("random", config, None), Window(32, (0.5, 1.0), flip=True)
+    found = class_probabilities(model, Image.new("RGB", (60, 40)), backbone, window, machine)
+    assert found.device.type == "meta" and found.shape == (4, 40, 60)
+
+
 def test_palette_has_distinct_colours_and_black_for_ignored():
     colours = palette(150)
     assert colours.shape == (151, 3) and colours[-1].tolist() == [0, 0, 0]
