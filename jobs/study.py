@@ -15,11 +15,12 @@ from moce_dist.run.directory import set_aside
 from moce_dist.run.environment import local_path
 from moce_dist.run.files import write_atomic
 from moce_dist.run.lease import hold
+from moce_dist.run.names import and_more
 from moce_dist.settings import ConfigError, dump_yaml
 from moce_dist.study.forecast import forecast
 from moce_dist.study.plan import Planner, wanted_sources
 from moce_dist.study.request import Split, StudyConfig, read_study
-from moce_dist.study.sources import count_sources, make_sources
+from moce_dist.study.sources import LISTED, count_sources, list_tasks, make_sources
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -39,8 +40,12 @@ def parse(argv: Sequence[str]) -> Any:
     return parser.parse_args(argv)
 
 
-def carry_out(study: StudyConfig, out: Path, split: Split, jobs: int) -> None:
+def carry_out(
+    study: StudyConfig, out: Path, split: Split, jobs: int, listed: dict[str, int]
+) -> None:
     """Make every run that is missing, evaluate it, write `study.json` and `study.html`.
+
+    `listed` is noted for the next start, see `list_tasks`.
 
     Raises:
         ConfigError: the data is wrong.
@@ -53,6 +58,7 @@ def carry_out(study: StudyConfig, out: Path, split: Split, jobs: int) -> None:
     from moce_dist.study.runner import Runner
 
     write_atomic(out / "study.yaml", dump_yaml(study.model_dump(mode="json")))
+    write_atomic(out / LISTED, json.dumps(listed, indent=1))
     sources = make_sources(wanted_sources(study), out)
     plan = Planner(study, sources, out, split).plan()
 
@@ -83,14 +89,18 @@ def main(argv: Sequence[str]) -> None:
         local_path(args.out, "--out").resolve(),
     )
     split: Split = "test" if args.final else "val"
+    listed = list_tasks(study, split, out)
     if args.dry_run:
         sources = count_sources(wanted_sources(study), out, study.num_images)
-        print("\n".join(forecast(Planner(study, sources, out, split).plan())))
+        lines = forecast(Planner(study, sources, out, split).plan())
+        print("\n".join([*lines, *(f"not here   {line}" for line in listed.missing)]))
         return
+    if lacking := listed.missing:
+        raise ConfigError(f"{lacking[0]}{and_more(lacking)}")
     with hold(out):
         if args.fresh:
             set_aside(out)
-        carry_out(study, out, split, args.jobs)
+        carry_out(study, out, split, args.jobs, listed.times)
     print(f"done: {out / 'study.html'}")
 
 

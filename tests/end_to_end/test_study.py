@@ -210,17 +210,18 @@ def test_two_studies_do_not_share_a_folder(start, run_job, arguments, tmp_path):
 
 
 def test_a_task_that_fails_leaves_the_others(run_job, arguments, data, tmp_path):
-    (tmp_path / "both").mkdir()
+    shutil.copytree(data / "both", tmp_path / "both")
+    (tmp_path / "both" / "train" / "digits" / "3.png").write_bytes(b"no image")
     (tmp_path / "pretrain").symlink_to(data / "pretrain")
     out = tmp_path / "out"
     arms = "arms={mae: {backbone: mae}, random: {backbone: random}}"
     only = ["seeds=[0]", "reference=mae", arms]
     sets = [x for text in only for x in ("--set", text)]
     result = run_job("study", *arguments(out), *sets, "--data", tmp_path)
-    result.assert_refused(1, "1 of 3 pieces failed", "both-val", "has no folder train")
+    result.assert_refused(1, "1 of 3 pieces failed", "both-val", "3.png: unreadable image")
     assert {v["task"] for v in found(out)["values"]} == {"digits"}
     page = (out / "study.html").read_text()
-    assert "has no folder train" in page and "One seed has no deviation" in page
+    assert "3.png: unreadable image" in page and "One seed has no deviation" in page
 
 
 def test_final_figures_are_of_the_test_images(run_job, arguments, data, tmp_path):
