@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,7 +52,7 @@ from moce_dist.run.artefacts import (
 )
 from moce_dist.run.directory import Run, StageName, base_control, check_base
 from moce_dist.run.environment import is_first_process
-from moce_dist.run.tasks import MapTasks
+from moce_dist.run.tasks import HERE, MapTasks
 from moce_dist.samples import sets
 from moce_dist.settings import ConfigError
 from moce_dist.train.checkpoint import latest_checkpoint, read_manifest, trained_steps
@@ -276,12 +277,17 @@ class Pipeline:
         folder = self.run.features / HOLDOUT
         if not folder.is_dir():
             return
-        assign_table(
-            folder,
-            self.run.clusters,
-            self.run.holdout_clusters,
-            block_rows=self.config.cluster.block_rows,
-        )
+        parallel, block_rows = self.config.parallel, self.config.cluster.block_rows
+        # workers take seconds to start, longer than one block
+        is_small = open_index(self.data / HOLDOUT).num_samples <= block_rows
+        with nullcontext(HERE) if is_small else hold_actors(parallel) as workers:
+            assign_table(
+                folder,
+                self.run.clusters,
+                self.run.holdout_clusters,
+                block_rows=block_rows,
+                workers=workers,
+            )
 
     def moce(self, train: Train = train) -> None:
         """Train the experts on the cluster-sharded tars."""

@@ -27,7 +27,7 @@ from benches.cluster import write_mixture
 from benches.harness import Report, interleave
 from benches.settings import BenchConfig
 from moce_dist.arrays import Float64
-from moce_dist.cluster.blocks import View, column_mean, open_features
+from moce_dist.cluster.blocks import View, open_features, scan_files
 from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans, save_state, state_request
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.settle import settle
@@ -49,7 +49,7 @@ class Bench:
     def lloyd(self) -> Lloyd:
         """Our request."""
         files, cluster = open_features(self.folder / "features"), self.config.cluster
-        view = View(column_mean(files).astype(np.float32), normalise=False)
+        view = View(scan_files(files).mean.astype(np.float32), normalise=False)
         matrix = Matrix(files, view, cluster.block_rows, map_here)
         file = self.folder / "sample.npy"
         return Lloyd(matrix, draw_sample(matrix, cluster.num_clusters, 0, file), cluster)

@@ -27,7 +27,7 @@ from benches.harness import Report, interleave
 from benches.settings import BenchConfig
 from moce_dist.arrays import Float32, Float64
 from moce_dist.cluster.assign import run_clustering
-from moce_dist.cluster.blocks import View, column_mean, open_features
+from moce_dist.cluster.blocks import View, open_features, scan_files
 from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans, save_state, state_request
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.config import ClusterConfig
@@ -77,7 +77,7 @@ class Bench:
     def lloyd(self) -> Lloyd:
         """Our request without balance."""
         files = open_features(self.folder / "features")
-        mean = column_mean(files, self.workers.map_tasks).astype(np.float32)
+        mean = scan_files(files, self.workers.map_tasks).mean.astype(np.float32)
         matrix = Matrix(
             files,
             View(mean, normalise=False),

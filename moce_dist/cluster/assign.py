@@ -34,17 +34,17 @@ from moce_dist.cluster.domains import centroid_figures, domain_figures, given_la
 from moce_dist.cluster.kmeans import (
     Lloyd,
     State,
-    accepted_requests,
     directions,
     draw_sample,
     kmeans,
+    state_request,
 )
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.nearest import make_base, search, squared_distances
 from moce_dist.cluster.settle import Settled, settle
 from moce_dist.cluster.sweeps import as_tensor
 from moce_dist.config import ClusterConfig
-from moce_dist.run.artefacts import COMPLETE, is_complete, mark_complete
+from moce_dist.run.artefacts import COMPLETE, is_complete, mark_complete, read_marker
 from moce_dist.run.files import naming, write_atomic
 from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
@@ -127,9 +127,8 @@ def run_clustering(
     """
     started = time.monotonic()
     matrix = _open_matrix(features_dir, config, workers, subtract_mean=subtract_mean)
-    requests = accepted_requests(matrix, config, seed)
-    given, *earlier = [inputs] if inputs else [{"request": each} for each in requests]
-    if (known := finished_summary(out_dir, given, *earlier)) is not None:
+    given = inputs or {"request": state_request(matrix, config, seed)}
+    if (known := finished_summary(out_dir, given)) is not None:
         return known
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / COMPLETE).unlink(missing_ok=True)
@@ -157,21 +156,19 @@ def run_clustering(
     return summary
 
 
-def finished_summary(
-    out_dir: Path, given: Mapping[str, Any], *earlier: Mapping[str, Any]
-) -> dict[str, Any] | None:
+def finished_summary(out_dir: Path, given: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the summary of a folder that is complete for the inputs `given`, else None.
-
-    `earlier` are what other versions noted for the same inputs.
 
     Raises:
         ConfigError: `given` is the fingerprint of a request, and the folder holds another one's.
     """
-    if any(is_complete(out_dir, each) for each in (given, *earlier)):
+    if is_complete(out_dir, given):
         return read_summary(out_dir)
-    if "request" in given and (out_dir / COMPLETE).is_file():
+    if "request" in given and (marker := read_marker(out_dir)) is not None:
+        version = marker["versions"].get("moce-dist", "of an unknown version")
         raise ConfigError(
-            f"{out_dir}: holds the result of another request; choose another --out, or --fresh"
+            f"{out_dir}: holds the result of another request, made with moce_dist {version}; "
+            "choose another --out, or --fresh"
         )
     return None
 
@@ -226,7 +223,7 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
     for stale in artefacts(out_dir):
         stale.unlink(missing_ok=True)
     zero = np.zeros(len(state.centroids))
-    sums = matrix.sums(state.centroids, zero, settled.labels)
+    sums = settled.sums or matrix.sums(state.centroids, zero, settled.labels)
     # the view shifts features that are used as they are to their mean, for precision: undo that
     origin = 0.0 if matrix.view.normalise else matrix.view.mean.astype(np.float64)
     means = sums.means(state.centroids)

@@ -224,15 +224,17 @@ def open_features(folder: Path) -> FeatureFiles:
     paths = tuple(sorted(p for p in folder.glob("*.npy") if not p.name.startswith(".")))
     if not paths:
         raise ConfigError(f"{folder}: holds no .npy file")
-    arrays = [open_array(path) for path in paths]
-    dim = arrays[0].shape[1]
-    for path, array in zip(paths, arrays, strict=True):
+    dim, rows, num_bytes = 0, [], 0
+    for path in paths:
+        # one at a time: each memory map holds a file open
+        array = open_array(path)
+        dim = dim or array.shape[1]
         if array.shape[1] != dim:
             raise ConfigError(f"{path}: has width {array.shape[1]}, {paths[0].name} has {dim}")
-    rows = tuple(len(array) for array in arrays)
-    for path, num in zip(paths, rows, strict=True):
-        _keys_of(path, num)
-    return FeatureFiles(paths, rows, dim, sum(array.nbytes for array in arrays))
+        rows.append(len(array))
+        num_bytes += array.nbytes
+        _keys_of(path, len(array))
+    return FeatureFiles(paths, tuple(rows), dim, num_bytes)
 
 
 def check_count(files: FeatureFiles, num_clusters: int) -> None:
@@ -357,11 +359,6 @@ def scan_files(
     names = [_keys_file(path) for path in files.paths]
     keys = [None if name is None else file_sha256(name) for name in names]
     return Scan(total / max(files.num_rows, 1), fingerprint([digest.hexdigest(), keys]))
-
-
-def column_mean(files: FeatureFiles, map_blocks: MapTasks = map_here) -> Float64:
-    """Return the mean of all rows, (D,) float64; raises like `scan_files`."""
-    return scan_files(files, map_blocks).mean
 
 
 _KEPT_FREE = 0.3

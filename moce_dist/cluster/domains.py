@@ -28,6 +28,8 @@ from moce_dist.cluster.blocks import FeatureFiles
 from moce_dist.config import ClusterConfig
 from moce_dist.settings import ConfigError
 
+MOST_DOMAINS = 2048
+"""Number of domains, the most frequent ones of all images, that are listed."""
 _MOST_LABELS = 8
 """Number of labels, the most frequent ones, that are listed for a cluster."""
 
@@ -35,7 +37,8 @@ _MOST_LABELS = 8
 def domain_figures(keys: Iterable[str], labels: NDArray[Any], num_clusters: int) -> dict[str, Any]:
     """Compare the clusters (n,) of keys with their domains; nothing for fewer than two domains.
 
-    `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster.
+    `nmi` is the normalised mutual information; `domains` lists {domain: images} of every cluster,
+    of the 2,048 domains with most images.
     """
     mixes: list[Counter[str]] = [Counter() for _ in range(num_clusters)]
     domains: Counter[str] = Counter()
@@ -45,9 +48,10 @@ def domain_figures(keys: Iterable[str], labels: NDArray[Any], num_clusters: int)
         domains[domain] += 1
     if len(domains) < 2:
         return {}
+    listed = {name for name, _ in domains.most_common(MOST_DOMAINS)}
     return {
         "nmi": _mutual_information(mixes, domains),
-        "domains": [dict(mix.most_common()) for mix in mixes],
+        "domains": [{d: n for d, n in mix.most_common() if d in listed} for mix in mixes],
     }
 
 

@@ -144,7 +144,14 @@ def assign_files(
     return done
 
 
-def assign_table(features_dir: Path, clusters_dir: Path, table: Path, *, block_rows: int) -> None:
+def assign_table(
+    features_dir: Path,
+    clusters_dir: Path,
+    table: Path,
+    *,
+    block_rows: int,
+    workers: Workers = HERE,
+) -> None:
     """Assign a folder of features by distance alone, and write nothing but the assignment table.
 
     Raises:
@@ -152,8 +159,8 @@ def assign_table(features_dir: Path, clusters_dir: Path, table: Path, *, block_r
     """
     clusters = read_clusters(clusters_dir)
     files = open_new_features(features_dir, clusters)
-    scan_features(files, clusters)
-    done = assign_files(files, clusters, block_rows=block_rows)
+    scan_features(files, clusters, workers)
+    done = assign_files(files, clusters, block_rows=block_rows, workers=workers)
     table.parent.mkdir(parents=True, exist_ok=True)
     write_assignments(table, files, *done)
 
@@ -183,17 +190,16 @@ def assign_folder(
     clusters = read_clusters(clusters_dir, with_prices=with_prices)
     files = open_new_features(features_dir, clusters)
     scanned = scan_features(files, clusters, workers)
-    # the request of versions that knew features by their mean only; then today's
-    by_mean = {
+    request = {
+        "content": scanned.content,
         "files": [(path.name, rows) for path, rows in zip(files.paths, files.rows, strict=True)],
         "mean": scanned.mean.tobytes().hex(),
         "clusters": artefact_id(clusters_dir),
         "with_prices": with_prices,
         "block_rows": block_rows,
     }
-    requests = by_mean | {"content": scanned.content}, by_mean
-    given, *earlier = [inputs] if inputs else [{"request": fingerprint(r)} for r in requests]
-    if (known := finished_summary(out_dir, given, *earlier)) is not None:
+    given = inputs or {"request": fingerprint(request)}
+    if (known := finished_summary(out_dir, given)) is not None:
         return known
     done = assign_files(files, clusters, block_rows=block_rows, workers=workers)
     summary = {

@@ -87,12 +87,6 @@ def state_request(matrix: Matrix, config: ClusterConfig, seed: int) -> str:
     )
 
 
-def accepted_requests(matrix: Matrix, config: ClusterConfig, seed: int) -> tuple[str, str]:
-    """Return `state_request`, and what it was in versions that knew features by their mean only."""
-    by_mean = replace(matrix, content=None)
-    return state_request(matrix, config, seed), state_request(by_mean, config, seed)
-
-
 def save_state(path: Path, state: State, request: str) -> None:
     """Write the state of `request` atomically: a reader sees all of it or the previous one."""
     with replacing(path) as temporary, temporary.open("wb") as file:
@@ -106,12 +100,12 @@ def save_state(path: Path, state: State, request: str) -> None:
         )
 
 
-def load_state(path: Path, *requests: str) -> State | None:
-    """Read the state of one of `requests`; None where there is none or it is another request's."""
+def load_state(path: Path, request: str) -> State | None:
+    """Read the state of `request`; None where there is none or it is another request's."""
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as stored:
-        if str(stored["request"]) not in requests:
+        if str(stored["request"]) != request:
             return None
         iteration, objective, is_done = stored["scalars"].tolist()
         return State(
@@ -216,14 +210,14 @@ def kmeans(lloyd: Lloyd, *, seed: int, state_file: Path) -> State:
 
     Continues from a state of the same request in `state_file`, and writes it after every iteration.
     """
-    requests = accepted_requests(lloyd.matrix, lloyd.config, seed)
-    state = load_state(state_file, *requests) or lloyd.first_state(seed)
+    request = state_request(lloyd.matrix, lloyd.config, seed)
+    state = load_state(state_file, request) or lloyd.first_state(seed)
     left = range(state.iteration, lloyd.config.iterations)
     for _ in track(left, "k-means iterations at most", total=len(left)):
         if state.is_done:
             break
         state = lloyd.iterate(state)
-        save_state(state_file, state, requests[0])
+        save_state(state_file, state, request)
     return state
 
 

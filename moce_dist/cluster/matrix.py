@@ -93,7 +93,13 @@ class Matrix:
         return sum(self.map_blocks(squares_of_group, sweep, self._tasks()))
 
     def sums(self, centroids: Float64, prices: Float64, labels: Int32 | None = None) -> Sums:
-        """Add up all rows per cluster in block order: under fixed `labels`, else the best ones."""
+        """Add up all rows per cluster in block order: under fixed `labels`, else the best ones.
+
+        Many clusters leave few tasks, because each returns a sum for every cluster. Then the best
+        clusters are found first, in as many tasks as there are without sums.
+        """
+        if labels is None and len(self._tasks(None, centroids.nbytes)) < len(self._tasks()):
+            labels = self.labels(centroids, prices)
         fixed = Sweep(self.view, centroids, device=self.device)
         sweep = self.sweep(centroids, prices) if labels is None else fixed
         tasks = self._tasks(labels, centroids.nbytes)

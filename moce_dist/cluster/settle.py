@@ -44,6 +44,7 @@ from moce_dist.cluster.exact import Finish, dual_bound, finish
 from moce_dist.cluster.kmeans import PRICE_ROUNDS, Lloyd, State
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.nearest import measure_index
+from moce_dist.cluster.sweeps import Sums
 
 _log = logging.getLogger(__name__)
 _SEARCHES, _BORDER_SEARCHES = 4, 16
@@ -71,6 +72,8 @@ class Settled:
     labels: Int32
     prices: Float64 | None
     figures: dict[str, Any]
+    sums: Sums | None = None
+    """Sums and counts per cluster under these labels, if they are known."""
 
 
 def settle(lloyd: Lloyd, state: State) -> Settled:
@@ -88,7 +91,8 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     balance = _Balance(lloyd, centroids)
     prices = balance.find_prices(state.prices)
     labels, done = balance.finish()
-    cost = matrix.objective(matrix.sums(centroids, prices, labels), centroids)
+    sums = matrix.sums(centroids, prices, labels)
+    cost = matrix.objective(sums, centroids)
     index = matrix.sweep(centroids, done.prices).index
     figures = {
         "cost": cost / matrix.files.num_rows,
@@ -98,13 +102,13 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     }
     # an index may miss the best cluster, and then the dual value is no bound
     if config.balance != "exact" or index is not None:
-        return Settled(labels, done.prices, figures)
+        return Settled(labels, done.prices, figures, sums)
     bound, best = _lower_bound(matrix, centroids, done.prices), done.prices
     # any prices give a bound; where candidates were too few, those before the finish may be better
     if bound < (1 - _TIGHT) * cost and (other := _lower_bound(matrix, centroids, prices)) > bound:
         bound, best = other, prices
     figures["cost_lower_bound"] = bound / matrix.files.num_rows
-    return Settled(labels, best, figures)
+    return Settled(labels, best, figures, sums)
 
 
 class _Balance:

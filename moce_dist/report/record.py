@@ -26,7 +26,6 @@ from moce_dist.settings import ConfigError
 
 Line = dict[str, Any]
 T = TypeVar("T")
-_MAX_DOMAINS = 2048
 
 
 @dataclass(frozen=True)
@@ -249,21 +248,27 @@ def _by_domain(
 ) -> tuple[list[str], NDArray[np.int64]]:
     """Return the domains, the most frequent first, and the images of each, (K, domains).
 
-    `mixes` are those of summary.json, used if they add up to the sizes (K,) of the clusters.
+    `mixes` are those of summary.json, used if they add up to the sizes (K,) of the clusters. Of
+    many domains they lack the rarest.
     """
-    if [sum(mix.values()) for mix in mixes] != sizes.tolist():
-        return ["all images"], sizes[:, None]
+    # imported late, because it needs torch
+    from moce_dist.cluster.domains import MOST_DOMAINS
+
     totals = Counter[str]()
     for mix in mixes:
         totals.update(mix)
-    names = [name for name, _ in totals.most_common(_MAX_DOMAINS)]
+    rest = sizes - [sum(mix.values()) for mix in mixes] if len(mixes) == len(sizes) else -sizes
+    if not totals or (rest < 0).any() or (rest.any() and len(totals) < MOST_DOMAINS):
+        return ["all images"], sizes[:, None]
+    names = [name for name, _ in totals.most_common(MOST_DOMAINS)]
     number = {name: i for i, name in enumerate(names)}
     counts = np.zeros((len(mixes), len(names) + 1), np.int64)
+    counts[:, -1] = rest
     for cluster, mix in enumerate(mixes):
         for name, images in mix.items():
             counts[cluster, number.get(name, len(names))] += images
     shown = [name or "(no folder)" for name in names]
-    return ([*shown, "others"], counts) if len(totals) > len(names) else (shown, counts[:, :-1])
+    return ([*shown, "others"], counts) if counts[:, -1].any() else (shown, counts[:, :-1])
 
 
 def _read_summary(path: Path) -> Line:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moce_dist.cluster.blocks import View, column_mean, open_features
+from moce_dist.cluster.blocks import View, open_features, scan_files
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.run.tasks import map_here
 
@@ -20,7 +20,7 @@ def matrix_of(folder, rows, *, files=3, block_rows=64):
     for number, part in enumerate(np.array_split(rows, files)):
         np.save(folder / f"{number}.npy", part)
     opened = open_features(folder)
-    view = View(column_mean(opened).astype(np.float32), normalise=False)
+    view = View(scan_files(opened).mean.astype(np.float32), normalise=False)
     return Matrix(opened, view, block_rows, map_here)
 
 

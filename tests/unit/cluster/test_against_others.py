@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from moce_dist.cluster.blocks import View, column_mean, open_features
+from moce_dist.cluster.blocks import View, open_features, scan_files
 from moce_dist.cluster.kmeans import Lloyd, State, draw_sample, kmeans
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.settle import settle
@@ -22,7 +22,7 @@ def data(tmp_path_factory):
     rows = centres[draws.choice(40, ROWS, p=weights)] + draws.standard_normal((ROWS, DIM))
     np.save(folder / "rows.npy", rows.astype(np.float32))
     files = open_features(folder)
-    view = View(column_mean(files).astype(np.float32), normalise=False)
+    view = View(scan_files(files).mean.astype(np.float32), normalise=False)
     matrix = Matrix(files, view, 1024, map_here)
     config = ClusterConfig(num_clusters=CLUSTERS, iterations=25, tolerance=0)
     lloyd = Lloyd(matrix, draw_sample(matrix, CLUSTERS, 0, folder / "sample.npy"), config)

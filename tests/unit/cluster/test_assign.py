@@ -12,13 +12,10 @@ from sklearn.metrics import normalized_mutual_info_score
 from moce_dist.cluster import assign
 from moce_dist.cluster.assign import assign_features, make_clusters, read_centroids, run_clustering
 from moce_dist.cluster.assignments import read_assignments
-from moce_dist.cluster.blocks import View, column_mean, open_features, scan_files
+from moce_dist.cluster.blocks import View, open_features, scan_files
 from moce_dist.cluster.domains import domain_figures
-from moce_dist.cluster.kmeans import state_request
-from moce_dist.cluster.matrix import Matrix
 from moce_dist.config import ClusterConfig
-from moce_dist.run.artefacts import is_complete, mark_complete
-from moce_dist.run.tasks import map_here
+from moce_dist.run.artefacts import is_complete
 from moce_dist.settings import ConfigError
 
 
@@ -144,18 +141,6 @@ def test_a_result_is_not_that_of_other_rows_or_keys(tmp_path, change):
         clustered(tmp_path)
 
 
-def test_a_result_of_a_version_that_knew_features_by_their_mean_is_left(tmp_path):
-    run_features(tmp_path / "features")
-    first, out = clustered(tmp_path), tmp_path / "clusters"
-    files = open_features(tmp_path / "features")
-    view = View(column_mean(files).astype(np.float32), normalise=True)
-    config = ClusterConfig(num_clusters=3, block_rows=32)
-    request = state_request(Matrix(files, view, 32, map_here), config, 1)
-    assert not is_complete(out, {"request": request})
-    mark_complete(out, {"request": request}, [out / "summary.json"])
-    assert clustered(tmp_path) == first and is_complete(out, {"request": request})
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -228,6 +213,16 @@ def test_agreement_with_domains_is_that_of_scikit_learn():
     assert len(figures["domains"]) == 8 and figures["domains"][7] == {}
 
 
+def test_of_many_domains_the_most_frequent_are_listed(monkeypatch):
+    keys = [f"{domain}/{i}" for domain in range(5) for i in range(domain + 1)]
+    labels = np.arange(len(keys)) % 2
+    whole = domain_figures(keys, labels, 2)
+    monkeypatch.setattr("moce_dist.cluster.domains.MOST_DOMAINS", 2)
+    few = domain_figures(keys, labels, 2)
+    assert few["nmi"] == whole["nmi"]
+    assert few["domains"] == [{d: mix[d] for d in ("4", "3")} for mix in whole["domains"]]
+
+
 def test_keys_without_folders_have_no_domains():
     assert domain_figures(["a.npy:0", "a.npy:1"], np.array([0, 1]), 2) == {}
 
@@ -246,7 +241,7 @@ def test_what_is_clustered_is_less_the_mean_and_of_length_one(tmp_path):
     rows = np.random.default_rng(0).standard_normal((50, 6)).astype(np.float16) + 3
     for number, part in enumerate(np.array_split(rows, 3)):
         np.save(tmp_path / f"{number}.npy", part)
-    mean = column_mean(open_features(tmp_path))
+    mean = scan_files(open_features(tmp_path)).mean
     np.testing.assert_allclose(mean, rows.astype(np.float64).mean(axis=0), rtol=1e-12)
     centred = rows.astype(np.float64) - mean
     expected = centred / np.linalg.norm(centred, axis=1, keepdims=True)

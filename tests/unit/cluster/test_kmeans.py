@@ -1,5 +1,6 @@
 """Sweeps against NumPy: priced search, sums, objective, blocks; off mode against FAISS itself."""
 
+import resource
 from dataclasses import replace
 
 import faiss
@@ -8,7 +9,7 @@ import pytest
 import torch
 from mixtures import brute_force, matrix_of, mixture
 
-from moce_dist.cluster.blocks import group_blocks
+from moce_dist.cluster.blocks import group_blocks, open_features
 from moce_dist.cluster.kmeans import (
     Lloyd,
     State,
@@ -28,8 +29,9 @@ from moce_dist.cluster.nearest import (
     squared_distances,
 )
 from moce_dist.cluster.settle import settle
-from moce_dist.cluster.sweeps import add_rows, add_sorted_rows
+from moce_dist.cluster.sweeps import SweepTask, add_rows, add_sorted_rows, sum_group
 from moce_dist.config import ClusterConfig
+from moce_dist.run.tasks import map_here
 
 
 def with_ones(rows):
@@ -59,17 +61,14 @@ def test_a_search_beyond_float32_is_refused():
         search(rows, torch.full((2, 5), 1e20), num=2)
 
 
-def test_iterations_of_a_version_that_knew_features_by_their_mean_go_on(tmp_path):
-    by_mean = matrix_of(tmp_path / "features", mixture(300, 4, 3))
+def test_iterations_of_other_features_are_not_continued(tmp_path):
+    matrix = replace(matrix_of(tmp_path / "features", mixture(300, 4, 3)), content="sha256")
     config, file = ClusterConfig(num_clusters=3, iterations=5), tmp_path / "state.npz"
-    matrix = replace(by_mean, content="sha256 of rows and keys")
     sample = draw_sample(matrix, 3, 0, tmp_path / "sample.npy")
     done = State(np.ones((3, 4)), np.zeros(3), 4, 1.0, is_done=True)
-    save_state(file, done, state_request(by_mean, config, 0))
+    save_state(file, done, state_request(matrix, config, 0))
     assert kmeans(Lloyd(matrix, sample, config), seed=0, state_file=file).iteration == 4
-    # but not those of a version that knew others
-    known = replace(by_mean, content="another")
-    save_state(file, done, state_request(known, config, 0))
+    save_state(file, done, state_request(replace(matrix, content="another"), config, 0))
     assert kmeans(Lloyd(matrix, sample, config), seed=0, state_file=file).iteration != 4
 
 
@@ -130,6 +129,38 @@ def test_sums_objective_and_means_are_numpys(tmp_path):
     np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-12)
     fixed = matrix.sums(centroids, np.zeros(6), labels)
     assert (fixed.sums == sums.sums).all() and (fixed.counts == sums.counts).all()
+
+
+def test_many_clusters_are_searched_in_as_many_tasks_as_few(tmp_path, monkeypatch):
+    """Sums of many clusters are large, so there are few of them; their bits stay the same."""
+    matrix = matrix_of(tmp_path / "features", mixture(2000, 3, 6), block_rows=16)
+    centroids, prices = np.random.default_rng(1).standard_normal((6, 3)), np.linspace(0, 1, 6)
+    limit = "moce_dist.cluster.blocks._GROUP_SUMS_BYTES"
+    monkeypatch.setattr(limit, 10 * centroids.nbytes)
+    called = []
+
+    def counting(function, shared, items):
+        called.append((function.__name__, len(items)))
+        return map_here(function, shared, items)
+
+    counted = replace(matrix, map_blocks=counting)
+    sums = counted.sums(centroids, prices)
+    assert called == [("nearest_of_group", len(group_blocks(matrix.files.blocks(16)))),
+                      ("sum_group", 10)]  # fmt: skip
+    groups = group_blocks(matrix.files.blocks(16), centroids.nbytes)
+    at_once = [sum_group(matrix.sweep(centroids, prices), SweepTask(group)) for group in groups]
+    assert (sum(part.sums for part in at_once) == sums.sums).all()
+
+
+def test_files_do_not_stay_open(tmp_path):
+    for number in range(300):
+        np.save(tmp_path / f"{number:03d}.npy", np.ones((2, 3), np.float32))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        assert open_features(tmp_path).num_rows == 600
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_blocks_cover_every_row_once_and_never_cross_files(tmp_path):

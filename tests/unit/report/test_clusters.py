@@ -100,8 +100,14 @@ def test_very_many_domains_are_the_most_frequent_and_the_others(finished):
     path.write_text(json.dumps({"domains": mixes}))
     assert read_record(finished).clusters.counts.shape == (12, 12 * 48)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moce_dist.report.record._MAX_DOMAINS", 12)
+        patch.setattr("moce_dist.cluster.domains.MOST_DOMAINS", 12)
         clusters = read_record(finished).clusters
+        # a summary of the clustering has no others
+        path.write_text(json.dumps({"domains": [{f"d{c}": 3} for c in range(12)]}))
+        listed = read_record(finished).clusters
+    assert listed.domains == clusters.domains
+    assert listed.counts.tolist() == clusters.counts.tolist()
+    assert read_record(finished).clusters.domains == ["all images"]
     assert clusters.domains == [*(f"d{c}" for c in range(12)), "others"]
     assert clusters.counts[5].tolist() == [0] * 5 + [3] + [0] * 6 + [47]
 
