@@ -178,22 +178,18 @@ def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> N
         stage: {(f["shard"], f["key"]) for f in read_faults(ledger) if f["stage"] == stage}
         for stage in ("ingest", "verify")
     }
-    faults = [
-        fault
-        for index in indices
-        for fault in verify(
-            index, config.data, partial(map_shared, config.parallel), ledgered["ingest"]
-        )
-    ]
-    for fault in faults:
-        if (fault.shard, fault.key) not in ledgered["verify"]:
-            record_fault(ledger, stage="verify", **fault._asdict())
+    num_faults, map_tasks = 0, partial(map_shared, config.parallel)
+    for index in indices:
+        for fault in verify(index, config.data, map_tasks, ledgered["ingest"]):
+            num_faults += 1
+            if (fault.shard, fault.key) not in ledgered["verify"]:
+                record_fault(ledger, stage="verify", **fault._asdict())
     total = sum(index.num_samples for index in indices)
-    named = f"; each is named in {ledger}" if faults else ""
-    print(f"verified {total} images, {len(faults)} faults{named}")
-    if len(faults) > config.data.max_fault_fraction * total:
+    named = f"; each is named in {ledger}" if num_faults else ""
+    print(f"verified {total} images, {num_faults} faults{named}")
+    if num_faults > config.data.max_fault_fraction * total:
         limit = f"data.max_fault_fraction = {config.data.max_fault_fraction}"
-        raise RuntimeError(f"{len(faults)} faults in {total} images, over {limit}{named}")
+        raise RuntimeError(f"{num_faults} faults in {total} images, over {limit}{named}")
 
 
 def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config: Config) -> None:
@@ -201,11 +197,7 @@ def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config:
     from moce_dist.data.audit import find_copies
     from moce_dist.launch.tasks import map_shared
 
-    copies = [
-        copy
-        for index in indices
-        for copy in find_copies(index, folder, config.data, partial(map_shared, config.parallel))
-    ]
+    copies = list(find_copies(indices, folder, config.data, partial(map_shared, config.parallel)))
     write_jsonl(out / COPIES, (copy._asdict() for copy in copies))
     kinds = Counter(copy.kind for copy in copies)
     images = len({copy.file for copy in copies})

@@ -25,7 +25,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +39,7 @@ from moce_dist.data.images import decode_image
 from moce_dist.data.listing import ending, list_images
 from moce_dist.data.progress import track
 from moce_dist.data.ranges import Content, RangeReader
-from moce_dist.data.shards import Fault, Shard, ShardIndex, open_shard
+from moce_dist.data.shards import Fault, Shard, ShardIndex, read_whole
 from moce_dist.data.tarscan import is_hidden_member, open_tar, split_name
 from moce_dist.run.names import as_text
 from moce_dist.run.tasks import MapTasks, map_here
@@ -86,10 +86,13 @@ def verify(
 def verify_shard(shared: tuple[DataConfig, _Known], task: _Task) -> list[Fault]:
     """Compare a tar with its index entry and decode all its images."""
     (data, known), (url, shard) = shared, task
+
+    def compare(file: Any) -> tuple[str, list[Fault]]:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest, list(unaccounted(file, url, shard))
+
     try:
-        with open_shard(url) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            faults = list(unaccounted(file, url, shard))
+        digest, faults = read_whole(url, compare, data.read_deadline_s)
     except FileNotFoundError:
         return [Fault(url, None, "no such shard")]
     except OSError as error:
@@ -185,14 +188,15 @@ class ImageHashes:
 
 
 def find_copies(
-    index: ShardIndex, folder: Path, data: DataConfig, map_tasks: MapTasks = map_here
+    indices: Sequence[ShardIndex], folder: Path, data: DataConfig, map_tasks: MapTasks = map_here
 ) -> Iterator[Copy]:
-    """Yield the images of an index that are in a folder of images too.
+    """Yield the images of some indices that are in a folder of images too.
 
     The number of files that cannot be compared is logged.
 
     Raises:
         ConfigError: the folder is missing or has no readable images.
+        RuntimeError: too many images of the indices cannot be read, so copies may be among them.
     """
     listing = list_images(folder)
     if not listing.files:
@@ -200,10 +204,17 @@ def find_copies(
     hashes = hash_images([file.path for file in listing.files])
     if unread := len(listing.unusable) + len(listing.files) - len(hashes.names):
         logger.warning("%s: %d of its images cannot be read or decoded", folder, unread)
-    tasks = _tasks(index)
+    tasks = [task for index in indices for task in _tasks(index)]
+    total, lost = sum(shard.num_samples for _, shard in tasks), 0
     found = map_tasks(find_in_shard, (hashes, data), tasks)
-    for copies in track(found, "shards compared", total=len(tasks)):
+    for copies, unreadable in track(found, "shards compared", total=len(tasks)):
         yield from copies
+        lost += unreadable
+    if lost:
+        problem = f"{lost} of {total} images of the data cannot be read, and were not compared"
+        if lost > data.max_fault_fraction * total:
+            raise RuntimeError(f"{problem}; over data.max_fault_fraction")
+        logger.warning("%s", problem)
 
 
 def hash_images(paths: Sequence[Path]) -> ImageHashes:
@@ -230,18 +241,19 @@ def hash_images(paths: Sequence[Path]) -> ImageHashes:
     return ImageHashes(names, digests, signs, np.stack([thumbnail(image) for image in both]))
 
 
-def find_in_shard(shared: tuple[ImageHashes, DataConfig], task: _Task) -> list[Copy]:
-    """Compare the images of a shard with the folder's; unreadable images are skipped."""
+def find_in_shard(shared: tuple[ImageHashes, DataConfig], task: _Task) -> tuple[list[Copy], int]:
+    """Compare the images of a shard with the folder's; also count those that cannot be read."""
     (hashes, data), (url, shard) = shared, task
-    found = []
+    found, unreadable = [], 0
     for key, content in _images(url, shard, data):
         if isinstance(content, OSError):
+            unreadable += 1
             continue
         match = find_match(hashes, content)
         if match is not None:
             row, kind, distance = match
             found.append(Copy(shard.path, key, hashes.names[row], kind, distance))
-    return found
+    return found, unreadable
 
 
 def find_match(hashes: ImageHashes, content: bytes | memoryview) -> tuple[int, str, int] | None:

@@ -160,9 +160,7 @@ def ingest(
     urls = expand_shards(rest, allow_pipes=config.allow_pipes)
     has_pipes = any(url.startswith(PIPE) for url in urls)
     with all_or_nothing(out, _FILES, fingerprint({"urls": urls}) if has_pipes else None):
-        index = _index_in_place(urls, request)
-        mark_complete(out, inputs, _files(out), listed=len(urls), samples=index.num_samples)
-    return index
+        return _index_in_place(urls, request, inputs)
 
 
 def pack_samples(
@@ -180,9 +178,7 @@ def pack_samples(
         for key, members in track(samples(), "images"):
             series = holdout if share(key) < config.holdout_fraction else train
             series.writer(member_bytes(map(len, members.values()))).add(key, members)
-        index = _write_indices(out, config, train.close(), holdout.close())
-        mark_complete(out, inputs, _files(out), listed=0, samples=index.num_samples)
-    return index
+        return _finish(out, config, inputs, train.close(), holdout.close())
 
 
 class _Request(NamedTuple):
@@ -193,10 +189,6 @@ class _Request(NamedTuple):
 
     def limit(self, total: int) -> _FaultLimit:
         return _FaultLimit(self.ledger, self.config.max_fault_fraction, total)
-
-
-def _files(out: Path) -> list[Path]:
-    return [path for pattern in _FILES for path in out.glob(pattern)]
 
 
 def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> ShardIndex:
@@ -218,16 +210,8 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
                 parts[written.folder].append(written.shard)
         if not any(parts.values()):
             raise ConfigError(f"no image can be read; each is named in {request.ledger}")
-        index = _write_indices(out, config, parts[""], parts[HOLDOUT])
-        known = {
-            str(Path(part, shard.path)): shard.sha256
-            for part, shards in parts.items()
-            for shard in shards
-        }
         listed = len(folder.files) + len(folder.faults)
-        counts = {"listed": listed, "samples": index.num_samples}
-        mark_complete(out, inputs, _files(out), known=known, **counts)
-    return index
+        return _finish(out, config, inputs, parts[""], parts[HOLDOUT], listed=listed)
 
 
 def _check_headers(folder: Folder, request: _Request) -> _FaultLimit:
@@ -244,9 +228,16 @@ def _check_headers(folder: Folder, request: _Request) -> _FaultLimit:
     return limit
 
 
-def _write_indices(
-    out: Path, config: DataConfig, train: list[Shard], holdout: list[Shard]
+def _finish(
+    out: Path,
+    config: DataConfig,
+    inputs: dict[str, Any],
+    train: list[Shard],
+    holdout: list[Shard],
+    *,
+    listed: int = 0,
 ) -> ShardIndex:
+    """Write the indices and the marker; tars of `out` are not read again for their sha256."""
     fraction = config.holdout_fraction
     if not train:
         raise ConfigError(
@@ -259,10 +250,15 @@ def _write_indices(
         logger.warning("data.holdout_fraction = %s: nothing is held out of so few", fraction)
     index = write_index(out, train)
     write_columns(index)
+    known = {str(out / shard.path): shard.sha256 for shard in train}
+    known |= {str(out / HOLDOUT / shard.path): shard.sha256 for shard in holdout}
+    known = {os.path.relpath(path, out): sha256 for path, sha256 in known.items()}
+    files = [path for pattern in _FILES for path in out.glob(pattern)]
+    mark_complete(out, inputs, files, known, listed=listed, samples=index.num_samples)
     return index
 
 
-def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
+def _index_in_place(urls: list[str], request: _Request, inputs: dict[str, Any]) -> ShardIndex:
     named = [url for url in urls if not url.startswith(PIPE)]
     groups = [named[i : i + _SCANS_PER_TASK] for i in range(0, len(named), _SCANS_PER_TASK)]
     scanned = request.map_tasks(_scan_shards, request.config.read_deadline_s, groups)
@@ -289,10 +285,15 @@ def _index_in_place(urls: list[str], request: _Request) -> ShardIndex:
     if not keys:
         raise ConfigError(f"no sample can be read; each is named in {request.ledger}")
     unique = [shard for shard in unique if shard.num_samples]
-    held = _held_out(unique, request.config.holdout_fraction)
+    fraction = request.config.holdout_fraction
+    held = _held_out(unique, fraction)
     train = [shard for shard in unique if shard.path not in held]
     holdout = [shard for shard in unique if shard.path in held]
-    return _write_indices(request.out, request.config, train, holdout)
+    share_held = sum(shard.num_samples for shard in holdout) / len(keys)
+    if share_held > 2 * fraction:
+        rule = "existing tars are held out whole; data.holdout_fraction = 0 holds out none"
+        logger.warning("%.0f %% of the images are held out: %s", 100 * share_held, rule)
+    return _finish(request.out, request.config, inputs, train, holdout, listed=len(urls))
 
 
 def _scan_shards(deadline_s: float, urls: Sequence[str]) -> list[tuple[Shard, list[Fault], str]]:

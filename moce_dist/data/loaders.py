@@ -9,6 +9,7 @@ import ctypes
 import errno
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import time
@@ -119,8 +120,9 @@ def _begin(reasons: Any, _: int) -> None:
 def _explain(error: Exception, reasons: Any, loader: Any) -> Exception:
     is_raised = "in DataLoader worker process" in str(error)
     if is_raised:
-        # the text is the process's traceback; its last line is type and message
-        _, _, reason = str(error).strip().splitlines()[-1].partition(": ")
+        # the text is the process's traceback; it ends with type and message, of one line or more
+        head = rf"^(?:\w+\.)*{type(error).__name__}:? ?"
+        reason = one_line(re.split(head, str(error), flags=re.MULTILINE)[-1])
     else:
         reason = reasons.get() if not reasons.empty() else ""
     has_bus_error = any(process.exitcode == -signal.SIGBUS for process in loader._workers)

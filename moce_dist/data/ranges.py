@@ -77,7 +77,8 @@ def coalesce(wanted: Sequence[SampleRange], rows: Iterable[int] | None = None) -
         last, stop = (ranges[-1] if ranges else None), offset + size
         if last is not None and last.url == url and _is_worth_it(last, used, offset, stop):
             used += size
-            ranges[-1] = Range(url, last.start, max(last.stop, stop), [*last.rows, row])
+            last.rows.append(row)
+            ranges[-1] = last._replace(stop=max(last.stop, stop))
         else:
             used = size
             ranges.append(Range(url, offset, stop, [row]))

@@ -13,11 +13,11 @@ Paths in `index.json` are relative to its folder, absolute, or URLs.
 import json
 import logging
 import tarfile
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
 from tenacity import (
@@ -30,13 +30,14 @@ from tenacity import (
 
 from moce_dist.data.listing import counted
 from moce_dist.data.ranges import PAUSES, described, is_remote, is_transient
-from moce_dist.data.tarscan import StorageError, TarScan, read_files, scan_tar, split_name
+from moce_dist.data.tarscan import StorageError, read_files, scan_tar, split_name
 from moce_dist.run.environment import check_url
 from moce_dist.run.files import replacing
 from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 INDEX_NAME = "index.json"
 COLUMNS_NAME = "index.arrow"
 """The part of an index that training reads, see columns.py."""
@@ -44,7 +45,7 @@ HOLDOUT = "holdout"
 """Folder, in that of an index, of the index of its held-out images."""
 _FORMAT = "moce_dist.index.v1"
 _LABEL_BYTES = 200
-_MIN_SCANS = 3
+_MIN_ATTEMPTS = 3
 
 
 class Fault(NamedTuple):
@@ -140,7 +141,7 @@ def index_tar(
 ) -> tuple[Shard, list[Fault], str]:
     """Index one tar like `scan_shard`; also return what was left out, by kind and number."""
     try:
-        scan = _scan_remote(url, deadline_s) if is_remote(url) else _scan(url)
+        scan = read_whole(url, scan_tar, deadline_s)
     except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{url}: no such shard") from None
     except tarfile.ReadError as error:
@@ -157,30 +158,39 @@ def index_tar(
     return shard.with_samples(samples), faults, counted(scan.left_out)
 
 
-def _scan(url: str) -> TarScan:
-    with open_shard(url) as file:
-        return scan_tar(file)
+def read_whole(url: str, read: Callable[[IO[bytes]], T], deadline_s: float) -> T:
+    """Return `read(file)` of a shard; a remote one is read again after an error that may pass.
 
+    No attempt begins later than `deadline_s` seconds after the first, but there are three at least.
 
-def _scan_remote(url: str, deadline_s: float) -> TarScan:
+    Raises:
+        OSError: the shard cannot be read; of a remote one without the client's own text.
+    """
+
+    def once() -> T:
+        with open_shard(url) as file:
+            return read(file)
+
     def may_pass(error: BaseException) -> bool:
         return not isinstance(error, tarfile.ReadError) and is_transient(_origin(url, error))
 
     def say(state: RetryCallState) -> None:
         if state.attempt_number == 1 and state.outcome and (error := state.outcome.exception()):
             reason = described(_origin(url, error))
-            logger.warning("%s: %s; it is scanned again", as_text(url), reason)
+            logger.warning("%s: %s; it is read again", as_text(url), reason)
 
+    if not is_remote(url):
+        return once()
     retrying = Retrying(
         retry=retry_if_exception(may_pass),
-        # one scan may take longer than the deadline
-        stop=stop_after_delay(deadline_s) & stop_after_attempt(_MIN_SCANS),
+        # one attempt may take longer than the deadline
+        stop=stop_after_delay(deadline_s) & stop_after_attempt(_MIN_ATTEMPTS),
         wait=PAUSES,
         before_sleep=say,
         reraise=True,
     )
     try:
-        return retrying(_scan, url)
+        return retrying(once)
     except (tarfile.ReadError, IsADirectoryError):
         raise
     except Exception as error:  # noqa: BLE001 - clients of storage have errors of their own
@@ -205,7 +215,7 @@ def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:
         # one shard at a time: the whole document takes several times the memory of the samples
         file.write(f'{{"format": {json.dumps(_FORMAT)}, "shards": [')
         for number, shard in enumerate(index.shards):
-            file.write(", " * (number > 0) + json.dumps(asdict(shard)))
+            file.write(", " * (number > 0) + json.dumps(vars(shard)))
         file.write("]}")
     return index
 

@@ -10,7 +10,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from moce_dist.data.decoders import image_endings
@@ -66,7 +66,7 @@ def all_or_nothing(
                 f"{folder}: no space left on the device; what was written is removed again"
             ) from error
         raise
-    _end(folder, _NOTES)
+    _end(folder, (*_NOTES, *unfinished))
 
 
 def _end(folder: Path, patterns: tuple[str, ...]) -> None:
@@ -88,7 +88,7 @@ def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
 
 def note_finished(folder: Path, shard: Shard, faults: Sequence[Fault] = ()) -> None:
     """Note the index entry of a finished tar, so that no later attempt writes it again."""
-    note = {"shard": asdict(shard), "faults": [list(fault) for fault in faults]}
+    note = {"shard": vars(shard), "faults": [list(fault) for fault in faults]}
     write_atomic(_note(folder, shard.path), json.dumps(note))
 
 

@@ -119,7 +119,7 @@ def _read(path: Path) -> tuple[Claim, float] | None:
     """Read a claim and its heartbeat (file server's clock); None when there is none."""
     try:
         # opening the file makes an NFS client ask the server
-        with path.open() as file:
+        with path.open("rb") as file:
             text, beat = file.read(), os.fstat(file.fileno()).st_mtime
         return Claim(**json.loads(text)), beat
     except FileNotFoundError:

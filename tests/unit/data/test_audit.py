@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,25 @@ def test_every_planted_fault_is_found_and_named(tmp_path, three_tars, tar_of, so
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["cut", "busy"])
+def test_a_passing_error_of_remote_storage_is_no_fault(tmp_path, tar_of, file_server, pieces, kind):
+    path = tar_of(tmp_path / "a.tar", [(f"{n}.png", encoded(p)) for n, p in enumerate(pieces)])
+    shard, _ = scan_shard(str(path))
+    for failing in (1, 2):
+        server = file_server({"/a.tar": path.read_bytes()}, lambda n, f=failing: kind * (n == f))
+        index = write_index(tmp_path, [replace(shard, path=f"{server.url}/a.tar")])
+        assert list(verify(index, DATA)) == []
+
+
+def test_lasting_errors_of_remote_storage_are_faults(tmp_path, tar_of, file_server, pieces):
+    path = tar_of(tmp_path / "a.tar", [("a.png", encoded(pieces[0]))])
+    server = file_server({"/a.tar": path.read_bytes()}, lambda n: "forbidden")
+    url = f"{server.url}/a.tar"
+    index = write_index(tmp_path, [replace(scan_shard(str(path))[0], path=url)])
+    (fault,) = verify(index, DATA)
+    assert fault == (url, None, f"{url}: the server answers with status 403")
+
+
 # copies
 
 
@@ -85,7 +105,7 @@ def test_planted_copies_are_found_and_nothing_else(tmp_path, tar_of, pieces):
     plain = {"plain": encoded(Image.new("RGB", (60, 60), (9, 9, 9)))}
     members = [(f"{k}.png", content) for k, content in (planted | others | plain).items()]
     index = indexed(tmp_path, tar_of, members)
-    copies = {copy.key: copy for copy in find_copies(index, task, DATA)}
+    copies = {copy.key: copy for copy in find_copies([index], task, DATA)}
     assert copies.keys() == planted.keys()
     assert [Path(copies[key].file).stem for key in planted] == ["00", "01", "02", "03", "04"]
     assert [key for key, copy in copies.items() if copy.kind == "exact"] == ["bytes"]
@@ -97,7 +117,7 @@ def test_images_of_noise_are_no_copies(tmp_path, tar_of, some_image):
     for number in range(40):
         (task / f"{number}.png").write_bytes(some_image(number, side=32))
     members = [(f"{n}.png", some_image(1000 + n, side=32)) for n in range(200)]
-    assert list(find_copies(indexed(tmp_path, tar_of, members), task, DATA)) == []
+    assert list(find_copies([indexed(tmp_path, tar_of, members)], task, DATA)) == []
 
 
 def test_every_image_of_the_folder_is_compared_whatever_its_name(tmp_path, tar_of, pieces, caplog):
@@ -109,9 +129,23 @@ def test_every_image_of_the_folder_is_compared_whatever_its_name(tmp_path, tar_o
     (task / "2.png").write_bytes(b"")
     (task / "3.png").symlink_to(task / "nowhere.png")
     index = indexed(tmp_path, tar_of, [("a.png", encoded(pieces[1]))])
-    (copy,) = find_copies(index, tmp_path / "task", DATA)
+    (copy,) = find_copies([index], tmp_path / "task", DATA)
     assert copy.file == str(task / "1.png")
     assert f"{tmp_path / 'task'}: 3 of its images cannot be read or decoded" in caplog.text
+
+
+def test_images_that_cannot_be_read_are_not_said_to_be_no_copies(tmp_path, tar_of, pieces, caplog):
+    (tmp_path / "task").mkdir()
+    pieces[0].save(tmp_path / "task" / "1.png")
+    members = [("a.png", encoded(pieces[0])), ("b.png", encoded(pieces[1]))]
+    index = indexed(tmp_path, tar_of, members)
+    with (tmp_path / "a.tar").open("r+b") as file:
+        file.truncate(index.shards[0].offsets[1])
+    with pytest.raises(RuntimeError, match="1 of 2 images of the data cannot be read"):
+        list(find_copies([index], tmp_path / "task", DATA))
+    half = DataConfig(max_fault_fraction=0.5)
+    assert [copy.key for copy in find_copies([index], tmp_path / "task", half)] == ["a"]
+    assert "1 of 2 images of the data cannot be read" in caplog.text
 
 
 # the job
@@ -158,4 +192,4 @@ def test_a_folder_of_empty_files_alone_is_refused_by_name(tmp_path, tar_of, some
     (tmp_path / "task").mkdir()
     (tmp_path / "task" / "b.png").write_bytes(b"")
     with pytest.raises(ConfigError, match="task: no image of it can be read"):
-        list(find_copies(index, tmp_path / "task", DATA))
+        list(find_copies([index], tmp_path / "task", DATA))

@@ -112,6 +112,17 @@ def test_shards_are_closed_at_their_size(tmp_path, image_folder):
     assert all(shard.bytes <= 2**16 + 1024 for shard in index.shards)
 
 
+def test_whole_tars_held_out_of_few_are_a_warning(tmp_path, three_tars, caplog):
+    pattern = f"shards:{three_tars[0].parent}/part-*.tar"
+    few = run(pattern, tmp_path / "few", DataConfig(holdout_fraction=0.01))
+    held = read_index(tmp_path / "few" / "holdout").num_samples
+    assert (few.num_samples, held) == (10, 5)
+    assert "33 % of the images are held out: existing tars are held out whole" in caplog.text
+    caplog.clear()
+    run(pattern, tmp_path / "as_asked", DataConfig(holdout_fraction=0.3))
+    assert "held out" not in caplog.text
+
+
 def test_same_folder_gives_the_same_bytes(tmp_path, image_folder):
     config = DataConfig(holdout_fraction=0.3)
     outs = [tmp_path / "one", tmp_path / "two"]

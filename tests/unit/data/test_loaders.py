@@ -52,6 +52,16 @@ def test_a_process_that_delivers_nothing_is_given_up():
         batches(lambda: time.sleep(60), stall_s=2)
 
 
+@pytest.mark.parametrize("message", ["sizes 3 and 4 differ\nsee the documentation", "short", ""])
+def test_an_error_keeps_all_lines_of_its_message_as_one(message):
+    def fail():
+        raise ArithmeticError(message)
+
+    with pytest.raises(ArithmeticError) as caught:
+        batches(fail)
+    assert str(caught.value) == message.replace("\n", " ")
+
+
 def test_an_error_is_the_one_of_the_process_in_a_line(tmp_path):
     def write():
         record_fault(tmp_path, stage="mae")

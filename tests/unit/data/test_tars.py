@@ -395,7 +395,7 @@ def test_a_remote_tar_is_scanned_again_after_a_passing_error(long_tar, file_serv
         server = file_server(files, lambda n, failing=failing: kind * (n == failing))
         assert scan_shard(f"{server.url}/a.tar", path=str(long_tar)) == expected
         assert len(server.asked) == requests + failing > 4
-        assert f"{server.url}/a.tar: " in caplog.text and "it is scanned again" in caplog.text
+        assert f"{server.url}/a.tar: " in caplog.text and "it is read again" in caplog.text
 
 
 @pytest.mark.parametrize(
