@@ -34,7 +34,7 @@ from moce_dist.features.extract import (
     FEATURE_FILES,
     FeatureJob,
     begin_features,
-    extract_of,
+    extract_shard,
     feature_names,
 )
 from moce_dist.launch.actors import hold_actors
@@ -197,7 +197,7 @@ class Pipeline:
         start = time.monotonic()
         # actors, because their encoders must leave the GPUs at the end
         with hold_actors(self.config.parallel) as workers:
-            done = workers.map_tasks(extract_of, None, jobs)
+            done = workers.map_tasks(extract_shard, None, jobs)
             sizes = (shard.num_samples for (_, shard), _ in zip(left, done, strict=True))
             for _ in track(sizes, "images encoded", total=total, size=int):
                 pass

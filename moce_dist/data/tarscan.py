@@ -237,7 +237,8 @@ class _HashingReader:
 
     def skip_zeros(self) -> bool:
         """Skip to the next block that is not all zeros; return False at the end of the file."""
-        while part := self.read(_READ_BYTES):
+        # what is read beyond the zeros is copied for every later read
+        while part := self.read(tarfile.RECORDSIZE):
             filled = len(part) - len(part.lstrip(b"\0"))
             if filled < len(part):
                 start = filled // _BLOCK * _BLOCK

@@ -82,11 +82,6 @@ class FeatureJob:
         """The file of the features, which exists only when it is complete."""
         return self.out / f"{self.name}.npy"
 
-    @property
-    def num_images(self) -> int:
-        """Number of images of the shard, including unreadable ones."""
-        return len(self.shard.keys)
-
 
 @lru_cache(maxsize=1)
 def cached_encoder(encoder: EncoderSpec) -> Encode:
@@ -120,15 +115,10 @@ def begin_features(folder: Path, inputs: Mapping[str, Any]) -> None:
     begin(folder, inputs)
 
 
-def extract_of(_: None, job: FeatureJob) -> int:
-    """Call `extract_shard` in the form of `MapTasks` (`run/tasks.py`)."""
-    return extract_shard(job)
-
-
-def extract_shard(job: FeatureJob) -> int:
+def extract_shard(_: None, job: FeatureJob) -> int:
     """Write the features, keys and labels of a shard unless they exist; count unreadable images.
 
-    The count is 0 where they exist.
+    The count is 0 where they exist. The first argument is what `MapTasks` shares: nothing.
 
     Raises:
         FileNotFoundError: the shard is gone.

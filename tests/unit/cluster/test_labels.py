@@ -52,7 +52,7 @@ def extract(folder, tar, **more):
         *(shard, str(tar), tar.stem, out, folder / "faults.jsonl", EncoderSpec(build_encoder)),
         *(16, 4),
     )
-    extract_shard(replace(job, **more))
+    extract_shard(None, replace(job, **more))
     path = out / f"{tar.stem}.labels.json"
     return json.loads(path.read_text()) if path.is_file() else None
 

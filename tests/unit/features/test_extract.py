@@ -123,14 +123,14 @@ def test_features_that_are_no_rows_are_refused_with_the_first_batch(tmp_path, mo
     shard = shard_of(tmp_path, map(png, range(30)))
     message = r"encoder: gives features of \(4, 3, 4\), must be \(4, D\)"
     with pytest.raises(ConfigError, match=message):
-        extract_shard(job_of(tmp_path, shard, encoder=EncoderSpec(build_unpooled)))
+        extract_shard(None, job_of(tmp_path, shard, encoder=EncoderSpec(build_unpooled)))
     assert not list((tmp_path / "features").glob("*.npy")) and len(seen) < 30
 
 
 def test_rows_are_the_encoders_features_in_the_order_of_the_keys(tmp_path):
     contents = [png(seed) for seed in range(10)]
     shard = shard_of(tmp_path, contents)
-    assert extract_shard(job_of(tmp_path, shard)) == 0
+    assert extract_shard(None, job_of(tmp_path, shard)) == 0
     rows = np.load(tmp_path / "features" / "train-000000.npy")
     assert rows.dtype == np.float16 and rows.shape == (10, 8)
     images = torch.from_numpy(np.stack([eval_image(content, SIZE) for content in contents]))
@@ -183,7 +183,7 @@ def test_features_of_a_timm_model_are_those_of_timms_own_evaluation(
             image_size=pixels.image_size,
             framing=framing,
         )
-        extract_shard(job)
+        extract_shard(None, job)
         rows = np.load(job.target).astype(np.float32)
         return np.linalg.norm(rows - expected, axis=1).max() / spread
 
@@ -196,7 +196,7 @@ def test_features_of_a_timm_model_are_those_of_timms_own_evaluation(
 def test_unreadable_image_keeps_its_slot_as_a_row_of_zeros_and_a_fault(tmp_path):
     contents = [png(0), b"no image", png(1)[:60], png(2)]
     shard = shard_of(tmp_path, contents)
-    assert extract_shard(job_of(tmp_path, shard)) == 2
+    assert extract_shard(None, job_of(tmp_path, shard)) == 2
     rows = np.load(tmp_path / "features" / "train-000000.npy")
     assert (rows == 0).all(axis=1).tolist() == [False, True, True, False]
     faults = read_faults(tmp_path / "faults.jsonl")
@@ -208,12 +208,12 @@ def test_unreadable_image_keeps_its_slot_as_a_row_of_zeros_and_a_fault(tmp_path)
 
 def test_finished_shard_is_skipped_and_unfinished_one_is_not(tmp_path):
     shard = shard_of(tmp_path, [png(0), png(1)])
-    extract_shard(job_of(tmp_path, shard))
+    extract_shard(None, job_of(tmp_path, shard))
     broken = job_of(tmp_path, shard, encoder=EncoderSpec(build_broken, ("other",)))
-    assert extract_shard(broken) == 0
+    assert extract_shard(None, broken) == 0
     (tmp_path / "features" / "train-000000.npy").unlink()
     with pytest.raises(AssertionError, match="must not be called"):
-        extract_shard(broken)
+        extract_shard(None, broken)
     assert not list((tmp_path / "features").glob("*.npy"))
 
 
@@ -224,7 +224,7 @@ def digests(folder):
 def test_every_batch_has_the_same_shape_and_the_tail_is_padded(tmp_path):
     shard = shard_of(tmp_path, [png(seed) for seed in range(9)])
     recording = EncoderSpec(build_recording, (str(tmp_path / "shapes"),))
-    extract_shard(job_of(tmp_path, shard, encoder=recording))
+    extract_shard(None, job_of(tmp_path, shard, encoder=recording))
     shapes = (tmp_path / "shapes").read_text().splitlines()
     assert shapes == [f"[4, 3, {SIZE}, {SIZE}]"] * 3
     assert np.load(tmp_path / "features" / "train-000000.npy").shape == (9, 8)
@@ -241,7 +241,7 @@ def test_file_and_faults_do_not_depend_on_the_threads_that_decode(tmp_path, thre
         folder = tmp_path / name
         more = {"out": folder, "ledger": tmp_path / f"{name}.jsonl", "decode_threads": number}
         extract.cached_encoder.cache_clear()
-        assert extract_shard(job_of(tmp_path, shard, **spec, **more)) == 4
+        assert extract_shard(None, job_of(tmp_path, shard, **spec, **more)) == 4
         faults = read_faults(tmp_path / f"{name}.jsonl")
         # Pillow names the place in memory of what it cannot identify
         reasons = [(fault["key"], fault["reason"].split("<")[0]) for fault in faults]
@@ -298,7 +298,7 @@ def test_abandoned_batches_leave_no_thread(tmp_path):
     before = set(threading.enumerate())
     broken = job_of(tmp_path, shard, encoder=EncoderSpec(build_broken), decode_threads=3)
     with pytest.raises(AssertionError, match="must not be called"):
-        extract_shard(broken)
+        extract_shard(None, broken)
     gc.collect()
     assert not set(threading.enumerate()) - before
 
@@ -308,14 +308,14 @@ def test_lost_shard_is_named_with_any_number_of_threads(tmp_path):
     (tmp_path / shard.path).unlink()
     for threads in (1, 3):
         with pytest.raises(FileNotFoundError, match="train-000000"):
-            extract_shard(job_of(tmp_path, shard, decode_threads=threads))
+            extract_shard(None, job_of(tmp_path, shard, decode_threads=threads))
 
 
 def test_a_mapped_shard_gives_the_same_files(tmp_path):
     write_columns(write_index(tmp_path, [shard_of(tmp_path, [png(0), png(1)])]))
     (plain,), (mapped,) = read_index(tmp_path).shards, open_index(tmp_path).shards
     for folder, shard in (("plain", plain), ("mapped", mapped)):
-        extract_shard(replace(job_of(tmp_path, shard), out=tmp_path / folder))
+        extract_shard(None, replace(job_of(tmp_path, shard), out=tmp_path / folder))
     assert digests(tmp_path / "plain") == digests(tmp_path / "mapped")
 
 
@@ -330,7 +330,7 @@ def test_file_does_not_depend_on_other_shards_nor_on_who_writes_it(tmp_path):
         # a process that begins anew draws nothing from what came before
         extract.cached_encoder.cache_clear()
         for job in order:
-            extract_shard(replace(job, out=tmp_path / folder))
+            extract_shard(None, replace(job, out=tmp_path / folder))
     assert len(digests(tmp_path / "forwards")) == 6
     assert digests(tmp_path / "backwards") == digests(tmp_path / "forwards")
     alone = digests(tmp_path / "alone")
@@ -344,10 +344,10 @@ def test_interrupted_shards_are_made_and_finished_ones_are_left(tmp_path, monkey
     ]
     jobs = [job_of(tmp_path, s, name=s.path.removesuffix(".tar")) for s in shards]
     for job in jobs:
-        extract_shard(replace(job, out=tmp_path / "whole", ledger=tmp_path / "whole.jsonl"))
+        extract_shard(None, replace(job, out=tmp_path / "whole", ledger=tmp_path / "whole.jsonl"))
     folder = tmp_path / "features"
     begin_features(folder, {"mae": "a"})
-    extract_shard(jobs[0])
+    extract_shard(None, jobs[0])
     written = (folder / "train-000000.npy").stat().st_mtime_ns
 
     @contextmanager
@@ -358,10 +358,10 @@ def test_interrupted_shards_are_made_and_finished_ones_are_left(tmp_path, monkey
 
     with monkeypatch.context() as patched, pytest.raises(InterruptedError):
         patched.setattr(extract, "replacing", killed)
-        extract_shard(jobs[1])
+        extract_shard(None, jobs[1])
     assert not jobs[1].target.exists()
     begin_features(folder, {"mae": "a"})
-    assert [extract_shard(job) for job in jobs] == [0, 1, 1]
+    assert [extract_shard(None, job) for job in jobs] == [0, 1, 1]
     assert (folder / "train-000000.npy").stat().st_mtime_ns == written
     (folder / "inputs.json").unlink()
     assert digests(folder) == digests(tmp_path / "whole")
@@ -376,7 +376,7 @@ from pathlib import Path
 
 import torch
 
-from moce_dist.features.extract import EncoderSpec, FeatureJob, extract_of, feature_names
+from moce_dist.features.extract import EncoderSpec, FeatureJob, extract_shard, feature_names
 from moce_dist.config import ParallelConfig
 from moce_dist.data.shards import read_index
 from moce_dist.launch.actors import hold_actors
@@ -399,7 +399,7 @@ jobs = [
     for s, n in zip(index.shards, feature_names(index), strict=True)
 ]
 with hold_actors(ParallelConfig(num_workers=2)) as workers:
-    assert list(workers.map_tasks(extract_of, None, jobs)) == [1] * 4
+    assert list(workers.map_tasks(extract_shard, None, jobs)) == [1] * 4
 """
 
 
@@ -432,7 +432,7 @@ def test_shard_of_a_killed_worker_is_made_by_another(tmp_path):
 
 
 def test_empty_shard_gives_no_rows_of_the_right_width(tmp_path):
-    extract_shard(job_of(tmp_path, shard_of(tmp_path, [])))
+    extract_shard(None, job_of(tmp_path, shard_of(tmp_path, [])))
     assert np.load(tmp_path / "features" / "train-000000.npy").shape == (0, 8)
     assert open_features(tmp_path / "features").num_rows == 0
 
@@ -460,16 +460,16 @@ def test_passing_trouble_of_a_server_costs_no_image_and_lasting_trouble_is_named
 ):
     shard = shard_of(tmp_path, [png(seed) for seed in range(10)])
     local = job_of(tmp_path, shard)
-    assert extract_shard(local) == 0
+    assert extract_shard(None, local) == 0
     content = (tmp_path / shard.path).read_bytes()
     paths = {"/a.tar": "busy-twice", "/b.tar": "busy"}
     server = range_server({path: (content, behaviour) for path, behaviour in paths.items()})
     reader = partial(RangeReader, timeout_s=1, deadline_s=20)
     more = {"decode_threads": threads, "open_reader": reader, "out": tmp_path / "remote"}
-    assert extract_shard(job_of(tmp_path, shard, url=f"{server.url}/a.tar", **more)) == 0
+    assert extract_shard(None, job_of(tmp_path, shard, url=f"{server.url}/a.tar", **more)) == 0
     near, far = (np.load(job.target) for job in (local, job_of(tmp_path, shard, **more)))
     np.testing.assert_array_equal(near, far)
     more |= {"open_reader": partial(RangeReader, timeout_s=1, deadline_s=0.5), "name": "other"}
     with pytest.raises(OSError, match=r"/b\.tar: the server answers with status 503"):
-        extract_shard(job_of(tmp_path, shard, url=f"{server.url}/b.tar", **more))
+        extract_shard(None, job_of(tmp_path, shard, url=f"{server.url}/b.tar", **more))
     assert not (tmp_path / "remote" / "other.npy").exists()
