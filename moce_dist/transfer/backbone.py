@@ -152,18 +152,24 @@ def run_backbone(
 def timm_backbone(name: str) -> Backbone:
     """Describe `timm:NAME` with timm's own pre-trained weights.
 
+    A model is pooled as timm pools it. The exception are the published MAEs (`vit_*.mae`), whose
+    class token timm would take: they give the mean of the patch tokens after the final norm, as the
+    run's own MAE does, and for fine-tuning a new norm after the mean.
+
     Raises:
         ConfigError: timm has no such model, or no weights for it.
     """
     known = name.removeprefix("timm:")
     given = describe_timm(known, f"--backbone {name}")
+    is_mae = known.startswith("vit_") and known.endswith(".mae")
+    pooling = {"global_pool": "avg", "fc_norm": False} if is_mae else {}
     return Backbone(
         name,
         known,
-        {},
+        pooling,
         given.image_size,
         pretrained=True,
         mean=given.mean,
         std=given.std,
-        identity={"timm": timm.__version__},
+        identity={"timm": timm.__version__, **pooling},
     )

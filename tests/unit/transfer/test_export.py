@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,6 +225,30 @@ def test_names_that_timm_does_not_know_are_refused(name):
 def test_timms_mae_is_described_without_loading_it():
     backbone = timm_backbone("timm:vit_base_patch16_224.mae")
     assert (backbone.image_size, backbone.mean) == (224, (0.485, 0.456, 0.406))
+
+
+@torch.no_grad()
+def test_timms_mae_is_pooled_like_the_runs_own(monkeypatch):
+    name, known = "vit_tiny_patch16_224.mae", timm.models._registry
+    torch.manual_seed(0)
+    plain = timm.create_model(name.partition(".")[0], num_classes=0).eval()
+    plain.norm.weight.copy_(torch.rand(192))
+    given = timm.get_pretrained_cfg("vit_base_patch16_224.mae")
+    given = replace(given, hf_hub_id=None, url="", state_dict=plain.state_dict())
+    monkeypatch.setitem(known._model_pretrained_cfgs, name, given)
+    monkeypatch.setattr(known, "_model_has_pretrained", {*known._model_has_pretrained, name})
+
+    backbone, images = timm_backbone(f"timm:{name}"), torch.randn(2, 3, 224, 224)
+    tokens = plain.forward_features(images)
+    found = backbone.features_model(0)(images)
+    torch.testing.assert_close(found, tokens[:, 1:].mean(dim=1))
+    # fine-tuning has a new norm after the mean, as for the run's own
+    model = backbone.classifier(3, seed=0, drop_path=0.0)
+    assert isinstance(model.norm, torch.nn.Identity) and model.fc_norm.weight.eq(1).all()
+    assert torch.equal(model.blocks[-1].mlp.fc2.weight, plain.blocks[-1].mlp.fc2.weight)
+    dense = backbone.dense_model(32, seed=0, drop_path=0.0)
+    assert torch.equal(dense.norm.weight, plain.norm.weight)
+    assert backbone.identity != timm_backbone("timm:vit_tiny_patch16_224").identity
 
 
 def test_config_json_names_the_architecture(tmp_path, config, models):
