@@ -130,7 +130,9 @@ def choose_experts(
         **({"extrapolation": config.transfer.extrapolation} if how == "extrapolate" else {}),
         "num_images": len(cluster_ids),
         "layers": layers,
-        "scale": _mean_probability(cluster_ids, mix_of({"layers": layers}), weights, config),
+        "scale": _mean_probability(
+            cluster_ids, mix_of({"layers": layers}), weights, config, is_own=how != "mismatched"
+        ),
         "clusters": clusters,
         "warning": warning if weak else None,
     }
@@ -172,6 +174,8 @@ def _mean_probability(
     mix: Sequence[int | list[float]],
     weights: Mapping[str, Tensor],
     config: Config,
+    *,
+    is_own: bool,
 ) -> list[float] | None:
     if config.gate.combine != "prob":
         return None
@@ -179,7 +183,6 @@ def _mean_probability(
     table = routes(weights, config.gate, num_groups=config.parallel.num_groups)
     ids = torch.from_numpy(cluster_ids)
     # mismatched experts get the output scale of the routed ones, so that only the choice differs
-    is_own = config.transfer.select != "mismatched"
     return [
         float(p[i, ids, e if is_own and isinstance(e, int) else table[i, ids]].mean())
         for i, e in enumerate(mix)

@@ -157,6 +157,13 @@ def test_given_experts_override_and_keep_their_mass():
     assert "in layers [0]" in choice["warning"]
 
 
+@pytest.mark.parametrize("select", ["vote", "mismatched"])
+def test_prob_weights_given_experts_by_their_own_probability(select):
+    config = with_selection(gate_config(combine="prob"), select)
+    choice = choose_experts(IDS, gate_weights(P), config, task="t", given=(1, 0))
+    assert choice["scale"] == pytest.approx([2.3 / 6, 3.8 / 6])
+
+
 @pytest.mark.parametrize("given", [(0,), (0, 2), (0, -1), (0, 0, 0)])
 def test_given_experts_that_do_not_exist_are_refused(given):
     with pytest.raises(ConfigError, match="must name 2 experts"):
