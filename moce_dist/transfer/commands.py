@@ -191,7 +191,8 @@ def find_model(args: Any) -> Path:
     if not fits:
         raise ConfigError(
             f"{folder}: holds no {which} model; jobs/transfer.py makes them with "
-            "transfer.save_models, by the protocols finetune and linear"
+            "transfer.save_models, by the protocols finetune and linear; fits made without it need "
+            "--fresh"
         )
     wanted = {"backbone": args.backbone, "protocol": args.protocol, "seed": args.seed}
     given = {

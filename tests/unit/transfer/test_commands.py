@@ -277,7 +277,7 @@ def test_model_that_is_not_there_is_named_with_those_that_are(task, tmp_path):
     image = tmp_path / "a.png"
     image.write_bytes(png(np.zeros((4, 4, 3), np.uint8)))
     for words, message in (
-        ([str(tmp_path), str(image)], "holds no last model"),
+        ([str(tmp_path), str(image)], "holds no last model.* made without it need --fresh"),
         ([str(task), str(image), "--best"], "holds no best model"),
         ([str(task), str(image), "--seed", "7"], "only mae-finetune-0, mae-linear-0, moce-fine"),
         ([str(task), str(tmp_path / "b.png")], "b.png: is neither a file nor a folder"),
