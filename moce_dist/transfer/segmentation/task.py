@@ -10,7 +10,7 @@ Masks hold 0 for pixels to ignore, else class + 1.
 Letters: H, W height and width of an image, S side of a crop, pixels; C classes.
 
 Source: the SceneParsing release of ADE20K (Zhou et al. 2017); random scale, crop and mirror as in
-mmsegmentation's configs for ADE20K.
+mmsegmentation's configs for ADE20K, without their cat_max_ratio.
 """
 
 import hashlib
