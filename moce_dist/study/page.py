@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from moce_dist.settings import dump_yaml
-from moce_dist.study.results import MEAN
+from moce_dist.study.results import MEAN, why_no_mean
 
 Line = dict[str, Any]
 
@@ -45,6 +45,7 @@ def render(found: Line) -> str:
             _table(table, found["reference"])
             for table in sorted(found["tables"], key=lambda table: table["protocol"] != MEAN)
         ],
+        no_means=why_no_mean(found["tables"]),
         costs=rows,
         study=dump_yaml(found["study"]),
     )
@@ -66,9 +67,12 @@ def _table(table: Line, reference: str) -> Line:
     ]
     scale = max(ends, default=0) or 1.0
     protocol = "mean of the protocols" if table["protocol"] == MEAN else table["protocol"]
+    metrics = table.get("metrics", {})
+    is_alone = len(table["tasks"]) == 1
     return {
         "protocol": protocol,
-        "metric": table["metric"],
+        "metric": metrics.get(table["tasks"][0], table["metric"]) if is_alone else table["metric"],
+        "metrics": metrics,
         "tasks": table["tasks"],
         "scale": points(scale),
         "rows": [_row(name, row, table["tasks"], scale, reference) for name, row in rows],

@@ -2,8 +2,10 @@
 
     RUN/transfer/TASK/metrics.json, RUN/STAGE --collect--> study.json
 
-A table holds the tasks of one protocol and metric. If several protocols measure the same tasks by
-the same metric, a further table holds the means over these protocols.
+A table holds the tasks of one protocol and metric. Where tasks of classification have different
+metrics, one table holds them all: its metric is `classification`, and its `metrics` is
+{TASK: METRIC}. If several protocols measure the same tasks by the same metric, a further table
+holds the means over these protocols; if they measure different ones, `why_no_mean` says so.
 
 Every arm of a table, and every difference to another arm, is
 {"mean": SPREAD or null, "over": {"seeds": [...], "tasks": [...]}, "tasks": {TASK: SPREAD}}.
@@ -36,6 +38,8 @@ from moce_dist.train.metrics import METRICS_NAME, training_seconds
 
 Line = dict[str, Any]
 MEAN = "mean"
+CLASSIFICATION = "classification"
+_OF_CLASSES = ("accuracy", "mean_class_accuracy", "mAP")
 
 
 def collect(runner: Runner, split: str) -> Line:
@@ -109,10 +113,14 @@ def tables(values: Iterable[Line], partners: Mapping[str, str | None], draws: in
 
     `partners` maps every arm to the arm that its differences are taken to, or to None.
     """
+    values = list(values)
+    metrics = {value["task"]: value["metric"] for value in values}
+    is_mixed = len(set(metrics.values()).intersection(_OF_CLASSES)) > 1
     found: dict[tuple[str, str], dict[tuple[str, int, str], float]] = {}
     for value in values:
-        key = value["arm"], value["seed"], value["task"]
-        found.setdefault((value["protocol"], value["metric"]), {})[key] = value["value"]
+        key, metric = (value["arm"], value["seed"], value["task"]), value["metric"]
+        group = CLASSIFICATION if is_mixed and metric in _OF_CLASSES else metric
+        found.setdefault((value["protocol"], group), {})[key] = value["value"]
     for metric in dict.fromkeys(metric for _, metric in found):
         alike = [cells for (_, of), cells in found.items() if of == metric]
         common = set.intersection(*(set(cells) for cells in alike))
@@ -125,10 +133,35 @@ def tables(values: Iterable[Line], partners: Mapping[str, str | None], draws: in
             }
             if means:
                 found[MEAN, metric] = means
-    return [
-        {"protocol": protocol, "metric": metric, **_table(cells, partners, draws)}
-        for (protocol, metric), cells in found.items()
-    ]
+    made = []
+    for (protocol, metric), cells in found.items():
+        table = {"protocol": protocol, "metric": metric, **_table(cells, partners, draws)}
+        if metric == CLASSIFICATION:
+            table["metrics"] = {task: metrics[task] for task in table["tasks"]}
+        made.append(table)
+    return made
+
+
+def why_no_mean(tables: Sequence[Line]) -> list[str]:
+    """Say of every metric whose protocols have no table of means why they have none.
+
+    A task that lacks a protocol is not averaged over the others: its mean would be of other
+    measures than those of the tasks beside it.
+    """
+    found = []
+    for metric in dict.fromkeys(table["metric"] for table in tables):
+        of = {table["protocol"]: table["tasks"] for table in tables if table["metric"] == metric}
+        if len(of) < 2 or MEAN in of:
+            continue
+        every = dict.fromkeys(task for tasks in of.values() for task in tasks)
+        lacking = [
+            f"{', '.join(lost)} by {protocol}"
+            for protocol, tasks in of.items()
+            if (lost := [task for task in every if task not in tasks])
+        ]
+        why = f"no value of {'; '.join(lacking)}" if lacking else "no arm has a value by all"
+        found.append(f"{', '.join(of)} ({metric}) have no mean: {why}.")
+    return found
 
 
 def _table(

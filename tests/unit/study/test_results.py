@@ -9,7 +9,7 @@ import pytest
 
 from moce_dist.run.artefacts import COMPLETE, mark_complete
 from moce_dist.study.page import render
-from moce_dist.study.results import tables
+from moce_dist.study.results import tables, why_no_mean
 from moce_dist.study.work import link_artefact
 from moce_dist.train.metrics import training_seconds
 
@@ -160,7 +160,46 @@ def test_protocols_without_a_common_cell_have_no_mean(content):
     cells = [value("control", 0, "a", "knn", 0.5), value("moce", 0, "a", "linear", 0.6)]
     found = tables(cells, PARTNERS, 1000)
     assert [table["protocol"] for table in found] == ["knn", "linear"]
-    assert "mean of the protocols" not in render({**content, "tables": found})
+    page = render({**content, "tables": found})
+    assert "mean of the protocols" not in page
+    assert "knn, linear (accuracy) have no mean: no arm has a value by all." in page
+
+
+def test_a_task_without_a_protocol_leaves_no_mean_and_the_page_says_so(values, content):
+    assert "have no mean" not in render(content)
+    short = [v for v in values if (v["task"], v["protocol"]) != ("b", "logistic10")]
+    found = tables(short, PARTNERS, 1000)
+    assert [table["protocol"] for table in found] == ["knn", "logistic10"]
+    said = "knn, logistic10 (accuracy) have no mean: no value of b by logistic10."
+    assert why_no_mean(found) == [said] and said in render({**content, "tables": found})
+
+
+def test_metrics_of_classification_have_one_table_and_one_mean(values, content):
+    metrics = {"a": "mean_class_accuracy", "b": "accuracy", "c": "mAP"}
+    third = [{**v, "task": "c"} for v in values if v["task"] == "a"]
+    cells = [{**v, "metric": metrics[v["task"]]} for v in [*values, *third]]
+    scene = {**value("control", 0, "d", "finetune", 0.3), "metric": "mIoU"}
+    found = tables([*cells, scene], PARTNERS, 1000)
+    assert [(t["protocol"], t["metric"], t["tasks"]) for t in found] == [
+        ("knn", "classification", ["a", "b", "c"]),
+        ("logistic10", "classification", ["a", "b", "c"]),
+        ("finetune", "mIoU", ["d"]),
+        ("mean", "classification", ["a", "b", "c"]),
+    ]
+    assert found[0]["metrics"] == metrics and "metrics" not in found[2]
+    # of c the values of a: .5, .7, .5 and .54, .72, .54
+    assert found[0]["arms"]["control"]["mean"]["mean"] == pytest.approx((1.7 + 1.8) / 6)
+    page = render({**content, "tables": found})
+    assert "(classification, mean of 3 tasks)" in page
+    assert '<th class="number">c<br><small>mAP</small></th>' in page
+    alone = tables([{**v, "metric": "mAP"} for v in third], PARTNERS, 1000)
+    assert {table["metric"] for table in alone} == {"mAP"} and "metrics" not in alone[0]
+
+
+def test_a_table_of_accuracy_alone_has_no_more_than_before(values, content):
+    found = tables(values, PARTNERS, 1000)
+    assert all(list(table) == ["protocol", "metric", "tasks", "arms"] for table in found)
+    assert '<th class="number">a</th>' in render({**content, "tables": found})
 
 
 def test_mean_over_protocols(values):
