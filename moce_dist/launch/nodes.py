@@ -81,7 +81,7 @@ class Requirements:
 
     def missing(self, hosts: Sequence[Host]) -> str:
         """Describe the least that is needed, and what the nodes have."""
-        fewest, labels = self.parallel.fewest_workers, labels_of(hosts)
+        fewest, labels = self.parallel.worker_counts(self.batch_size)[-1], labels_of(hosts)
         need = f"{fewest} workers need a free {self.resource} each"
         if labels and fewest == self.parallel.num_workers:
             topology = self.topology(fewest)

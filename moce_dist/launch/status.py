@@ -24,6 +24,7 @@ from moce_dist.launch.job import Failure
 from moce_dist.train.pulse import Beat
 
 _MEDIANS = 10
+_FIRST = 4
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class Sign:
 def standing_still(signs: Mapping[int, Sign], timeout_s: float, now: float) -> dict[int, str]:
     """Find the ranks that hang, each with a line that says so.
 
-    No rank counts as hanging before `timeout_s`, nor before ten times the longest median step.
+    No rank counts as hanging before `timeout_s`, nor before ten times the longest median step. In
+    the first step, in which models are compiled, it is four times `timeout_s`.
     """
     limit = max([timeout_s, *(_MEDIANS * sign.beat.median_s for sign in signs.values())])
     silent = {rank: now - sign.at for rank, sign in signs.items() if now - sign.at > limit}
@@ -51,6 +53,8 @@ def standing_still(signs: Mapping[int, Sign], timeout_s: float, now: float) -> d
         for rank, sign in signs.items()
         if sign.beat.age_s is not None
     }
+    if not all(sign.beat.median_s for sign in signs.values()):
+        limit = max(limit, _FIRST * timeout_s)
     # the others may be waiting for a rank that rests
     if len(ages) < len(signs) or max(ages.values(), default=0.0) <= limit:
         return {}

@@ -185,14 +185,17 @@ class Engine:
         self.module, self.spec = module, spec
         self._timeout = timedelta(seconds=spec.parallel.patience_s)
         self.expert_group, self.replica_group = create_groups(spec.topology, self._timeout)
-        names = [name for name, _ in module.named_parameters()]
-        if any(is_stacked(name) for name in names):
-            for name, parameter in module.named_parameters():
+        named = dict(module.named_parameters())
+        if any(map(is_stacked, named)):
+            for name, parameter in named.items():
                 if is_stacked(name):
                     parameter.allreduce = False  # type: ignore[attr-defined]
                     parameter.group_name = f"ep_size_{spec.topology.ep_size}"  # type: ignore[attr-defined]
             module.add_module("moe_marker", _MoeMarker(spec.num_experts))
-        if any(is_expert(name) for name in names):
+        local = [parameter for name, parameter in named.items() if is_expert(name)]
+        shared = [parameter for name, parameter in named.items() if not is_expert(name)]
+        self._shared_and_local = shared, local
+        if local:
             parameter_groups = split_params_into_different_moe_groups_for_optimizer(
                 parameter_groups
             )
@@ -295,10 +298,7 @@ class Engine:
 
     def _squares(self) -> tuple[Tensor, Tensor]:
         # squared gradient norms (), float64: of the shared parameters, of the local experts
-        named = [(n, p.grad) for n, p in self.module.named_parameters() if p.grad is not None]
-        parts = [
-            [g for n, g in named if is_expert(n) == of_experts] for of_experts in (False, True)
-        ]
+        parts = [[p.grad for p in some if p.grad is not None] for some in self._shared_and_local]
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
         shared, local = (
             torch.linalg.vector_norm(

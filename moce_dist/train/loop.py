@@ -87,6 +87,7 @@ def _train(state: TrainState) -> dict[str, Any]:
         # a stage that takes weights as they are writes a checkpoint all the same
         save(state)
     with closing(batches(state, clock)) as coming:
+        state.pulse.resume()
         for batch in coming:
             outcome = train_step(state, batch)
             state.step += 1
@@ -105,12 +106,14 @@ def _train(state: TrainState) -> dict[str, Any]:
                 state.pulse.rest()
                 with clock.saving():
                     save(state)
+                state.pulse.resume()
             if state.is_stopping:
                 break
             profile.at(state.step)
     profile.close()
     is_finished = state.step == state.total_steps
     loss = evaluate(state) if is_finished else None
+    state.pulse.rest()
     state.saver.wait()
     if metrics_log is not None:
         metrics_log.close()
@@ -212,7 +215,7 @@ def forward(
     )
     if gate is None:
         losses = state.engine.forward(normalise(images), noise)
-        balance = token_balance_loss(state.model)
+        balance = token_balance_loss(state.model) if config.moe.kind == "token" else None
         if balance is None:
             return losses, weights, 0.0, torch.zeros(2, device=device)
         total = config.gate.balance_weight * balance
@@ -371,6 +374,7 @@ def evaluate(state: TrainState) -> dict[str, Any] | None:
     spec = replace(state.stream_spec(plan), stage=f"{state.job.name}-holdout")
     readers = state.router.placement.readers
     for batch in stream(spec, readers, start=0, stop=steps, device=device):
+        state.pulse(state.job.name, state.step + batch.step)
         for micro in range(state.micro_batches):
             losses, weights, *_ = forward(state, batch, micro)
             sums += torch.stack([(losses * weights).sum(), weights.sum()])

@@ -115,8 +115,10 @@ def decay_to_mean(engine: "Engine", moe: MoeConfig, lr: float) -> None:
     ZeRO-1 and 2 `step` raises FloatingPointError then, after experts have decayed. Collective over
     the expert-parallel group, and over the replicas at ZeRO-1 and 2.
     """
+    if not moe.mean_decay:
+        return
     stacks = [p for name, p in engine.module.named_parameters() if is_stacked(name)]
-    if not (moe.mean_decay and stacks):
+    if not stacks:
         return
     weights = [engine.weight(parameter) for parameter in stacks]
     sums = torch.cat([weight.sum(dim=0).flatten() for weight in weights])

@@ -1,7 +1,8 @@
 """Heartbeat of a training: the loop and step that a rank is in, and for how long.
 
 A loop asks its pulse once per step whether to stop. While it does something else between two steps
-(a save, a measurement), it rests: that time counts as no step. `launch/status.py` judges the
+(a save, a measurement), it rests: that time counts as no step. It resumes before the next step, so
+that a first step or a step after a save that hangs is noticed. `launch/status.py` judges the
 heartbeats of the ranks.
 """
 
@@ -18,7 +19,8 @@ _STEPS = 64
 class Beat:
     """What a rank reports: the loop and step that it is in, and for how long.
 
-    `age_s` is None while no step is under way; `median_s` is the median of the last steps.
+    `age_s` is None while no step is under way; `median_s` is the median of the last steps, 0 before
+    the first has ended.
     """
 
     loop: str = ""
@@ -47,6 +49,10 @@ class Pulse:
     def rest(self) -> None:
         """Note that the time until the next step belongs to no step."""
         self._since = None
+
+    def resume(self) -> None:
+        """Note that a step begins, the first one or the next after a rest."""
+        self._since = time.monotonic()
 
     def beat(self) -> Beat:
         """Return the current state; called from another thread."""

@@ -204,6 +204,7 @@ def _train(fitting: Fitting, trainer: "Trainer", machine: Machine, kept: Kept | 
     batches = track(fitting.batches(start), f"steps of {fitting.name}", total=fitting.steps - start)
     pulse = kept.pulse if kept else Pulse()
     fitting.model.train()
+    pulse.resume()
     for step, batch in enumerate(batches, start):
         seed_step(fitting.seed, step)
         # Mixup draws from numpy, alike on all ranks; the model draws from torch, per rank
@@ -238,14 +239,18 @@ def _keep(
     *,
     is_stopping: bool,
 ) -> None:
-    if kept.view_every and step % kept.view_every == 0:
-        kept.pulse.rest()
+    is_viewed = kept.view_every and step % kept.view_every == 0
+    is_saved = is_stopping or step % kept.save_every == 0
+    if not (is_viewed or is_saved):
+        return
+    kept.pulse.rest()
+    if is_viewed:
         found = _measured(fitting, step)
         if machine.rank == 0:
             _view(fitting, kept, step, found)
-    if is_stopping or step % kept.save_every == 0:
-        kept.pulse.rest()
+    if is_saved:
         _save_state(fitting, trainer, machine, kept, step)
+    kept.pulse.resume()
     if is_stopping:
         raise StoppedError(f"{fitting.name}: state saved at step {step} of {fitting.steps}")
 

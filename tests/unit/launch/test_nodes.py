@@ -67,6 +67,13 @@ def test_without_labels_room_is_counted_over_all_nodes():
     assert seats(cluster, Topology(8, 2), one_place_a_label=True) is None
 
 
+def test_what_is_missing_is_the_least_legal_number():
+    # of 5, 6, 7 and 8 workers, only 8 fit 4 groups
+    least = wanted(num_workers=8, num_groups=4, min_workers=5)
+    assert least.best_seats(hosts(("", 6))) is None
+    assert least.missing(hosts(("", 6))).startswith("8 workers need a free CPU each")
+
+
 @pytest.mark.parametrize(("slots", "count"), [(9, 8), (7, 4), (3, 2), (1, None), (0, None)])
 def test_the_largest_legal_number_within_the_bounds_is_taken(slots, count):
     found = wanted(num_workers=8, num_groups=4, min_workers=2).best_seats(hosts(("", slots)))

@@ -47,6 +47,13 @@ def test_what_is_no_step_may_take_its_time():
     assert list(found(300, r0=(900, -1, None, 0.0))) == [0]
 
 
+def test_a_first_step_has_four_times_as_long():
+    assert found(300, r0=(1, -1, 1190, 0.0), r1=(1, -1, 1195, 0.0)) == {}
+    assert list(found(300, r0=(1, -1, 1210, 0.0), r1=(1, 0, 1, 0.0))) == [0]
+    # a process that is stopped is found sooner, whatever the others do
+    assert list(found(300, r0=(305, -1, 1, 0.0), r1=(1, -1, 305, 0.0))) == [0]
+
+
 def test_a_pulse_tells_step_age_and_median():
     pulse = Pulse(lambda: True)
     assert pulse.beat() == Beat()
@@ -59,6 +66,9 @@ def test_a_pulse_tells_step_age_and_median():
     pulse.rest()
     time.sleep(0.2)
     assert pulse.beat().age_s is None
+    pulse.resume()
+    time.sleep(0.02)
+    assert pulse.beat().step == 3 and 0.02 <= pulse.beat().age_s < 0.2
     pulse("mae", 4)
     # the rest is no step
     assert pulse.beat().median_s < 0.2
