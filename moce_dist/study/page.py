@@ -46,6 +46,7 @@ def render(found: Line) -> str:
             for table in sorted(found["tables"], key=lambda table: table["protocol"] != MEAN)
         ],
         no_means=why_no_mean(found["tables"]),
+        fewest_seeds=_fewest_seeds(found["tables"]),
         costs=rows,
         study=dump_yaml(found["study"]),
     )
@@ -54,6 +55,18 @@ def render(found: Line) -> str:
 def points(share: float | None, *, sign: bool = False) -> str:
     """Format a fraction in points (per cent); None is a dash."""
     return "-" if share is None else f"{100 * share:{'+' if sign else ''}.2f}"
+
+
+def _fewest_seeds(tables: list[Line]) -> int | None:
+    """Return the fewest seeds that an interval of the bootstrap is from; None without one.
+
+    A difference on a single task has Student's interval instead.
+    """
+    spreads = [row.get("difference", {}).get("mean") for t in tables for row in t["arms"].values()]
+    return min(
+        (s["num_seeds"] for s in spreads if s and s["low"] is not None and s["num_tasks"] > 1),
+        default=None,
+    )
 
 
 def _table(table: Line, reference: str) -> Line:

@@ -260,6 +260,17 @@ def test_page_shows_points_and_escapes_what_it_shows(content):
     assert page.index("mean of the protocols") < page.index(">knn")
 
 
+def test_too_few_seeds_are_those_of_a_row_and_spoil_the_bootstrap_alone(content):
+    cells, _ = grid({("moce", seed, task) for seed in (2, 3, 4) for task in "abcdefghij"})
+    page = render({**content, "seeds": [0, 1, 2, 3, 4], "tables": tables(cells, PARTNERS, 1000)})
+    assert "a row has 2) the bootstrap's interval is too narrow; Student's allows for" in page
+    page = render({**content, "seeds": list(range(5)), "tables": tables(grid({})[0], PARTNERS, 99)})
+    assert "too narrow" not in page, "five seeds"
+    cells = grid(set(), 2, "a")[0]
+    page = render({**content, "seeds": [0, 1], "tables": tables(cells, PARTNERS, 1000)})
+    assert "too narrow" not in page, "the interval on one task is Student's"
+
+
 def test_interval_is_drawn_where_it_is(content):
     page = render(content)
     # the greatest end of a table lies at 92 of 100 on its side
