@@ -9,6 +9,7 @@ ones refuse the study before anything is made. Images are decoded only when a ta
 
 import json
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,6 +85,7 @@ def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
         ConfigError: a source is wrong or too damaged.
     """
     from moce_dist.data.ingest import ingest
+    from moce_dist.launch.tasks import map_shared
     from moce_dist.samples import sets
 
     found: dict[str, Source] = {}
@@ -93,7 +95,8 @@ def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
             shards = open_index(folder).shards
         else:
             ledger = out / "faults.jsonl"
-            shards = ingest(source, folder, config.data, ledger, mix=sets.pretrain).shards
+            tasks = partial(map_shared, config.parallel)
+            shards = ingest(source, folder, config.data, ledger, tasks, mix=sets.pretrain).shards
         found[name] = Source(name, folder, _count(shards))
     return found
 

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 from in_process import load_script
+from PIL import Image
 
+from moce_dist.data import ingest
+from moce_dist.launch import tasks
 from moce_dist.settings import ConfigError
 from moce_dist.study import sources
-from moce_dist.study.sources import LISTED, list_tasks
+from moce_dist.study.plan import wanted_sources
+from moce_dist.study.sources import LISTED, list_tasks, make_sources
 
 ROOT = Path(__file__).parents[3]
 TASKS = [
@@ -88,3 +92,28 @@ def test_missing_data_are_an_error_and_in_a_dry_run_a_note(study, data, tmp_path
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("not here   tasks, ") for line in lines) == 3
     assert any(line.startswith("in all") for line in lines) and not out.exists()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_data_are_ingested_on_the_workers_of_the_configuration(
+    read, data, tmp_path, monkeypatch, num_workers
+):
+    """Where a worker is enough there is no cluster; `map_tasks` decides that."""
+    on, source = [], tmp_path / "pretrain"
+    source.mkdir()
+    for name in "abcd":
+        Image.new("RGB", (9, 9), (ord(name),) * 3).save(source / f"{name}.png")
+
+    def map_tasks(function, items, *, parallel, shared):
+        on.append(parallel.num_workers)
+        return (function(*shared, item) for item in items)
+
+    monkeypatch.setattr(tasks, "map_tasks", map_tasks)
+    study = read(
+        f"config.parallel.num_workers={num_workers}",
+        *("config.mae.batch_size=60", "config.moce.batch_size=60"),
+        data=str(tmp_path),
+        arms=ARMS,
+    )
+    (found,) = make_sources(wanted_sources(study), tmp_path / "out").values()
+    assert (found.folder / ingest.INDEX_NAME).is_file() and set(on) == {num_workers}
