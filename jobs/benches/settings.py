@@ -75,5 +75,14 @@ def load_bench_config(path: Path | None, overrides: Iterable[str] = ()) -> Bench
     return make_bench_config(read_tree(path, overrides))
 
 
+def json_schema() -> dict[str, Any]:
+    """Make the JSON schema of a benchmark; it takes the fields of all jobs from their schema."""
+    schema, of_jobs = BenchConfig.model_json_schema(), Config.model_json_schema()
+    for name in of_jobs["properties"]:
+        schema["properties"][name] = {"$ref": f"../schema.json#/properties/{name}"}
+    own = schema["$defs"].keys() - of_jobs["$defs"].keys()
+    return {**schema, "$defs": {name: schema["$defs"][name] for name in sorted(own)}}
+
+
 if __name__ == "__main__":
-    print(json.dumps(BenchConfig.model_json_schema(), indent=1))
+    print(json.dumps(json_schema(), indent=1))
