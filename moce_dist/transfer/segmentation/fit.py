@@ -3,10 +3,10 @@
 Letters: B images, S side of a crop, H, W height and width, pixels; C classes.
 
 Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, crop and mirror, sliding
-windows; several scales and mirroring as in its aug_test, which averages probabilities), with half a cosine
-to 1e-6 where it has a line to 0. Without its colour jitter, its new draw of a crop of which one
-class fills 75 % or more (cat_max_ratio), and what it adds to the ViT: relative position biases in
-the attention and LayerScale. Scores as in Long et al. 2015, arXiv 1411.4038, section 5.
+windows; several scales and mirroring as in its aug_test, which averages probabilities), with half a
+cosine to 1e-6 where it has a line to 0. Left out are its colour jitter, its new draw of a crop of
+which one class fills 75 % or more (cat_max_ratio), and what it adds to the ViT: relative position
+biases in the attention, and LayerScale. Scores as in Long et al. 2015, arXiv 1411.4038, section 5.
 """
 
 import itertools
