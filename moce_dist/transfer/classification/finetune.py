@@ -14,15 +14,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
 from torch import Tensor, nn
 
 from moce_dist.config import FinetuneConfig
-from moce_dist.data.images import eval_image
-from moce_dist.features.encoder import renormalisation
 from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
@@ -178,26 +175,16 @@ def predict(
     model: nn.Module, spec: Spec, images: Sequence[Item], options: PredictOptions
 ) -> Iterator[dict[str, Any]]:
     """Yield one record per image: its `options.top` likeliest classes with their probabilities."""
-    machine, backbone = options.machine, spec.backbone()
-    factor, shift = renormalisation(backbone.mean, backbone.std)
-    for start in range(0, len(images), machine.eval_batch_size):
-        some = images[start : start + machine.eval_batch_size]
-        read: list[Any] = []
-        for item in some:
-            try:
-                read.append(eval_image(item.read(), spec.image_size) * factor + shift)
-            except (ValueError, OSError) as error:
-                read.append(one_line(error))
-        pixels = [x for x in read if not isinstance(x, str)]
-        found: Iterator[Tensor] = iter(())
-        if pixels:
-            logits = model(torch.from_numpy(np.stack(pixels)).to(machine.device)).float().cpu()
-            found = iter(logits.sigmoid() if spec.is_multi_label else logits.softmax(dim=1))
-        for item, content in zip(some, read, strict=True):
-            if isinstance(content, str):
-                yield {"image": str(item.content), "error": content}
+    shown, top = iter(images), min(options.top, len(spec.classes))
+    for pixels, _, faults in eval_batches(images, spec.backbone(), options.machine):
+        logits = model(pixels.to(options.machine.device)).float().cpu()
+        shares = logits.sigmoid() if spec.is_multi_label else logits.softmax(dim=1)
+        # `shown` is last: it must not lose an image where a batch ends
+        for share, fault, item in zip(shares, faults, shown, strict=False):
+            if fault:
+                yield {"image": str(item.content), "error": one_line(fault.reason)}
                 continue
-            values, indices = next(found).topk(min(options.top, len(spec.classes)))
+            values, indices = share.topk(top)
             classes = [
                 {"name": spec.classes[i], "probability": round(v, 6)}
                 for v, i in zip(values.tolist(), indices.tolist(), strict=True)

@@ -22,7 +22,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_accuracy
 
 from moce_dist.transfer.fit import Measures
 
@@ -35,10 +34,9 @@ class AveragePrecision(NamedTuple):
     uninterpolated: float
 
 
-def accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
+def accuracy(predicted: Tensor, labels: Tensor) -> float:
     """Return the share of images whose predicted class (n,) is their label (n,)."""
-    share = multiclass_accuracy(predicted, labels, num_classes=num_classes, average="micro")
-    return round(float(share), 6)
+    return round(float((predicted == labels).double().mean()), 6)
 
 
 def mean_class_accuracy(predicted: Tensor, labels: Tensor, num_classes: int) -> float:
@@ -87,7 +85,7 @@ def measure(metric: str, scores: Tensor, labels: Tensor) -> Measures:
     if metric == "mAP":
         return mean_average_precision(scores, labels)
     predicted, num_classes = scores.argmax(dim=1), scores.shape[1]
-    share = accuracy(predicted, labels, num_classes)
+    share = accuracy(predicted, labels)
     if metric == "accuracy":
         return {"accuracy": share}
     mean = mean_class_accuracy(predicted, labels, num_classes)

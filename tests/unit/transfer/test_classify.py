@@ -67,7 +67,7 @@ def features() -> Features:
 def test_accuracy_is_the_share_of_right_predictions():
     predicted, labels = torch.randint(5, (333,)), torch.randint(5, (333,))
     direct = sum(p == q for p, q in zip(predicted.tolist(), labels.tolist(), strict=True)) / 333
-    assert accuracy(predicted, labels, 5) == pytest.approx(direct, abs=1e-6)
+    assert accuracy(predicted, labels) == pytest.approx(direct, abs=1e-6)
 
 
 def test_knn_equals_scikit_learn_with_the_same_weights(features):
@@ -175,9 +175,9 @@ def test_shuffled_labels_are_not_learnt(features):
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     shuffled = features._replace(train_labels=features.train_labels[order])
     found = linear_predict(shuffled, passes=90, num_classes=4, device=CPU)
-    assert accuracy(found, features.test_labels, 4) < 0.45
+    assert accuracy(found, features.test_labels) < 0.45
     honest = linear_predict(features, passes=90, num_classes=4, device=CPU)
-    assert accuracy(honest, features.test_labels, 4) > 0.6
+    assert accuracy(honest, features.test_labels) > 0.6
 
 
 def test_features_come_in_the_order_of_the_items(config, models, image_folder):

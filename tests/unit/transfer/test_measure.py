@@ -106,7 +106,7 @@ def test_metrics_give_all_their_figures():
         "mean_class_accuracy": pytest.approx((1 + 0.5 + 1) / 3, abs=1e-6),
         "accuracy": 0.75,
     }
-    assert accuracy(torch.tensor([1, 1]), torch.tensor([0, 1]), 2) == 0.5
+    assert accuracy(torch.tensor([1, 1]), torch.tensor([0, 1])) == 0.5
 
 
 def test_labels_not_counted_have_no_loss():
