@@ -49,7 +49,7 @@ def list_tasks(study: StudyConfig, split: Split, out: Path) -> TaskList:
     record = out / LISTED
     known = json.loads(record.read_text()) if record.is_file() else {}
     times: dict[str, int] = {}
-    missing, wrong = [], []
+    missing, wrong = list[str](), list[str]()
     used = {task.folder for arm in study.arms.values() for task in tasks_of(study, arm)}
     for task in (task for task in study.tasks if task.folder in used):
         request = task_request(study, task, Arm(), split)
