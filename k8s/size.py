@@ -57,8 +57,9 @@ def main(argv: Sequence[str]) -> None:
     cpus = args.cpus or max(1, args.gpus * max(8, config.data.loader_processes))
     slots = args.gpus or cpus
     if topology.num_replicas % slots:
+        given = f"--gpus {args.gpus}" if args.gpus else f"--cpus {cpus}"
         raise ConfigError(
-            f"--gpus {args.gpus}: {topology.num_replicas} ranks of a place must fill whole nodes"
+            f"{given}: {topology.num_replicas} ranks of a place must fill whole nodes"
         )
     places, hosts = topology.ep_size, topology.num_replicas // slots
     memory = args.memory or (64 * args.gpus or 8 * cpus)

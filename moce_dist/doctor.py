@@ -74,29 +74,36 @@ def frameworks(_: Config) -> Iterator[Check]:
 
 
 def devices(config: Config) -> Iterator[Check]:
-    """Count GPUs and compare them with the ranks."""
+    """Count GPUs and compare them with the ranks, unless these run elsewhere."""
+    if os.environ.get("RAY_ADDRESS"):
+        seen = "those of the cluster at RAY_ADDRESS were not looked at"
+        yield Check("ok", "GPUs", seen)
+        return
     import torch
 
-    workers, elsewhere = config.parallel.num_workers, os.environ.get("RAY_ADDRESS")
+    workers = config.parallel.num_workers
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count:
         names = {torch.cuda.get_device_name(i) for i in range(count)}
-        level: Literal["ok", "warn"] = "ok" if count >= workers or elsewhere else "warn"
+        level: Literal["ok", "warn"] = "ok" if count >= workers else "warn"
         advice = f"parallel.num_workers ({workers}) wants one GPU each: join a Ray cluster that has"
         yield Check(level, "GPUs", f"{count} x {', '.join(sorted(names))}", advice)
     elif shutil.which("nvidia-smi") and config.parallel.use_gpu is not False:
         advice = f"this torch was built for CUDA {torch.version.cuda}: is the driver new enough?"
         yield Check("fail", "GPUs", "nvidia-smi is there, but torch sees no GPU", advice)
-    elif config.parallel.use_gpu is True and not elsewhere:
+    elif config.parallel.use_gpu is True:
         yield Check("fail", "GPUs", "none", "parallel.use_gpu is true; set auto or false")
     else:
         yield Check("ok", "GPUs", "none: workers compute on the CPU and talk over gloo")
 
 
 def cores(config: Config) -> Iterator[Check]:
-    """Compare cores with ranks and their threads."""
-    count = usable_cores()
-    wanted = config.parallel.num_workers * config.parallel.threads_per_worker
+    """Compare cores with threads and loader processes of the ranks, unless these run elsewhere."""
+    if os.environ.get("RAY_ADDRESS"):
+        yield Check("ok", "cores", "those of the cluster at RAY_ADDRESS were not looked at")
+        return
+    count, parallel = usable_cores(), config.parallel
+    wanted = parallel.num_workers * (parallel.threads_per_worker + config.data.loader_processes)
     level: Literal["ok", "warn"] = "ok" if count >= wanted else "warn"
     yield Check(level, "cores", f"{count}, ranks want {wanted}", "ranks will take turns on a core")
 
@@ -188,10 +195,11 @@ def compilers(config: Config) -> Iterator[Check]:
     yield Check(level, "compilers", seen, "parallel.compile builds kernels when it starts")
 
 
-def open_files(_: Config) -> Iterator[Check]:
-    """Read the limit on open files, which Ray and many loaders are the first to reach."""
+def open_files(config: Config) -> Iterator[Check]:
+    """Read the limit on open files: a rank has about four sockets for every other rank."""
     soft, _hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    level: Literal["ok", "warn"] = "ok" if soft >= 1024 else "warn"
+    wanted = max(1024, 512 + 4 * config.parallel.num_workers)
+    level: Literal["ok", "warn"] = "ok" if soft >= wanted else "warn"
     yield Check(level, "open files", str(soft), "raise it: ulimit -n 65536")
 
 

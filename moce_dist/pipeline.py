@@ -79,6 +79,9 @@ class Pipeline:
 
     def pretrain(self) -> None:
         """Run every unfinished stage; the training stages share one set of workers."""
+        if self.config.cluster.encoder != OWN:
+            # features of another encoder do not wait for the MAE; missing weights are found now
+            self.features()
         with hold_crew() as crew:
             self.mae(crew.train)
             crew.make_room()

@@ -18,13 +18,22 @@ def choose_device(parallel: ParallelConfig) -> torch.device:
     """Choose the GPU number LOCAL_RANK (0 if unset), or the CPU if there is none to use.
 
     TF32 is off, so float32 products are exact float32 on a GPU too.
+
+    Raises:
+        ConfigError: there are fewer GPUs than processes on this host.
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if not parallel.use_gpu or not torch.cuda.is_available():
         if parallel.use_gpu and (reason := unusable_gpu()):
             logger.warning("computing on the CPU: %s", reason)
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= max(1, count):
+        raise ConfigError(
+            f"parallel.num_workers ({parallel.num_workers}): a host with {count} GPUs has process "
+            f"number {number}; start fewer, or set parallel.use_gpu=false"
+        )
+    device = torch.device("cuda", number)
     torch.cuda.set_device(device)
     return device
 

@@ -1,8 +1,8 @@
 """How a row of a metrics.json is written: on the page, in summaries, tables and model cards.
 
 A row has a backbone, a mean and `std`, the deviation over seeds (null with one seed). If its
-weights were trained for fewer optimiser steps than stage moce, it also has the difference,
-`steps_fewer`, and is never shown without it.
+weights were trained for fewer optimiser steps than those of the longest stage, it also has the
+difference, `steps_fewer`, and is never shown without it.
 """
 
 from collections.abc import Iterable, Mapping

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moce_dist.config import WEIGHT_FILES, Config
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,9 @@ def read_weights(source: str, field: str) -> dict[str, Tensor]:
 
         try:
             return dict(timm.create_model(source, pretrained=True, num_classes=0).state_dict())
-        except RuntimeError as error:
-            raise ConfigError(f"{field} ({source}): {error}") from None
+        except (RuntimeError, ValueError, OSError) as error:
+            # unknown to timm, not on the hub, or the hub cannot be reached
+            raise ConfigError(f"{field} ({source}): {one_line(error)}") from None
     if not path.is_file():
         raise ConfigError(f"{field} ({source}): no such file")
     if path.suffix == ".safetensors":

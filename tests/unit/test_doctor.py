@@ -49,6 +49,27 @@ def test_gpu_that_is_asked_for_and_missing_fails_with_advice(tmp_path):
     assert "warn  compilers" in done.stdout
 
 
+def test_a_cluster_is_not_judged_by_this_machine(monkeypatch):
+    large = make_config({"parallel": {"num_workers": 4096, "num_groups": 8, "use_gpu": True}})
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (here,) = doctor.examine(doctor.cores, large)
+    assert (
+        here.level == "warn"
+        and f"ranks want {4096 * (1 + large.data.loader_processes)}" in here.seen
+    )
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    for check in (doctor.devices, doctor.cores):
+        (there,) = doctor.examine(check, large)
+        assert there.level == "ok" and "RAY_ADDRESS were not looked at" in there.seen
+
+
+def test_sockets_of_many_ranks_need_more_open_files(monkeypatch):
+    monkeypatch.setattr(doctor.resource, "getrlimit", lambda _: (1024, 4096))
+    for workers, level in ((64, "ok"), (128, "ok"), (256, "warn")):
+        config = make_config({"parallel": {"num_workers": workers, "num_groups": 8}})
+        assert levels(doctor.open_files, config) == [(level, "open files")]
+
+
 def test_wrong_config_is_2_with_one_line(tmp_path):
     config = tmp_path / "config.yaml"
     config.write_text("parallel: {workers: 2}")

@@ -235,6 +235,8 @@ def test_a_group_of_several_nodes_is_one_replica_of_several_hosts(capsys, monkey
     assert "/numOfHosts, value: 2}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="8 ranks of a place must fill whole nodes"):
         size.main(["--config", "configs/pretrain/vit_base.yaml", "--gpus", "3"])
+    with pytest.raises(ValueError, match=r"^--cpus 3: 1 ranks of a place must fill whole nodes"):
+        size.main(["--config", "configs/quickstart.yaml", "--cpus", "3"])
 
 
 def test_planted_numbers_of_nodes_and_labels_are_caught(rays):

@@ -64,3 +64,16 @@ def test_a_fit_asks_for_repeatable_kernels_and_warns_where_there_are_none(monkey
 
 def _no_group(*_):
     raise RuntimeError("no group")
+
+
+def test_more_processes_than_gpus_of_a_host_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    parallel = load_config(None, ["parallel.num_workers=4"]).parallel
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device(parallel) == torch.device("cuda", 1) and len(chosen) == 1
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"parallel\.num_workers \(4\): a host with 2 GPUs"):
+        choose_device(parallel)

@@ -111,6 +111,13 @@ def test_missing_file_is_named(tmp_path):
         initial_weights(configure(f"model.init={tmp_path}/none.pth"))
 
 
+@pytest.mark.parametrize("name", ["weights/mae.ckpt", "vit_none", "vit_tiny_patch16_224"])
+def test_weights_that_timm_has_not_are_one_line_that_names_the_field(name, timm_offline):
+    """No file, no model of timm, and one that is not on the disk while there is no network."""
+    with pytest.raises(ConfigError, match=rf"^model\.init \({name}\): .+$"):
+        initial_weights(configure(f"model.init={name}"))
+
+
 class Bomb:
     def __reduce__(self):
         return print, ("unpickled",)
