@@ -23,6 +23,7 @@ from moce_dist.cost.sizes import FIELDS
 from moce_dist.data.images import MEAN, STD
 from moce_dist.features.decoding import BLACK, METHODS, MODES, Framing
 from moce_dist.model.mae import MaskedAutoencoder
+from moce_dist.run.names import one_line
 from moce_dist.settings import ConfigError
 
 
@@ -164,10 +165,17 @@ def timm_encoder(
     bf16: bool = False,
     pretrained: bool = True,
 ) -> Encoder:
-    """Build the encoder of a timm model that takes `own`; random weights unless `pretrained`."""
+    """Build the encoder of a timm model that takes `own`; random weights unless `pretrained`.
+
+    Raises:
+        ConfigError: the weights are not on the hub, or it cannot be reached.
+    """
     import timm
 
-    model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    try:
+        model = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise ConfigError(f"cluster.encoder (timm:{name}): {one_line(error)}") from None
     features = pooled_features(_frozen(model, device))
     return Encoder(features, own, device, bf16=bf16, name=f"timm:{name}")
 

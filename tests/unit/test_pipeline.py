@@ -100,6 +100,14 @@ def test_features_of_timm_are_clustered_without_an_mae(pipeline):
     assert (made.run.features / "holdout").is_dir()
 
 
+@pytest.mark.usefixtures("timm_offline")
+def test_weights_of_an_encoder_that_are_missing_are_found_before_the_mae_is_trained(pipeline):
+    made = pipeline("timm:vit_tiny_patch16_224.augreg_in21k_ft_in1k")
+    with pytest.raises(ConfigError, match=r"cluster\.encoder"):
+        made.pretrain()
+    assert not made.run.stage("mae").exists()
+
+
 def test_restart_makes_the_files_that_are_missing_and_no_others(pipeline, publish, caplog):
     caplog.set_level("INFO")
     made = pipeline(publish(0))
