@@ -248,10 +248,8 @@ def _by_domain(
 ) -> tuple[list[str], NDArray[np.int64]]:
     """Return the domains, the most frequent first, and the images of each, (K, domains).
 
-    `mixes` are those of summary.json, used if they add up to the sizes (K,) of the clusters. Of
-    many domains they lack the rarest.
+    `mixes` are those of summary.json, used if they add up to the sizes (K,) of the clusters.
     """
-    # imported late, because it needs torch
     from moce_dist.cluster.domains import MOST_DOMAINS
 
     totals = Counter[str]()
@@ -260,14 +258,13 @@ def _by_domain(
     rest = sizes - [sum(mix.values()) for mix in mixes] if len(mixes) == len(sizes) else -sizes
     if not totals or (rest < 0).any() or (rest.any() and len(totals) < MOST_DOMAINS):
         return ["all images"], sizes[:, None]
-    names = [name for name, _ in totals.most_common(MOST_DOMAINS)]
-    number = {name: i for i, name in enumerate(names)}
-    counts = np.zeros((len(mixes), len(names) + 1), np.int64)
+    number = {name: i for i, (name, _) in enumerate(totals.most_common(MOST_DOMAINS))}
+    counts = np.zeros((len(mixes), len(number) + 1), np.int64)
     counts[:, -1] = rest
     for cluster, mix in enumerate(mixes):
         for name, images in mix.items():
-            counts[cluster, number.get(name, len(names))] += images
-    shown = [name or "(no folder)" for name in names]
+            counts[cluster, number.get(name, len(number))] += images
+    shown = [name or "(no folder)" for name in number]
     return ([*shown, "others"], counts) if counts[:, -1].any() else (shown, counts[:, :-1])
 
 
