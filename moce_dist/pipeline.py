@@ -3,7 +3,8 @@
     images -> ingested/ -> mae/ -> features/ -> clusters/ -> shards/ -> moce/ -> control/
 
 A stage is skipped when its artefact is complete and was made from the same inputs. Otherwise it is
-run, or resumed where it stopped. This module only connects the other packages to `launch`.
+run, or resumed where it stopped. Features of an encoder other than the run's MAE are made first.
+This module only connects the other packages to `launch`.
 
 Stage control runs only with `control: true`. A run with `base_run` (run/directory.py) trains no
 stage mae and computes no clusters: it takes both from its base run.
@@ -79,8 +80,8 @@ class Pipeline:
 
     def pretrain(self) -> None:
         """Run every unfinished stage; the training stages share one set of workers."""
-        if self.config.cluster.encoder != OWN:
-            # features of another encoder do not wait for the MAE; missing weights are found now
+        if self.config.cluster.encoder != OWN and self.base is None:
+            # weights of another encoder that are missing are found before the MAE is trained
             self.features()
         with hold_crew() as crew:
             self.mae(crew.train)

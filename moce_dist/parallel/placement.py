@@ -12,8 +12,8 @@ groups, not ranks: where a rank hosts several groups, images between these do no
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups, B images of a step.
 """
 
-import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -84,20 +84,18 @@ class Placement:
         local = stays @ (share * cluster_sizes[cluster])
         return float(routing.shape[0] * cluster_sizes.sum() - local)
 
-    def to_json(self) -> str:
-        """Write as JSON, with the nonzero shares only."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold, with the nonzero shares only."""
         cluster, group, share = (part.tolist() for part in self._parts)
-        document = {
+        return {
             "expert_group": self.expert_group.tolist(),
             "shape": [*self.expert_group.shape, *self.shares.shape],
             "shares": {"cluster": cluster, "group": group, "share": share},
         }
-        return json.dumps(document)
 
     @staticmethod
-    def from_json(text: str) -> "Placement":
-        """Read what `to_json` wrote."""
-        document: dict[str, Any] = json.loads(text)
+    def from_dict(document: Mapping[str, Any]) -> "Placement":
+        """Read what `to_dict` returned."""
         layers, experts, clusters, groups = document["shape"]
         shares, parts = np.zeros((clusters, groups)), document["shares"]
         shares[parts["cluster"], parts["group"]] = parts["share"]

@@ -111,11 +111,6 @@ class GradientReducer:
         """Number of collectives in a step."""
         return len(self._buckets)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes that a rank puts into the collectives of a step."""
-        return sum(bucket.flat.nbytes for bucket in self._buckets)
-
     def _watch(self, bucket: Bucket, position: int, parameter: nn.Parameter) -> Any:
         def arrived(_: Tensor) -> None:
             if self._is_armed:

@@ -19,10 +19,11 @@ step too; it is stored only to be compared when a stage resumes.
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,8 @@ _FORMATS = "moce_dist.checkpoint."
 FORMAT = f"{_FORMATS}v2"
 MANIFEST = "manifest.json"
 _HASH_THREADS = 8
+_SETTLED_S = 2.0
+"""Age of a file's last change, in seconds, from which a further change surely has another time."""
 log = logging.getLogger(__name__)
 
 
@@ -52,14 +55,13 @@ class Naming:
     """Maps names of this rank's parameters to global names."""
 
     layers: Sequence[int]
-    experts: ExpertMap | None
+    experts: ExpertMap
     place: int
 
     def global_names(self, name: str) -> list[str]:
         """Return the global names of a parameter's experts; for a shared one, its own name."""
         if not is_expert(name):
             return [name]
-        assert self.experts is not None
         return global_names(name, self.layers, self.experts.residents(self.place))
 
 
@@ -88,7 +90,10 @@ def trained_steps(manifest: Mapping[str, Any], before: int = 0) -> int:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """Say what is wrong with a checkpoint's files; None when every sha256 is right."""
+    """Say what is wrong with a checkpoint's files; None when every sha256 is right.
+
+    A process hashes a file once, and again if its size, times or inode changed since.
+    """
     try:
         manifest = read_manifest(checkpoint)
         seal = manifest.pop("sha256", None)
@@ -99,13 +104,26 @@ def damage(checkpoint: Path) -> str | None:
         names = list(manifest["files"])
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
             # hashing and reading release the lock of the interpreter
-            digests = list(pool.map(lambda name: file_sha256(checkpoint / name), names))
+            digests = list(pool.map(lambda name: _sha256(checkpoint / name), names))
         for name, digest in zip(names, digests, strict=True):
             if digest != manifest["files"][name]:
                 return f"{name} is damaged (sha256 differs)"
     except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _sha256(path: Path) -> str:
+    state = path.stat()
+    if time.time() - max(state.st_mtime, state.st_ctime) < _SETTLED_S:
+        return file_sha256(path)
+    times = state.st_mtime_ns, state.st_ctime_ns
+    return _sha256_of(path.absolute(), state.st_ino, state.st_size, *times)
+
+
+@lru_cache(maxsize=4096)
+def _sha256_of(path: Path, *_: int) -> str:
+    return file_sha256(path)
 
 
 def _format(checkpoint: Path) -> str:

@@ -183,12 +183,12 @@ class Router:
         Collective over all ranks.
         """
         self._take()
-        return {"routing": self.table.tolist(), "placement": json.loads(self.placement.to_json())}
+        return {"routing": self.table.tolist(), "placement": self.placement.to_dict()}
 
     def restore(self, position: dict[str, Any]) -> None:
         """Restore what `save` returned."""
         self.table = np.array(position["routing"], np.int64).reshape(self.table.shape)
-        self.placement = Placement.from_json(json.dumps(position["placement"]))
+        self.placement = Placement.from_dict(position["placement"])
         self._is_planned = True
 
     def begin_interval(self, gate: Gate, folder: Path, step: int) -> None:
@@ -228,7 +228,7 @@ class Router:
         moved = self._experts_moved
         assert self._interval is not None, "an interval was begun"
         document = {
-            **json.loads(self.placement.to_json()),
+            **self.placement.to_dict(),
             **self._interval.to_dict(self._config),
             "experts_moved": moved,
             "bytes_moved": moved * expert_bytes(self._config) * self._topology.num_replicas,

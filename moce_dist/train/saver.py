@@ -84,9 +84,12 @@ class _Background(threading.Thread):
         self.result: Any = None
         self.error: Exception | None = None
         self.start()
-        self._set_niceness(_LOWEST_PRIORITY)
 
     def run(self) -> None:
+        # applies to one thread on Linux, but to the whole process elsewhere
+        if sys.platform == "linux":
+            with contextlib.suppress(PermissionError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
         try:
             self.result = self._action()
         except FloatingPointError as error:
@@ -95,18 +98,6 @@ class _Background(threading.Thread):
             self.error = OSError(f"{error}")
             # tells storage that may recover from a full disk
             self.error.errno = getattr(error, "errno", None)
-
-    def finish(self) -> None:
-        """Wait for the end, at normal priority because training waits too."""
-        self._set_niceness(0)
-        self.join()
-
-    def _set_niceness(self, niceness: int) -> None:
-        # applies to one thread on Linux, but to the whole process elsewhere
-        if sys.platform == "linux" and self.native_id is not None:
-            # the thread may have ended, and only root may lower niceness
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.setpriority(os.PRIO_PROCESS, self.native_id, niceness)
 
 
 @dataclass
@@ -192,7 +183,7 @@ class Saver:
             FloatingPointError, OSError: see `poll`.
         """
         while self._save is not None:
-            self._save.task.finish()
+            self._save.task.join()
             self._go_on(self._save)
 
     def _go_on(self, save: _Save) -> None:

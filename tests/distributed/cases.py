@@ -181,9 +181,11 @@ def reductions(run, overrides, bucket_bytes):
     reducer = reduction.GradientReducer(order, dtype=dtype, bucket_bytes=bucket_bytes)
     state.engine.reducer = reducer
     sums, waited_for, original, finish = [], [], dist.all_reduce, reducer.finish
+    num_bytes = []
 
     def counted(tensor, *arguments, **named):
         (sums if named.get("async_op") else waited_for).append(tensor.numel())
+        num_bytes.append(tensor.nbytes if named.get("async_op") else 0)
         return original(tensor, *arguments, **named)
 
     begun, begun_before = [], []
@@ -215,7 +217,7 @@ def reductions(run, overrides, bucket_bytes):
         "begun_in_backward": begun,
         "begun_before_first_block": begun_before,
         "buckets": reducer.num_buckets,
-        "bytes": reducer.num_bytes,
+        "bytes": sum(num_bytes),
         "gradients": captured,
     }
 
@@ -495,7 +497,7 @@ def train_with_bad_loss(run, overrides, rank, at_step, writing_step):
         after = copies(seen["state"])
         is_same = all(tensor.equal(after[key]) for key, tensor in seen["before"].items())
         is_over.set()
-        seen["state"].saver._save.task.finish()
+        seen["state"].saver._save.task.join()
         dist.barrier()
         return str(error), is_same, sorted(os.listdir(Path(run) / "moce" / "checkpoints"))
     finally:

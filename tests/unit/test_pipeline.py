@@ -19,7 +19,7 @@ from moce_dist.data.ingest import ingest
 from moce_dist.data.shards import read_index, write_index
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.pipeline import Pipeline, data_id
-from moce_dist.run.artefacts import COMPLETE, fingerprint, read_marker
+from moce_dist.run.artefacts import COMPLETE, fingerprint, mark_complete, read_marker
 from moce_dist.run.directory import open_run
 from moce_dist.settings import ConfigError
 
@@ -106,6 +106,20 @@ def test_weights_of_an_encoder_that_are_missing_are_found_before_the_mae_is_trai
     with pytest.raises(ConfigError, match=r"cluster\.encoder"):
         made.pretrain()
     assert not made.run.stage("mae").exists()
+
+
+@pytest.mark.usefixtures("timm_offline")
+def test_another_encoder_than_the_bases_is_refused_before_features_are_made(tmp_path, images):
+    config = config_of(images, TIMM)
+    base = open_run(tmp_path / "base", config)
+    for name in ("mae", "clusters", "moce"):
+        mark_complete(base.root / name, {}, [])
+    mark_complete(base.features, {"encoder": f"{TIMM}, other weights"}, [])
+    config = config.model_copy(update={"base_run": str(base.root)})
+    run = open_run(tmp_path / "run", config)
+    with pytest.raises(ConfigError, match=r"^cluster\.encoder .*is not what"):
+        Pipeline(run, config).pretrain()
+    assert not run.features.exists()
 
 
 def test_restart_makes_the_files_that_are_missing_and_no_others(pipeline, publish, caplog):

@@ -1,7 +1,9 @@
 """A stage that is taken from another run: its last checkpoint, in this run's own folder."""
 
 import json
+import os
 import shutil
+import time
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from safetensors.torch import save_file
 
 from moce_dist.run.artefacts import COMPLETE, file_sha256, fingerprint, is_complete, mark_complete
 from moce_dist.settings import ConfigError
+from moce_dist.train import checkpoint as checkpoints
 from moce_dist.train.checkpoint import FORMAT, MANIFEST, damage, load_weights, start_from
 from moce_dist.train.finished import has_last_checkpoint, link_stage, trained_id
 
@@ -97,6 +100,29 @@ def test_an_unfinished_or_damaged_base_is_named(tmp_path, source):
     with pytest.raises(ConfigError, match=f"{source}: is not complete"):
         link_stage(source, tmp_path / "mae")
     assert not (tmp_path / "mae").exists()
+
+
+def test_a_process_reads_a_checkpoint_once_and_again_when_it_changed(source, monkeypatch):
+    read = []
+
+    def counted(path):
+        read.append(path.name)
+        return file_sha256(path)
+
+    monkeypatch.setattr(checkpoints, "file_sha256", counted)
+    last = source / "checkpoints" / "step_00000010" / "rank-00000.safetensors"
+    # a change soon after another may have the same time: new files are read every time
+    monkeypatch.setattr(checkpoints, "_SETTLED_S", 3600)
+    assert trained_id(source) == trained_id(source) and read == [last.name] * 2
+    monkeypatch.setattr(checkpoints, "_SETTLED_S", -1)
+    assert trained_id(source) == trained_id(source) and read == [last.name] * 3
+    content, seen = bytearray(last.read_bytes()), last.stat()
+    content[-1] ^= 1
+    time.sleep(0.05)
+    last.write_bytes(content)
+    os.utime(last, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    with pytest.raises(ConfigError, match="the last checkpoint is damaged"):
+        trained_id(source)
 
 
 class Naming:

@@ -1,11 +1,15 @@
-"""Who writes which tensor."""
+"""Who writes which tensor, which checkpoints stay, and at which priority they are written."""
+
+import os
+import sys
+from functools import partial
 
 import pytest
 import torch
 
 from moce_dist.parallel.groups import Topology
 from moce_dist.train.checkpoint import complete_checkpoints, step_folder
-from moce_dist.train.saver import Shares, publish
+from moce_dist.train.saver import Shares, _Background, publish
 
 EXPERTS = "blocks.1.mlp.experts.fc1.weight"
 
@@ -70,3 +74,11 @@ def test_the_oldest_checkpoint_of_a_stage_stays_besides_the_newest(tmp_path):
         publish(tmp_path / "new", step_folder(tmp_path, step), {"step": step}, keep=2)
         kept.append([int(path.name[-2:]) for path in complete_checkpoints(tmp_path)])
     assert kept == [[10], [20, 10], [30, 20, 10], [40, 30, 10], [50, 40, 10], [60, 50, 10]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
+def test_a_checkpoint_is_written_at_the_lowest_priority_and_training_keeps_its_own():
+    ask = partial(os.getpriority, os.PRIO_PROCESS, 0)
+    before, task = ask(), _Background(ask)
+    task.join()
+    assert (task.result, ask()) == (19, before)
