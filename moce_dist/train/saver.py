@@ -74,7 +74,7 @@ _LOWEST_PRIORITY = 19
 log = logging.getLogger(__name__)
 
 
-class _Background(threading.Thread):
+class Background(threading.Thread):
     """One call on a thread of the lowest priority; ends with `result` or `error`."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
@@ -86,6 +86,7 @@ class _Background(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        """Call `action` and keep what it returns or raises; `start` has been called."""
         # applies to one thread on Linux, but to the whole process elsewhere
         if sys.platform == "linux":
             with contextlib.suppress(PermissionError):
@@ -107,7 +108,7 @@ class _Save:
     target: Path
     temporary: Path
     position: dict[str, Any]
-    task: _Background
+    task: Background
     is_written: bool = False
     begun: float = field(default_factory=time.monotonic)
 
@@ -152,7 +153,7 @@ class Saver:
         temporary = target.with_name(f".{target.name}.{self._token}.tmp")
         tensors = self._copy(engine, naming)
         path = temporary / f"rank-{self._rank:05d}.safetensors"
-        task = _Background(partial(write_tensors, path, tensors))
+        task = Background(partial(write_tensors, path, tensors))
         self._save = _Save(target, temporary, position, task, begun=begun)
         self._turn += 1
 
@@ -208,7 +209,7 @@ class Saver:
         files = {name: digest for part, *_ in results for name, digest in part.items()}
         manifest = {"format": FORMAT, **save.position, "files": files}
         seal = partial(publish, save.temporary, save.target, manifest, keep=self._keep)
-        save.task = _Background(seal if self._rank == 0 else lambda: None)
+        save.task = Background(seal if self._rank == 0 else lambda: None)
         save.is_written, self._turn = True, self._turn + 1
 
     def _copy(self, engine: "Engine", naming: Naming) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import torch
 
 from moce_dist.parallel.groups import Topology
 from moce_dist.train.checkpoint import complete_checkpoints, step_folder
-from moce_dist.train.saver import Shares, _Background, publish
+from moce_dist.train.saver import Background, Shares, publish
 
 EXPERTS = "blocks.1.mlp.experts.fc1.weight"
 
@@ -79,6 +79,6 @@ def test_the_oldest_checkpoint_of_a_stage_stays_besides_the_newest(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="a thread has no priority of its own")
 def test_a_checkpoint_is_written_at_the_lowest_priority_and_training_keeps_its_own():
     ask = partial(os.getpriority, os.PRIO_PROCESS, 0)
-    before, task = ask(), _Background(ask)
+    before, task = ask(), Background(ask)
     task.join()
     assert (task.result, ask()) == (19, before)
