@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import waiting
+from pulses import RecordedPulse
 
 from moce_dist import pipeline
 from moce_dist.config import load_config
@@ -289,6 +290,20 @@ def train_part(run, overrides, stop, stage="moce", order=None):
     finally:
         loop.train_step, loop.ORDER = original, own
     raise AssertionError("the stage ended before it was stopped")
+
+
+def train_recorded(run, overrides):
+    """Run the stage, its own images held out; what the pulse was told, and where it was saved."""
+    init_distributed(torch.device("cpu"))
+    pulse, save = RecordedPulse(), loop.save
+
+    def recorded(state):
+        pulse.told.append("save")
+        save(state)
+
+    with patched(loop, save=recorded, holdout_table=lambda job: job.plan().table):
+        loop.pretrain(make_job(run, overrides), pulse)
+    return pulse.told
 
 
 def train_until_asked(run, overrides, asked_rank, questions):

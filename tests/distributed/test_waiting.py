@@ -123,3 +123,12 @@ def test_the_read_of_a_step_follows_the_launch_of_the_next(pools, own_run):
     for step in range(2, steps):
         expected += [("launch", step), ("read", step - 1)]
     assert done == [*expected, ("read", steps - 1), ("read", steps - 1)]
+
+
+def test_every_step_is_watched_the_held_out_ones_too_and_no_save(pools, own_run):
+    (told,) = pools(1).run("train_recorded", run=str(own_run), overrides=["parallel.num_workers=1"])
+    # 11 steps an epoch, two epochs, a checkpoint every 4 steps and after the last one
+    expected = []
+    for begin in range(0, 22, 4):
+        expected += ["resume", *range(begin, min(begin + 4, 22)), "rest", "save"]
+    assert told == [*expected, "resume", *range(22, 33), "rest"]

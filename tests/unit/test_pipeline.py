@@ -4,23 +4,28 @@ import hashlib
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from in_process import run_here
 from PIL import Image
 
 from moce_dist.cluster.assign import read_summary
+from moce_dist.cluster.existing import assign_group
 from moce_dist.config import make_config
 from moce_dist.data.columns import open_index, write_columns
 from moce_dist.data.ingest import ingest
 from moce_dist.data.shards import read_index, write_index
+from moce_dist.launch import actors
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.pipeline import Pipeline, data_id
 from moce_dist.run.artefacts import COMPLETE, fingerprint, mark_complete, read_marker
 from moce_dist.run.directory import open_run
+from moce_dist.run.tasks import map_here
 from moce_dist.settings import ConfigError
 
 TIMM = "timm:test_vit.r160_in1k"
@@ -98,6 +103,28 @@ def test_features_of_timm_are_clustered_without_an_mae(pipeline):
     assert sum(map(len, files.values())) == index.num_samples
     assert all((np.abs(rows).sum(axis=1) > 0).all() for rows in files.values())
     assert (made.run.features / "holdout").is_dir()
+
+
+@pytest.mark.usefixtures("timm_offline")
+@pytest.mark.parametrize(("block_rows", "is_shared"), [(4, True), (5, False)])
+def test_held_out_images_of_more_than_a_block_are_assigned_by_workers(
+    pipeline, monkeypatch, block_rows, is_shared
+):
+    made = pipeline(TIMM)
+    made.features()
+    made.clusters()
+    assert open_index(made.data / "holdout").num_samples == 5
+    asked = []
+
+    def noted(function, shared, items):
+        asked.append(function)
+        return map_here(function, shared, items)
+
+    monkeypatch.setattr(actors, "map_here", noted)
+    parts = {"cluster": made.config.cluster.model_copy(update={"block_rows": block_rows})}
+    replace(made, config=made.config.model_copy(update=parts)).reshard()
+    assert pq.read_table(made.run.holdout_clusters).num_rows == 5
+    assert (assign_group in asked) == is_shared
 
 
 @pytest.mark.usefixtures("timm_offline")

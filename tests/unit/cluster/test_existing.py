@@ -15,7 +15,13 @@ from mixtures import transform
 from moce_dist.cluster import assignments
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.cluster.assignments import read_assignments
-from moce_dist.cluster.existing import assign_files, assign_folder, open_new_features, read_clusters
+from moce_dist.cluster.existing import (
+    assign_files,
+    assign_folder,
+    assign_table,
+    open_new_features,
+    read_clusters,
+)
 from moce_dist.config import ClusterConfig
 from moce_dist.run.artefacts import (
     is_complete,
@@ -125,6 +131,18 @@ def test_same_bits_on_1_and_2_workers(tmp_path, clusters, two_workers):
     assert one == two
     # and the same request
     assert read_marker(tmp_path / "one")["inputs"] == read_marker(tmp_path / "two")["inputs"]
+
+
+def test_a_table_alone_is_that_of_the_folder_on_any_number_of_workers(
+    tmp_path, clusters, two_workers
+):
+    features = save(tmp_path / "new", mixture(5))
+    assign_folder(features, clusters, tmp_path / "whole", block_rows=128)
+    expected = (tmp_path / "whole" / "assignments.parquet").read_bytes()
+    for number, workers in enumerate((Workers(), two_workers)):
+        table = tmp_path / str(number) / "assignments.parquet"
+        assign_table(features, clusters, table, block_rows=128, workers=workers)
+        assert table.read_bytes() == expected and list(table.parent.iterdir()) == [table]
 
 
 def test_features_are_never_in_memory_together(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pulses import RecordedPulse
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
@@ -111,6 +112,18 @@ def test_state_that_does_not_fit_is_passed_over(
         kept = replace(kept, identity="b")
     assert finetune(backbone, task, RECIPE, machine, seed=1, kept=kept) == expected
     assert "starting anew" in caplog.text
+
+
+def test_every_step_is_watched_and_no_save_or_view(config, backbone, image_folder, tmp_path):
+    task, pulse = Classification.open("imagefolder", image_folder), RecordedPulse()
+    kept = Kept(tmp_path, "a", 5, 4, pulse=pulse)
+    finetune(backbone, task, RECIPE, machine_of(config), seed=1, kept=kept)
+    # views are at multiples of 4, saves at 5 and 10, and the last view is the result
+    breaks = {4, 5, 8, 10}
+    expected = ["resume"]
+    for step in range(12):
+        expected += [*(["rest", "resume"] if step in breaks else []), step]
+    assert pulse.told == [*expected, "rest"]
 
 
 def test_early_views_change_nothing_and_keep_the_best(config, backbone, image_folder, tmp_path):
