@@ -49,6 +49,8 @@ class SegmentationConfig(Section):
     """Steps of training."""
     batch_size: int = Field(16, ge=1)
     """Images per step."""
+    cat_max_ratio: float = Field(0.75, gt=0, le=1)
+    """A crop is drawn anew, up to ten times, while a class has this share of its pixels or more."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
     channels: int = Field(512, ge=8)

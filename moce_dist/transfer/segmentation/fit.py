@@ -4,9 +4,9 @@ Letters: B images, S side of a crop, H, W height and width, pixels; C classes.
 
 Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, crop and mirror, sliding
 windows; several scales and mirroring as in its aug_test, which averages probabilities), with half a
-cosine to 1e-6 where it has a line to 0. Left out are its colour jitter, its new draw of a crop of
-which one class fills 75 % or more (cat_max_ratio), and what it adds to the ViT: relative position
-biases in the attention, and LayerScale. Scores as in Long et al. 2015, arXiv 1411.4038, section 5.
+cosine to 1e-6 where it has a line to 0. Left out are its colour jitter, and what it adds to the
+ViT: relative position biases in the attention, and LayerScale. Scores as in Long et al. 2015, arXiv
+1411.4038, section 5.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moce_dist.arrays import Float32, Int64
+from moce_dist.config import SegmentationConfig
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator, to_sample
 from moce_dist.data.progress import track
@@ -97,8 +98,10 @@ def count_pixels(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
 class _Crops(Dataset[Loaded]):
     """Training crops of images with masks, drawn by (seed, epoch, key)."""
 
-    def __init__(self, task: Segmentation, size: int, backbone: Backbone, seed: int) -> None:
-        self._task, self._size, self._seed = task, size, seed
+    def __init__(
+        self, task: Segmentation, recipe: SegmentationConfig, backbone: Backbone, seed: int
+    ) -> None:
+        self._task, self._recipe, self._seed = task, recipe, seed
         self._factor, self._shift = renormalisation(backbone.mean, backbone.std)
 
     def __getitem__(self, draw: Draw) -> Loaded:
@@ -114,7 +117,7 @@ class _Crops(Dataset[Loaded]):
     def _read(self, masked: MaskedImage, epoch: int) -> tuple[Float32, Int64]:
         draws = sample_generator(self._seed, epoch, masked.key)
         shown, mask = load_masked(masked, len(self._task.classes))
-        pixels, labels = training_crop(shown.image, mask, self._size, draws)
+        pixels, labels = training_crop(shown.image, mask, self._recipe, draws)
         return pixels * self._factor + self._shift, np.ascontiguousarray(labels)
 
 
@@ -129,7 +132,7 @@ def fit(task: Segmentation, trial: Trial) -> Fitted:
     vit = backbone.dense_model(recipe.crop, seed=seed, drop_path=_DROP_PATH)
     model = Segmenter(vit, len(task.classes), recipe.channels).to(machine.device)
     window, skips = Window(recipe.crop, recipe.scales, flip=recipe.flip), Skips(machine, trial.kept)
-    crops = _Crops(task, recipe.crop, backbone, seed)
+    crops = _Crops(task, recipe, backbone, seed)
     order = TrainingOrder.of_steps(len(task.train), recipe.batch_size, recipe.steps, seed)
     # several ranks have an image each in every micro-batch
     if machine.num_ranks == 1 and order.batch_size < 2 * machine.micro_batches:

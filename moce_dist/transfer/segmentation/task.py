@@ -10,7 +10,7 @@ Masks hold 0 for pixels to ignore, else class + 1.
 Letters: H, W height and width of an image, S side of a crop, pixels; C classes.
 
 Source: the SceneParsing release of ADE20K (Zhou et al. 2017); random scale, crop and mirror as in
-mmsegmentation's configs for ADE20K, without their cat_max_ratio.
+mmsegmentation's configs for ADE20K, and its RandomCrop for the share of a class.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from moce_dist.arrays import Float32, Int64
-from moce_dist.config import Config, TransferConfig
+from moce_dist.config import Config, SegmentationConfig, TransferConfig
 from moce_dist.data.decoders import ImageError, open_stored
 from moce_dist.data.images import to_sample
 from moce_dist.data.listing import list_images
@@ -45,7 +45,7 @@ _NUM_CLASSES = 150
 _PNG_BITS, _TIFF_BITS, _NETPBM_HEADER = 24, 258, 1000
 # lossless formats, in which every class number is kept
 _MASK_ENDINGS = frozenset(("png", "tif", "tiff", "bmp", "gif", "pgm", "pnm"))
-_SCALES = (0.5, 2.0)
+_SCALES, _NEW_CROPS = (0.5, 2.0), 10
 
 Labels = Int64
 
@@ -178,20 +178,34 @@ def scaled(image: Image.Image, short_side: int) -> Image.Image:
     return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
 
 
+def is_mixed(mask: Labels, cat_max_ratio: float) -> bool:
+    """Tell whether no class has this share or more of the pixels that are not ignored.
+
+    A ratio of 1 allows every mask. One class alone, or nothing but ignored pixels, is not mixed.
+    """
+    counts = np.bincount(mask[mask != IGNORE])
+    return cat_max_ratio == 1 or bool(counts.size and counts.max() < cat_max_ratio * counts.sum())
+
+
 def training_crop(
-    image: Image.Image, mask: Labels, size: int, draws: np.random.Generator
+    image: Image.Image, mask: Labels, recipe: SegmentationConfig, draws: np.random.Generator
 ) -> tuple[Float32, Labels]:
     """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
 
+    Of the crops drawn, the first one is taken whose classes keep to `cat_max_ratio`, or the last.
+
     Returns pixels (3, S, S) and class indices (S, S), which are `IGNORE` outside the image.
     """
-    factor = draws.uniform(*_SCALES)
+    size, factor = recipe.crop, draws.uniform(*_SCALES)
     image = scaled(image, max(1, round(size * factor)))
     labels = Image.fromarray(mask.astype(np.int32))
     mask = np.asarray(labels.resize(image.size, Image.Resampling.NEAREST), np.int64)
     pixels = to_sample(np.asarray(image))
-    top, left = (int(draws.integers(max(1, side - size + 1))) for side in mask.shape)
-    window: tuple[Any, ...] = (slice(top, top + size), slice(left, left + size))
+    for _ in range(1 + _NEW_CROPS):
+        top, left = (int(draws.integers(max(1, side - size + 1))) for side in mask.shape)
+        window: tuple[Any, ...] = (slice(top, top + size), slice(left, left + size))
+        if is_mixed(mask[window], recipe.cat_max_ratio):
+            break
     pixels, mask = pixels[:, *window], mask[window]
     if draws.random() < 0.5:
         pixels, mask = pixels[:, :, ::-1], mask[:, ::-1]

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from moce_dist.config import load_config
+from moce_dist.config import SegmentationConfig, load_config
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
 from moce_dist.model.customize import customize
@@ -33,6 +33,7 @@ from moce_dist.transfer.segmentation.fit import (
 from moce_dist.transfer.segmentation.task import (
     IGNORE,
     Segmentation,
+    is_mixed,
     load_masked,
     read_mask,
     training_crop,
@@ -135,15 +136,59 @@ def test_damage_inside_a_mask_is_named(tmp_path):
 
 def test_crop_keeps_image_and_mask_together(scene_folder):
     scene = Segmentation.read("ade20k", scene_folder).train[0]
+    recipe = SegmentationConfig(crop=32)
     for epoch in range(20):
         draws = sample_generator(0, epoch, scene.key)
         shown, mask = load_masked(scene, 3)
-        pixels, mask = training_crop(shown.image, mask, 32, draws)
+        pixels, mask = training_crop(shown.image, mask, recipe, draws)
         assert pixels.shape == (3, 32, 32) and mask.shape == (32, 32)
         bright = pixels.mean(axis=0) > 0
         kept = mask != IGNORE
         # bilinear pixels at the border of the two areas may be of either side
         assert ((mask == 1) == bright)[kept].mean() > 0.9
+
+
+def shares(mask):
+    """Each class's share of the pixels that are not ignored."""
+    seen = [label for label in mask.ravel().tolist() if label != IGNORE]
+    return {label: seen.count(label) / len(seen) for label in set(seen)}
+
+
+def test_a_crop_is_drawn_again_while_one_class_fills_it():
+    # a strip of class 1 in class 0: most crops hold class 0 alone
+    mask = np.zeros((64, 400), np.int64)
+    mask[:, 180:220] = 1
+    mask[:4] = IGNORE
+    image = Image.fromarray((np.maximum(mask, 0) * 200).astype(np.uint8)).convert("RGB")
+    found = {}
+    for ratio in (1.0, 0.75):
+        recipe = SegmentationConfig(crop=32, cat_max_ratio=ratio)
+        crops = [
+            training_crop(image, mask, recipe, np.random.default_rng(seed))[1] for seed in range(60)
+        ]
+        found[ratio] = [max(shares(crop).values()) < 0.75 for crop in crops]
+    free, again = (np.mean(found[ratio]) for ratio in (1.0, 0.75))
+    # eleven draws find what one finds with this chance
+    assert 0.02 < free < 0.35 and again > 2 * free
+    # what the first draw has found stays
+    assert all(after for before, after in zip(*found.values(), strict=True) if before)
+
+
+@pytest.mark.parametrize(
+    ("mask", "ratio", "expected"),
+    [
+        ([0, 0, 0, 1], 0.75, False),
+        ([0, 0, 0, 1], 0.76, True),
+        ([0, 0, 1, IGNORE], 0.67, True),
+        ([0, 0, 1, IGNORE], 0.66, False),
+        ([2, 2], 0.99, False),
+        ([IGNORE, IGNORE], 0.75, False),
+        ([IGNORE, IGNORE], 1.0, True),
+        ([2, 2], 1.0, True),
+    ],
+)
+def test_ignored_pixels_do_not_count_for_the_share_of_a_class(mask, ratio, expected):
+    assert is_mixed(np.array([mask]), ratio) == expected
 
 
 def test_scores_follow_from_their_definition():
