@@ -7,6 +7,7 @@ from pydantic import Field
 from moce_dist.config.sections import StageConfig
 from moce_dist.settings import Section
 
+_CAT_MAX_RATIO = 0.75
 RENAMED = {"segment_": "segmentation", "detect_": "detection"}
 """Field prefixes of version 0.1, and the sections that now hold these fields."""
 
@@ -49,7 +50,7 @@ class SegmentationConfig(Section):
     """Steps of training."""
     batch_size: int = Field(16, ge=1)
     """Images per step."""
-    cat_max_ratio: float = Field(0.75, gt=0, le=1)
+    cat_max_ratio: float = Field(_CAT_MAX_RATIO, gt=0, le=1)
     """A crop is drawn anew, up to ten times, while a class has this share of its pixels or more."""
     lr: float = Field(1e-4, gt=0)
     """Peak learning rate."""
@@ -181,6 +182,8 @@ class TransferConfig(Section):
         fields = self.model_dump(mode="json")
         if self.extrapolation == _EXTRAPOLATION:
             del fields["extrapolation"]
+        if self.segmentation.cat_max_ratio == _CAT_MAX_RATIO:
+            del fields["segmentation"]["cat_max_ratio"]
         for old, section in RENAMED.items():
             fields |= {f"{old}{name}": value for name, value in fields.pop(section).items()}
         return fields

@@ -261,8 +261,10 @@ class Segmentation(Task):
     @classmethod
     def budget(cls, transfer: TransferConfig, protocol: str) -> dict[str, Any]:
         """Select the fields of segmentation, under their names of version 0.1."""
-        # rows of earlier versions had a faster encoder: its last block learnt like the head
-        return {**transfer.budget("segment_"), "last_block": "decayed"}
+        # rows of earlier versions had a faster encoder, whose last block learnt like the head, and
+        # crops of any share of a class
+        ratio = transfer.segmentation.cat_max_ratio
+        return {**transfer.budget("segment_"), "last_block": "decayed", "cat_max_ratio": ratio}
 
     @classmethod
     def plan(cls, transfer: TransferConfig) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moce_dist.config import TransferConfig
+from moce_dist.config import SegmentationConfig, TransferConfig
 from moce_dist.run.artefacts import fingerprint
 from moce_dist.run.files import read_jsonl, write_jsonl
 from moce_dist.run.rows import backbone_texts, difference_text, value_text
@@ -182,10 +182,20 @@ def test_budget_names_what_a_protocol_depends_on():
     budget = Classification.budget
     assert budget(transfer, "knn") == {"max_train": None, "knn_k": 10}
     assert budget(transfer, "finetune").keys() == {"max_train", "finetune"}
+    added = {"segment_": {"cat_max_ratio"}, "detect_": set()}
     for prefix, kind in (("segment_", Segmentation), ("detect_", Detection)):
         fields = kind.budget(transfer, "finetune")
         own = {name for name in transfer.flat() if name.startswith(prefix)}
-        assert fields.keys() == {"max_train", "last_block", *own} and len(own) > 6
+        assert fields.keys() == {"max_train", "last_block", *own, *added[prefix]} and len(own) > 6
+
+
+def test_a_field_that_was_added_later_counts_where_it_is_set():
+    usual = TransferConfig()
+    other = TransferConfig(segmentation=SegmentationConfig(cat_max_ratio=1))
+    assert "segment_cat_max_ratio" not in usual.flat()
+    assert other.flat() == usual.flat() | {"segment_cat_max_ratio": 1}
+    budgets = [Segmentation.budget(transfer, "finetune") for transfer in (usual, other)]
+    assert budgets[0] != budgets[1] and budgets[0]["cat_max_ratio"] == 0.75
 
 
 def test_a_choice_by_evidence_counts_where_the_control_is_what_it_was(tmp_path):
