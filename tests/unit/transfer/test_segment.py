@@ -168,7 +168,7 @@ def test_a_crop_is_drawn_again_while_one_class_fills_it():
         ]
         found[ratio] = [max(shares(crop).values()) < 0.75 for crop in crops]
     free, again = (np.mean(found[ratio]) for ratio in (1.0, 0.75))
-    # eleven draws find what one finds with this chance
+    # one draw is seldom mixed; one of up to eleven much more often
     assert 0.02 < free < 0.35 and again > 2 * free
     # what the first draw has found stays
     assert all(after for before, after in zip(*found.values(), strict=True) if before)
