@@ -1,9 +1,9 @@
 """Images that cannot be read during a fit: they are skipped, counted and recorded.
 
-In training, the next readable image replaces the unreadable one (classification, segmentation), or
-the image is missing from its batch (detection). In a test it does not count (in detection, nothing
-is found in it). While a fit that is kept is running, `FOLDER/skipped.jsonl` lists its skips by
-step, so that a resumed fit counts earlier ones too. At the end the run's `faults.jsonl` lists them.
+In training, the next readable image replaces the unreadable one. In a test it does not count (in
+detection, nothing is found in it). While a fit that is kept is running, `FOLDER/skipped.jsonl`
+lists its skips by step, so that a resumed fit counts earlier ones too. At the end the run's
+`faults.jsonl` lists them.
 
 Letters: n images of a rank, S side in pixels.
 """
@@ -45,22 +45,17 @@ class Skips:
         if len(self.lines) < len(known):
             self._write()
 
-    def note(self, step: int, mine: Sequence[Unread | None]) -> list[Unread]:
-        """Record and return the skips of a step; `mine` has one entry per image of this rank.
-
-        Collective over the ranks.
-        """
+    def note(self, step: int, mine: Sequence[Unread | None]) -> None:
+        """Record the skips of a step; `mine` has one entry per image of this rank. Collective."""
         # objects are gathered only if there are any
-        count = add_up(torch.tensor(sum(fault is not None for fault in mine)), self.machine)
-        if not count:
-            return []
+        if not add_up(torch.tensor(sum(fault is not None for fault in mine)), self.machine):
+            return
         every = gathered([fault for fault in mine if fault], self.machine)
-        faults = sorted(fault for each in every for fault in each)
         if self._is_first:
+            faults = sorted(fault for each in every for fault in each)
             _warn(faults)
             self.lines += [{"step": step, "key": f.key, "reason": f.reason} for f in faults]
             self._write()
-        return faults
 
     def _write(self) -> None:
         if self._path:
@@ -109,14 +104,19 @@ def readable(
 
 
 def training_batches(
-    images: Dataset[Loaded], draws: Iterator[list[Draw]], machine: Machine, start: int, skips: Skips
-) -> Iterator[tuple[Tensor, Tensor]]:
+    images: Dataset[Loaded],
+    draws: Iterator[list[Draw]],
+    machine: Machine,
+    start: int,
+    skips: Skips,
+    **options: Any,
+) -> Iterator[tuple[Tensor, Any]]:
     """Yield this rank's part (images (n, 3, S, S), labels) of every batch from step `start` on.
 
-    Records the images that others replace. Collective over the ranks.
+    Records the images that others replace. `options` are a DataLoader's. Collective over the ranks.
     """
     skips.start(start)
-    loader = machine.load(images, batch_sampler=draws)
+    loader = machine.load(images, batch_sampler=draws, **options)
     for step, look in enumerate(loader, start):
         skips.note(step, look.faults())
         yield look.pixels, look.label

@@ -1,7 +1,7 @@
 """Detection: train on squares of random scale, find boxes and masks, measure average precision.
 
-An image that cannot be read is skipped, counted and named in `faults.jsonl`; in the test nothing
-is found in it (`skips.py`).
+An image that cannot be read is skipped, counted and named in `faults.jsonl` (`skips.py`); in the
+test nothing is found in it.
 
 R ranks share the images of a step, and those of a test. The squares, and the scores of a given
 model, do not depend on R. The trained weights do, and agree only in distribution: torchvision
@@ -19,57 +19,73 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from moce_dist.config import DetectionConfig
-from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
 from moce_dist.run.files import write_atomic
 from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.detection.finding import Scored, evaluate, predict
-from moce_dist.transfer.detection.jitter import PlacedSample, training_square
-from moce_dist.transfer.detection.task import Detection
+from moce_dist.transfer.detection.jitter import training_square
+from moce_dist.transfer.detection.task import BoxedImage, Detection
 from moce_dist.transfer.detection.vitdet import make_detector, make_optimizer
 from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit, stepped_rate
-from moce_dist.transfer.loading import Machine, TrainingOrder, Unread, rank_draws
+from moce_dist.transfer.loading import Draw, Loaded, Machine, TrainingOrder, rank_draws, stand_in
 from moce_dist.transfer.saved import Spec, dense_spec
-from moce_dist.transfer.skips import Skips
+from moce_dist.transfer.skips import Skips, training_batches
 
 _WARMUP_STEPS, _WARMUP_SHARE = 250, 0.1
 
 __all__ = ["build", "fit", "predict"]
 
 Target = dict[str, Tensor]
-Targets = Sequence[Target | None]
-"""Ground truth of the squares of a batch; None for a blank square, which has weight 0."""
+"""Ground truth of a square as torchvision's detectors take it: boxes, labels and maybe masks."""
 
 
-class Squares(Dataset[PlacedSample | Unread]):
-    """Training squares of images, drawn by (seed, epoch, key)."""
+class Squares(Dataset[Loaded]):
+    """Training squares of images, drawn by (seed, epoch, key); their labels are targets."""
 
     def __init__(self, task: Detection, recipe: DetectionConfig, seed: int) -> None:
         self._task, self._recipe, self._seed = task, recipe, seed
+        # class 0 is the background
+        self._classes = {number: i + 1 for i, number in enumerate(task.category_ids)}
 
-    def __getitem__(self, draw: tuple[int, int]) -> PlacedSample | Unread:
+    def __getitem__(self, draw: Draw) -> Loaded:
         epoch, index = draw
-        boxed, recipe = self._task.train[index], self._recipe
-        try:
-            return training_square(
-                boxed,
-                recipe.size,
-                (recipe.scale_min, recipe.scale_max),
-                has_masks=self._task.has_masks,
-                draws=sample_generator(self._seed, epoch, boxed.key),
-            )
-        except ImageError as error:
-            return Unread(boxed.key, f"{boxed.image}: {error}")
+        train = self._task.train
+        return stand_in(
+            lambda number: self._read(train[number], epoch),
+            lambda number: str(train[number].key),
+            index,
+            len(train),
+        )
+
+    def _read(self, boxed: BoxedImage, epoch: int) -> tuple[NDArray[np.uint8], Target]:
+        square = training_square(
+            boxed,
+            self._recipe.size,
+            (self._recipe.scale_min, self._recipe.scale_max),
+            has_masks=self._task.has_masks,
+            draws=sample_generator(self._seed, epoch, boxed.key),
+        )
+        classes = [self._classes[int(category)] for category in square.categories]
+        target = {
+            "boxes": torch.from_numpy(square.boxes),
+            "labels": torch.tensor(classes, dtype=torch.int64),
+        }
+        if square.masks is not None:
+            target["masks"] = torch.from_numpy(square.masks)
+        return square.pixels, target
 
 
-def count_images(targets: Targets) -> int:
-    """Count the squares that show an image."""
-    return sum(target is not None for target in targets)
+def stack_squares(squares: Sequence[Loaded]) -> Loaded:
+    """Join squares to a batch (B, 3, S, S) in [0, 255] with a list of B targets."""
+    pixels, targets, keys, reasons = zip(*squares, strict=True)
+    return Loaded(torch.from_numpy(np.stack(pixels)), list(targets), keys, reasons)
 
 
 class DetectorFit:
@@ -80,8 +96,6 @@ class DetectorFit:
     ) -> None:
         self.backbone, self.task = backbone, task
         self.recipe, self.machine = recipe, machine
-        # class 0 is the background
-        self._classes = {number: i + 1 for i, number in enumerate(task.category_ids)}
 
     def build(self, seed: int) -> Any:
         """Build the detector, in training mode; `seed` draws its new weights."""
@@ -96,61 +110,29 @@ class DetectorFit:
             autocast=self.machine.autocast,
         ).to(self.machine.device)
 
-    def batches(self, seed: int, start: int, skips: Skips) -> Iterator[tuple[Tensor, Targets]]:
+    def batches(self, seed: int, start: int, skips: Skips) -> Iterator[tuple[Tensor, list[Target]]]:
         """Yield this rank's squares (B, 3, S, S) in [0, 255] and targets from step `start` on.
 
-        Unreadable images are missing from their batch. Collective over the ranks.
+        Collective over the ranks.
 
         Raises:
             ConfigError: a step has too few images for so many ranks.
-            ValueError: no image of a step can be read; on all ranks.
+            ValueError: no image can be read.
         """
         recipe, num_images = self.recipe, len(self.task.train)
         order = TrainingOrder.of_steps(num_images, recipe.batch_size, recipe.steps, seed)
-        loader = self.machine.load(
-            Squares(self.task, recipe, seed),
-            batch_sampler=rank_draws(order, self.machine, start, recipe.steps),
-            collate_fn=list,
+        draws = rank_draws(order, self.machine, start, recipe.steps)
+        squares = Squares(self.task, recipe, seed)
+        return training_batches(
+            squares, draws, self.machine, start, skips, collate_fn=stack_squares
         )
-        skips.start(start)
-        for step, items in enumerate(loader, start):
-            mine = [item if isinstance(item, Unread) else None for item in items]
-            faults = skips.note(step, mine)
-            if len(faults) == order.batch_size:
-                raise ValueError(faults[-1].reason)
-            yield self.batch([item for item in items if isinstance(item, PlacedSample)])
 
-    def batch(self, samples: Sequence[PlacedSample]) -> tuple[Tensor, Targets]:
-        """Stack samples into squares (B, 3, S, S) in [0, 255] and their ground truth.
-
-        Without samples there is one blank square, because a rank without readable images must
-        still take part in the collectives of a step.
-        """
-        if not samples:
-            size = self.recipe.size
-            return torch.zeros(1, 3, size, size, dtype=torch.uint8), [None]
-        targets = []
-        for sample in samples:
-            classes = [self._classes[int(category)] for category in sample.categories]
-            target = {
-                "boxes": torch.from_numpy(sample.boxes),
-                "labels": torch.tensor(classes, dtype=torch.int64),
-            }
-            if sample.masks is not None:
-                target["masks"] = torch.from_numpy(sample.masks)
-            targets.append(target)
-        return torch.stack([torch.from_numpy(sample.pixels) for sample in samples]), targets
-
-    def loss(self, model: Any) -> Callable[[Tensor, Targets], Tensor]:
+    def loss(self, model: Any) -> Callable[[Tensor, Sequence[Target]], Tensor]:
         """Return the sum of a detector's losses as a function of squares and targets."""
-        device, size = self.machine.device, self.recipe.size
-        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
-        if self.task.has_masks:
-            nothing["masks"] = torch.zeros(0, size, size, dtype=torch.uint8)
+        device = self.machine.device
 
-        def of(squares: Tensor, targets: Targets) -> Tensor:
-            known = [nothing if target is None else target for target in targets]
-            moved = [{name: x.to(device) for name, x in target.items()} for target in known]
+        def of(squares: Tensor, targets: Sequence[Target]) -> Tensor:
+            moved = [{name: x.to(device) for name, x in target.items()} for target in targets]
             # the detector itself chooses which of its parts run in bfloat16
             with torch.autocast(device.type, enabled=False):
                 losses: dict[str, Tensor] = model(list(squares.float() / 255), moved)
@@ -182,7 +164,6 @@ class DetectorFit:
             peak_lr=recipe.lr,
             seed=seed,
             schedule=stepped_rate,
-            weigh=count_images,
         )
 
 
@@ -194,7 +175,7 @@ def fit(task: Detection, trial: Trial) -> Fitted:
 
     Raises:
         ConfigError: a step has too few images for so many ranks.
-        ValueError: no image of a step can be read.
+        ValueError: no image can be read.
     """
     machine, seed = trial.machine, trial.seed
     learner = DetectorFit(trial.backbone, task, trial.transfer.detection, machine)

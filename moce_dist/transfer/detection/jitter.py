@@ -12,20 +12,26 @@ Source: large-scale jitter of Ghiasi et al. 2021, arXiv 2012.07177, section 3, w
 ViTDet takes (Li et al. 2022, arXiv 2203.16527, appendix A.2).
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as run_lengths
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as geometry
+from torchvision.tv_tensors import BoundingBoxes
 
-from moce_dist.arrays import Float32, Float64, Int64
+from moce_dist.arrays import Float32, Int64
 from moce_dist.data.images import MEAN
 from moce_dist.transfer.detection.task import BoxedImage
 
-_PADDING = np.round(np.array(MEAN) * 255).astype(np.uint8)
+_PADDING = [round(255 * mean) for mean in MEAN]
 
 Masks = NDArray[np.uint8]
+_Shown = TypeVar("_Shown", Image.Image, BoundingBoxes)
 
 
 class PlacedSample(NamedTuple):
@@ -42,25 +48,38 @@ class PlacedSample(NamedTuple):
 
 
 class Placing(NamedTuple):
-    """How an image is placed in a square of side S: scaled, cropped to a window, mirrored."""
+    """How an image is placed in a square of side S: scaled, cropped, mirrored, padded."""
 
     scaled: tuple[int, int]
     """Width and height after scaling."""
     left: int
     upper: int
-    width: int
-    """Width of the window, at most S; the rest of the square is padding."""
-    height: int
     is_mirrored: bool
     size: int
 
-    def points(self, points: Float64, boxed: BoxedImage) -> Float64:
-        """Map points (..., 2), which are (x, y) of the image, to the square."""
-        factors = np.array(self.scaled) / (boxed.width, boxed.height)
-        moved: Float64 = points * factors - (self.left, self.upper)
-        if self.is_mirrored:
-            moved[..., 0] = self.width - moved[..., 0]
-        return moved
+    @property
+    def window(self) -> tuple[int, int]:
+        """Height and width of the window, at most S; the rest of the square is padding."""
+        width, height = self.scaled
+        return min(height, self.size), min(width, self.size)
+
+    def crop(
+        self, shown: _Shown, interpolation: InterpolationMode = InterpolationMode.BILINEAR
+    ) -> _Shown:
+        """Scale an image or boxes in it, and crop them to the window."""
+        width, height = self.scaled
+        scaled = geometry.resize(shown, [height, width], interpolation=interpolation)
+        cropped: _Shown = geometry.crop(scaled, self.upper, self.left, *self.window)
+        return cropped
+
+    def fill(self, cropped: _Shown, colour: Sequence[int] = (0,)) -> _Shown:
+        """Mirror a window or boxes in it, and pad them to the square, below and to the right."""
+        mirrored = geometry.horizontal_flip(cropped) if self.is_mirrored else cropped
+        height, width = self.window
+        filled: _Shown = geometry.pad(
+            mirrored, [0, 0, self.size - width, self.size - height], list(colour)
+        )
+        return filled
 
 
 def draw_placing(
@@ -70,9 +89,7 @@ def draw_placing(
     factor = size * draws.uniform(*scales) / max(boxed.width, boxed.height)
     width, height = (max(1, round(s * factor)) for s in (boxed.width, boxed.height))
     left, upper = (int(draws.integers(max(1, s - size + 1))) for s in (width, height))
-    is_mirrored = bool(draws.random() < 0.5)
-    window = min(width, size), min(height, size)
-    return Placing((width, height), left, upper, *window, is_mirrored, size)
+    return Placing((width, height), left, upper, bool(draws.random() < 0.5), size)
 
 
 def training_square(
@@ -90,38 +107,25 @@ def training_square(
     """
     image = boxed.load().image
     placing = draw_placing(boxed, size, scales, draws)
-    pixels = _square(image, placing)
+    square = placing.fill(placing.crop(image), _PADDING)
     objects = boxed.learnable()
     masks = None
     if has_masks:
         masks = np.stack([place_mask(a.segmentation, placing, boxed) for a in objects])
         boxes = np.array([Image.fromarray(m).getbbox() or (0, 0, 0, 0) for m in masks], np.float64)
     else:
-        sizes = np.array([a.box for a in objects], np.float64)
-        corners = np.stack([sizes[:, :2], sizes[:, :2] + sizes[:, 2:]], axis=1)
-        corners = placing.points(corners, boxed)
-        # mirroring swaps left and right
-        corners.sort(axis=1)
-        boxes = corners.clip(0, (placing.width, placing.height)).reshape(-1, 4)
+        sizes = torch.tensor([a.box for a in objects], dtype=torch.float64)
+        annotated = BoundingBoxes(sizes, format="XYWH", canvas_size=(boxed.height, boxed.width))
+        corners = geometry.convert_bounding_box_format(annotated, new_format="XYXY")
+        boxes = placing.fill(placing.crop(corners)).numpy()
     kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
     categories = np.array([a.category for a in objects], np.int64)
     return PlacedSample(
-        pixels,
+        np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)),
         boxes[kept].astype(np.float32),
         categories[kept],
         masks[kept] if masks is not None else None,
     )
-
-
-def _square(image: Image.Image, placing: Placing) -> NDArray[np.uint8]:
-    left, upper = placing.left, placing.upper
-    window = (left, upper, left + placing.width, upper + placing.height)
-    scaled = image.resize(placing.scaled, Image.Resampling.BILINEAR).crop(window)
-    pixels = np.asarray(scaled)[:, :: -1 if placing.is_mirrored else 1]
-    square = np.empty((placing.size, placing.size, 3), np.uint8)
-    square[:] = _PADDING
-    square[: placing.height, : placing.width] = pixels
-    return np.ascontiguousarray(square.transpose(2, 0, 1))
 
 
 def to_runs(segmentation: Any, height: int, width: int) -> dict[str, Any]:
@@ -141,18 +145,12 @@ def decode_mask(segmentation: Any, height: int, width: int) -> Masks:
 def place_mask(segmentation: Any, placing: Placing, boxed: BoxedImage) -> Masks:
     """Convert an outline to a mask (S, S) of the square."""
     if isinstance(segmentation, dict):
-        whole = decode_mask(segmentation, boxed.height, boxed.width)
-        scaled = np.asarray(Image.fromarray(whole).resize(placing.scaled, Image.Resampling.NEAREST))
-        left, upper = placing.left, placing.upper
-        window = scaled[upper : upper + placing.height, left : left + placing.width]
-        mask = np.zeros((placing.size, placing.size), np.uint8)
-        mask[: placing.height, : placing.width] = window[:, :: -1 if placing.is_mirrored else 1]
-        return mask
-    moved = [
-        placing.points(np.asarray(polygon, np.float64).reshape(-1, 2), boxed).ravel().tolist()
-        for polygon in segmentation
-    ]
-    mask = decode_mask(moved, placing.size, placing.size)
-    mask[placing.height :] = 0
-    mask[:, placing.width :] = 0
-    return mask
+        whole = Image.fromarray(decode_mask(segmentation, boxed.height, boxed.width))
+        mask = placing.crop(whole, InterpolationMode.NEAREST)
+    else:
+        # scaled as polygons, an outline stays smooth where a scaled mask has steps
+        factors = np.array(placing.scaled) / (boxed.width, boxed.height)
+        polygons = [np.asarray(p, np.float64).reshape(-1, 2) * factors for p in segmentation]
+        moved = [(p - (placing.left, placing.upper)).ravel().tolist() for p in polygons]
+        mask = Image.fromarray(decode_mask(moved, *placing.window))
+    return np.asarray(placing.fill(mask))

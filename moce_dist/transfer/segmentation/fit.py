@@ -2,11 +2,11 @@
 
 Letters: B images, S side of a crop, H, W height and width, pixels; C classes.
 
-Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, crop and mirror, sliding
-windows; several scales and mirroring as in its aug_test, which averages probabilities), with half a
-cosine to 1e-6 where it has a line to 0. Left out are its colour jitter, and what it adds to the
-ViT: relative position biases in the attention, and LayerScale. Scores as in Long et al. 2015, arXiv
-1411.4038, section 5.
+Source: recipe as in mmsegmentation's configs/mae for ADE20K (random scale, its RandomCrop and
+mirror, sliding windows; several scales and mirroring as in its aug_test, which averages
+probabilities), with half a cosine to 1e-6 where it has a line to 0. Left out are its colour jitter,
+and what it adds to the ViT: relative position biases in the attention, and LayerScale. Scores as in
+Long et al. 2015, arXiv 1411.4038, section 5.
 """
 
 import itertools
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as geometry
 
 from moce_dist.arrays import Float32, Int64
 from moce_dist.config import SegmentationConfig
@@ -46,11 +47,10 @@ from moce_dist.transfer.ranks import add_up, in_order
 from moce_dist.transfer.saved import Spec, dense_spec
 from moce_dist.transfer.segmentation.task import (
     IGNORE,
+    Labels,
     MaskedImage,
     Segmentation,
     load_masked,
-    scaled,
-    training_crop,
 )
 from moce_dist.transfer.segmentation.upernet import Segmenter
 from moce_dist.transfer.skips import Skips, refuse_all, training_batches
@@ -59,6 +59,7 @@ from moce_dist.transfer.tasks import Item
 _DROP_PATH = 0.1
 _WARMUP_SHARE = 0.01
 _NUM_PREVIEWS = 4
+_SCALES, _NEW_CROPS = (0.5, 2.0), 10
 
 
 class Scores(NamedTuple):
@@ -93,6 +94,51 @@ def count_pixels(labels: Tensor, predicted: Tensor, num_classes: int) -> Tensor:
     kept = labels != IGNORE
     pairs = labels[kept] * num_classes + predicted[kept]
     return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def scaled(image: Image.Image, short_side: int) -> Image.Image:
+    """Resize an image bilinearly so that its shorter side has `short_side` pixels."""
+    factor = short_side / min(image.size)
+    size = [max(short_side, round(side * factor)) for side in image.size]
+    return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
+
+
+def is_mixed(mask: Labels, cat_max_ratio: float) -> bool:
+    """Tell whether no class has this share or more of the pixels that are not ignored.
+
+    A ratio of 1 allows every mask. One class alone, or nothing but ignored pixels, is not mixed.
+    """
+    counts = np.bincount(mask[mask != IGNORE])
+    return cat_max_ratio == 1 or bool(counts.size and counts.max() < cat_max_ratio * counts.sum())
+
+
+def training_crop(
+    image: Image.Image, mask: Labels, recipe: SegmentationConfig, draws: np.random.Generator
+) -> tuple[Float32, Labels]:
+    """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
+
+    Of the crops drawn, the first one is taken whose classes keep to `cat_max_ratio`, or the last.
+
+    Returns pixels (3, S, S) and class indices (S, S), which are `IGNORE` outside the image.
+    """
+    size, factor = recipe.crop, draws.uniform(*_SCALES)
+    image = scaled(image, max(1, round(size * factor)))
+    width, height = image.size
+    # as Pillow resizes the image; a tensor's nearest pixels lie elsewhere
+    labels = Image.fromarray(mask.astype(np.int32))
+    labels = labels.resize((width, height), Image.Resampling.NEAREST)
+    for _ in range(1 + _NEW_CROPS):
+        upper, left = (int(draws.integers(max(1, side - size + 1))) for side in (height, width))
+        window = upper, left, min(size, height), min(size, width)
+        cropped = geometry.crop(labels, *window)
+        if is_mixed(np.asarray(cropped), recipe.cat_max_ratio):
+            break
+    image, labels = geometry.crop(image, *window), cropped
+    if draws.random() < 0.5:
+        image, labels = geometry.horizontal_flip(image), geometry.horizontal_flip(labels)
+    padding = (0, size - window[2]), (0, size - window[3])
+    pixels, classes = to_sample(np.asarray(image)), np.asarray(labels, np.int64)
+    return np.pad(pixels, ((0, 0), *padding)), np.pad(classes, padding, constant_values=IGNORE)
 
 
 class _Crops(Dataset[Loaded]):

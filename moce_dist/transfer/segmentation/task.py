@@ -7,10 +7,9 @@
 
 Masks hold 0 for pixels to ignore, else class + 1.
 
-Letters: H, W height and width of an image, S side of a crop, pixels; C classes.
+Letters: H, W height and width of an image, pixels; C classes.
 
-Source: the SceneParsing release of ADE20K (Zhou et al. 2017); random scale, crop and mirror as in
-mmsegmentation's configs for ADE20K, and its RandomCrop for the share of a class.
+Source: the SceneParsing release of ADE20K (Zhou et al. 2017).
 """
 
 import hashlib
@@ -25,10 +24,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from PIL import Image
 
-from moce_dist.arrays import Float32, Int64
-from moce_dist.config import Config, SegmentationConfig, TransferConfig
+from moce_dist.arrays import Int64
+from moce_dist.config import Config, TransferConfig
 from moce_dist.data.decoders import ImageError, open_stored
-from moce_dist.data.images import to_sample
 from moce_dist.data.listing import list_images
 from moce_dist.data.upright import Annotated, open_annotated
 from moce_dist.run.names import as_text, read_names
@@ -45,7 +43,6 @@ _NUM_CLASSES = 150
 _PNG_BITS, _TIFF_BITS, _NETPBM_HEADER = 24, 258, 1000
 # lossless formats, in which every class number is kept
 _MASK_ENDINGS = frozenset(("png", "tif", "tiff", "bmp", "gif", "pgm", "pnm"))
-_SCALES, _NEW_CROPS = (0.5, 2.0), 10
 
 Labels = Int64
 
@@ -169,49 +166,6 @@ def _describe(classes: Sequence[str], counts: Labels) -> list[str]:
             raise ConfigError(f"{'; '.join(notes)}: with a class or none there is nothing to learn")
         logger.warning(notes[-1])
     return notes
-
-
-def scaled(image: Image.Image, short_side: int) -> Image.Image:
-    """Resize an image bilinearly so that its shorter side has `short_side` pixels."""
-    factor = short_side / min(image.size)
-    size = [max(short_side, round(side * factor)) for side in image.size]
-    return image.resize((size[0], size[1]), Image.Resampling.BILINEAR)
-
-
-def is_mixed(mask: Labels, cat_max_ratio: float) -> bool:
-    """Tell whether no class has this share or more of the pixels that are not ignored.
-
-    A ratio of 1 allows every mask. One class alone, or nothing but ignored pixels, is not mixed.
-    """
-    counts = np.bincount(mask[mask != IGNORE])
-    return cat_max_ratio == 1 or bool(counts.size and counts.max() < cat_max_ratio * counts.sum())
-
-
-def training_crop(
-    image: Image.Image, mask: Labels, recipe: SegmentationConfig, draws: np.random.Generator
-) -> tuple[Float32, Labels]:
-    """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
-
-    Of the crops drawn, the first one is taken whose classes keep to `cat_max_ratio`, or the last.
-
-    Returns pixels (3, S, S) and class indices (S, S), which are `IGNORE` outside the image.
-    """
-    size, factor = recipe.crop, draws.uniform(*_SCALES)
-    image = scaled(image, max(1, round(size * factor)))
-    labels = Image.fromarray(mask.astype(np.int32))
-    mask = np.asarray(labels.resize(image.size, Image.Resampling.NEAREST), np.int64)
-    pixels = to_sample(np.asarray(image))
-    for _ in range(1 + _NEW_CROPS):
-        top, left = (int(draws.integers(max(1, side - size + 1))) for side in mask.shape)
-        window: tuple[Any, ...] = (slice(top, top + size), slice(left, left + size))
-        if is_mixed(mask[window], recipe.cat_max_ratio):
-            break
-    pixels, mask = pixels[:, *window], mask[window]
-    if draws.random() < 0.5:
-        pixels, mask = pixels[:, :, ::-1], mask[:, ::-1]
-    below, beside = size - mask.shape[0], size - mask.shape[1]
-    padding = ((0, below), (0, beside))
-    return np.pad(pixels, ((0, 0), *padding)), np.pad(mask, padding, constant_values=IGNORE)
 
 
 @dataclass(frozen=True)

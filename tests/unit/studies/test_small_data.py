@@ -11,7 +11,16 @@ import pytest
 import small_data
 import small_images
 from PIL import Image
-from small_data import ImageSet, build, domain_files, split_groups, task_files, unlike
+from small_data import (
+    UNLIKE,
+    ImageSet,
+    build,
+    domain_files,
+    link_unlike,
+    split_groups,
+    task_files,
+    unlike,
+)
 from small_images import SmallImage
 from small_packages import Package, unpack
 
@@ -80,6 +89,15 @@ def test_equal_and_mirrored_images_are_one_image(two_classes):
         SmallImage(np.full((32, 32, 3), 7, np.uint8), "one shade"),
     ]
     assert list(unlike([*two_classes, *again])) == two_classes
+
+
+def test_the_unlike_data_hold_no_domain_of_their_tasks(tmp_path):
+    for name in (*UNLIKE, "relief", "brain"):
+        save(tmp_path / "pretrain" / name / "0.png", pixels(len(name)))
+    domains = [path.name for path in (tmp_path / "pretrain").iterdir()]
+    for _ in range(2):
+        folder = link_unlike(tmp_path, domains)
+        assert {path.parent.name for path in folder.glob("*/*.png")} == {"relief", "brain"}
 
 
 def test_nothing_of_a_test_is_trained_on(tmp_path, two_classes, capsys):

@@ -21,7 +21,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit as loop
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.detection.finding import evaluate
-from moce_dist.transfer.detection.fit import DetectorFit, Squares
+from moce_dist.transfer.detection.fit import DetectorFit, Squares, stack_squares
 from moce_dist.transfer.detection.fit import fit as fit_detector
 from moce_dist.transfer.detection.precision import average_precision, ground_truth
 from moce_dist.transfer.detection.task import Detection
@@ -205,7 +205,7 @@ def test_early_views_change_nothing_and_seeds_do(make_fit, tmp_path):
 def test_parts_of_a_batch_add_up(make_fit):
     fit = make_fit(batch_size=4, drop_path=0.0)
     model, squares = fit.build(0), Squares(fit.task, fit.recipe, 0)
-    images, targets = fit.batch([squares[0, i] for i in range(4)])
+    images, targets, *_ = stack_squares([squares[0, i] for i in range(4)])
     # with every proposal taken, nothing of the heads' draws is left to chance
     model.rpn.fg_bg_sampler.batch_size_per_image = 10**6
     model.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
@@ -227,7 +227,7 @@ def test_only_the_pyramid_runs_in_bfloat16(make_fit):
 
     model.backbone.vit.blocks[0].mlp.fc1.register_forward_hook(note("vit"))
     model.roi_heads.box_head.register_forward_hook(note("head"))
-    Objective(model, fit.loss(model), fit.machine)(*fit.batch([squares[0, 0]]))
+    Objective(model, fit.loss(model), fit.machine)(*stack_squares([squares[0, 0]])[:2])
     assert kinds == {"vit": torch.bfloat16, "head": torch.float32}
 
 
@@ -246,7 +246,7 @@ def test_damaged_images_are_skipped_counted_and_named(make_fit, coco_folder, tmp
     assert figures["box"]["AP"] is not None
     for path in (data / "train2017").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"train2017/.*: image is empty"):
+    with pytest.raises(ValueError, match=r"train2017/.*: image is empty; nor can any"):
         detect(fit, seed=0, out=tmp_path / "out", ledger=ledger)
 
 

@@ -106,14 +106,14 @@ def test_polygons_and_run_lengths_come_to_lie_alike(some_image, is_mirrored):
     }
     packed = {**packed, "counts": packed["counts"].decode()}
     width, height = 2 * some_image.width, 2 * some_image.height
-    placing = Placing((width, height), 15, 7, SIZE, SIZE, is_mirrored, SIZE)
+    placing = Placing((width, height), 15, 7, is_mirrored, SIZE)
     placed = [place_mask(outline, placing, some_image) for outline in (polygon, packed, unpacked)]
     assert (placed[1] == placed[2]).all() and placed[0].any()
     assert (placed[0] != placed[1]).sum() < 0.06 * placed[0].sum()
 
 
 def test_padding_has_no_mask_and_the_colour_that_normalises_to_zero(some_image):
-    placing = Placing((28, 20), 0, 0, 28, 20, False, SIZE)
+    placing = Placing((28, 20), 0, 0, False, SIZE)
     whole = place_mask([[0, 0, 999, 0, 999, 999, 0, 999]], placing, some_image)
     assert whole[:20, :28].all() and whole.sum() == 20 * 28
     small = training_square(

@@ -26,17 +26,17 @@ from moce_dist.transfer.segmentation.fit import (
     Window,
     class_probabilities,
     count_pixels,
+    is_mixed,
     scores,
     slide,
+    training_crop,
     windows,
 )
 from moce_dist.transfer.segmentation.task import (
     IGNORE,
     Segmentation,
-    is_mixed,
     load_masked,
     read_mask,
-    training_crop,
 )
 from moce_dist.transfer.segmentation.upernet import Segmenter
 
