@@ -4,6 +4,7 @@
     OUT/tasks/TASK/{train,val,test}/CLASS/000000.png  classification
     OUT/tasks/climate-ade20k, composited-coco         segmentation and detection
     OUT/held_out/                                     links to every val and test of them
+    OUT/pretrain_unlike/DOMAIN                        links to the domains of no task in UNLIKE
     OUT/README.txt                                    counts, splits, licences
 
 Relatives (see `small_images`) stay on one side of a split: no relative of a validation or test
@@ -37,6 +38,8 @@ from moce_dist.settings import ConfigError
 MAX_DOMAIN = 8000
 PER_CLASS: dict[Split, int] = {"train": 300, "val": 100, "test": 200}
 SHARES: dict[Split, float] = {"test": 0.25, "val": 0.15}
+UNLIKE = ("digits", "sprites", "terrain", "textures")
+"""Tasks whose domains pretrain_unlike leaves out; sprites and terrain are of one game."""
 _RECIPE = 2
 """Raise it with every change of what is built; a folder with other sets is then refused."""
 
@@ -176,6 +179,16 @@ def link_held_out(out: Path) -> Path:
     return folder
 
 
+def link_unlike(out: Path, domains: Iterable[str]) -> Path:
+    """Make OUT/pretrain_unlike: a link to every domain but those of the tasks in UNLIKE."""
+    folder = out / "pretrain_unlike"
+    folder.mkdir(exist_ok=True)
+    for name in domains:
+        if name not in UNLIKE and not (folder / name).is_symlink():
+            (folder / name).symlink_to(Path("../pretrain") / name)
+    return folder
+
+
 def build(out: Path, package: Open, domains: dict[str, ImageSet]) -> None:
     """Build missing tasks, then missing pre-training data; print a line for each set.
 
@@ -205,6 +218,7 @@ def build(out: Path, package: Open, domains: dict[str, ImageSet]) -> None:
     for name in domains:
         sets.write_files(out / "pretrain" / name, f"{name}:{state}", of_domain(name, hashes))
         print(f"domain   {name}: {_count(out / 'pretrain' / name)} images", flush=True)
+    link_unlike(out, domains)
 
 
 def _count(folder: Path) -> int:
@@ -226,6 +240,7 @@ def describe(out: Path, image_sets: dict[str, ImageSet]) -> str:
         "",
         f"pretrain: {sum(domains.values())} images of {len(domains)} domains, 32 x 32",
         *(f"  {name:12} {n:6}  {_first(image_sets[name].read)}" for name, n in domains.items()),
+        f"  pretrain_unlike: without {', '.join(UNLIKE)}",
         "",
         "tasks: train, val (choices), test (looked at once); whole groups on one side",
         *(f"  {name:12} {_counts(out / 'tasks' / name)}" for name in tasks),
