@@ -134,7 +134,7 @@ def suite_order(args: Any, entry: SuiteEntry) -> Order:
         flags["protocol"] = ",".join(entry.protocol)
     elif args.protocol:
         # such as logistic regression, where this one task has several labels
-        kind, names = kind_of(entry.task), args.protocol.split(",")
+        kind, names = kind_of(entry.task), parse_names(args.protocol, "--protocol")
         left = [name for name in names if kind.takes(name, entry.task) or not kind.takes(name, "")]
         flags["protocol"] = ",".join(left or names)
     request = make_request(Namespace(**flags), run, config)

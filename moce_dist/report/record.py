@@ -205,6 +205,13 @@ def _read_certainty(path: Path) -> Certainty:
     return Certainty(_step_of(path), chosen, runner_up)
 
 
+def _read_table(path: Path) -> tuple[int, NDArray[np.int64]]:
+    table = np.array(_read_json(path), np.int64)
+    if table.ndim != 2:
+        raise ValueError(f"shape {table.shape} must be (L, K)")
+    return _step_of(path), table
+
+
 def _read_placement(path: Path) -> Line:
     document = _read_object(path, "step", "expert_group", "shape", "shares", "predicted_per_epoch")
     _, _, clusters, groups = document["shape"]
@@ -234,13 +241,6 @@ def _read_steps(record: Record, folder: Path, read: Callable[[Path], T]) -> list
     paths = sorted(folder.glob("step_*.json"), key=lambda path: (len(path.name), path.name))
     found = [record.attempt(read, path) for path in paths]
     return [document for document in found if document is not None]
-
-
-def _count_clusters(path: Path) -> NDArray[np.int64]:
-    # imported late, because it needs pyarrow and faiss
-    from moce_dist.cluster.assignments import count_assignments
-
-    return count_assignments(path, 1)
 
 
 def _by_domain(
@@ -289,7 +289,10 @@ def _read_summary(path: Path) -> Line:
 
 
 def _read_clusters(record: Record, folder: Path) -> Clusters | None:
-    sizes = record.attempt(_count_clusters, folder / "assignments.parquet")
+    # imported late, because it needs pyarrow and faiss
+    from moce_dist.cluster.assignments import count_assignments
+
+    sizes = record.attempt(lambda path: count_assignments(path, 1), folder / "assignments.parquet")
     if sizes is None:
         return None
     centroids = record.attempt(
@@ -380,11 +383,7 @@ def read_record(root: Path) -> Record:
     record.stages = {name: _read_stage(record, run.stage(name)) for name in STAGES}
     record.clusters = _read_clusters(record, run.clusters)
     moce = run.stage("moce")
-    record.routing = _read_steps(
-        record,
-        moce / "routing",
-        lambda path: (_step_of(path), np.array(_read_json(path), np.int64)),
-    )
+    record.routing = _read_steps(record, moce / "routing", _read_table)
     record.certainty = _read_steps(record, moce / "gate", _read_certainty)
     record.placements = _read_steps(record, moce / "placement", _read_placement)
     for path in [folder / "metrics.json" for folder in _transfer_folders(root)]:

@@ -150,14 +150,13 @@ def _experts(record: Record) -> Iterator[str]:
 
 
 def _routing(tables: Sequence[tuple[int, np.ndarray]]) -> Iterator[str]:
-    if len(tables) < 2:
+    alike = [table for _, table in tables if table.shape == tables[0][1].shape]
+    if len(alike) < 2:
         return
-    changed = np.zeros(tables[0][1].shape[-1], bool)
-    for _, table in tables[1:]:
-        changed |= (table != tables[0][1]).any(axis=0)
+    changed = np.logical_or.reduce([(table != alike[0]).any(axis=0) for table in alike[1:]])
     yield (
         f"clusters that changed an expert after step 0: {100 * changed.mean():.0f} % "
-        f"(in {len(tables)} written tables)"
+        f"(in {len(alike)} written tables)"
     )
 
 

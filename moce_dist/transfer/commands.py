@@ -186,7 +186,7 @@ def find_model(args: Any) -> Path:
         return folder
     fits = {
         path.parent.parent.name: path.parent
-        for path in (folder / "models").glob(f"*/{which}/{_CONFIG}")
+        for path in (folder / "models").glob(f"*-*-[0-9]*/{which}/{_CONFIG}")
     }
     if not fits:
         raise ConfigError(

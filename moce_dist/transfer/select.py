@@ -273,7 +273,7 @@ def try_candidates(
     """Score every candidate on training images that fits may use too; return the best one first.
 
     Raises:
-        ValueError: no training image can be read.
+        ValueError: fewer than two training images can be read.
     """
     transfer = config.transfer
     allowed = task.subset(transfer.max_train, config.seed)
@@ -281,6 +281,8 @@ def try_candidates(
     tried = []
     for candidate in candidates:
         features, labels, _ = extract(candidate, list(seen.train), machine, seed=config.seed)
+        if len(features) < 2:
+            raise ValueError("transfer.select validate needs two training images that can be read")
         scores = score_folds(
             features, labels, seen, transfer, seed=config.seed, device=machine.device
         )

@@ -198,8 +198,10 @@ def logistic(features: Features, task: Classification, few: int | None, *, seed:
     With `few` labels per class, results are means over `_DRAWS` draws of these labels by `seed`.
     Every image has one label.
     """
-    deviation = features.train.std(dim=0).clamp_min(1e-6)
-    mean, labels = features.train.mean(dim=0), features.train_labels.numpy()
+    labels = features.train_labels.numpy()
+    if len(np.unique(labels)) < 2:
+        raise ValueError(f"{task.name}: logistic regression needs training images of two classes")
+    mean, deviation = features.train.mean(dim=0), features.train.std(dim=0).clamp_min(1e-6)
     train, test = (((f - mean) / deviation).numpy() for f in (features.train, features.test))
     found = []
     for draw in range(1 if few is None else _DRAWS):

@@ -272,6 +272,7 @@ DAMAGES = {
     "mae/holdout.json": "[]",
     "moce/holdout.json": "{}",
     "moce/routing/step_100.json": "[[1, 2], [3]]",
+    "moce/routing/step_200.json": "[1, 2]",
     "moce/gate/step_100.json": '{"chosen": [[1, 2]], "runner_up": [1]}',
     "moce/placement/step_100.json": "{}",
     "clusters/assignments.parquet": "PAR1",
@@ -288,6 +289,13 @@ def test_damaged_files_are_named_and_the_rest_is_shown(finished):
     for name in DAMAGES:
         assert f"could not read {name}: " in page.text and f"could not read {name}: " in summary
     assert "climate" in page.text and "task climate, accuracy:" in summary
+
+
+def test_routing_tables_of_another_shape_are_left_out_of_the_changes(finished):
+    (finished / "moce" / "routing" / "step_300.json").write_text("[[1, 2, 3]]")
+    lines = "\n".join(summary_lines(finished))
+    assert "clusters that changed an expert after step 0" in lines and "(in 3 written" in lines
+    assert "clusters" in Page(write_report(finished)).text
 
 
 def test_differences_and_failures_of_tasks_are_shown(finished):

@@ -171,6 +171,15 @@ def test_a_single_label_of_a_class_still_fits(features, four):
     assert 0.2 < logistic(features, four, 1, seed=0)["accuracy"] < 1
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_images_of_one_class_are_refused_in_words(count, features, four):
+    alone = features._replace(
+        train=features.train[:count], train_labels=torch.zeros(count, dtype=torch.int64)
+    )
+    with pytest.raises(ValueError, match=f"{four.name}: logistic regression needs .* two classes"):
+        logistic(alone, four, None, seed=0)
+
+
 def test_shuffled_labels_are_not_learnt(features):
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
     shuffled = features._replace(train_labels=features.train_labels[order])

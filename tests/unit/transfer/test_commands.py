@@ -189,6 +189,16 @@ def test_probabilities_add_up_and_are_sorted(task, image_folder, capsys):
     assert sum(values) == pytest.approx(1, abs=1e-5) and values == sorted(values, reverse=True)
 
 
+def test_a_folder_that_no_fit_made_is_no_model(task, image_folder, capsys):
+    copied = Path(shutil.copytree(task / "models" / "moce-finetune-0", task / "models" / "mine"))
+    try:
+        said(capsys, "predict", str(task), str(image_folder / "test" / "rows" / "000.png"))
+        with pytest.raises(ConfigError, match="has no model of .*mine.*, only .*-0$"):
+            main(["predict", str(task), "x.png", "--backbone", "mine"])
+    finally:
+        shutil.rmtree(copied)
+
+
 def test_classifier_is_loaded_by_timm_alone(task):
     folder = task / "models" / "moce-finetune-0" / "last"
     ours, spec = load_model(folder)

@@ -193,6 +193,14 @@ def test_entries_without_data_take_that_of_the_flag(run, job, tmp_path, image_fo
     assert f"{image_folder}: 48 training" in shown and "own images: 1000 training" in shown
 
 
+def test_protocols_that_a_task_cannot_have_are_left_out_of_it_alone(run, job, tmp_path):
+    suite = write_suite(tmp_path / "suite.yaml", {"task": "digits"}, {"task": "voc2007"})
+    flags = ["--task", "all", "--run", str(run.root), "--config", suite]
+    args = job.parse([*flags, "--protocol", "knn, logistic", "--data", str(tmp_path)])
+    orders = job.make_orders(args, *job.open_configured(args))
+    assert [o.request.protocols for o in orders] == [("knn", "logistic"), ("knn",)]
+
+
 def test_dry_run_prints_every_task(run, entries, job, tmp_path, capsys):
     suite = write_suite(tmp_path / "suite.yaml", *entries)
     job.main(["--task", "all", "--config", suite, "--run", str(run.root), "--dry-run"])

@@ -80,6 +80,11 @@ def test_no_more_labels_are_seen_than_are_allowed(limit, config, models, task, r
     assert set(read) == {item.key for item in task.subset(6, config.seed).train}
 
 
+def test_a_single_image_is_refused_in_words(config, models, task):
+    with pytest.raises(ValueError, match="validate needs two training images"):
+        tried(config, models, task, max_train=1)
+
+
 def test_labels_of_other_folds_alone_judge_a_fold(config, task):
     # features that tell the image itself and nothing else: whoever saw it would know its label
     draws = torch.Generator().manual_seed(0)
