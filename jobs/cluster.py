@@ -25,8 +25,8 @@ from moce_dist.run.lease import hold
 from moce_dist.settings import ConfigError
 
 if TYPE_CHECKING:
-    from moce_dist.cluster.assign import PricedCentroids
     from moce_dist.cluster.blocks import FeatureFiles
+    from moce_dist.cluster.sweeps import Sweep
 
 
 def main(argv: Sequence[str]) -> None:
@@ -214,7 +214,7 @@ def plan_lines(files: "FeatureFiles", out: Path, config: Config) -> list[str]:
 
 
 def assignment_lines(
-    files: "FeatureFiles", clusters: "PricedCentroids", arguments: Namespace, config: Config
+    files: "FeatureFiles", clusters: "Sweep", arguments: Namespace, config: Config
 ) -> list[str]:
     """Describe what would be assigned to what."""
     rows = "centred and normalised" if clusters.view.normalise else "as they are"

@@ -216,9 +216,11 @@ def main(argv: Sequence[str]) -> None:
     source = config.data.source
     kind, name = parse_source(source)
     is_task = kind == "sample" and name != PRETRAIN
-    if args.against and not local_path(args.against, "--against").is_dir():
+    against = local_path(args.against, "--against") if args.against else None
+    if against and not against.is_dir():
         raise ConfigError(f"--against {args.against}: is not a folder")
-    if is_task and (args.verify or args.against):
+    args.against = against
+    if is_task and (args.verify or against):
         raise ConfigError(f"--verify, --against: are for pre-training data, not for {source}")
     reads, left_out, listed = plan(source, allow_pipes=config.data.allow_pipes)
     out, root = place(args, config)
@@ -257,7 +259,7 @@ def make_shards(args: Any, config: Config, out: Path, ledger: Path, left_out: st
     indices = [index, *held_out(out)]
     summarise(indices, out, len(faults), left_out)
     if args.against:
-        compare_with(Path(args.against), indices, out, config)
+        compare_with(args.against, indices, out, config)
     if args.verify:
         verify_all(indices, ledger, config)
 

@@ -16,8 +16,6 @@ Letters: n rows, D width, K clusters.
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from moce_dist.arrays import Float32, Float64, Int64
 from moce_dist.cluster.assignments import write_assignments
@@ -40,9 +37,9 @@ from moce_dist.cluster.kmeans import (
     state_request,
 )
 from moce_dist.cluster.matrix import Matrix
-from moce_dist.cluster.nearest import make_base, search, squared_distances
+from moce_dist.cluster.nearest import make_base
 from moce_dist.cluster.settle import Settled, settle
-from moce_dist.cluster.sweeps import as_tensor
+from moce_dist.cluster.sweeps import Sweep, as_tensor
 from moce_dist.config import ClusterConfig
 from moce_dist.run.artefacts import COMPLETE, is_complete, mark_complete, read_marker
 from moce_dist.run.files import naming, write_atomic
@@ -50,33 +47,9 @@ from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
 
 
-@dataclass(frozen=True)
-class PricedCentroids:
-    """Clusters that rows are assigned to: centroids (K, D) seen through `view`, prices (K,)."""
-
-    view: View
-    centroids: Float64
-    prices: Float64
-    device: str = "cpu"
-
-    @cached_property
-    def _base(self) -> Tensor:
-        return torch.from_numpy(make_base(self.centroids, self.prices)).to(self.device)
-
-    @cached_property
-    def _points(self) -> Tensor:
-        return as_tensor(self.centroids, self.device)
-
-    def assign(self, augmented: Tensor) -> tuple[Int64, Float64]:
-        """Return cluster and squared distance, (n,) each, of rows (x, 1) after the view."""
-        labels = search(augmented, self._base, num=1).ids[:, 0]
-        distances = squared_distances(augmented[:, :-1], self._points, labels)
-        return labels.cpu().numpy(), distances.cpu().numpy()
-
-
 def make_clusters(
     centroids: NDArray[Any], mean: NDArray[Any] | None, prices: NDArray[Any] | None
-) -> PricedCentroids:
+) -> Sweep:
     """Prepare centroids (K, D), the mean (D,) that is subtracted from raw features, prices (K,).
 
     Without `mean`, features are compared as they are. Without `prices`, only distance counts.
@@ -87,7 +60,7 @@ def make_clusters(
     view = View(np.asarray(origin if mean is None else mean, np.float32), mean is not None)
     centres = centres - (view.mean.astype(np.float64) if mean is None else 0)
     charged = np.zeros(len(centres)) if prices is None else np.asarray(prices, np.float64)
-    return PricedCentroids(view, centres, charged)
+    return Sweep(view, centres, base=make_base(centres, charged))
 
 
 def assign_features(

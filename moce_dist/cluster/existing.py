@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 
 from moce_dist.arrays import Float64, Int64
 from moce_dist.cluster.assign import (
-    PricedCentroids,
     artefacts,
     figures_of,
     finished_summary,
@@ -42,6 +41,7 @@ from moce_dist.cluster.blocks import (
     read_block,
     scan_files,
 )
+from moce_dist.cluster.sweeps import Sweep
 from moce_dist.run.artefacts import COMPLETE, artefact_id, fingerprint, mark_complete, read_marker
 from moce_dist.run.files import write_atomic
 from moce_dist.run.tasks import HERE, Workers
@@ -50,7 +50,7 @@ from moce_dist.settings import ConfigError
 _COPIED = ("centroids.npy", "mean.npy", "prices.npy")
 
 
-def read_clusters(folder: Path, *, with_prices: bool = False) -> PricedCentroids:
+def read_clusters(folder: Path, *, with_prices: bool = False) -> Sweep:
     """Read the clusters that a finished clustering left in a folder.
 
     Raises:
@@ -89,7 +89,7 @@ def _check_array(path: Path, array: NDArray[Any], shape: tuple[int | None, ...])
         )
 
 
-def open_new_features(folder: Path, clusters: PricedCentroids) -> FeatureFiles:
+def open_new_features(folder: Path, clusters: Sweep) -> FeatureFiles:
     """Read headers and keys of features that are to be assigned to `clusters`.
 
     Raises:
@@ -103,7 +103,7 @@ def open_new_features(folder: Path, clusters: PricedCentroids) -> FeatureFiles:
     return files
 
 
-def scan_features(files: FeatureFiles, clusters: PricedCentroids, workers: Workers = HERE) -> Scan:
+def scan_features(files: FeatureFiles, clusters: Sweep, workers: Workers = HERE) -> Scan:
     """Check every value of new features; return their mean and sha256.
 
     Raises:
@@ -122,7 +122,7 @@ class Assigned(NamedTuple):
     distances: Float64
 
 
-def assign_group(clusters: PricedCentroids, group: tuple[Block, ...]) -> Assigned:
+def assign_group(clusters: Sweep, group: tuple[Block, ...]) -> Assigned:
     """Assign the rows of some blocks, one block in memory at a time."""
     blocks = (read_block(block, clusters.view, clusters.device) for block in group)
     found = [clusters.assign(rows) for rows in blocks]
@@ -131,7 +131,7 @@ def assign_group(clusters: PricedCentroids, group: tuple[Block, ...]) -> Assigne
 
 
 def assign_files(
-    files: FeatureFiles, clusters: PricedCentroids, *, block_rows: int, workers: Workers = HERE
+    files: FeatureFiles, clusters: Sweep, *, block_rows: int, workers: Workers = HERE
 ) -> Assigned:
     """Assign all rows of a folder of features whose values `scan_features` has checked."""
     done = Assigned(np.empty(files.num_rows, np.int64), np.empty(files.num_rows))

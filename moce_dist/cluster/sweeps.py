@@ -97,6 +97,12 @@ class Sweep:
             return search_index(augmented, self._opened, num=self.num)
         return search(augmented, self._base, num=self.num)
 
+    def assign(self, augmented: Tensor) -> tuple[Int64, Float64]:
+        """Return the best cluster of some rows and the squared distance to it, (n,) each."""
+        labels = self.search(augmented).ids[:, 0]
+        distances = squared_distances(augmented[:, :-1], self.points, labels)
+        return labels.cpu().numpy(), distances.cpu().numpy()
+
 
 def as_tensor(array: NDArray[Any], device: str = "cpu") -> Tensor:
     """Bring an array to a device; on the CPU a contiguous, writable array is not copied."""

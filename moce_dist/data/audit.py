@@ -16,6 +16,7 @@ Every shard is a task, so workers share the reading. A task returns its findings
 Source: signs of differences as in the difference hash of N. Krawetz, "Kind of like that", 2013.
 """
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -142,11 +143,13 @@ def unaccounted(file: IO[bytes], url: str, shard: Shard) -> Iterator[Fault]:
 def _junk(file: IO[bytes], start: int, end: int) -> str:
     while start < end:
         file.seek(start)
-        block = file.read(_BLOCK)
-        if block[156:157] == tarfile.XGLTYPE:
+        block, header = file.read(_BLOCK), None
+        # zeros and junk are no header
+        with contextlib.suppress(tarfile.HeaderError):
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        if header is not None and header.type == tarfile.XGLTYPE and header.size >= 0:
             # a global pax header, which belongs to no single member
-            length = int(block[124:135].strip(b" \0") or b"0", 8)
-            start += _BLOCK + -(-length // _BLOCK) * _BLOCK
+            start += _BLOCK + -(-header.size // _BLOCK) * _BLOCK
         elif block.strip(b"\0"):
             return f"bytes that are part of no member, at byte {start}"
         else:
@@ -227,10 +230,10 @@ def hash_images(paths: Sequence[Path]) -> ImageHashes:
     digests: dict[bytes, int] = {}
     images: list[Float32] = []
     for path in track(paths, "images", total=len(paths)):
-        content = path.read_bytes()
         try:
+            content = path.read_bytes()
             images.append(_small(content))
-        except ImageError:
+        except (ImageError, OSError):
             continue
         digests[hashlib.sha256(content).digest()] = len(names)
         names.append(str(path))

@@ -220,22 +220,22 @@ def write_index(folder: Path, shards: Iterable[Shard]) -> ShardIndex:
     return index
 
 
-def read_index(root: str | Path) -> ShardIndex:
-    """Read the index of a folder or URL.
+def read_index(root: str | Path, deadline_s: float = 240.0) -> ShardIndex:
+    """Read the index of a folder or URL; a remote one again after errors, for `deadline_s` seconds.
 
     Raises:
         ConfigError: there is none, or it has another format.
+        OSError: it cannot be read.
     """
     url = f"{str(root).rstrip('/')}/{INDEX_NAME}"
     if "://" in url:
         check_url(url)
     try:
-        with open_shard(url) as file:
-            document = json.load(file)
+        document = json.loads(read_whole(url, lambda file: file.read(), deadline_s))
         shards = [Shard(**shard) for shard in document["shards"]]
     except FileNotFoundError:
         raise ConfigError(f"{url}: no such index; make it with jobs/ingest.py") from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{url}: is not an index of moce_dist ({type(error).__name__}: {error})"
         ) from None

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,21 +61,34 @@ class Loaded(NamedTuple):
         return [Unread(key, reason) if reason else None for key, reason in pairs]
 
 
-def stand_in(
-    read: Callable[[int], tuple[Any, Any]], keys: Callable[[int], str], index: int, count: int
-) -> Loaded:
-    """Read an image and its label by number, or the next readable one in its place.
+class TrainingItems(Dataset[Loaded]):
+    """Training samples by (epoch, index); the next readable item replaces an unreadable one."""
 
-    Raises:
-        ValueError: none of the `count` images can be read.
-    """
-    reason = ""
-    for number in itertools.chain(range(index, count), range(index)):
-        try:
-            return Loaded(*read(number), keys(index), reason)
-        except (ValueError, OSError) as error:
-            reason = reason or str(error)
-    raise ValueError(f"{keys(index)}: {reason}; nor can any other be read")
+    def __init__(self, items: Sequence[Any]) -> None:
+        """Take items that have a `key`."""
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, draw: Draw) -> Loaded:
+        """Return item `index` as it looks in `epoch`, or the next one that can be read.
+
+        Raises:
+            ValueError: no item can be read.
+        """
+        (epoch, index), reason = draw, ""
+        key = str(self.items[index].key)
+        for number in itertools.chain(range(index, len(self)), range(index)):
+            try:
+                return Loaded(*self.read(self.items[number], epoch), key, reason)
+            except (ValueError, OSError) as error:
+                reason = reason or str(error)
+        raise ValueError(f"{key}: {reason}; nor can any other be read")
+
+    def read(self, item: Any, epoch: int) -> tuple[Any, Any]:
+        """Return pixels and label of an item as it looks in an epoch."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -157,10 +170,10 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
     )
 
 
-class TaskImages(Dataset[Loaded]):
+class TaskImages(TrainingItems):
     """Items as (3, S, S) float32, normalised for a model; with `augment` cropped and mirrored.
 
-    With `augment`, the next readable item replaces an unreadable one; otherwise it is blank.
+    Without `augment`, an unreadable item is blank.
     """
 
     def __init__(
@@ -172,39 +185,28 @@ class TaskImages(Dataset[Loaded]):
         augment: FinetuneConfig | None = None,
         seed: int = 0,
     ) -> None:
-        self._items, self._size, self._kept = items, model.image_size, kept
+        super().__init__(items)
+        self._size, self._kept = model.image_size, kept
         self._augment, self._seed = augment, seed
         # all backbones get the same squares; an encoder has its own framing
         self._framing = model.framing if isinstance(model, EncoderInput) else None
         self._factor, self._shift = renormalisation(model.mean, model.std)
 
-    def __len__(self) -> int:
-        return len(self._items)
-
     def __getitem__(self, draw: Draw) -> Loaded:
-        """Return item `index` as it looks in `epoch`, for a draw (epoch, index).
-
-        Raises:
-            ValueError: with `augment`, no image can be read.
-        """
-        epoch, index = draw
+        """Return item `index` as it looks in `epoch`, for a draw (epoch, index)."""
         if self._augment is not None:
-            return stand_in(
-                lambda number: self._read(number, epoch),
-                lambda number: self._items[number].key,
-                index,
-                len(self),
-            )
-        item = self._items[index]
+            return super().__getitem__(draw)
+        item = self.items[draw[1]]
         try:
-            return Loaded(*self._read(index, epoch), item.key, "")
+            return Loaded(*self.read(item, draw[0]), item.key, "")
         except (ValueError, OSError) as error:
             blank = np.zeros((3, self._size, self._size), np.float32)
             label = np.asarray(item.label, np.int64)
             return Loaded(blank, label, item.key, str(error))
 
-    def _read(self, index: int, epoch: int) -> tuple[np.ndarray, Int64]:
-        item, size = self._items[index], self._size
+    def read(self, item: Item, epoch: int) -> tuple[np.ndarray, Int64]:
+        """Return pixels and label of an item."""
+        size = self._size
         if self._framing is not None:
             pixels = framed_image(item.read(), size, self._framing)
         elif self._augment is None:

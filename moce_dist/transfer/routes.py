@@ -39,15 +39,6 @@ class Route:
         return sum(self.clusters.values())
 
 
-def cluster_sizes(run: Run, num_clusters: int) -> list[int]:
-    """Count the training images of every cluster.
-
-    Raises:
-        ConfigError: the assignments are missing.
-    """
-    return count_assignments(run.clusters / "assignments.parquet", num_clusters).tolist()
-
-
 def list_routes(run: Run, config: Config, stage: TrainedStage) -> list[Route]:
     """List the routes that clusters take, the one with most images first.
 
@@ -55,7 +46,7 @@ def list_routes(run: Run, config: Config, stage: TrainedStage) -> list[Route]:
         ConfigError: the checkpoint has no experts, or the assignments are missing.
     """
     table = routes(stage.weights, config.gate, num_groups=config.parallel.num_groups)
-    sizes = cluster_sizes(run, table.shape[1])
+    sizes = count_assignments(run.clusters / "assignments.parquet", table.shape[1]).tolist()
     found: dict[tuple[int, ...], dict[int, int]] = {}
     for cluster, experts in enumerate(table.T.tolist()):
         found.setdefault(tuple(experts), {})[cluster] = sizes[cluster]

@@ -55,24 +55,24 @@ def _sgd(model, *_, **__):
     )
 
 
-class _Settled(detect.DetectorFit):
-    """A detector that draws nothing, and whose loss is a mean over images whatever the parts."""
+def _settled_model(task, trial, made=detect.make_model):
+    """A detector that draws nothing."""
+    model = made(task, trial)
+    for part in (model.rpn, model.roi_heads):
+        # every anchor and proposal is taken
+        part.fg_bg_sampler.batch_size_per_image = 10**6
+    return model
 
-    def build(self, seed):
-        model = super().build(seed)
-        for part in (model.rpn, model.roi_heads):
-            # every anchor and proposal is taken
-            part.fg_bg_sampler.batch_size_per_image = 10**6
-        return model
 
-    def loss(self, model):
-        loss_of = super().loss(model)
+def _settled_loss(model, device, made=detect.make_loss):
+    """A loss that is a mean over images whatever the parts."""
+    loss_of = made(model, device)
 
-        def of(squares, targets):
-            each = [loss_of(squares[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
-            return torch.stack(each).mean()
+    def of(squares, targets):
+        each = [loss_of(squares[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
+        return torch.stack(each).mean()
 
-        return of
+    return of
 
 
 def _kill_before(step):
@@ -127,7 +127,8 @@ def fit_task(kind, root, out, overrides, adam=False, kill=None, ask=None, save_e
             patches.enter_context(patch.object(finetune, "layered_adamw", _sgd))
             patches.enter_context(patch.object(upernet.Segmenter, "optimizer", _sgd))
             patches.enter_context(patch.object(detect, "make_optimizer", _sgd))
-            patches.enter_context(patch.object(detect, "DetectorFit", _Settled))
+            patches.enter_context(patch.object(detect, "make_model", _settled_model))
+            patches.enter_context(patch.object(detect, "make_loss", _settled_loss))
         if kill is not None:
             patches.enter_context(_kill_before(kill))
         try:
@@ -183,10 +184,11 @@ def images_used(**options):
     with (
         _noting(detect, "training_square", learnt),
         _noting(finding, "find_in", seen),
-        _noting(finding, "box_results", scored),
+        _noting(finding, "results_of", scored),
     ):
         figures = fit_task("detect", **options, adam=True)
-    keys = [[a[0].key for a in learnt], [a[1].key for a in seen], [a[0].key for a in scored]]
+    boxes = [each.key for each, *_, kind in scored if kind == "bbox"]
+    keys = [[a[0].key for a in learnt], [a[1].key for a in seen], boxes]
     return figures, *keys
 
 

@@ -36,9 +36,8 @@ from moce_dist.transfer.loading import (
     eval_batches,
     rank_draws,
 )
-from moce_dist.transfer.ranks import in_order
 from moce_dist.transfer.saved import Spec, classifier_spec
-from moce_dist.transfer.skips import Skips, readable, training_batches
+from moce_dist.transfer.skips import Skips, training_batches
 from moce_dist.transfer.tasks import Item
 
 logger = logging.getLogger(__name__)
@@ -152,7 +151,6 @@ def _check_warm_up(recipe: FinetuneConfig) -> None:
         )
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module, backbone: Backbone, task: Classification, machine: Machine
 ) -> tuple[Measures, list[Unread]]:
@@ -163,10 +161,9 @@ def evaluate(
     Raises:
         ValueError: no image can be read.
     """
-    found = []
-    for images, labels, faults in eval_batches(task.test, backbone, machine):
-        found.append((model(images.to(machine.device)).float().cpu(), labels, faults))
-    scores, truth, unread = readable(in_order(found, machine))
+    scores, truth, unread = frozen.encode(
+        model, backbone, task.test, machine, name="the classifier"
+    )
     return measure(task.metric, scores, truth), unread
 
 

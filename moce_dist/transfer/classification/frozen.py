@@ -11,7 +11,7 @@ features minus their mean as in the clustering of this package.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,7 +76,7 @@ def extract(
 def encode(
     model: Callable[[Tensor], Tensor],
     takes: Backbone | EncoderInput,
-    items: list[Item],
+    items: Sequence[Item],
     machine: Machine,
     *,
     name: str,

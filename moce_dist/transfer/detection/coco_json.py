@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from moce_dist.data.decoders import ImageError
+from moce_dist.data.upright import Annotated, open_annotated
 from moce_dist.run.names import and_more, as_text
 from moce_dist.settings import ConfigError
 
@@ -46,25 +48,42 @@ class Annotation(NamedTuple):
     """Polygons as arrays (x, y, x, y, ...), run lengths as a dict, or None."""
 
 
-class Image(NamedTuple):
-    """An image of the file and its objects."""
+class BoxedImage(NamedTuple):
+    """An image file and its objects; `id` is the image id of COCO."""
 
+    key: str
+    image: Path
     id: int
-    file_name: str
     width: int
     height: int
     annotations: Sequence[Annotation]
+
+    def learnable(self) -> list[Annotation]:
+        """Return the objects that a detector learns from: no crowds, no boxes of no area."""
+        return [a for a in self.annotations if not a.is_crowd and min(a.box[2:]) > 0]
+
+    def load(self) -> Annotated:
+        """Decode the image to RGB: upright, or as stored if its annotations refer to that.
+
+        Raises:
+            ImageError: it cannot be read, or does not have the annotated size.
+        """
+        try:
+            content = self.image.read_bytes()
+        except OSError as error:
+            raise ImageError(str(error)) from None
+        return open_annotated(content, (self.width, self.height))
 
 
 class AnnotationFile(NamedTuple):
     """What a file holds; categories are (id, name) in the order of their ids."""
 
     categories: Sequence[tuple[int, str]]
-    images: Sequence[Image]
+    images: Sequence[BoxedImage]
 
 
-def read_annotations(path: Path) -> AnnotationFile:
-    """Read and check a file.
+def read_annotations(path: Path, folder: Path) -> AnnotationFile:
+    """Read and check a file about the images in `folder`; whether they are there is not checked.
 
     Raises:
         ConfigError: naming the file, the entry and what is wrong with it.
@@ -95,8 +114,12 @@ def read_annotations(path: Path) -> AnnotationFile:
     return AnnotationFile(
         [(key, as_text(categories[key]["name"])) for key in sorted(categories)],
         [
-            Image(key, i["file_name"], i["width"], i["height"], found[key])
-            for key, i in sorted(images.items())
+            BoxedImage(
+                as_text(f"{folder.name}/{image['file_name']}"),
+                folder / image["file_name"],
+                *(key, image["width"], image["height"], found[key]),
+            )
+            for key, image in sorted(images.items())
         ],
     )
 

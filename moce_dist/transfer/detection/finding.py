@@ -16,16 +16,16 @@ from pycocotools import mask as run_lengths
 
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.progress import track
+from moce_dist.transfer.detection.coco_json import BoxedImage, Entry
 from moce_dist.transfer.detection.jitter import decode_mask
 from moce_dist.transfer.detection.precision import (
     Detections,
     average_precision,
-    box_results,
     ground_truth,
-    mask_results,
     pack_mask,
+    results_of,
 )
-from moce_dist.transfer.detection.task import BoxedImage, Detection
+from moce_dist.transfer.detection.task import Detection
 from moce_dist.transfer.drawing import PredictOptions, drawing_paths, open_item, palette, write_png
 from moce_dist.transfer.fit import Measures
 from moce_dist.transfer.loading import Machine, Unread
@@ -99,21 +99,18 @@ def find_in(model: Any, boxed: BoxedImage, machine: Machine) -> Detections | Unr
 
 
 def _score(looks: Sequence[Detections | Unread], task: Detection, out: Path) -> Figures:
-    boxes, masks = [], []
+    kinds = {"box": "bbox", "mask": "segm"} if task.has_masks else {"box": "bbox"}
+    results: dict[str, list[Entry]] = {kind: [] for kind in kinds.values()}
     for number, (boxed, found) in enumerate(zip(task.test, looks, strict=True)):
         if isinstance(found, Unread):
             continue
-        boxes += box_results(boxed, found, task.category_ids)
-        if task.has_masks:
-            masks += mask_results(boxed, found, task.category_ids)
+        for kind in results:
+            results[kind] += results_of(boxed, found, task.category_ids, kind)
         if number < _NUM_PREVIEWS:
             path = out / f"{boxed.image.stem}.png"
             draw_preview(path, boxed.load().image, boxed, found, task)
     truth = ground_truth(task.test, task)
-    figures = {"box": average_precision(truth, boxes, "bbox")}
-    if task.has_masks:
-        figures["mask"] = average_precision(truth, masks, "segm")
-    return figures
+    return {name: average_precision(truth, results[kind], kind) for name, kind in kinds.items()}
 
 
 def predict(

@@ -23,18 +23,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from moce_dist.config import DetectionConfig
 from moce_dist.data.images import sample_generator
 from moce_dist.run.files import write_atomic
-from moce_dist.transfer.backbone import Backbone
+from moce_dist.transfer.detection.coco_json import BoxedImage
 from moce_dist.transfer.detection.finding import Scored, evaluate, predict
 from moce_dist.transfer.detection.jitter import training_square
-from moce_dist.transfer.detection.task import BoxedImage, Detection
+from moce_dist.transfer.detection.task import Detection
 from moce_dist.transfer.detection.vitdet import make_detector, make_optimizer
 from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit, stepped_rate
-from moce_dist.transfer.loading import Draw, Loaded, Machine, TrainingOrder, rank_draws, stand_in
+from moce_dist.transfer.loading import Loaded, TrainingItems, TrainingOrder, rank_draws
 from moce_dist.transfer.saved import Spec, dense_spec
 from moce_dist.transfer.skips import Skips, training_batches
 
@@ -46,31 +45,23 @@ Target = dict[str, Tensor]
 """Ground truth of a square as torchvision's detectors take it: boxes, labels and maybe masks."""
 
 
-class Squares(Dataset[Loaded]):
+class Squares(TrainingItems):
     """Training squares of images, drawn by (seed, epoch, key); their labels are targets."""
 
     def __init__(self, task: Detection, recipe: DetectionConfig, seed: int) -> None:
-        self._task, self._recipe, self._seed = task, recipe, seed
+        super().__init__(task.train)
+        self._recipe, self._has_masks, self._seed = recipe, task.has_masks, seed
         # class 0 is the background
         self._classes = {number: i + 1 for i, number in enumerate(task.category_ids)}
 
-    def __getitem__(self, draw: Draw) -> Loaded:
-        epoch, index = draw
-        train = self._task.train
-        return stand_in(
-            lambda number: self._read(train[number], epoch),
-            lambda number: str(train[number].key),
-            index,
-            len(train),
-        )
-
-    def _read(self, boxed: BoxedImage, epoch: int) -> tuple[NDArray[np.uint8], Target]:
+    def read(self, item: BoxedImage, epoch: int) -> tuple[NDArray[np.uint8], Target]:
+        """Return the square (3, S, S) of an image in [0, 255] and its target."""
         square = training_square(
-            boxed,
+            item,
             self._recipe.size,
             (self._recipe.scale_min, self._recipe.scale_max),
-            has_masks=self._task.has_masks,
-            draws=sample_generator(self._seed, epoch, boxed.key),
+            has_masks=self._has_masks,
+            draws=sample_generator(self._seed, epoch, item.key),
         )
         classes = [self._classes[int(category)] for category in square.categories]
         target = {
@@ -88,83 +79,31 @@ def stack_squares(squares: Sequence[Loaded]) -> Loaded:
     return Loaded(torch.from_numpy(np.stack(pixels)), list(targets), keys, reasons)
 
 
-class DetectorFit:
-    """One fit: a detector, the task that it learns, and the machine that it runs on."""
+def make_model(task: Detection, trial: Trial) -> Any:
+    """Make the detector of a fit, in training mode, on the machine's device."""
+    recipe, machine = trial.transfer.detection, trial.machine
+    vit = trial.backbone.dense_model(recipe.size, seed=trial.seed, drop_path=recipe.drop_path)
+    return make_detector(
+        vit,
+        trial.backbone,
+        recipe,
+        num_classes=len(task.classes),
+        has_masks=task.has_masks,
+        autocast=machine.autocast,
+    ).to(machine.device)
 
-    def __init__(
-        self, backbone: Backbone, task: Detection, recipe: DetectionConfig, machine: Machine
-    ) -> None:
-        self.backbone, self.task = backbone, task
-        self.recipe, self.machine = recipe, machine
 
-    def build(self, seed: int) -> Any:
-        """Build the detector, in training mode; `seed` draws its new weights."""
-        recipe = self.recipe
-        vit = self.backbone.dense_model(recipe.size, seed=seed, drop_path=recipe.drop_path)
-        return make_detector(
-            vit,
-            self.backbone,
-            recipe,
-            num_classes=len(self.task.classes),
-            has_masks=self.task.has_masks,
-            autocast=self.machine.autocast,
-        ).to(self.machine.device)
+def make_loss(model: Any, device: torch.device) -> Callable[[Tensor, Sequence[Target]], Tensor]:
+    """Return the sum of a detector's losses as a function of squares (B, 3, S, S) and targets."""
 
-    def batches(self, seed: int, start: int, skips: Skips) -> Iterator[tuple[Tensor, list[Target]]]:
-        """Yield this rank's squares (B, 3, S, S) in [0, 255] and targets from step `start` on.
+    def loss_of(squares: Tensor, targets: Sequence[Target]) -> Tensor:
+        moved = [{name: x.to(device) for name, x in target.items()} for target in targets]
+        # the detector itself chooses which of its parts run in bfloat16
+        with torch.autocast(device.type, enabled=False):
+            losses: dict[str, Tensor] = model(list(squares.float() / 255), moved)
+        return torch.stack(list(losses.values())).sum()
 
-        Collective over the ranks.
-
-        Raises:
-            ConfigError: a step has too few images for so many ranks.
-            ValueError: no image can be read.
-        """
-        recipe, num_images = self.recipe, len(self.task.train)
-        order = TrainingOrder.of_steps(num_images, recipe.batch_size, recipe.steps, seed)
-        draws = rank_draws(order, self.machine, start, recipe.steps)
-        squares = Squares(self.task, recipe, seed)
-        return training_batches(
-            squares, draws, self.machine, start, skips, collate_fn=stack_squares
-        )
-
-    def loss(self, model: Any) -> Callable[[Tensor, Sequence[Target]], Tensor]:
-        """Return the sum of a detector's losses as a function of squares and targets."""
-        device = self.machine.device
-
-        def of(squares: Tensor, targets: Sequence[Target]) -> Tensor:
-            moved = [{name: x.to(device) for name, x in target.items()} for target in targets]
-            # the detector itself chooses which of its parts run in bfloat16
-            with torch.autocast(device.type, enabled=False):
-                losses: dict[str, Tensor] = model(list(squares.float() / 255), moved)
-            return torch.stack(list(losses.values())).sum()
-
-        return of
-
-    def fitting(self, model: Any, seed: int, skips: Skips, view: Callable[[], Measures]) -> Fitting:
-        """Describe the training of a detector."""
-        recipe, steps = self.recipe, self.recipe.steps
-        return Fitting(
-            name=f"{self.task.name} {self.backbone.name} seed {seed}",
-            model=model,
-            optimizer=make_optimizer(model, recipe.layer_decay),
-            batches=lambda start: self.batches(seed, start, skips),
-            loss=self.loss(model),
-            view=view,
-            spec=dense_spec(
-                self.backbone,
-                self.task,
-                recipe.size,
-                channels=recipe.channels,
-                has_masks=self.task.has_masks,
-                window=recipe.window,
-                anchor_strides=recipe.anchor_strides,
-            ),
-            steps=steps,
-            warmup=min(_WARMUP_STEPS, math.ceil(_WARMUP_SHARE * steps)),
-            peak_lr=recipe.lr,
-            seed=seed,
-            schedule=stepped_rate,
-        )
+    return loss_of
 
 
 def fit(task: Detection, trial: Trial) -> Fitted:
@@ -177,17 +116,42 @@ def fit(task: Detection, trial: Trial) -> Fitted:
         ConfigError: a step has too few images for so many ranks.
         ValueError: no image can be read.
     """
-    machine, seed = trial.machine, trial.seed
-    learner = DetectorFit(trial.backbone, task, trial.transfer.detection, machine)
-    model, skips = learner.build(seed), Skips(machine, trial.kept)
+    machine, recipe, seed = trial.machine, trial.transfer.detection, trial.seed
+    model, skips = make_model(task, trial), Skips(machine, trial.kept)
+    squares = Squares(task, recipe, seed)
+    order = TrainingOrder.of_steps(len(task.train), recipe.batch_size, recipe.steps, seed)
     scored: list[Scored] = []
+
+    def batches(start: int) -> Iterator[tuple[Tensor, list[Target]]]:
+        draws = rank_draws(order, machine, start, recipe.steps)
+        return training_batches(squares, draws, machine, start, skips, collate_fn=stack_squares)
 
     def view() -> Measures:
         scored.append(evaluate(model, task, machine, trial.out))
         skips.test = scored[-1].unread
         return scored[-1].measures()
 
-    run_fit(learner.fitting(model, seed, skips, view), machine, trial.kept)
+    fitting = Fitting(
+        name=f"{task.name} {trial.backbone.name} seed {seed}",
+        model=model,
+        optimizer=make_optimizer(model, recipe.layer_decay),
+        batches=batches,
+        loss=make_loss(model, machine.device),
+        view=view,
+        spec=dense_spec(
+            *(trial.backbone, task, recipe.size),
+            channels=recipe.channels,
+            has_masks=task.has_masks,
+            window=recipe.window,
+            anchor_strides=recipe.anchor_strides,
+        ),
+        steps=recipe.steps,
+        warmup=min(_WARMUP_STEPS, math.ceil(_WARMUP_SHARE * recipe.steps)),
+        peak_lr=recipe.lr,
+        seed=seed,
+        schedule=stepped_rate,
+    )
+    run_fit(fitting, machine, trial.kept)
     figures: dict[str, Any] = {
         kind: {name: None if math.isnan(v) else v for name, v in values.items()}
         for kind, values in scored[-1].figures.items()

@@ -26,7 +26,7 @@ from torchvision.tv_tensors import BoundingBoxes
 
 from moce_dist.arrays import Float32, Int64
 from moce_dist.data.images import MEAN
-from moce_dist.transfer.detection.task import BoxedImage
+from moce_dist.transfer.detection.coco_json import BoxedImage
 
 _PADDING = [round(255 * mean) for mean in MEAN]
 

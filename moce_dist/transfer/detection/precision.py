@@ -21,8 +21,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from moce_dist.arrays import Float64, Int64
+from moce_dist.transfer.detection.coco_json import BoxedImage
 from moce_dist.transfer.detection.jitter import to_runs
-from moce_dist.transfer.detection.task import BoxedImage, Detection
+from moce_dist.transfer.detection.task import Detection
 
 FIGURES = ("AP", "AP50", "AP75", "AP small", "AP medium", "AP large")
 
@@ -101,33 +102,25 @@ def _data_set(images: list[Entry], categories: list[Entry], annotations: list[En
     return made
 
 
-def box_results(boxed: BoxedImage, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
-    """Convert the boxes of an image to the evaluator's form."""
+def results_of(
+    boxed: BoxedImage, found: Detections, category_ids: Sequence[int], kind: str
+) -> list[Entry]:
+    """Convert the boxes (`kind` bbox) or masks (segm) of an image to the evaluator's form."""
+    shapes: list[Entry]
+    if kind == "bbox":
+        shapes = [{"bbox": b.tolist(), "area": float(b[2] * b[3])} for b in found.sizes()]
+    else:
+        shapes = [
+            {
+                "segmentation": mask,
+                "bbox": run_lengths.toBbox(mask).tolist(),
+                "area": float(run_lengths.area(mask)),
+            }
+            for mask in found.masks or ()
+        ]
     return [
-        {
-            "image_id": boxed.id,
-            "category_id": category_ids[label],
-            "score": float(score),
-            "bbox": box.tolist(),
-            "area": float(box[2] * box[3]),
-        }
-        for box, score, label in zip(found.sizes(), found.scores, found.labels, strict=True)
-    ]
-
-
-def mask_results(boxed: BoxedImage, found: Detections, category_ids: Sequence[int]) -> list[Entry]:
-    """Convert the masks of an image to the evaluator's form; areas are those of the masks."""
-    assert found.masks is not None
-    return [
-        {
-            "image_id": boxed.id,
-            "category_id": category_ids[label],
-            "score": float(score),
-            "segmentation": mask,
-            "bbox": run_lengths.toBbox(mask).tolist(),
-            "area": float(run_lengths.area(mask)),
-        }
-        for mask, score, label in zip(found.masks, found.scores, found.labels, strict=True)
+        {"image_id": boxed.id, "category_id": category_ids[label], "score": float(score), **shape}
+        for shape, score, label in zip(shapes, found.scores, found.labels, strict=True)
     ]
 
 

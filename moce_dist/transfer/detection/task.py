@@ -16,47 +16,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from moce_dist.config import Config, TransferConfig
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.upright import Annotated, open_annotated
 from moce_dist.run.artefacts import file_sha256
-from moce_dist.run.names import and_more, as_text
+from moce_dist.run.names import and_more
 from moce_dist.settings import ConfigError
-from moce_dist.transfer.detection.coco_json import Annotation, AnnotationFile, read_annotations
+from moce_dist.transfer.detection.coco_json import AnnotationFile, BoxedImage, read_annotations
 from moce_dist.transfer.tasks import Item, Task, data_folder, scan_all, warn_of_doubt
 
 logger = logging.getLogger(__name__)
 _YEAR = "2017"
 _LAYOUT = "expected DATA/annotations/instances_{train,val}2017.json and DATA/{train,val}2017"
-
-
-class BoxedImage(NamedTuple):
-    """An image file and its objects; `id` is the image id of COCO."""
-
-    key: str
-    image: Path
-    id: int
-    width: int
-    height: int
-    annotations: Sequence[Annotation]
-
-    def learnable(self) -> list[Annotation]:
-        """Return the objects that a detector learns from: no crowds, no boxes of no area."""
-        return [a for a in self.annotations if not a.is_crowd and min(a.box[2:]) > 0]
-
-    def load(self) -> Annotated:
-        """Decode the image to RGB: upright, or as stored if its annotations refer to that.
-
-        Raises:
-            ImageError: it cannot be read, or does not have the annotated size.
-        """
-        try:
-            content = self.image.read_bytes()
-        except OSError as error:
-            raise ImageError(str(error)) from None
-        return open_annotated(content, (self.width, self.height))
 
 
 def _find(data: Path, split: str) -> Path:
@@ -83,24 +55,6 @@ def _check_classes(files: Sequence[Path], read: Sequence[AnnotationFile]) -> Non
                 f"{files[1]}: category {theirs[0]} ({theirs[1]}) is {ours[0]} ({ours[1]}) in "
                 f"{files[0].name}"
             )
-
-
-def _boxed_images(folder: Path, read: AnnotationFile) -> list[BoxedImage]:
-    found = [
-        BoxedImage(
-            as_text(f"{folder.name}/{i.file_name}"),
-            folder / i.file_name,
-            i.id,
-            i.width,
-            i.height,
-            i.annotations,
-        )
-        for i in read.images
-    ]
-    if missing := [boxed.image for boxed in found if not boxed.image.is_file()]:
-        more = and_more(missing)
-        raise ConfigError(f"{missing[0]}: is missing, the annotations list it{more}")
-    return found
 
 
 def _look(boxed: BoxedImage) -> bool:
@@ -143,9 +97,12 @@ class Detection(Task):
         for folder, path in zip(folders, files, strict=True):
             if not folder.is_dir():
                 raise ConfigError(f"{folder}: is no folder; it holds the images of {path.name}")
-        found = [read_annotations(path) for path in files]
+        found = [read_annotations(*pair) for pair in zip(files, folders, strict=True)]
         _check_classes(files, found)
-        train, test = (_boxed_images(*pair) for pair in zip(folders, found, strict=True))
+        train, test = (list(each.images) for each in found)
+        if missing := [b.image for b in (*train, *test) if not b.image.is_file()]:
+            more = and_more(missing)
+            raise ConfigError(f"{missing[0]}: is missing, the annotations list it{more}")
         for path, split in zip(files, (train, test), strict=True):
             if not any(boxed.learnable() for boxed in split):
                 raise ConfigError(f"{path}: has no box that is neither a crowd's nor empty")

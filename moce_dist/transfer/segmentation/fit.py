@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as geometry
 
 from moce_dist.arrays import Float32, Int64
@@ -35,13 +34,11 @@ from moce_dist.transfer.backbone import Backbone
 from moce_dist.transfer.drawing import PredictOptions, drawing_paths, open_item, palette, write_png
 from moce_dist.transfer.fit import Fitted, Fitting, Measures, Trial, run_fit
 from moce_dist.transfer.loading import (
-    Draw,
-    Loaded,
     Machine,
+    TrainingItems,
     TrainingOrder,
     Unread,
     rank_draws,
-    stand_in,
 )
 from moce_dist.transfer.ranks import add_up, in_order
 from moce_dist.transfer.saved import Spec, dense_spec
@@ -141,28 +138,19 @@ def training_crop(
     return np.pad(pixels, ((0, 0), *padding)), np.pad(classes, padding, constant_values=IGNORE)
 
 
-class _Crops(Dataset[Loaded]):
+class _Crops(TrainingItems):
     """Training crops of images with masks, drawn by (seed, epoch, key)."""
 
     def __init__(
         self, task: Segmentation, recipe: SegmentationConfig, backbone: Backbone, seed: int
     ) -> None:
-        self._task, self._recipe, self._seed = task, recipe, seed
+        super().__init__(task.train)
+        self._num_classes, self._recipe, self._seed = len(task.classes), recipe, seed
         self._factor, self._shift = renormalisation(backbone.mean, backbone.std)
 
-    def __getitem__(self, draw: Draw) -> Loaded:
-        epoch, index = draw
-        train = self._task.train
-        return stand_in(
-            lambda number: self._read(train[number], epoch),
-            lambda number: str(train[number].key),
-            index,
-            len(train),
-        )
-
-    def _read(self, masked: MaskedImage, epoch: int) -> tuple[Float32, Int64]:
-        draws = sample_generator(self._seed, epoch, masked.key)
-        shown, mask = load_masked(masked, len(self._task.classes))
+    def read(self, item: MaskedImage, epoch: int) -> tuple[Float32, Int64]:
+        draws = sample_generator(self._seed, epoch, item.key)
+        shown, mask = load_masked(item, self._num_classes)
         pixels, labels = training_crop(shown.image, mask, self._recipe, draws)
         return pixels * self._factor + self._shift, np.ascontiguousarray(labels)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from in_process import run_here
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
@@ -185,6 +187,35 @@ def test_mean_of_thumbnails_does_not_count():
 
     pixels = np.random.default_rng(0).uniform(0, 100, (64, 64)).astype(np.float32)
     assert float(thumbnail(pixels) @ thumbnail(2 * pixels + 30)) > 0.9999
+
+
+def test_a_file_that_cannot_be_read_is_counted_and_not_compared(
+    tmp_path, tar_of, some_image, monkeypatch, caplog
+):
+    index = indexed(tmp_path, tar_of, [("a.png", some_image(0))])
+    (tmp_path / "task").mkdir()
+    for name in ("bad", "good"):
+        (tmp_path / "task" / f"{name}.png").write_bytes(some_image(0))
+    whole = Path.read_bytes
+
+    def read_bytes(path):
+        if path.stem == "bad":
+            raise OSError(5, "Input/output error")
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    (copy,) = find_copies([index], tmp_path / "task", DATA)
+    assert Path(copy.file).stem == "good" and "1 of its images cannot be read" in caplog.text
+
+
+def test_a_folder_to_compare_with_may_have_any_name(tmp_path, image_folder, some_image):
+    task = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    task.mkdir()
+    (task / "leak.png").write_bytes((image_folder / "cat" / "00.png").read_bytes())
+    source, out = f"folder:{image_folder}", tmp_path / "out"
+    named = f"{tmp_path}/caf\\xe9"
+    done = run_here("ingest", "--source", source, "--out", out, "--against", named)
+    assert done.returncode == 0 and "copies   1 exact" in done.stdout, done.stderr
 
 
 def test_a_folder_of_empty_files_alone_is_refused_by_name(tmp_path, tar_of, some_image):

@@ -197,21 +197,46 @@ def test_index_returns_what_was_written(tmp_path, three_tars):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("content", "message"),
     [
-        ("{", "is not an index"),
-        ("[]", "is not an index"),
-        ('{"format": "other", "shards": []}', "format is 'other'"),
-        ('{"format": "moce_dist.index.v1", "shards": [{"no": 1}]}', "is not an index"),
+        (b"\x80abc", "is not an index"),
+        (b"{", "is not an index"),
+        (b"[]", "is not an index"),
+        (b'{"format": "other", "shards": []}', "format is 'other'"),
+        (b'{"format": "moce_dist.index.v1", "shards": [{"no": 1}]}', "is not an index"),
         (None, "no such index"),
     ],
 )
-def test_foreign_index_is_refused_by_name(tmp_path, text, message):
-    if text is not None:
-        (tmp_path / "index.json").write_text(text)
+def test_foreign_index_is_refused_by_name(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "index.json").write_bytes(content)
     with pytest.raises(ConfigError, match=message) as caught:
         read_index(tmp_path)
     assert str(tmp_path / "index.json") in str(caught.value)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_passing_error_of_a_server_is_no_missing_index(
+    tmp_path, three_tars, file_server, failing
+):
+    written = write_index(tmp_path, [scan_shard(str(three_tars[0]))[0]])
+    files = {"/index.json": (tmp_path / "index.json").read_bytes()}
+    server = file_server(files, lambda n: "busy" * (n == at))
+    assert read_index(server.url).shards == written.shards
+
+
+@pytest.mark.parametrize(
+    ("trouble", "error", "message"),
+    [
+        ("missing", ConfigError, "no such index"),
+        ("forbidden", OSError, "the server answers with status 403"),
+        ("busy", OSError, "the server answers with status 503"),
+    ],
+)
+def test_a_lasting_error_of_a_server_is_named(tmp_path, file_server, trouble, error, message):
+    server = file_server({"/index.json": b"{}"}, lambda n: trouble)
+    with pytest.raises(error, match=rf"{server.url}/index\.json: .*{message}"):
+        read_index(server.url, deadline_s=0.1)
 
 
 def test_failed_attempt_leaves_nothing(tmp_path):

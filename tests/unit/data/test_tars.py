@@ -332,6 +332,17 @@ def test_verify_notices_what_an_index_lacks(three_tars, tmp_path):
     assert list(verify(index, DataConfig(), known=known)) == []
 
 
+@pytest.mark.parametrize("size", [b"g" * 11, b"-0000001000"])
+def test_verify_ends_at_junk_behind_a_tar_that_looks_like_a_header(size, three_tars, tmp_path):
+    block = bytearray(512)
+    block[124:135], block[156:157] = size, tarfile.XGLTYPE
+    path = tmp_path / "a.tar"
+    path.write_bytes(three_tars[0].read_bytes() + block)
+    index = write_index(tmp_path, [scan_shard(str(path))[0]])
+    (fault,) = verify(index, DataConfig())
+    assert fault.key is None and "bytes that are part of no member" in fault.reason
+
+
 def test_a_thousand_mutated_tars_are_read_or_refused(tree, tmp_path):
     joined_by_cat(tree, tmp_path / "a.tar")
     whole, draws = (tmp_path / "a.tar").read_bytes().rstrip(b"\0"), np.random.default_rng(0)

@@ -193,7 +193,7 @@ def test_a_folder_that_no_fit_made_is_no_model(task, image_folder, capsys):
     copied = Path(shutil.copytree(task / "models" / "moce-finetune-0", task / "models" / "mine"))
     try:
         said(capsys, "predict", str(task), str(image_folder / "test" / "rows" / "000.png"))
-        with pytest.raises(ConfigError, match="has no model of .*mine.*, only .*-0$"):
+        with pytest.raises(ConfigError, match=r"has no model of .*mine.*, only .*-0$"):
             main(["predict", str(task), "x.png", "--backbone", "mine"])
     finally:
         shutil.rmtree(copied)

@@ -21,7 +21,7 @@ from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit as loop
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.detection.finding import evaluate
-from moce_dist.transfer.detection.fit import DetectorFit, Squares, stack_squares
+from moce_dist.transfer.detection.fit import Squares, make_loss, make_model, stack_squares
 from moce_dist.transfer.detection.fit import fit as fit_detector
 from moce_dist.transfer.detection.precision import average_precision, ground_truth
 from moce_dist.transfer.detection.task import Detection
@@ -30,6 +30,17 @@ from moce_dist.transfer.loading import machine_of
 from moce_dist.transfer.predict import load_model
 from moce_dist.transfer.skips import record_skips
 from moce_dist.transfer.training import Objective, cut_batch
+
+
+class DetectorFit(NamedTuple):
+    """A task and how it is to be learnt."""
+
+    task: Detection
+    trial: Trial
+
+    def squares(self) -> Squares:
+        return Squares(self.task, self.trial.transfer.detection, 0)
+
 
 MakeFit = Callable[..., DetectorFit]
 
@@ -64,7 +75,11 @@ def backbone(config, models) -> Backbone:
 def make_fit(backbone, config, coco_folder) -> MakeFit:
     def make(data: Path = coco_folder, **changes: Any) -> DetectorFit:
         recipe = config.transfer.detection.model_copy(update=changes)
-        return DetectorFit(backbone, Detection.read("coco", data), recipe, machine_of(config))
+        trial = Trial(
+            *(backbone, TransferConfig(detection=recipe), machine_of(config)),
+            *("finetune", 0, coco_folder),
+        )
+        return DetectorFit(Detection.read("coco", data), trial)
 
     return make
 
@@ -73,9 +88,7 @@ def detect(
     fit: DetectorFit, *, seed: int, out: Path, ledger: Path, kept: Kept | None = None
 ) -> dict[str, Any]:
     """Fit a detector and note what it skipped; return its figures."""
-    transfer = TransferConfig(detection=fit.recipe)
-    trial = Trial(fit.backbone, transfer, fit.machine, "finetune", seed, out, kept)
-    found = fit_detector(fit.task, trial)
+    found = fit_detector(fit.task, replace(fit.trial, seed=seed, out=out, kept=kept))
     record_skips(ledger, found.skipped)
     return dict(found.figures)
 
@@ -149,7 +162,7 @@ def test_saved_detector_scores_what_the_fit_measured(fitted, make_fit, tmp_path)
     fit = make_fit()
     model, spec = load_model(fitted.models / "last")
     assert (spec.kind, list(spec.classes)) == ("detect", ["yellow", "red"])
-    found = evaluate(model, fit.task, fit.machine, tmp_path)
+    found = evaluate(model, fit.task, fit.trial.machine, tmp_path)
     for kind, values in fitted.figures.items():
         assert values == pytest.approx(
             {n: None if v != v else v for n, v in found.figures[kind].items()}, abs=0
@@ -204,12 +217,12 @@ def test_early_views_change_nothing_and_seeds_do(make_fit, tmp_path):
 
 def test_parts_of_a_batch_add_up(make_fit):
     fit = make_fit(batch_size=4, drop_path=0.0)
-    model, squares = fit.build(0), Squares(fit.task, fit.recipe, 0)
+    model, squares = make_model(*fit), fit.squares()
     images, targets, *_ = stack_squares([squares[0, i] for i in range(4)])
     # with every proposal taken, nothing of the heads' draws is left to chance
     model.rpn.fg_bg_sampler.batch_size_per_image = 10**6
     model.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
-    loss_of = fit.loss(model)
+    loss_of = make_loss(model, fit.trial.machine.device)
     parts = [loss_of(images[i : i + 1], targets[i : i + 1]).detach() for i in range(4)]
     cut = list(cut_batch((images, targets), 4, len))
     whole = torch.stack([loss_of(*part).detach() * weight / 4 for *part, weight in cut]).sum()
@@ -218,8 +231,8 @@ def test_parts_of_a_batch_add_up(make_fit):
 
 def test_only_the_pyramid_runs_in_bfloat16(make_fit):
     fit = make_fit()
-    fit.machine = replace(fit.machine, bf16=True)
-    model, squares = fit.build(0), Squares(fit.task, fit.recipe, 0)
+    machine = replace(fit.trial.machine, bf16=True)
+    model, squares = make_model(fit.task, replace(fit.trial, machine=machine)), fit.squares()
     kinds: dict[str, torch.dtype] = {}
 
     def note(name: str) -> Callable[..., None]:
@@ -227,7 +240,8 @@ def test_only_the_pyramid_runs_in_bfloat16(make_fit):
 
     model.backbone.vit.blocks[0].mlp.fc1.register_forward_hook(note("vit"))
     model.roi_heads.box_head.register_forward_hook(note("head"))
-    Objective(model, fit.loss(model), fit.machine)(*stack_squares([squares[0, 0]])[:2])
+    batch = stack_squares([squares[0, 0]])[:2]
+    Objective(model, make_loss(model, machine.device), machine)(*batch)
     assert kinds == {"vit": torch.bfloat16, "head": torch.float32}
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.images import sample_generator
-from moce_dist.transfer.detection.coco_json import Annotation
+from moce_dist.transfer.detection.coco_json import Annotation, BoxedImage
 from moce_dist.transfer.detection.jitter import (
     Placing,
     decode_mask,
@@ -16,7 +16,7 @@ from moce_dist.transfer.detection.jitter import (
     to_runs,
     training_square,
 )
-from moce_dist.transfer.detection.task import BoxedImage, Detection
+from moce_dist.transfer.detection.task import Detection
 
 SIZE = 64
 

@@ -6,17 +6,16 @@ import numpy as np
 import pytest
 from pycocotools import mask as run_lengths
 
-from moce_dist.transfer.detection.coco_json import Annotation
+from moce_dist.transfer.detection.coco_json import Annotation, BoxedImage
 from moce_dist.transfer.detection.precision import (
     FIGURES,
     Detections,
     average_precision,
-    box_results,
     ground_truth,
-    mask_results,
     pack_mask,
+    results_of,
 )
-from moce_dist.transfer.detection.task import BoxedImage, Detection
+from moce_dist.transfer.detection.task import Detection
 
 CATEGORY_IDS = (3, 90)
 HEIGHT, WIDTH = 200, 300
@@ -59,11 +58,10 @@ def found(*rows):
 
 
 def figures(instances, detections, kind="bbox"):
-    make = box_results if kind == "bbox" else mask_results
     results = [
         entry
         for image, each in zip(instances.test, detections, strict=True)
-        for entry in make(image, each, CATEGORY_IDS)
+        for entry in results_of(image, each, CATEGORY_IDS, kind)
     ]
     return average_precision(ground_truth(instances.test, instances), results, kind)
 
@@ -150,12 +148,12 @@ def check(instances, detections, kind="bbox"):
 def test_forms_of_a_image_are_spelt_out():
     image = task([[]]).test[0]
     one = found((1, 0.25, 10, 20, 30, 40))
-    (box,) = box_results(image, one, CATEGORY_IDS)
+    (box,) = results_of(image, one, CATEGORY_IDS, "bbox")
     assert box == {
         **{"image_id": 1000, "category_id": 90, "score": 0.25},
         **{"bbox": [10.0, 20.0, 30.0, 40.0], "area": 1200.0},
     }
-    (mask,) = mask_results(image, one, CATEGORY_IDS)
+    (mask,) = results_of(image, one, CATEGORY_IDS, "segm")
     assert mask["bbox"] == [10.0, 20.0, 30.0, 40.0] and mask["area"] == 1200.0
     assert run_lengths.decode(mask["segmentation"])[20:60, 10:40].all()
     assert (mask["image_id"], mask["category_id"], mask["score"]) == (1000, 90, 0.25)
