@@ -216,9 +216,7 @@ def test_foreign_index_is_refused_by_name(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("at", [0, 1])
-def test_a_passing_error_of_a_server_is_no_missing_index(
-    tmp_path, three_tars, file_server, failing
-):
+def test_a_passing_error_of_a_server_is_no_missing_index(tmp_path, three_tars, file_server, at):
     written = write_index(tmp_path, [scan_shard(str(three_tars[0]))[0]])
     files = {"/index.json": (tmp_path / "index.json").read_bytes()}
     server = file_server(files, lambda n: "busy" * (n == at))
