@@ -172,15 +172,15 @@ def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> N
         RuntimeError: more than `data.max_fault_fraction` of the images are bad.
     """
     from moce_dist.data.audit import verify
-    from moce_dist.launch.tasks import map_shared
+    from moce_dist.launch.tasks import map_tasks
 
     ledgered = {
         stage: {(f["shard"], f["key"]) for f in read_faults(ledger) if f["stage"] == stage}
         for stage in ("ingest", "verify")
     }
-    num_faults, map_tasks = 0, partial(map_shared, config.parallel)
+    num_faults, tasks = 0, partial(map_tasks, config.parallel)
     for index in indices:
-        for fault in verify(index, config.data, map_tasks, ledgered["ingest"]):
+        for fault in verify(index, config.data, tasks, ledgered["ingest"]):
             num_faults += 1
             if (fault.shard, fault.key) not in ledgered["verify"]:
                 record_fault(ledger, stage="verify", **fault._asdict())
@@ -195,9 +195,9 @@ def verify_all(indices: Sequence[ShardIndex], ledger: Path, config: Config) -> N
 def compare_with(folder: Path, indices: Sequence[ShardIndex], out: Path, config: Config) -> None:
     """Find images of a downstream set in the data, and list them in its `copies.jsonl`."""
     from moce_dist.data.audit import find_copies
-    from moce_dist.launch.tasks import map_shared
+    from moce_dist.launch.tasks import map_tasks
 
-    copies = list(find_copies(indices, folder, config.data, partial(map_shared, config.parallel)))
+    copies = list(find_copies(indices, folder, config.data, partial(map_tasks, config.parallel)))
     write_jsonl(out / COPIES, (copy._asdict() for copy in copies))
     kinds = Counter(copy.kind for copy in copies)
     images = len({copy.file for copy in copies})
@@ -250,10 +250,10 @@ def main(argv: Sequence[str]) -> None:
 
 def make_shards(args: Any, config: Config, out: Path, ledger: Path, left_out: str) -> None:
     """Make the shards and print a summary; then compare and verify them, if requested."""
-    from moce_dist.launch.tasks import map_shared
+    from moce_dist.launch.tasks import map_tasks
     from moce_dist.samples import sets
 
-    source, tasks = config.data.source, partial(map_shared, config.parallel)
+    source, tasks = config.data.source, partial(map_tasks, config.parallel)
     index = ingest(source, out, config.data, ledger, tasks, mix=sets.pretrain)
     faults = [fault for fault in read_faults(ledger) if fault["stage"] == "ingest"]
     indices = [index, *held_out(out)]

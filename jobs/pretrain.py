@@ -64,10 +64,11 @@ def main(argv: Sequence[str]) -> None:
     root, config, fork = resolve(arguments)
     check_request(config, arguments.stage)
     check_base(config, root)
-    check_init(config, root, arguments.stage)
+    if fork is None:
+        check_init(config, root, arguments.stage, fresh=arguments.fresh)
     if arguments.fresh and "RANK" in os.environ:
         raise ConfigError("--fresh: not under torchrun, whose processes would all set it aside")
-    is_new = fork is not None and not (root / "config.yaml").is_file()
+    is_new = fork is not None and (arguments.fresh or not (root / "config.yaml").is_file())
     if is_first_process() and not arguments.fresh and not is_new:
         check_identity(root, config)
     # the data of a fork that is not made yet are those of the other run
@@ -111,8 +112,6 @@ def resolve(arguments: Namespace) -> tuple[Path, Config, Fork | None]:
         config = fork_config(root if fork else source, arguments.overrides)
         if fork is None:
             fork = plan_fork(source, arguments.at, arguments.stage, config, root)
-            if not arguments.fresh:
-                fork.is_made(root)
         return root, config, fork
     if arguments.run and not arguments.config:
         root = resolve_run(arguments.run, places)
@@ -190,13 +189,14 @@ def check_own_gpu(parallel: ParallelConfig) -> None:
         check_gpu(parallel)
 
 
-def check_init(config: Config, root: Path, stage: str) -> None:
-    """Check the weights that stage mae is to start from, unless it is finished.
+def check_init(config: Config, root: Path, stage: str, *, fresh: bool) -> None:
+    """Check the weights that stage mae is to start from, unless it has a checkpoint.
 
     Raises:
         ConfigError: there are none, or they do not fit the configured model.
     """
-    if config.model.init is None or stage not in ("all", "mae") or is_done(root, "mae"):
+    begun = is_done(root, "mae") or any(root.glob("mae/checkpoints/step_*/manifest.json"))
+    if config.model.init is None or stage not in ("all", "mae") or (begun and not fresh):
         return
     from moce_dist.train.pretrained import initial_weights
 

@@ -223,7 +223,7 @@ def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
     from moce_dist.launch.tasks import map_tasks
 
     orders = prepare(run, orders, train_on_workers)
-    outcomes = map_tasks(attempt, orders, parallel=config.parallel, gpu=True, shared=(run,))
+    outcomes = map_tasks(config.parallel, attempt, run, orders, gpu=True)
     metrics = collect(run, outcomes)
     if metrics["summary"]:
         print_table([*metrics["tasks"], metrics], f"{len(metrics['tasks'])} tasks")

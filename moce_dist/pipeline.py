@@ -40,7 +40,7 @@ from moce_dist.features.extract import (
 )
 from moce_dist.launch.actors import hold_actors
 from moce_dist.launch.job import PretrainJob
-from moce_dist.launch.tasks import gets_gpu, map_shared
+from moce_dist.launch.tasks import gets_gpu, map_tasks
 from moce_dist.launch.training import hold_crew, train
 from moce_dist.run.artefacts import (
     INPUTS,
@@ -93,7 +93,7 @@ class Pipeline:
 
     @property
     def _map_tasks(self) -> MapTasks:
-        return partial(map_shared, self.config.parallel)
+        return partial(map_tasks, self.config.parallel)
 
     @cached_property
     def data(self) -> Path:

@@ -85,7 +85,11 @@ def _rename(tree: dict[str, Any], *, warn: bool = False) -> None:
             now = name.removeprefix(prefix)
             if warn:
                 _tell(f"{section}.{name}", f"{new}{now}")
-            fields.setdefault(new.split(".")[1], {})[now] = fields.pop(name)
+            target = new.split(".")[1]
+            inner = fields.get(target) or {}
+            if isinstance(inner, dict):
+                fields[target] = inner
+                inner[now] = fields.pop(name)
 
 
 def _renamed(override: str) -> str:

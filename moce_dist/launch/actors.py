@@ -44,10 +44,17 @@ def hold_actors(parallel: ParallelConfig) -> Iterator[Workers]:
     """Hold `parallel.num_workers` workers; one without a cluster is this process.
 
     Each worker gets a GPU, if the cluster has any and `parallel` allows it.
+
+    Raises:
+        ConfigError: `parallel.use_gpu` is true, and this process has none and is to do the work.
     """
     has_gpu = gets_gpu(parallel)
     device = "cuda" if has_gpu else "cpu"
     if not needs_ray(parallel):
+        # torch takes seconds to import
+        from moce_dist.model.device import check_gpu
+
+        check_gpu(parallel)
         try:
             yield Workers(map_here, device)
         finally:

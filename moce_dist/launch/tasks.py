@@ -112,27 +112,28 @@ def seat_resource(parallel: ParallelConfig) -> str:
 
 
 def map_tasks(
-    function: Callable[..., Result],
-    items: Iterable[Any],
-    *,
     parallel: ParallelConfig,
+    function: Callable[[Shared, T], Result],
+    shared: Shared,
+    items: Iterable[T],
+    /,
+    *,
     gpu: bool = False,
-    shared: Sequence[Any] = (),
 ) -> Iterator[Result]:
     """Apply a module-level function to items on `num_workers` workers; results in the items' order.
 
-    The function is called as `function(*shared, item)`; shared values are sent to a node once.
-    A task whose worker died is run again elsewhere. With one worker and no cluster it runs here.
-    When the iteration ends early, tasks that run are ended and waited for.
+    With `parallel` bound this is a `MapTasks` (`run/tasks.py`). The shared value is sent to a node
+    once. A task whose worker died is run again elsewhere. With one worker and no cluster it runs
+    here. When the iteration ends early, tasks that run are ended and waited for.
 
     Raises:
         Exception: the first error of the function, as it was raised.
     """
     if not needs_ray(parallel):
-        yield from (function(*shared, item) for item in items)
+        yield from (function(shared, item) for item in items)
         return
     connect(parallel)
-    start = _starter(function, parallel, gpu=gpu, shared=shared)
+    start = _starter(function, parallel, shared, gpu=gpu)
     window: deque[Any] = deque()
     try:
         for item in items:
@@ -157,21 +158,18 @@ def _first(window: deque[Any]) -> Any:
 
 @contextmanager
 def hold_tasks(
-    function: Callable[..., Result],
-    *,
-    parallel: ParallelConfig,
-    gpu: bool = False,
-    shared: Sequence[Any] = (),
-) -> Iterator[Callable[[Any], Future[Result]]]:
-    """Yield what starts `function(*shared, item)` on a worker of the cluster, as a future.
+    parallel: ParallelConfig, function: Callable[[Shared, T], Result], shared: Shared, /
+) -> Iterator[Callable[[T], Future[Result]]]:
+    """Yield what starts `function(shared, item)` on a worker of the cluster, as a future.
 
-    A task whose worker died is run again elsewhere; a future raises RayError when that is over.
-    Tasks that still run at the end of the block are ended and waited for.
+    Each task has a GPU, if the cluster has any and `parallel` allows it. A task whose worker died
+    is run again elsewhere; a future raises RayError when that is over. Tasks that still run at the
+    end of the block are ended and waited for.
     """
     connect(parallel)
-    start, started = _starter(function, parallel, gpu=gpu, shared=shared), []
+    start, started = _starter(function, parallel, shared, gpu=True), []
 
-    def submit(item: Any) -> Future[Result]:
+    def submit(item: T) -> Future[Result]:
         started.append(start(item))
         future: Future[Result] = started[-1].future()
         return future
@@ -183,14 +181,14 @@ def hold_tasks(
 
 
 def _starter(
-    function: Callable[..., Any], parallel: ParallelConfig, *, gpu: bool, shared: Sequence[Any]
+    function: Callable[..., Any], parallel: ParallelConfig, shared: Any, *, gpu: bool
 ) -> Callable[[Any], Any]:
-    common = [ray.put(value) for value in shared]
+    common = ray.put(shared)
     gpus = 1 if gpu and gets_gpu(parallel) else 0
     # a process that has used a GPU keeps memory of it; 0: any number of calls
     remote = ray.remote(max_calls=1 if gpus else 0)(function)
     task = remote.options(num_cpus=1, num_gpus=gpus, max_retries=3)
-    return lambda item: task.remote(*common, item)
+    return lambda item: task.remote(common, item)
 
 
 def _end(tasks: Sequence[Any]) -> None:
@@ -200,14 +198,3 @@ def _end(tasks: Sequence[Any]) -> None:
             ray.cancel(task, force=True)
         if left:
             ray.wait(left, num_returns=len(left), timeout=_CANCEL_S)
-
-
-def map_shared(
-    parallel: ParallelConfig,
-    function: Callable[[Shared, T], Result],
-    shared: Shared,
-    items: Sequence[T],
-    /,
-) -> Iterator[Result]:
-    """Call `map_tasks` in the form of `MapTasks` (`run/tasks.py`)."""
-    return map_tasks(function, items, parallel=parallel, shared=(shared,))

@@ -34,7 +34,6 @@ with _hidden("mlflow"):
     from deepspeed.utils import groups as deepspeed_groups
     from deepspeed.utils import (
         safe_get_full_fp32_param,
-        safe_get_full_grad,
         safe_get_full_optimizer_state,
         safe_set_full_fp32_param,
         safe_set_full_optimizer_state,
@@ -48,7 +47,6 @@ __all__ = [
     "deepspeed_groups",
     "get_accelerator",
     "safe_get_full_fp32_param",
-    "safe_get_full_grad",
     "safe_get_full_optimizer_state",
     "safe_set_full_fp32_param",
     "safe_set_full_optimizer_state",

@@ -41,7 +41,6 @@ from moce_dist.parallel.deepspeed_import import (
     deepspeed_groups,
     get_accelerator,
     safe_get_full_fp32_param,
-    safe_get_full_grad,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -320,15 +319,6 @@ class Engine:
         parameter.data.copy_(weight)
         if self.spec.parallel.zero_stage > 0:
             safe_set_full_fp32_param(parameter, weight.to(parameter.device))
-
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, averaged gradient) of every parameter, between `backward` and `step`."""
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                is_whole = self.spec.parallel.zero_stage == 0
-                gradient = parameter.grad if is_whole else safe_get_full_grad(parameter)
-                assert gradient is not None, name
-                yield name, gradient
 
     def state(self) -> Iterator[tuple[str, str, Tensor]]:
         """Yield (name, kind, tensor) of float32 weights and moments by local name.

@@ -163,10 +163,9 @@ def _hold_pool(plan: StudyPlan, jobs: int) -> Iterator[_Pool]:
         from moce_dist.launch.tasks import connect, hold_tasks
 
         connect(parallel)
-        shared = (lease.held(),)
         with (
             heed_sigterm() as is_terminated,
-            hold_tasks(carry_out_alone, parallel=parallel, gpu=True, shared=shared) as start,
+            hold_tasks(parallel, carry_out_alone, lease.held()) as start,
         ):
             yield _Pool(start, _MOST_PIECES, is_terminated)
     elif jobs > 1:

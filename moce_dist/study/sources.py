@@ -85,7 +85,7 @@ def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
         ConfigError: a source is wrong or too damaged.
     """
     from moce_dist.data.ingest import ingest
-    from moce_dist.launch.tasks import map_shared
+    from moce_dist.launch.tasks import map_tasks
     from moce_dist.samples import sets
 
     found: dict[str, Source] = {}
@@ -95,7 +95,7 @@ def make_sources(wanted: Mapping[str, Config], out: Path) -> dict[str, Source]:
             shards = open_index(folder).shards
         else:
             ledger = out / "faults.jsonl"
-            tasks = partial(map_shared, config.parallel)
+            tasks = partial(map_tasks, config.parallel)
             shards = ingest(source, folder, config.data, ledger, tasks, mix=sets.pretrain).shards
         found[name] = Source(name, folder, _count(shards))
     return found

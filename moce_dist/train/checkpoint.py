@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -178,28 +178,22 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise FloatingPointError(f"{name} is not finite")
 
 
-def _tensors(checkpoint: Path) -> Iterator[tuple[str, Path]]:
-    for name in read_manifest(checkpoint)["files"]:
-        with safe_open(checkpoint / name, "pt") as file:
-            yield from ((key, checkpoint / name) for key in file.keys())  # noqa: SIM118
+def _files(checkpoint: Path) -> dict[str, Any]:
+    # KIND/NAME of every tensor and the open file that holds it; to open one is to parse all names
+    names = read_manifest(checkpoint)["files"]
+    opened: list[Any] = [safe_open(checkpoint / name, "pt") for name in names]
+    return {key: file for file in opened for key in file.keys()}  # noqa: SIM118
 
 
 def stored(checkpoint: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield (KIND/NAME, tensor) for every tensor of a checkpoint."""
-    for key, path in _tensors(checkpoint):
-        with safe_open(path, "pt") as file:
-            yield key, file.get_tensor(key)
+    return ((key, file.get_tensor(key)) for key, file in _files(checkpoint).items())
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Read all weights by global name, float32 on the CPU."""
-    weights = {}
-    for key, path in _tensors(checkpoint):
-        kind, _, name = key.partition("/")
-        if kind == "weight":
-            with safe_open(path, "pt") as file:
-                weights[name] = file.get_tensor(key)
-    return weights
+    weights = ((key, file) for key, file in _files(checkpoint).items() if key.startswith("weight/"))
+    return {key.removeprefix("weight/"): file.get_tensor(key) for key, file in weights}
 
 
 def tensor_reader(checkpoint: Path) -> Callable[[str], Tensor | None]:
@@ -207,17 +201,8 @@ def tensor_reader(checkpoint: Path) -> Callable[[str], Tensor | None]:
 
     Tensors are views of the file, so they must not be changed in place.
     """
-    where = dict(_tensors(checkpoint))
-    # to open a file is to parse the names of all its tensors, so each is opened once
-    opened = cache(partial(safe_open, framework="pt"))
-
-    def read(key: str) -> Tensor | None:
-        if key not in where:
-            return None
-        tensor: Tensor = opened(where[key]).get_tensor(key)  # type: ignore[no-untyped-call]
-        return tensor
-
-    return read
+    files = _files(checkpoint)
+    return lambda key: files[key].get_tensor(key) if key in files else None
 
 
 def part_reader(

@@ -61,20 +61,6 @@ class Fork:
         """The checkpoint that the fork continues from."""
         return Path(self.run) / self.stage / "checkpoints" / f"step_{self.step:08d}"
 
-    def is_made(self, root: Path) -> bool:
-        """Tell whether the run in `root` is this fork already.
-
-        Raises:
-            ConfigError: it is another run.
-        """
-        if not (root / "config.yaml").is_file():
-            return False
-        found = read_provenance(root).get("forked_from", {})
-        mine = asdict(self)
-        if any(found.get(key) != mine[key] for key in ("run", "stage", "step")):
-            raise ConfigError(f"--run {root}: is another run; choose another --run, or --fresh")
-        return True
-
 
 def fork_config(root: Path, overrides: Iterable[str]) -> Config:
     """Read the settings of the run to fork in `root`, changed by `a.b=value` overrides.
@@ -87,15 +73,18 @@ def fork_config(root: Path, overrides: Iterable[str]) -> Config:
 
 
 def known_fork(source: Path, step: int, root: Path) -> Fork | None:
-    """Return the fork that the run in `root` is, if it is one of this run and step; else None.
+    """Return the fork of this run and step that is in `root`, None if there is no run.
 
     The run that it was forked from may be gone.
+
+    Raises:
+        ConfigError: it is another run.
     """
     if not (root / "config.yaml").is_file():
         return None
     found = read_provenance(root).get("forked_from", {})
     if (found.get("run"), found.get("step")) != (str(source), step):
-        return None
+        raise ConfigError(f"--run {root}: is another run; choose another --run, or --fresh")
     return Fork(found["run"], found["stage"], step, found["changed"])
 
 
@@ -152,7 +141,7 @@ def make_fork(fork: Fork, config: Config, root: Path) -> None:
             time.sleep(0.2)
         return
     making = root / _MAKING
-    if not fork.is_made(root):
+    if not (root / "config.yaml").is_file():
         others = [path for path in root.iterdir() if not lease.is_own(path)]
         if others and not making.exists():
             raise ConfigError(f"--run {root}: is not empty; a fork needs a folder of its own")

@@ -99,6 +99,18 @@ def by_global_name(state, pairs):
     return result
 
 
+def gradients(engine):
+    """Yield (name, averaged gradient) of every parameter, between `backward` and `step`."""
+    from deepspeed.utils import safe_get_full_grad
+
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            is_whole = engine.spec.parallel.zero_stage == 0
+            gradient = parameter.grad if is_whole else safe_get_full_grad(parameter)
+            assert gradient is not None, name
+            yield name, gradient
+
+
 def take_steps(run, overrides, placement="planned", steps=1, first=0, bucket=None):
     """Run real training steps; gradients of the first, weights after the last, and the metrics.
 
@@ -113,7 +125,7 @@ def take_steps(run, overrides, placement="planned", steps=1, first=0, bucket=Non
     def step():
         boundary = state.engine._engine.is_gradient_accumulation_boundary()
         if boundary and not captured:
-            captured.update(by_global_name(state, state.engine.gradients()))
+            captured.update(by_global_name(state, gradients(state.engine)))
         return original()
 
     state.engine.step = step
@@ -201,7 +213,7 @@ def reductions(run, overrides, bucket_bytes):
     captured, step = {}, state.engine.step
 
     def step_captured():
-        captured.update(by_global_name(state, state.engine.gradients()))
+        captured.update(by_global_name(state, gradients(state.engine)))
         return step()
 
     state.engine.step = step_captured

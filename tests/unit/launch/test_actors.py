@@ -8,10 +8,12 @@ from functools import cached_property
 
 import pytest
 import ray
+import torch
 
 from moce_dist.config import ParallelConfig
 from moce_dist.launch.actors import hold_actors
 from moce_dist.launch.tasks import hold_tasks, map_tasks
+from moce_dist.settings import ConfigError
 
 
 class Shared:
@@ -82,9 +84,7 @@ def fail_or_write(folder, item):
 
 
 def test_after_an_error_no_task_writes_any_more(two_cpus, tmp_path):
-    found = map_tasks(
-        fail_or_write, range(4), parallel=ParallelConfig(num_workers=2), shared=(tmp_path,)
-    )
+    found = map_tasks(ParallelConfig(num_workers=2), fail_or_write, tmp_path, range(4))
     with pytest.raises(LookupError, match="the first one"):
         list(found)
     time.sleep(6)
@@ -101,7 +101,7 @@ def interrupt_once_begun(folder):
 
 def test_after_an_interruption_no_task_writes_any_more(two_cpus, tmp_path):
     parallel = ParallelConfig(num_workers=2)
-    found = map_tasks(fail_or_write, range(1, 4), parallel=parallel, shared=(tmp_path,))
+    found = map_tasks(parallel, fail_or_write, tmp_path, range(1, 4))
     # in the middle of the first task, whose result is waited for
     threading.Thread(target=interrupt_once_begun, args=(tmp_path,), daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
@@ -113,9 +113,7 @@ def test_after_an_interruption_no_task_writes_any_more(two_cpus, tmp_path):
 
 
 def test_futures_of_tasks_fail_alone_and_end_with_their_block(two_cpus, tmp_path):
-    with hold_tasks(
-        fail_or_write, parallel=ParallelConfig(num_workers=2), shared=(tmp_path,)
-    ) as start:
+    with hold_tasks(ParallelConfig(num_workers=2), fail_or_write, tmp_path) as start:
         failed, slow = start(0), start(1)
         with pytest.raises(LookupError, match="the first one"):
             failed.result(timeout=60)
@@ -126,6 +124,13 @@ def test_futures_of_tasks_fail_alone_and_end_with_their_block(two_cpus, tmp_path
         assert begun and not slow.done()
     time.sleep(6)
     assert not list(tmp_path.glob("*.ended"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_one_process_does_not_do_without_the_gpu_that_was_asked_for():
+    parallel = ParallelConfig(num_workers=1, use_gpu=True)
+    with pytest.raises(ConfigError, match=r"parallel\.use_gpu"), hold_actors(parallel):
+        pass
 
 
 @pytest.fixture(scope="module")

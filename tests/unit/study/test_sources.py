@@ -10,6 +10,7 @@ from PIL import Image
 
 from moce_dist.data import ingest
 from moce_dist.launch import tasks
+from moce_dist.run.tasks import map_here
 from moce_dist.settings import ConfigError
 from moce_dist.study import sources
 from moce_dist.study.plan import wanted_sources
@@ -104,9 +105,9 @@ def test_data_are_ingested_on_the_workers_of_the_configuration(
     for name in "abcd":
         Image.new("RGB", (9, 9), (ord(name),) * 3).save(source / f"{name}.png")
 
-    def map_tasks(function, items, *, parallel, shared):
+    def map_tasks(parallel, *work):
         on.append(parallel.num_workers)
-        return (function(*shared, item) for item in items)
+        return map_here(*work)
 
     monkeypatch.setattr(tasks, "map_tasks", map_tasks)
     study = read(
