@@ -65,6 +65,17 @@ def test_a_fork_changes_the_rate_and_remembers_where_it_came_from(
     assert "forked_from" in json.loads((run / "provenance.json").read_text())
 
 
+def test_a_fork_that_replaces_a_run_has_the_data_of_the_other_one(ask, base, images, tmp_path):
+    source, run = tmp_path / "source", tmp_path / "run"
+    shutil.copytree(base, source)
+    config = (source / "config.yaml").read_text()
+    (source / "config.yaml").write_text(config.replace(str(images), f"{tmp_path}/gone"))
+    run.mkdir()
+    (run / "config.yaml").write_text(config)
+    command = ["--fork", source, "--at", 20, "--run", run, *STAGE, "--fresh", "--dry-run"]
+    assert "not here" not in ask("pretrain", *command).assert_done().out
+
+
 @pytest.mark.parametrize(
     ("step", "flags", "parts"),
     [

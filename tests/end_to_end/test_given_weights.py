@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from moce_dist.config import load_config
+from moce_dist.config import load_config, to_yaml
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.run.artefacts import is_complete, read_marker
 
@@ -50,3 +50,18 @@ def test_weights_that_are_not_there_or_do_not_fit_are_refused(published, ask, ar
     other = arguments(run, "mae.epochs=0", f"model.init={published}", "model.width=64")
     ask("pretrain", *other).assert_refused(2, "model.init", "the configured model needs")
     assert not run.exists()
+
+
+def test_weights_may_go_once_the_stage_has_a_checkpoint(config, ask, arguments, tmp_path):
+    run = tmp_path / "run"
+    request = arguments(run, f"model.init={tmp_path}/none.pth")
+    run.mkdir()
+    overrides = [pair for pair in request if "=" in str(pair)]
+    (run / "config.yaml").write_text(to_yaml(load_config(config, overrides)))
+    ask("pretrain", *request, "--dry-run").assert_refused(2, "none.pth): no such file")
+    checkpoint = run / "mae" / "checkpoints" / "step_00000500"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
+    ask("pretrain", *request, "--dry-run").assert_done()
+    anew = ask("pretrain", *request, "--fresh", "--dry-run")
+    anew.assert_refused(2, "none.pth): no such file")

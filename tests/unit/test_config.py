@@ -108,6 +108,15 @@ def test_an_override_wins_over_an_old_name_in_the_file(tmp_path):
     assert whole.channels == 64
 
 
+def test_an_old_name_beside_an_empty_section_is_read(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text("transfer:\n  segmentation:\n  segment_channels: 64\n")
+    assert load_config(file, []).transfer.segmentation.channels == 64
+    file.write_text("transfer:\n  segmentation: 3\n  segment_channels: 64\n")
+    with pytest.raises(ConfigError, match=r"transfer\.segment"):
+        load_config(file, [])
+
+
 def test_broken_rules_between_fields_are_reported_at_once():
     tree = {
         "data": {"image_size": 100},
