@@ -31,6 +31,7 @@ from moce_dist.data.progress import track
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.reshard import reshard
 from moce_dist.data.shards import HOLDOUT, INDEX_NAME, ShardIndex
+from moce_dist.features.decoding import ShardImages
 from moce_dist.features.extract import (
     FEATURE_FILES,
     FeatureJob,
@@ -184,17 +185,11 @@ class Pipeline:
         open_reader = partial(RangeReader, data.read_timeout_s, data.read_deadline_s)
         jobs = [
             FeatureJob(
-                shard=shard,
-                url=index.url(shard),
-                name=name,
-                out=out,
-                ledger=self.run.faults,
-                encoder=encoder,
-                image_size=pixels.image_size,
-                batch_size=self.config.cluster.batch_size,
-                framing=pixels.framing,
-                decode_threads=threads,
-                open_reader=open_reader,
+                ShardImages(
+                    *(shard, index.url(shard), pixels.image_size, pixels.framing),
+                    *(self.config.cluster.batch_size, threads, open_reader),
+                ),
+                *(name, out, self.run.faults, encoder),
             )
             for name, shard in left
         ]

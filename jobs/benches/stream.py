@@ -39,7 +39,7 @@ from moce_dist.data.dataset import PlannedSamples
 from moce_dist.data.images import SampleDraws, draw_cut, normalise, open_croppable
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import ShardIndex, write_index
-from moce_dist.data.stream import Layout, PlannedStep, PlannedStream, Readers, StreamSpec
+from moce_dist.data.stream import PlannedStep, PlannedStream, Readers, StreamSpec
 from moce_dist.data.table import SampleTable, sample_table
 from moce_dist.data.writer import ShardWriter
 
@@ -107,7 +107,7 @@ def stream_spec(config: BenchConfig, index: ShardIndex, folder: Path) -> StreamS
     """Describe the stream of one rank that reads everything."""
     plan = Plan(sample_table(index), config.mae.batch_size, config.seed)
     ledger = folder / "faults.jsonl"
-    return StreamSpec(plan, config.data, config.num_patches, Layout(1, 1), 0, ledger, "mae")
+    return StreamSpec(plan, config.data, config.num_patches, 1, 0, ledger, "mae")
 
 
 def one_group(clusters: Int64) -> Int64:

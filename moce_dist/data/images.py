@@ -21,7 +21,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -101,21 +101,6 @@ def decode_image(content: Encoded) -> Pixels:
     return np.asarray(open_image(content))
 
 
-class Croppable(Protocol):
-    """An image of known upright size, decoded as far as a crop needs it."""
-
-    @property
-    def width(self) -> int:
-        """Width of the upright image in pixels."""
-
-    @property
-    def height(self) -> int:
-        """Height of the upright image in pixels."""
-
-    def crop(self, box: Box, size: int) -> Pixels:
-        """Resize a crop to (S, S, 3) uint8 RGB, bicubic with antialias."""
-
-
 @dataclass(frozen=True)
 class Jpeg:
     """A JPEG that is decoded, at a reduced scale, when its crop is known."""
@@ -132,16 +117,16 @@ class Jpeg:
 
     @property
     def width(self) -> int:
-        """See `Croppable`."""
+        """Width of the upright image in pixels."""
         return self.stored_height if self.turn.swap else self.stored_width
 
     @property
     def height(self) -> int:
-        """See `Croppable`."""
+        """Height of the upright image in pixels."""
         return self.stored_width if self.turn.swap else self.stored_height
 
     def crop(self, box: Box, size: int) -> Pixels:
-        """See `Croppable`.
+        """Resize a crop to (S, S, 3) uint8 RGB, bicubic with antialias.
 
         Raises:
             ImageError: see `open_image`.
@@ -192,16 +177,16 @@ class Decoded:
 
     @property
     def width(self) -> int:
-        """See `Croppable`."""
+        """See `Jpeg`."""
         return self.pixels.shape[1]
 
     @property
     def height(self) -> int:
-        """See `Croppable`."""
+        """See `Jpeg`."""
         return self.pixels.shape[0]
 
     def crop(self, box: Box, size: int) -> Pixels:
-        """See `Croppable`."""
+        """See `Jpeg`."""
         return resize(self.pixels, box, size)
 
     def resized(self, size: Size, method: str, _spare: int) -> Pixels:
@@ -209,7 +194,11 @@ class Decoded:
         return resize_all(self.pixels, (self.width, self.height), size, method)
 
 
-def open_croppable(content: Encoded) -> Jpeg | Decoded:
+Croppable = Jpeg | Decoded
+"""An image of known upright size, decoded as far as a crop needs it."""
+
+
+def open_croppable(content: Encoded) -> Croppable:
     """Open an image so that a crop can be chosen; decode it now unless it is a usual JPEG.
 
     Raises:
@@ -284,17 +273,8 @@ def draw_cut(image: Croppable, *, scale_min: float, hflip: bool, draws: np.rando
     return Cut(image, box, bool(hflip and draws.random() < 0.5))
 
 
-def eval_image(content: Encoded, size: int) -> Float32:
-    """Make an evaluation sample (3, S, S): the largest centred square, resized to `size`.
-
-    Raises:
-        ImageError: see `open_image`.
-    """
-    return centre_sample(open_croppable(content), size)
-
-
 def centre_sample(image: Croppable, size: int) -> Float32:
-    """Make an evaluation sample (3, S, S) of an opened image.
+    """Make an evaluation sample (3, S, S): the largest centred square, resized to `size`.
 
     Raises:
         ImageError: see `open_image`.

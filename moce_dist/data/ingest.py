@@ -200,14 +200,14 @@ def _pack_folder(folder: Folder, request: _Request, inputs: dict[str, Any]) -> S
     with all_or_nothing(out, _FILES, fingerprint([plan_id(tars), config.store_side])):
         limit = _check_headers(folder, request)
         parts: dict[str, list[Shard]] = {"": [], HOLDOUT: []}
-        for written in track(
-            request.map_tasks(write_files, packing, tars), "tars packed", total=len(tars)
-        ):
+        packed = request.map_tasks(write_files, packing, tars)
+        written = track(packed, "tars packed", total=len(tars))
+        for tar, (shard, faults) in zip(tars, written, strict=True):
             # a damaged header was found by the check already
-            limit.record(written.faults, again=True)
+            limit.record(faults, again=True)
             limit.check(RuntimeError)
-            if written.shard.num_samples:
-                parts[written.folder].append(written.shard)
+            if shard.num_samples:
+                parts[tar.folder].append(shard)
         if not any(parts.values()):
             raise ConfigError(f"no image can be read; each is named in {request.ledger}")
         listed = len(folder.files) + len(folder.faults)

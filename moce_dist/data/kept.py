@@ -18,7 +18,7 @@ import numpy as np
 from moce_dist.arrays import Int64
 from moce_dist.config import DataConfig
 from moce_dist.data.decoders import Encoded
-from moce_dist.data.images import Decoded, Jpeg, open_croppable
+from moce_dist.data.images import Croppable, Decoded, open_croppable
 from moce_dist.data.loaders import in_shared_memory
 
 _MAX_DECODED_BYTES = 3 * 128 * 128
@@ -40,7 +40,7 @@ class KeptSamples:
         """Tell which of the samples (m,) are kept, (m,)."""
         return self._places[ids, 0] > 0
 
-    def get(self, sample_id: int) -> Jpeg | Decoded | None:
+    def get(self, sample_id: int) -> Croppable | None:
         """Return a sample's image, None if it is not kept.
 
         Raises:
@@ -54,7 +54,7 @@ class KeptSamples:
             return Decoded(content.reshape(rows, columns, 3))
         return open_croppable(content.data)
 
-    def keep(self, sample_id: int, image: Jpeg | Decoded, content: Encoded) -> None:
+    def keep(self, sample_id: int, image: Croppable, content: Encoded) -> None:
         """Keep an image that was read from `content`, if it fits."""
         kept, rows, columns = np.frombuffer(content, np.uint8), 0, len(content)
         if isinstance(image, Decoded) and image.pixels.nbytes <= _MAX_DECODED_BYTES:
@@ -83,9 +83,9 @@ class KeptImages:
     def __init__(self, num_bytes: int) -> None:
         """Keep at most `num_bytes`; 0 keeps nothing."""
         self._left = num_bytes
-        self._images: dict[str, Jpeg | Decoded] = {}
+        self._images: dict[str, Croppable] = {}
 
-    def open(self, key: str, read: Callable[[], Encoded]) -> Jpeg | Decoded:
+    def open(self, key: str, read: Callable[[], Encoded]) -> Croppable:
         """Return an image; call `read` unless it is kept.
 
         Raises:

@@ -56,14 +56,6 @@ class FileTar(NamedTuple):
     files: list[ImageFile]
 
 
-class Written(NamedTuple):
-    """The index entry and the faults of a tar; without samples there is no file."""
-
-    folder: str
-    shard: Shard
-    faults: list[Fault]
-
-
 def share(name: str) -> float:
     """Map a name to a fixed place in [0, 1); names below the hold-out fraction are held out."""
     digest = hashlib.sha256(as_text(name).encode()).digest()
@@ -121,24 +113,22 @@ def at_most(content: bytes, side: int) -> bytes | None:
     return buffer.getvalue()
 
 
-def write_files(packing: Packing, tar: FileTar) -> Written:
+def write_files(packing: Packing, tar: FileTar) -> tuple[Shard, list[Fault]]:
     """Pack the files of one tar, unless an earlier attempt finished it.
+
+    Returns its index entry and faults; without samples there is no file.
 
     Raises:
         OSError: the tar cannot be written.
     """
     folder = packing.out / tar.folder
     if (found := finished_tar(folder, tar.name)) is not None:
-        return Written(tar.folder, *found)
+        return found
     faults: list[Fault] = []
     writer: ShardWriter | None = None
     for file in tar.files:
-        content = read_image_file(file)
-        if isinstance(content, Fault):
-            faults.append(content)
-            continue
-        name = ending(file.path.name)
         try:
+            content, name = read_image_file(file), ending(file.path.name)
             smaller = at_most(content, packing.store_side) if packing.store_side else None
         except ImageError as error:
             faults.append(Fault(str(file.path), file.key, str(error)))
@@ -149,10 +139,10 @@ def write_files(packing: Packing, tar: FileTar) -> Written:
         label = {} if file.label is None else {"cls": str(file.label).encode()}
         writer.add(file.key, {name: content, **label})
     if writer is None:
-        return Written(tar.folder, Shard(tar.name), faults)
+        return Shard(tar.name), faults
     shard = writer.close()
     note_finished(folder, shard, faults)
-    return Written(tar.folder, shard, faults)
+    return shard, faults
 
 
 class PipedTar(NamedTuple):

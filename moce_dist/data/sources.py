@@ -151,14 +151,19 @@ def header_problem(image: IO[bytes] | Path) -> str | None:
     return None
 
 
-def read_image_file(file: ImageFile) -> bytes | Fault:
-    """Read an image file; return a fault if that fails or the header is damaged."""
+def read_image_file(file: ImageFile) -> bytes:
+    """Read an image file.
+
+    Raises:
+        ImageError: that fails, or the header is damaged.
+    """
     try:
         content = file.path.read_bytes()
     except OSError as error:
-        return Fault(str(file.path), file.key, f"cannot be read: {error.strerror}")
-    problem = header_problem(io.BytesIO(content))
-    return Fault(str(file.path), file.key, problem) if problem else content
+        raise ImageError(f"cannot be read: {error.strerror}") from None
+    if problem := header_problem(io.BytesIO(content)):
+        raise ImageError(problem)
+    return content
 
 
 def expand_shards(pattern: str, *, allow_pipes: bool = False) -> list[str]:

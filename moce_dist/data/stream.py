@@ -30,7 +30,7 @@ from moce_dist.config import DataConfig
 from moce_dist.data.cache import SampleCache, SampleRange
 from moce_dist.data.decoders import ImageError
 from moce_dist.data.device import Undecoded, Waiting
-from moce_dist.data.images import Decoded, Jpeg, SampleDraws, draw_cut, open_croppable
+from moce_dist.data.images import Croppable, SampleDraws, draw_cut, open_croppable
 from moce_dist.data.kept import KeptSamples
 from moce_dist.data.plan import PADDING, Plan, windows
 from moce_dist.data.ranges import Content, Range, RangeReader, is_remote, one_ahead
@@ -62,28 +62,13 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Assignment of slots to ranks: R ranks host G groups; every rank has B / R slots of a step."""
-
-    num_ranks: int
-    num_groups: int
-
-    def rank_slots(self, groups: Int64) -> Int64:
-        """Map the group of every slot, (B,), to the slots of every rank, (R, b).
-
-        Groups must have equally many slots.
-        """
-        return np.argsort(groups, kind="stable").reshape(self.num_ranks, -1)
-
-
-@dataclass(frozen=True)
 class StreamSpec:
     """Everything besides the step and the placement that determines a rank's batches."""
 
     plan: Plan
     data: DataConfig
     num_patches: int
-    layout: Layout
+    num_ranks: int
     rank: int
     ledger: Path
     stage: str
@@ -185,7 +170,7 @@ class PlannedStream(IterableDataset[Batch]):
     def _windows(self, steps: range) -> Iterator[range]:
         spec, table = self._spec, self._spec.plan.table
         mean = max(1, table.num_bytes / table.num_samples)
-        step_bytes = mean * spec.plan.batch_size / spec.layout.num_ranks
+        step_bytes = mean * spec.plan.batch_size / spec.num_ranks
         return windows(steps, max(1, round(spec.data.read_ahead_bytes / step_bytes)))
 
     def _announce(self, steps: list[PlannedStep], reader: RangeReader) -> _Announced:
@@ -207,8 +192,8 @@ class PlannedStream(IterableDataset[Batch]):
     def _planned(self, number: int, group_of: GroupOf) -> PlannedStep:
         spec = self._spec
         order = spec.plan.step_order(number)
-        # every rank computes the slots of all ranks, because the exchange needs them
-        slots = spec.layout.rank_slots(group_of(order.clusters))
+        # (R, b): slots by group, equally many each; the exchange needs those of all ranks
+        slots = np.argsort(group_of(order.clusters), kind="stable").reshape(spec.num_ranks, -1)
         planned = order.clusters[order.clusters != PADDING]
         counts = np.bincount(planned, minlength=len(spec.plan.table.cluster_sizes))
         own = spec.plan.ids_at(order, slots[spec.rank])
@@ -252,7 +237,7 @@ class PlannedStream(IterableDataset[Batch]):
             waiting=waiting.collect(),
         )
 
-    def _image(self, step: PlannedStep, slot: int) -> Jpeg | Decoded:
+    def _image(self, step: PlannedStep, slot: int) -> Croppable:
         kept, sample_id, content = self._spec.kept, int(step.ids[slot]), step.contents[slot]
         step.contents[slot] = None
         if kept is not None and (image := kept.get(sample_id)) is not None:

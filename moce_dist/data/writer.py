@@ -22,8 +22,6 @@ from moce_dist.settings import ConfigError
 
 _BEGUN, _FINISHED = ".begun", ".finished"
 _NOTES = (f"{_FINISHED}/*.json", f"*/{_FINISHED}/*.json")
-_BUFFER_BYTES = 2**20
-"""Bytes of a tar that are collected for one write."""
 
 
 @contextmanager
@@ -111,20 +109,18 @@ class ShardWriter:
     """Write one tar and index it while writing.
 
     The file has a temporary name until `close` renames it, so a tar with its final name is whole.
-    Between two writes no file is open, so thousands of shards can be written at the same time.
     """
 
     def __init__(self, folder: Path, name: str, *, cluster: int | None = None) -> None:
         self._path = folder / name
         # one file per process: a lost worker that still writes must not damage another's file
         self._temporary = folder / f".{name}.{os.getpid()}.tmp"
-        self._buffer = bytearray()
         self._digest = hashlib.sha256()
         self._position = 0
         self._entry = Shard(path=name, cluster=cluster)
         self._samples: list[tuple[str, int, int, int, int]] = []
         folder.mkdir(parents=True, exist_ok=True)
-        self._temporary.write_bytes(b"")
+        self._file = self._temporary.open("wb", 2**20)
 
     @property
     def num_bytes(self) -> int:
@@ -132,18 +128,10 @@ class ShardWriter:
         return self._position
 
     def _append(self, block: bytes) -> None:
-        self._buffer += block
+        with naming(self._temporary):
+            self._file.write(block)
         self._digest.update(block)
         self._position += len(block)
-        if len(self._buffer) >= _BUFFER_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        # mode "ab" would make a file that was removed anew, without what had been written
-        with naming(self._temporary), self._temporary.open("r+b") as file:
-            file.seek(0, os.SEEK_END)
-            file.write(self._buffer)
-        self._buffer.clear()
 
     def add(self, key: str, members: dict[str, bytes]) -> None:
         """Append a sample, {extension: bytes}; exactly one member must be an image."""
@@ -160,7 +148,8 @@ class ShardWriter:
     def close(self) -> Shard:
         """Finish the tar and return its index entry."""
         self._append(TAR_END)
-        self._flush()
+        with naming(self._temporary):
+            self._file.close()
         self._temporary.replace(self._path)
         entry = self._entry.with_samples(self._samples)
         return replace(entry, bytes=self._position, sha256=self._digest.hexdigest())
@@ -171,23 +160,20 @@ class ShardSeries:
 
     def __init__(self, folder: Path, prefix: str, shard_bytes: int) -> None:
         self._folder, self._prefix, self._shard_bytes = folder, prefix, shard_bytes
-        self._writers: list[ShardWriter] = []
+        self._writer: ShardWriter | None = None
         self._shards: list[Shard] = []
 
     def writer(self, num_bytes: int) -> ShardWriter:
         """Return the tar for the next sample of about `num_bytes`; start a new one if needed."""
-        is_open = len(self._writers) > len(self._shards)
-        if is_open and self._writers[-1].num_bytes + num_bytes <= self._shard_bytes:
-            return self._writers[-1]
-        if is_open:
-            self._shards.append(self._writers[-1].close())
-        name = f"{self._prefix}-{len(self._writers):06d}.tar"
-        writer = ShardWriter(self._folder, name)
-        self._writers.append(writer)
-        return writer
+        if self._writer is None or self._writer.num_bytes + num_bytes > self._shard_bytes:
+            self.close()
+            name = f"{self._prefix}-{len(self._shards):06d}.tar"
+            self._writer = ShardWriter(self._folder, name)
+        return self._writer
 
     def close(self) -> list[Shard]:
         """Finish the last tar and return the index entries of all tars."""
-        if len(self._writers) > len(self._shards):
-            self._shards.append(self._writers[-1].close())
+        if self._writer is not None:
+            self._shards.append(self._writer.close())
+            self._writer = None
         return self._shards

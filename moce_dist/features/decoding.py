@@ -42,7 +42,7 @@ from PIL import Image
 from moce_dist.arrays import Float32, Pixels
 from moce_dist.data.cache import SampleRange
 from moce_dist.data.decoders import Encoded, ImageError
-from moce_dist.data.images import eval_image, open_croppable, open_image, to_sample
+from moce_dist.data.images import centre_sample, open_croppable, open_image, to_sample
 from moce_dist.data.ranges import RangeReader, TruncatedError
 from moce_dist.data.resize import Size
 from moce_dist.data.shards import Shard, class_label
@@ -85,13 +85,13 @@ class Framing(NamedTuple):
 
 
 def framed_image(content: Encoded, side: int, framing: Framing | None) -> Float32:
-    """Make an evaluation sample (3, S, S) for a timm model; without framing, as `eval_image`.
+    """Make an evaluation sample (3, S, S) for a timm model; without framing, as `centre_sample`.
 
     Raises:
         ImageError: see `open_image`.
     """
     if framing is None:
-        return eval_image(content, side)
+        return centre_sample(open_croppable(content), side)
     image = open_croppable(content)
     size = framing.resized(Size(image.width, image.height), side)
     if max(size) > _MAX_ASPECT * side:
@@ -159,7 +159,11 @@ class _Begun(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardImages:
-    """The images of the shard at `url`, decoded by `num_threads` threads."""
+    """The images of the shard at `url`, as an encoder takes them.
+
+    `framing` is how they are cut; None: the full centre square, bicubic. `num_threads` threads
+    decode them; the result does not depend on their number.
+    """
 
     shard: Shard
     url: str

@@ -25,9 +25,8 @@ import numpy as np
 import torch
 
 from moce_dist.arrays import Float32
-from moce_dist.data.ranges import RangeReader
-from moce_dist.data.shards import Shard, ShardIndex
-from moce_dist.features.decoding import Framing, ImageBatch, ShardImages
+from moce_dist.data.shards import ShardIndex
+from moce_dist.features.decoding import ImageBatch, ShardImages
 from moce_dist.run.artefacts import begin, is_begun
 from moce_dist.run.files import read_faults, record_fault, replacing, write_atomic
 from moce_dist.run.names import as_text
@@ -52,30 +51,13 @@ class EncoderSpec:
 
 @dataclass(frozen=True)
 class FeatureJob:
-    """All that a worker needs to write the features of one shard.
+    """All that a worker needs to write the features of one shard."""
 
-    `framing` is how the encoder's images are cut; None: the full centre square, bicubic.
-    `decode_threads` threads decode them; the result does not depend on their number.
-    """
-
-    shard: Shard
-    url: str
+    images: ShardImages
     name: str
     out: Path
     ledger: Path
     encoder: EncoderSpec
-    image_size: int
-    batch_size: int
-    framing: Framing | None = None
-    decode_threads: int = 1
-    open_reader: Callable[[], RangeReader] = RangeReader
-
-    @property
-    def images(self) -> ShardImages:
-        """The images of the shard, as the encoder takes them."""
-        size, cut = self.image_size, self.framing
-        how = self.batch_size, self.decode_threads, self.open_reader
-        return ShardImages(self.shard, self.url, size, cut, *how)
 
     @property
     def target(self) -> Path:
@@ -134,7 +116,7 @@ def extract_shard(_: None, job: FeatureJob) -> int:
         labels += batch.labels
     features = np.concatenate(parts)
     features[list(faults)] = 0
-    write_atomic(job.out / f"{job.name}.keys.json", json.dumps(list(job.shard.keys)))
+    write_atomic(job.out / f"{job.name}.keys.json", json.dumps(list(job.images.shard.keys)))
     if any(label is not None for label in labels):
         write_atomic(job.out / f"{job.name}.labels.json", json.dumps(labels))
     _record(job, faults)
@@ -150,7 +132,7 @@ def _record(job: FeatureJob, faults: Mapping[int, str]) -> None:
     lines = read_faults(job.ledger)
     known = {(line.get("stage"), line.get("shard"), line.get("key")) for line in lines}
     for row, reason in faults.items():
-        place = {"stage": "features", "shard": job.url, "key": job.shard.keys[row]}
+        place = {"stage": "features", "shard": job.images.url, "key": job.images.shard.keys[row]}
         if tuple(place.values()) not in known:
             record_fault(job.ledger, **place, reason=reason)
 

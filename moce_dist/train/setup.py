@@ -20,7 +20,7 @@ from moce_dist.config import Config, ParallelConfig
 from moce_dist.data.columns import open_table
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import ORDER, Plan
-from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.data.stream import StreamSpec
 from moce_dist.data.table import SampleTable
 from moce_dist.model.device import training_device
 from moce_dist.model.mae import MaskedAutoencoder
@@ -102,7 +102,7 @@ class TrainState:
             plan=plan,
             data=config.data,
             num_patches=config.num_patches,
-            layout=Layout(self.topology.num_ranks, self.topology.num_groups),
+            num_ranks=self.topology.num_ranks,
             rank=self.rank,
             ledger=Run(self.job.run_root).faults,
             stage=self.job.name,

@@ -31,7 +31,7 @@ from moce_dist.data.batches import stream
 from moce_dist.data.images import normalise
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import HOLDOUT
-from moce_dist.data.stream import Batch, Layout, StreamSpec
+from moce_dist.data.stream import Batch, StreamSpec
 from moce_dist.data.table import SampleTable
 from moce_dist.model.customize import cluster_probabilities, customize, routes
 from moce_dist.model.device import choose_device
@@ -157,6 +157,6 @@ def held_out_batches(table: SampleTable, config: Config) -> Iterator[Batch]:
     """Yield all samples of a table in batches, as training would read them."""
     plan = Plan(table, config.cluster.batch_size, config.seed)
     # the run's ledger lists unreadable images already
-    ledger, layout = Path(os.devnull), Layout(1, 1)
-    spec = StreamSpec(plan, config.data, config.num_patches, layout, 0, ledger, HOLDOUT)
+    ledger = Path(os.devnull)
+    spec = StreamSpec(plan, config.data, config.num_patches, 1, 0, ledger, HOLDOUT)
     yield from stream(spec, np.zeros_like, start=0, stop=plan.steps_per_epoch)

@@ -3,13 +3,13 @@
 import numpy as np
 
 from moce_dist.data.batches import stream
-from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.data.stream import StreamSpec
 
 
 def global_batch(job, step=0):
     """The batch of a step as one process sees it."""
     spec = StreamSpec(
-        job.plan(), job.config.data, job.config.num_patches, Layout(1, 1), 0,
+        job.plan(), job.config.data, job.config.num_patches, 1, 0,
         job.run_root / "faults.jsonl", "moce",
     )  # fmt: skip
     return next(stream(spec, lambda ids: np.zeros(len(ids), np.int64), start=step, stop=step + 1))

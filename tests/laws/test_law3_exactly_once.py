@@ -19,7 +19,7 @@ from moce_dist.config import DataConfig
 from moce_dist.data.batches import stream
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.data.stream import StreamSpec
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run.files import write_atomic
@@ -45,7 +45,7 @@ def plan(tmp_path):
 def run_rank(plan, folder, rank, ranks, start):
     """Stream to the end of the epoch; every step leaves a file of (key, checksum of the sample)."""
     torch.set_num_threads(1)
-    spec = StreamSpec(plan, DATA, 4, Layout(ranks, 1), rank, folder / "faults.jsonl", "mae")
+    spec = StreamSpec(plan, DATA, 4, ranks, rank, folder / "faults.jsonl", "mae")
     for batch in stream(spec, one_group, start=start, stop=plan.steps_per_epoch):
         sums = [
             zlib.crc32(np.ascontiguousarray(image).tobytes() + noise.numpy().tobytes())

@@ -3,7 +3,6 @@
 import io
 import json
 import tarfile
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from moce_dist.cluster.blocks import clean_label
 from moce_dist.cluster.existing import assign_folder
 from moce_dist.config import ClusterConfig
 from moce_dist.data.shards import class_label, scan_shard
+from moce_dist.features.decoding import ShardImages
 from moce_dist.features.extract import EncoderSpec, FeatureJob, begin_features, extract_shard
 from moce_dist.report.record import Clusters
 from moce_dist.report.summary import cluster_notes, label_mix
@@ -48,11 +48,9 @@ def extract(folder, tar, **more):
     shard, _ = scan_shard(str(tar), path=tar.name)
     out = folder / "features"
     begin_features(out, {})
-    job = FeatureJob(
-        *(shard, str(tar), tar.stem, out, folder / "faults.jsonl", EncoderSpec(build_encoder)),
-        *(16, 4),
-    )
-    extract_shard(None, replace(job, **more))
+    images = ShardImages(shard, str(tar), 16, None, 4, **more)
+    job = FeatureJob(images, tar.stem, out, folder / "faults.jsonl", EncoderSpec(build_encoder))
+    extract_shard(None, job)
     path = out / f"{tar.stem}.labels.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
@@ -69,11 +67,11 @@ def test_labels_of_a_tar_stand_beside_its_features_wherever_they_are_in_it(tmp_p
         ("a/4", {"png": b"no image", "cls": b"7"}),
     ]
     tar_of(tmp_path / "s.tar", samples, form)
-    labels = extract(tmp_path, tmp_path / "s.tar", decode_threads=threads)
+    labels = extract(tmp_path, tmp_path / "s.tar", num_threads=threads)
     assert labels == ["7", "12", None, "Übersee", "7"]
     rows = np.load(tmp_path / "features" / "s.npy")
     tar_of(tmp_path / "t.tar", [(key, {"png": members["png"]}) for key, members in samples])
-    assert extract(tmp_path, tmp_path / "t.tar", decode_threads=threads) is None
+    assert extract(tmp_path, tmp_path / "t.tar", num_threads=threads) is None
     assert (np.load(tmp_path / "features" / "t.npy") == rows).all()
 
 

@@ -15,7 +15,7 @@ from moce_dist.data.cache import SampleRange
 from moce_dist.data.plan import Plan
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec, open_cache
+from moce_dist.data.stream import StreamSpec, open_cache
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 
@@ -51,7 +51,7 @@ def batches(index, tmp_path, epoch=0, **data):
     """All batches of an epoch."""
     plan = Plan(sample_table(index), BATCH, seed=0)
     config = DataConfig(**{"image_size": 8, "loader_processes": 0, **data})
-    spec = StreamSpec(plan, config, 4, Layout(1, 1), 0, tmp_path / "faults.jsonl", "mae")
+    spec = StreamSpec(plan, config, 4, 1, 0, tmp_path / "faults.jsonl", "mae")
     steps = plan.steps_per_epoch
     one_group = np.zeros_like
     return list(stream(spec, one_group, start=epoch * steps, stop=(epoch + 1) * steps))

@@ -13,7 +13,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError, image_endings
-from moce_dist.data.images import Box, eval_image, open_croppable, open_image
+from moce_dist.data.images import Box, centre_sample, open_croppable, open_image
 from moce_dist.features.decoding import Framing, framed_image
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -87,7 +87,10 @@ def looks(content):
     whole = some_image.crop(Box(0, 0, *image.size), 32)
     square, framed = (
         (sample.transpose(1, 2, 0) > 0).astype(np.uint8) * 255
-        for sample in (eval_image(content, 32), framed_image(content, 32, Framing(1.0, "squash")))
+        for sample in (
+            centre_sample(open_croppable(content), 32),
+            framed_image(content, 32, Framing(1.0, "squash")),
+        )
     )
     return {corner(np.asarray(image)), corner(whole), corner(square), corner(framed)}
 

@@ -16,7 +16,7 @@ from moce_dist.data.device import DeviceDecoder, Waiting
 from moce_dist.data.images import draw_cut, open_croppable, sample_generator
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.data.stream import StreamSpec
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run.files import read_faults
@@ -64,7 +64,7 @@ def index(tmp_path, photos):
 def batches(index, ledger, device="cpu", **data):
     plan = Plan(sample_table(index), BATCH, seed=0)
     config = DataConfig(**{"image_size": SIZE, "loader_processes": 0, **data})
-    spec = StreamSpec(plan, config, 4, Layout(1, 1), 0, ledger, "mae")
+    spec = StreamSpec(plan, config, 4, 1, 0, ledger, "mae")
     return list(stream(spec, np.zeros_like, start=0, stop=4, device=torch.device(device)))
 
 

@@ -14,7 +14,7 @@ from moce_dist.config import DataConfig
 from moce_dist.data.batches import stream
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.data.stream import StreamSpec
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run.files import read_faults
@@ -93,7 +93,7 @@ def one_group(clusters):
 def test_every_fault_keeps_its_slot_and_stands_in_the_ledger_once(tmp_path, range_server):
     index = injected(tmp_path, range_server)
     plan, ledger = Plan(sample_table(index), 20, seed=0), tmp_path / "faults.jsonl"
-    spec = StreamSpec(plan, DATA, 4, Layout(1, 1), 0, ledger, "mae")
+    spec = StreamSpec(plan, DATA, 4, 1, 0, ledger, "mae")
     batches = list(stream(spec, one_group, start=0, stop=10))
     used = Counter(key for batch in batches for key in batch.keys)
     assert used == Counter(f"{tar}/{row}" for tar in range(TARS) for row in range(PER_TAR))

@@ -8,7 +8,7 @@ import pytest
 
 from moce_dist.data import decoders
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import Box, eval_image, open_croppable, open_image
+from moce_dist.data.images import Box, centre_sample, open_croppable, open_image
 
 from .samples_of_formats import seeds
 
@@ -54,7 +54,7 @@ def use(content):
         some_image = open_croppable(content)
         assert (some_image.width, some_image.height) == (width, height)
         assert some_image.crop(Box(0, 0, width, height), 4).shape == (4, 4, 3)
-        assert eval_image(content, 8).shape == (3, 8, 8)
+        assert centre_sample(open_croppable(content), 8).shape == (3, 8, 8)
     except ImageError as error:
         assert str(error) and "\n" not in str(error)
         return False

@@ -306,8 +306,8 @@ def test_a_generator_set_anew_is_a_new_one():
         )
 
 
-def test_eval_image_is_the_centre(photo):
-    sample = images.eval_image(encode(photo), 32)
+def test_evaluation_sample_is_the_centre(photo):
+    sample = images.centre_sample(images.open_croppable(encode(photo)), 32)
     side = min(photo.size)
     left = (photo.width - side) // 2
     crop = photo.crop((left, 0, left + side, side)).resize((32, 32), Image.Resampling.BICUBIC)

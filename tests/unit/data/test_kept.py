@@ -13,7 +13,7 @@ from moce_dist.data.images import Decoded, Jpeg, decode_image, open_croppable
 from moce_dist.data.kept import KeptSamples, open_kept
 from moce_dist.data.plan import Plan
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.data.stream import StreamSpec
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run.files import read_faults
@@ -44,7 +44,7 @@ def index(tmp_path):
 def batches(index, ledger, *, kept=None, first=0, last=EPOCHS * STEPS, **fields):
     data = DataConfig(image_size=16, **({"loader_processes": 0} | fields))
     plan = Plan(sample_table(index), 8, seed=0)
-    spec = StreamSpec(plan, data, 4, Layout(1, 1), 0, ledger, "mae", kept)
+    spec = StreamSpec(plan, data, 4, 1, 0, ledger, "mae", kept)
     return list(stream(spec, one_group, start=first, stop=last))
 
 

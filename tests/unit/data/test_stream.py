@@ -14,7 +14,7 @@ from moce_dist.config import DataConfig
 from moce_dist.data.batches import BatchStream, stream
 from moce_dist.data.plan import PADDING, Plan
 from moce_dist.data.shards import write_index
-from moce_dist.data.stream import Layout, StreamSpec
+from moce_dist.data.stream import StreamSpec
 from moce_dist.data.table import sample_table
 from moce_dist.data.writer import ShardWriter
 from moce_dist.run.files import read_faults
@@ -42,9 +42,9 @@ def index(tmp_path):
     return write_index(tmp_path, shards)
 
 
-def spec(index, tmp_path, *, ranks=1, groups=1, rank=0, data=DATA):
+def spec(index, tmp_path, *, ranks=1, rank=0, data=DATA):
     plan = Plan(sample_table(index), 8, seed=0)
-    return StreamSpec(plan, data, 4, Layout(ranks, groups), rank, tmp_path / "faults.jsonl", "mae")
+    return StreamSpec(plan, data, 4, ranks, rank, tmp_path / "faults.jsonl", "mae")
 
 
 def alternating(clusters):
@@ -68,7 +68,7 @@ def test_loader_processes_do_not_change_batches(index, tmp_path):
 def test_ranks_split_the_one_batch(index, tmp_path):
     whole = {b.step: b for b in stream(spec(index, tmp_path), one_group, start=0, stop=5)}
     parts = [
-        list(stream(spec(index, tmp_path, ranks=4, groups=2, rank=r), alternating, start=0, stop=5))
+        list(stream(spec(index, tmp_path, ranks=4, rank=r), alternating, start=0, stop=5))
         for r in range(4)
     ]
     for step, batch in whole.items():
@@ -128,7 +128,7 @@ def test_noise_is_uniform_and_changes_with_the_epoch(index, tmp_path):
 
 def in_intervals(index, tmp_path, processes):
     data = DataConfig(image_size=16, loader_processes=processes, prefetch_batches=2)
-    batches = BatchStream(spec(index, tmp_path, ranks=2, groups=2, data=data), start=1)
+    batches = BatchStream(spec(index, tmp_path, ranks=2, data=data), start=1)
     taken = []
     for stop, group_of in ((4, alternating), (9, one_half_each), (10, alternating)):
         batches.extend(group_of, stop)
@@ -148,7 +148,7 @@ def test_loader_processes_that_live_on_hear_who_reads(index, tmp_path):
     for a, b in zip(alone, helped, strict=True):
         assert a.keys == b.keys and a.images.equal(b.images) and a.clusters.equal(b.clusters)
     # other readers read other samples
-    fixed = stream(spec(index, tmp_path, ranks=2, groups=2), alternating, start=1, stop=10)
+    fixed = stream(spec(index, tmp_path, ranks=2), alternating, start=1, stop=10)
     is_same = [a.keys == b.keys for a, b in zip(alone, fixed, strict=True)]
     assert all(is_same[:3]) and is_same[8] and not all(is_same[3:8])
 

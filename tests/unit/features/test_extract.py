@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,12 +25,12 @@ from timm.data import create_transform, resolve_data_config
 from moce_dist.cluster.assign import assign_features
 from moce_dist.cluster.blocks import open_features
 from moce_dist.data.columns import open_index, write_columns
-from moce_dist.data.images import MEAN, STD, eval_image
+from moce_dist.data.images import MEAN, STD
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import Shard, ShardIndex, read_index, write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.features import decoding, extract
-from moce_dist.features.decoding import Framing, framed_image
+from moce_dist.features.decoding import Framing, ShardImages, framed_image
 from moce_dist.features.encoder import Encoder, EncoderInput, describe_timm, timm_encoder
 from moce_dist.features.extract import (
     EncoderSpec,
@@ -93,17 +93,22 @@ def shard_of(folder, contents, name="train-000000.tar"):
 
 
 def job_of(folder, shard, **more):
-    arguments = {
+    taken = {
         "shard": shard,
         "url": str(folder / shard.path),
+        "image_size": SIZE,
+        "framing": None,
+        "batch_size": 4,
+    }
+    names = [field.name for field in fields(ShardImages)]
+    images = ShardImages(**taken | {n: more.pop(n) for n in names if n in more})
+    arguments = {
         "name": "train-000000",
         "out": folder / "features",
         "ledger": folder / "faults.jsonl",
         "encoder": EncoderSpec(build_encoder, ("8",)),
-        "image_size": SIZE,
-        "batch_size": 4,
     }
-    return FeatureJob(**{**arguments, **more})
+    return FeatureJob(images, **arguments | more)
 
 
 def build_unpooled():
@@ -133,7 +138,7 @@ def test_rows_are_the_encoders_features_in_the_order_of_the_keys(tmp_path):
     assert extract_shard(None, job_of(tmp_path, shard)) == 0
     rows = np.load(tmp_path / "features" / "train-000000.npy")
     assert rows.dtype == np.float16 and rows.shape == (10, 8)
-    images = torch.from_numpy(np.stack([eval_image(content, SIZE) for content in contents]))
+    images = torch.from_numpy(np.stack([framed_image(content, SIZE, None) for content in contents]))
     np.testing.assert_allclose(rows, build_encoder("8")(images).numpy(), rtol=2e-3, atol=0.05)
     keys = json.loads((tmp_path / "features" / "train-000000.keys.json").read_text())
     assert keys == [f"domain/{number}" for number in range(10)]
@@ -239,7 +244,7 @@ def test_file_and_faults_do_not_depend_on_the_threads_that_decode(tmp_path, thre
     found = {}
     for name, number in (("alone", 1), ("many", threads)):
         folder = tmp_path / name
-        more = {"out": folder, "ledger": tmp_path / f"{name}.jsonl", "decode_threads": number}
+        more = {"out": folder, "ledger": tmp_path / f"{name}.jsonl", "num_threads": number}
         extract.cached_encoder.cache_clear()
         assert extract_shard(None, job_of(tmp_path, shard, **spec, **more)) == 4
         faults = read_faults(tmp_path / f"{name}.jsonl")
@@ -255,7 +260,7 @@ def test_threads_have_any_number_of_images(tmp_path, count):
     shard = shard_of(tmp_path, [png(seed) for seed in range(count)])
     found = [
         [(batch.images.tobytes(), batch.num_images, batch.faults) for batch in given.batches()]
-        for given in (job_of(tmp_path, shard, decode_threads=n).images for n in (1, 3))
+        for given in (job_of(tmp_path, shard, num_threads=n).images for n in (1, 3))
     ]
     assert found[0] == found[1]
     assert [n for _, n, _ in found[0]] == {0: [0], 1: [1], 4: [4], 5: [4, 1]}[count]
@@ -282,7 +287,7 @@ def test_the_next_batch_is_decoded_while_one_is_encoded_and_no_more(tmp_path, mo
         image.save(file, "PNG")
         contents.append(file.getvalue())
     rows = decoded_rows(monkeypatch)
-    job = job_of(tmp_path, shard_of(tmp_path, contents), decode_threads=3)
+    job = job_of(tmp_path, shard_of(tmp_path, contents), num_threads=3)
     for number, batch in enumerate(job.images.batches()):
         ahead = min(4 * (number + 2), 40)
         deadline = time.monotonic() + 20
@@ -296,7 +301,7 @@ def test_the_next_batch_is_decoded_while_one_is_encoded_and_no_more(tmp_path, mo
 def test_abandoned_batches_leave_no_thread(tmp_path):
     shard = shard_of(tmp_path, [png(seed) for seed in range(30)])
     before = set(threading.enumerate())
-    broken = job_of(tmp_path, shard, encoder=EncoderSpec(build_broken), decode_threads=3)
+    broken = job_of(tmp_path, shard, encoder=EncoderSpec(build_broken), num_threads=3)
     with pytest.raises(AssertionError, match="must not be called"):
         extract_shard(None, broken)
     gc.collect()
@@ -308,7 +313,7 @@ def test_lost_shard_is_named_with_any_number_of_threads(tmp_path):
     (tmp_path / shard.path).unlink()
     for threads in (1, 3):
         with pytest.raises(FileNotFoundError, match="train-000000"):
-            extract_shard(None, job_of(tmp_path, shard, decode_threads=threads))
+            extract_shard(None, job_of(tmp_path, shard, num_threads=threads))
 
 
 def test_a_mapped_shard_gives_the_same_files(tmp_path):
@@ -376,6 +381,7 @@ from pathlib import Path
 
 import torch
 
+from moce_dist.features.decoding import ShardImages
 from moce_dist.features.extract import EncoderSpec, FeatureJob, extract_shard, feature_names
 from moce_dist.config import ParallelConfig
 from moce_dist.data.shards import read_index
@@ -394,8 +400,8 @@ def build(root):
 
 index = read_index(root)
 jobs = [
-    FeatureJob(s, index.url(s), n, root / "features", root / "faults.jsonl",
-               EncoderSpec(build, (str(root),)), 16, 4)
+    FeatureJob(ShardImages(s, index.url(s), 16, None, 4), n, root / "features",
+               root / "faults.jsonl", EncoderSpec(build, (str(root),)))
     for s, n in zip(index.shards, feature_names(index), strict=True)
 ]
 with hold_actors(ParallelConfig(num_workers=2)) as workers:
@@ -465,7 +471,7 @@ def test_passing_trouble_of_a_server_costs_no_image_and_lasting_trouble_is_named
     paths = {"/a.tar": "busy-twice", "/b.tar": "busy"}
     server = range_server({path: (content, behaviour) for path, behaviour in paths.items()})
     reader = partial(RangeReader, timeout_s=1, deadline_s=20)
-    more = {"decode_threads": threads, "open_reader": reader, "out": tmp_path / "remote"}
+    more = {"num_threads": threads, "open_reader": reader, "out": tmp_path / "remote"}
     assert extract_shard(None, job_of(tmp_path, shard, url=f"{server.url}/a.tar", **more)) == 0
     near, far = (np.load(job.target) for job in (local, job_of(tmp_path, shard, **more)))
     np.testing.assert_array_equal(near, far)

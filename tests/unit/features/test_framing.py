@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter, ImageOps
 from timm.data import create_transform
 
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import MEAN, STD, eval_image
+from moce_dist.data.images import MEAN, STD, centre_sample, open_croppable
 from moce_dist.features.decoding import Framing, framed_image
 
 FRAMINGS = [
@@ -80,7 +80,7 @@ def test_image_of_a_row_is_no_image_of_millions():
     # timm would make 64 x 8 million pixels of it
     content = encode(Image.new("RGB", (120_000, 1), (200, 30, 90)))
     sample = framed_image(content, 64, Framing(0.9))
-    np.testing.assert_allclose(sample, eval_image(content, 64), atol=1e-6)
+    np.testing.assert_allclose(sample, centre_sample(open_croppable(content), 64), atol=1e-6)
 
 
 @pytest.mark.parametrize("framing", FRAMINGS[:6], ids=str)
@@ -91,7 +91,7 @@ def test_jpeg_is_that_of_timm_and_near_where_it_is_decoded_at_a_part_of_its_size
         near = levels(framed_image(content, 64, framing) - expected).mean()
         assert near < mean
         if framing.crop_pct < 1:
-            assert levels(eval_image(content, 64) - expected).mean() > 5 * near
+            assert levels(centre_sample(open_croppable(content), 64) - expected).mean() > 5 * near
 
 
 @pytest.mark.parametrize("size", [(300, 200), (1801, 1303)])
@@ -111,7 +111,7 @@ def test_stored_orientation_is_undone_before(tag, size):
 
 def test_without_a_framing_it_is_the_sample_of_the_runs_own_encoder():
     content = encode(image_of(300, 211), "JPEG", quality=90)
-    assert (framed_image(content, 64, None) == eval_image(content, 64)).all()
+    assert (framed_image(content, 64, None) == centre_sample(open_croppable(content), 64)).all()
 
 
 def test_damage_is_an_image_error():

@@ -18,9 +18,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from moce_dist.config import Config, TransferConfig, make_config
-from moce_dist.data.images import eval_image
 from moce_dist.data.shards import write_index
 from moce_dist.data.writer import ShardWriter
+from moce_dist.features.decoding import framed_image
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.model.moce import global_names, is_stacked
 from moce_dist.run.artefacts import file_sha256, fingerprint, mark_complete
@@ -158,7 +158,7 @@ def run(
         weights = by_global_name(model, config)
         write_checkpoint(made.stage(name) / "checkpoints" / "step_00000005", weights)
     files = sorted((image_folder / "train").rglob("*.png"))
-    images = np.stack([eval_image(p.read_bytes(), SIZE) for p in files])
+    images = np.stack([framed_image(p.read_bytes(), SIZE, None) for p in files])
     with torch.no_grad():
         features = models["mae"].features(torch.from_numpy(images)).numpy()
     mean = features.mean(axis=0)
