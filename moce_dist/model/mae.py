@@ -101,12 +101,6 @@ class MaskedAutoencoder(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         return self.patch_embed(images) + self.pos_embed[:, 1:]
 
-    def _outer_weights(self, x: Tensor) -> tuple[Tensor, ...]:
-        # weight and bias of the patch embedding, the decoder's embedding and its last layer
-        linears = self.patch_embed.proj, self.decoder_embed, self.decoder_pred
-        plain = tuple(p for linear in linears for p in linear.parameters())
-        return cast_together(x, *linears) or plain
-
     def _embed_some(self, patches: Tensor, ids: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         # embeds only those of the patches (B, N, P * P * 3) that are at ids (B, V): (B, V, D)
         chosen = patches.gather(1, ids[:, :, None].expand(-1, -1, patches.shape[2]))
@@ -174,7 +168,8 @@ class MaskedAutoencoder(nn.Module):
         ids_keep, ids_restore = self.random_masking(noise)
         patches = patchify(images, self.config.model.patch_size)
         with self._autocast(images):
-            weight, bias, *decoder = self._outer_weights(images)
+            outer = self.patch_embed.proj, self.decoder_embed, self.decoder_pred
+            weight, bias, *decoder = cast_together(images, *outer)
             visible = self._embed_some(patches, ids_keep, weight, bias)
             latent = self._encode(visible, dispatcher, scales)
             prediction = self.decode(latent, ids_restore, decoder)

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_dist.model.vit import DenseBlock, Mlp, add_together, cast_together
+from moce_dist.model.vit import DenseBlock, Mlp, add_together, autocast_dtype, cast_together
 
 _STACKED = re.compile(r"(blocks\.(\d+)\.mlp\.experts)\.(fc[12]\.(?:weight|bias))")
 _GROUPED_CAPABILITY = 9
@@ -110,8 +110,8 @@ class Experts(nn.Module):
 
     def cast(self, x: Tensor) -> Weights:
         """Return the parameters in the type of the products for tokens `x`, by one cast."""
-        cast = cast_together(x, self.fc1, self.fc2)
-        return tuple(p.to(x.dtype) for p in self.parameters()) if cast is None else cast
+        dtype = autocast_dtype(x)
+        return tuple(p.to(dtype) for p in cast_together(x, self.fc1, self.fc2))
 
     def forward(
         self, rows: Tensor, counts: Sequence[int], weights: Weights, ends: Tensor | None = None

@@ -94,16 +94,18 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def cast_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...] | None:
-    """Cast weight and bias of every linear layer to the dtype that autocast uses for `x`.
+def cast_together(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Return weight and bias of every linear layer in the dtype that autocast uses for `x`.
 
-    Returns None if autocast is off, and under `torch.compile`, which fuses casts by itself.
+    They are the parameters themselves if autocast is off, and under `torch.compile`, which fuses
+    casts by itself.
     """
     device = x.device.type
+    parameters = tuple(parameter for linear in linears for parameter in linear.parameters())
     if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device):
-        return None
-    parameters = [parameter for linear in linears for parameter in linear.parameters()]
-    return _CastTogether.apply(torch.get_autocast_dtype(device), *parameters)
+        return parameters
+    cast: tuple[Tensor, ...] = _CastTogether.apply(torch.get_autocast_dtype(device), *parameters)
+    return cast
 
 
 def add_together(x: Tensor, stacks: nn.Module, bases: nn.Module) -> tuple[Tensor, ...]:
@@ -127,14 +129,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (B, N, D)."""
-        weights = cast_together(x, self.qkv, self.proj)
-        if weights is not None:
-            return self.attend(x, weights)
-        # (3, B, H, N, D / H)
-        heads = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(*heads.unbind(0))
-        y = self.proj(y.transpose(1, 2).reshape(x.shape))
-        return y
+        return self.attend(x, cast_together(x, self.qkv, self.proj))
 
     def attend(self, x: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """Transform tokens (B, N, D) with the cast weights and biases of `qkv` and `proj`."""
@@ -178,14 +173,12 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Transform tokens (B, N, D)."""
         attn, mlp = self.attn, self.mlp
-        # a caller may have replaced the MLP by experts
-        weights = None
-        if isinstance(mlp, Mlp):
-            weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
-        if weights is None:
+        if not isinstance(mlp, Mlp):
+            # a caller has replaced the MLP by experts
             x = x + attn(self.norm1(x))
             x = x + mlp(self.norm2(x))
             return x
+        weights = cast_together(x, attn.qkv, attn.proj, mlp.fc1, mlp.fc2)
         *attention, weight1, bias1, weight2, bias2 = weights
         x = x + attn.attend(self.norm1(x), attention)
         hidden = F.gelu(F.linear(self.norm2(x), weight1, bias1))
