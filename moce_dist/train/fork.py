@@ -141,7 +141,8 @@ def make_fork(fork: Fork, config: Config, root: Path) -> None:
             time.sleep(0.2)
         return
     making = root / _MAKING
-    if not (root / "config.yaml").is_file():
+    # again, now that nobody else may write: another process may have made a run since
+    if known_fork(Path(fork.run), fork.step, root) is None:
         others = [path for path in root.iterdir() if not lease.is_own(path)]
         if others and not making.exists():
             raise ConfigError(f"--run {root}: is not empty; a fork needs a folder of its own")

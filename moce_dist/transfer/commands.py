@@ -5,6 +5,7 @@ one fitted model, or an exported backbone (RUN/transfer/TASK/backbone, for `onnx
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -186,7 +187,8 @@ def find_model(args: Any) -> Path:
         return folder
     fits = {
         path.parent.parent.name: path.parent
-        for path in (folder / "models").glob(f"*-*-[0-9]*/{which}/{_CONFIG}")
+        for path in (folder / "models").glob(f"*/{which}/{_CONFIG}")
+        if re.fullmatch(r".+-[^-]+-\d+", path.parent.parent.name)
     }
     if not fits:
         raise ConfigError(
