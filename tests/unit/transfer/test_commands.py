@@ -189,8 +189,9 @@ def test_probabilities_add_up_and_are_sorted(task, image_folder, capsys):
     assert sum(values) == pytest.approx(1, abs=1e-5) and values == sorted(values, reverse=True)
 
 
-def test_a_folder_that_no_fit_made_is_no_model(task, image_folder, capsys):
-    copied = Path(shutil.copytree(task / "models" / "moce-finetune-0", task / "models" / "mine"))
+@pytest.mark.parametrize("name", ["mine", "a-mine-c", "a-mine-1x"])
+def test_a_folder_that_no_fit_made_is_no_model(name, task, image_folder, capsys):
+    copied = Path(shutil.copytree(task / "models" / "moce-finetune-0", task / "models" / name))
     try:
         said(capsys, "predict", str(task), str(image_folder / "test" / "rows" / "000.png"))
         with pytest.raises(ConfigError, match=r"has no model of .*mine.*, only .*-0$"):
