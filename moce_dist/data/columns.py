@@ -22,7 +22,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,28 @@ _NUMBERS = ("offset", "size", "before", "after")
 _LARGEST = 2**32 - 1
 _SHORT_KEYS = 2**31
 _END_BYTES = 2**16
+_VALUES_AT_ONCE = 2**16
 
 
 class _Column(Sequence[Any]):
-    """A column of a mapped shard, equal to the list of its values; pickled as that list."""
+    """A column of a mapped shard, equal to the list of its values; pickled as that list.
+
+    `values(part)` lists the values of a slice; it is called whenever some are accessed.
+    """
+
+    def __init__(self, count: int, values: Callable[[slice], list[Any]]) -> None:
+        self._rows, self._values = range(count), values
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        row = self._rows[index]
+        return self._values(slice(row, row + 1))[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in self._rows[::_VALUES_AT_ONCE]:
+            yield from self._values(slice(first, first + _VALUES_AT_ONCE))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and list(self) == list(other)
@@ -54,41 +72,8 @@ class _Column(Sequence[Any]):
         return list, (list(self),)
 
 
-class _Keys(_Column):
-    """The column of keys; a string is created only when it is accessed."""
-
-    def __init__(self, column: Any) -> None:
-        self._column = column
-
-    def __len__(self) -> int:
-        return len(self._column)
-
-    def __getitem__(self, row: Any) -> Any:
-        return self._column[int(row)].as_py()
-
-    def __iter__(self) -> Iterator[str]:
-        return (key.as_py() for key in self._column)
-
-
-class _Numbers(_Column):
-    """The sum of some columns minus others, (n,) each; computed only when it is accessed."""
-
-    def __init__(self, plus: Sequence[Any], minus: Sequence[Any] = ()) -> None:
-        self._plus, self._minus = plus, minus
-
-    def __len__(self) -> int:
-        return len(self._plus[0])
-
-    def __getitem__(self, row: Any) -> Any:
-        return sum(int(c[row]) for c in self._plus) - sum(int(c[row]) for c in self._minus)
-
-    def __iter__(self) -> Iterator[int]:
-        total = np.zeros(len(self), np.int64)
-        for column in self._plus:
-            total += column
-        for column in self._minus:
-            total -= column
-        return iter(total.tolist())
+def _keys(column: Any) -> _Column:
+    return _Column(len(column), lambda part: column[part].to_pylist())
 
 
 def write_columns(index: ShardIndex) -> None:
@@ -151,7 +136,7 @@ def open_table(root: str | Path, num_clusters: int = 1) -> SampleTable:
         return sample_table(read_index(root), num_clusters)
     said, batch = mapped
     heads = ShardIndex(str(root), [_shard(*head) for head in said["shards"]])
-    keys = _Keys(batch.column("key"))
+    keys = _keys(batch.column("key"))
     table = sample_table(heads, num_clusters)
     return replace(table, keys=keys, known_bytes=said["bytes"], **_numbers(batch))
 
@@ -172,18 +157,20 @@ def open_index(root: str | Path) -> ShardIndex:
     for head in said["shards"]:
         shard = _shard(*head)
         part = slice(first, first := first + shard.num_samples)
-        offset, size, before, after = (numbers[name][part] for name in _NUMBERS)
-        shards.append(
-            replace(
-                shard,
-                keys=_Keys(keys[part]),
-                starts=_Numbers([offset], [before]),
-                ends=_Numbers([offset, size, after]),
-                offsets=_Numbers([offset]),
-                sizes=_Numbers([size]),
-            )
-        )
+        places = _places(*(numbers[name][part] for name in _NUMBERS))
+        shards.append(replace(shard, keys=_keys(keys[part]), **places))
     return ShardIndex(str(root), shards)
+
+
+def _places(offset: Any, size: Any, before: Any, after: Any) -> dict[str, Any]:
+    # offset is int64, so no sum overflows; sums are computed only when they are accessed
+    values: dict[str, Callable[[slice], list[Any]]] = {
+        "starts": lambda part: (offset[part] - before[part]).tolist(),
+        "ends": lambda part: (offset[part] + size[part] + after[part]).tolist(),
+        "offsets": lambda part: offset[part].tolist(),
+        "sizes": lambda part: size[part].tolist(),
+    }
+    return {name: _Column(len(offset), column) for name, column in values.items()}
 
 
 def _numbers(batch: Any) -> dict[str, Any]:
