@@ -80,6 +80,8 @@ def main(argv: Sequence[str]) -> None:
     check_source(config.data, data_root)
     check_own_gpu(config.parallel)
     quiet_libraries()
+    if is_first_process():
+        log.info("run %s: data %s", root, config.data.source)
     from moce_dist.pipeline import Pipeline
 
     with hold(root):

@@ -71,7 +71,12 @@ def parse(argv: Sequence[str]) -> Any:
         help="train dense models on, on N images: +own of the task's clusters, +train of its "
         "training images alone, +all of all data",
     )
-    parser.add_argument("--protocol", metavar="LIST", help="finetune, linear, knn (default: all)")
+    parser.add_argument(
+        "--protocol",
+        metavar="LIST",
+        help="finetune, linear, knn (default: these that the task takes); for classes also "
+        "logistic, and logisticN with N labels per class",
+    )
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="fits of each kind")
     parser.add_argument(
         "--out", metavar="DIR", help="folder for the task's folder, in place of RUN/transfer"

@@ -1,10 +1,10 @@
 """Commands about a machine and about what was trained.
 
-`python -m moce_dist [--config FILE]` is the doctor: one line a check, `ok`, `warn` or `fail`, the
-last two with advice, and how ranks and expert groups would stand. Exit status 0 when nothing
-failed, 1 otherwise, 2 for a wrong configuration. `python -m moce_dist schema` prints the JSON
-schema of the configuration. `routes`, `heldout`, `predict` and `onnx` use what was trained:
-`python -m moce_dist predict --help`.
+`python -m moce_dist [--config FILE] [--set FIELD=VALUE]` is the doctor: one line a check, `ok`,
+`warn` or `fail`, the last two with advice, and how ranks and expert groups would stand. Exit status
+0 when nothing failed, 1 otherwise, 2 for a wrong configuration. `python -m moce_dist schema` prints
+the JSON schema of the configuration. `routes`, `heldout`, `predict` and `onnx` use what was
+trained: `python -m moce_dist predict --help`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from moce_dist.cli import Parser, quiet_libraries, run_job
+from moce_dist.cli import Parser, add_overrides, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
 from moce_dist.doctor import diagnose, topology_lines
 
@@ -38,11 +38,12 @@ def main(argv: Sequence[str]) -> None:
         "what", nargs="?", choices=("doctor", "schema"), default="doctor", metavar=shown
     )
     parser.add_argument("--config", metavar="FILE", help="the request to check the machine for")
+    add_overrides(parser)
     args = parser.parse_args(argv)
     if args.what == "schema":
         sys.stdout.write(json.dumps(Config.model_json_schema(), indent=1) + "\n")
         return
-    config = load_config(args.config)
+    config = load_config(args.config, args.overrides)
     quiet_libraries()
     is_healthy = True
     for finding in diagnose(config):

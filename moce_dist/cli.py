@@ -64,6 +64,19 @@ def job_parser(description: str, example: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--config", metavar="FILE", help="YAML file with what differs from the defaults"
     )
+    add_overrides(parser)
+    parser.add_argument(
+        "--run", metavar="DIR", help="run directory; a relative one lies in run.root"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="set an existing run aside and start anew"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Let --set, which may be repeated, override a field; `overrides` lists them as A.B=VALUE."""
     parser.add_argument(
         "--set",
         metavar="A.B=VALUE",
@@ -73,14 +86,6 @@ def job_parser(description: str, example: str) -> argparse.ArgumentParser:
         dest="overrides",
         help="override a field",
     )
-    parser.add_argument(
-        "--run", metavar="DIR", help="run directory; a relative one lies in run.root"
-    )
-    parser.add_argument(
-        "--fresh", action="store_true", help="set an existing run aside and start anew"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
-    return parser
 
 
 def command_parser(name: str, description: str | None, example: str) -> argparse.ArgumentParser:

@@ -172,6 +172,13 @@ def test_schema_for_editors_is_the_one_of_the_code():
     assert committed == printed.stdout, "renew it with: make schema"
 
 
+def test_changed_fields_are_those_that_are_checked():
+    done = run_here(
+        "moce_dist", "--set", "parallel.num_groups=4", "--set", "parallel.num_workers=3"
+    )
+    assert done.returncode == 2 and "parallel.num_workers (3) must be a multiple" in done.stderr
+
+
 def test_wrong_flag_is_one_line():
     done = run_here("moce_dist", "--sett")
     assert (done.returncode, done.stderr) == (2, "error: unrecognized arguments: --sett\n")

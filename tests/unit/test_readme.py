@@ -11,7 +11,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = {
     page: (ROOT / page).read_text()
     for page in (
-        *("README.md", "k8s/README.md", "configs/README.md"),
+        *("README.md", "CHANGELOG.md", "k8s/README.md", "configs/README.md"),
         *("configs/studies/README.md", "jobs/benches/README.md"),
     )
 }
