@@ -4,6 +4,7 @@ python jobs/study.py --config configs/studies/small.yaml --data /data/study --ou
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"{'--out' if args.config else '--config'}: is missing")
     if args.run:
         raise ConfigError("--run: a study has many runs; name its folder with --out")
+    if "RANK" in os.environ:
+        raise ConfigError("jobs/study.py: not under torchrun; it starts its own processes")
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs}: must be at least 1")
     study, out = (

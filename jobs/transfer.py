@@ -3,23 +3,25 @@
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import interpreter  # noqa: F401 - says which Python to take
 
 from moce_dist.cli import job_parser, quiet_libraries, run_job
-from moce_dist.config import Config, SuiteEntry, load_config
+from moce_dist.config import Config, ParallelConfig, SuiteEntry, load_config
 from moce_dist.run.directory import Run, resolve_run
 from moce_dist.run.environment import check_writable, local_path
 from moce_dist.run.lease import hold
+from moce_dist.run.names import typed
 from moce_dist.run.rows import backbone_texts, value_text
 from moce_dist.settings import ConfigError
 from moce_dist.train.job import Job
 from moce_dist.transfer.kinds import kind_of, task_names
 from moce_dist.transfer.request import (
     Request,
+    check_ranks,
     check_request,
     check_stages,
     check_suite,
@@ -32,6 +34,7 @@ from moce_dist.transfer.request import (
 from moce_dist.transfer.suite import (
     ALL,
     Order,
+    TaskOutcome,
     attempt,
     carry_out,
     carry_out_away,
@@ -122,6 +125,8 @@ def make_orders(args: Any, run: Run | None, config: Config) -> list[Order]:
     """Make checked orders from the entries of a suite, or from the flags."""
     if (args.task or config.transfer.task) != ALL:
         orders = [Order(make_request(args, run, config), config, args.fresh)]
+        if "RANK" not in os.environ:
+            check_ranks(orders[0].request, config)
     else:
         check_suite(config.transfer.suite)
         orders = [suite_order(args, entry) for entry in config.transfer.suite]
@@ -218,6 +223,21 @@ def run_task(run: Run, order: Order) -> dict[str, Any]:
     return carry_out(run, order, train_on_workers)
 
 
+def attempts(parallel: ParallelConfig, run: Run, orders: Sequence[Order]) -> Iterator[TaskOutcome]:
+    """Attempt all orders in parallel where there are several workers; yield how each ended."""
+    from moce_dist.launch.tasks import hold_tasks, needs_ray
+
+    if not needs_ray(parallel):
+        yield from (attempt(run, order) for order in orders)
+        return
+    with hold_tasks(parallel, attempt, run) as start:
+        for order, outcome in [(order, start(order)) for order in orders]:
+            try:
+                yield outcome.result()
+            except Exception as error:  # noqa: BLE001 - of Ray, when a worker was lost too often
+                yield TaskOutcome(order.request.folder, None, typed(error))
+
+
 def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
     """Carry out all tasks on all workers, and print the results.
 
@@ -225,11 +245,8 @@ def run_suite(run: Run, config: Config, orders: Sequence[Order]) -> None:
         RuntimeError: names the tasks that failed; the others are finished and reported.
     """
     quiet_libraries()
-    from moce_dist.launch.tasks import map_tasks
-
     orders = prepare(run, orders, train_on_workers)
-    outcomes = map_tasks(config.parallel, attempt, run, orders, gpu=True)
-    metrics = collect(run, outcomes)
+    metrics = collect(run, attempts(config.parallel, run, orders))
     if metrics["summary"]:
         print_table([*metrics["tasks"], metrics], f"{len(metrics['tasks'])} tasks")
     if failed := metrics["failed"]:

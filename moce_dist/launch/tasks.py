@@ -117,8 +117,6 @@ def map_tasks(
     shared: Shared,
     items: Iterable[T],
     /,
-    *,
-    gpu: bool = False,
 ) -> Iterator[Result]:
     """Apply a module-level function to items on `num_workers` workers; results in the items' order.
 
@@ -133,7 +131,7 @@ def map_tasks(
         yield from (function(shared, item) for item in items)
         return
     connect(parallel)
-    start = _starter(function, parallel, shared, gpu=gpu)
+    start = _starter(function, parallel, shared, gpu=False)
     window: deque[Any] = deque()
     try:
         for item in items:

@@ -37,9 +37,10 @@ def backbone_texts(metrics: Mapping[str, Any]) -> dict[str, str]:
 
 
 def value_text(row: Mapping[str, Any], sign: str = "", plus_minus: str = "±") -> str:
-    """Write mean and deviation; `sign` `+` is for differences."""
-    mean = f"{row['mean']:{sign}.4f}"
-    return mean if row["std"] is None else f"{mean} {plus_minus} {row['std']:.4f}"
+    """Write mean, deviation and skipped images; `sign` `+` is for differences."""
+    deviation = "" if row["std"] is None else f" {plus_minus} {row['std']:.4f}"
+    skipped = f" ({row['skipped_images']} images skipped)" if row.get("skipped_images") else ""
+    return f"{row['mean']:{sign}.4f}{deviation}{skipped}"
 
 
 def difference_text(row: Mapping[str, Any], names: Mapping[str, str], plus_minus: str = "±") -> str:

@@ -32,7 +32,14 @@ from moce_dist.study.request import (
     tasks_of,
 )
 from moce_dist.transfer.continuing import steps_name
-from moce_dist.transfer.request import Request, base_of, further_of, is_moce, stage_of
+from moce_dist.transfer.request import (
+    Request,
+    base_of,
+    check_ranks,
+    further_of,
+    is_moce,
+    stage_of,
+)
 
 Kind = Literal["mae", "features", "cluster", "moce", "control", "transfer"]
 STAGES: tuple[Kind, ...] = ("mae", "features", "cluster", "moce", "control")
@@ -294,7 +301,10 @@ class Planner:
         of_run = identity(run.config)
         if changed := [path for path, v in identity(config).items() if v != of_run[path]]:
             raise ConfigError(f"tasks, {task.folder}.set: {', '.join(changed)} is of a run")
+        if config.transfer.evaluate != self.split:
+            raise ConfigError(f"tasks, {task.folder}.set: --final decides transfer.evaluate")
         request = task_request(study, task, arm, self.split)
+        check_ranks(request, config)
         evaluated = {"transfer.evaluate": self.split}
         if config.transfer != arm_config(study, Arm(), evaluated, task.set).transfer:
             own = fingerprint(config.transfer.flat())[:6]

@@ -66,7 +66,14 @@ def _make(run: Run, piece: Piece) -> None:
         from moce_dist.launch.training import train
         from moce_dist.transfer import suite
 
-        suite.carry_out(run, suite.Order(piece.request, piece.config), train)
+        order = suite.Order(piece.request, piece.config)
+        if os.environ.get("RAY_ADDRESS"):
+            from moce_dist.launch.away import call_away, lacks_gpu
+
+            if lacks_gpu(piece.config.parallel):
+                suite.carry_out_away(run, order, train, call_away)
+                return
+        suite.carry_out(run, order, train)
         return
     from moce_dist.pipeline import Pipeline
 

@@ -26,6 +26,7 @@ from moce_dist.run.artefacts import (
 )
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_jsonl, write_atomic
+from moce_dist.run.names import and_more
 from moce_dist.run.rows import VALIDATION, steps_fewer
 from moce_dist.train.checkpoint import trained_steps
 from moce_dist.train.job import Train
@@ -253,10 +254,16 @@ def train_fits(comparison: Comparison, ledger: Ledger) -> None:
     for fit in left:
         row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
         if machine.rank == 0:
-            _enter(ledger, fit, row)
+            _enter(comparison, ledger, fit, row)
 
 
-def _enter(ledger: Ledger, fit: Fit, row: Row) -> None:
+def _enter(comparison: Comparison, ledger: Ledger, fit: Fit, row: Row) -> None:
+    skipped, limit = row.get("skipped_images", 0), comparison.config.data.max_fault_fraction
+    # as in `further.pack_training_images`: a single image may always be damaged, unless none may
+    if skipped > limit * (row["num_train"] + row["num_test"]) and (skipped > 1 or not limit):
+        # storage that did not answer for a while must not leave a figure that is never made again
+        logger.error("%s %s seed %d: not entered, %d images were skipped", *fit, skipped)
+        return
     ledger.add(row)
     logger.info("%s %s seed %d: %.4f", *fit, row["value"])
 
@@ -270,6 +277,7 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     Raises:
         ConfigError: a backbone cannot be made.
         ValueError: no image can be read.
+        RuntimeError: fits are not entered, because too many images could not be read.
     """
     request, folder = comparison.request, comparison.folder
     backbones = {name: comparison.backbone(name) for name in request.backbones}
@@ -297,7 +305,14 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     for fit in left:
         if not fit.is_trained:
             row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
-            _enter(ledger, fit, row)
+            _enter(comparison, ledger, fit, row)
+    if lacking := [fit for fit in left if fit not in ledger.rows()]:
+        name = "{} {} seed {}".format(*lacking[0])
+        raise RuntimeError(
+            f"{name}{and_more(lacking)}: more images could not be read than "
+            f"data.max_fault_fraction ({comparison.config.data.max_fault_fraction}) allows; see "
+            f"{comparison.run.faults}"
+        )
     for fit, identity in ledger.identities().items():
         _drop_other_models(comparison.models_of(fit), identity)
     if is_done:

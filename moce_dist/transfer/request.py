@@ -163,6 +163,23 @@ def check_request(request: Request, config: Config) -> None:
     kind.check(config)
 
 
+def check_ranks(request: Request, config: Config) -> None:
+    """Check that every worker gets images of a step, for a request that all workers carry out.
+
+    Raises:
+        ConfigError: a fit's batch is too small for them.
+    """
+    kind, workers = kind_of(request.task), config.parallel.num_workers
+    batch_size = kind.batch_size(config.transfer)
+    # Mixup pairs images, so a worker needs two
+    most = batch_size // (2 if kind.kind == "classify" else 1)
+    if "finetune" in request.protocols and workers > most:
+        raise ConfigError(
+            f"parallel.num_workers ({workers}): must be at most {most} to fit {request.folder} in "
+            f"steps of {batch_size} images"
+        )
+
+
 def _check_further(request: Request, config: Config) -> None:
     images, parallel = request.continue_images, config.parallel
     names = [name for name in request.backbones if further_of(name)]

@@ -144,17 +144,22 @@ def summarise(rows: Iterable[Row], steps_fewer: Mapping[str, int] | None = None)
     """Compute the mean and the sample standard deviation per backbone and protocol.
 
     `steps_fewer` says, per backbone, how many fewer optimiser steps it took than the longest.
+    `skipped_images` is the largest number of images that a fit had to skip.
     """
     fewer = {name: steps for name, steps in (steps_fewer or {}).items() if steps > 0}
     values: dict[tuple[str, str], list[float]] = {}
+    skipped: dict[tuple[str, str], int] = {}
     for row in rows:
-        values.setdefault((row["backbone"], row["protocol"]), []).append(row["value"])
+        key = row["backbone"], row["protocol"]
+        values.setdefault(key, []).append(row["value"])
+        skipped[key] = max(skipped.get(key, 0), row.get("skipped_images", 0))
     return [
         {
             "backbone": backbone,
             "protocol": protocol,
             **_spread(found),
             **({"steps_fewer": fewer[backbone]} if backbone in fewer else {}),
+            **({"skipped_images": most} if (most := skipped[backbone, protocol]) else {}),
         }
         for (backbone, protocol), found in values.items()
     ]

@@ -249,9 +249,17 @@ def _begun(run: Run, order: Order) -> Order:
 
 
 def attempt(run: Run, order: Order) -> TaskOutcome:
-    """Carry out an order with a single worker; a failure is returned as an outcome."""
-    config = order.config
-    alone = config.parallel.model_copy(update={"num_workers": 1, "min_workers": None})
+    """Carry out an order with a single worker; a failure is returned as an outcome.
+
+    The worker takes the micro-batches of all workers, so that it holds no more images at once.
+    """
+    config, parallel = order.config, order.config.parallel
+    # batch normalisation needs two images in a micro-batch
+    most = max(1, kind_of(order.request.task).batch_size(config.transfer) // 2)
+    parts = min(parallel.num_workers * parallel.micro_batches, most)
+    alone = parallel.model_copy(
+        update={"num_workers": 1, "min_workers": None, "micro_batches": parts}
+    )
     order = replace(order, config=config.model_copy(update={"parallel": alone}))
     try:
         return TaskOutcome(order.request.folder, carry_out(run, order))

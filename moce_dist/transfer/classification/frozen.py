@@ -224,13 +224,19 @@ def fit_logistic(rows: Float32, labels: Int64) -> Any:
     def fit(share: float, x: Float32, y: Int64) -> Any:
         return LogisticRegression(C=share, max_iter=_MAX_ITERATIONS).fit(x, y)
 
-    counts = np.unique(labels, return_counts=True)[1]
-    num_held = max(len(counts), len(labels) // 5)
-    if counts.min() < 2 or num_held + len(counts) > len(labels):
+    classes, counts = np.unique(labels, return_counts=True)
+    # a class of one row cannot be in both parts
+    is_split = np.isin(labels, classes[counts > 1])
+    num_split, num_held = (counts > 1).sum(), max((counts > 1).sum(), is_split.sum() // 5)
+    if num_split < 2 or num_held + num_split > is_split.sum():
         return fit(1.0, rows, labels)
     x, held_x, y, held_y = train_test_split(
-        rows, labels, test_size=num_held, stratify=labels, random_state=0
+        *(rows[is_split], labels[is_split]),
+        test_size=int(num_held),
+        stratify=labels[is_split],
+        random_state=0,
     )
+    x, y = np.concatenate([x, rows[~is_split]]), np.concatenate([y, labels[~is_split]])
     losses = []
     for share in _SHARES:
         model = fit(share, x, y)

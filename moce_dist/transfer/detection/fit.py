@@ -74,9 +74,20 @@ class Squares(TrainingItems):
 
 
 def stack_squares(squares: Sequence[Loaded]) -> Loaded:
-    """Join squares to a batch (B, 3, S, S) in [0, 255] with a list of B targets."""
+    """Join squares to a batch (B, 3, S, S) in [0, 255]; its label is (joined targets, B counts).
+
+    Between processes every tensor is an open file, so a batch has one of each kind.
+    """
     pixels, targets, keys, reasons = zip(*squares, strict=True)
-    return Loaded(torch.from_numpy(np.stack(pixels)), list(targets), keys, reasons)
+    joined = {name: torch.cat([target[name] for target in targets]) for name in targets[0]}
+    counts = [len(target["labels"]) for target in targets]
+    return Loaded(torch.from_numpy(np.stack(pixels)), (joined, counts), keys, reasons)
+
+
+def split_targets(joined: Target, counts: Sequence[int]) -> list[Target]:
+    """Return the targets of a batch's squares, which have `counts` objects each."""
+    parts = zip(*(torch.split(each, list(counts)) for each in joined.values()), strict=True)
+    return [dict(zip(joined, part, strict=True)) for part in parts]
 
 
 def make_model(task: Detection, trial: Trial) -> Any:
@@ -124,7 +135,8 @@ def fit(task: Detection, trial: Trial) -> Fitted:
 
     def batches(start: int) -> Iterator[tuple[Tensor, list[Target]]]:
         draws = rank_draws(order, machine, start, recipe.steps)
-        return training_batches(squares, draws, machine, start, skips, collate_fn=stack_squares)
+        found = training_batches(squares, draws, machine, start, skips, collate_fn=stack_squares)
+        return ((pixels, split_targets(*targets)) for pixels, targets in found)
 
     def view() -> Measures:
         scored.append(evaluate(model, task, machine, trial.out))

@@ -5,15 +5,21 @@ import signal
 import threading
 import time
 from functools import cached_property
+from pathlib import Path
 
 import pytest
 import ray
 import torch
 
-from moce_dist.config import ParallelConfig
+from moce_dist.config import Config, ParallelConfig
 from moce_dist.launch.actors import hold_actors
 from moce_dist.launch.tasks import hold_tasks, map_tasks
+from moce_dist.run.directory import Run
 from moce_dist.settings import ConfigError
+from moce_dist.transfer.request import Request
+from moce_dist.transfer.suite import Order, TaskOutcome
+
+ROOT = Path(__file__).parents[3]
 
 
 class Shared:
@@ -124,6 +130,29 @@ def test_futures_of_tasks_fail_alone_and_end_with_their_block(two_cpus, tmp_path
         assert begun and not slow.done()
     time.sleep(6)
     assert not list(tmp_path.glob("*.ended"))
+
+
+def test_a_task_of_a_suite_whose_process_dies_stops_nobody_else(two_cpus, tmp_path, monkeypatch):
+    # workers import this module, and know nothing of pytest's paths
+    from in_process import load_script
+
+    suite = load_script(ROOT / "jobs" / "transfer.py")
+
+    def attempt(run, order):
+        if order.request.name == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return TaskOutcome(order.request.name, {})
+
+    monkeypatch.setattr(suite, "attempt", attempt)
+    requests = [Request("digits", None, (), (), 1, None, name) for name in ("one", "dies", "two")]
+    orders = [Order(request, Config()) for request in requests]
+    found = list(suite.attempts(ParallelConfig(num_workers=2), Run(tmp_path), orders))
+    assert [(each.name, each.metrics) for each in found] == [
+        ("one", {}),
+        ("dies", None),
+        ("two", {}),
+    ]
+    assert "WorkerCrashedError" in found[1].failure
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -233,6 +233,26 @@ def test_a_task_cannot_change_what_its_run_learns(read, plan):
         plan(study)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (["transfer.evaluate=test"], r"digits\.set: --final decides transfer\.evaluate"),
+        (
+            ["parallel.num_workers=10", "transfer.finetune.batch_size=16"],
+            r"parallel\.num_workers \(10\): must be at most 8 to fit digits",
+        ),
+    ],
+)
+def test_a_task_cannot_change_the_split_or_leave_workers_without_images(
+    read, plan, fields, message
+):
+    arms = {"control": {"backbone": "control"}}
+    tasks = [{"task": "digits", "set": fields}]
+    study = read(tasks=tasks, arms=arms, protocols=["finetune"], reference="control")
+    with pytest.raises(ConfigError, match=message):
+        plan(study, "val")
+
+
 def test_forecast_names_runs_and_counts_shared_stages_once(read, plan):
     study = read(flop_per_s=1e9)
     lines = forecast(plan(study))

@@ -167,6 +167,17 @@ def test_a_class_of_two_images_still_fits(features):
     assert 0 <= found["accuracy"] <= 1
 
 
+def test_one_row_of_a_rare_class_does_not_end_the_choice_of_the_penalty(monkeypatch):
+    draws = torch.Generator().manual_seed(0)
+    labels = (torch.arange(200) % 4).numpy()
+    rows = torch.randn(200, 100, generator=draws).numpy() + 0.3 * labels[:, None]
+    penalty = classify.fit_logistic(rows, labels).C
+    assert penalty != 1.0
+    more = np.concatenate([rows, rows[:1]]), np.append(labels, 4)
+    fitted = classify.fit_logistic(*more)
+    assert penalty == fitted.C and fitted.classes_.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_a_single_label_of_a_class_still_fits(features, four):
     assert 0.2 < logistic(features, four, 1, seed=0)["accuracy"] < 1
 

@@ -18,6 +18,7 @@ from moce_dist.run import lease
 from moce_dist.run.artefacts import file_sha256, mark_complete, read_marker
 from moce_dist.run.directory import Run
 from moce_dist.run.files import read_faults, write_atomic
+from moce_dist.run.rows import value_text
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.classification.official import OFFICIAL
 from moce_dist.transfer.classification.task import Classification
@@ -285,6 +286,10 @@ def test_segmentation_is_compared_by_the_same_job(run, scene_folder, job):
             ],
             "--seeds 2: with transfer.max_train, validate would choose by labels",
         ),
+        (
+            ["--task", "digits", "--set", "parallel.num_workers=64"],
+            "parallel.num_workers (64): must be at most 8 to fit digits in steps of 16 images",
+        ),
         (["--task", "digits", "--experts", "0"], "must name 2 experts"),
         (["--task", "digits", "--experts", "0,3"], "from 0 to 2"),
         (["--task", "digits", "--experts", "a,b"], "must be whole numbers"),
@@ -375,17 +380,27 @@ def test_images_of_a_set_too_large_to_scan_are_skipped_and_counted(
         (without / name).unlink()
     monkeypatch.setattr("moce_dist.transfer.tasks.SCAN_LIMIT_BYTES", 0)
 
+    command = ["--run", str(run.root), "--task", "imagefolder"]
+
     def rows(data, *flags):
-        command = ["--run", str(run.root), "--task", "imagefolder", "--data", str(data), "--fresh"]
-        job.main([*command, *flags])
+        half = ("--set", "data.max_fault_fraction=0.5")
+        job.main([*command, "--data", str(data), "--fresh", *flags, *half])
         return metrics_of(run, "imagefolder")["results"]
 
+    # a share that could not be read leaves no figure: the next attempt may find it well again
+    knn = ["--data", str(damaged), "--backbone", "mae", "--protocol", "knn"]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"mae knn seed 0: more images .*max_fault_fraction"):
+            job.main([*command, *knn])
+    assert not (run.root / "transfer" / "imagefolder" / "metrics.json").exists()
     frozen = ("--backbone", "moce,mae", "--protocol", "knn,linear")
     results = [rows(data, *frozen) for data in (damaged, without)]
     (fit,) = rows(damaged, "--backbone", "mae", "--protocol", "finetune")
     # one in each split; the fit draws its training images once an epoch, some left out
     assert [row.pop("skipped_images") for row in results[0]] == [2] * 4
     assert 1 <= fit["skipped_images"] <= 2
+    (summary,) = metrics_of(run, "imagefolder")["summary"]
+    assert f"({fit['skipped_images']} images skipped)" in value_text(summary)
     for row in results[0] + results[1]:
         del row["num_train"], row["num_test"]
     assert results[0] == results[1]

@@ -21,7 +21,13 @@ from moce_dist.settings import ConfigError
 from moce_dist.transfer import fit as loop
 from moce_dist.transfer.backbone import Backbone, run_backbone
 from moce_dist.transfer.detection.finding import evaluate
-from moce_dist.transfer.detection.fit import Squares, make_loss, make_model, stack_squares
+from moce_dist.transfer.detection.fit import (
+    Squares,
+    make_loss,
+    make_model,
+    split_targets,
+    stack_squares,
+)
 from moce_dist.transfer.detection.fit import fit as fit_detector
 from moce_dist.transfer.detection.precision import average_precision, ground_truth
 from moce_dist.transfer.detection.task import Detection
@@ -218,7 +224,12 @@ def test_early_views_change_nothing_and_seeds_do(make_fit, tmp_path):
 def test_parts_of_a_batch_add_up(make_fit):
     fit = make_fit(batch_size=4, drop_path=0.0)
     model, squares = make_model(*fit), fit.squares()
-    images, targets, *_ = stack_squares([squares[0, i] for i in range(4)])
+    alone = [squares[0, i] for i in range(4)]
+    images, (joined, counts), *_ = stack_squares(alone)
+    targets = split_targets(joined, counts)
+    for target, square in zip(targets, alone, strict=True):
+        assert target.keys() == square.label.keys()
+        assert all(target[name].equal(square.label[name]) for name in target)
     # with every proposal taken, nothing of the heads' draws is left to chance
     model.rpn.fg_bg_sampler.batch_size_per_image = 10**6
     model.roi_heads.fg_bg_sampler.batch_size_per_image = 10**6
@@ -240,8 +251,9 @@ def test_only_the_pyramid_runs_in_bfloat16(make_fit):
 
     model.backbone.vit.blocks[0].mlp.fc1.register_forward_hook(note("vit"))
     model.roi_heads.box_head.register_forward_hook(note("head"))
-    batch = stack_squares([squares[0, 0]])[:2]
-    Objective(model, make_loss(model, machine.device), machine)(*batch)
+    images, targets, *_ = stack_squares([squares[0, 0]])
+    loss_of = make_loss(model, machine.device)
+    Objective(model, loss_of, machine)(images, split_targets(*targets))
     assert kinds == {"vit": torch.bfloat16, "head": torch.float32}
 
 

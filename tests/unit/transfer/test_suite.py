@@ -161,6 +161,23 @@ def test_workers_share_the_images_of_a_step(task, expected, config, tmp_path):
     assert FitsJob(Run(tmp_path), config, request).batch_size == expected
 
 
+@pytest.mark.parametrize(("workers", "parts"), [(1, 2), (4, 8), (32, 32)])
+def test_one_worker_holds_no_more_images_than_each_of_all(
+    workers, parts, config, tmp_path, monkeypatch
+):
+    parallel = config.parallel.model_copy(update={"num_workers": workers, "micro_batches": 2})
+    finetune = config.transfer.finetune.model_copy(update={"batch_size": 64})
+    budget = config.transfer.model_copy(update={"finetune": finetune})
+    config = config.model_copy(update={"parallel": parallel, "transfer": budget})
+    monkeypatch.setattr(
+        "moce_dist.transfer.suite.carry_out", lambda run, order: order.config.parallel
+    )
+    order = Order(Request("digits", None, ("mae",), ("finetune",), 1, None), config)
+    found = attempt(Run(tmp_path), order).metrics
+    # batches of 64: a micro-batch has at least two images, for batch normalisation
+    assert (found.num_workers, found.micro_batches) == (1, parts)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
