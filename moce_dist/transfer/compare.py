@@ -302,17 +302,7 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
     left = [] if is_done else [fit for fit in wanted if fit not in known]
     if "RANK" in os.environ or any(fit.is_trained for fit in left):
         train(ledger)
-    for fit in left:
-        if not fit.is_trained:
-            row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
-            _enter(comparison, ledger, fit, row)
-    if lacking := [fit for fit in left if fit not in ledger.rows()]:
-        name = "{} {} seed {}".format(*lacking[0])
-        raise RuntimeError(
-            f"{name}{and_more(lacking)}: more images could not be read than "
-            f"data.max_fault_fraction ({comparison.config.data.max_fault_fraction}) allows; see "
-            f"{comparison.run.faults}"
-        )
+    _carry_out(comparison, ledger, backbones, left)
     for fit, identity in ledger.identities().items():
         _drop_other_models(comparison.models_of(fit), identity)
     if is_done:
@@ -331,6 +321,24 @@ def compare(comparison: Comparison, train: Callable[[Ledger], None]) -> dict[str
             files += _export(comparison, backbone, metrics)
     mark_complete(folder, inputs, files)
     return metrics
+
+
+def _carry_out(
+    comparison: Comparison, ledger: Ledger, backbones: dict[str, Backbone], left: list[Fit]
+) -> None:
+    """Carry out those of the `left` fits that are not trained, and check that all are entered."""
+    for fit in left:
+        if not fit.is_trained:
+            row = comparison.run_fit(fit, backbones[fit.backbone], ledger.identity(fit))
+            _enter(comparison, ledger, fit, row)
+    known = ledger.rows()
+    if lacking := [fit for fit in left if fit not in known]:
+        name = "{} {} seed {}".format(*lacking[0])
+        raise RuntimeError(
+            f"{name}{and_more(lacking)}: more images could not be read than "
+            f"data.max_fault_fraction ({comparison.config.data.max_fault_fraction}) allows; see "
+            f"{comparison.run.faults}"
+        )
 
 
 def _drop_other_models(folder: Path, identity: str) -> None:
