@@ -80,7 +80,7 @@ def synthetic_state(config: BenchConfig, device: torch.device) -> TrainState:
         train_gate(gate, config)
         state.router.regroup(gate, state.step)
         state.router.decide(gate, state.step)
-        state.router.replan()
+        state.router.replan(gate, state.step)
     return state
 
 

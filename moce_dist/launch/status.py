@@ -25,6 +25,8 @@ from moce_dist.train.pulse import Beat
 
 _MEDIANS = 10
 _FIRST = 4
+_MISSED_BEATS = 5
+"""Steps by which the last beats of two starts that end at the same step may differ."""
 
 
 @dataclass(frozen=True)
@@ -212,15 +214,17 @@ class LossBudget:
         """Count a loss and return a line about it; `reached` holds the last step of every loop.
 
         Raises:
-            RuntimeError: the loss exceeds its budget; or it has the cause of the loss before, and
-                no step was gained since.
+            RuntimeError: the loss exceeds its budget; or it has the cause of the loss before, at
+                the same step: the data or the code causes it, and a restart does not help.
         """
-        has_gained = any(step > self._reached.get(loop, -1) for loop, step in reached.items())
-        self._reached |= {k: max(step, self._reached.get(k, -1)) for k, step in reached.items()}
+        loops = {*reached, *self._reached}
+        behind = [self._reached.get(loop, -1) - reached.get(loop, -1) for loop in loops]
+        is_repeated = all(0 <= steps <= _MISSED_BEATS for steps in behind)
+        self._reached = dict(reached)
         # numbers of ranks, processes and ports differ between losses of the same cause
         last, self._last = self._last, "" if is_preemption else re.sub(r"\d+", "#", cause)
-        if self._last and self._last == last and not has_gained:
-            raise RuntimeError(f"{self.name}: twice, without a step gained in between: {cause}")
+        if self._last and self._last == last and is_repeated:
+            raise RuntimeError(f"{self.name}: twice at the same step: {cause}")
         name = "preemptions" if is_preemption else "failures"
         count, limit = getattr(self, name) + 1, getattr(self.parallel, f"max_{name}")
         setattr(self, name, count)

@@ -270,15 +270,15 @@ def intervals(state: TrainState, stream: BatchStream, clock: Clock) -> Generator
     interval = state.job.config.parallel.replan_steps
     while state.step < state.total_steps:
         begin = state.step
-        if gate is not None:
-            if router.is_planning(begin):
-                router.regroup(gate, begin)
-                router.decide(gate, begin)
-                replan(state)
-            if state.rank == 0:
-                router.begin_interval(gate, state.job.folder, begin)
+        if gate is not None and router.is_planning(begin):
+            router.regroup(gate, begin)
+            router.decide(gate, begin)
+            replan(state)
         end = state.total_steps if gate is None else (begin // interval + 1) * interval
         stream.extend(router.placement.readers, min(end, state.total_steps))
+        if gate is not None and state.rank == 0:
+            # while the loaders begin to read
+            router.begin_interval(gate, state.job.folder, begin)
         while (batch := timed_next(stream, clock)) is not None:
             if gate is not None:
                 router.refresh(gate, state.step)

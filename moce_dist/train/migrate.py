@@ -27,9 +27,10 @@ from moce_dist.train.setup import TrainState
 
 
 def replan(state: TrainState) -> None:
-    """Plan from the current table; move experts where that pays. Collective over all ranks."""
-    before = state.router.experts
-    state.router.replan(state.step)
+    """Plan anew; move experts where that pays. Collective over all ranks."""
+    before, gate = state.router.experts, state.model.gate
+    assert gate is not None, "only experts are placed"
+    state.router.replan(gate, state.step)
     move_experts(state, before)
 
 

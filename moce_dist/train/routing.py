@@ -27,6 +27,7 @@ from moce_dist.model.gate import (
     certainty,
     logits,
     noisy_scores,
+    routing_table,
     runner_up,
     shared_groups,
 )
@@ -139,8 +140,8 @@ class Router:
         if self._maker.is_pending:
             self.table = self._maker.take()
 
-    def replan(self, step: int = 0) -> None:
-        """Plan readers and experts from the current table, for the interval that begins at `step`.
+    def replan(self, gate: Gate, step: int = 0) -> None:
+        """Plan readers and experts for the interval that begins at `step`.
 
         Collective over all ranks. The plan may give experts another group; the caller must then
         move them.
@@ -148,18 +149,24 @@ class Router:
         plan: list[Placement | None] = [None]
         # rank 0 plans for all, because another kind of host might break ties differently
         if dist.get_rank() == 0:
-            plan = [self._plan(step)]
+            plan = [self._plan(gate, step)]
         dist.broadcast_object_list(plan, 0)
         assert plan[0] is not None
         moved = int((plan[0].expert_group != self.placement.expert_group).sum())
         self._experts_moved = moved if self._is_planned else 0
         self.placement, self._is_planned = plan[0], True
 
-    def _plan(self, step: int) -> Placement:
+    def _plan(self, gate: Gate, step: int) -> Placement:
         # with shared groups the gate decides which experts belong together, so they never move
         is_shared = self._config.gate.groups == "shared"
+        table = self.table
+        if not is_shared and self._noise.level(step) > 0:
+            # the noise of this step says nothing about the next ones, which the plan is for
+            host = self._maker.on_host(gate)
+            host.wait()
+            table = routing_table(logits(host.weight, host.cluster_embedding), self._config.gate)
         return plan_placement(
-            self.table,
+            table,
             self._sizes,
             num_experts=self._config.moe.num_experts,
             num_groups=self._topology.num_groups,

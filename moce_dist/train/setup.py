@@ -247,7 +247,7 @@ def _start_or_resume(state: TrainState, start: Path | None) -> None:
             gate.weight.data.copy_(weight)
         router.regroup(gate, 0)
         router.decide(gate, 0)
-        router.replan()
+        router.replan(gate)
     state.naming = Naming(job.config.moe_layers, router.experts, state.topology.place(state.rank))
     if start is not None and manifest is not None:
         load_checkpoint(start, state.engine, state.naming)

@@ -166,16 +166,23 @@ def test_failures_and_preemptions_have_budgets_of_their_own():
         budgets.charge(is_preemption=True, cause="node gone", reached={})
 
 
-def test_the_same_cause_twice_without_a_step_gained_is_not_tried_again():
+def test_the_same_cause_twice_at_the_same_step_is_not_tried_again():
     budgets = LossBudget("mae", ParallelConfig(max_failures=9))
     budgets.charge(is_preemption=False, cause="worker 1: port 4711", reached={"mae": 5})
     # a step further, then one of another kind, then a lost node
     budgets.charge(is_preemption=False, cause="worker 0: port 4712", reached={"mae": 6})
     budgets.charge(is_preemption=False, cause="out of memory", reached={"mae": 6})
     budgets.charge(is_preemption=True, cause="out of memory", reached={"mae": 6})
-    budgets.charge(is_preemption=False, cause="worker 0: port 1", reached={"mae": 3})
-    with pytest.raises(RuntimeError, match=r"mae: twice, without a step gained .*: worker 1: port"):
-        budgets.charge(is_preemption=False, cause="worker 1: port 2", reached={"mae": 6})
+    budgets.charge(is_preemption=False, cause="worker 0: port 1", reached={"mae": 400})
+    # trained again from a checkpoint, and lost at another step of it: by chance
+    budgets.charge(is_preemption=False, cause="worker 1: port 2", reached={"mae": 390})
+    with pytest.raises(RuntimeError, match=r"mae: twice at the same step: worker 1: port"):
+        budgets.charge(is_preemption=False, cause="worker 1: port 3", reached={"mae": 388})
+    # nor one that comes before the first step
+    budgets = LossBudget("mae", ParallelConfig(max_failures=9))
+    budgets.charge(is_preemption=False, cause="no memory", reached={})
+    with pytest.raises(RuntimeError, match="twice at the same step"):
+        budgets.charge(is_preemption=False, cause="no memory", reached={})
 
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/metrics.jsonl")

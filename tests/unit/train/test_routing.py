@@ -4,9 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
 from moce_dist.config import load_config
 from moce_dist.cost.sizes import expert_bytes, image_bytes
+from moce_dist.model.gate import Gate
 from moce_dist.parallel.groups import Topology
 from moce_dist.train.routing import Router
 
@@ -49,3 +52,27 @@ def test_placement_by_number_is_counted_between_places_as_exchanges_are(ranks):
     )
     assert made.contiguous.images_exchanged(made.table, counts) == pytest.approx(travel)
     assert travel > 0 or ranks == 1
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_noise_moves_no_expert_of_a_gate_that_does_not_change(one_rank):
+    flags = ["moe.layers=[1, 3]", "gate.noise=1", "gate.noise_fraction=1", "moce.batch_size=4096"]
+    config = load_config(None, [*flags, "parallel.replan_steps=100"])
+    made = Router(config, Topology(1, 4), np.full(64, 5000), total_steps=10_000)
+    gate = Gate(2, 8, torch.randn(64, 16, generator=torch.Generator().manual_seed(0)))
+    tables, plans = [], []
+    for step in range(0, 600, 100):
+        made.decide(gate, step)
+        made.replan(gate, step)
+        tables.append(made.table)
+        plans.append(made.placement)
+    changed = np.mean([(table != tables[0]).mean() for table in tables[1:]])
+    assert changed > 0.3, "the noise changes many routes"
+    assert all((plan.expert_group == plans[0].expert_group).all() for plan in plans)
+    assert all((plan.shares == plans[0].shares).all() for plan in plans)
