@@ -569,8 +569,8 @@ def train_replanning(run, overrides, moves, stop=None):
     plan, move, step = routing.Router._plan, migrate.move_experts, loop.train_step
     keys, snapshots = [], []
 
-    def forced_plan(router, at):
-        placement = plan(router, at)
+    def forced_plan(router, gate, at):
+        placement = plan(router, gate, at)
         return _shuffled(placement, at) if moves and at else placement
 
     def snapshot(state):
