@@ -137,7 +137,8 @@ def centroid_figures(centroids: NDArray[Any]) -> dict[str, float]:
 
 def domain_of(key: str) -> str:
     """Return an image's domain: the first folder of its key, "" without one."""
-    return key.partition("/")[0] if "/" in key else ""
+    # `tar cf x.tar -C dir .` writes ./folder/name
+    return next((part for part in key.split("/")[:-1] if part not in ("", ".")), "")
 
 
 def given_labels(files: FeatureFiles, config: ClusterConfig, seed: int) -> Int32:

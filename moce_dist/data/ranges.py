@@ -264,7 +264,10 @@ def _content(result: bytes | BaseException, place: Range) -> bytes | OSError:
 
 
 def _fetch(ranges: Sequence[Range], timeout_s: float, end: float) -> list[bytes | BaseException]:
-    targets = [fsspec.core.url_to_fs(place.url) for place in ranges]
+    try:
+        targets = [fsspec.core.url_to_fs(place.url) for place in ranges]
+    except Exception as error:  # noqa: BLE001 - some connect here, or load a library
+        return [error] * len(ranges)
     if all(filesystem.async_impl for filesystem, _ in targets):
         limits = (timeout_s, end)
         return list(

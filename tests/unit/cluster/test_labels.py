@@ -12,6 +12,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.cluster.blocks import clean_label
+from moce_dist.cluster.domains import domain_of
 from moce_dist.cluster.existing import assign_folder
 from moce_dist.config import ClusterConfig
 from moce_dist.data.shards import class_label, scan_shard
@@ -212,3 +213,8 @@ def test_labels_are_told_in_words():
         "normalised mutual information of clusters and labels: 0.250 "
         "(90 images have one of 4 labels)"
     )
+
+
+def test_the_domain_is_the_first_folder_that_has_a_name():
+    keys = ("a/b/c", "./dog/6", "/x/y/1", "one", "./6")
+    assert [domain_of(key) for key in keys] == ["a", "dog", "x", "", ""]

@@ -181,3 +181,9 @@ def test_what_the_server_said_before_the_deadline_is_the_reason(file_server):
 def test_lack_of_credentials_is_not_waited_out():
     assert not is_transient(NoCredentialsError())
     assert is_transient(ConnectionResetError())
+
+
+def test_storage_that_cannot_even_be_opened_is_an_error_of_the_range():
+    # the constructor of this file system connects
+    (found,) = RangeReader(deadline_s=1).read([SampleRange("ftp://127.0.0.1:1/a.tar", 0, 10)])
+    assert isinstance(found, OSError) and "ConnectionRefused" in str(found)
