@@ -16,7 +16,7 @@ from moce_dist.cli import job_parser, quiet_libraries, run_job
 from moce_dist.config import Config, load_config
 from moce_dist.data.columns import open_index
 from moce_dist.data.ingest import ingest
-from moce_dist.data.shards import HOLDOUT, INDEX_NAME, ShardIndex
+from moce_dist.data.shards import HOLDOUT, INDEX_NAME, ShardIndex, domain_of
 from moce_dist.data.sources import (
     COMPOSITED,
     PIPE,
@@ -149,7 +149,7 @@ def summarise(indices: Sequence[ShardIndex], out: Path, num_faults: int, left_ou
     num_bytes = sum(shard.bytes for part in indices for shard in part.shards)
     held = sum(part.num_samples for part in holdout)
     domains = Counter(
-        key.split("/")[0] if "/" in key else "(no folder)"
+        domain_of(key) or "(no folder)"
         for part in indices
         for shard in part.shards
         for key in shard.keys

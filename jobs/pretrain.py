@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
     check_own_gpu(config.parallel)
     quiet_libraries()
     if is_first_process():
-        log.info("run %s: data %s", root, config.data.source)
+        log.info("run %s", root)
     from moce_dist.pipeline import Pipeline
 
     with hold(root):

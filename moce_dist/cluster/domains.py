@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from moce_dist.arrays import Float64, Int32, Int64
 from moce_dist.cluster.blocks import FeatureFiles
 from moce_dist.config import ClusterConfig
+from moce_dist.data.shards import domain_of
 from moce_dist.settings import ConfigError
 
 MOST_DOMAINS = 2048
@@ -133,12 +134,6 @@ def centroid_figures(centroids: NDArray[Any]) -> dict[str, float]:
         "centroid_distance_min": float(distances.min()),
         "centroid_distance_median": float(np.median(distances)),
     }
-
-
-def domain_of(key: str) -> str:
-    """Return an image's domain: the first folder of its key, "" without one."""
-    # `tar cf x.tar -C dir .` writes ./folder/name
-    return next((part for part in key.split("/")[:-1] if part not in ("", ".")), "")
 
 
 def given_labels(files: FeatureFiles, config: ClusterConfig, seed: int) -> Int32:

@@ -81,7 +81,7 @@ class DataConfig(Section):
     allow_pipes: Runtime[bool] = False
     """Let ingest run the shell commands of `shards:pipe:COMMAND`; each writes one tar."""
     max_fault_fraction: Runtime[float] = Field(0.01, ge=0, le=1)
-    """Share of unreadable images above which a job stops."""
+    """Share of unreadable images above which a job stops, and a fit of a task is not entered."""
 
 
 WEIGHT_FILES = (".pth", ".pt", ".safetensors")

@@ -252,6 +252,12 @@ def read_range(url: str, start: int, size: int) -> bytes:
     return content
 
 
+def domain_of(key: str) -> str:
+    """Return an image's domain: the first folder of its key, "" without one."""
+    # `tar cf x.tar -C dir .` writes ./folder/name
+    return next((part for part in key.split("/")[:-1] if part not in ("", ".")), "")
+
+
 def class_label(sample: bytes) -> str | None:
     """Read the class (member `cls`) from the bytes of one sample; None if it has no class.
 

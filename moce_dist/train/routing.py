@@ -1,9 +1,10 @@
 """Routing and placement over a run: one table per step, one plan per interval.
 
 The ranks make the table on their hosts from the float32 gate weights, one step ahead (tables.py). A
-table that a plan is made from is waited for instead. The placement follows the table at intervals
-by changing which group reads which cluster. Experts move (migrate.py) only when the images that
-this saves until the next plan have more bytes than the experts.
+table of a step that begins with a plan is waited for instead. The placement follows the gate at
+intervals, without the noise of a step, by changing which group reads which cluster. Experts move
+(migrate.py) only when the images that this saves until the next plan have more bytes than the
+experts.
 
 Letters: L MoE layers, K clusters, E experts per layer, G expert groups.
 """

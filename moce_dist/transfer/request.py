@@ -171,8 +171,7 @@ def check_ranks(request: Request, config: Config) -> None:
     """
     kind, workers = kind_of(request.task), config.parallel.num_workers
     batch_size = kind.batch_size(config.transfer)
-    # Mixup pairs images, so a worker needs two
-    most = batch_size // (2 if kind.kind == "classify" else 1)
+    most = batch_size // kind.images_per_worker
     if "finetune" in request.protocols and workers > most:
         raise ConfigError(
             f"parallel.num_workers ({workers}): must be at most {most} to fit {request.folder} in "

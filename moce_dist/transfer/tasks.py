@@ -93,6 +93,8 @@ class Task(ABC):
     """Names that `--task` accepts for this kind."""
     protocols: ClassVar[Sequence[str]] = ("finetune",)
     """Protocols that are used by default."""
+    images_per_worker: ClassVar[int] = 1
+    """Fewest images of a step that a worker needs to fit."""
     can_validate: ClassVar[bool] = False
     """Whether experts can be chosen by `validate`, which needs images with class labels."""
     has_scores: ClassVar[bool] = False

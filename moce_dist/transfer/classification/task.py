@@ -190,6 +190,7 @@ class Classification(Task):
     kind: ClassVar[str] = "classify"
     names: ClassVar[Sequence[str]] = tuple(TASKS)
     protocols: ClassVar[Sequence[str]] = ("finetune", "linear", "knn")
+    images_per_worker: ClassVar[int] = 2  # Mixup pairs images
     can_validate: ClassVar[bool] = True
 
     metric: str = "accuracy"

@@ -12,10 +12,9 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from moce_dist.cluster.assign import run_clustering
 from moce_dist.cluster.blocks import clean_label
-from moce_dist.cluster.domains import domain_of
 from moce_dist.cluster.existing import assign_folder
 from moce_dist.config import ClusterConfig
-from moce_dist.data.shards import class_label, scan_shard
+from moce_dist.data.shards import class_label, domain_of, scan_shard
 from moce_dist.features.decoding import ShardImages
 from moce_dist.features.extract import EncoderSpec, FeatureJob, begin_features, extract_shard
 from moce_dist.report.record import Clusters
