@@ -11,6 +11,7 @@ from moce_dist.config import load_config
 from moce_dist.cost.sizes import expert_bytes, image_bytes
 from moce_dist.model.gate import Gate
 from moce_dist.parallel.groups import Topology
+from moce_dist.parallel.placement import plan_placement
 from moce_dist.train.routing import Router
 
 
@@ -76,3 +77,13 @@ def test_noise_moves_no_expert_of_a_gate_that_does_not_change(one_rank):
     assert changed > 0.3, "the noise changes many routes"
     assert all((plan.expert_group == plans[0].expert_group).all() for plan in plans)
     assert all((plan.shares == plans[0].shares).all() for plan in plans)
+    # a plan from the table of one step suits that step, and the others less
+    sizes = np.full(64, 5000)
+    others = [[table for table in tables if table is not one] for one in tables]
+    of_steps = [plan_placement(one, sizes, num_experts=8, num_groups=4) for one in tables]
+
+    def exchanged(plans):
+        pairs = zip(plans, others, strict=True)
+        return sum(plan.images_exchanged(table, sizes) for plan, rest in pairs for table in rest)
+
+    assert exchanged(plans) < 0.95 * exchanged(of_steps)
