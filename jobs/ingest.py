@@ -106,6 +106,19 @@ def place(args: Any, config: Config) -> tuple[Path, Path | None]:
     return local_path(args.out, "--out"), None
 
 
+def check_outside(kind: str, name: str, folder: Path) -> None:
+    """Refuse to set a folder aside that holds the source itself.
+
+    Raises:
+        ConfigError: naming the file or folder.
+    """
+    # pipes were expanded before, and other sources lie elsewhere
+    urls = expand_shards(name, allow_pipes=True) if kind == "shards" else [name]
+    for url in urls if kind in ("shards", "folder") else ():
+        if "://" not in url and Path(url).resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(f"--fresh: {folder} holds the source {url}; name another --out")
+
+
 @contextmanager
 def held(args: Any, config: Config, out: Path, root: Path | None) -> Iterator[None]:
     """Lock the run and the output folder; with --fresh, set their earlier content aside."""
@@ -234,6 +247,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"holdout  {0 if is_task else config.data.holdout_fraction}")
         print(f"faults   {ledger}")
         return
+    if args.fresh:
+        check_outside(kind, name, root or out)
     with held(args, config, out, root):
         if is_task:
             write_task(name, out)

@@ -29,6 +29,7 @@ Letters: B samples of a step over all ranks, b samples of a rank, R ranks, P loa
 
 import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -162,6 +163,7 @@ class PlannedSamples(IterableDataset[WebSample]):
         return {
             "order": ORDER,
             "samples": plan.table.num_samples,
+            "data": zlib.crc32("".join(plan.table.digests).encode()),
             "batch_size": plan.batch_size,
             "seed": plan.seed,
             "rank_batch": self.rank_batch,

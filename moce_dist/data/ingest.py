@@ -106,7 +106,7 @@ class _FaultLimit:
         is_single = self.num_faults == 1 and self.max_fraction > 0
         if self.num_faults > self.max_fraction * self.total and not is_single:
             raise error(
-                f"{self.num_faults} of {self.total} samples are unreadable, over "
+                f"{self.num_faults} of {self.total} samples cannot be used, over "
                 f"data.max_fault_fraction = {self.max_fraction}; each is named in {self.ledger}"
             )
 
@@ -284,6 +284,10 @@ def _index_in_place(urls: list[str], request: _Request, inputs: dict[str, Any]) 
     limit.check(ConfigError)
     if not keys:
         raise ConfigError(f"no sample can be read; each is named in {request.ledger}")
+    for shard, left in zip(shards, unique, strict=True):
+        if shard.num_samples and not left.num_samples:
+            # such as tars of two data sets that both count from 0
+            raise ConfigError(f"{shard.path}: earlier tars have all its keys, which must be unique")
     unique = [shard for shard in unique if shard.num_samples]
     fraction = request.config.holdout_fraction
     held = _held_out(unique, fraction)

@@ -86,6 +86,9 @@ def _clear(folder: Path, patterns: tuple[str, ...]) -> None:
 
 def note_finished(folder: Path, shard: Shard, faults: Sequence[Fault] = ()) -> None:
     """Note the index entry of a finished tar, so that no later attempt writes it again."""
+    with (folder / shard.path).open("rb") as file:
+        # on disk before the note, which survives a crash of the host
+        os.fsync(file.fileno())
     note = {"shard": vars(shard), "faults": [list(fault) for fault in faults]}
     write_atomic(_note(folder, shard.path), json.dumps(note))
 
@@ -96,7 +99,8 @@ def finished_tar(folder: Path, name: str) -> tuple[Shard, list[Fault]] | None:
         note = json.loads(_note(folder, name).read_text())
     except FileNotFoundError:
         return None
-    if not (folder / name).is_file():
+    path = folder / name
+    if not path.is_file() or path.stat().st_size != note["shard"]["bytes"]:
         return None
     return Shard(**note["shard"]), [Fault(*fault) for fault in note["faults"]]
 

@@ -126,6 +126,16 @@ def test_a_position_may_be_anywhere_and_is_of_one_order(index):
         PlannedSamples(index, batch_size=BATCH, rank=0, num_ranks=5)
 
 
+def test_a_position_is_of_one_data_set(index, tmp_path, some_image):
+    state = PlannedSamples(index, batch_size=BATCH).state_dict()
+    writer = ShardWriter(tmp_path / "others", "0.tar")
+    for row in range(SAMPLES):
+        writer.add(f"class/{row:03d}", {"png": some_image(row + 1)})
+    write_index(tmp_path / "others", [writer.close()])
+    with pytest.raises(ValueError, match="data of the state is"):
+        PlannedSamples(tmp_path / "others", batch_size=BATCH).load_state_dict(state)
+
+
 def test_a_sample_that_cannot_be_read_is_the_handlers(index):
     (index / "1.tar").write_bytes((index / "1.tar").read_bytes()[:20_000])
     with pytest.raises(Exception, match=r"class/\d+ of .*1\.tar: ends after"):

@@ -229,7 +229,7 @@ def test_too_many_unusable_files_are_refused_before_anything_is_written(
     tmp_path, image_folder, some_image
 ):
     planted(image_folder, some_image)
-    with pytest.raises(ConfigError, match=r"6 of 18 samples are unreadable.*faults\.jsonl"):
+    with pytest.raises(ConfigError, match=r"6 of 18 samples cannot be used.*faults\.jsonl"):
         run(f"folder:{image_folder}", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["faults.jsonl"]
     # the same again does not say it twice
@@ -242,7 +242,7 @@ def test_a_single_fault_never_stops_a_small_data_set(tmp_path, image_folder):
     (image_folder / "cat" / "empty.png").touch()
     assert run(f"folder:{image_folder}", tmp_path / "out").num_samples == 12
     strict = DataConfig(holdout_fraction=0.0, max_fault_fraction=0.0)
-    with pytest.raises(ConfigError, match="1 of 13 samples are unreadable"):
+    with pytest.raises(ConfigError, match="1 of 13 samples cannot be used"):
         run(f"folder:{image_folder}", tmp_path / "strict", strict)
 
 
@@ -255,7 +255,7 @@ def test_data_too_large_to_scan_first_fails_while_running(
     out, small = tmp_path / "out", {"holdout_fraction": 0.0, "shard_bytes": 2**16}
     for number in range(100):
         (image_folder / "cat" / f"a{number}.png").write_bytes(some_image(number, side=32))
-    with pytest.raises(RuntimeError, match="3 of 115 samples are unreadable"):
+    with pytest.raises(RuntimeError, match="3 of 115 samples cannot be used"):
         run(f"folder:{image_folder}", out, DataConfig(**small))
     # the limit may be a matter of opinion: what is packed need not be packed again
     kept = {path: path.stat().st_mtime_ns for path in out.glob("train-*.tar")}
@@ -556,6 +556,31 @@ def test_after_an_interruption_finished_tars_are_not_packed_again(
     assert len(anew.paths) == 11
 
 
+def test_a_finished_tar_that_lost_its_content_is_packed_again(tmp_path, image_folder, monkeypatch):
+    small = CONFIG.model_copy(update={"shard_bytes": 8000})
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    run(f"folder:{image_folder}", whole, small)
+    original = packing.read_image_file
+    monkeypatch.setattr(packing, "read_image_file", Counting(original, interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(f"folder:{image_folder}", out, small)
+    # as after a crash of the host: the name is there, the bytes are not
+    for path in out.glob("train-*.tar"):
+        os.truncate(path, 0)
+    monkeypatch.setattr(packing, "read_image_file", original)
+    run(f"folder:{image_folder}", out, small)
+    assert tree(out) == tree(whole)
+
+
+def test_a_tar_of_which_no_key_is_new_is_refused_however_small(tmp_path, tar_of, some_image):
+    many = tar_of(tmp_path / "many.tar", [(f"{n}.png", some_image(0)) for n in range(300)])
+    few = tar_of(tmp_path / "few.tar", [(f"{n}.png", some_image(n)) for n in range(2)])
+    config = DataConfig(holdout_fraction=0.0)
+    with pytest.raises(ConfigError, match=r"few\.tar: earlier tars have all its keys"):
+        run(f"shards:{many},{few}", tmp_path / "out", config)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
 def tree(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -673,6 +698,18 @@ def test_job_fresh_sets_the_run_and_its_data_aside(tmp_path, image_folder, three
         assert len(list(tmp_path.glob("run.before-*"))) == 1 + number
 
 
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+def test_job_fresh_does_not_set_the_source_aside(tmp_path, image_folder, three_tars, kind):
+    source = three_tars[0] if kind == "shards" else image_folder
+    out = Path(source).parent
+    flags = ("--source", f"{kind}:{source}", "--out", out, "--set", "data.holdout_fraction=0")
+    if kind == "shards":
+        assert job(*flags).returncode == 0
+    done = job(*flags, "--fresh")
+    assert done.returncode == 2 and f"{out} holds the source {source}" in done.stderr
+    assert Path(source).exists()
+
+
 def test_job_writes_into_a_run(tmp_path, image_folder):
     run_folder = tmp_path / "run"
     (image_folder / "cat" / "empty.png").touch()
@@ -736,7 +773,7 @@ def test_url_without_credentials_is_taken():
 
 def test_every_sample_of_a_repeated_key_counts(tmp_path, tar_of, some_image):
     path = tar_of(tmp_path / "0.tar", [("image.png", some_image(n)) for n in range(9)])
-    with pytest.raises(ConfigError, match="8 of 9 samples are unreadable"):
+    with pytest.raises(ConfigError, match="8 of 9 samples cannot be used"):
         run(f"shards:{path}", tmp_path / "out")
     faults = read_faults(tmp_path / "out" / "faults.jsonl")
     assert [fault["key"] for fault in faults] == ["image"] * 8

@@ -207,7 +207,7 @@ def test_every_image_that_a_key_swallows_is_named(tmp_path, some_image):
     path = archive(tmp_path / "a.tar", *dotted, *plain)
     assert len(scan_shard(str(path))[0].keys) == 9
     assert sorted(faults_of(path)) == [name for name, _ in dotted]
-    with pytest.raises(ConfigError, match="9 of 18 samples are unreadable"):
+    with pytest.raises(ConfigError, match="9 of 18 samples cannot be used"):
         ingest(f"shards:{path}", tmp_path / "out", DataConfig(), tmp_path / "faults.jsonl")
 
 
