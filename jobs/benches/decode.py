@@ -32,7 +32,7 @@ from moce_dist.data.images import (
     open_croppable,
     random_box,
     sample_generator,
-    to_sample,
+    to_planes,
 )
 from moce_dist.data.packing import at_most
 from moce_dist.settings import ConfigError
@@ -173,7 +173,7 @@ def our_pipeline(config: BenchConfig) -> Callable[[bytes], object]:
         draws = sample_generator(config.seed, 0, str(count))
         image = open_croppable(content)
         cut = draw_cut(image, scale_min=data.crop_scale_min, hflip=True, draws=draws)
-        return to_sample(cut.pixels(data.image_size))
+        return to_planes(cut.pixels(data.image_size))
 
     return decode
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from moce_dist.arrays import Float32, Pixels
+from moce_dist.arrays import Pixels
 from moce_dist.data.decoders import (
     Encoded,
     ImageError,  # noqa: F401 - the functions here raise it
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+MEAN_COLOUR = [round(255 * level) for level in MEAN]
 LOG_ASPECT = (math.log(3 / 4), math.log(4 / 3))
 _JPEG_END = b"\xff\xd9"
 # libjpeg-turbo has vectorised inverse DCTs only for these
@@ -213,26 +214,28 @@ def open_croppable(content: Encoded) -> Croppable:
 
 
 @cache
-def _levels(device: "torch.device") -> tuple["Tensor", ...]:
+def _levels(
+    device: "torch.device", mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple["Tensor", ...]:
     import torch
 
-    return (torch.tensor([MEAN, STD], device=device) * 255).view(2, 3, 1, 1).unbind()
+    return (torch.tensor([mean, std], device=device) * 255).view(2, 3, 1, 1).unbind()
 
 
-def normalise(images: "Tensor") -> "Tensor":
-    """Normalise (..., 3, S, S) uint8 to float32 by ImageNet's mean and deviation, on its device."""
+def normalise(
+    images: "Tensor", mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD
+) -> "Tensor":
+    """Normalise (..., 3, S, S) uint8 to float32 by mean and deviation of [0, 1], on its device."""
     import torch
 
-    mean, std = _levels(images.device)
-    return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(mean).div_(std)
+    mean_level, std_level = _levels(images.device, mean, std)
+    levels = images.to(torch.float32, memory_format=torch.contiguous_format)
+    return levels.sub_(mean_level).div_(std_level)
 
 
-def to_sample(pixels: Pixels) -> Float32:
-    """Normalise the pixels (S, S, 3) of a sample, (3, S, S)."""
-    import torch
-
-    planes = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-    return normalise(torch.from_numpy(planes)).numpy()
+def to_planes(pixels: Pixels) -> Pixels:
+    """Rearrange pixels (H, W, 3) as a model takes them: (3, H, W)."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def random_box(width: int, height: int, scale_min: float, draws: np.random.Generator) -> Box:
@@ -273,12 +276,12 @@ def draw_cut(image: Croppable, *, scale_min: float, hflip: bool, draws: np.rando
     return Cut(image, box, bool(hflip and draws.random() < 0.5))
 
 
-def centre_sample(image: Croppable, size: int) -> Float32:
-    """Make an evaluation sample (3, S, S): the largest centred square, resized to `size`.
+def centre_sample(image: Croppable, size: int) -> Pixels:
+    """Make an evaluation sample (3, S, S) uint8: the largest centred square, resized to `size`.
 
     Raises:
         ImageError: see `open_image`.
     """
     side = min(image.width, image.height)
     left, upper = (image.width - side) // 2, (image.height - side) // 2
-    return to_sample(image.crop(Box(left, upper, left + side, upper + side), size))
+    return to_planes(image.crop(Box(left, upper, left + side, upper + side), size))

@@ -18,7 +18,6 @@ credentials from the environment (`$TOKEN`), as COMPLETE and messages contain th
 
 import hashlib
 import io
-import os
 import shutil
 import subprocess
 from collections.abc import Iterable
@@ -34,6 +33,7 @@ from moce_dist.data.resize import Size
 from moce_dist.data.shards import HOLDOUT, Fault, Shard, scan_shard
 from moce_dist.data.sources import PIPE, ImageFile, read_image_file
 from moce_dist.data.writer import ShardWriter, finished_tar, note_finished
+from moce_dist.run.files import temporary_name
 from moce_dist.run.names import as_text
 from moce_dist.settings import ConfigError
 
@@ -162,8 +162,8 @@ def write_piped(out: Path, tar: PipedTar) -> tuple[Shard, list[Fault]]:
     """
     if (found := finished_tar(out, tar.name)) is not None:
         return found
-    # one file per process: a lost worker that still writes must not damage another's file
-    path, temporary = out / tar.name, out / f".{tar.name}.{os.getpid()}.tmp"
+    path = out / tar.name
+    temporary = temporary_name(path)
     command = ["bash", "-o", "pipefail", "-c", tar.url.removeprefix(PIPE)]
     # copied through this process: if it is killed, the command gets a broken pipe and ends too
     with (

@@ -15,7 +15,6 @@ sample once, so the new tars have the same multiset of (key, bytes) as the sourc
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -34,7 +33,7 @@ from moce_dist.data.shards import INDEX_NAME, Shard, ShardIndex, scan_shard, wri
 from moce_dist.data.tarscan import TAR_END
 from moce_dist.data.writer import all_or_nothing, finished_tar, note_finished
 from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete
-from moce_dist.run.files import naming
+from moce_dist.run.files import naming, temporary_name
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
 
@@ -181,8 +180,7 @@ def write_tar(shared: _Writing, tar: TarPlan) -> Shard:
     """
     if (found := finished_tar(shared.out, tar.name)) is not None:
         return found[0]
-    # one file per process: a lost worker that still writes must not damage another worker's file
-    temporary = shared.out / f".{tar.name}.{os.getpid()}.tmp"
+    temporary = temporary_name(shared.out / tar.name)
     digest = hashlib.sha256()
     with naming(temporary), temporary.open("wb") as file:
         for content in _contents(shared, tar):

@@ -17,7 +17,7 @@ from moce_dist.data.decoders import image_endings
 from moce_dist.data.shards import Fault, Shard
 from moce_dist.data.tarscan import TAR_END
 from moce_dist.run.artefacts import COMPLETE
-from moce_dist.run.files import naming, write_atomic
+from moce_dist.run.files import naming, temporary_name, write_atomic
 from moce_dist.settings import ConfigError
 
 _BEGUN, _FINISHED = ".begun", ".finished"
@@ -117,8 +117,7 @@ class ShardWriter:
 
     def __init__(self, folder: Path, name: str, *, cluster: int | None = None) -> None:
         self._path = folder / name
-        # one file per process: a lost worker that still writes must not damage another's file
-        self._temporary = folder / f".{name}.{os.getpid()}.tmp"
+        self._temporary = temporary_name(self._path)
         self._digest = hashlib.sha256()
         self._position = 0
         self._entry = Shard(path=name, cluster=cluster)

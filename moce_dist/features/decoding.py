@@ -39,10 +39,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from moce_dist.arrays import Float32, Pixels
+from moce_dist.arrays import Pixels
 from moce_dist.data.cache import SampleRange
 from moce_dist.data.decoders import Encoded, ImageError
-from moce_dist.data.images import centre_sample, open_croppable, open_image, to_sample
+from moce_dist.data.images import centre_sample, open_croppable, open_image, to_planes
 from moce_dist.data.ranges import RangeReader, TruncatedError
 from moce_dist.data.resize import Size
 from moce_dist.data.shards import Shard, class_label
@@ -84,8 +84,8 @@ class Framing(NamedTuple):
         return Size(width, height)
 
 
-def framed_image(content: Encoded, side: int, framing: Framing | None) -> Float32:
-    """Make an evaluation sample (3, S, S) for a timm model; without framing, as `centre_sample`.
+def framed_image(content: Encoded, side: int, framing: Framing | None) -> Pixels:
+    """Make an evaluation sample (3, S, S) uint8, as timm does, or without framing `centre_sample`.
 
     Raises:
         ImageError: see `open_image`.
@@ -98,7 +98,7 @@ def framed_image(content: Encoded, side: int, framing: Framing | None) -> Float3
         pixels = _middle(content, size, side, framing.method)
     else:
         pixels = image.resized(size, framing.method, _SPARE)
-    return to_sample(_square(pixels, side, framing.fill))
+    return to_planes(_square(pixels, side, framing.fill))
 
 
 def _middle(content: Encoded, size: Size, side: int, method: str) -> Pixels:
@@ -126,13 +126,13 @@ def _square(pixels: Pixels, side: int, fill: tuple[int, ...]) -> Pixels:
 
 
 class ImageBatch(NamedTuple):
-    """The next images, (B, 3, S, S); a last batch is padded with zeros after `num_images`.
+    """The next images, (B, 3, S, S) uint8; a last batch is padded with zeros after `num_images`.
 
     `faults` maps the shard's rows of unreadable images, which are zeros here, to the reasons.
     `labels` are the classes that the shard gives for the images, None where it gives none.
     """
 
-    images: Float32
+    images: Pixels
     num_images: int
     faults: dict[int, str]
     labels: list[str | None]
@@ -147,7 +147,7 @@ class _Begun(NamedTuple):
     """A batch that is being decoded: first row, images, labels, and the outcome of each image."""
 
     first: int
-    images: Float32
+    images: Pixels
     labels: list[str | None]
     outcomes: list[_Outcome]
 
@@ -207,7 +207,7 @@ class ShardImages:
 
     def _begin(self, ranges: RangeReader, first: int, submit: _Submit) -> _Begun:
         side = self.image_size
-        images = np.zeros((self.batch_size, 3, side, side), np.float32)
+        images = np.zeros((self.batch_size, 3, side, side), np.uint8)
         rows = range(first, min(first + self.batch_size, len(self.shard.keys)))
         labels: list[str | None] = []
         outcomes: list[_Outcome] = []
@@ -244,7 +244,7 @@ class ShardImages:
             return offset, size, False
         return start, end - start, True
 
-    def _decoding(self, content: bytes, slot: Float32) -> Callable[[], str | None]:
+    def _decoding(self, content: bytes, slot: Pixels) -> Callable[[], str | None]:
         def decode() -> str | None:
             try:
                 slot[:] = framed_image(content, self.image_size, self.framing)

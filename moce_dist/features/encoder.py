@@ -1,26 +1,23 @@
 """Frozen encoders that turn images into features, each with a description of its input images.
 
 An encoder takes images from `framed_image`: for a timm model resized and cut as in timm's
-evaluation, for others the full centre square, bicubic. The images are normalised by ImageNet's
-statistics; the device converts them to the statistics of a timm model. The caller chooses whether
-matrix products are bfloat16. `train/encoder.py` chooses the encoder of a run.
+evaluation, for others the full centre square, bicubic. The device normalises them. The caller
+chooses whether matrix products are bfloat16. `train/encoder.py` chooses the encoder of a run.
 
 Letters: B images, S side in pixels, N patches, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moce_dist.arrays import Float32
 from moce_dist.cost.sizes import FIELDS
-from moce_dist.data.images import MEAN, STD
+from moce_dist.data.images import MEAN, STD, normalise
 from moce_dist.features.decoding import BLACK, METHODS, MODES, Framing
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.run.names import one_line
@@ -96,16 +93,8 @@ def _checked(features: Any, num_images: int, what: str) -> Tensor:
     return features
 
 
-def renormalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Float32, Float32]:
-    """Return factor and shift, (3, 1, 1) each, to go from ImageNet's statistics to a model's."""
-    given_mean, given_std, own_mean, own_std = (
-        np.array(values, np.float32).reshape(3, 1, 1) for values in (MEAN, STD, mean, std)
-    )
-    return given_std / own_std, (given_mean - own_mean) / own_std
-
-
 class Encoder:
-    """A frozen encoder on its device; `pixels` describes the images that it is called with."""
+    """A frozen encoder on its device; `takes` describes the images that it is called with."""
 
     def __init__(
         self,
@@ -120,20 +109,17 @@ class Encoder:
 
         `name` names it in errors.
         """
-        self._name = name
-        self.pixels = EncoderInput(own.image_size, framing=own.framing)
+        self._name, self.takes = name, own
         self._features, self._device, self._bf16 = features, device, bf16
-        difference = renormalisation(own.mean, own.std)
-        self._factor, self._shift = (torch.from_numpy(x).to(device) for x in difference)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, S, S) of any device to features (B, D) float32 on the encoder's.
+        """Encode images (B, 3, S, S) uint8 of any device to features (B, D) float32 on its own.
 
         Raises:
             ConfigError: the model's features have another shape.
         """
-        pixels = images.to(self._device) * self._factor + self._shift
+        pixels = normalise(images.to(self._device), self.takes.mean, self.takes.std)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
             return _checked(self._features(pixels), len(images), self._name).float()
 

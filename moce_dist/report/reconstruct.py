@@ -29,7 +29,7 @@ from torch import Tensor
 from moce_dist.config import Config
 from moce_dist.data.columns import is_mapped, open_table
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import MEAN, STD, centre_sample, open_croppable
+from moce_dist.data.images import MEAN, STD, centre_sample, normalise, open_croppable
 from moce_dist.data.ranges import is_remote
 from moce_dist.data.shards import HOLDOUT, INDEX_NAME, read_range
 from moce_dist.data.table import SampleTable
@@ -289,7 +289,7 @@ def read_samples(record: Record, config: Config, gate: GateView | None) -> _Samp
                 sample = centre_sample(open_croppable(content), config.data.image_size)
             except ImageError:
                 continue
-            images.append(torch.from_numpy(np.array(sample)))
+            images.append(normalise(torch.from_numpy(sample)))
             clusters.append(cluster if gate is not None else len(clusters))
     if not images:
         return None

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,15 @@ def naming(path: Path) -> Iterator[None]:
         raise raised from None
 
 
+def temporary_name(path: Path) -> Path:
+    """Return a name beside `path` to write it under, which no other process has.
+
+    Not by the process's number: pods that share a file system have equal ones, and a lost worker
+    that still writes must not damage another worker's file.
+    """
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield the name of a file to write, which replaces `path` when it is complete.
@@ -52,7 +62,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: naming `path`, or its folder if the folder cannot be written to.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with naming(path):
             yield temporary
@@ -85,8 +95,7 @@ def link_tree(source: Path, target: Path) -> None:
             with naming(Path(to)):
                 shutil.copyfile(file, to)
 
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(target)
     shutil.copytree(source, temporary, copy_function=link, ignore=shutil.ignore_patterns(".*"))
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

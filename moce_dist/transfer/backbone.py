@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moce_dist.config import Config
-from moce_dist.data.images import MEAN, STD
+from moce_dist.data.images import MEAN, STD, normalise
 from moce_dist.features.encoder import describe_timm
 from moce_dist.settings import ConfigError
 
@@ -58,7 +58,7 @@ class Backbone:
     """A timm architecture and the weights to load into it.
 
     `weights` None keeps timm's own: pre-trained if `pretrained`, else random. `image_size` is the
-    side S that the model expects; its pixels are normalised by `mean` and `std`. `choice` lists,
+    side S that the model expects; its images are normalised by `mean` and `std`. `choice` lists,
     per MoE layer, what a customised ViT was made of: an expert, or weights over all experts.
     """
 
@@ -110,6 +110,10 @@ class Backbone:
         if not hasattr(model, "patch_embed") or not hasattr(model, "forward_intermediates"):
             raise ConfigError(f"--backbone {self.name}: must be a plain ViT for a dense task")
         return self._load(model, strict=True).train()
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Normalise images (B, 3, S, S) uint8 to what the model takes, on their device."""
+        return normalise(images, self.mean, self.std)
 
     def _create(self, seed: int, **changes: Any) -> nn.Module:
         torch.manual_seed(seed)

@@ -279,7 +279,7 @@ class Chooser:
         """Clusters of the task's training images, (n,)."""
         mae = self.stage("mae") if self.config.cluster.encoder == OWN else None
         encoder = build_encoder(self.config, mae.checkpoint if mae else None, self.machine.device)
-        return task_clusters(self._encoded(encoder, encoder.pixels), self.run.clusters)
+        return task_clusters(self._encoded(encoder, encoder.takes), self.run.clusters)
 
     def _encoded(self, encoder: Callable[[Tensor], Tensor], takes: EncoderInput) -> Tensor:
         """Encode the task's training images, (n, ...); unreadable ones are skipped."""

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moce_dist.arrays import Int64
+from moce_dist.arrays import Int64, Pixels
 from moce_dist.config import Config, FinetuneConfig, ParallelConfig
-from moce_dist.data.images import centre_sample, draw_cut, sample_generator, to_sample
+from moce_dist.data.images import centre_sample, draw_cut, sample_generator, to_planes
 from moce_dist.data.kept import KeptImages
 from moce_dist.data.loaders import load
 from moce_dist.features.decoding import framed_image
-from moce_dist.features.encoder import EncoderInput, renormalisation
+from moce_dist.features.encoder import EncoderInput
 from moce_dist.model.device import choose_device
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
@@ -44,7 +44,7 @@ class Unread(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """One decoded image (3, S, S), or a collated batch (B, 3, S, S).
+    """One decoded image (3, S, S) uint8, or a collated batch (B, 3, S, S).
 
     `label` is () or (C,) for classes, or (S, S) for pixels. If `reason` is not empty, the image
     `key` could not be read.
@@ -171,7 +171,7 @@ def machine_of(config: Config, *, rank: int = 0, num_ranks: int = 1) -> Machine:
 
 
 class TaskImages(TrainingItems):
-    """Items as (3, S, S) float32, normalised for a model; with `augment` cropped and mirrored.
+    """Items as (3, S, S) uint8, as a model takes them; with `augment` cropped and mirrored.
 
     Without `augment`, an unreadable item is blank.
     """
@@ -190,7 +190,6 @@ class TaskImages(TrainingItems):
         self._augment, self._seed = augment, seed
         # all backbones get the same squares; an encoder has its own framing
         self._framing = model.framing if isinstance(model, EncoderInput) else None
-        self._factor, self._shift = renormalisation(model.mean, model.std)
 
     def __getitem__(self, draw: Draw) -> Loaded:
         """Return item `index` as it looks in `epoch`, for a draw (epoch, index)."""
@@ -200,11 +199,11 @@ class TaskImages(TrainingItems):
         try:
             return Loaded(*self.read(item, draw[0]), item.key, "")
         except (ValueError, OSError) as error:
-            blank = np.zeros((3, self._size, self._size), np.float32)
+            blank = np.zeros((3, self._size, self._size), np.uint8)
             label = np.asarray(item.label, np.int64)
             return Loaded(blank, label, item.key, str(error))
 
-    def read(self, item: Item, epoch: int) -> tuple[np.ndarray, Int64]:
+    def read(self, item: Item, epoch: int) -> tuple[Pixels, Int64]:
         """Return pixels and label of an item."""
         size = self._size
         if self._framing is not None:
@@ -218,14 +217,14 @@ class TaskImages(TrainingItems):
                 hflip=self._augment.hflip,
                 draws=sample_generator(self._seed, epoch, item.key),
             )
-            pixels = to_sample(cut.pixels(size))
-        return pixels * self._factor + self._shift, np.asarray(item.label, np.int64)
+            pixels = to_planes(cut.pixels(size))
+        return pixels, np.asarray(item.label, np.int64)
 
 
 def eval_batches(
     items: Sequence[Item], model: Backbone | EncoderInput, machine: Machine
 ) -> Iterator[tuple[Tensor, Tensor, list[Unread | None]]]:
-    """Yield (images (B, 3, S, S), labels (B,) or (B, C)) of all items in order, on the CPU.
+    """Yield (images (B, 3, S, S) uint8, labels (B,) or (B, C)) of all items in order, on the CPU.
 
     Each of R ranks gets every R-th batch; batches, and so results, do not depend on R. Unreadable
     images are blank; the last element has the fault of every image, or None.

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moce_dist.config import Config
+from moce_dist.data.images import normalise
 from moce_dist.model.customize import moe_shape
 from moce_dist.model.mae import MaskedAutoencoder
 from moce_dist.transfer.select import layer_choice
@@ -68,7 +69,7 @@ class UsageMlp(nn.Module):
 def usage_counter(
     weights: Mapping[str, Tensor], config: Config, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """Build a function from images (B, 3, S, S) to `used` of all layers, (B, L * (E + 1))."""
+    """Build a function from images (B, 3, S, S) uint8 to `used` of all layers, (B, L * (E + 1))."""
     parallel = config.parallel.model_copy(update={"precision": "fp32"})
     model = MaskedAutoencoder(config.model_copy(update={"parallel": parallel}))
     blocks, num_experts = moe_shape(weights)
@@ -80,7 +81,7 @@ def usage_counter(
     model.to(device).eval().requires_grad_(requires_grad=False)
 
     def count(images: Tensor) -> Tensor:
-        model.features(images)
+        model.features(normalise(images))
         return torch.cat([mlp.used for mlp in layers.values()], dim=1)
 
     return count

@@ -107,6 +107,10 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
         draws = rank_draws(order, machine, start, mirrored=True)
         yield from training_batches(images, draws, machine, start, skips)
 
+    def prepare(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images = backbone.normalise(pixels)
+        return (images, labels) if mix is None else mix(images, labels)
+
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = model(inputs).float()
         if task.is_multi_label:
@@ -137,7 +141,7 @@ def finetune(task: Classification, trial: Trial) -> Fitted:
         warmup=round(recipe.warmup_epochs * len(order) / recipe.epochs),
         peak_lr=recipe.base_lr * order.batch_size / 256,
         seed=seed,
-        prepare=mix,
+        prepare=prepare,
     )
     return Fitted(run_fit(fitting, machine, trial.kept), skips.close())
 
@@ -162,7 +166,9 @@ def evaluate(
         ValueError: no image can be read.
     """
     scores, truth, unread = frozen.encode(
-        model, backbone, task.test, machine, name="the classifier"
+        lambda images: model(backbone.normalise(images)),
+        *(backbone, task.test, machine),
+        name="the classifier",
     )
     return measure(task.metric, scores, truth), unread
 
@@ -173,8 +179,9 @@ def predict(
 ) -> Iterator[dict[str, Any]]:
     """Yield one record per image: its `options.top` likeliest classes with their probabilities."""
     shown, top = iter(images), min(options.top, len(spec.classes))
-    for pixels, _, faults in eval_batches(images, spec.backbone(), options.machine):
-        logits = model(pixels.to(options.machine.device)).float().cpu()
+    backbone = spec.backbone()
+    for pixels, _, faults in eval_batches(images, backbone, options.machine):
+        logits = model(backbone.normalise(pixels.to(options.machine.device))).float().cpu()
         shares = logits.sigmoid() if spec.is_multi_label else logits.softmax(dim=1)
         # `shown` is last: it must not lose an image where a batch ends
         for share, fault, item in zip(shares, faults, shown, strict=False):

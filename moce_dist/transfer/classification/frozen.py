@@ -69,12 +69,16 @@ def extract(
         ValueError: no item can be read.
     """
     model = backbone.features_model(seed).to(machine.device)
-    return encode(model, backbone, items, machine, name=backbone.name)
+
+    def features(images: Tensor) -> Tensor:
+        return model(backbone.normalise(images))
+
+    return encode(features, backbone, items, machine, name=backbone.name)
 
 
 @torch.no_grad()
 def encode(
-    model: Callable[[Tensor], Tensor],
+    features: Callable[[Tensor], Tensor],
     takes: Backbone | EncoderInput,
     items: Sequence[Item],
     machine: Machine,
@@ -83,8 +87,8 @@ def encode(
 ) -> tuple[Tensor, Tensor, list[Unread]]:
     """Compute features (n, D) float32 and labels (n,) of items, in their order, on the CPU.
 
-    `takes` describes the images (B, 3, S, S) that the model expects. Unreadable images are left out
-    and returned as a list.
+    `features` maps images (B, 3, S, S) uint8, on the machine's device and as `takes` describes
+    them, to (B, D). Unreadable images are left out and returned as a list.
 
     Raises:
         ValueError: none can be read.
@@ -92,7 +96,7 @@ def encode(
     found = []
     batches, what = eval_batches(items, takes, machine), f"images encoded by {name}"
     for images, labels, faults in track(batches, what, total=len(items), size=lambda b: len(b[1])):
-        found.append((model(images.to(machine.device)).float().cpu(), labels, faults))
+        found.append((features(images.to(machine.device)).float().cpu(), labels, faults))
     return readable(in_order(found, machine))
 
 

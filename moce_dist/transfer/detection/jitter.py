@@ -25,10 +25,8 @@ from torchvision.transforms.v2 import functional as geometry
 from torchvision.tv_tensors import BoundingBoxes
 
 from moce_dist.arrays import Float32, Int64
-from moce_dist.data.images import MEAN
+from moce_dist.data.images import MEAN_COLOUR, to_planes
 from moce_dist.transfer.detection.coco_json import BoxedImage
-
-_PADDING = [round(255 * mean) for mean in MEAN]
 
 Masks = NDArray[np.uint8]
 _Shown = TypeVar("_Shown", Image.Image, BoundingBoxes)
@@ -107,7 +105,7 @@ def training_square(
     """
     image = boxed.load().image
     placing = draw_placing(boxed, size, scales, draws)
-    square = placing.fill(placing.crop(image), _PADDING)
+    square = placing.fill(placing.crop(image), MEAN_COLOUR)
     objects = boxed.learnable()
     masks = None
     if has_masks:
@@ -121,7 +119,7 @@ def training_square(
     kept = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) >= 1
     categories = np.array([a.category for a in objects], np.int64)
     return PlacedSample(
-        np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)),
+        to_planes(np.asarray(square)),
         boxes[kept].astype(np.float32),
         categories[kept],
         masks[kept] if masks is not None else None,

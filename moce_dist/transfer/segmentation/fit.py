@@ -22,12 +22,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as geometry
 
-from moce_dist.arrays import Float32, Int64
+from moce_dist.arrays import Int64, Pixels
 from moce_dist.config import SegmentationConfig
 from moce_dist.data.decoders import ImageError
-from moce_dist.data.images import sample_generator, to_sample
+from moce_dist.data.images import MEAN_COLOUR, sample_generator, to_planes
 from moce_dist.data.progress import track
-from moce_dist.features.encoder import renormalisation
 from moce_dist.run.files import write_atomic
 from moce_dist.settings import ConfigError
 from moce_dist.transfer.backbone import Backbone
@@ -111,12 +110,13 @@ def is_mixed(mask: Labels, cat_max_ratio: float) -> bool:
 
 def training_crop(
     image: Image.Image, mask: Labels, recipe: SegmentationConfig, draws: np.random.Generator
-) -> tuple[Float32, Labels]:
+) -> tuple[Pixels, Labels]:
     """Make a training sample: random scale (0.5 to 2 of shorter side = S), crop, mirror.
 
     Of the crops drawn, the first one is taken whose classes keep to `cat_max_ratio`, or the last.
 
-    Returns pixels (3, S, S) and class indices (S, S), which are `IGNORE` outside the image.
+    Returns pixels (3, S, S) and class indices (S, S); outside the image they are the mean colour
+    and `IGNORE`.
     """
     size, factor = recipe.crop, draws.uniform(*_SCALES)
     image = scaled(image, max(1, round(size * factor)))
@@ -133,26 +133,25 @@ def training_crop(
     image, labels = geometry.crop(image, *window), cropped
     if draws.random() < 0.5:
         image, labels = geometry.horizontal_flip(image), geometry.horizontal_flip(labels)
-    padding = (0, size - window[2]), (0, size - window[3])
-    pixels, classes = to_sample(np.asarray(image)), np.asarray(labels, np.int64)
-    return np.pad(pixels, ((0, 0), *padding)), np.pad(classes, padding, constant_values=IGNORE)
+    beside = [0, 0, size - window[3], size - window[2]]
+    pixels = to_planes(np.asarray(geometry.pad(image, beside, MEAN_COLOUR)))
+    classes = np.asarray(labels, np.int64)
+    padding = (0, beside[3]), (0, beside[2])
+    return pixels, np.pad(classes, padding, constant_values=IGNORE)
 
 
 class _Crops(TrainingItems):
     """Training crops of images with masks, drawn by (seed, epoch, key)."""
 
-    def __init__(
-        self, task: Segmentation, recipe: SegmentationConfig, backbone: Backbone, seed: int
-    ) -> None:
+    def __init__(self, task: Segmentation, recipe: SegmentationConfig, seed: int) -> None:
         super().__init__(task.train)
         self._num_classes, self._recipe, self._seed = len(task.classes), recipe, seed
-        self._factor, self._shift = renormalisation(backbone.mean, backbone.std)
 
-    def read(self, item: MaskedImage, epoch: int) -> tuple[Float32, Int64]:
+    def read(self, item: MaskedImage, epoch: int) -> tuple[Pixels, Int64]:
         draws = sample_generator(self._seed, epoch, item.key)
         shown, mask = load_masked(item, self._num_classes)
         pixels, labels = training_crop(shown.image, mask, self._recipe, draws)
-        return pixels * self._factor + self._shift, np.ascontiguousarray(labels)
+        return pixels, np.ascontiguousarray(labels)
 
 
 def fit(task: Segmentation, trial: Trial) -> Fitted:
@@ -166,7 +165,7 @@ def fit(task: Segmentation, trial: Trial) -> Fitted:
     vit = backbone.dense_model(recipe.crop, seed=seed, drop_path=_DROP_PATH)
     model = Segmenter(vit, len(task.classes), recipe.channels).to(machine.device)
     window, skips = Window(recipe.crop, recipe.scales, flip=recipe.flip), Skips(machine, trial.kept)
-    crops = _Crops(task, recipe, backbone, seed)
+    crops = _Crops(task, recipe, seed)
     order = TrainingOrder.of_steps(len(task.train), recipe.batch_size, recipe.steps, seed)
     # several ranks have an image each in every micro-batch
     if machine.num_ranks == 1 and order.batch_size < 2 * machine.micro_batches:
@@ -201,6 +200,7 @@ def fit(task: Segmentation, trial: Trial) -> Fitted:
         warmup=round(_WARMUP_SHARE * recipe.steps),
         peak_lr=recipe.lr,
         seed=seed,
+        prepare=lambda pixels, labels: (backbone.normalise(pixels), labels),
         weigh=count_known,
     )
     return Fitted(run_fit(fitting, machine, trial.kept), skips.close())
@@ -247,15 +247,14 @@ def class_probabilities(
     model: nn.Module, image: Image.Image, backbone: Backbone, window: Window, machine: Machine
 ) -> Tensor:
     """Average the class probabilities (C, H, W) over all scales and mirrorings, on the device."""
-    factor, shift = (torch.from_numpy(x) for x in renormalisation(backbone.mean, backbone.std))
     size, number = [image.height, image.width], 0
     # summed in place: looks of a large image with many classes take gigabytes
     total: Tensor | None = None
     for scale in window.scales:
         resized = scaled(image, max(1, round(window.size * scale)))
-        pixels = torch.from_numpy(to_sample(np.asarray(resized))) * factor + shift
+        pixels = torch.from_numpy(to_planes(np.asarray(resized))).to(machine.device)
         for is_mirrored in (False, True)[: 1 + window.flip]:
-            look = pixels.flip(2) if is_mirrored else pixels
+            look = backbone.normalise(pixels.flip(2) if is_mirrored else pixels)
             logits = slide(model, look, window.size, machine)
             upright = logits.flip(2) if is_mirrored else logits
             full = F.interpolate(upright[None], size=size, mode="bilinear", align_corners=False)

@@ -86,7 +86,7 @@ def looks(content):
     assert (some_image.width, some_image.height) == image.size
     whole = some_image.crop(Box(0, 0, *image.size), 32)
     square, framed = (
-        (sample.transpose(1, 2, 0) > 0).astype(np.uint8) * 255
+        sample.transpose(1, 2, 0)
         for sample in (
             centre_sample(open_croppable(content), 32),
             framed_image(content, 32, Framing(1.0, "squash")),

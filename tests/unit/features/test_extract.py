@@ -25,7 +25,7 @@ from timm.data import create_transform, resolve_data_config
 from moce_dist.cluster.assign import assign_features
 from moce_dist.cluster.blocks import open_features
 from moce_dist.data.columns import open_index, write_columns
-from moce_dist.data.images import MEAN, STD
+from moce_dist.data.images import normalise
 from moce_dist.data.ranges import RangeReader
 from moce_dist.data.shards import Shard, ShardIndex, read_index, write_index
 from moce_dist.data.writer import ShardWriter
@@ -47,9 +47,9 @@ SIZE = 16
 
 
 def build_encoder(width):
-    """A fixed linear encoder (B, 3, S, S) -> (B, width)."""
+    """A fixed linear encoder (B, 3, S, S) uint8 -> (B, width)."""
     weight = torch.randn(3 * SIZE * SIZE, int(width), generator=torch.Generator().manual_seed(0))
-    return lambda images: images.flatten(1) @ weight
+    return lambda images: normalise(images).flatten(1) @ weight
 
 
 def broken_encoder(images):
@@ -272,7 +272,7 @@ def decoded_rows(monkeypatch):
 
     def noting(content, side, framing):
         sample = framed_image(content, side, framing)
-        rows.append(round(float(sample[0, 0, 0] * STD[0] + MEAN[0]) * 255))
+        rows.append(int(sample[0, 0, 0]))
         return sample
 
     monkeypatch.setattr(decoding, "framed_image", noting)

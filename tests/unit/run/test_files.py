@@ -2,7 +2,13 @@
 
 import pytest
 
-from moce_dist.run.files import forget_faults, read_faults, read_faults_from, record_fault
+from moce_dist.run.files import (
+    forget_faults,
+    read_faults,
+    read_faults_from,
+    record_fault,
+    replacing,
+)
 
 
 @pytest.mark.parametrize("cut", [b'{"stage": "moce", "st', b'\xff\xfe{"a"'])
@@ -33,3 +39,16 @@ def test_a_ledger_is_read_on_from_where_its_reader_was(tmp_path):
         file.write('ep": 2}\n')
     faults, end = read_faults_from(ledger, offset)
     assert [f["step"] for f in faults] == [2] and end == ledger.stat().st_size
+
+
+def test_writers_of_equal_process_numbers_do_not_write_one_file(tmp_path):
+    # pods have equal numbers; here both writers are this process
+    path = tmp_path / "table"
+    with replacing(path) as early, early.open("w") as first:
+        first.write("early ")
+        with replacing(path) as late:
+            late.write_text("late")
+        assert path.read_text() == "late"
+        first.write("and whole")
+    assert path.read_text() == "early and whole"
+    assert [file.name for file in tmp_path.iterdir()] == ["table"]

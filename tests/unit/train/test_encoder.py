@@ -7,8 +7,10 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torchvision.transforms.v2 import functional
 
 from moce_dist.config import load_config
+from moce_dist.data.images import normalise
 from moce_dist.features.decoding import Framing
 from moce_dist.features.encoder import EncoderInput, describe_timm, timm_encoder
 from moce_dist.model.customize import customize
@@ -53,17 +55,18 @@ def published(mae, tmp_path):
 
 
 def images(side, count=3):
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+    draws = torch.Generator().manual_seed(0)
+    return torch.randint(256, (count, 3, side, side), generator=draws, dtype=torch.uint8)
 
 
 def test_published_weights_give_the_features_of_our_mae_in_float32(mae, published):
     config = configure(f"cluster.encoder={published}", "parallel.precision=bf16")
     encoder = build_encoder(config, None, CPU)
-    assert encoder.pixels == EncoderInput(32)
+    assert encoder.takes == EncoderInput(32)
     found = encoder(images(32))
     assert found.dtype == torch.float32
     with torch.no_grad():
-        assert found.equal(mae.features(images(32)))
+        assert found.equal(mae.features(normalise(images(32))))
 
 
 def test_weights_without_decoder_are_an_encoder(mae, tmp_path):
@@ -71,14 +74,14 @@ def test_weights_without_decoder_are_an_encoder(mae, tmp_path):
     save_file(customize(mae.state_dict(), ()), path)
     found = build_encoder(configure(f"cluster.encoder={path}"), None, CPU)(images(32))
     with torch.no_grad():
-        assert found.equal(mae.features(images(32)))
+        assert found.equal(mae.features(normalise(images(32))))
 
 
 @torch.no_grad()
 def test_features_of_a_block_are_the_mean_of_its_normed_patch_tokens(mae, published):
     tokens = []
     hook = mae.blocks[0].register_forward_hook(lambda module, given, out: tokens.append(out))
-    mae.features(images(32))
+    mae.features(normalise(images(32)))
     hook.remove()
     patches = tokens[0][:, 1:]
     deviation = patches.var(dim=2, correction=0, keepdim=True).add(1e-6).sqrt()
@@ -93,7 +96,7 @@ def test_pixels_are_the_colours_of_fields():
     encoder = build_encoder(configure("cluster.encoder=pixels"), None, CPU)
     shown = images(32)
     found = encoder(shown).reshape(3, 3, 8, 8)
-    torch.testing.assert_close(found[1, 2, 7, 0], shown[1, 2, 28:, :4].mean())
+    torch.testing.assert_close(found[1, 2, 7, 0], normalise(shown)[1, 2, 28:, :4].mean())
     config = configure("cluster.encoder=pixels")
     assert encoder_id(config) == "pixels, 8 x 8 fields"
     spec = encoder_spec(config, None)
@@ -113,11 +116,9 @@ def test_features_that_cannot_be_are_refused(overrides, message):
         configure(*overrides)
 
 
-def own_images(given, ours):
-    """Images normalised by ImageNet's statistics, as the model wants them."""
-    as_column = [torch.tensor(x)[:, None, None] for x in (*ours, *given)]
-    mean, std, own_mean, own_std = as_column
-    return (images(160) * std + mean - own_mean) / own_std
+def own_images(own):
+    """Images normalised as torchvision does it, by the statistics of the model."""
+    return functional.normalize(images(160).float() / 255, own.mean, own.std)
 
 
 def both(name):
@@ -127,7 +128,7 @@ def both(name):
     encoder = timm_encoder(name, own, CPU, pretrained=False)
     torch.manual_seed(1)
     model = timm.create_model(name, num_classes=0).eval()
-    return encoder, model, own_images(own[1:3], encoder.pixels[1:3])
+    return encoder, model, own_images(own)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit3"])
@@ -172,7 +173,7 @@ def test_named_timm_model_has_its_weights():
     model = timm.create_model("test_vit").eval()
     half = EncoderInput(160, (0.5,) * 3, (0.5,) * 3)
     with torch.no_grad():
-        tokens = model.forward_features(own_images(half[1:3], encoder.pixels[1:3]))
+        tokens = model.forward_features(own_images(half))
     expected = tokens[:, 1:].mean(dim=1)
     torch.testing.assert_close(encoder(images(160)), expected, rtol=1e-4, atol=1e-5)
 
@@ -182,7 +183,7 @@ def test_worker_finds_a_relative_file_from_anywhere(mae, published, tmp_path, mo
     spec = encoder_spec(configure(f"cluster.encoder={published.name}"), None)
     monkeypatch.chdir(os.sep)
     with torch.no_grad():
-        assert load_encoder(*spec.arguments)(images(32)).equal(mae.features(images(32)))
+        assert load_encoder(*spec.arguments)(images(32)).equal(mae.features(normalise(images(32))))
 
 
 def test_encoder_is_known_by_what_it_computes(mae, published):

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from moce_dist.config import Config, TransferConfig, make_config
+from moce_dist.data.images import normalise
 from moce_dist.data.shards import write_index
 from moce_dist.data.writer import ShardWriter
 from moce_dist.features.decoding import framed_image
@@ -160,7 +161,7 @@ def run(
     files = sorted((image_folder / "train").rglob("*.png"))
     images = np.stack([framed_image(p.read_bytes(), SIZE, None) for p in files])
     with torch.no_grad():
-        features = models["mae"].features(torch.from_numpy(images)).numpy()
+        features = models["mae"].features(normalise(torch.from_numpy(images))).numpy()
     mean = features.mean(axis=0)
     unit = features - mean
     unit /= np.linalg.norm(unit, axis=1, keepdims=True)

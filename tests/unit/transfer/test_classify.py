@@ -14,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from timm.layers import BatchNormAct2d
 
 from moce_dist.config import FinetuneConfig, make_config
+from moce_dist.data.images import normalise
 from moce_dist.data.kept import KeptImages
 from moce_dist.model.customize import customize
 from moce_dist.settings import ConfigError
@@ -208,7 +209,7 @@ def test_features_come_in_the_order_of_the_items(config, models, image_folder):
     assert labels.tolist() == [item.label for item in task.train]
     pixels = TaskImages(task.train, backbone, KeptImages(0))[(0, 17)].pixels
     with torch.no_grad():
-        expected = models["mae"].features(torch.from_numpy(pixels)[None])
+        expected = models["mae"].features(normalise(torch.from_numpy(pixels)[None]))
     torch.testing.assert_close(found[17:18], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -234,6 +235,19 @@ def test_augmentation_is_drawn_by_seed_and_epoch(config, models, image_folder):
     assert np.array_equal(look(0, 0), look(0, 0))
     assert not np.array_equal(look(0, 0), look(0, 1))
     assert not np.array_equal(look(0, 0), look(1, 0))
+
+
+def test_images_are_bytes_between_processes_with_and_without_augmentation(
+    config, models, image_folder
+):
+    task = Classification.open("imagefolder", image_folder)
+    backbone, recipe = run_backbone("mae", config, None), config.transfer.finetune
+    machine = replace(machine_of(config), loader_processes=1)
+    for pixels, *_ in eval_batches(list(task.test), backbone, machine):
+        assert pixels.dtype == torch.uint8
+    cropped = TaskImages(task.train, backbone, KeptImages(0), augment=recipe)
+    for look in machine.load(cropped, batch_sampler=[[(0, 0), (0, 1)]]):
+        assert look.pixels.dtype == torch.uint8
 
 
 def test_kept_images_give_the_same_looks_and_are_read_once(config, tmp_path, image_folder):
@@ -350,7 +364,7 @@ def test_a_linear_head_of_a_convolutional_network_is_saved(config, image_folder,
     model, _ = load_model(tmp_path / "last")
     batches = eval_batches(list(task.test), backbone, machine_of(config))
     with torch.no_grad():
-        right = [(model(x).argmax(1) == y).float() for x, y, _ in batches]
+        right = [(model(normalise(x)).argmax(1) == y).float() for x, y, _ in batches]
     assert torch.cat(right).mean().item() == pytest.approx(found["accuracy"])
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from moce_dist.__main__ import main
 from moce_dist.cluster.assignments import write_assignments
 from moce_dist.cluster.blocks import open_features
+from moce_dist.data.images import normalise
 from moce_dist.features.decoding import framed_image
 from moce_dist.model.customize import customize, routes
 from moce_dist.run.directory import Run
@@ -338,10 +339,9 @@ def test_pixels_are_prepared_as_for_the_fit(task, image_folder, capsys):
     file = image_folder / "test" / "rows" / "003.png"
     (line,) = said(capsys, "predict", str(task), str(file))
     model, spec = load_model(task / "models" / "moce-finetune-0" / "last")
+    pixels = torch.from_numpy(framed_image(file.read_bytes(), SIZE, None))
     with torch.no_grad():
-        expected = model(
-            torch.from_numpy(framed_image(file.read_bytes(), SIZE, None))[None]
-        ).softmax(1)[0]
+        expected = model(normalise(pixels[None])).softmax(1)[0]
     found = {c["name"]: c["probability"] for c in json.loads(line)["classes"]}
     assert [found[name] for name in spec.classes] == pytest.approx(expected.tolist(), abs=1e-5)
 
