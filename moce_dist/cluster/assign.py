@@ -14,6 +14,7 @@ Letters: n rows, D width, K clusters.
 """
 
 import json
+import logging
 import time
 from collections.abc import Mapping
 from operator import itemgetter
@@ -45,6 +46,11 @@ from moce_dist.run.artefacts import COMPLETE, is_complete, mark_complete, read_m
 from moce_dist.run.files import naming, write_atomic
 from moce_dist.run.tasks import HERE, Workers
 from moce_dist.settings import ConfigError
+
+_log = logging.getLogger(__name__)
+_FEW_DIGITS = 2.0**-22
+"""Ratio of the squared distances to centroids and to the mean below which float32, with 24 bits,
+cannot tell near centroids apart."""
 
 
 def make_clusters(
@@ -206,6 +212,14 @@ def _write_result(out_dir: Path, lloyd: Lloyd, state: State, settled: Settled) -
     for first, part in matrix.distances(centroids.astype(np.float64) - origin, settled.labels):
         distances[first : first + len(part)] = part
         total += float(part.sum())
+    if not matrix.view.normalise and total < _FEW_DIGITS * matrix.squares:
+        _log.warning(
+            "the features are spread over so large a range (mean squared distance %.3g to their "
+            "mean, %.3g to the centroids) that float32 rounds the difference between centroids "
+            "away; rescale them, or use cluster.spherical",
+            matrix.squares / len(distances),
+            total / len(distances),
+        )
     with naming(out_dir):
         np.save(out_dir / "centroids.npy", centroids, allow_pickle=False)
         if matrix.view.normalise:

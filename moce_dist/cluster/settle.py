@@ -13,8 +13,13 @@ The balance is decided by the rows between two clusters (`candidates.py`, Border
 3. The exact finish moves the remaining rows. Where the border has too few rows for that, or the
    prices move so far that other rows could change clusters, another search follows, with a greater
    reach unless the prices are already close.
+4. The prices of the finish give a lower bound on the cost of any balanced labels. Many near
+   duplicates drive prices so far that the best clusters of a row are no longer among its
+   candidates; then the cost is above the bound. In that case step 3 is repeated from these prices,
+   with twice as many candidates.
 
-So memory holds the labels of all rows and the candidates of about `cluster.border_rows` rows.
+So memory holds the labels of all rows and the candidates of about `cluster.border_rows` rows, in
+step 4 up to 8 times as many candidates.
 
 Everything but the sweeps happens in the calling process on one thread, so no result depends on the
 number of workers.
@@ -24,7 +29,8 @@ Letters: n rows, D width, K clusters, m candidates.
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +46,7 @@ from moce_dist.cluster.balance import (
     misfits,
 )
 from moce_dist.cluster.candidates import Border, Candidates, margins_of
-from moce_dist.cluster.exact import Finish, dual_bound, finish
+from moce_dist.cluster.exact import dual_bound, finish
 from moce_dist.cluster.kmeans import PRICE_ROUNDS, Lloyd, State
 from moce_dist.cluster.matrix import Matrix
 from moce_dist.cluster.nearest import measure_index
@@ -61,8 +67,12 @@ _ROWS_PER_CLUSTER = 64
 """Rows between clusters per cluster that are held at least."""
 _MEASURED_ROWS = 4096
 """Rows on which the misses of an index are measured."""
-_TIGHT = 1e-6
-"""Relative gap between cost and bound below which no better bound is computed."""
+_TIGHT, _CLOSE = 1e-6, 1e-4
+"""Relative gaps between cost and bound: below which no better bound is computed; below which no
+better labels are searched for.
+"""
+_REPEATS = 3
+"""Most repetitions of the exact finish, each with twice the candidates of the one before."""
 
 
 @dataclass(frozen=True)
@@ -90,25 +100,54 @@ def settle(lloyd: Lloyd, state: State) -> Settled:
     free = matrix.sums(centroids, np.zeros(len(centroids))).counts
     balance = _Balance(lloyd, centroids)
     prices = balance.find_prices(state.prices)
-    labels, done = balance.finish()
-    sums = matrix.sums(centroids, prices, labels)
-    cost = matrix.objective(sums, centroids)
-    index = matrix.sweep(centroids, done.prices).index
-    figures = {
-        "cost": cost / matrix.files.num_rows,
-        "num_moves": done.num_moves,
-        "sizes_without_balance": free.astype(int).tolist(),
-        **_index_figures(matrix, centroids, done.prices, index),
-    }
+    best = balance.finish()
+    index = matrix.sweep(centroids, best.prices).index
+    final, bounds = best.prices, {}
     # an index may miss the best cluster, and then the dual value is no bound
-    if config.balance != "exact" or index is not None:
-        return Settled(labels, done.prices, figures, sums)
-    bound, best = _lower_bound(matrix, centroids, done.prices), done.prices
+    if config.balance == "exact" and index is None:
+        best, bound, final = _tighten(balance, best, prices)
+        bounds = {"cost_lower_bound": bound / matrix.files.num_rows}
+    figures = {
+        "cost": best.cost / matrix.files.num_rows,
+        "num_moves": best.num_moves,
+        "sizes_without_balance": free.astype(int).tolist(),
+        **_index_figures(matrix, centroids, best.prices, index),
+        **bounds,
+    }
+    return Settled(best.labels, final, figures, best.sums)
+
+
+class _Finished(NamedTuple):
+    """Labels (n,) of the wanted sizes, prices (K,) of the finish, rows moved; sums and cost."""
+
+    labels: Int32
+    prices: Float64
+    num_moves: int
+    sums: Sums
+    cost: float
+
+
+def _tighten(
+    balance: "_Balance", best: _Finished, first: Float64
+) -> tuple[_Finished, float, Float64]:
+    """Repeat the finish while the cost is above the bound.
+
+    `first` are the prices before the first finish. Returns the cheapest labels, the greatest lower
+    bound on the cost and its prices (K,).
+    """
+    bound, prices = balance.lower_bound(best.prices), best.prices
     # any prices give a bound; where candidates were too few, those before the finish may be better
-    if bound < (1 - _TIGHT) * cost and (other := _lower_bound(matrix, centroids, prices)) > bound:
-        bound, best = other, prices
-    figures["cost_lower_bound"] = bound / matrix.files.num_rows
-    return Settled(labels, best, figures, sums)
+    if bound < (1 - _TIGHT) * best.cost and (other := balance.lower_bound(first)) > bound:
+        bound, prices = other, first
+    for _ in range(_REPEATS):
+        if bound >= (1 - _CLOSE) * best.cost:
+            break
+        _log.info("cost %.3g above its bound: repeat the exact finish", best.cost / bound - 1)
+        again = balance.finish_again()
+        if (other := balance.lower_bound(again.prices)) > bound:
+            bound, prices = other, again.prices
+        best = min(best, again, key=attrgetter("cost"))
+    return best, bound, prices
 
 
 class _Balance:
@@ -209,8 +248,14 @@ class _Balance:
                 break
         return found
 
-    def finish(self) -> tuple[Int32, Finish]:
-        """Return labels (n,) of the wanted sizes at the least cost, and the result of `finish`."""
+    def finish_again(self) -> _Finished:
+        """Repeat `finish` from its last prices, with twice as many candidates."""
+        self._prices, self._num = self._ended, min(2 * self._num, len(self._prices))
+        self._improve()
+        return self.finish()
+
+    def finish(self) -> _Finished:
+        """Move rows at the least cost until all sizes are as wanted."""
         num_tried = 0
         while True:
             border, num_tried = self._last, num_tried + 1
@@ -224,8 +269,11 @@ class _Balance:
             if len(border.rows) == self._num_rows and not np.isfinite(went):
                 raise RuntimeError("no finite prices balance the clusters")
             if done is not None and went <= border.reach:
-                border.labels[border.rows] = done.labels
-                return border.labels, done
+                labels, self._ended = border.labels, done.prices
+                labels[border.rows] = done.labels
+                sums = self._matrix.sums(self._centroids, done.prices, labels)
+                cost = self._matrix.objective(sums, self._centroids)
+                return _Finished(labels, done.prices, done.num_moves, sums, cost)
             # Search again. Prices that moved a little beyond the reach are closer to the optimum
             # and mostly suffice. Prices that moved far are void, as the border's counts of the
             # other rows do not hold for them. The loop ends at the latest when all rows are held.
@@ -236,6 +284,12 @@ class _Balance:
             del border
             self._improve()
 
+    def lower_bound(self, prices: Float64) -> float:
+        """Return a lower bound on the cost of any labels whose sizes differ by at most one."""
+        best = self._matrix.sums(self._centroids, prices)
+        cost = self._matrix.objective(best, self._centroids)
+        return dual_bound(prices, cost - float((best.counts * prices).sum()), self._num_rows)
+
 
 def _index_figures(
     matrix: Matrix, centroids: Float64, prices: Float64, index: NDArray[np.uint8] | None
@@ -245,9 +299,3 @@ def _index_figures(
         return {}
     missed = measure_index(matrix.spread_rows(_MEASURED_ROWS), index, centroids, prices)
     return {"index_recall": missed.recall, "index_excess": missed.excess}
-
-
-def _lower_bound(matrix: Matrix, centroids: Float64, prices: Float64) -> float:
-    best = matrix.sums(centroids, prices)
-    priced = matrix.objective(best, centroids) - float((best.counts * prices).sum())
-    return dual_bound(prices, priced, matrix.files.num_rows)

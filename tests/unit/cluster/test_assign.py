@@ -188,6 +188,17 @@ def test_rows_just_below_the_limit_are_clustered(tmp_path):
     assert clustered(tmp_path, subtract_mean=False)["size_max"] == 40
 
 
+@pytest.mark.parametrize(("far", "is_warned"), [(10, False), (1e5, True)])
+def test_a_range_beyond_the_digits_of_float32_is_warned_of(tmp_path, caplog, far, is_warned):
+    rows = run_features(tmp_path / "features").astype(np.float32)[:40]
+    rows[:20, 0] += far
+    np.save(tmp_path / "features" / "s2.npy", rows)
+    config = ClusterConfig(num_clusters=4, balance="off")
+    folders = tmp_path / "features", tmp_path / "clusters"
+    run_clustering(*folders, config, seed=1, subtract_mean=False)
+    assert ("over so large a range" in caplog.text) == is_warned
+
+
 def test_sha256_of_all_rows_follows_their_bytes_and_order_alone(tmp_path):
     rows = np.random.default_rng(0).standard_normal((20_000, 3)).astype(np.float32)
 
