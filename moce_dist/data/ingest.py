@@ -11,17 +11,15 @@ selected by the hash of the key alone; of existing tars, whole tars by the hash 
 Every sample that cannot be read becomes one line in the ledger. If they exceed the fraction
 `data.max_fault_fraction` of the data, ingest fails; a single fault fails it only if the fraction is
 0. After an error the ledger remains, and the tars that are finished, for the next attempt with the
-same files or commands; not if the request is refused (ConfigError) or the disk is full.
+same files or commands; not if the request is refused (ConfigError) or the disk is full. Scans of
+existing tars remain in any case (`scans.py`).
 """
 
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,13 +36,13 @@ from moce_dist.data.packing import (
     write_piped,
 )
 from moce_dist.data.progress import track
+from moce_dist.data.scans import SCANS_NAME, scan_tars
 from moce_dist.data.shards import (
     HOLDOUT,
     INDEX_NAME,
     Fault,
     Shard,
     ShardIndex,
-    index_tar,
     write_index,
 )
 from moce_dist.data.sources import (
@@ -59,7 +57,7 @@ from moce_dist.data.sources import (
 from moce_dist.data.tarscan import CUT_OFF
 from moce_dist.data.writer import ShardSeries, all_or_nothing
 from moce_dist.run.artefacts import fingerprint, is_complete, mark_complete, read_marker
-from moce_dist.run.files import READER, read_faults, record_fault
+from moce_dist.run.files import read_faults, record_fault
 from moce_dist.run.names import as_text
 from moce_dist.run.tasks import MapTasks, map_here
 from moce_dist.settings import ConfigError
@@ -70,7 +68,6 @@ _FILES = (
     INDEX_NAME, "train-*.tar", "pipe-*.tar", f"{HOLDOUT}/{INDEX_NAME}", f"{HOLDOUT}/{HOLDOUT}-*.tar"
 )  # fmt: skip
 _SCAN_FIRST_BYTES = 10 * 10**9
-_SCANS_PER_TASK = 16
 SampleSource = Callable[[], Iterable[tuple[str, dict[str, bytes]]]]
 """Yields samples, (key, {extension: bytes}) each."""
 
@@ -260,14 +257,12 @@ def _finish(
 
 def _index_in_place(urls: list[str], request: _Request, inputs: dict[str, Any]) -> ShardIndex:
     named = [url for url in urls if not url.startswith(PIPE)]
-    groups = [named[i : i + _SCANS_PER_TASK] for i in range(0, len(named), _SCANS_PER_TASK)]
-    scanned = request.map_tasks(_scan_shards, request.config.read_deadline_s, groups)
-    results = list(track(chain.from_iterable(scanned), "shards", total=len(named)))
-    shards = [shard for shard, _, _ in results]
-    faults = [fault for _, found, _ in results for fault in found]
-    for shard, _, left_out in results:
-        if left_out:
-            logger.warning("%s: left out: %s", as_text(shard.path), left_out)
+    scans = scan_tars(named, request.out, request.config.read_deadline_s, request.map_tasks)
+    shards = [scan.shard for scan in scans]
+    faults = [fault for scan in scans for fault in scan.faults]
+    for scan in scans:
+        if scan.left_out:
+            logger.warning("%s: left out: %s", as_text(scan.shard.path), scan.left_out)
     pipes = (url for url in urls if url.startswith(PIPE))
     tars = [PipedTar(f"pipe-{number:06d}.tar", url) for number, url in enumerate(pipes)]
     written = request.map_tasks(write_piped, request.out, tars)
@@ -297,17 +292,9 @@ def _index_in_place(urls: list[str], request: _Request, inputs: dict[str, Any]) 
     if share_held > 2 * fraction:
         rule = "existing tars are held out whole; data.holdout_fraction = 0 holds out none"
         logger.warning("%.0f %% of the images are held out: %s", 100 * share_held, rule)
-    return _finish(request.out, request.config, inputs, train, holdout, listed=len(urls))
-
-
-def _scan_shards(deadline_s: float, urls: Sequence[str]) -> list[tuple[Shard, list[Fault], str]]:
-    # threads: hashing and reading release the GIL, remote shards wait for the network
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix=READER)
-    try:
-        return list(pool.map(partial(index_tar, deadline_s=deadline_s), urls))
-    finally:
-        # after an interruption the process ends without those that still read
-        pool.shutdown(wait=False, cancel_futures=True)
+    index = _finish(request.out, request.config, inputs, train, holdout, listed=len(urls))
+    (request.out / SCANS_NAME).unlink(missing_ok=True)
+    return index
 
 
 def _without_repeats(shard: Shard, keys: set[str], faults: list[Fault]) -> Shard:
